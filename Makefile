@@ -1,0 +1,70 @@
+# make demo   the first thing to run: installs into .venv, then `foveate compare`
+# make test   the tests; make test-all adds the slow ones; make lint checks style, types and the floors
+# make bench  every benchmark; make claims / make docs rewrite what is generated under docs/
+#
+# PYTHON=python3.12 chooses the interpreter. On a machine without a GPU, PyPI's torch for Linux brings CUDA along;
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu gets the small build instead.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# the installed set is current while these two files say the same
+KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+INSTALLED := $(VENV)/installed-$(KEY)
+INSTALLED_DEV := $(VENV)/installed-dev-$(KEY)
+# tests run two at a time, one thread each: with more, small tensors on busy cores become several times slower
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo install install-dev test test-all lint format bench claims docs clean
+
+demo: $(INSTALLED)
+	$(BIN)/foveate compare
+
+install: $(INSTALLED)
+
+install-dev: $(INSTALLED_DEV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# torch goes first and by itself, so that its index can be chosen without moving every other package there
+$(INSTALLED): | $(BIN)/python
+	@echo "installing into $(VENV): torch and transformers are large, this takes a few minutes the first time"
+	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) install -c constraints.txt -e .
+	@rm -f $(VENV)/installed-*
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: $(INSTALLED_DEV)
+	$(PYTEST) -m "not slow"
+
+test-all: $(INSTALLED_DEV)
+	$(PYTEST)
+
+lint: $(INSTALLED_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED_DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED_DEV)
+	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+claims: $(INSTALLED_DEV)
+	$(ONE_THREAD) $(BIN)/python -m tests.claims
+
+docs: claims
+
+clean:
+	rm -rf $(VENV) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,48 @@
+"""What every benchmark shares: fair timing, a plain table, and one line of JSON at the end.
+
+On a shared machine the clock drifts from minute to minute, so what is compared is run in turns and its medians are
+divided within one run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+
+def timed(fn: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls, after one that is not counted."""
+    fn()
+    return [_seconds(fn) for _ in range(repeats)]
+
+
+def interleaved(fns: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each function, all of them called in turns, after a round that is not counted."""
+    for fn in fns.values():
+        fn()
+    taken: dict[str, list[float]] = {name: [] for name in fns}
+    for _ in range(repeats):
+        for name, fn in fns.items():
+            taken[name].append(_seconds(fn))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def finish(rows: Sequence[Mapping[str, object]], ratios: Mapping[str, float]) -> None:
+    """Print `rows` as a table, and last the ratios as one line of JSON."""
+    table = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)] if rows else []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))
+    print(json.dumps({name: round(value, 4) for name, value in ratios.items()}))
+
+
+def _seconds(fn: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    fn()
+    return time.perf_counter() - begun
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,82 @@
+"""Foveate: every published way to attend, under one interface.
+
+`import foveate` itself imports nothing heavy: each name below is fetched from its room when it is first touched
+(PEP 562), so that `foveate --help` need not wait for torch and an operator's user need not wait for transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_ROOMS = ("core", "ops", "host", "kv", "steer", "lens", "tasks", "labs", "bench", "report")
+
+# public name -> the module it is fetched from
+_HOME = {
+    "attend": "foveate.ops",
+    "plan": "foveate.ops",
+    "Operator": "foveate.ops",
+    "Selection": "foveate.core.selection",
+    "Plan": "foveate.core.problem",
+    "apply": "foveate.host",
+    "Method": "foveate.host",
+    "Site": "foveate.host",
+    "System": "foveate.core.catalog",
+    "system": "foveate.core.catalog",
+    "systems": "foveate.core.catalog",
+    "FoveateError": "foveate.core.errors",
+    "ShapeError": "foveate.core.errors",
+    "OptionError": "foveate.core.errors",
+    "UnknownKey": "foveate.core.errors",
+    "UnsupportedPattern": "foveate.core.errors",
+    "UnsupportedEngine": "foveate.core.errors",
+    "UnsupportedModel": "foveate.core.errors",
+    "TaskError": "foveate.core.errors",
+    "CatalogError": "foveate.core.errors",
+}
+
+__all__ = ["__version__", *_ROOMS, *_HOME]  # noqa: PLE0604  the two tables hold strings
+
+if TYPE_CHECKING:  # the same table, for type checkers; `as` says that a name is meant to be fetched from here
+    from foveate import (
+        bench as bench,
+        core as core,
+        host as host,
+        kv as kv,
+        labs as labs,
+        lens as lens,
+        ops as ops,
+        report as report,
+        steer as steer,
+        tasks as tasks,
+    )
+    from foveate.core.catalog import System as System, system as system, systems as systems
+    from foveate.core.errors import (
+        CatalogError as CatalogError,
+        FoveateError as FoveateError,
+        OptionError as OptionError,
+        ShapeError as ShapeError,
+        TaskError as TaskError,
+        UnknownKey as UnknownKey,
+        UnsupportedEngine as UnsupportedEngine,
+        UnsupportedModel as UnsupportedModel,
+        UnsupportedPattern as UnsupportedPattern,
+    )
+    from foveate.core.problem import Plan as Plan
+    from foveate.core.selection import Selection as Selection
+    from foveate.host import Method as Method, Site as Site, apply as apply
+    from foveate.ops import Operator as Operator, attend as attend, plan as plan
+else:
+
+    def __getattr__(name: str) -> object:
+        if name in _ROOMS:
+            return import_module(f"foveate.{name}")
+        if name not in _HOME:
+            raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value  # the next access is a plain look-up
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,96 @@
+"""`foveate compare`: one model, one task, several methods side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.cli.console import Bar, show
+from foveate.core.errors import OptionError
+
+Model = Annotated[
+    str | None, typer.Option(help="Folder or hub id of a Hugging Face decoder. Default: the lab model that ships.")
+]
+TaskName = Annotated[
+    str | None, typer.Option("--task", help="A task's name, or a .jsonl file of prompts and answers. Default: needle.")
+]
+Methods = Annotated[str | None, typer.Option(help="Keys from `foveate systems`, between commas. Default: a selection.")]
+Budget = Annotated[float, typer.Option(help="Share of the full cache that each method may use, in (0, 1].")]
+Examples = Annotated[int | None, typer.Option(help="How many prompts. Default: the task's own number.")]
+Length = Annotated[int | None, typer.Option(help="Length of the prompts, where the task makes them.")]
+Out = Annotated[Path, typer.Option(help="Folder for report.html and results.json.")]
+Seed = Annotated[int, typer.Option(help="Seed of the task.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="What it computes in: float32, bfloat16, float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has left in --out.")]
+
+
+def command(
+    model: Model = None,
+    task: TaskName = None,
+    methods: Methods = None,
+    budget: Budget = 0.35,
+    examples: Examples = None,
+    length: Length = None,
+    out: Out = Path("foveate-compare"),
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    fresh: Fresh = False,
+) -> None:
+    """Run a model on a task under several methods: score, cache kept, time and memory, each beside the full cache.
+
+    Without options the lab model looks for needles in real text.
+    That takes about a minute. Results are saved after every method:
+    the same command again takes up where an interrupted one stopped.
+    """
+    keys = _keys(methods)
+    try:
+        with Bar("loading") as bar:
+            from foveate.bench.compare import compare
+
+            found = compare(
+                model=model,
+                task=task,
+                methods=keys,
+                budget=budget,
+                examples=examples,
+                length=length,
+                out=out,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                fresh=fresh,
+                progress=bar,
+            )
+    except KeyboardInterrupt as interrupt:
+        typer.echo(_kept(interrupt.args, out), err=True)
+        raise typer.Exit(1) from None
+    from foveate.report import html, table
+
+    page = html.write(found, out / "report.html")
+    if as_json:
+        typer.echo(found.to_json(), nl=False)
+    else:
+        show(table.render(found), f"report   {page}", f"results  {out / 'results.json'}")
+
+
+def _keys(methods: str | None) -> list[str] | None:
+    if methods is None:
+        return None
+    keys = [key.strip() for key in methods.split(",") if key.strip()]
+    if not keys:
+        raise OptionError(f'methods="{methods}" names none; give keys from `foveate systems`, between commas')
+    return keys
+
+
+def _kept(counts: tuple[object, ...], out: Path) -> str:
+    """What an interrupted run leaves. `compare` says (done, total); without that it had not begun to measure."""
+    if len(counts) != 2:
+        return "interrupted before anything was measured"
+    done, total = counts
+    return f"interrupted: {done} of {total} methods measured are kept in {out}; run the same command to resume"

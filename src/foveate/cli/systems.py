@@ -1,0 +1,83 @@
+"""`foveate systems`: the catalogue, and one system's card, without importing torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foveate.cli.card import Card, read_card
+from foveate.cli.console import show
+from foveate.core import catalog
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from foveate.core.catalog import System
+
+Key = Annotated[str | None, typer.Argument(help="One system's key: show its card.")]
+Room = Annotated[str | None, typer.Option(help="Only those of one room: ops, kv, steer, lens, ...")]
+Tag = Annotated[str | None, typer.Option(help="Only those with this tag.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def command(key: Key = None, room: Room = None, tag: Tag = None, as_json: Json = False) -> None:
+    """List the published systems that work here, or show one system's card."""
+    if key is not None:
+        _show_card(catalog.system(key), as_json)
+    elif as_json:
+        typer.echo(json.dumps([_fields(row) for row in catalog.systems(room, tag)], indent=1))
+    else:
+        rows = catalog.systems(room, tag)
+        show(_table(rows), f"{len(rows)} system{'' if len(rows) == 1 else 's'}; `foveate systems KEY` shows one")
+
+
+def _show_card(row: System, as_json: bool) -> None:
+    card = read_card(row.object)
+    if as_json:
+        typer.echo(json.dumps({**_fields(row), **asdict(card)}, indent=1))
+    else:
+        show(*_card(row, card))
+
+
+def _fields(row: System) -> dict[str, object]:
+    return {**asdict(row), "url": row.url}
+
+
+def _table(rows: list[System]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("key", "year", "room"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("title", ratio=2)
+    table.add_column("tags", ratio=1)
+    for row in rows:
+        key = Text(row.key, style=f"bold link {row.url}" if row.url else "bold")
+        table.add_row(key, str(row.year), row.room, Text(row.title), Text(", ".join(row.tags), style="dim"))
+    return table
+
+
+def _card(row: System, card: Card) -> list[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table.grid(padding=(0, 2))
+    named = {"paper": row.url, "room": row.room, "object": row.object, "tags": ", ".join(row.tags), "test": row.test}
+    for name, value in named.items():
+        if value:
+            facts.add_row(Text(name, style="dim"), Text(value))
+    parts: list[RenderableType] = [Text.assemble((row.key, "bold"), f"  {row.title} ({row.year})"), facts]
+    if card.doc:
+        parts += ["", Text(card.doc)]
+    if card.options:
+        parts += ["", Text("options", style="dim")]
+        parts += [Text(f"  {option}") for option in card.options]
+    if row.example:
+        parts += ["", Text("example", style="dim")]
+        parts += [Text(f"  {line}") for line in row.example.strip().splitlines()]
+    return parts

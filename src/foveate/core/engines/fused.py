@@ -1,0 +1,37 @@
+"""PyTorch's fused kernel, `scaled_dot_product_attention`, with Foveate's conventions around it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core import masks
+from foveate.core.problem import Problem
+
+
+def refuses(problem: Problem) -> str | None:
+    if not problem.is_plain:
+        return "fused computes softmax over dot products only"
+    if problem.selection is not None:
+        return "fused attends to every key and would waste the selection"
+    return None
+
+
+def attend(problem: Problem) -> Tensor:
+    """The output `(B, Hq, Nq, Dv)`."""
+    mask, is_causal = problem.mask, problem.causal
+    if is_causal and (mask is not None or problem.n_queries != problem.n_keys):
+        # the kernel aligns causality top-left; a single query needs none, and the rest is said as a mask
+        mask = masks.full(mask, problem.n_queries > 1, problem.n_queries, problem.n_keys, problem.q.device)
+        is_causal = False
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(problem.q.dtype)
+    out = F.scaled_dot_product_attention(
+        problem.q, problem.k, problem.v, mask, problem.dropout, is_causal, scale=problem.scale,
+        enable_gqa=problem.groups > 1,
+    )  # fmt: skip
+    if mask is None:
+        return out
+    seen = masks.allowed(mask).any(-1, keepdim=True)
+    return torch.where(seen, out, 0.0) if not bool(seen.all()) else out

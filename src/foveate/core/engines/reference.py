@@ -1,0 +1,55 @@
+"""The plain twin: the whole matrix, in the caller's dtype. O(Nq Nk) memory; any scoring, any selection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.core import masks
+from foveate.core.problem import Problem
+
+
+def refuses(problem: Problem) -> str | None:
+    return None
+
+
+def weights(problem: Problem, rows: slice = slice(None), cols: slice = slice(None)) -> Tensor:
+    """Attention weights `(B, Hq, nq, nk)` of some rows (over all keys, or a leading part that holds all visible ones)."""
+    keys, hidden = _finite(problem.grouped(problem.k[:, :, cols]))
+    at, mask = problem.tile(rows, cols), problem.tile_mask(rows, cols)
+    logits = problem.scoring.logits(problem.q[:, :, rows], keys, problem.scale, at)
+    if hidden is not None:
+        logits = logits.masked_fill(hidden.any(-1)[..., None, :], float("nan"))
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            logits = logits + mask
+        logits = torch.where(masks.allowed(mask), logits, masks.NEVER)
+    return problem.scoring.normalize(logits, at)
+
+
+def attend(problem: Problem, rows: slice = slice(None), cols: slice = slice(None)) -> Tensor:
+    """The output `(B, Hq, nq, Dv)` of some rows."""
+    w = weights(problem, rows, cols)
+    if problem.dropout:
+        w = torch.nn.functional.dropout(w, problem.dropout)
+    return apply_weights(w, problem.grouped(problem.v[:, :, cols]))
+
+
+def apply_weights(w: Tensor, values: Tensor) -> Tensor:
+    """`w @ values` in which a weight of zero really takes nothing, also from NaN and inf."""
+    values, hidden = _finite(values)
+    out = w.to(values.dtype) @ values
+    if hidden is None:
+        return out
+    poison = torch.where(hidden, float("nan"), 0.0).to(out.dtype)
+    columns = hidden.flatten(0, 1).any(0).any(-1).nonzero().squeeze(-1)
+    taken = torch.where(w[..., columns, None] != 0, poison[:, :, None, columns], 0.0)
+    return out + taken.sum(-2)
+
+
+def _finite(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`x` with NaN and inf as zeros, and where they were (None: nowhere)."""
+    if torch.compiler.is_compiling() or bool(torch.isfinite(x.detach().sum(dtype=torch.float32))):
+        return x, None
+    bad = ~torch.isfinite(x)
+    return x.masked_fill(bad, 0.0), bad if bool(bad.any()) else None

@@ -1,0 +1,88 @@
+"""The algebra of masks: who may attend to whom.
+
+A mask is a bool tensor (True = may attend) or a float bias that is added to the logits; both broadcast to
+`(B, Hq, Nq, Nk)`. Causality is bottom-right aligned: the last query sees the last key, so that one query against a
+cache of N keys sees them all.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+NEVER = float("-inf")
+
+
+def causal(
+    n_queries: int, n_keys: int, *, rows: slice | None = None, device: torch.device | str | None = None
+) -> Bool[Tensor, "q k"]:
+    """`(Nq, Nk)` lower-triangular mask, aligned at the last query and the last key; `rows` gives some rows of it."""
+    start, stop, _ = (rows or slice(None)).indices(n_queries)
+    query = torch.arange(start, stop, device=device) + (n_keys - n_queries)
+    return query[:, None] >= torch.arange(n_keys, device=device)
+
+
+def window(
+    n_queries: int, n_keys: int, size: int, *, sinks: int = 0, device: torch.device | str | None = None
+) -> Bool[Tensor, "q k"]:
+    """Causal mask of the last `size` keys (the query's own included) and the first `sinks` keys."""
+    query = torch.arange(n_queries, device=device)[:, None] + (n_keys - n_queries)
+    key = torch.arange(n_keys, device=device)
+    return (key <= query) & ((query - key < size) | (key < sinks))
+
+
+def padding(lengths: Tensor, n_keys: int, *, left: bool = False) -> Bool[Tensor, "b 1 1 k"]:
+    """`(B, 1, 1, Nk)` mask of the real keys, from the number of real tokens in each sequence `(B,)`."""
+    key = torch.arange(n_keys, device=lengths.device)
+    real = key >= (n_keys - lengths)[:, None] if left else key < lengths[:, None]
+    return real[:, None, None, :]
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Float[Tensor, "..."]:
+    """A mask as a float bias: 0 where a key may be seen and -inf where not; a float mask is only cast."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, NEVER)
+
+
+def allowed(mask: Tensor) -> Bool[Tensor, "..."]:
+    """The bool part of a mask: a float bias forbids a key where it is -inf."""
+    return mask if mask.dtype == torch.bool else mask > NEVER
+
+
+def combine(*masks: Tensor | None) -> Tensor | None:
+    """All masks at once: a key must be allowed by each, and float biases add up. None where nothing is masked."""
+    present = [mask for mask in masks if mask is not None]
+    bools = [mask for mask in present if mask.dtype == torch.bool]
+    biases = [mask for mask in present if mask.dtype != torch.bool]
+    total = bools[0] if bools else None
+    for mask in bools[1:]:
+        total = total & mask
+    if not biases:
+        return total
+    bias = biases[0]
+    for other in biases[1:]:
+        bias = bias + other
+    return bias if total is None else bias.masked_fill(~total, NEVER)
+
+
+def rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """The part of a broadcastable mask that belongs to some queries."""
+    if mask is None or mask.dim() < 2 or mask.shape[-2] == 1:
+        return mask
+    return mask[..., rows, :]
+
+
+def columns_of(mask: Tensor | None, columns: slice) -> Tensor | None:
+    """The part of a broadcastable mask that belongs to some keys."""
+    if mask is None or mask.dim() < 1 or mask.shape[-1] == 1:
+        return mask
+    return mask[..., columns]
+
+
+def full(
+    mask: Tensor | None, is_causal: bool, n_queries: int, n_keys: int, device: torch.device | str
+) -> Tensor | None:
+    """The user's mask and causality as one broadcastable tensor (None where every key may be seen)."""
+    return combine(mask, causal(n_queries, n_keys, device=device) if is_causal else None)

@@ -1,0 +1,44 @@
+"""Merging partial softmax attentions by their running maximum and sum.
+
+A partial result `(top, total, out)` stands for some of the keys: `top` is the largest logit, `total` the sum of
+`exp(logit - top)`, `out` the values weighted by the same. Two partial results over disjoint keys merge into that of their
+union; the operation is associative and commutative, which is what tiling, rings and trees of devices rely on.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Partial(NamedTuple):
+    top: Tensor  # (..., Nq, 1)
+    total: Tensor  # (..., Nq, 1)
+    out: Tensor  # (..., Nq, Dv), not yet divided by `total`
+
+
+def partial(logits: Tensor, values: Tensor) -> Partial:
+    """The partial result of a tile: `logits (..., Nq, n)` with -inf for forbidden pairs, `values (..., n, Dv)`."""
+    top = logits.detach().amax(-1, keepdim=True)
+    powers = torch.exp(logits - top.masked_fill(top == float("-inf"), 0.0))
+    return Partial(top, powers.sum(-1, keepdim=True), powers @ values)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """The partial result of both sets of keys."""
+    top = torch.maximum(a.top, b.top)
+    finite = top.masked_fill(top == float("-inf"), 0.0)
+    left, right = torch.exp(a.top - finite), torch.exp(b.top - finite)
+    return Partial(top, a.total * left + b.total * right, a.out * left + b.out * right)
+
+
+def finish(part: Partial) -> Tensor:
+    """The attention output; rows that saw nothing are zeros."""
+    return torch.where(part.total > 0, part.out / part.total.clamp_min(torch.finfo(part.total.dtype).tiny), 0.0)
+
+
+def log_sum_exp(part: Partial) -> Tensor:
+    """`(..., Nq)` log of the sum of exponentiated logits; -inf for rows that saw nothing."""
+    return (part.top + torch.log(part.total)).squeeze(-1)

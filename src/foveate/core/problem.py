@@ -1,0 +1,119 @@
+"""One attention call, as every engine receives it, and what an engine says of its cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from foveate.core import masks
+from foveate.core.scoring import SOFTMAX, Scoring, Tile
+from foveate.core.selection import Blocks, Selection
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """q, k, v and everything that decides who attends to whom. Already validated."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    mask: Tensor | None = None
+    causal: bool = False
+    selection: Selection | None = None
+    scoring: Scoring = field(default=SOFTMAX)
+    dropout: float = 0.0
+
+    @property
+    def n_queries(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def n_keys(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def groups(self) -> int:
+        """Query heads to each key/value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is softmax over scaled dot products, which fused kernels compute."""
+        return self.scoring is SOFTMAX
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """Keys or values with one head to each query head (a view where the heads are equal in number)."""
+        if self.groups == 1:
+            return x
+        b, h, n, d = x.shape
+        return x[:, :, None].expand(b, h, self.groups, n, d).reshape(b, h * self.groups, n, d)
+
+    def tile(self, rows: slice = slice(None), cols: slice = slice(None)) -> Tile:
+        device = self.q.device
+        query = torch.arange(self.n_queries, device=device)[rows] + (self.n_keys - self.n_queries)
+        return Tile(query, torch.arange(self.n_keys, device=device)[cols], self.n_keys, self.n_queries, self.causal)
+
+    def tile_mask(self, rows: slice = slice(None), cols: slice = slice(None)) -> Tensor | None:
+        """Mask, causality and selection together, for a tile; None where every pair counts."""
+        mine = masks.columns_of(masks.rows_of(self.mask, rows), cols)
+        future = (
+            masks.causal(self.n_queries, self.n_keys, rows=rows, device=self.q.device)[:, cols] if self.causal else None
+        )
+        chosen = self.selection.dense()[:, :, rows, cols] if self.selection is not None else None
+        return masks.combine(mine, future, chosen)
+
+    def has_hidden_garbage(self) -> bool:
+        """Whether keys or values hold NaN or inf: then only an engine that masks value by value keeps them from leaking."""
+        if torch.compiler.is_compiling():
+            return False
+        total = self.k.detach().sum(dtype=torch.float32) + self.v.detach().sum(dtype=torch.float32)
+        return not bool(torch.isfinite(total))
+
+    def without_selection(self) -> Problem:
+        return replace(self, selection=None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call will cost, and why it is computed as it is.
+
+    Args:
+        engine: who computes.
+        flops: multiply-adds counted as two, of the two matrix products over the pairs that are computed.
+        bytes: least traffic: q, k, v read and the output written once, with the keys that a selection reads.
+        why: the reason for the engine, in words.
+        density: share of the visible pairs that are computed.
+    """
+
+    engine: str
+    flops: int
+    bytes: int
+    why: str
+    density: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.engine}: {self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB, density {self.density:.3g} ({self.why})"
+
+
+def cost(problem: Problem, engine: str, why: str) -> Plan:
+    """The `Plan` of a problem on an engine."""
+    b, hq, nq, d = problem.q.shape
+    nk, dv = problem.n_keys, problem.v.shape[-1]
+    visible = nq * nk - (nq * (nq - 1) // 2 if problem.causal else 0)
+    pairs = float(visible if problem.causal or problem.selection is not None else nq * nk)
+    if problem.selection is not None:
+        selection = problem.selection
+        if problem.causal and isinstance(selection, Blocks):
+            selection = selection.causal()
+        pairs = min(nq * selection.keys_read(), pairs)
+    traffic = (problem.q.numel() + b * hq * nq * dv) + (problem.k.numel() + problem.v.numel())
+    return Plan(
+        engine=engine,
+        flops=int(2 * b * hq * pairs * (d + dv)),
+        bytes=int(traffic * problem.q.element_size()),
+        why=why,
+        density=pairs / visible,
+    )

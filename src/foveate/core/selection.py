@@ -1,0 +1,195 @@
+"""Which keys each query sees, said once and read by every sparse engine.
+
+A `Selection` is either `Blocks` (tiles of queries and keys, with an optional rule inside a tile) or `Indices` (a list
+of keys per group of neighbouring queries). Both turn into a dense mask, into gathered keys, and, where the form allows,
+into FlexAttention's `BlockMask`. Causality and the caller's mask are not part of a selection: engines apply them on top.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from foveate.core import masks
+from foveate.core.errors import ShapeError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+#: `rule(b, h, query, key) -> bool`, elementwise over index tensors: FlexAttention's `mask_mod`.
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Selection(ABC):
+    """The keys that each of `n_queries` queries sees among `n_keys`."""
+
+    n_queries: int
+    n_keys: int
+
+    @abstractmethod
+    def dense(self) -> Bool[Tensor, "b h q k"]:
+        """The same as a mask `(B or 1, H or 1, Nq, Nk)`: O(N²), for tests, small inputs and drawing."""
+
+    @abstractmethod
+    def keys_read(self) -> float:
+        """Mean number of keys that one query touches (before causality and masks)."""
+
+    def density(self, causal: bool = False) -> float:
+        """Share of the visible (query, key) pairs that are seen: of all pairs, or with `causal` of those not in the future."""
+        seen = self.dense()
+        if causal:
+            visible = masks.causal(self.n_queries, self.n_keys, device=seen.device)
+            return ((seen & visible).sum() / (visible.sum() * seen.shape[0] * seen.shape[1])).item()
+        return seen.double().mean().item()
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks(Selection):
+    """Tiles: query block i sees key block j where `blocks[b, h, i, j]`.
+
+    Args:
+        blocks: bool `(B or 1, H or 1, ceil(Nq / size[0]), ceil(Nk / size[1]))`.
+        size: queries and keys in a tile.
+        n_queries, n_keys: lengths; the last tiles may be ragged.
+        rule: which pairs inside a chosen tile count (None: all). Query indices count from 0 at the first query.
+        whole: tiles on which `rule` need not be asked since it holds everywhere; same shape as `blocks`.
+    """
+
+    blocks: Bool[Tensor, "b h i j"]
+    size: tuple[int, int]
+    n_queries: int
+    n_keys: int
+    rule: Rule | None = None
+    whole: Bool[Tensor, "b h i j"] | None = None
+
+    def __post_init__(self) -> None:
+        expected = (-(-self.n_queries // self.size[0]), -(-self.n_keys // self.size[1]))
+        if self.blocks.dim() != 4 or tuple(self.blocks.shape[2:]) != expected:
+            raise ShapeError(f"blocks must be (B, H, {expected[0]}, {expected[1]}); got {tuple(self.blocks.shape)}")
+
+    def dense(self) -> Bool[Tensor, "b h q k"]:
+        tiles = self.blocks.repeat_interleave(self.size[0], 2).repeat_interleave(self.size[1], 3)
+        seen = tiles[:, :, : self.n_queries, : self.n_keys]
+        if self.rule is None:
+            return seen
+        b, h, q, k = (torch.arange(n, device=seen.device) for n in seen.shape)
+        return seen & self.rule(b[:, None, None, None], h[:, None, None], q[:, None], k)
+
+    def keys_read(self) -> float:
+        return self.blocks.double().sum(-1).mean().item() * self.size[1]
+
+    def causal(self) -> Blocks:
+        """This selection with future keys taken out (the last query sees the last key)."""
+        shift, (tall, wide) = self.n_keys - self.n_queries, self.size
+        first = torch.arange(self.blocks.shape[2], device=self.blocks.device)[:, None] * tall + shift
+        last = (first + tall - 1).clamp_max(self.n_keys - 1)
+        key = torch.arange(self.blocks.shape[3], device=self.blocks.device) * wide
+        whole = self.blocks if self.whole is None and self.rule is None else self.whole
+        past = key + wide - 1 <= first
+        return replace(
+            self,
+            blocks=self.blocks & (key <= last),
+            rule=_not_future(shift) if self.rule is None else _both(self.rule, shift),
+            whole=None if whole is None else whole & past,
+        )
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """FlexAttention's form. Made once per selection, since it costs a sort of the tiles."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        whole = self.whole if self.whole is not None else (self.blocks if self.rule is None else None)
+        partial = self.blocks if whole is None else self.blocks & ~whole
+        count, index = _compressed(partial)
+        full = (None, None) if whole is None else _compressed(self.blocks & whole)
+        return BlockMask.from_kv_blocks(
+            count, index, *full, BLOCK_SIZE=self.size, mask_mod=self.rule, seq_lengths=(self.n_queries, self.n_keys)
+        )
+
+    def gathered(self, rows: slice) -> tuple[Int[Tensor, "b h i n"], Bool[Tensor, "b h i q n"]]:
+        """For some block rows: the keys to gather and which query of the block sees which of them.
+
+        Returns `(indices (B, H, R, n), seen (B, H, R, size[0], n))`; rows with fewer keys are padded with unseen ones.
+        """
+        tiles = self.blocks[:, :, rows]
+        chosen = max(int(tiles.sum(-1).max()), 1)
+        order = (~tiles).to(torch.uint8).argsort(dim=-1, stable=True)[..., :chosen]
+        real = tiles.gather(-1, order)
+        offset = torch.arange(self.size[1], device=tiles.device)
+        key = (order[..., None] * self.size[1] + offset).flatten(-2)
+        seen = (real[..., None].expand(*real.shape, self.size[1]).flatten(-2) & (key < self.n_keys))[..., None, :]
+        if self.rule is not None:
+            b, h = torch.arange(key.shape[0], device=key.device), torch.arange(key.shape[1], device=key.device)
+            i = torch.arange(self.blocks.shape[2], device=key.device)[rows] * self.size[0]
+            query = i[:, None] + torch.arange(self.size[0], device=key.device)
+            seen = seen & self.rule(
+                b[:, None, None, None, None], h[:, None, None, None], query[..., None], key[..., None, :]
+            )
+        return key.clamp_max(self.n_keys - 1), seen.expand(*key.shape[:3], self.size[0], key.shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Indices(Selection):
+    """A list of keys for each group of `group` neighbouring queries.
+
+    Args:
+        indices: int `(B or 1, H or 1, ceil(Nq / group), n)`, each in `0..Nk-1`; no key twice among a row's valid ones.
+        valid: bool of the same shape: False pads a short list.
+        group: queries that share a list.
+        n_queries, n_keys: lengths.
+    """
+
+    indices: Int[Tensor, "b h g n"]
+    n_queries: int
+    n_keys: int
+    valid: Bool[Tensor, "b h g n"] | None = None
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        expected = -(-self.n_queries // self.group)
+        if self.indices.dim() != 4 or self.indices.shape[2] != expected:
+            raise ShapeError(f"indices must be (B, H, {expected}, n); got {tuple(self.indices.shape)}")
+        if self.valid is not None and self.valid.shape != self.indices.shape:
+            raise ShapeError(f"valid must be like indices {tuple(self.indices.shape)}; got {tuple(self.valid.shape)}")
+
+    @property
+    def real(self) -> Bool[Tensor, "b h g n"]:
+        return self.valid if self.valid is not None else torch.ones_like(self.indices, dtype=torch.bool)
+
+    def dense(self) -> Bool[Tensor, "b h q k"]:
+        seen = self.indices.new_zeros(*self.indices.shape[:3], self.n_keys + 1, dtype=torch.bool)
+        seen.scatter_(3, self.indices.masked_fill(~self.real, self.n_keys), True)
+        return seen[..., : self.n_keys].repeat_interleave(self.group, 2)[:, :, : self.n_queries]
+
+    def keys_read(self) -> float:
+        return self.real.double().sum(-1).mean().item()
+
+    def gathered(self, rows: slice) -> tuple[Int[Tensor, "b h i n"], Bool[Tensor, "b h i q n"]]:
+        """For some groups: the keys to gather, and which of them count; see `Blocks.gathered`."""
+        index, real = self.indices[:, :, rows], self.real[:, :, rows]
+        return index, real[..., None, :].expand(*real.shape[:3], self.group, real.shape[-1])
+
+
+def _compressed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Per block row: how many tiles, and their column numbers with the chosen ones first."""
+    order = (~blocks).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+    return blocks.sum(-1, dtype=torch.int32).contiguous(), order.contiguous()
+
+
+_FUTURE: dict[object, Rule] = {}
+
+
+def _not_future(shift: int) -> Rule:
+    """Causality as a rule; the same object for the same shift, so that compiled kernels are reused."""
+    return _FUTURE.setdefault(shift, lambda b, h, q, k: k <= q + shift)
+
+
+def _both(rule: Rule, shift: int) -> Rule:
+    return _FUTURE.setdefault((rule, shift), lambda b, h, q, k: rule(b, h, q, k) & (k <= q + shift))

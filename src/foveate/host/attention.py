@@ -1,0 +1,121 @@
+"""One attention call of a model under methods: the cheapest path that their hooks allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core import engines, masks
+from foveate.core.engines import reference
+from foveate.core.problem import Problem
+from foveate.core.scoring import dot_product, safe_softmax
+from foveate.core.selection import Blocks, Indices, Selection
+from foveate.host.method import Method, overrides
+from foveate.host.site import Site
+from foveate.host.slots import Group
+
+Native = Callable[[], tuple[Tensor, Tensor | None]]
+
+
+def run(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, float]:
+    """The per-head output `(B, Hq, Nq, Dv)` after all hooks, and the share of keys that was read."""
+    active = [method for method in methods if method.at(site)]
+    out, density = _attend(site, active, native)
+    for method in active:
+        out = method.edit_output(site, out)
+    for method in active:
+        method.read(site, out)
+    return out, density
+
+
+def _attend(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, float]:
+    for method in reversed(methods):  # the method applied last has the last word
+        out = method.attend(site) if overrides(method, "attend") else None
+        if out is not None:
+            return out, 1.0
+    selections = [s for m in methods if overrides(m, "select") and (s := m.select(site)) is not None]
+    if any(overrides(m, "edit_logits") or overrides(m, "edit_weights") for m in methods):
+        return _whole_matrix(site, methods, selections), 1.0
+    if selections:
+        return _selected(site, selections)
+    if site.is_whole:
+        out, site.weights = native()
+        return out.transpose(1, 2), 1.0
+    return _slots(site), 1.0
+
+
+def _selected(site: Site, selections: list[Selection]) -> tuple[Tensor, float]:
+    """Attention to chosen keys. Several selections, or a soft cap, meet as masks; a single one is gathered."""
+    (first, *others) = selections
+    density = min(1.0, first.keys_read() / max(site.k.shape[2], 1))
+    if site.softcap is not None or others or not isinstance(first, Blocks | Indices):
+        allowed = first.dense()
+        for other in others:
+            allowed = allowed & other.dense()
+        return _softmax(site, [], allowed), density
+    problem = Problem(site.q, site.k, site.v, site.scale, site.mask, selection=first)
+    return engines.run(problem), density
+
+
+def _whole_matrix(site: Site, methods: list[Method], selections: list[Selection]) -> Tensor:
+    allowed = None
+    for selection in selections:
+        allowed = selection.dense() if allowed is None else allowed & selection.dense()
+    return _softmax(site, methods, allowed)
+
+
+def _softmax(site: Site, methods: list[Method], allowed: Tensor | None) -> Tensor:
+    """Attention with its matrix in the open, so that methods can edit it."""
+    problem = Problem(site.q, site.k, site.v, site.scale)
+    logits = dot_product(site.q, problem.grouped(site.k), site.scale)
+    logits = soft_capped(logits, site.softcap)
+    for method in methods:
+        logits = method.edit_logits(site, logits)
+    mask = masks.combine(site.mask, allowed)
+    if mask is not None:
+        logits = logits + mask if mask.dtype != torch.bool else logits
+        logits = logits.masked_fill(~masks.allowed(mask), masks.NEVER)
+    weights = safe_softmax(logits.float()).to(site.q.dtype)
+    for method in methods:
+        weights = method.edit_weights(site, weights)
+    site.weights = weights
+    return reference.apply_weights(F.dropout(weights, site.dropout), problem.grouped(site.v))
+
+
+def _slots(site: Site) -> Tensor:
+    """Attention of an evicted layer: each group of equally long heads by itself, on the fused kernel."""
+    assert site.slots is not None and site.slots.store is not None
+    store = site.slots.store
+    if site.softcap is not None or isinstance(site.attention_mask, Tensor) or site.attention_mask is None:
+        return _softmax(site, [], None)
+    parts = [_group(site, group) for group in store.groups]
+    if len(parts) == 1:
+        return parts[0]
+    b, hq, nq, _ = site.q.shape
+    out = parts[0].new_empty(b, hq, nq, parts[0].shape[-1])
+    for group, part in zip(store.groups, parts, strict=True):
+        out[:, query_heads(group.heads, site.groups)] = part
+    return out
+
+
+def _group(site: Site, group: Group) -> Tensor:
+    plan, slots = site.attention_mask, group.all()
+    q = site.q if group.heads.numel() * site.groups == site.q.shape[1] else site.q[:, query_heads(group.heads, site.groups)]
+    mask = None
+    if not (plan.sees_all() and not group.has_empty):  # type: ignore[union-attr]
+        mask = plan.at(slots.positions).repeat_interleave(site.groups, 1)  # type: ignore[union-attr]
+    if slots.count is not None:
+        mask = masks.combine(mask, slots.count.log().to(q.dtype).repeat_interleave(site.groups, 1)[:, :, None])
+    return engines.run(Problem(q, slots.k, slots.v, site.scale, mask, dropout=site.dropout), "fused")
+
+
+def query_heads(kv_heads: Tensor, groups: int) -> Tensor:
+    """The query heads that read some key/value heads."""
+    return (kv_heads[:, None] * groups + torch.arange(groups, device=kv_heads.device)).flatten()
+
+
+def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else torch.tanh(logits / cap) * cap

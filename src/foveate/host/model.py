@@ -1,0 +1,92 @@
+"""A pretrained model as a host: which of its modules attend, and what its configuration says of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from foveate.core.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Host:
+    """A model that goes through transformers' attention interface."""
+
+    model: PreTrainedModel
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the language part, where there are several."""
+        return self.model.config.get_text_config()
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def heads(self) -> int:
+        return int(self.config.num_attention_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        return int(getattr(self.config, "num_key_value_heads", None) or self.heads)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.config.vocab_size)
+
+    def attention_modules(self) -> list[nn.Module]:
+        """The modules that call the interface: each carries its configuration and says whether it is causal."""
+        return [
+            module
+            for module in self.model.modules()
+            if isinstance(getattr(module, "config", None), PreTrainedConfig)
+            and isinstance(getattr(module, "is_causal", None), bool)
+            and not isinstance(module, PreTrainedModel)
+        ]
+
+    def configs(self) -> Iterator[PreTrainedConfig]:
+        """Every configuration object that some part of the model reads its attention implementation from."""
+        seen = set()
+        for module in self.model.modules():
+            config = getattr(module, "config", None)
+            if isinstance(config, PreTrainedConfig) and id(config) not in seen:
+                seen.add(id(config))
+                yield config
+
+
+def host(model: object) -> Host:
+    """The model as a host, or `UnsupportedModel` with the reason."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModel(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
+    found = Host(model)
+    if not model._can_set_attn_implementation() or not found.attention_modules():
+        name = type(model).__name__
+        raise UnsupportedModel(f"model {name} does not go through transformers' attention interface, which apply() needs")
+    return found
+
+
+def native_attention(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """The function that this module would have called by itself."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    if function is None:
+        raise UnsupportedModel(f'no attention function for implementation "{implementation}" of {type(module).__name__}')
+    return function  # type: ignore[no-any-return]
+
+
+def native_mask(mask: Any, implementation: str) -> Any:
+    """The mask that this module would have been handed: from a description, or what the caller gave."""
+    from foveate.host.mask import MaskPlan
+
+    if not isinstance(mask, MaskPlan):
+        return mask
+    return mask.native(implementation) if implementation in ALL_MASK_ATTENTION_FUNCTIONS else None

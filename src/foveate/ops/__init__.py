@@ -1,0 +1,65 @@
+"""Operators: `q, k, v -> out`, by key or as objects.
+
+`attend(q, k, v, "hip", causal=True, keep=512)` is `HiP(keep=512)(q, k, v, causal=True)`. The classes are found through
+the catalogue, so that a new system is reachable by its row alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from foveate.core.catalog import system, systems
+from foveate.core.errors import OptionError
+from foveate.ops.operator import Operator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Operator", "attend", "operator"]
+
+
+def operator(key: str | type[Operator] | Operator, /, **options: Any) -> Operator:
+    """The operator with this catalogue key, built with `options`; an `Operator` is returned as it is."""
+    if isinstance(key, Operator):
+        if options:
+            raise OptionError(f"options {sorted(options)} go with a key; {key.name} is already built")
+        return key
+    cls = key if isinstance(key, type) else _class(key)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise OptionError(f'operator "{key}": {error}') from None
+
+
+def _class(key: str) -> type[Operator]:
+    found = system(key).load()
+    if not (isinstance(found, type) and issubclass(found, Operator)):
+        known = ", ".join(row.key for row in systems(room="ops"))
+        raise OptionError(f'system "{key}" is no operator; operators: {known}')
+    return found
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, key: str | Operator = "softmax", *,
+    mask: Tensor | None = None, causal: bool = False, scale: float | None = None, engine: str = "auto", **options: Any,
+) -> Tensor:  # fmt: skip
+    """Attend with any operator of the catalogue.
+
+    >>> q = k = v = torch.randn(1, 8, 1024, 64)
+    >>> foveate.attend(q, k, v, "sliding_window", causal=True, window=256).shape
+    torch.Size([1, 8, 1024, 64])
+
+    Args:
+        q, k, v: `(B, Hq, Nq, D)`, `(B, Hkv, Nk, D)`, `(B, Hkv, Nk, Dv)`.
+        key: a catalogue key or an `Operator`.
+        mask, causal, scale, engine: as for `Operator.forward`.
+        options: the operator's own, such as `window=256`.
+    """
+    return operator(key, **options)(q, k, v, mask=mask, causal=causal, scale=scale, engine=engine)  # type: ignore[no-any-return]
+
+
+def __getattr__(name: str) -> Any:
+    for row in systems(room="ops"):
+        if row.object.rpartition(":")[2] == name:
+            return row.load()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

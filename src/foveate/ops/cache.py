@@ -1,0 +1,30 @@
+"""The streaming state of operators that need the whole past: a growing cache of keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVState:
+    """Keys `(B, Hkv, n, D)` and values `(B, Hkv, n, Dv)` of the tokens so far."""
+
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def empty(
+        cls, batch: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Self:
+        new = torch.empty
+        return cls(
+            new(batch, kv_heads, 0, key_dim, dtype=dtype, device=device),
+            new(batch, kv_heads, 0, value_dim, dtype=dtype, device=device),
+        )
+
+    def append(self, k: Tensor, v: Tensor) -> KVState:
+        return KVState(torch.cat([self.k, k], 2), torch.cat([self.v, v], 2))

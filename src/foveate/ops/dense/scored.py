@@ -1,0 +1,117 @@
+"""The family of dense operators: every query meets every key, with a score and a normaliser of the mechanism's own."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.core import engines
+from foveate.core.engines import reference
+from foveate.core.problem import Plan, Problem
+from foveate.core.scoring import SOFTMAX, Scoring, Tile, dot_product, safe_softmax
+from foveate.ops.cache import KVState
+from foveate.ops.operator import Operator
+
+
+class Scored(Operator):
+    """Dense attention. A system overrides one or more of three hooks:
+
+    `prepare` folds the mechanism into q, k, v (a temperature, a gate): fused kernels still serve.
+    `score` gives the logits of a tile; `normalize` turns rows of masked logits into weights.
+
+    The base brings masking, causality, chunks of O(N) memory forward and backward, streaming and weights.
+    """
+
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as they enter the dot products; `positions (Nq,)` are the queries', the last one at `Nk - 1`.
+
+        Must treat tokens one by one: what becomes of a key may not depend on the other keys or on the queries.
+        """
+        return q, k, v
+
+    def score(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
+        """Logits of a tile, unmasked; heads of q and k already match."""
+        return dot_product(q, k, scale)
+
+    def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
+        """Weights of rows of logits, in which `-inf` marks what may not be seen and has to get weight 0."""
+        return safe_softmax(logits)
+
+    @final
+    def scoring(self) -> Scoring:
+        """These hooks as engines see them: the shared softmax where none but `prepare` is overridden."""
+        plain = type(self).score is Scored.score and type(self).normalize is Scored.normalize
+        return SOFTMAX if plain else _Hooks(self)
+
+    def _problem(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Problem:
+        positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        q, k, v = self.prepare(q, k, v, positions)
+        return Problem(q, k, v, scale, mask, causal, scoring=self.scoring())
+
+    @final
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        engine: str,
+        **inputs: Tensor,
+    ) -> Tensor:
+        return engines.run(self._problem(q, k, v, mask, causal, scale), engine)
+
+    @final
+    def _weights(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Tensor:
+        # a mechanism that scales values per token has weights with that factor in them: read it off with unit values
+        ones = torch.ones_like(k[..., :1])
+        problem = self._problem(q, k, ones, mask, causal, scale)
+        weights = reference.weights(problem)
+        return weights * problem.grouped(problem.v).transpose(-1, -2)
+
+    @final
+    def _plan(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
+    ) -> Plan:
+        return engines.plan(self._problem(q, k, v, mask, causal, scale), engine)
+
+    @final
+    def _init_state(
+        self,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVState:
+        return KVState.empty(batch, kv_heads, key_dim, value_dim, dtype, device)
+
+    @final
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Any, scale: float, **inputs: Tensor
+    ) -> tuple[Tensor, KVState]:
+        state = state.append(k, v)
+        return self._attend(q, state.k, state.v, None, True, scale, "auto"), state
+
+
+class _Hooks:
+    """A `Scored` operator's hooks in the form that engines ask for."""
+
+    def __init__(self, op: Scored) -> None:
+        self.op = op
+        self.is_softmax = type(op).normalize is Scored.normalize
+        self.parameters = op.parameters
+
+    def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Tensor:
+        return self.op.score(q, k, scale, at)
+
+    def normalize(self, logits: Tensor, at: Tile) -> Tensor:
+        return self.op.normalize(logits, at)

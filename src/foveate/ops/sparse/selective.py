@@ -1,0 +1,86 @@
+"""The family of sparse operators: select a few keys cheaply, then attend to exactly those."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from foveate.core import engines
+from foveate.core.engines import reference
+from foveate.core.problem import Plan, Problem
+from foveate.core.selection import Selection
+from foveate.ops.cache import KVState
+from foveate.ops.operator import Operator
+
+
+class Selective(Operator):
+    """Exact softmax attention over selected keys. A system writes `select`, and nothing else.
+
+    The base intersects the selection with causality and the caller's mask and runs it on whichever engine is cheapest;
+    it never computes dense logits on the way (the engine "reference" does, for tests).
+    """
+
+    @abstractmethod
+    def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
+        """Which keys each query sees. `q (B, Hq, Nq, D)`, `k (B, Hkv, Nk, D)`; the last query is at the last key.
+
+        With `causal` the selection need not leave out the future, but it may not be steered by it.
+        """
+
+    @final
+    @torch.no_grad()
+    def selection(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
+        """`select` without a gradient: the choice of keys is not differentiated."""
+        return self.select(q.detach(), k.detach(), causal, scale)
+
+    def _problem(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Problem:
+        return Problem(q, k, v, scale, mask, causal, selection=self.selection(q, k, causal, scale))
+
+    @final
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        engine: str,
+        **inputs: Tensor,
+    ) -> Tensor:
+        return engines.run(self._problem(q, k, v, mask, causal, scale), engine)
+
+    @final
+    def _weights(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Tensor:
+        return reference.weights(self._problem(q, k, k, mask, causal, scale))
+
+    @final
+    def _plan(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
+    ) -> Plan:
+        return engines.plan(self._problem(q, k, v, mask, causal, scale), engine)
+
+    @final
+    def _init_state(
+        self,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVState:
+        return KVState.empty(batch, kv_heads, key_dim, value_dim, dtype, device)
+
+    @final
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Any, scale: float, **inputs: Tensor
+    ) -> tuple[Tensor, KVState]:
+        state = state.append(k, v)
+        return self._attend(q, state.k, state.v, None, True, scale, "auto"), state

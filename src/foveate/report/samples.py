@@ -1,0 +1,118 @@
+"""Which answers the page shows, and how much of each prompt."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from foveate.bench.results import Answer, Comparison, Row
+from foveate.report.columns import ordered, percent, visible
+
+SHOWN = 4  # examples on the page
+HEAD, TAIL, AROUND = 360, 240, 140  # characters kept of a long text: its ends, and on either side of the answer
+LEAST_GAP = 80  # leaving out less than this saves no reader any time
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a text: `plain`, `mark` (the expected answer) or `gap` (a note of how much was left out)."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one method answered; `kind` is right, wrong, partly or unscored, and `verdict` says so in words."""
+
+    method: str
+    output: list[Piece]
+    kind: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with every method's answer; `number` counts from 1 in the order of the task."""
+
+    number: int
+    length: int
+    prompt: list[Piece]
+    expected: list[Piece]
+    lines: list[Line]
+
+
+def choose(comparison: Comparison, shown: int = SHOWN) -> list[Sample]:
+    """Up to `shown` examples, the most telling first: methods disagree, and in ways not shown yet."""
+    groups: dict[tuple[str, str], list[tuple[Row, Answer]]] = {}
+    for row in ordered(comparison):
+        for answer in row.answers:
+            groups.setdefault((answer.prompt, answer.expected), []).append((row, answer))
+    seen: Counter[tuple[str, ...]] = Counter()
+    ranked = []
+    for number, pairs in enumerate(groups.values(), start=1):
+        pattern = tuple(_verdict(answer.score)[1] for _, answer in pairs)
+        ranked.append((len(set(pattern)) == 1, seen[pattern], number, pairs))
+        seen[pattern] += 1
+    ranked.sort(key=lambda item: item[:3])
+    return [_sample(number, pairs) for _, _, number, pairs in ranked[:shown]]
+
+
+def trim(text: str, answer: str = "") -> list[Piece]:
+    """`text` with the middle of what is long left out and counted; `answer` is kept and marked where it stands.
+
+    It is marked only where it is a word of its own that stands there once or twice: any "A" would be no evidence.
+    """
+    found = _find(text, answer.strip())
+    spans = [(0, HEAD), (len(text) - TAIL, len(text))]
+    if found:
+        spans.append((found[0] - AROUND, found[1] + AROUND))
+    pieces: list[Piece] = []
+    done = 0
+    for start, stop in sorted(spans):
+        start, stop = max(_between_words(text, start), done), _between_words(text, stop)
+        if start - done >= LEAST_GAP:
+            pieces.append(Piece("gap", f"{start - done:,} characters left out"))
+        else:
+            start = done
+        if start < stop:
+            pieces += _marked(text, start, stop, found)
+            done = stop
+    return pieces
+
+
+def _between_words(text: str, at: int) -> int:
+    """`at`, brought within the text and moved back over at most a long word, so that a cut seldom splits one."""
+    at = min(max(at, 0), len(text))
+    return at if at in (0, len(text)) else max(text.rfind(" ", max(at - 24, 0), at) + 1, 0) or at
+
+
+def _find(text: str, answer: str) -> tuple[int, int] | None:
+    if len(answer) < 3 or len(answer) > HEAD:
+        return None
+    hits = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text)]
+    return hits[-1] if 0 < len(hits) <= 2 else None
+
+
+def _marked(text: str, start: int, stop: int, found: tuple[int, int] | None) -> list[Piece]:
+    """`text[start:stop]`, split where it holds all of `found`."""
+    if not found or not start <= found[0] < found[1] <= stop:
+        return [Piece("plain", visible(text[start:stop], lines=True))]
+    cuts = [("plain", start, found[0]), ("mark", *found), ("plain", found[1], stop)]
+    return [Piece(kind, visible(text[left:right], lines=True)) for kind, left, right in cuts if left < right]
+
+
+def _sample(number: int, pairs: list[tuple[Row, Answer]]) -> Sample:
+    first = pairs[0][1]
+    lines = [Line(visible(row.method), trim(answer.output), *_verdict(answer.score)) for row, answer in pairs]
+    return Sample(number, len(first.prompt), trim(first.prompt, first.expected), trim(first.expected), lines)
+
+
+def _verdict(score: float) -> tuple[str, str]:
+    if not math.isfinite(score):
+        return "unscored", "not scored"
+    if score >= 1 - 1e-9:
+        return "right", "right"
+    return ("wrong", "wrong") if score <= 0 else ("partly", f"partly, {percent(score)}")

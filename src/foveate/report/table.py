@@ -1,0 +1,56 @@
+"""The comparison as a table for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import re
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from foveate.bench.results import Comparison
+from foveate.report.columns import COLUMNS, Cell, cells, ordered, visible
+
+
+def render(comparison: Comparison) -> Table:
+    """One line per method, the baseline first; ratios to it are dim, the best of each column is bold.
+
+    `rich.print(render(comparison))` shows it. Names are shown as they are: markup and control codes in them do nothing.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("method", no_wrap=True)
+    for column in COLUMNS:
+        # Wide enough for any number: where the terminal is narrow, only the ratio moves to a second line.
+        table.add_column(column.heading, justify="right", min_width=7)
+    for row, line in zip(ordered(comparison), cells(comparison), strict=True):
+        name = Text(visible(row.method), style="bold" if row.method == comparison.baseline else "")
+        table.add_row(name, *map(_rich_cell, line))
+    return table
+
+
+def markdown(comparison: Comparison) -> str:
+    """The same table for a README; the best of each column is bold, ratios stand in brackets."""
+    heads = ["method", *(column.heading for column in COLUMNS)]
+    lines = [_line(heads), _line(["---", *("---:" for _ in COLUMNS)])]
+    for row, line in zip(ordered(comparison), cells(comparison), strict=True):
+        lines.append(_line([_escape(visible(row.method)), *map(_markdown_cell, line)]))
+    return "\n".join(lines) + "\n"
+
+
+def _rich_cell(cell: Cell) -> Text:
+    text = Text(cell.text, style="bold green" if cell.best else "")
+    return text.append(f" ({cell.ratio})", style="not bold dim default") if cell.ratio else text
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = f"**{cell.text}**" if cell.best else cell.text
+    return f"{text} ({cell.ratio})" if cell.ratio else text
+
+
+def _line(parts: list[str]) -> str:
+    return f"| {' | '.join(parts)} |"
+
+
+def _escape(text: str) -> str:
+    """`text` with what Markdown, or HTML within it, would take for markup made literal."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~<>&])", r"\\\1", text)

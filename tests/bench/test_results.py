@@ -1,0 +1,161 @@
+"""`Comparison`: ratios, settings for resuming, and the way to results.json and back."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import PurePosixPath
+
+import pytest
+
+from foveate.bench.results import Answer, Comparison, Row
+from foveate.core.errors import FoveateError, OptionError
+
+
+def make_row(method: str = "full", **values) -> Row:
+    numbers = dict(score=0.5, cache_kept=1.0, keys_read=1.0, prefill_ms=20.0, decode_ms=4.0, peak_mb=80.0)
+    answers = [Answer("where is it?", "here", "there", 0.0), Answer("2 + 2 =", "4", "4", 1.0)]
+    return Row(method, method.title(), {"sink": 4}, **(numbers | values), answers=answers)
+
+
+def make_comparison(*rows: Row, **values) -> Comparison:
+    settings = dict(model="lab/lm", task="needle", seed=0, device="cpu", dtype="float32", budget=0.4, examples=2)
+    return Comparison(**(settings | values), length=1024, versions={"torch": "2.13"}, rows=list(rows))
+
+
+def test_ratio_is_to_the_baseline():
+    duo = make_row("duo", prefill_ms=10.0, score=0.25)
+    comparison = make_comparison(make_row(), duo)
+    assert comparison.ratio(duo, "prefill_ms") == 0.5
+    assert comparison.ratio(duo, "score") == 0.5
+    assert comparison.ratio(comparison.rows[0], "peak_mb") == 1.0
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_ratio_is_none_without_a_usable_baseline(value):
+    duo = make_row("duo")
+    assert make_comparison(duo).ratio(duo, "score") is None
+    assert make_comparison(make_row(score=value), duo).ratio(duo, "score") is None
+
+
+def test_ratio_of_a_missing_number_is_none():
+    lost = make_row("duo", peak_mb=math.nan)
+    assert make_comparison(make_row(), lost).ratio(lost, "peak_mb") is None
+
+
+def test_ratio_refuses_what_is_not_measured():
+    with pytest.raises(OptionError, match='measure="title" must be one of score, '):
+        make_comparison(make_row()).ratio(make_row(), "title")
+
+
+def test_json_round_trip_is_lossless(tmp_path):
+    comparison = make_comparison(make_row(), make_row("duo", score=1 / 3))
+    assert Comparison.from_json(comparison.to_json()) == comparison
+    path = comparison.save(tmp_path / "new folder" / "results.json")
+    assert Comparison.load(path) == comparison
+
+
+def test_any_text_survives_the_file(tmp_path):
+    texts = [
+        "naïve ☃ 日本語",
+        "</script><b>",
+        'quotes " and \\',
+        "nul \x00, bell \x07",
+        "lone surrogate \udc80",
+        "\u2028",
+    ]
+    row = make_row()
+    row.answers[:] = [Answer(text, text, text, 1.0) for text in texts]
+    comparison = make_comparison(row)
+    assert Comparison.load(comparison.save(tmp_path / "results.json")) == comparison
+
+
+def test_numbers_that_json_lacks_become_null_and_read_as_nan():
+    row = make_row("duo", prefill_ms=math.nan, peak_mb=math.inf, score=-math.inf)
+    row.options["rate"] = math.inf
+    text = make_comparison(row).to_json()
+    content = json.loads(text, parse_constant=lambda token: pytest.fail(f"{token} is not JSON"))
+    assert content["rows"][0]["peak_mb"] is None and content["rows"][0]["options"]["rate"] is None
+    back = Comparison.from_json(text).rows[0]
+    assert math.isnan(back.prefill_ms) and math.isnan(back.peak_mb) and math.isnan(back.score)
+
+
+def test_options_become_plain_data():
+    numpy = pytest.importorskip("numpy")
+    row = make_row("duo")
+    row.options.update(
+        keep=numpy.float32(0.5), heads=(numpy.int64(1), True), path=PurePosixPath("/a"), nested={1: None}
+    )
+    options = json.loads(make_comparison(row).to_json())["rows"][0]["options"]
+    assert options == {"sink": 4, "keep": 0.5, "heads": [1, True], "path": "/a", "nested": {"1": None}}
+
+
+def test_settings_identify_the_run_whatever_was_measured_yet():
+    empty, full = make_comparison(), make_comparison(make_row())
+    assert empty.settings() == full.settings()
+    assert "rows" not in full.settings()
+    assert Comparison.from_json(full.to_json()).settings() == full.settings()
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"model": "other"}, {"budget": 0.5}, {"examples": 3}])
+def test_settings_differ_where_runs_do(change):
+    assert make_comparison(**change).settings() != make_comparison().settings()
+
+
+def broken(change) -> str:
+    content = json.loads(make_comparison(make_row()).to_json())
+    change(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[]", 'not a comparison: "format" must be "foveate.comparison/1"'),
+        (broken(lambda it: it.update(format="foveate.comparison/9")), "not a comparison"),
+        (broken(lambda it: it.pop("seed")), "seed is missing"),
+        (broken(lambda it: it.update(extra=1)), "'extra' is unknown"),
+        (broken(lambda it: it.update(seed=True)), "seed must be an integer, got true"),
+        (broken(lambda it: it.update(versions={"torch": 2})), "versions must be an object of texts"),
+        (broken(lambda it: it.update(rows={})), "rows must be a list"),
+        (broken(lambda it: it["rows"].append(3)), r"rows\[1\] must be an object, got 3"),
+        (
+            broken(lambda it: it["rows"][0].update(score="high")),
+            r'rows\[0\].score must be a number or null, got "high"',
+        ),
+        (broken(lambda it: it["rows"][0].update(score=10**400)), r"rows\[0\].score is too large"),
+        (broken(lambda it: it["rows"][0]["answers"][1].pop("output")), r"rows\[0\].answers\[1\].output is missing"),
+    ],
+)
+def test_a_malformed_file_is_one_line_that_names_the_field(tmp_path, text, message):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(FoveateError, match=message) as caught:
+        Comparison.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_load_names_a_file_that_cannot_be_read(tmp_path):
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, message in [(tmp_path / "none.json", "No such file"), (tmp_path, "directory"), (binary, "UTF-8")]:
+        with pytest.raises(OptionError, match=message):
+            Comparison.load(path)
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
+    path = make_comparison(make_row()).save(tmp_path / "results.json")
+    before = path.read_text()
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OptionError, match="cannot write .*results.json: No space left on device"):
+        make_comparison().save(path)
+    assert path.read_text() == before
+    assert [item.name for item in tmp_path.iterdir()] == ["results.json"]

@@ -1,0 +1,172 @@
+"""The catalogue's reader: what a good file gives, and what each malformed one says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import foveate
+from foveate.core import catalog
+from foveate.core.catalog import System, read, system, systems
+from foveate.core.errors import CatalogError, UnknownKey
+
+GOOD = {
+    "key": '"sigmoid"',
+    "title": '"A title: with “quotes”"',
+    "year": "2024",
+    "arxiv": '"2405.12345"',
+    "room": '"ops"',
+    "object": '"foveate.ops.dense.sigmoid:Sigmoid"',
+    "test": '"tests/systems/ops/test_sigmoid.py"',
+    "tags": '["dense", "scored"]',
+}
+
+
+def row(**changes: str | None) -> str:
+    values = {name: value for name, value in {**GOOD, **changes}.items() if value is not None}
+    return "[[system]]\n" + "\n".join(f"{name} = {value}" for name, value in values.items()) + "\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "catalog.toml"
+        path.write_text(text, "utf-8")
+        return path
+
+    return write
+
+
+def test_a_good_row(write) -> None:
+    (found,) = read(write(row(example='"""foveate.attend(q, k, v)"""')))
+    assert found == System(
+        key="sigmoid",
+        title="A title: with “quotes”",
+        year=2024,
+        arxiv="2405.12345",
+        room="ops",
+        object="foveate.ops.dense.sigmoid:Sigmoid",
+        test="tests/systems/ops/test_sigmoid.py",
+        tags=("dense", "scored"),
+        example="foveate.attend(q, k, v)",
+    )
+    assert found.url == "https://arxiv.org/abs/2405.12345"
+
+
+@pytest.mark.parametrize("arxiv", ["", "0706.1234", "cs/0601001", "math.CO/0601001"])
+def test_arxiv_numbers_of_every_age(write, arxiv: str) -> None:
+    (found,) = read(write(row(arxiv=f'"{arxiv}"')))
+    assert found.url == (f"https://arxiv.org/abs/{arxiv}" if arxiv else "")
+
+
+def test_an_empty_catalogue_is_valid(write) -> None:
+    assert read(write("# nothing yet\n")) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"title": None, "tags": None}, r'row 1 \("sigmoid"\): missing title, tags'),
+        ({"key": None}, "row 1: missing key"),
+        ({"exampel": '"x"'}, 'unknown field "exampel"; did you mean "example"'),
+        ({"key": '"Bad Key"'}, "key='Bad Key' must be"),
+        ({"key": "3"}, "key=3 must be a string"),
+        ({"title": '"  "'}, "title='  ' must be"),
+        ({"year": '"2024"'}, "year='2024' must be a year"),
+        ({"year": "true"}, "year=True must be a year"),
+        ({"year": "24"}, "year=24 must be a year"),
+        ({"arxiv": '"https://arxiv.org/abs/2405.12345"'}, "arxiv="),
+        ({"room": '"opps"'}, 'unknown room "opps"; did you mean "ops"'),
+        ({"room": '"kv"'}, 'does not live in room "kv"'),
+        ({"object": '"foveate.ops.dense.sigmoid.Sigmoid"'}, "object="),
+        ({"object": '"os:system"'}, "object="),
+        ({"test": '"../outside.py"'}, "test="),
+        ({"tags": '"dense"'}, "tags='dense' must be a list"),
+        ({"tags": '["dense", 3]'}, "must be a list of non-empty strings"),
+    ],
+)
+def test_a_malformed_row_is_named(write, changes: dict, says: str) -> None:
+    with pytest.raises(CatalogError, match=says) as caught:
+        read(write(row(**changes)))
+    assert "catalog.toml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[[system]\n", "catalog.toml"),
+        ("[[sytem]]\nkey = 'a'\n", "got sytem"),
+        ("[system]\nkey = 'a'\n", "expected only"),
+        ("system = [1]\n", "got 1"),
+        (row() + row(), 'key "sigmoid" is in rows 1 and 2'),
+    ],
+)
+def test_a_malformed_file(write, text: str, says: str) -> None:
+    with pytest.raises(CatalogError, match=says):
+        read(write(text))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="No such file"):
+        read(tmp_path / "none.toml")
+    (tmp_path / "latin.toml").write_bytes(b'[[system]]\nkey = "\xe9"\n')
+    with pytest.raises(CatalogError, match=r"latin\.toml"):
+        read(tmp_path / "latin.toml")
+
+
+def test_filters(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = row(key='"duo"', room='"kv"', object='"foveate.kv.duo:Duo"', tags='["policy"]')
+    rows = read(write(row() + kv))
+    monkeypatch.setattr(catalog, "read", lambda: rows)
+    assert [found.key for found in systems()] == ["sigmoid", "duo"]
+    assert [found.key for found in systems(room="kv")] == ["duo"]
+    assert [found.key for found in systems(tag="scored")] == ["sigmoid"]
+    assert systems(room="kv", tag="scored") == []
+    assert system("duo").room == "kv"
+    with pytest.raises(UnknownKey, match='unknown system "duoo"; did you mean "duo"'):
+        system("duoo")
+    with pytest.raises(UnknownKey, match="unknown room"):
+        systems(room="cellar")
+
+
+def test_load() -> None:
+    def at(target: str) -> System:
+        return System("x", "t", 2024, "", "ops", target, "tests/x.py", ())
+
+    assert at("foveate.core.catalog:System").load() is System
+    with pytest.raises(CatalogError, match=r'system "x": module foveate\.core\.catalog has no Sytem'):
+        at("foveate.core.catalog:Sytem").load()
+    with pytest.raises(CatalogError, match=r"no module foveate\.core\.nowhere"):
+        at("foveate.core.nowhere:Thing").load()
+
+
+def test_what_a_module_lacks_is_not_blamed_on_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needy_module.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        System("x", "t", 2024, "", "ops", "needy_module:Thing", "tests/x.py", ()).load()
+
+
+def test_the_shipped_catalogue() -> None:
+    root = Path(__file__).parents[2]
+    for found in systems():
+        assert (root / found.test).is_file(), f"{found.key}: {found.test} is missing"
+        assert callable(found.load()), found.key
+
+
+def test_the_public_names_are_all_there() -> None:
+    assert set(foveate.__all__) == set(dir(foveate))
+    for name in foveate.__all__:
+        assert getattr(foveate, name) is not None
+    assert foveate.systems is systems
+    with pytest.raises(AttributeError, match="no attribute 'atend'"):
+        foveate.atend  # noqa: B018
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import sys, foveate; foveate.systems(); foveate.FoveateError; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
