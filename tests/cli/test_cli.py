@@ -294,6 +294,18 @@ def test_labs_train(labs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert given["seed"] is None
 
 
+def test_labs_train_interrupted(labs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def train(**_: object) -> dict:
+        raise KeyboardInterrupt
+
+    module = ModuleType("foveate.labs.toy")
+    module.train = train  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "foveate.labs.toy", module)
+    result = run("labs", "train", "toy", "--out", tmp_path / "made")
+    assert result.exit_code == 1
+    assert result.stderr.strip().endswith("interrupted")
+
+
 @pytest.mark.usefixtures("labs")
 def test_labs_train_unknown() -> None:
     result = run("labs", "train", "toyy")

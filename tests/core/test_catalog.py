@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import foveate
 from foveate.core import catalog
 from foveate.core.catalog import System, read, system, systems
 from foveate.core.errors import CatalogError, UnknownKey
@@ -156,17 +153,3 @@ def test_the_shipped_catalogue() -> None:
     for found in systems():
         assert (root / found.test).is_file(), f"{found.key}: {found.test} is missing"
         assert callable(found.load()), found.key
-
-
-def test_the_public_names_are_all_there() -> None:
-    assert set(foveate.__all__) == set(dir(foveate))
-    for name in foveate.__all__:
-        assert getattr(foveate, name) is not None
-    assert foveate.systems is systems
-    with pytest.raises(AttributeError, match="no attribute 'atend'"):
-        foveate.atend  # noqa: B018
-
-
-def test_no_torch_is_imported() -> None:
-    code = "import sys, foveate; foveate.systems(); foveate.FoveateError; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -103,11 +103,11 @@ class Comparison:
 
     def settings(self) -> dict[str, Any]:
         """All that identifies the run. Where two runs agree in it, the rows of one may stand in the other."""
-        return {item.name: _plain(getattr(self, item.name)) for item in fields(self) if item.name != "rows"}
+        return {item.name: plain(getattr(self, item.name)) for item in fields(self) if item.name != "rows"}
 
     def to_json(self) -> str:
         """One JSON object; `from_json` reads it back."""
-        content = {"format": FORMAT, **self.settings(), "rows": _plain(self.rows)}
+        content = {"format": FORMAT, **self.settings(), "rows": plain(self.rows)}
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     @classmethod
@@ -148,7 +148,7 @@ def write_atomic(path: str | os.PathLike, text: str) -> Path:
         try:
             # A byte-level model may emit lone surrogates, which UTF-8 cannot hold.
             draft.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-            os.replace(draft, target)
+            draft.replace(target)
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
@@ -156,7 +156,7 @@ def write_atomic(path: str | os.PathLike, text: str) -> Path:
     return target
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` in terms that JSON has; numbers that are not finite become None, foreign objects their `str`."""
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -165,11 +165,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, numbers.Real):  # NumPy's scalars too
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value)
 
 

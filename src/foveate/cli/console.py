@@ -18,7 +18,7 @@ _PIPE_WIDTH = 120
 
 
 class PolitelyFailing(TyperGroup):
-    """A group of commands in which a `FoveateError` is one line on stderr and exit code 2."""
+    """A group of commands in which a `FoveateError` is one line on stderr and exit code 2, and Ctrl-C exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -26,6 +26,9 @@ class PolitelyFailing(TyperGroup):
         except FoveateError as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(1) from None
 
 
 def show(*what: RenderableType) -> None:
@@ -71,6 +74,11 @@ class Bar:
         """One step is done; `label` says what the work is at."""
         if self._task is not None:
             self._bar.update(self._task, advance=1, description=label or self._label)
+
+    def say(self, label: str) -> None:
+        """What the work is at, between steps."""
+        if self._task is not None:
+            self._bar.update(self._task, description=label)
 
     def at(self, step: int, steps: int, note: str) -> None:
         """The same for work that counts for itself: `step` of `steps` are done."""

@@ -81,6 +81,11 @@ def columns_of(mask: Tensor | None, columns: slice) -> Tensor | None:
     return mask[..., columns]
 
 
+def keys_of(mask: Tensor, batch: int, n_keys: int) -> Bool[Tensor, "b k"]:
+    """Which keys a mask of kind "keys" lets through, `(B, Nk)`, from any shape that broadcasts to `(B, 1, 1, Nk)`."""
+    return torch.broadcast_to(mask, (batch, 1, 1, n_keys))[:, 0, 0]
+
+
 def full(
     mask: Tensor | None, is_causal: bool, n_queries: int, n_keys: int, device: torch.device | str
 ) -> Tensor | None:

@@ -1,8 +1,9 @@
 """Merging partial softmax attentions by their running maximum and sum.
 
 A partial result `(top, total, out)` stands for some of the keys: `top` is the largest logit, `total` the sum of
-`exp(logit - top)`, `out` the values weighted by the same. Two partial results over disjoint keys merge into that of their
-union; the operation is associative and commutative, which is what tiling, rings and trees of devices rely on.
+`exp(logit - top)`, `out` the values weighted by the same. Two partial results over disjoint keys merge into that of
+their union; the operation is associative and commutative, which is what tiling, rings and trees of devices rely on.
+Half precision is summed in float32: bfloat16 itself stops counting at 256.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ class Partial(NamedTuple):
 
 def partial(logits: Tensor, values: Tensor) -> Partial:
     """The partial result of a tile: `logits (..., Nq, n)` with -inf for forbidden pairs, `values (..., n, Dv)`."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top = logits.detach().amax(-1, keepdim=True)
     powers = torch.exp(logits - top.masked_fill(top == float("-inf"), 0.0))
-    return Partial(top, powers.sum(-1, keepdim=True), powers @ values)
+    out = (powers.to(values.dtype) @ values).to(logits.dtype)
+    return Partial(top, powers.sum(-1, keepdim=True), out)
 
 
 def merge(a: Partial, b: Partial) -> Partial:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from foveate.core import masks
+from foveate.core.errors import ShapeError
 from foveate.core.scoring import SOFTMAX, Scoring, Tile
 from foveate.core.selection import Blocks, Selection
 
@@ -26,6 +27,14 @@ class Problem:
     scoring: Scoring = field(default=SOFTMAX)
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.selection is None:
+            return
+        made, needed = (self.selection.n_queries, self.selection.n_keys), (self.n_queries, self.n_keys)
+        if made != needed:
+            raise ShapeError(f"selection is for (Nq, Nk)={made}; the call has {needed}")
+        object.__setattr__(self, "selection", self.selection.for_heads(self.q.shape[1]))
+
     @property
     def n_queries(self) -> int:
         return self.q.shape[2]
@@ -38,6 +47,11 @@ class Problem:
     def groups(self) -> int:
         """Query heads to each key/value head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no query, or no key to attend to: the output is then zeros, if it has any elements."""
+        return self.q.numel() == 0 or self.n_keys == 0
 
     @property
     def is_plain(self) -> bool:
@@ -62,18 +76,19 @@ class Problem:
         future = (
             masks.causal(self.n_queries, self.n_keys, rows=rows, device=self.q.device)[:, cols] if self.causal else None
         )
-        chosen = self.selection.dense()[:, :, rows, cols] if self.selection is not None else None
+        chosen = self.selection.dense(rows)[..., cols] if self.selection is not None else None
         return masks.combine(mine, future, chosen)
 
     def has_hidden_garbage(self) -> bool:
-        """Whether keys or values hold NaN or inf: then only an engine that masks value by value keeps them from leaking."""
-        if torch.compiler.is_compiling():
+        """Whether keys or values that some query may not see hold NaN or inf.
+
+        Then only an engine that masks value by value keeps them from leaking.
+        """
+        hides = self.mask is not None or self.selection is not None or (self.causal and self.n_queries > 1)
+        if not hides or torch.compiler.is_compiling():
             return False
         total = self.k.detach().sum(dtype=torch.float32) + self.v.detach().sum(dtype=torch.float32)
         return not bool(torch.isfinite(total))
-
-    def without_selection(self) -> Problem:
-        return replace(self, selection=None)
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,7 @@ class Plan:
     Args:
         engine: who computes.
         flops: multiply-adds counted as two, of the two matrix products over the pairs that are computed.
-        bytes: least traffic: q, k, v read and the output written once, with the keys that a selection reads.
+        bytes: least traffic: q, the output, and the keys and values that are read at all, once each.
         why: the reason for the engine, in words.
         density: share of the visible pairs that are computed.
     """
@@ -95,25 +110,26 @@ class Plan:
     density: float = 1.0
 
     def __str__(self) -> str:
-        return f"{self.engine}: {self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB, density {self.density:.3g} ({self.why})"
+        work = f"{self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB, density {self.density:.3g}"
+        return f"{self.engine}: {work} ({self.why})"
 
 
 def cost(problem: Problem, engine: str, why: str) -> Plan:
     """The `Plan` of a problem on an engine."""
-    b, hq, nq, d = problem.q.shape
-    nk, dv = problem.n_keys, problem.v.shape[-1]
+    (b, hq, nq, d), nk, dv = problem.q.shape, problem.n_keys, problem.v.shape[-1]
     visible = nq * nk - (nq * (nq - 1) // 2 if problem.causal else 0)
-    pairs = float(visible if problem.causal or problem.selection is not None else nq * nk)
-    if problem.selection is not None:
-        selection = problem.selection
+    pairs, read = float(visible), float(nk)
+    selection = problem.selection
+    if selection is not None and not problem.is_empty:
         if problem.causal and isinstance(selection, Blocks):
             selection = selection.causal()
-        pairs = min(nq * selection.keys_read(), pairs)
-    traffic = (problem.q.numel() + b * hq * nq * dv) + (problem.k.numel() + problem.v.numel())
+        per_query = selection.keys_read()
+        pairs, read = min(nq * per_query, pairs), min(nq * per_query, read)
+    numbers = problem.q.numel() + b * hq * nq * dv + b * problem.k.shape[1] * read * (d + dv)
     return Plan(
         engine=engine,
         flops=int(2 * b * hq * pairs * (d + dv)),
-        bytes=int(traffic * problem.q.element_size()),
+        bytes=int(numbers * problem.q.element_size()),
         why=why,
-        density=pairs / visible,
+        density=pairs / max(visible, 1),
     )

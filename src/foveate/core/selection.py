@@ -2,7 +2,7 @@
 
 A `Selection` is either `Blocks` (tiles of queries and keys, with an optional rule inside a tile) or `Indices` (a list
 of keys per group of neighbouring queries). Both turn into a dense mask, into gathered keys, and, where the form allows,
-into FlexAttention's `BlockMask`. Causality and the caller's mask are not part of a selection: engines apply them on top.
+into FlexAttention's `BlockMask`. Causality and the caller's mask are not part of a selection: engines apply them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,15 +34,19 @@ class Selection(ABC):
     n_keys: int
 
     @abstractmethod
-    def dense(self) -> Bool[Tensor, "b h q k"]:
-        """The same as a mask `(B or 1, H or 1, Nq, Nk)`: O(N²), for tests, small inputs and drawing."""
+    def dense(self, rows: slice = slice(None)) -> Bool[Tensor, "b h q k"]:
+        """The same as a mask `(B or 1, H or 1, Nq, Nk)`, or some rows of it: O(N²) for all of them."""
+
+    @abstractmethod
+    def for_heads(self, heads: int) -> Selection:
+        """The same for `heads` query heads: what was chosen for a key/value head holds for its group of query heads."""
 
     @abstractmethod
     def keys_read(self) -> float:
         """Mean number of keys that one query touches (before causality and masks)."""
 
     def density(self, causal: bool = False) -> float:
-        """Share of the visible (query, key) pairs that are seen: of all pairs, or with `causal` of those not in the future."""
+        """Share of the (query, key) pairs that are seen, of all or with `causal` of those not in the future."""
         seen = self.dense()
         if causal:
             visible = masks.causal(self.n_queries, self.n_keys, device=seen.device)
@@ -55,7 +59,7 @@ class Blocks(Selection):
     """Tiles: query block i sees key block j where `blocks[b, h, i, j]`.
 
     Args:
-        blocks: bool `(B or 1, H or 1, ceil(Nq / size[0]), ceil(Nk / size[1]))`.
+        blocks: bool `(B or 1, H or 1, ceil(Nq / size[0]), ceil(Nk / size[1]))`; H counts query or key/value heads.
         size: queries and keys in a tile.
         n_queries, n_keys: lengths; the last tiles may be ragged.
         rule: which pairs inside a chosen tile count (None: all). Query indices count from 0 at the first query.
@@ -74,13 +78,22 @@ class Blocks(Selection):
         if self.blocks.dim() != 4 or tuple(self.blocks.shape[2:]) != expected:
             raise ShapeError(f"blocks must be (B, H, {expected[0]}, {expected[1]}); got {tuple(self.blocks.shape)}")
 
-    def dense(self) -> Bool[Tensor, "b h q k"]:
-        tiles = self.blocks.repeat_interleave(self.size[0], 2).repeat_interleave(self.size[1], 3)
-        seen = tiles[:, :, : self.n_queries, : self.n_keys]
+    def dense(self, rows: slice = slice(None)) -> Bool[Tensor, "b h q k"]:
+        query = torch.arange(self.n_queries, device=self.blocks.device)[rows]
+        tiles = self.blocks[:, :, query // self.size[0]]
+        seen = tiles.repeat_interleave(self.size[1], 3)[..., : self.n_keys]
         if self.rule is None:
             return seen
-        b, h, q, k = (torch.arange(n, device=seen.device) for n in seen.shape)
-        return seen & self.rule(b[:, None, None, None], h[:, None, None], q[:, None], k)
+        b, h, _, k = (torch.arange(n, device=seen.device) for n in seen.shape)
+        return seen & self.rule(b[:, None, None, None], h[:, None, None], query[:, None], k)
+
+    def for_heads(self, heads: int) -> Blocks:
+        groups = _groups(self.blocks.shape[1], heads)
+        if groups == 1:
+            return self
+        blocks, whole = (None if x is None else x.repeat_interleave(groups, 1) for x in (self.blocks, self.whole))
+        rule = None if self.rule is None else _shared(self.rule, groups)
+        return replace(self, blocks=blocks, whole=whole, rule=rule)
 
     def keys_read(self) -> float:
         return self.blocks.double().sum(-1).mean().item() * self.size[1]
@@ -163,10 +176,19 @@ class Indices(Selection):
     def real(self) -> Bool[Tensor, "b h g n"]:
         return self.valid if self.valid is not None else torch.ones_like(self.indices, dtype=torch.bool)
 
-    def dense(self) -> Bool[Tensor, "b h q k"]:
-        seen = self.indices.new_zeros(*self.indices.shape[:3], self.n_keys + 1, dtype=torch.bool)
-        seen.scatter_(3, self.indices.masked_fill(~self.real, self.n_keys), True)
-        return seen[..., : self.n_keys].repeat_interleave(self.group, 2)[:, :, : self.n_queries]
+    def dense(self, rows: slice = slice(None)) -> Bool[Tensor, "b h q k"]:
+        group = torch.arange(self.n_queries, device=self.indices.device)[rows] // self.group
+        some = slice(int(group[0]), int(group[-1]) + 1) if group.numel() else slice(0)
+        index = self.indices.masked_fill(~self.real, self.n_keys)[:, :, some]
+        seen = index.new_zeros(*index.shape[:3], self.n_keys + 1, dtype=torch.bool).scatter_(3, index, True)
+        return seen[:, :, group - some.start if group.numel() else group, : self.n_keys]
+
+    def for_heads(self, heads: int) -> Indices:
+        groups = _groups(self.indices.shape[1], heads)
+        if groups == 1:
+            return self
+        indices, valid = (None if x is None else x.repeat_interleave(groups, 1) for x in (self.indices, self.valid))
+        return replace(self, indices=indices, valid=valid)
 
     def keys_read(self) -> float:
         return self.real.double().sum(-1).mean().item()
@@ -183,13 +205,28 @@ def _compressed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32).contiguous(), order.contiguous()
 
 
-_FUTURE: dict[object, Rule] = {}
+def _groups(own: int, heads: int) -> int:
+    """Query heads to each head of a selection; 1 where the selection is for all heads at once."""
+    if heads % own:
+        raise ShapeError(f"a selection for {own} heads does not fit {heads} query heads")
+    return 1 if own == 1 else heads // own
 
 
+# Rules are remembered, few at a time: compiled kernels are reused where the rule is the same object.
+
+
+@lru_cache(maxsize=64)
 def _not_future(shift: int) -> Rule:
-    """Causality as a rule; the same object for the same shift, so that compiled kernels are reused."""
-    return _FUTURE.setdefault(shift, lambda b, h, q, k: k <= q + shift)
+    """Causality as a rule."""
+    return lambda b, h, q, k: k <= q + shift
 
 
+@lru_cache(maxsize=64)
 def _both(rule: Rule, shift: int) -> Rule:
-    return _FUTURE.setdefault((rule, shift), lambda b, h, q, k: rule(b, h, q, k) & (k <= q + shift))
+    return lambda b, h, q, k: rule(b, h, q, k) & (k <= q + shift)
+
+
+@lru_cache(maxsize=64)
+def _shared(rule: Rule, groups: int) -> Rule:
+    """A rule over key/value heads, for query heads."""
+    return lambda b, h, q, k: rule(b, h // groups, q, k)

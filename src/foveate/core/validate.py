@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,31 +11,42 @@ from foveate.core.errors import OptionError, ShapeError
 
 
 def tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> None:
-    """Check `q (B, Hq, Nq, D)`, `k (B, Hkv, Nk, D)`, `v (B, Hkv, Nk, Dv)` and a mask that broadcasts to `(B, Hq, Nq, Nk)`."""
+    """Check `q (B, Hq, Nq, D)`, `k (B, Hkv, Nk, D)`, `v (B, Hkv, Nk, Dv)`, and a mask for `(B, Hq, Nq, Nk)`."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise ShapeError(f"{name} must be a tensor (B, H, N, D); got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ShapeError(f"{name} must be (B, H, N, D); got {x.dim()} dimensions {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ShapeError(f"{name} must be floating point; got {x.dtype}")
-    batch, heads, n_queries, width = q.shape
-    if k.shape[0] != batch or v.shape[0] != batch:
-        raise ShapeError(f"q, k, v must share the batch size; got {batch}, {k.shape[0]}, {v.shape[0]}")
-    if k.shape[3] != width:
-        raise ShapeError(f"k must be as wide as q (D={width}); got k {tuple(k.shape)}")
-    if k.shape[1:3] != v.shape[1:3]:
-        raise ShapeError(f"k and v must share heads and length; got k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ShapeError(f"q's heads (Hq={heads}) must be a multiple of k's (Hkv={k.shape[1]})")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ShapeError(f"q, k, v must share a dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.device == k.device == v.device:
-        raise ShapeError(f"q, k, v must be on one device; got {q.device}, {k.device}, {v.device}")
+        _tensor(name, x)
+    _together(q, k, v)
+    if not isinstance(causal, bool):
+        raise OptionError(f"causal={causal!r} must be True or False")
+    batch, heads, n_queries, _ = q.shape
     if causal and n_queries > k.shape[2]:
         raise ShapeError(f"causal=True needs at least as many keys as queries; got Nq={n_queries}, Nk={k.shape[2]}")
     if mask is not None:
         _mask(mask, (batch, heads, n_queries, k.shape[2]), q.device)
+
+
+def _tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"{name} must be a tensor (B, H, N, D); got {type(x).__name__}")
+    if x.dim() != 4 or x.shape[3] == 0:
+        raise ShapeError(f"{name} must be (B, H, N, D) with D > 0; got {x.dim()} dimensions {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ShapeError(f"{name} must be floating point; got {x.dtype}")
+
+
+def _together(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What q, k and v must share."""
+    if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0]:
+        raise ShapeError(f"q, k, v must share the batch size; got {q.shape[0]}, {k.shape[0]}, {v.shape[0]}")
+    if k.shape[3] != q.shape[3]:
+        raise ShapeError(f"k must be as wide as q (D={q.shape[3]}); got k {tuple(k.shape)}")
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ShapeError(f"k and v must share heads and length; got k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ShapeError(f"q's heads (Hq={q.shape[1]}) must be a multiple of k's (Hkv={k.shape[1]})")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ShapeError(f"q, k, v must share a dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ShapeError(f"q, k, v must be on one device; got {q.device}, {k.device}, {v.device}")
 
 
 def _mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -53,6 +66,12 @@ def at_least(name: str, value: float, least: float) -> None:
         raise OptionError(f"{name}={value!r} must be at least {least}")
 
 
+def count(name: str, value: int, least: int = 0) -> None:
+    """Refuse an option that is no whole number, or under its least valid value."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(f"{name}={value!r} must be a whole number, at least {least}")
+
+
 def between(name: str, value: float, low: float, high: float) -> None:
     """Refuse an option outside `[low, high]`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -69,6 +88,6 @@ def scale(value: float | None, width: int) -> float:
     """The logits' scale: `width ** -0.5` unless the caller says otherwise."""
     if value is None:
         return width**-0.5
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise OptionError(f"scale={value!r} must be a number or None (then D ** -0.5 = {width**-0.5:.4g})")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise OptionError(f"scale={value!r} must be a finite number or None (then D ** -0.5 = {width**-0.5:.4g})")
     return float(value)

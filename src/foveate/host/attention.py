@@ -35,8 +35,10 @@ def _attend(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, 
     for method in reversed(methods):  # the method applied last has the last word
         out = method.attend(site) if overrides(method, "attend") else None
         if out is not None:
+            site.replaced = True
             return out, 1.0
-    selections = [s for m in methods if overrides(m, "select") and (s := m.select(site)) is not None]
+    chosen = [s for m in methods if overrides(m, "select") and (s := m.select(site)) is not None]
+    site.selections = selections = [s.for_heads(site.q.shape[1]) for s in chosen]
     if any(overrides(m, "edit_logits") or overrides(m, "edit_weights") for m in methods):
         return _whole_matrix(site, methods, selections), 1.0
     if selections:
@@ -51,12 +53,14 @@ def _selected(site: Site, selections: list[Selection]) -> tuple[Tensor, float]:
     """Attention to chosen keys. Several selections, or a soft cap, meet as masks; a single one is gathered."""
     (first, *others) = selections
     density = min(1.0, first.keys_read() / max(site.k.shape[2], 1))
-    if site.softcap is not None or others or not isinstance(first, Blocks | Indices):
+    if site.softcap is not None or site.dropout or others or not isinstance(first, Blocks | Indices):
         allowed = first.dense()
         for other in others:
             allowed = allowed & other.dense()
         return _softmax(site, [], allowed), density
-    problem = Problem(site.q, site.k, site.v, site.scale, site.mask, selection=first)
+    causal = site.is_plain_causal  # then no matrix of the mask is made
+    mask = site.key_mask if causal else site.mask
+    problem = Problem(site.q, site.k, site.v, site.scale, mask, causal and site.is_causal, selection=first)
     return engines.run(problem), density
 
 
@@ -103,7 +107,11 @@ def _slots(site: Site) -> Tensor:
 
 def _group(site: Site, group: Group) -> Tensor:
     plan, slots = site.attention_mask, group.all()
-    q = site.q if group.heads.numel() * site.groups == site.q.shape[1] else site.q[:, query_heads(group.heads, site.groups)]
+    q = (
+        site.q
+        if group.heads.numel() * site.groups == site.q.shape[1]
+        else site.q[:, query_heads(group.heads, site.groups)]
+    )
     mask = None
     if not (plan.sees_all() and not group.has_empty):  # type: ignore[union-attr]
         mask = plan.at(slots.positions).repeat_interleave(site.groups, 1)  # type: ignore[union-attr]

@@ -24,8 +24,9 @@ class SlotLayer(CacheLayerMixin):
         super().__init__()
         self.native_type, self.is_sliding = type(native), bool(getattr(native, "is_sliding", False))
         self.window: int | None = getattr(native, "sliding_window", None)
-        self.seen, self.store, self.closed = native.get_seq_length(), None, False  # type: ignore[var-annotated]
-        self.store: Store | None
+        self.seen = native.get_seq_length()
+        self.store: Store | None = None
+        self.is_expected = False  # a run is open, and its attention call will follow
         if native.is_initialized and native.keys is not None and native.keys.numel():
             self.lazy_initialization(native.keys, native.values)
             assert self.store is not None
@@ -36,10 +37,17 @@ class SlotLayer(CacheLayerMixin):
         self.store = Store.empty(key_states, value_states)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Append; returns all keys and values where nothing was dropped yet, else the new ones (the site reads the store)."""
-        if self.closed and not self.is_whole:
-            raise UnsupportedModel("past_key_values was compressed by a method that is no longer applied; start a new cache")
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append; returns all keys and values where nothing was dropped yet, else the new ones (the site reads the
+        store).
+        """
+        if not self.is_expected and not self.is_whole:
+            raise UnsupportedModel(
+                "past_key_values was compressed by a method that is no longer applied; start a new cache"
+            )
+        self.is_expected = False
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None
@@ -78,11 +86,21 @@ class SlotLayer(CacheLayerMixin):
             self.store = self.store.batch(indices.to(self.device))
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise UnsupportedModel(f"a cache that a method evicts from cannot be cropped (tokens_to_remove={tokens_to_remove})")
+        raise UnsupportedModel(
+            f"a cache that a method evicts from cannot be cropped (tokens_to_remove={tokens_to_remove})"
+        )
 
-    def to_native(self) -> CacheLayerMixin:
-        """An ordinary layer with the same content; only for a layer that is whole."""
+    def released(self) -> CacheLayerMixin:
+        """For life after the run: an ordinary layer where no more is gone than a sliding layer forgets, else this
+        one.
+        """
+        self.is_expected = False
+        window = self.seen if self.window is None else min(self.seen, self.window - 1)
+        if not (self.is_whole or (self.store is not None and self.store.is_whole(window))):
+            return self
         layer = self.native_type(sliding_window=self.window) if self.window is not None else self.native_type()
         if self.store is not None:
             layer.update(self.store.padded("k"), self.store.padded("v"))
+        if self.window is not None:
+            layer.cumulative_length = self.seen
         return layer

@@ -6,13 +6,20 @@ head, each need their own; so ours hands down the description, and every site re
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from torch.nn import functional as F
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
 
+from foveate.core import masks
 from foveate.host.slots import SUMMARY
 
 
@@ -20,7 +27,8 @@ class MaskPlan:
     """The arguments of transformers' mask functions, kept until somebody asks.
 
     `native(implementation)` is what that implementation's mask function gives (None where the kernel needs no mask);
-    `dense()` is the bool mask `(B, 1, Nq, kv_length)` over keys `kv_offset ...`; `at(positions)` is that for any slots.
+    `dense()` is the bool mask `(B, 1, Nq, kv_length)` over keys `kv_offset ...`, `rows` some rows of it;
+    `at(positions)` is that for any slots; `rule()` and `real()` say the same in words where that can be done.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -35,27 +43,72 @@ class MaskPlan:
             self._native[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
         return self._native[implementation]
 
+    def keys(self) -> Bool[Tensor, "b 1 1 k"] | None:
+        """The padding alone; None where there is none."""
+        real = self.arguments.get("attention_mask")
+        if real is None:
+            return None
+        real = real[:, self.first_key : self.first_key + self.n_keys].bool()
+        return None if bool(real.all()) else real[:, None, None]
+
+    def is_plain_causal(self) -> bool:
+        """Whether what is masked is the future and the padding, and nothing else."""
+        if self.arguments.get("mask_function") is not causal_mask_function:
+            return False
+        return self.first_key == 0
+
     def sees_all(self) -> bool:
         """Whether a single query sees every key there is."""
         return self.arguments["q_length"] == 1 and self.native("sdpa") is None
 
+    def real(self) -> Bool[Tensor, "b n"] | None:
+        """Which tokens are no padding, from the start of the sequence to the last key; None where all are real."""
+        real = self.arguments.get("attention_mask")
+        if real is None:
+            return None
+        end = self.first_key + self.n_keys
+        real = F.pad(real.bool(), (0, max(0, end - real.shape[1])))[:, :end]
+        return None if bool(real.all()) else real
+
+    def rule(self) -> Literal["causal", "full"] | None:
+        """What is masked beside the padding: the future, nothing, or (None) something else, such as a window."""
+        function, end = self.arguments.get("mask_function"), self.first_key + self.n_keys
+        if function is bidirectional_mask_function:
+            return "full"
+        window = self.arguments.get("local_size")  # one that is not reached yet masks nothing
+        roomy = window is not None and end < window and bool(self.arguments.get("allow_is_causal_skip"))
+        aligned = int(self.arguments.get("q_offset", 0)) + self.arguments["q_length"] == end
+        return "causal" if aligned and (roomy or function is causal_mask_function) else None
+
     def dense(self) -> Bool[Tensor, "b 1 q k"]:
         if self._dense is None:
-            arguments = {**self.arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-            self._dense = sdpa_mask(**arguments)
-        assert self._dense is not None
+            self._dense = self.rows(slice(None))
         return self._dense
+
+    def rows(self, rows: slice) -> Bool[Tensor, "b 1 r k"]:
+        """`dense()` of some queries, without making the others."""
+        start, stop, _ = rows.indices(self.arguments["q_length"])
+        some = {"q_length": stop - start, "q_offset": self.arguments.get("q_offset", 0) + start}
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        mask = sdpa_mask(**{**self.arguments, **some, **skips})
+        assert mask is not None
+        return mask
 
     def at(self, positions: Int[Tensor, "b h s"]) -> Bool[Tensor, "b h q s"]:
         """Which slots each query may see: an empty one none, a summary all."""
-        dense = self.dense()
-        index = positions - self.first_key
-        real = (index >= 0) & (index < self.n_keys)
-        batch, heads, n = index.shape
-        wide = dense.expand(batch, -1, -1, -1)
-        wide = wide.expand(-1, heads, -1, -1) if wide.shape[1] == 1 else wide
-        picked = wide.gather(3, index.clamp(0, self.n_keys - 1)[:, :, None].expand(batch, heads, wide.shape[2], n))
-        return (picked & real[:, :, None]) | (positions == SUMMARY)[:, :, None]
+        return at_positions(self.dense(), positions, self.first_key)
+
+
+def at_positions(mask: Tensor, positions: Int[Tensor, "b h s"], first: int) -> Tensor:
+    """A mask `(B or 1, H or 1, Nq, n)` over keys `first ...`, read at slots: `(B, H, Nq, S)`."""
+    index = positions - first
+    real = (index >= 0) & (index < mask.shape[3])
+    shape = (*index.shape[:2], mask.shape[2], index.shape[2])
+    index = index.clamp(0, mask.shape[3] - 1)[:, :, None].expand(shape)
+    picked = mask.expand(*shape[:3], mask.shape[3]).gather(3, index)
+    hidden, seen = (False, True) if mask.dtype == torch.bool else (masks.NEVER, 0.0)
+    picked = picked.masked_fill(~real[:, :, None], hidden)
+    return picked.masked_fill((positions == SUMMARY)[:, :, None], seen)
 
 
 def describe(**arguments: Any) -> MaskPlan:

@@ -18,8 +18,8 @@ class Method:
 
     A method overrides only the hooks that it needs, and the host takes the cheapest path that these allow: with none
     overridden the model's own fused kernel runs. Hooks are called once per attention call, in this order. What a method
-    remembers between calls goes to `site.memory(self)` (of a layer and a sequence) or `site.step` (of one forward pass),
-    never to `self`: one object may serve many sequences.
+    remembers between calls goes to `site.memory(self)` (of a layer and a sequence) or `site.step` (of one forward
+    pass), never to `self`: one object may serve many sequences.
     """
 
     #: Whether the method keeps its own record of a layer's slots, so that the host has to store them one by one.

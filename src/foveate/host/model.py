@@ -70,7 +70,9 @@ def host(model: object) -> Host:
     found = Host(model)
     if not model._can_set_attn_implementation() or not found.attention_modules():
         name = type(model).__name__
-        raise UnsupportedModel(f"model {name} does not go through transformers' attention interface, which apply() needs")
+        raise UnsupportedModel(
+            f"model {name} does not go through transformers' attention interface, which apply() needs"
+        )
     return found
 
 
@@ -79,7 +81,9 @@ def native_attention(module: nn.Module, implementation: str) -> Callable[..., An
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     if function is None:
-        raise UnsupportedModel(f'no attention function for implementation "{implementation}" of {type(module).__name__}')
+        raise UnsupportedModel(
+            f'no attention function for implementation "{implementation}" of {type(module).__name__}'
+        )
     return function  # type: ignore[no-any-return]
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import attention
@@ -21,6 +22,7 @@ from foveate.host.mask import MaskPlan, describe
 from foveate.host.method import Method, overrides
 from foveate.host.model import Host, host, native_attention, native_mask
 from foveate.host.site import Site
+from foveate.host.stats import Stats, slots_of
 
 NAME = "foveate"
 
@@ -30,50 +32,8 @@ _OPEN: WeakKeyDictionary[nn.Module, list[Run]] = WeakKeyDictionary()
 #: Keywords of an attention call that change its mathematics in ways a method's path does not know.
 _FOREIGN = ("s_aux", "position_bias", "cache")
 
-
-@dataclass
-class Stats:
-    """What a run has done so far.
-
-    Args:
-        calls: attention calls.
-        seconds: time in attention.
-        kept: share of the full cache's slots that are stored, at the last call (1.0 where nothing is evicted).
-        read: mean share of the keys that decoding queries read.
-        cache_bytes: bytes of keys and values stored at the last call; `cache_peak` the most at any call.
-    """
-
-    calls: int = 0
-    seconds: float = 0.0
-    cache_peak: int = 0
-    _layers: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    _reads: list[float] = field(default_factory=list)
-
-    @property
-    def kept(self) -> float:
-        full = sum(full for _, full, _ in self._layers.values())
-        return sum(stored for stored, _, _ in self._layers.values()) / full if full else 1.0
-
-    @property
-    def read(self) -> float:
-        return sum(self._reads) / len(self._reads) if self._reads else 1.0
-
-    @property
-    def cache_bytes(self) -> int:
-        return sum(size for _, _, size in self._layers.values())
-
-    def note(self, site: Site, density: float, seconds: float) -> None:
-        self.calls += 1
-        self.seconds += seconds
-        b, hkv = site.new_k.shape[:2]
-        stored, full = b * hkv * site.k.shape[2], b * hkv * site.seen
-        size = site.new_k.element_size() * (site.new_k.shape[-1] + site.new_v.shape[-1])
-        if site.slots is not None and site.slots.store is not None:
-            stored = site.slots.store.stored
-        self._layers[site.layer] = (min(stored, full), full, stored * size)
-        self.cache_peak = max(self.cache_peak, self.cache_bytes)
-        if site.phase == "decode":
-            self._reads.append(density * min(1.0, stored / full))
+#: Arguments of an attention module that bring in another sequence.
+_CROSS = ("key_value_states", "encoder_hidden_states")
 
 
 class Run:
@@ -110,13 +70,17 @@ class Run:
             self._exit = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._exit.close()
 
     # -- putting on and taking off -----------------------------------------------------------------------------------
 
     def _attach(self, stack: ExitStack) -> None:
         modules = self.host.attention_modules()
+        if self._evicts and any(getattr(module, "is_kv_shared_layer", False) for module in modules):
+            raise UnsupportedModel("a method that evicts needs layers with keys of their own; this model shares them")
         for index, module in enumerate(modules):
             layer = getattr(module, "layer_idx", None)
             self._layers[module] = layer if isinstance(layer, int) else index
@@ -124,28 +88,34 @@ class Run:
             stack.callback(_close, module, self)
             hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
             stack.callback(hook.remove)
-        top = self.host.model.register_forward_pre_hook(lambda *_: self._step.clear())
-        stack.callback(top.remove)
+        for module in {self.host.model, self.host.model.base_model}:
+            top = module.register_forward_pre_hook(lambda *_: self._step.clear())
+            stack.callback(top.remove)
         for config in self.host.configs():
             before = config._attn_implementation_internal
-            outer = next((r for runs in _OPEN.values() for r in runs if r is not self and id(config) in r._implementations), None)
+            outer = next(
+                (r for runs in _OPEN.values() for r in runs if r is not self and id(config) in r._implementations), None
+            )
             self._implementations[id(config)] = outer._implementations[id(config)] if outer else before
             stack.callback(setattr, config, "_attn_implementation_internal", before)
             config._attn_implementation_internal = NAME
         stack.callback(self._release)
 
     def _release(self) -> None:
-        """Hand caches back: ordinary layers where nothing was dropped, closed ones where something was."""
+        """Hand caches back: with ordinary layers where nothing was dropped; a compressed layer refuses to go on
+        alone.
+        """
         others = {run for runs in _OPEN.values() for run in runs if run is not self}
+        mine = {id(method) for method in self.methods}
         for cache in list(self._memories):
-            if any(cache in run._memories for run in others):
-                continue  # an outer run still works on it
-            cache.__dict__.pop("reorder_cache", None)
-            for index, layer in enumerate(cache.layers):
-                if isinstance(layer, SlotLayer):
-                    layer.closed = True
-                    if layer.is_whole:
-                        cache.layers[index] = layer.to_native()
+            sharing = [run for run in others if cache in run._memories]
+            for run in sharing:  # it still works on this cache, with what our methods remembered
+                _forget(run._memories[cache], lambda key: key[0] in mine)
+            if not sharing:
+                cache.__dict__.pop("reorder_cache", None)
+                cache.layers[:] = [
+                    layer.released() if isinstance(layer, SlotLayer) else layer for layer in cache.layers
+                ]
         self._call.clear()
         self._step.clear()
 
@@ -153,33 +123,42 @@ class Run:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember what the attention function will not be told: the cache and the hidden states."""
-        cache = kwargs.get("past_key_values")
+        given = {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs} if args else kwargs
+        cache = given.get("past_key_values")
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
-        self._call[module] = {"cache": cache, "hidden": hidden}
+        if any(given.get(name) is not None for name in _CROSS):
+            cache = None  # keys of another sequence, which have a cache that nothing is added to
+        self._call[module] = {"cache": cache, "hidden": given.get("hidden_states", args[0] if args else None)}
         if isinstance(cache, Cache):
             self._adopt(cache, self._layers[module])
 
-    def _adopt(self, cache: Cache, layer: int) -> None:
+    @property
+    def _evicts(self) -> bool:
+        return any(method.evicts or overrides(method, "keep") for method in self.methods)
+
+    def _adopt(self, cache: Cache, index: int) -> None:
+        """Follow a cache's reorderings, and put our layer in place of its own where a method evicts."""
         if cache not in self._memories:
             self._memories[cache] = {}
-            original = cache.reorder_cache
-
-            def reorder(index: Tensor) -> None:
-                original(index)
-                _reorder(self._memories.get(cache, {}), index)
-
-            cache.reorder_cache = reorder  # type: ignore[method-assign]
-        if any(method.evicts for method in self.methods):
-            while len(cache.layers) <= layer:
-                cache.layers.append(DynamicLayer())
-            native = cache.layers[layer]
-            if isinstance(native, SlotLayer):
-                return
-            if not isinstance(native, DynamicLayer):
-                raise UnsupportedModel(f"a method that evicts needs a DynamicCache; layer {layer} is {type(native).__name__}")
-            cache.layers[layer] = SlotLayer(native)
+            # a bound method, so that a deep copy of the cache reorders the copy
+            cache.reorder_cache = MethodType(_reorder_cache, cache)  # type: ignore[method-assign]
+        if self._evicts:
+            while len(cache.layers) <= index:
+                cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())  # type: ignore[arg-type]
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        if layer is None or not layer.get_seq_length():
+            first = min(self._layers.values())
+            _forget(self._memories[cache], lambda key: key[1] == index or (key[1] is None and index == first))
+        if self._evicts and not isinstance(layer, SlotLayer):
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading:
+                kind = (
+                    "an offloading cache" if cache.offloading else f"{type(cache).__name__} of {type(layer).__name__}"
+                )
+                raise UnsupportedModel(f"past_key_values must be a DynamicCache for a method that evicts; got {kind}")
+            layer = cache.layers[index] = SlotLayer(layer)
+        if isinstance(layer, SlotLayer):
+            layer.is_expected = True
 
     def site(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Site:
         """This call as methods see it."""
@@ -213,8 +192,8 @@ def apply(model: object, *methods: Method) -> Run:
         model: any transformers model that goes through its attention interface (decoders, encoders, ViTs, VLMs).
         methods: applied in order; hooks of several compose, the later seeing what the earlier left.
 
-    Within the block the model is used as always (`model(...)`, `model.generate(...)`); runs nest. After it, also after an
-    exception, weights, configuration and hooks are what they were.
+    Within the block the model is used as always (`model(...)`, `model.generate(...)`); runs nest. After it, also after
+    an exception, weights, configuration and hooks are what they were.
 
     Raises:
         UnsupportedModel: for a model that does not dispatch its attention.
@@ -235,11 +214,14 @@ def attention_function(
     site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
     if methods and (foreign := [name for name in _FOREIGN if options.get(name) is not None]):
         raise UnsupportedModel(f"{type(module).__name__} attends with {foreign[0]}, which methods cannot handle yet")
-    out, density = attention.run(site, methods, lambda: outer.native(module, query, key, value, attention_mask, options))
+    out, density = attention.run(
+        site, methods, lambda: outer.native(module, query, key, value, attention_mask, options)
+    )
+    held = slots_of(site)
     if site.slots is not None:
         _evict(site, methods)
     for run in runs:
-        run.stats.note(site, density, time.perf_counter() - begun)
+        run.stats.note(site, density, held, time.perf_counter() - begun)
     return out.transpose(1, 2).contiguous(), site.weights
 
 
@@ -255,7 +237,9 @@ def _evict(site: Site, methods: list[Method]) -> None:
         keep = keep & (site.positions > layer.seen - layer.window)
     for method, kept in keeping:
         if kept.shape != site.positions.shape:
-            raise OptionError(f"keep() of {type(method).__name__} must be {tuple(site.positions.shape)}; got {tuple(kept.shape)}")
+            raise OptionError(
+                f"keep() of {type(method).__name__} must be {tuple(site.positions.shape)}; got {tuple(kept.shape)}"
+            )
         keep = keep & kept
     folding = [m for m, _ in keeping if overrides(m, "fold")]
     fold = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
@@ -268,12 +252,19 @@ def _close(module: nn.Module, run: Run) -> None:
         del _OPEN[module]
 
 
-def _reorder(memories: dict[Any, Any], index: Tensor) -> None:
-    """Beam search moved the batch: move what methods remember of it."""
-    for memory in memories.values():
-        for name, value in memory.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == index.shape[0]:
-                memory[name] = value.index_select(0, index.to(value.device))
+def _forget(memories: dict[Any, Any], gone: Callable[[Any], bool]) -> None:
+    for key in [key for key in memories if gone(key)]:
+        del memories[key]
+
+
+def _reorder_cache(cache: Cache, index: Tensor) -> None:
+    """Beam search moves the batch: move the cache, and what the methods of every open run remember of it."""
+    type(cache).reorder_cache(cache, index)
+    for run in {run for runs in _OPEN.values() for run in runs}:
+        for memory in run._memories.get(cache, {}).values():
+            for name, value in memory.items():
+                if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == index.shape[0]:
+                    memory[name] = value.index_select(0, index.to(value.device))
 
 
 AttentionInterface.register(NAME, attention_function)

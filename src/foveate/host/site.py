@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from foveate.core import masks
-from foveate.host.mask import MaskPlan
+from foveate.host.mask import MaskPlan, at_positions
 from foveate.host.slots import EMPTY
 
 if TYPE_CHECKING:
+    from foveate.core.selection import Selection
     from foveate.host.cache import SlotLayer
     from foveate.host.method import Method
 
@@ -25,6 +26,8 @@ class Site:
 
     `q (B, Hq, Nq, D)`, `k (B, Hkv, S, D)`, `v (B, Hkv, S, Dv)` come after rotary embedding and after the cache update;
     `S` are the keys at hand: all so far, or, for a layer that was evicted from, its slots padded to the longest head.
+    For readers, once attention is done: `weights` where somebody made them, the `selections` that were attended to, and
+    whether a method put something else in attention's place (`replaced`).
     """
 
     module: nn.Module
@@ -44,17 +47,21 @@ class Site:
     step: dict[Any, Any] = field(default_factory=dict)
     memories: dict[Any, dict[str, Any]] = field(default_factory=dict)
     weights: Tensor | None = None
+    selections: list[Selection] = field(default_factory=list)
+    replaced: bool = False
 
     @property
     def phase(self) -> Literal["prefill", "decode"]:
-        """"decode" for a single query that has a past, else "prefill"."""
+        """ "decode" for a single query that has a past, else "prefill"."""
         return "decode" if self.q.shape[2] == 1 and self.seen > 1 else "prefill"
 
     @cached_property
     def seen(self) -> int:
         """Tokens of the sequence so far, this call's included."""
-        if self.slots is not None:
-            return self.slots.seen
+        if self.cache is not None and len(self.cache.layers) > self.layer:
+            counted = int(self.cache.get_seq_length(self.layer))
+            if counted:  # zero where a layer reads another's keys
+                return counted
         if isinstance(self.attention_mask, MaskPlan):
             return self.attention_mask.first_key + self.attention_mask.n_keys
         return self.new_k.shape[2]
@@ -87,24 +94,74 @@ class Site:
         return torch.arange(first, first + n, device=self.q.device).expand(*self.new_k.shape[:2], n)
 
     @cached_property
-    def query_positions(self) -> Int[Tensor, "nq"]:
+    def begins(self) -> Int[Tensor, " b"]:
+        """Where each sequence starts: the position of its first token that is not padding."""
+        plan = self.attention_mask
+        real = plan.arguments.get("attention_mask") if isinstance(plan, MaskPlan) else None
+        if real is None:
+            return torch.zeros(self.q.shape[0], dtype=torch.long, device=self.q.device)
+        return real.to(torch.uint8).argmax(-1)
+
+    @cached_property
+    def query_positions(self) -> Int[Tensor, " nq"]:
         return torch.arange(self.seen - self.q.shape[2], self.seen, device=self.q.device)
+
+    @cached_property
+    def real(self) -> Bool[Tensor, "b n"] | None:
+        """Which tokens of the sequence so far are no padding; None where all are, or where nobody says."""
+        return self.attention_mask.real() if isinstance(self.attention_mask, MaskPlan) else None
+
+    @property
+    def real_queries(self) -> Bool[Tensor, "b nq"] | None:
+        """Which of this call's queries are no padding; None where all are, or where the keys are another sequence's."""
+        if self.real is None or not isinstance(self.attention_mask, MaskPlan):
+            return None
+        first, n = int(self.attention_mask.arguments.get("q_offset", 0)), self.q.shape[2]
+        real = self.real[:, first : first + n]
+        return real if real.shape[1] == n else None
 
     @cached_property
     def mask(self) -> Tensor | None:
         """Who may see what, `(B, 1 or Hq, Nq, S)`: bool, or a float bias that the caller gave; None for everything."""
         plan = self.attention_mask
-        if plan is None:
-            n, s = self.q.shape[2], self.k.shape[2]
-            return masks.causal(n, s, device=self.q.device)[None, None] if self.is_causal and n > 1 else None
-        if isinstance(plan, Tensor):
-            return plan[..., : self.k.shape[2]]
         if self.is_whole:
-            return None if plan.sees_all() else plan.dense()
+            if isinstance(plan, MaskPlan):
+                return None if plan.sees_all() else plan.dense()
+            return plan[..., : self.k.shape[2]] if plan is not None else self._causal()
         bias = self._bias()
-        if bias is None and plan.sees_all() and bool((self.positions != EMPTY).all()):
-            return None
-        return masks.combine(plan.at(self.positions).repeat_interleave(self.groups, 1), bias)
+        if isinstance(plan, MaskPlan):
+            if bias is None and plan.sees_all() and bool((self.positions != EMPTY).all()):
+                return None
+            return masks.combine(plan.at(self.positions).repeat_interleave(self.groups, 1), bias)
+        whole = plan if plan is not None else self._causal()
+        if whole is None:
+            whole = torch.ones(1, 1, self.q.shape[2], self.seen, dtype=torch.bool, device=self.q.device)
+        positions = self.positions.repeat_interleave(self.groups, 1)
+        return masks.combine(at_positions(whole, positions, self.seen - whole.shape[3]), bias)
+
+    def _causal(self) -> Bool[Tensor, "1 1 q k"] | None:
+        """What a call without a mask means."""
+        n = self.q.shape[2]
+        keys = self.k.shape[2] if self.is_whole else self.seen
+        return masks.causal(n, keys, device=self.q.device)[None, None] if self.is_causal and n > 1 else None
+
+    @cached_property
+    def is_plain_causal(self) -> bool:
+        """Whether each query sees exactly the real keys up to its own: no window, no soft cap, no mask of the
+        caller's.
+        """
+        plan = self.attention_mask
+        if self.softcap is not None or isinstance(plan, Tensor):
+            return False
+        if not self.is_whole or self.k.shape[2] != self.seen:
+            return False
+        return plan is None or plan.is_plain_causal()
+
+    @cached_property
+    def key_mask(self) -> Bool[Tensor, "b 1 1 s"] | None:
+        """Which keys are real tokens and not padding, for a site that `is_plain_causal`; None where all are."""
+        plan = self.attention_mask
+        return plan.keys() if isinstance(plan, MaskPlan) else None
 
     def _bias(self) -> Tensor | None:
         """The log of how many tokens a slot stands for, where any stands for several."""
@@ -113,6 +170,9 @@ class Site:
         count = self.slots.store.padded("count")  # type: ignore[union-attr]
         return count.log().to(self.q.dtype).repeat_interleave(self.groups, 1)[:, :, None]
 
-    def memory(self, method: Method) -> dict[str, Any]:
-        """What a method remembers of this layer and this sequence; tensors in it follow beam search's reordering."""
-        return self.memories.setdefault((id(method), self.layer), {})
+    def memory(self, method: Method, *, all_layers: bool = False) -> dict[str, Any]:
+        """What a method remembers of this layer (or of all layers together) and this sequence.
+
+        Tensors in it follow beam search's reordering. It begins empty with every new sequence.
+        """
+        return self.memories.setdefault((id(method), None if all_layers else self.layer), {})

@@ -2,8 +2,8 @@
 
 Heads that hold equally many slots share one tensor, so that a layer whose heads keep 1,000, 1,000, 68 and 68 tokens
 really stores two tensors of those lengths. A slot's position counts from the start of the sequence, padding included;
-`EMPTY` marks an unused one. A group's `summary` are slots that stand for dropped ones: their position is `SUMMARY`, every
-later query sees them, and the log of their `count` is added to their logits.
+`EMPTY` marks an unused one. A group's `summary` are slots that stand for dropped ones: their position is `SUMMARY`,
+every later query sees them, and the log of their `count` is added to their logits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ class Slots:
     def append(self, k: Tensor, v: Tensor, first: int) -> Slots:
         new = torch.arange(first, first + k.shape[2], device=k.device).expand(*k.shape[:3])
         return replace(
-            self, k=torch.cat([self.k, k], 2), v=torch.cat([self.v, v], 2), positions=torch.cat([self.positions, new], 2)
+            self,
+            k=torch.cat([self.k, k], 2),
+            v=torch.cat([self.v, v], 2),
+            positions=torch.cat([self.positions, new], 2),
         )
 
     def take(self, index: Int[Tensor, "b h n"], real: Bool[Tensor, "b h n"]) -> Slots:
@@ -55,7 +58,7 @@ class Slots:
 class Group:
     """Key/value heads that hold equally many slots."""
 
-    heads: Int[Tensor, "h"]
+    heads: Int[Tensor, " h"]
     slots: Slots
     has_empty: bool = False
     summary: Slots | None = None
@@ -101,7 +104,8 @@ class Store:
 
     def append(self, k: Tensor, v: Tensor, first: int) -> Store:
         return replace(
-            self, groups=tuple(replace(g, slots=g.slots.append(k[:, g.heads], v[:, g.heads], first)) for g in self.groups)
+            self,
+            groups=tuple(replace(g, slots=g.slots.append(k[:, g.heads], v[:, g.heads], first)) for g in self.groups),
         )
 
     @property
@@ -120,7 +124,9 @@ class Store:
         return not others and first.slots.positions.shape[2] == seen and first.summary is None and not first.has_empty
 
     def padded(self, what: str) -> Tensor:
-        """`"positions"`, `"k"`, `"v"` or `"count"` of all heads in order (summaries first), padded to the longest head."""
+        """`"positions"`, `"k"`, `"v"` or `"count"` of all heads in order (summaries first), padded to the longest
+        head.
+        """
         fill = {"positions": EMPTY, "count": 1}.get(what, 0)
         parts = [_of(group.all(), what) for group in self.groups]
         if len(parts) == 1:
@@ -137,7 +143,9 @@ class Store:
         return any(group.summary is not None for group in self.groups)
 
     def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None = None) -> Store:
-        """Drop slots; `keep` lies beside `padded("positions")`. Summaries stay; `fold` may add what is dropped to them."""
+        """Drop slots; `keep` lies beside `padded("positions")`. Summaries stay; `fold` may add what is dropped to
+        them.
+        """
         parts = []
         for group in self.groups:
             skip = 0 if group.summary is None else group.summary.positions.shape[2]

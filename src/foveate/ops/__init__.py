@@ -15,7 +15,9 @@ from foveate.ops.operator import Operator
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Operator", "attend", "operator"]
+    from foveate.core.problem import Plan
+
+__all__ = ["Operator", "attend", "operator", "plan"]
 
 
 def operator(key: str | type[Operator] | Operator, /, **options: Any) -> Operator:
@@ -56,6 +58,14 @@ def attend(
         options: the operator's own, such as `window=256`.
     """
     return operator(key, **options)(q, k, v, mask=mask, causal=causal, scale=scale, engine=engine)  # type: ignore[no-any-return]
+
+
+def plan(
+    q: Tensor, k: Tensor, v: Tensor, key: str | Operator = "softmax", *,
+    mask: Tensor | None = None, causal: bool = False, scale: float | None = None, engine: str = "auto", **options: Any,
+) -> Plan:  # fmt: skip
+    """What `attend` with the same arguments would cost, who would compute it, and why."""
+    return operator(key, **options).plan(q, k, v, mask=mask, causal=causal, scale=scale, engine=engine)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from foveate.core.errors import ShapeError
+
 
 @dataclass(frozen=True)
 class KVState:
@@ -27,4 +29,8 @@ class KVState:
         )
 
     def append(self, k: Tensor, v: Tensor) -> KVState:
+        for name, held, new in (("k", self.k, k), ("v", self.v, v)):
+            if held.shape[:2] != new.shape[:2] or held.shape[3] != new.shape[3] or held.dtype != new.dtype:
+                ours, theirs = (f"{tuple(x.shape)} {x.dtype}" for x in (held, new))
+                raise ShapeError(f"{name} does not fit the state: it holds {ours}; got {theirs}")
         return KVState(torch.cat([self.k, k], 2), torch.cat([self.v, v], 2))

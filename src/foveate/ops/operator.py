@@ -14,8 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
+from foveate.core.engines import ENGINES
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.core.problem import Plan
+from foveate.ops.cache import KVState
 
 Pattern = Literal["self", "causal self", "cross", "causal cross"]
 MaskKind = Literal["keys", "pairs", "bias"]
@@ -35,6 +37,10 @@ class Operator(nn.Module, ABC):
             a time chooses or learns differently by design, None where it cannot stream.
         default_scale: the factor on `q k`, None for `D ** -0.5`.
         inputs: names of further per-token tensors that a call may bring (gates, rates).
+        engines: names that `engine` may take besides "auto"; a call that one of them cannot run is refused.
+        state_type: what `init_state` gives and `step` takes.
+        grain: neighbouring queries that choose their keys together, counted from the first. Causal calls never let a
+            later token into an earlier output, but within such a group it may have a say in which keys are seen.
     """
 
     patterns: ClassVar[frozenset[Pattern]] = ALL_PATTERNS
@@ -43,6 +49,9 @@ class Operator(nn.Module, ABC):
     steps: ClassVar[Literal["exact", "own"] | None] = "exact"
     default_scale: ClassVar[float | None] = None
     inputs: ClassVar[frozenset[str]] = frozenset()
+    engines: ClassVar[tuple[str, ...]] = tuple(ENGINES)
+    state_type: ClassVar[type] = KVState
+    grain: int = 1
 
     # -- what a user calls ---------------------------------------------------------------------------------------------
 
@@ -122,7 +131,7 @@ class Operator(nn.Module, ABC):
             ("key_dim", key_dim),
             ("value_dim", value_dim),
         ):
-            validate.at_least(name, value, 1)
+            validate.count(name, value, 1)
         if heads % kv_heads:
             raise OptionError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
         return self._init_state(batch, heads, kv_heads, key_dim, value_dim, dtype, torch.device(device))
@@ -135,11 +144,13 @@ class Operator(nn.Module, ABC):
             raise UnsupportedPattern(f"{self.name} cannot go one token at a time: it mixes over the whole sequence")
         validate.tensors(q, k, v)
         self._check_inputs(inputs)
+        if not isinstance(state, self.state_type):
+            raise OptionError(f"state must come from init_state or step; got {type(state).__name__}")
         if q.shape[2] != 1 or k.shape[2] != 1:
             raise ShapeError(f"step takes one token; got Nq={q.shape[2]}, Nk={k.shape[2]}")
         return self._step(q, k, v, state, self._scale(scale, q), **inputs)
 
-    # -- what tests and tables read --------------------------------------------------------------------------------------
+    # -- what tests and tables read ------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -147,7 +158,10 @@ class Operator(nn.Module, ABC):
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
-        """An instance fit for inputs of such a size, with the mechanism really at work (a window shorter than `length`)."""
+        """An instance fit for inputs of such a size, and in which the mechanism really is at work.
+
+        Tests run it: a window shorter than `length`, learned parts away from where they do nothing.
+        """
         return cls()
 
     @classmethod
@@ -155,7 +169,12 @@ class Operator(nn.Module, ABC):
         """The instance at which the mechanism equals softmax attention exactly; None where there is no such limit."""
         return None
 
-    # -- what a family writes --------------------------------------------------------------------------------------------
+    @classmethod
+    def at_budget(cls, budget: float, length: int) -> Self:
+        """The instance that reads about this share of `length` keys; the only one, where there is no such knob."""
+        return cls()
+
+    # -- what a family writes ------------------------------------------------------------------------------------------
 
     @abstractmethod
     def _attend(

@@ -1,4 +1,4 @@
-"""The columns that every form of the comparison shows: what each is called, how its numbers read, which end is better."""
+"""The columns of every table: what each is called, how its numbers read, and which end of it is better."""
 
 from __future__ import annotations
 

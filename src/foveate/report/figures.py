@@ -1,6 +1,6 @@
 """What the page's figures draw, as plain data for `templates/compare.js`.
 
-Plotly reads a subset of HTML in labels and hover texts, so every name is escaped here, whatever the page does around it.
+Plotly reads a subset of HTML in labels and hover texts: every name is escaped here, whatever the page does with it.
 """
 
 from __future__ import annotations

@@ -17,14 +17,12 @@ def headliner(comparison: Comparison) -> Row | None:
 
     Cheapest means the smallest cache; among methods that all store it whole, the fewest keys read.
     """
-    scored = [
-        row for row in comparison.rows if row.method != comparison.baseline and _kept(comparison, row) is not None
-    ]
+    scored = [(kept, row) for row in comparison.rows if (kept := _kept(comparison, row)) is not None]
     if not scored:
         return None
-    good = [row for row in scored if _kept(comparison, row) >= KEEPS]
+    good = [row for kept, row in scored if kept >= KEEPS]
     if not good:
-        return max(scored, key=lambda row: _kept(comparison, row))
+        return max(scored, key=lambda pair: pair[0])[1]
     return min(good, key=lambda row: (*_costs(row), -row.score))
 
 
@@ -34,9 +32,10 @@ def headline(comparison: Comparison) -> str:
     name = visible(comparison.baseline)
     if base is None:
         return f"{_count(len(comparison.rows), 'method')} measured, without {name} to compare with"
-    if row is None:
+    kept = _kept(comparison, row) if row else None
+    if row is None or kept is None:
         return f"{name} scores {percent(base.score)}; no other method can be compared with it"
-    kept, where = _kept(comparison, row), _where(row)
+    where = _where(row)
     if kept < KEEPS:
         return (
             f"No method keeps {percent(KEEPS)} of the {name} score; {visible(row.method)} keeps {percent(kept)}{where}"
@@ -63,7 +62,8 @@ def notes(comparison: Comparison) -> Sequence[str]:
 
 
 def _kept(comparison: Comparison, row: Row) -> float | None:
-    return comparison.ratio(row, "score")
+    """The share of the baseline's score; None for the baseline itself and where there is no such share."""
+    return None if row.method == comparison.baseline else comparison.ratio(row, "score")
 
 
 def _costs(row: Row) -> tuple[float, float]:

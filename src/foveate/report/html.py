@@ -1,4 +1,4 @@
-"""The comparison as one web page that needs nothing else: no request leaves it, and it opens from a disk years later."""
+"""The comparison as one web page that stands alone: no request leaves it, and it still opens from a disk in years."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from foveate.bench.results import Comparison, Row, write_atomic
+from foveate.bench.results import Comparison, Row, plain, write_atomic
 from foveate.report.columns import COLUMNS, cells, ordered, percent, visible
 from foveate.report.figures import COSTS, figures
 from foveate.report.headline import about, headline, headliner, notes
-from foveate.report.samples import choose, trim
+from foveate.report.samples import by_example, choose, trim
 
 ARXIV = re.compile(r"(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v\d+)?")
 
@@ -42,7 +42,7 @@ def render(comparison: Comparison) -> str:
         lstrip_blocks=True,
     )
     environment.filters["visible"] = visible
-    scripts = [_plotly(), _asset(environment, "compare.js")]
+    scripts = [_plotly(), _asset(environment, "labels.js"), _asset(environment, "compare.js")]
     return environment.get_template("compare.html.j2").render(
         policy=_policy(scripts),
         style=Markup(_asset(environment, "compare.css")),
@@ -65,7 +65,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
         "rows": [_row(comparison, row, line) for row, line in zip(ordered(comparison), cells(comparison), strict=True)],
         "figures": figures(comparison),
         "samples": samples,
-        "answered": max((len(row.answers) for row in comparison.rows), default=0),
+        "answered": len(by_example(comparison)),
         "settings": _settings(comparison),
     }
 
@@ -108,7 +108,7 @@ def _settings(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _option(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
 
 
 def _asset(environment: Environment, name: str) -> str:

@@ -44,15 +44,20 @@ class Sample:
     lines: list[Line]
 
 
-def choose(comparison: Comparison, shown: int = SHOWN) -> list[Sample]:
-    """Up to `shown` examples, the most telling first: methods disagree, and in ways not shown yet."""
+def by_example(comparison: Comparison) -> list[list[tuple[Row, Answer]]]:
+    """Every method's answer to each example, told apart by prompt and expected answer."""
     groups: dict[tuple[str, str], list[tuple[Row, Answer]]] = {}
     for row in ordered(comparison):
         for answer in row.answers:
             groups.setdefault((answer.prompt, answer.expected), []).append((row, answer))
+    return list(groups.values())
+
+
+def choose(comparison: Comparison, shown: int = SHOWN) -> list[Sample]:
+    """Up to `shown` examples, the most telling first: methods disagree, and in ways not shown yet."""
     seen: Counter[tuple[str, ...]] = Counter()
     ranked = []
-    for number, pairs in enumerate(groups.values(), start=1):
+    for number, pairs in enumerate(by_example(comparison), start=1):
         pattern = tuple(_verdict(answer.score)[1] for _, answer in pairs)
         ranked.append((len(set(pattern)) == 1, seen[pattern], number, pairs))
         seen[pattern] += 1

@@ -15,10 +15,11 @@ from foveate.tasks.base import Example, Task
 from foveate.tasks.corpus import text
 
 NAMES = (
-    "amber anvil apple arrow badge basil beach birch bison brick cabin camel canoe cedar chalk cloud coral crane daisy "
-    "delta ember fable falcon fern flint forge garnet ginger glacier grove harbor hazel heron indigo ivory jasper juniper "
-    "kettle lagoon lantern lemon linen lotus magnet maple marble meadow nectar oasis olive onyx orbit otter pebble pepper "
-    "plum quartz raven ribbon saffron sierra spruce summit tulip velvet walnut willow zephyr"
+    "amber anvil apple arrow badge basil beach birch bison brick cabin camel canoe cedar chalk cloud "
+    "coral crane daisy delta ember fable falcon fern flint forge garnet ginger glacier grove harbor hazel "
+    "heron indigo ivory jasper juniper kettle lagoon lantern lemon linen lotus magnet maple marble meadow "
+    "nectar oasis olive onyx orbit otter pebble pepper plum quartz raven ribbon saffron sierra spruce "
+    "summit tulip velvet walnut willow zephyr "
 ).split()
 
 

@@ -30,6 +30,8 @@ LONG, WHOLE = 4096, 1 << 20
 def run(problem: Problem, engine: str = "auto") -> Tensor:
     """The output `(B, Hq, Nq, Dv)` of a validated problem."""
     name, _ = choose(problem, engine)
+    if problem.is_empty:
+        return problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1])
     if name != "reference" and name != "chunked" and problem.has_hidden_garbage():
         name = "chunked" if chunked.refuses(problem) is None else "reference"  # fused kernels let 0 * NaN through
     return ENGINES[name].attend(problem)  # type: ignore[no-any-return]

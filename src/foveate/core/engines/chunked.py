@@ -28,30 +28,40 @@ def refuses(problem: Problem) -> str | None:
 
 def attend(problem: Problem, queries: int = QUERIES, keys: int = KEYS) -> Tensor:
     """The output `(B, Hq, Nq, Dv)`, in chunks of `queries` rows and tiles of `keys` columns."""
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v))
+    whole_rows = not problem.scoring.is_softmax or problem.has_hidden_garbage()
+    recompute = _needs_grad(problem)
     out = []
     for start in range(0, problem.n_queries, queries):
         rows = slice(start, min(start + queries, problem.n_queries))
-        run = bind(_rows, problem, rows, keys)
-        if needs_grad or _has_parameters(problem):
+        run = bind(_whole_rows, problem, rows) if whole_rows else bind(_merged_rows, problem, rows, keys)
+        if recompute:
             out.append(checkpoint(run, problem.q[:, :, rows], problem.k, problem.v, use_reentrant=False))
         else:
             out.append(run(problem.q[:, :, rows], problem.k, problem.v))
-    return torch.cat(out, 2) if out else problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1])
+    return torch.cat(out, 2)
 
 
-def _has_parameters(problem: Problem) -> bool:
-    parameters = getattr(problem.scoring, "parameters", None)
-    return torch.is_grad_enabled() and parameters is not None and any(p.requires_grad for p in parameters())
+def _needs_grad(problem: Problem) -> bool:
+    """Whether anything that a chunk is computed from wants a gradient: then chunks are computed again, not kept."""
+    parameters = getattr(problem.scoring, "parameters", tuple)
+    inputs = (problem.q, problem.k, problem.v, problem.mask, *parameters())
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def _rows(problem: Problem, rows: slice, keys: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One chunk of queries against the keys that it can see; `q` is already cut."""
-    visible = problem.n_keys - problem.n_queries + rows.stop if problem.causal else problem.n_keys
-    whole = replace(problem, k=k, v=v)
-    if not problem.scoring.is_softmax or problem.has_hidden_garbage():
-        return reference.attend(whole, rows, slice(0, problem.n_keys if not problem.scoring.is_softmax else visible))
-    part = None
+def _visible(problem: Problem, rows: slice) -> int:
+    return problem.n_keys - problem.n_queries + rows.stop if problem.causal else problem.n_keys
+
+
+def _whole_rows(problem: Problem, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A chunk of whole rows, for a normaliser that needs them and for keys that must be masked value by value."""
+    visible = _visible(problem, rows) if problem.scoring.is_softmax else problem.n_keys
+    return reference.attend(replace(problem, k=k, v=v), rows, slice(0, visible))
+
+
+def _merged_rows(problem: Problem, rows: slice, keys: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A chunk of queries against the keys that it can see, tile by tile; `q` is already cut."""
+    visible = _visible(problem, rows)
+    part: online.Partial | None = None
     tiles = zip(k[:, :, :visible].split(keys, 2), v[:, :, :visible].split(keys, 2), strict=True)
     for index, (tile_k, tile_v) in enumerate(tiles):
         cols = slice(index * keys, index * keys + tile_k.shape[2])
@@ -63,9 +73,8 @@ def _rows(problem: Problem, rows: slice, keys: int, q: Tensor, k: Tensor, v: Ten
             logits = logits.masked_fill(~masks.allowed(mask), masks.NEVER)
         new = online.partial(logits, problem.grouped(tile_v))
         part = new if part is None else online.merge(part, new)
-    if part is None:
-        return q.new_zeros(*q.shape[:3], v.shape[-1])
-    return online.finish(part)
+    assert part is not None
+    return online.finish(part).to(v.dtype)
 
 
 def _mask(problem: Problem, rows: slice, cols: slice) -> Tensor | None:

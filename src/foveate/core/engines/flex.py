@@ -38,6 +38,8 @@ def refuses(problem: Problem) -> str | None:
         return "flex takes no tensor mask"
     if problem.dropout:
         return "flex does not drop weights"
+    if problem.q.dtype == torch.float64:
+        return "FlexAttention does not compile for float64"
     if problem.q.device.type == "cpu":
         if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
             return "FlexAttention has no backward pass on CPU"

@@ -25,8 +25,9 @@ def attend(problem: Problem) -> Tensor:
         # the kernel aligns causality top-left; a single query needs none, and the rest is said as a mask
         mask = masks.full(mask, problem.n_queries > 1, problem.n_queries, problem.n_keys, problem.q.device)
         is_causal = False
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(problem.q.dtype)
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)  # the kernel wants two dimensions or more
+        mask = mask if mask.dtype == torch.bool else mask.to(problem.q.dtype)
     out = F.scaled_dot_product_attention(
         problem.q, problem.k, problem.v, mask, problem.dropout, is_causal, scale=problem.scale,
         enable_gqa=problem.groups > 1,

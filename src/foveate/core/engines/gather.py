@@ -37,7 +37,7 @@ def attend(problem: Problem) -> Tensor:
     if problem.causal and isinstance(selection, Blocks):
         selection = selection.causal()
     out = [_slab(problem, selection, rows) for rows in _slabs(problem, selection)]
-    return torch.cat(out, 2)[:, :, : problem.n_queries] if out else torch.zeros_like(problem.q)
+    return torch.cat(out, 2)[:, :, : problem.n_queries]
 
 
 def _slabs(problem: Problem, selection: Blocks | Indices) -> Iterator[slice]:
@@ -68,26 +68,19 @@ def _slab(problem: Problem, selection: Blocks | Indices, rows: slice) -> Tensor:
 
 
 def _take(problem: Problem, x: Tensor, index: Tensor) -> Tensor:
-    """Gather `x (B, Hkv, Nk, D)` at `index (B or 1, H or 1, R, n)` into `(B, Hq, R, n, D)`."""
-    b, hkv, _, d = x.shape
-    hq = problem.q.shape[1]
-    if index.shape[1] == 1:
-        if index.shape[0] == 1:
-            return problem.grouped(x[:, :, index[0, 0].flatten()]).unflatten(2, index.shape[2:])
-        index = index.expand(b, hkv, *index.shape[2:])
-    heads = torch.arange(hq, device=x.device) // problem.groups
-    if index.shape[1] == hkv and hkv != hq:
-        index = index[:, heads]
+    """Gather `x (B, Hkv, Nk, D)` at `index (B or 1, Hq or 1, R, n)` into `(B, Hq, R, n, D)`."""
+    b, hq = problem.q.shape[:2]
+    if index.shape[:2] == (1, 1):
+        return problem.grouped(x[:, :, index[0, 0].flatten()]).unflatten(2, index.shape[2:])
     batch = torch.arange(b, device=x.device)[:, None, None, None]
-    return x[batch, heads[:, None, None], index.expand(b, hq, *index.shape[2:])]
+    head = torch.arange(hq, device=x.device)[:, None, None] // problem.groups
+    return x[batch, head, index.expand(b, hq, *index.shape[2:])]
 
 
 def _mask(problem: Problem, index: Tensor, seen: Tensor, first: int) -> Tensor:
     """Selection, causality and the caller's mask on the gathered keys: `(B or 1, Hq or 1, R, tall, n)`."""
     b, hq, nq, _ = problem.q.shape
-    count, tall, n = seen.shape[2], seen.shape[3], seen.shape[4]
-    if seen.shape[1] not in (1, hq):
-        seen, index = seen.repeat_interleave(hq // seen.shape[1], 1), index.repeat_interleave(hq // index.shape[1], 1)
+    count, tall = seen.shape[2:4]
     query = torch.arange(first, first + count * tall, device=index.device).reshape(count, tall, 1)
     if problem.causal and isinstance(problem.selection, Indices):
         seen = seen & (index[..., None, :] <= query + problem.n_keys - nq)

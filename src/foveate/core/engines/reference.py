@@ -14,7 +14,7 @@ def refuses(problem: Problem) -> str | None:
 
 
 def weights(problem: Problem, rows: slice = slice(None), cols: slice = slice(None)) -> Tensor:
-    """Attention weights `(B, Hq, nq, nk)` of some rows (over all keys, or a leading part that holds all visible ones)."""
+    """Attention weights `(B, Hq, nq, nk)` of some rows, over all keys or a leading part with all that may be seen."""
     keys, hidden = _finite(problem.grouped(problem.k[:, :, cols]))
     at, mask = problem.tile(rows, cols), problem.tile_mask(rows, cols)
     logits = problem.scoring.logits(problem.q[:, :, rows], keys, problem.scale, at)

@@ -16,14 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from foveate.host.model import host
+from foveate.kv.duo_attention import DuoAttention
 from foveate.labs.lm import tokenizer
 from foveate.labs.lm.data import batch
 from foveate.tasks import corpus
 from foveate.tasks.needle import Needle
+from foveate.tasks.passkeys import Passkeys
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def train(
             if progress is not None:
                 progress(step, recipe.steps, f"context {stage.length}, loss {loss:.3f}")
         save(model, recipe, out, {"steps": step, "seconds": round(time.time() - begun), **scores(model, stage.length)})
+    learn_heads(model, out, progress)
     return json.loads((out / "recipe.json").read_text())
 
 
@@ -162,6 +167,12 @@ def needle_accuracy(model: LlamaForCausalLM, length: int, count: int) -> float:
         guess = model(ids, use_cache=False, logits_to_keep=digits + 1).logits[0, :-1].argmax(-1)
         hits += bool((guess == ids[0, -digits:]).all())
     return hits / count
+
+
+def learn_heads(model: LlamaForCausalLM, out: Path, progress: Progress | None = None) -> None:
+    """Train DuoAttention's gates on the finished lab and save them beside it, where `compare` looks for them."""
+    data = Passkeys(lambda text: list(text.encode()), length=768, count=3, words=6, begin=(tokenizer.BOS,))
+    save_file(DuoAttention.calibrate(host(model), data, progress), out / "duo_attention.safetensors")
 
 
 def save(model: LlamaForCausalLM, recipe: Recipe, out: Path, measured: dict[str, object]) -> None:

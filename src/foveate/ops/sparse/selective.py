@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from foveate.core import engines
+from foveate.core import engines, masks
 from foveate.core.engines import reference
 from foveate.core.problem import Plan, Problem
 from foveate.core.selection import Selection
@@ -27,7 +27,8 @@ class Selective(Operator):
     def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
         """Which keys each query sees. `q (B, Hq, Nq, D)`, `k (B, Hkv, Nk, D)`; the last query is at the last key.
 
-        With `causal` the selection need not leave out the future, but it may not be steered by it.
+        With `causal` the selection need not leave out the future, but it may not be steered by it, except within a
+        group of `grain` queries. Keys that the caller's mask hides from every query arrive as zeros.
         """
 
     @final
@@ -37,7 +38,8 @@ class Selective(Operator):
         return self.select(q.detach(), k.detach(), causal, scale)
 
     def _problem(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Problem:
-        return Problem(q, k, v, scale, mask, causal, selection=self.selection(q, k, causal, scale))
+        candidates = k if mask is None else _without_hidden(k, mask)
+        return Problem(q, k, v, scale, mask, causal, selection=self.selection(q, candidates, causal, scale))
 
     @final
     def _attend(
@@ -84,3 +86,10 @@ class Selective(Operator):
     ) -> tuple[Tensor, KVState]:
         state = state.append(k, v)
         return self._attend(q, state.k, state.v, None, True, scale, "auto"), state
+
+
+def _without_hidden(k: Tensor, mask: Tensor) -> Tensor:
+    """Keys that no query may see as zeros, so that what stands there (padding, garbage) cannot steer a selection."""
+    allowed = masks.allowed(mask).reshape((1,) * (4 - mask.dim()) + mask.shape)
+    seen = allowed.flatten(1, 2).any(1)[:, None, :, None]
+    return k.masked_fill(~seen, 0.0)

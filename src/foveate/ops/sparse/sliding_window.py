@@ -5,18 +5,15 @@ Efficient Streaming Language Models with Attention Sinks (2023), arXiv 2309.1745
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Self, final
 
-import torch
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.core.selection import Blocks, Rule, Selection
+from foveate.core.selection import Selection
+from foveate.core.windows import window
 from foveate.ops.operator import Pattern
 from foveate.ops.sparse.selective import Selective
-
-_TILE = 128
 
 
 @final
@@ -35,12 +32,16 @@ class SlidingWindow(Selective):
 
     def __init__(self, window: int = 512, sinks: int = 4) -> None:
         super().__init__()
-        validate.at_least("window", window, 1)
-        validate.at_least("sinks", sinks, 0)
+        validate.count("window", window, 1)
+        validate.count("sinks", sinks, 0)
         self.window, self.sinks = window, sinks
 
     def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
-        return _selection(q.shape[2], k.shape[2], self.window, self.sinks, q.device)
+        return window(q.shape[2], k.shape[2], self.window, self.sinks, q.device)
+
+    @classmethod
+    def at_budget(cls, budget: float, length: int) -> Self:
+        return cls(window=max(1, round(budget * length) - 4), sinks=4)
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
@@ -49,23 +50,3 @@ class SlidingWindow(Selective):
     @classmethod
     def exact(cls, heads: int, head_dim: int, length: int) -> Self:
         return cls(window=length, sinks=0)
-
-
-@lru_cache(maxsize=64)
-def _selection(n_queries: int, n_keys: int, window: int, sinks: int, device: torch.device) -> Blocks:
-    """The tiles that the band and the sinks touch; on tiles well inside the band nothing has to be masked."""
-    shift = n_keys - n_queries
-    first = torch.arange(-(-n_queries // _TILE), device=device)[:, None] * _TILE + shift
-    last = (first + _TILE - 1).clamp_max(n_keys - 1)
-    start = torch.arange(-(-n_keys // _TILE), device=device) * _TILE
-    end = start + _TILE - 1
-    touched = (start <= last) & ((first - end < window) | (start < sinks))
-    whole = (end <= first) & ((last - start < window) | (end < sinks))
-    return Blocks(
-        touched[None, None], (_TILE, _TILE), n_queries, n_keys, _rule(window, sinks, shift), whole[None, None]
-    )
-
-
-@lru_cache(maxsize=64)
-def _rule(window: int, sinks: int, shift: int) -> Rule:
-    return lambda b, h, q, k: ((q + shift - k < window) | (k < sinks)) & (k <= q + shift)

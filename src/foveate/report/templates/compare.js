@@ -1,9 +1,8 @@
 "use strict";
 // Draws the figures from the JSON beside this script in the page's colours, and again when those or the width change.
-// The strings in that JSON are escaped for Plotly where they are written (foveate/report/figures.py).
+// The strings in that JSON are escaped for Plotly where they are written (foveate/report/figures.py). Needs labels.js.
 
 const data = JSON.parse(document.getElementById("figures").textContent);
-const FONT = 12;
 const CONFIG = { displayModeBar: false, scrollZoom: false, doubleClick: false };
 
 function theme() {
@@ -30,101 +29,7 @@ function axis(tones, more) {
   return { ...plain, gridcolor: tones.rule, linecolor: tones.rule, ...more };
 }
 
-// --- score against a share: every mark is named, and no name covers a mark or another name
-
-// Widths of texts as Plotly will draw them.
-function measurer(tones) {
-  const context = document.createElement("canvas").getContext("2d");
-  const plain = document.createElement("textarea"); // turns &lt; back into <: the width is that of what is seen
-  return (text, weight = "normal") => {
-    context.font = `${weight} ${FONT}px ${tones.sans}`;
-    plain.innerHTML = text;
-    return context.measureText(plain.value).width;
-  };
-}
-
-function clusters(points) {
-  const groups = [];
-  for (const point of points) {
-    const near = groups.find((group) => Math.hypot(group.px - point.px, group.py - point.py) < 7);
-    if (near) near.points.push(point);
-    else groups.push({ px: point.px, py: point.py, points: [point] });
-  }
-  return groups;
-}
-
-function overlap(a, b) {
-  const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
-  const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
-  return wide > 0 && high > 0 ? wide * high : 0;
-}
-
-// How much of the line from a mark to the near edge of its name runs under other names.
-function crossing(group, box, taken) {
-  let hits = 0;
-  for (let step = 0.15; step < 1; step += 0.05) {
-    const x = group.px + step * box.dx, y = group.py + step * box.dy;
-    hits += taken.some((other) => x > other.left && x < other.right && y > other.top && y < other.bottom);
-  }
-  return hits * 20;
-}
-
-// The texts that could name a group: all in one line, or one under another.
-function shapes(group, widthOf) {
-  const bold = (point) => point.role === "lead";
-  const widths = group.points.map((point) => widthOf(point.name, bold(point) ? "bold" : "normal"));
-  const joined = (separator) => (tones) => group.points.map((point) => (
-    bold(point) ? `<span style="color:${tones.lead}"><b>${point.name}</b></span>` : point.name
-  )).join(separator);
-  const stacked = { text: joined("<br>"), width: Math.max(...widths) + 6, height: 16 * widths.length };
-  if (widths.length === 1) return [stacked];
-  const line = { text: joined(", "), width: widths.reduce((sum, width) => sum + width + 8, 0), height: 16 };
-  return [line, stacked];
-}
-
-function places(group, shape) {
-  const found = [];
-  for (const reach of [11, 18, 28, 40, 54, 70, 90, 115]) {
-    const rise = reach + shape.height / 2 - 3, slant = reach * 0.8;
-    for (const [dx, dy, anchor] of [
-      [reach, 0, "left"], [-reach, 0, "right"], [0, -rise, "center"], [0, rise, "center"],
-      [-7, -rise, "left"], [7, -rise, "right"], [-7, rise, "left"], [7, rise, "right"],
-      [slant, -slant, "left"], [slant, slant, "left"], [-slant, -slant, "right"], [-slant, slant, "right"],
-    ]) {
-      const left = group.px + dx - { left: 0, center: shape.width / 2, right: shape.width }[anchor];
-      const top = group.py + dy - shape.height / 2;
-      const box = { left, top, right: left + shape.width, bottom: top + shape.height };
-      found.push({ ...box, dx, dy, anchor, reach, shape });
-    }
-  }
-  return found;
-}
-
-// The free place nearest to the mark; where none is free, the one that covers least.
-function place(group, options, taken, area) {
-  const cost = (box) => {
-    const outside = Math.max(0, -box.left) + Math.max(0, box.right - area.width)
-      + Math.max(0, -box.top) + Math.max(0, box.bottom - area.height);
-    const covered = taken.reduce((sum, other) => sum + overlap(box, other), 0);
-    return outside * 200 + covered + box.reach + (box.reach > 20 ? crossing(group, box, taken) : 0);
-  };
-  return options.map((box) => ({ ...box, cost: cost(box) })).reduce((best, box) => (box.cost < best.cost ? box : best));
-}
-
-// Where each group's name goes: every name is placed again, given the others, until all have had a few turns.
-function arrange(groups, line, area, widthOf) {
-  const marks = groups.map(({ px, py }) => ({ left: px - 9, right: px + 9, top: py - 9, bottom: py + 9 }));
-  const level = line === null ? [] : [{ left: 0, right: area.width, top: line - 1, bottom: line + 1 }];
-  const options = groups.map((group) => shapes(group, widthOf).flatMap((shape) => places(group, shape)));
-  const boxes = groups.map(() => null);
-  for (let turn = 0; turn < 4; turn += 1) {
-    groups.forEach((group, index) => {
-      const others = (list) => list.filter((box, other) => box && other !== index);
-      boxes[index] = place(group, options[index], [...others(marks), ...others(boxes), ...level], area);
-    });
-  }
-  return boxes;
-}
+// Score against a share.
 
 function nameMarks(points, line, area, tones) {
   const groups = clusters(points);
@@ -159,7 +64,7 @@ function drawQuality(panel, line, tones) {
   const margin = { l: 46, r: 20, t: 4, b: 44 }, height = 350, width = node.clientWidth;
   const area = { width: width - margin.l - margin.r, height: height - margin.t - margin.b };
   const most = (values) => Math.max(100, ...values);
-  const right = most(panel.points.map((p) => p.x)) * 1.03, top = most(panel.points.map((p) => p.y)) * 1.16;
+  const right = most(panel.points.map((p) => p.x)) * 1.03, top = most(panel.points.map((p) => p.y)) * 1.2;
   const across = (x) => ((x + 3) / (right + 3)) * area.width, down = (y) => ((top - y) / (top + 4)) * area.height;
   // The baseline's hollow mark goes on top of what it coincides with.
   const points = panel.points.map((p) => ({ ...p, px: across(p.x), py: down(p.y) })).reverse();
@@ -177,7 +82,7 @@ function drawQuality(panel, line, tones) {
   Plotly.react(node, line === null ? [marks(points, tones)] : [level, marks(points, tones)], layout, CONFIG);
 }
 
-// --- bars of ratios: panels side by side that share their names, or stacked where the page is narrow
+// Bars of ratios: panels side by side that share their names, or stacked where the page is narrow.
 
 function domains(count, gap) {
   const size = (1 - gap * (count - 1)) / count;

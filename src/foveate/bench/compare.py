@@ -1,0 +1,152 @@
+"""`foveate compare`: a model on a task under several methods, side by side in one run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor
+
+import foveate
+from foveate.bench.loading import load
+from foveate.bench.measure import Prompt, measure, prompts
+from foveate.bench.methods import DEFAULT, FULL, Learnt, candidate, check
+from foveate.bench.results import Comparison
+from foveate.core import validate
+from foveate.core.errors import OptionError, TaskError
+from foveate.host.model import Host, host
+from foveate.tasks.base import Task
+from foveate.tasks.needle import Needle
+from foveate.tasks.passkeys import Passkeys
+from foveate.tasks.prompts import Prompts
+
+RESULTS = "results.json"
+EXAMPLES, LENGTH = 20, 1024
+
+
+class Progress(Protocol):
+    """Where progress goes."""
+
+    def start(self, total: int) -> None: ...
+    def advance(self, label: str) -> None: ...
+    def say(self, label: str) -> None: ...
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def start(self, total: int) -> None: ...
+    def advance(self, label: str) -> None: ...
+    def say(self, label: str) -> None: ...
+
+
+def compare(
+    *,
+    model: str | None = None,
+    task: str | None = None,
+    methods: list[str] | None = None,
+    budget: float = 0.35,
+    examples: int | None = None,
+    length: int | None = None,
+    out: Path | str = Path("foveate-compare"),
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run a model on a task under several methods; saves `results.json` into `out` after each.
+
+    Args:
+        model: folder or hub id of a decoder; None is the lab model.
+        task: "needle", or a `.jsonl` file of prompts and answers; None is needle.
+        methods: keys of the catalogue (cache policies, or operators to read the prompt with); the full cache always
+            runs.
+        budget: share of the full cache that each method may keep, or read, in (0, 1].
+        examples: how many prompts.
+        length: length of needle prompts in characters.
+        out: folder; what an earlier run with the same settings left there is kept, unless `fresh`.
+        seed: of the task.
+        device, dtype: where and in what the model runs.
+        progress: told about every example.
+
+    Raises:
+        FoveateError: for anything that cannot be run, before anything is written.
+        KeyboardInterrupt: with `(methods done, methods in all)`, after what is measured was saved.
+    """
+    keys = [FULL, *(key for key in (methods or DEFAULT) if key != FULL)]
+    check(keys)
+    validate.between("budget", budget, 1e-9, 1.0)
+    chosen = _task(task, examples, length, seed)
+    loaded, tokenizer, folder = load(model, device, dtype)
+    here, batch = host(loaded), prompts(chosen, tokenizer, loaded)
+    out = Path(out)
+    settings = Comparison(
+        model=model or "lab lm", task=chosen.name, seed=seed, device=device, dtype=dtype, budget=budget,
+        examples=len(batch), length=getattr(chosen, "length", None), versions=_versions(), rows=[],
+    )  # fmt: skip
+    result = _resumed(settings, out, keys, fresh)
+    todo, watch = [key for key in keys if key not in {row.method for row in result.rows}], progress or Silent()
+    watch.start(len(todo) * len(batch))
+    folders = [path for path in (folder, out) if path is not None]
+    learnt = Learnt(here, lambda: _passkeys(tokenizer, here, batch, seed), folders, watch.say)
+    longest = max(prompt.ids.shape[1] for prompt in batch)
+    try:
+        for key in todo:
+            ready = candidate(key, here, budget, longest, learnt)
+            result.rows.append(measure(ready, chosen, batch, loaded, tokenizer, lambda label=key: watch.advance(label)))
+            result.save(out / RESULTS)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(len(result.rows), len(keys)) from None
+    result.rows.sort(key=lambda row: keys.index(row.method))
+    result.save(out / RESULTS)
+    return result
+
+
+def _task(task: str | None, examples: int | None, length: int | None, seed: int) -> Task:
+    if examples is not None:
+        validate.at_least("examples", examples, 1)
+    if task is None or task == "needle":
+        return Needle(length=LENGTH if length is None else length, count=examples or EXAMPLES, seed=seed)
+    if length is not None:
+        raise OptionError(f"length={length} goes with the needle task; the prompts of {task} have their own")
+    if not task.endswith(".jsonl"):
+        raise TaskError(f'task={task!r} must be "needle" or a .jsonl file of prompts and answers')
+    return Prompts(Path(task), examples)
+
+
+def _resumed(settings: Comparison, out: Path, keys: list[str], fresh: bool) -> Comparison:
+    """What an earlier run with the same settings measured, less what is not asked for now."""
+    file = out / RESULTS
+    if fresh or not file.exists():
+        return settings
+    earlier = Comparison.load(file)
+    if earlier.settings() != settings.settings():
+        return settings
+    settings.rows.extend(row for row in earlier.rows if row.method in keys)
+    return settings
+
+
+def _passkeys(tokenizer: Any, here: Host, batch: list[Prompt], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Text with keys to retrieve, about as long as the prompts, for policies that have to learn about the model."""
+    begin = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+    length = max(64, max(prompt.ids.shape[1] for prompt in batch) // 2)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    return iter(Passkeys(encode, length=length, count=3, words=6, begin=begin, seed=seed))
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "foveate": foveate.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }

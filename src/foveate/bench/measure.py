@@ -1,0 +1,99 @@
+"""One method on one task: what it answers, how long it takes and what it keeps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from foveate.bench.memory import peak_bytes
+from foveate.bench.methods import Candidate
+from foveate.bench.results import Answer, Row
+from foveate.core.errors import TaskError
+from foveate.host import apply
+from foveate.tasks.base import Example, Task
+
+_SPARE = 2  # tokens beyond the expected answer's, so that an answer is seen to end or to run on
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example as token ids `(1, N)`, and how many tokens to answer with."""
+
+    example: Example
+    ids: Tensor
+    new_tokens: int
+
+
+def prompts(task: Task, tokenizer: Any, model: PreTrainedModel) -> list[Prompt]:
+    """The task's examples, tokenized; one that does not fit into the model's context is refused."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    found = []
+    for number, example in enumerate(task.examples(), 1):
+        ids = tokenizer(example.prompt, return_tensors="pt").input_ids
+        new = len(tokenizer(example.answer, add_special_tokens=False).input_ids) + _SPARE
+        if ids.shape[1] == 0:
+            raise TaskError(f"example {number} of {task.name} has an empty prompt")
+        if context is not None and ids.shape[1] + new > context:
+            raise TaskError(
+                f"example {number} of {task.name} takes {ids.shape[1]} + {new} tokens; "
+                f"the model's context holds {context}"
+            )
+        found.append(Prompt(example, ids.to(model.device), new))
+    return found
+
+
+@torch.inference_mode()
+def measure(
+    candidate: Candidate,
+    task: Task,
+    batch: list[Prompt],
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tick: Callable[[], None],
+) -> Row:
+    """Run every prompt under the candidate's methods, greedily."""
+    answers, prefill, decode, kept, read = [], [], [], [], []
+    _answer(candidate, batch[0], model)  # the first call of anything is slow
+    for prompt in batch:
+        ids, seconds, run = _answer(candidate, prompt, model)
+        output = tokenizer.decode(ids, skip_special_tokens=True)
+        answers.append(Answer(prompt.example.prompt, prompt.example.answer, output, task.score(prompt.example, output)))
+        prefill.append(seconds[0])
+        decode += seconds[1:]
+        kept.append(run.stats.kept)
+        read.append(run.stats.read)
+        tick()
+    longest = max(batch, key=lambda prompt: prompt.ids.shape[1])
+    return Row(
+        method=candidate.key, title=candidate.title, options=candidate.options,
+        score=fmean(answer.score for answer in answers), cache_kept=fmean(kept), keys_read=fmean(read),
+        prefill_ms=1e3 * median(prefill), decode_ms=1e3 * median(decode),
+        peak_mb=peak_bytes(lambda: _answer(candidate, longest, model), model.device) / 1e6, answers=answers,
+    )  # fmt: skip
+
+
+def _answer(candidate: Candidate, prompt: Prompt, model: PreTrainedModel) -> tuple[list[int], list[float], Any]:
+    """Greedy tokens, the seconds of the prefill and of each step, and the run with its statistics."""
+    cache, ids, out, seconds = DynamicCache(config=model.config), prompt.ids, [], []
+    with apply(model, *candidate.methods) as run:
+        for _ in range(prompt.new_tokens):
+            begun = _now(model)
+            logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            token = int(logits[0, -1].argmax())
+            seconds.append(_now(model) - begun)
+            out.append(token)
+            ids = prompt.ids.new_tensor([[token]])
+    return out, seconds, run
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

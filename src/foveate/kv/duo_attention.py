@@ -1,0 +1,191 @@
+"""DuoAttention: retrieval heads keep the whole cache, streaming heads only sinks and a recent window.
+
+DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads (2024), arXiv 2410.10819. Where
+release and paper differ: the release's training step takes the full stream's attention output, detached, in the gated
+sum; here, as in the paper, both outputs come from the mixed stream's own q, k, v. The paper leaves open how the squared
+distance is reduced over channels; its weight of 0.05 goes with the release's mean, which is used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Self, final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveate.core import engines, validate
+from foveate.core.errors import OptionError
+from foveate.core.problem import Problem
+from foveate.core.selection import Blocks, Selection
+from foveate.core.windows import window
+from foveate.host.method import Method
+from foveate.host.model import Host, host
+from foveate.host.run import apply
+from foveate.host.site import Site
+from foveate.kv.heads import check_heads, keep_window, split_at_budget
+from foveate.kv.policy import Policy, Progress
+
+
+@final
+@dataclass(eq=False)
+class DuoAttention(Policy):
+    """Heads with a low gate keep sinks and a window; the others keep everything. Gates come from `duo_train`.
+
+    Memory falls to `1 - sparsity · (1 - (sink + recent) / N)` of the cache. Keys keep their original positions.
+    Prefill is dense for what comes in one call; text that is fed in several calls is streamed: a streaming head then
+    sees sinks, window and the current chunk. The wrong choice without gates that fit the model: a random split loses
+    retrieval.
+
+    Args:
+        gates: `(layers, kv_heads)` in 0..1, one a head.
+        sparsity: share of heads that become streaming, those with the lowest gates; ties go to the earlier head.
+        sink, recent: tokens that streaming heads keep.
+        prefill_chunk: also within one call, cut the prompt into chunks of so many tokens for streaming heads; None:
+            whole.
+    """
+
+    gates: Tensor
+    sparsity: float = 0.5
+    sink: int = 64
+    recent: int = 256
+    prefill_chunk: int | None = None
+    evicts: ClassVar[bool] = True
+    _full: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gates, Tensor) or self.gates.dim() != 2:
+            raise OptionError(
+                f"gates must be a tensor (layers, kv_heads), from duo_train; got {type(self.gates).__name__}"
+            )
+        validate.between("sparsity", self.sparsity, 0.0, 1.0)
+        validate.at_least("sink", self.sink, 0)
+        validate.at_least("recent", self.recent, 1)
+        if self.prefill_chunk is not None:
+            validate.at_least("prefill_chunk", self.prefill_chunk, 1)
+        self._full = full_heads(self.gates, self.sparsity)
+
+    def bind(self, host: Host) -> None:
+        check_heads("gates", self.gates, host)
+
+    def at(self, site: Site) -> bool:
+        return not bool(self._full[site.layer].all())
+
+    def select(self, site: Site) -> Selection | None:
+        chunk, n = self.prefill_chunk, site.q.shape[2]
+        if chunk is None or n <= chunk:
+            return None
+        return _chunked(self._full[site.layer], site, self.sink, self.recent, chunk)
+
+    def keep(self, site: Site) -> Tensor | None:
+        if site.seen <= self.sink + self.recent:
+            return None
+        return keep_window(site, self._full[site.layer], self.sink, self.recent)
+
+    @classmethod
+    def calibrate(
+        cls, host: Host, data: Iterable[tuple[Tensor, Tensor]], progress: Progress | None = None
+    ) -> dict[str, Tensor]:
+        return {"gates": duo_train(host.model, data, steps=100, rate=0.05, sink=4, recent=64, progress=progress)}
+
+    @classmethod
+    def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
+        if "gates" not in learnt:
+            raise OptionError("duo_attention needs gates for this model: train them with DuoAttention.calibrate")
+        full, tokens = split_at_budget(budget, host, length)
+        sink, gates = min(4, tokens - 1), learnt["gates"]
+        return cls(gates, sparsity=1 - full / gates.numel(), sink=sink, recent=tokens - sink)
+
+
+def full_heads(gates: Float[Tensor, "l h"], sparsity: float) -> Bool[Tensor, "l h"]:
+    """The heads that keep everything: all but the `sparsity` share with the lowest gates."""
+    streaming = round(sparsity * gates.numel())
+    chosen = torch.ones(gates.numel(), dtype=torch.bool)
+    chosen[gates.flatten().argsort(stable=True)[:streaming]] = False
+    return chosen.view_as(gates)
+
+
+def _chunked(full: Tensor, site: Site, sink: int, recent: int, chunk: int) -> Selection:
+    """Full heads see everything; streaming heads the sinks, the window before their chunk, and their chunk."""
+    n, total = site.q.shape[2], site.k.shape[2]
+    shift = total - n
+    heads = full.repeat_interleave(site.groups)
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        begin = q // chunk * chunk + shift
+        return heads[h] | (k < sink) | (k >= begin - recent)
+
+    blocks = torch.ones(1, heads.numel(), -(-n // chunk), 1, dtype=torch.bool, device=site.q.device)
+    return Blocks(blocks, (chunk, total), n, total, rule)
+
+
+class Mixed(Method):
+    """Training: each head's output is `gate · full + (1 - gate) · streaming`, on its own queries, keys and values."""
+
+    def __init__(self, gates: Tensor, sink: int, recent: int) -> None:
+        self.gates, self.sink, self.recent = gates, sink, recent
+
+    def attend(self, site: Site) -> Tensor:
+        problem = Problem(site.q, site.k, site.v, site.scale, causal=True)
+        near = window(site.q.shape[2], site.k.shape[2], self.recent, self.sink, site.q.device)
+        streamed = engines.run(Problem(site.q, site.k, site.v, site.scale, causal=True, selection=near))
+        gate = self.gates[site.layer].repeat_interleave(site.groups)[:, None, None].to(site.q.dtype)
+        return gate * engines.run(problem) + (1 - gate) * streamed
+
+
+def duo_train(
+    model: object,
+    data: Iterable[tuple[Tensor, Tensor]],
+    *,
+    steps: int = 2000,
+    rate: float = 0.02,
+    reg: float = 0.05,
+    sink: int = 128,
+    recent: int = 256,
+    progress: Progress | None = None,
+) -> Float[Tensor, "l hkv"]:
+    """Gates `(layers, kv_heads)` in 0..1 by distillation; the model's weights stay frozen.
+
+    Args:
+        model: a decoder.
+        data: `(ids (B, N), answers (B, N) bool)`: the loss looks at the answers' tokens, see `foveate.tasks.passkeys`.
+        steps: optimiser steps of AdamW: linear warm-up over the first fifth, linear decay over the last.
+        rate: learning rate.
+        reg: weight of the mean gate, which pushes heads towards streaming.
+        sink, recent: the streaming heads' view in training.
+        progress: called as `progress(step, steps, note)`.
+    """
+    here = host(model)
+    validate.at_least("steps", steps, 1)
+    gates = torch.ones(here.layers, here.kv_heads, requires_grad=True)
+    optimiser = torch.optim.AdamW([gates], lr=rate, weight_decay=0.0)
+    backbone, stream = here.model.get_decoder(), iter(data)
+    frozen = [p for p in here.model.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        for step in range(steps):
+            ids, answers = (x.to(here.model.device) for x in next(stream))
+            with torch.no_grad():
+                full = backbone(ids, use_cache=False).last_hidden_state[answers]
+            with apply(here.model, Mixed(gates, sink, recent)):
+                mixed = backbone(ids, use_cache=False).last_hidden_state[answers]
+            distance = (mixed - full).square().mean()
+            optimiser.param_groups[0]["lr"] = rate * _schedule(step, steps)
+            (distance + reg * gates.abs().mean()).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            gates.data.clamp_(0.0, 1.0)
+            if progress is not None:
+                progress(step + 1, steps, f"distance {distance.item():.4f}, mean gate {gates.mean().item():.2f}")
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    return gates.detach()
+
+
+def _schedule(step: int, steps: int) -> float:
+    fifth = max(1, steps // 5)
+    return min(1.0, max((step + 1) / fifth, 0.1), max((steps - step) / fifth, 0.1))

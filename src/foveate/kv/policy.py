@@ -1,0 +1,53 @@
+"""The seam of cache policies: methods that spend a given share of a decoder's cache."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Self
+
+from torch import Tensor
+
+from foveate.core import validate
+from foveate.host.method import Method
+from foveate.host.model import Host
+
+#: `progress(step, steps, note)`.
+Progress = Callable[[int, int, str], None]
+
+
+class Policy(Method):
+    """A method that keeps, or reads while decoding, only part of the cache."""
+
+    @classmethod
+    def calibrate(
+        cls, host: Host, data: Iterable[tuple[Tensor, Tensor]], progress: Progress | None = None
+    ) -> dict[str, Tensor]:
+        """What the policy has to learn about a model once, as named tensors for `at_budget`; most learn nothing.
+
+        Args:
+            host: the model.
+            data: `(ids (B, N), answers (B, N) bool)`, long text with something to retrieve; see
+                `foveate.tasks.passkeys`.
+            progress: called as the work goes on.
+        """
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
+        """The policy that keeps (or, where it evicts nothing, reads) about this share of a cache of `length` tokens.
+
+        Args:
+            budget: in 0..1, of all slots over all layers and heads.
+            host: the model it is for.
+            length: tokens of the prompts to come.
+            learnt: what `calibrate` returned.
+        """
+
+    @staticmethod
+    def tokens(budget: float, length: int) -> int:
+        """The budget in tokens, at least one."""
+        validate.between("budget", budget, 0.0, 1.0)
+        validate.at_least("length", length, 1)
+        return max(1, round(budget * length))

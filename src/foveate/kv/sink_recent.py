@@ -1,0 +1,50 @@
+"""Attention sinks and a recent window: the baseline of cache policies.
+
+Efficient Streaming Language Models with Attention Sinks (2023), arXiv 2309.17453.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self, final
+
+from torch import Tensor
+
+from foveate.core import validate
+from foveate.host.model import Host
+from foveate.host.site import Site
+from foveate.kv.policy import Policy
+
+
+@final
+@dataclass(eq=False)
+class SinkRecent(Policy):
+    """Every head keeps the first `sink` and the last `recent` tokens; the rest is evicted.
+
+    Memory and time per token are constant. The prompt is read densely, in one piece or in the pieces it comes in. Keys
+    keep their original positions (the paper renumbers them; within the trained length that changes little). Whatever
+    lies
+    between the sinks and the window is gone: the wrong choice for retrieval.
+
+    Args:
+        sink: first tokens kept (the paper's 4).
+        recent: last tokens kept.
+    """
+
+    sink: int = 4
+    recent: int = 256
+    evicts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        validate.at_least("sink", self.sink, 0)
+        validate.at_least("recent", self.recent, 1)
+
+    def keep(self, site: Site) -> Tensor | None:
+        if site.seen <= self.sink + self.recent:
+            return None
+        return (site.positions < self.sink) | (site.positions >= site.seen - self.recent)
+
+    @classmethod
+    def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
+        total = cls.tokens(budget, length)
+        return cls(sink=min(4, total - 1), recent=total - min(4, total - 1))

@@ -1,0 +1,206 @@
+"""The family of linear operators: a product of features in place of a softmax, and so a state in place of a cache."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.core import masks as mask_algebra
+from foveate.core.errors import ShapeError, UnsupportedEngine
+from foveate.core.problem import Plan
+from foveate.ops.heads import accumulating, per_query_head
+from foveate.ops.linear import forms
+from foveate.ops.operator import MaskKind, Operator
+
+
+@dataclass(frozen=True)
+class LinearState:
+    """What a linear operator remembers of the past, whatever its length.
+
+    Args:
+        memory: `(B, H, F, Dv)` sum of `features(k) vᵀ`; where `normalised`, with one more column that sums `features(k)`.
+        normalised: whether that column is there.
+    """
+
+    memory: Float[Tensor, "b h f e"]
+    normalised: bool
+
+    @property
+    def S(self) -> Float[Tensor, "b h f dv"]:  # noqa: N802
+        return self.memory[..., :-1] if self.normalised else self.memory
+
+    @property
+    def z(self) -> Float[Tensor, "b h f"] | None:
+        return self.memory[..., -1] if self.normalised else None
+
+
+class Linear(Operator):
+    """Kernelised attention: weights `fq_i . fk_j`, faded by a decay, over their sum where the mechanism normalises.
+
+    A system writes `query_features` and `key_features`, and `log_decay` where the past fades (then only the causal
+    patterns are defined, and the system declares that). A masked key writes nothing; its place still counts where the
+    decay is per head, and not where it is per token.
+
+    Engines: "chunked" (the default; O(N) time and memory), "recurrent" (a token loop), "reference" (the whole matrix).
+    The three agree up to rounding. Sums are kept in float32 for half-precision inputs.
+
+    Declared facts:
+        normalised: whether the output is divided by the sum of the weights.
+        eps: added to that sum. A row whose weights sum to exactly 0 gives zeros.
+        block: tokens in a chunk.
+    """
+
+    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
+    engines: ClassVar[tuple[str, ...]] = ("chunked", "recurrent", "reference")
+    state_type: ClassVar[type] = LinearState
+    normalised: ClassVar[bool] = True
+    eps: ClassVar[float] = 0.0
+    block: int = 64
+
+    # -- what a system writes ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def query_features(self, q: Tensor, scale: float) -> Float[Tensor, "b h n f"]:
+        """Features of `q (B, H, N, D)`. `scale` is the factor on the dot products: here, or in part on the keys."""
+
+    @abstractmethod
+    def key_features(self, k: Tensor, scale: float) -> Float[Tensor, "b h n f"]:
+        """Features of `k (B, H, N, D)`, one head to each query head; token by token."""
+
+    def log_decay(self, k: Tensor, **inputs: Tensor) -> Tensor | None:
+        """Log of the factor on the state before a token is written: per head `(H,)`, per token `(B, H, N)`, or None.
+
+        At most 0; `-inf` (forget all) is allowed. `k (B, H, N, D)` has one head to each query head.
+        """
+        return None
+
+    def scan(self, fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
+        """The causal chunked form from `state` on; a system with a backward pass of its own overrides it.
+
+        `fq, fk (B, H, N, F)`, `v (B, H, N, E)`, `log_decay (B or 1, H, N)`, `state (B, H, F, E)`; `(B, H, N, E)`.
+        """
+        return forms.chunked(fq, fk, v, log_decay, state, self.block)
+
+    # -- what the base makes of it -------------------------------------------------------------------------------------
+
+    @final
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str, **inputs: Tensor
+    ) -> Tensor:
+        engine = self._engine(engine)
+        if q.shape[2] == 0:
+            return q.new_zeros(*q.shape[:3], v.shape[3])
+        fq, fk, v, decay = self._prepared(q, k, v, mask, causal, scale, inputs)
+        if engine == "reference":
+            out = forms.matrix(fq, fk, causal, decay) @ v
+        elif causal:
+            out = self._causal(fq, fk, v, decay, engine)
+        else:
+            out = fq @ _written(fk, v, None, engine)
+        return self._normalised(out).to(q.dtype)
+
+    def _causal(self, fq: Tensor, fk: Tensor, v: Tensor, decay: Tensor | None, engine: str) -> Tensor:
+        past = fk.shape[2] - fq.shape[2]
+        before = None if decay is None else decay[..., :past]
+        state = _written(fk[:, :, :past], v[:, :, :past], before, engine)
+        run = self.scan if engine == "chunked" else forms.recurrent
+        return run(fq, fk[:, :, past:], v[:, :, past:], None if decay is None else decay[..., past:], state)
+
+    @final
+    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor) -> Tensor:
+        fq, fk, _, decay = self._prepared(q, k, k, mask, causal, scale, inputs)
+        weights = forms.matrix(fq, fk, causal, decay)
+        if self.normalised:
+            weights = self._normalised(torch.cat([weights, weights.sum(-1, keepdim=True)], -1))
+        return weights.to(q.dtype)
+
+    @final
+    def _plan(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str) -> Plan:
+        why = "asked for" if engine != "auto" else "a state of fixed size: linear in the length"
+        engine = self._engine(engine)
+        b, h, nq, _ = q.shape
+        nk, width, out = k.shape[2], self._width(q, scale), v.shape[-1] + self.normalised
+        inside = {"reference": nk, "chunked": self.block if causal else 0, "recurrent": 0}[engine]
+        state = 0 if engine == "reference" else 2 * (nq + nk) * width * out
+        traffic = q.numel() + k.numel() + v.numel() + b * h * nq * v.shape[-1]
+        flops = b * h * (2 * nq * inside * (width + out) + state)
+        return Plan(engine=engine, flops=flops, bytes=traffic * q.element_size(), why=why)
+
+    @final
+    def _init_state(
+        self, batch: int, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> LinearState:
+        key = torch.zeros(1, heads, 1, key_dim, dtype=accumulating(dtype), device=device)
+        width = self._width(key, 1.0)
+        return LinearState(key.new_zeros(batch, heads, width, value_dim + self.normalised), self.normalised)
+
+    @final
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, scale: float, **inputs: Tensor) -> tuple[Tensor, LinearState]:
+        fq, fk, v, decay = self._prepared(q, k, v, None, True, scale, inputs)
+        memory = forms.write(state.memory, fk, v, decay)
+        return self._normalised(fq @ memory).to(q.dtype), LinearState(memory, self.normalised)
+
+    def _prepared(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Features, values (with a column of ones where normalised) and log decays, clean of what is masked."""
+        wide, heads = accumulating(q.dtype), q.shape[1]
+        q, k, v = q.to(wide), per_query_head(k, heads).to(wide), per_query_head(v, heads).to(wide)
+        hidden = None if mask is None else ~mask_algebra.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
+        if hidden is not None:
+            # before the features and after them: neither a value nor a gradient of what stands there may get out
+            k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+        fq, fk = self.query_features(q, scale), self.key_features(k, scale)
+        decay = self._decay(k, hidden, inputs) if causal else None
+        if self.normalised:
+            v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
+        return fq, fk if hidden is None else fk.masked_fill(hidden, 0.0), v, decay
+
+    def _decay(self, k: Tensor, hidden: Tensor | None, inputs: dict[str, Tensor]) -> Tensor | None:
+        """The log decays as `(B or 1, H, N)`."""
+        decay, (b, h, n) = self.log_decay(k, **inputs), k.shape[:3]
+        if decay is None:
+            return None
+        # below this an exponential is 0 in any case, and sums of such numbers keep their precision
+        decay = decay.to(k.dtype).clamp_min(1.2 * math.log(torch.finfo(k.dtype).tiny))
+        if decay.shape == (h,):
+            return decay[None, :, None].expand(1, h, n)
+        if decay.shape != (b, h, n):
+            raise ShapeError(f"log decays of {self.name} must be (H,)=({h},) or (B, H, N)={(b, h, n)}; got {tuple(decay.shape)}")
+        return decay if hidden is None else decay.masked_fill(hidden[..., 0], 0.0)
+
+    def _normalised(self, out: Tensor) -> Tensor:
+        """`out (..., E)` over its last column, where there is one."""
+        if not self.normalised:
+            return out
+        total = out[..., -1:]
+        return torch.where(total == 0, 0.0, out[..., :-1] / torch.where(total == 0, 1.0, total + self.eps))
+
+    def _engine(self, engine: str) -> str:
+        if engine == "auto":
+            return "chunked"
+        if engine not in self.engines:
+            raise UnsupportedEngine(f'engine="{engine}" cannot run {self.name}; it runs on auto, {", ".join(self.engines)}')
+        return engine
+
+    def _width(self, q: Tensor, scale: float) -> int:
+        """How many features a token has."""
+        with torch.no_grad():
+            return self.key_features(torch.zeros_like(q[:1, :, :1], dtype=accumulating(q.dtype)), scale).shape[-1]
+
+
+def _written(fk: Tensor, v: Tensor, decay: Tensor | None, engine: str) -> Tensor:
+    """The state after some keys, as the engine goes about it."""
+    if engine == "chunked":
+        return forms.absorb(fk, v, decay)
+    state = fk.new_zeros(*fk.shape[:2], fk.shape[3], v.shape[3])
+    for index in range(fk.shape[2]):
+        at = slice(index, index + 1)
+        state = forms.write(state, fk[:, :, at], v[:, :, at], None if decay is None else decay[..., at])
+    return state

@@ -1,0 +1,91 @@
+"""How well one attention imitates another: distillation of weights, and what to look at.
+
+Serves every operator that has a matrix of weights; feature maps of linear attention are trained with it to follow a
+softmax (Hedgehog, arXiv 2402.04347).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.core import validate
+from foveate.core.errors import OptionError
+from foveate.ops.dense.softmax import Softmax
+from foveate.ops.operator import Operator
+
+
+def distillation_loss(student: Float[Tensor, "b h q k"], teacher: Float[Tensor, "b h q k"]) -> Float[Tensor, ""]:
+    """Soft cross entropy `-sum_j teacher_ij log student_ij`: mean over the rows that see something, summed over heads.
+
+    It is at least the teacher's mean entropy, and that only where the weights are the same.
+    """
+    tiny = torch.finfo(student.dtype).tiny
+    crossed = -(teacher * torch.log(student.clamp_min(tiny))).sum(-1)
+    seen = teacher.sum(-1) > 0
+    return (torch.where(seen, crossed, 0.0).sum((0, 2)) / seen.sum((0, 2)).clamp_min(1)).sum()
+
+
+def distill(
+    op: Operator, batches: Sequence[tuple[Tensor, Tensor]], *, steps: int, lr: float = 1e-2, causal: bool = False,
+    teacher: Operator | None = None,
+) -> list[float]:  # fmt: skip
+    """Train all of `op`'s parameters with Adam until its weights follow the teacher's; returns the loss of each step.
+
+    Args:
+        op: an operator with parameters and weights; only its parameters change.
+        batches: pairs `q (B, Hq, Nq, D)`, `k (B, Hkv, Nk, D)` as the frozen model's layer computes them, taken in turn.
+        steps, lr: of the optimiser.
+        causal: as in the model.
+        teacher: whose weights to follow; softmax attention with its usual scale where None.
+    """
+    validate.count("steps", steps, 1)
+    parameters = [p for p in op.parameters() if p.requires_grad]
+    if not parameters:
+        raise OptionError(f"{op.name} has no parameters to train")
+    if not batches:
+        raise OptionError("batches must hold at least one pair (q, k)")
+    teacher = teacher or Softmax()
+    optimiser = torch.optim.Adam(parameters, lr=lr)
+    losses = []
+    for q, k in islice(cycle(batches), steps):
+        with torch.no_grad():
+            target = teacher.weights(q, k, causal=causal)
+        with torch.enable_grad():
+            loss = distillation_loss(op.weights(q.detach(), k.detach(), causal=causal), target)
+            grads = torch.autograd.grad(loss, parameters)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        optimiser.step()
+        losses.append(loss.item())
+    optimiser.zero_grad(set_to_none=True)
+    return losses
+
+
+def attention_entropy(weights: Float[Tensor, "b h q k"]) -> Float[Tensor, "b h"]:
+    """Mean entropy, in nats, of the rows of weights that sum to 1. Low is spiky; `log Nk` is uniform."""
+    rows = torch.special.entr(weights).sum(-1)
+    return rows.sum(-1) / (weights.sum(-1) > 0).sum(-1).clamp_min(1)
+
+
+def monotonicity(scores: Float[Tensor, "b h q k"], weights: Float[Tensor, "b h q k"]) -> Float[Tensor, "b h"]:
+    """Mean over the queries of Spearman's rank correlation between scores (such as `q . k`) and weights over the keys.
+
+    1 where a larger score always means a larger weight, as in a softmax.
+    """
+    a, b = (_ranks(x) for x in (scores, weights))
+    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+    spread = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+    return torch.where(spread > 0, (a * b).sum(-1) / spread.clamp_min(torch.finfo(a.dtype).tiny), 0.0).mean(-1)
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """Ranks along the last axis; equal numbers share their mean rank."""
+    ordered = x.contiguous().sort(-1).values
+    below = torch.searchsorted(ordered, x.contiguous())
+    up_to = torch.searchsorted(ordered, x.contiguous(), right=True)
+    return (below + up_to).to(torch.float32 if x.dtype != torch.float64 else x.dtype) / 2

@@ -1,0 +1,92 @@
+"""Fast weights: matrices that change from token to token, and how to apply them without writing each one out.
+
+Along a chunk, momentum and decay are linear in what they started from and in the tokens' gradients, which are rank one.
+So the weights at each token are known by a row of shares, and a product with them is attention inside the chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.ops.memory.recurrence import linear_recurrence
+
+#: The matrices `(B, H, out, in)` of a learner, one for each layer.
+Weights = tuple[Tensor, ...]
+
+#: One layer at work: `(B, H, C, in) -> (B, H, C, out)`, where each token may meet a matrix of its own.
+Layer = Callable[[Tensor], Tensor]
+
+
+class Outer(NamedTuple):
+    """A gradient `left rightᵀ` of one matrix for each token: `left (B, H, C, out)`, `right (B, H, C, in)`."""
+
+    left: Tensor
+    right: Tensor
+
+
+class Shares(NamedTuple):
+    """What memory and momentum are made of, `(..., C, 2 + C)`: shares of the first memory, of the first momentum, and of
+    each token's gradient with its sign turned."""
+
+    memory: Tensor
+    momentum: Tensor
+
+
+def shares(rates: Mapping[str, Tensor]) -> Shares:
+    """From the rates `(..., C)`: `S_t = eta S_{t-1} - theta u_t`, `M_t = (1 - alpha) M_{t-1} + write S_t`."""
+    start = torch.eye(2 + rates["theta"].shape[-1], dtype=rates["theta"].dtype, device=rates["theta"].device)
+    momentum = linear_recurrence(rates["eta"], F.pad(torch.diag_embed(rates["theta"]), (2, 0)), start[1])
+    memory = linear_recurrence(1 - rates["alpha"], rates["write"][..., None] * momentum, start[0])
+    return Shares(memory, momentum)
+
+
+@dataclass(frozen=True)
+class Path:
+    """One matrix along a chunk of C tokens.
+
+    Args:
+        memory, momentum: `(B, H, out, in)` at the start of the chunk.
+        gradient: the tokens' gradients, all taken there.
+        shares: `(B, H, C, 2 + C)` each.
+    """
+
+    memory: Float[Tensor, "b h o i"]
+    momentum: Float[Tensor, "b h o i"]
+    gradient: Outer
+    shares: Shares
+
+    def __call__(self, x: Float[Tensor, "b h c i"]) -> Float[Tensor, "b h c o"]:
+        """Token t's `x` through the memory as it is after token t."""
+        share, (left, right) = self.shares.memory, self.gradient
+        old = share[..., :1] * (x @ self.memory.transpose(-1, -2)) + share[..., 1:2] * (x @ self.momentum.transpose(-1, -2))
+        return old - (share[..., 2:] * (x @ right.transpose(-1, -2))) @ left
+
+    def written_out(self) -> Float[Tensor, "b h c o i"]:
+        """The memory after each token, one matrix each: C times the memory of the chunk."""
+        share, (left, right) = self.shares.memory[..., None], self.gradient
+        new = torch.einsum("bhts,bhso,bhsi->bhtoi", self.shares.memory[..., 2:], left, right)
+        first, push = share[..., :1, :], share[..., 1:2, :]
+        return first * self.memory[:, :, None] + push * self.momentum[:, :, None] - new
+
+    def end(self) -> tuple[Tensor, Tensor]:
+        """Memory and momentum after the last token."""
+        return self._at(self.shares.memory[..., -1, :]), self._at(self.shares.momentum[..., -1, :])
+
+    def _at(self, share: Tensor) -> Tensor:
+        share, (left, right) = share[..., None], self.gradient
+        new = (share[..., 2:, :] * left).transpose(-1, -2) @ right
+        return share[..., :1, :] * self.memory + share[..., 1:2, :] * self.momentum - new
+
+
+def still(weights: Tensor) -> Layer:
+    """A layer whose weights stay: `(B, H, out, in)` for all tokens, or `(B, H, C, out, in)` with one matrix for each."""
+    if weights.dim() == 4:
+        return lambda x: x @ weights.transpose(-1, -2)
+    return lambda x: (weights @ x[..., None]).squeeze(-1)

@@ -1,0 +1,223 @@
+"""The family of test-time learners: the state is the weights of a small learner, and attending is training it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core import masks as mask_algebra, validate
+from foveate.core.errors import ShapeError, UnsupportedEngine, UnsupportedPattern
+from foveate.core.problem import Plan
+from foveate.ops.heads import accumulating, per_query_head
+from foveate.ops.memory.fast import Layer, Outer, Path, Shares, Weights, shares, still
+from foveate.ops.operator import MaskKind, Operator, Pattern
+
+#: What a rate is for a token that is masked: nothing decays, moves or is written.
+_ABSENT = {"alpha": 0.0, "eta": 1.0, "theta": 0.0, "write": 0.0}
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """A learner in the middle of a stream.
+
+    Args:
+        memory: what decays and is written, one `(B, H, out, in)` for each layer.
+        momentum: the running sum of past gradients, likewise.
+        anchor: the weights at the start of the current chunk, where its gradients are taken.
+        place: tokens of that chunk so far.
+    """
+
+    memory: Weights
+    momentum: Weights
+    anchor: Weights
+    place: int
+
+
+class Memory(Operator):
+    """A learner trained on the keys and values as they pass, and read by the queries. Causal only; no weights.
+
+    For each token, with `u` the gradient of the inner objective at the weights `W`:
+
+        `S <- eta S - theta u`,  `M <- (1 - alpha) M + S`,  `W = link(M)`,  `out = read(W, q)`
+
+    alpha forgets, eta is the momentum, theta the step. Each is a number given to the constructor, or a tensor
+    `(B, H, Nk)` given to a call, with H = Hq or Hkv. Gradients of a whole chunk are taken at its first weights: exact
+    for `chunk=1`, otherwise an approximation that runs in parallel. A masked token does not take part at all, except
+    that chunks are counted with it. Long chunks of like keys add their steps up: with unit keys,
+    `theta * slope * chunk / D` has to stay well under 1.
+
+    Engines: "chunked" (the default), "recurrent" (token by token). They agree up to rounding for every chunk size.
+
+    A system writes `initial`, `read` and `surprise`; where the weights are not the memory itself, also `link`, and says so
+    by `linked`: they are then written out for each token, which costs `chunk` times the memory.
+    """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
+    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
+    has_weights: ClassVar[bool] = False
+    default_scale: ClassVar[float | None] = 1.0
+    inputs: ClassVar[frozenset[str]] = frozenset({"alpha", "eta", "theta"})
+    engines: ClassVar[tuple[str, ...]] = ("chunked", "recurrent")
+    state_type: ClassVar[type] = MemoryState
+    linked: bool = False
+
+    def __init__(self, *, alpha: float, eta: float, theta: float, chunk: int, unit: bool, **more: float) -> None:
+        """`unit`: whether queries and keys are scaled to length 1 first. `more`: further rates, by name."""
+        super().__init__()
+        validate.between("alpha", alpha, 0, 1)
+        validate.between("eta", eta, 0, 1)
+        validate.at_least("theta", theta, 0)
+        validate.count("chunk", chunk, 1)
+        self.rates = {"alpha": alpha, "eta": eta, "theta": theta, **more}
+        self.chunk, self.unit = chunk, unit
+
+    # -- what a system writes ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def initial(self, heads: int, key_dim: int, value_dim: int, like: Tensor) -> Weights:
+        """The memory before the first token, `(heads, out, in)` for each layer, with dtype and device of `like`."""
+
+    @abstractmethod
+    def read(self, layers: Sequence[Layer], q: Tensor) -> Tensor:
+        """What the learner answers to `q (B, H, C, D)`: `(B, H, C, Dv)`."""
+
+    @abstractmethod
+    def surprise(self, weights: Weights, k: Tensor, v: Tensor, rates: Mapping[str, Tensor]) -> tuple[Outer, ...]:
+        """Gradients of the inner objective for each token of `k, v (B, H, C, ·)`, all at `weights`; one per layer."""
+
+    def link(self, memory: Tensor) -> Tensor:
+        """The weights `(..., out, in)` that a memory of that shape stands for."""
+        return memory
+
+    # -- what the base makes of it -------------------------------------------------------------------------------------
+
+    @final
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str, **inputs: Tensor
+    ) -> Tensor:
+        run = self._chunks if self._engine(engine) == "chunked" else self._tokens
+        n_queries, n_keys, dtype = q.shape[2], k.shape[2], q.dtype
+        if n_queries == 0:
+            return q.new_zeros(*q.shape[:3], v.shape[3])
+        hidden = None if mask is None else ~mask_algebra.keys_of(mask, k.shape[0], n_keys)[:, None]
+        rates = self._rates(inputs, q, k, hidden)
+        q, k, v = self._prepared(q, k, v, hidden, scale)
+        state = self._begin(q.shape[0], q.shape[1], k.shape[3], v.shape[3], q)
+        out = run(F.pad(q, (0, 0, n_keys - n_queries, 0)), k, v, rates, state)
+        return out[:, :, n_keys - n_queries :].to(dtype)
+
+    def _chunks(self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState) -> Tensor:
+        n, size = k.shape[2], min(self.chunk, k.shape[2])
+        count = -(-n // size)
+        q, k, v = (F.pad(x, (0, 0, 0, count * size - n)).unflatten(2, (count, size)) for x in (q, k, v))
+        rates = {
+            name: F.pad(rate, (0, count * size - n), value=_ABSENT.get(name, 1.0)).unflatten(2, (count, size))
+            for name, rate in rates.items()
+        }
+        parts, out = shares(rates), []
+        memory, momentum = state.memory, state.momentum
+        for t in range(count):
+            here = {name: rate[:, :, t] for name, rate in rates.items()}
+            part = Shares(parts.memory[:, :, t], parts.momentum[:, :, t])
+            gradients = self.surprise(tuple(map(self.link, memory)), k[:, :, t], v[:, :, t], here)
+            paths = [Path(*each, part) for each in zip(memory, momentum, gradients, strict=True)]
+            layers = [still(self.link(path.written_out())) if self.linked else path for path in paths]
+            out.append(self.read(layers, q[:, :, t]))
+            memory, momentum = zip(*(path.end() for path in paths), strict=True)
+        return torch.cat(out, 2)[:, :, :n]
+
+    def _tokens(self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState) -> Tensor:
+        out = []
+        for t in range(k.shape[2]):
+            at = slice(t, t + 1)
+            here = {name: rate[:, :, at] for name, rate in rates.items()}
+            y, state = self._token(q[:, :, at], k[:, :, at], v[:, :, at], here, state)
+            out.append(y)
+        return torch.cat(out, 2)
+
+    def _token(
+        self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState
+    ) -> tuple[Tensor, MemoryState]:
+        """The definition: write one token, then read."""
+        gradients = self.surprise(state.anchor, k, v, rates)
+        alpha, eta, theta, write = (rates[name][..., None] for name in ("alpha", "eta", "theta", "write"))
+        momentum = tuple(
+            eta * s - theta * (u.left.transpose(-1, -2) @ u.right) for s, u in zip(state.momentum, gradients, strict=True)
+        )
+        memory = tuple((1 - alpha) * m + write * s for m, s in zip(state.memory, momentum, strict=True))
+        weights = tuple(map(self.link, memory))
+        place = (state.place + 1) % self.chunk
+        state = MemoryState(memory, momentum, state.anchor if place else weights, place)
+        return self.read([still(w) for w in weights], q), state
+
+    @final
+    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor) -> Tensor:
+        raise UnsupportedPattern(f"{self.name} has no matrix of weights over keys")
+
+    @final
+    def _plan(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str) -> Plan:
+        why = "asked for" if engine != "auto" else f"gradients of {self.chunk} tokens at a time, as matrix products"
+        engine, (b, h, nq, d) = self._engine(engine), q.shape
+        nk, dv = k.shape[2], v.shape[3]
+        inside = self.chunk if engine == "chunked" else 0
+        flops = 0
+        for matrix in self.initial(h, d, dv, q.new_zeros((), dtype=accumulating(q.dtype))):
+            _, wide, tall = matrix.shape
+            learn = 6 * wide * tall  # there, back, and the sum into the memory
+            look = 4 * wide * tall + 2 * inside * (wide + tall)
+            flops += b * h * (nk * learn + nq * look)
+        traffic = q.numel() + k.numel() + v.numel() + b * h * nq * dv
+        return Plan(engine=engine, flops=flops, bytes=traffic * q.element_size(), why=why)
+
+    @final
+    def _init_state(
+        self, batch: int, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> MemoryState:
+        return self._begin(batch, heads, key_dim, value_dim, torch.zeros((), dtype=accumulating(dtype), device=device))
+
+    @final
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState, scale: float, **inputs: Tensor) -> tuple[Tensor, MemoryState]:
+        rates, dtype = self._rates(inputs, q, k, None), q.dtype
+        out, state = self._token(*self._prepared(q, k, v, None, scale), rates, state)
+        return out.to(dtype), state
+
+    def _begin(self, batch: int, heads: int, key_dim: int, value_dim: int, like: Tensor) -> MemoryState:
+        memory = tuple(m.expand(batch, *m.shape) for m in self.initial(heads, key_dim, value_dim, like))
+        return MemoryState(memory, tuple(map(torch.zeros_like, memory)), tuple(map(self.link, memory)), 0)
+
+    def _prepared(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide, heads = accumulating(q.dtype), q.shape[1]
+        q, k, v = q.to(wide), per_query_head(k, heads).to(wide), per_query_head(v, heads).to(wide)
+        if hidden is not None:
+            k, v = k.masked_fill(hidden[..., None], 0.0), v.masked_fill(hidden[..., None], 0.0)
+        if self.unit:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        return q if scale == 1.0 else q * scale, k, v
+
+    def _rates(self, inputs: Mapping[str, Tensor], q: Tensor, k: Tensor, hidden: Tensor | None) -> dict[str, Tensor]:
+        """All rates as `(B, H, Nk)`, those of masked tokens such that nothing happens."""
+        (b, h, _, _), (hkv, n), wide = q.shape, k.shape[1:3], accumulating(q.dtype)
+        rates = {name: q.new_full((b, h, n), value, dtype=wide) for name, value in {**self.rates, "write": 1.0}.items()}
+        for name, given in inputs.items():
+            if not isinstance(given, Tensor) or given.shape not in ((b, h, n), (b, hkv, n)):
+                got = tuple(given.shape) if isinstance(given, Tensor) else given
+                raise ShapeError(f"{name} must be a tensor (B, H, Nk)={(b, h, n)}; got {got}")
+            rates[name] = per_query_head(given, h).to(wide)
+        if hidden is None:
+            return rates
+        return {name: rate.masked_fill(hidden, _ABSENT.get(name, 1.0)) for name, rate in rates.items()}
+
+    def _engine(self, engine: str) -> str:
+        if engine == "auto":
+            return "chunked"
+        if engine not in self.engines:
+            raise UnsupportedEngine(f'engine="{engine}" cannot run {self.name}; it runs on auto, {", ".join(self.engines)}')
+        return engine

@@ -1,0 +1,139 @@
+"""HiP: a tree search for the keys that matter, one for each block of queries.
+
+HiP Attention: Sparse Sub-Quadratic Attention with Hierarchical Attention Pruning (2024), arXiv 2406.09827.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, Self, final
+
+import torch
+from torch import Tensor
+
+from foveate.core import validate
+from foveate.core.errors import OptionError
+from foveate.core.selection import Indices, Selection
+from foveate.ops.operator import Pattern
+from foveate.ops.sparse.selective import Selective
+
+#: Elements of keys that one round of the search may hold at a time.
+SLAB = 1 << 23
+
+
+@final
+class HiP(Selective):
+    """Each block of queries attends to the `keep` keys that a search by halves finds for it. Causal, needs no training.
+
+    The keys are cut into `keep / block_k` chunks; each round halves the chunks, scores every half by one block of keys
+    that stands for it, and keeps the better ones. Cost O(N keep log(N / keep)) for the search and O(N keep) for the
+    attention. It finds what matters where neighbouring keys have similar scores; the wrong choice where they do not,
+    and for one key alone in a foreign neighbourhood.
+
+    Args:
+        keep: keys for each block of queries; a multiple of `block_k`.
+        block_q: queries that share a choice. A causal call never shows a query a later token, but the later queries of
+            its block have a say in what the block keeps (`grain`). When decoding, each query chooses for itself.
+        block_k: keys in the smallest chunk.
+        rep: the block that stands for a chunk: its "first" (the authors' v1.1 code) or its "middle" (the paper's text).
+        sinks: first keys that are kept besides (v1.1: 256).
+        window: last keys that are kept besides, taken out of the search (v1.1: 1024).
+
+    The v1.1 draft scores every second query only, and pairs in the future too; here all queries and only the past.
+    Reusing a choice for several decoding steps, and keeping the first layers dense, is up to the host.
+    """
+
+    patterns: frozenset[Pattern] = frozenset({"causal self", "causal cross"})
+    steps = "own"
+
+    def __init__(
+        self,
+        keep: int = 512,
+        block_q: int = 32,
+        block_k: int = 2,
+        rep: Literal["first", "middle"] = "first",
+        sinks: int = 0,
+        window: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("block_q", block_q, 1), ("block_k", block_k, 1), ("sinks", sinks, 0), ("window", window, 0)):
+            validate.count(name, value, least)
+        validate.count("keep", keep, block_k)
+        validate.one_of("rep", rep, ("first", "middle"))
+        if keep % block_k:
+            raise OptionError(f"keep={keep} must be a multiple of block_k={block_k}")
+        self.keep, self.block_k, self.rep = keep, block_k, rep
+        self.sinks, self.window = sinks, window
+        self.grain = block_q
+
+    def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
+        n_queries, n_keys = q.shape[2], k.shape[2]
+        group = min(self.grain, max(n_queries, 1))
+        chunks = min(self.keep, n_keys + self.block_k - 1) // self.block_k
+        n_groups = -(-n_queries // group)
+        step = max(1, SLAB // max(1, 2 * q[:, :, 0].numel() * chunks * self.block_k))
+        found = [
+            self._choose(q, k, torch.arange(start, min(start + step, n_groups), device=q.device), group, chunks)
+            for start in range(0, n_groups, step)
+        ]
+        indices, valid = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+        return Indices(indices, n_queries, n_keys, valid, group)
+
+    def _choose(self, q: Tensor, k: Tensor, groups: Tensor, group: int, chunks: int) -> tuple[Tensor, Tensor]:
+        """Indices `(B, Hq, G, n)` of the keys that some groups keep, and which of them count."""
+        n_queries, n_keys = q.shape[2], k.shape[2]
+        rows = (groups[:, None] * group + torch.arange(group, device=q.device)).clamp_max(n_queries - 1)
+        at = rows + n_keys - n_queries
+        stop = at[:, -1:] + 1
+        high = (at[:, :1] - self.window + 1).clamp_min(self.sinks).minimum(stop) if self.window else stop
+        low = high.clamp_max(self.sinks)
+        part = Part(q[:, :, rows], k, at, low, high, self.block_k)
+        sinks = torch.arange(self.sinks, device=q.device).expand(len(groups), -1)
+        window = high + torch.arange(self.window + group - 1 if self.window else 0, device=q.device)
+        found = self._search(part, chunks)
+        index = torch.cat([x.expand(*found.shape[:3], x.shape[-1]) for x in (sinks, found, window)], -1)
+        limit = torch.cat([x.expand(-1, n) for x, n in ((low, self.sinks), (high, found.shape[3]), (stop, window.shape[1]))], 1)
+        return index.clamp(0, n_keys - 1), (index < limit) & (index >= 0)
+
+    def _search(self, part: Part, chunks: int) -> Tensor:
+        """The keys `(B, Hq, G, chunks * block_k)` that are left when every chunk is one block; -1 for none."""
+        n_blocks = -(-(part.high - part.low) // self.block_k)
+        bounds = torch.arange(chunks + 1, device=n_blocks.device) * n_blocks // chunks
+        start, size = (x.expand(*part.q.shape[:3], chunks) for x in (bounds[:, :-1], bounds.diff(dim=-1)))
+        for _ in range(math.ceil(math.log2(max(int(size.max()), 1)))):
+            half = size // 2
+            start = torch.stack([start, start + half], -1).flatten(-2)
+            size = torch.stack([half, size - half], -1).flatten(-2)
+            stands = start + size // 2 if self.rep == "middle" else start
+            best = part.scores(stands, size > 0).topk(chunks).indices.sort().values
+            start, size = start.gather(-1, best), size.gather(-1, best)
+        return part.keys(start).masked_fill((size == 0)[..., None], -1).flatten(-2)
+
+
+class Part(NamedTuple):
+    """Some groups of queries and the range of keys that each of them searches."""
+
+    q: Tensor  # (B, Hq, G, group, D)
+    k: Tensor  # (B, Hkv, Nk, D)
+    at: Tensor  # (G, group) positions of the queries among the keys
+    low: Tensor  # (G, 1) first key of the range
+    high: Tensor  # (G, 1) end of the range
+    block: int
+
+    def keys(self, blocks: Tensor) -> Tensor:
+        """Positions `(..., G, n, block)` of the keys of blocks `(..., G, n)`, which count from `low`."""
+        offset = torch.arange(self.block, device=blocks.device)
+        return self.low[..., None] + blocks[..., None] * self.block + offset
+
+    def scores(self, blocks: Tensor, real: Tensor) -> Tensor:
+        """The best `q . k` of each block over the queries of its group and the keys that these may see."""
+        b, h, _, _, d = self.q.shape
+        keys = self.keys(blocks).flatten(-2)
+        batch = torch.arange(b, device=keys.device)[:, None, None, None]
+        head = torch.arange(h, device=keys.device)[:, None, None] // (h // self.k.shape[1])
+        chosen = self.k[batch, head, keys.clamp_max(self.k.shape[2] - 1)]
+        wide = torch.promote_types(self.q.dtype, torch.float32)
+        logits = self.q.to(wide) @ chosen.to(wide).transpose(-1, -2)
+        hidden = (keys >= self.high)[..., None, :] | (keys[..., None, :] > self.at[..., None])
+        best = logits.masked_fill(hidden, float("-inf")).amax(-2).unflatten(-1, (-1, self.block)).amax(-1)
+        return best.masked_fill(~real, float("-inf"))

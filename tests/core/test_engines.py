@@ -1,0 +1,295 @@
+"""Engines: each is the oracle on what it accepts, and says no to the rest."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core import engines, masks, oracle
+from foveate.core.engines import chunked, flex
+from foveate.core.errors import ShapeError, UnknownKey, UnsupportedEngine
+from foveate.core.problem import Problem
+from foveate.core.scoring import SOFTMAX, SoftmaxScoring, Tile
+from foveate.core.selection import Blocks, Indices, Selection
+from foveate.core.windows import window
+from tests.tensors import assert_near, gradients, qkv
+
+
+class Capped(SoftmaxScoring):
+    """A scoring of one's own: capped logits with a learned cap."""
+
+    def __init__(self) -> None:
+        self.cap = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.cap,)
+
+    def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Tensor:
+        return self.cap * torch.tanh(super().logits(q, k, scale, at) / self.cap)
+
+
+class Unmerged(Capped):
+    """The same for engines that may not know that its rows are a softmax."""
+
+    is_softmax = False
+
+
+def a_mask(kind: str | None, n_queries: int, n_keys: int) -> Tensor | None:
+    random = torch.Generator().manual_seed(5)
+    seen = torch.rand(2, 1, n_queries, n_keys, generator=random) > 0.3
+    seen[0, :, 0] = False  # a query that sees nothing
+    if kind == "keys":
+        return seen[:, :, -1:]
+    if kind == "bias":
+        return torch.randn(2, 4, n_queries, n_keys, generator=random, dtype=torch.float64).masked_fill(
+            ~seen, masks.NEVER
+        )
+    return seen if kind == "pairs" else None
+
+
+def a_selection(kind: str, heads: int, n_queries: int, n_keys: int) -> Selection:
+    random = torch.Generator().manual_seed(6)
+    if kind == "blocks":
+        chosen = torch.rand(2, heads, -(-n_queries // 4), -(-n_keys // 3), generator=random) > 0.5
+        return Blocks(chosen, (4, 3), n_queries, n_keys, lambda b, h, q, k: (q + k + h) % 3 > 0)
+    index = torch.rand(1, heads, -(-n_queries // 2), n_keys, generator=random).argsort(-1)[..., :4]
+    return Indices(index, n_queries, n_keys, torch.rand(index.shape, generator=random) > 0.2, group=2)
+
+
+SHAPES = [(9, 9, False), (9, 9, True), (5, 11, False), (5, 11, True), (1, 11, True), (11, 5, False)]
+KINDS = [None, "keys", "pairs", "bias"]
+
+
+@pytest.mark.parametrize("engine", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n_queries", "n_keys", "causal"), SHAPES)
+def test_dense_engines_are_the_oracle(engine: str, kind: str | None, n_queries: int, n_keys: int, causal: bool) -> None:
+    q, k, v = qkv(n_queries, n_keys, value_width=5, grad=True)
+    mask = a_mask(kind, n_queries, n_keys)
+    expected = oracle.attention(q, k, v, mask=mask, causal=causal, scale=0.7)
+    out = engines.run(Problem(q, k, v, 0.7, mask, causal), engine)
+    assert_near(out, expected, 1e-12)
+    for ours, theirs in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
+        assert_near(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("engine", ["reference", "chunked", "gather"])
+@pytest.mark.parametrize("form", ["blocks", "indices"])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n_queries", "n_keys", "causal"), SHAPES[:5])
+def test_sparse_engines_are_the_oracle(
+    engine: str, form: str, heads: int, kind: str | None, n_queries: int, n_keys: int, causal: bool
+) -> None:
+    """Selections for all heads at once, per key/value head and per query head, with grouped queries."""
+    q, k, v = qkv(n_queries, n_keys, value_width=5, grad=True)
+    mask, selection = a_mask(kind, n_queries, n_keys), a_selection(form, heads, n_queries, n_keys)
+    chosen = selection.for_heads(4).dense()
+    expected = oracle.attention(q, k, v, mask=masks.combine(mask, chosen), causal=causal)
+    out = engines.run(Problem(q, k, v, 8**-0.5, mask, causal, selection), engine)
+    assert_near(out, expected, 1e-12)
+    for ours, theirs in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
+        assert_near(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("scoring", [SOFTMAX, Capped(), Unmerged()])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (3, 2), (4, 5), (100, 100)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_of_any_size(scoring, queries: int, keys: int, causal: bool, kind: str | None) -> None:
+    q, k, v = qkv(7, 9, grad=True)
+    mask = a_mask(kind, 7, 9)
+    if kind == "bias":
+        mask.requires_grad_()
+    problem = Problem(q, k, v, 1.0, mask, causal, scoring=scoring)
+    wanted = [q, k, v, *([mask] if kind == "bias" else []), *getattr(scoring, "parameters", tuple)()]
+    out, expected = chunked.attend(problem, queries, keys), engines.run(problem, "reference")
+    assert_near(out, expected, 1e-12)
+    for ours, theirs in zip(gradients(out, wanted), gradients(expected, wanted), strict=True):
+        assert_near(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("engine", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_huge_scores_stay_finite(engine: str, causal: bool) -> None:
+    q, k, v = qkv(9, grad=True, dtype=torch.float32)
+    out = engines.run(Problem(q * 1e3, k, v, 1.0, causal=causal), engine)
+    assert_near(out, oracle.attention(q * 1e3, k, v, causal=causal, scale=1.0), 1e-3)
+    assert all(grad.isfinite().all() for grad in gradients(out, (q, k, v)))
+
+
+@pytest.mark.parametrize("engine", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(engine: str, dtype: torch.dtype) -> None:
+    q, k, v = qkv(20, 300, dtype=dtype)
+    out = engines.run(Problem(q, k, v, 8**-0.5, causal=True), engine)
+    assert out.dtype == dtype
+    assert_near(out, oracle.attention(q, k, v, causal=True), 0.02)
+
+
+@pytest.mark.parametrize("engine", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize("shape", [(), (9,), (1, 9), (9, 1), (4, 1, 9)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_a_mask_of_any_rank(engine: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    q, k, v = qkv(9)
+    mask = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4).to(dtype)
+    out = engines.run(Problem(q, k, v, 1.0, mask), engine)
+    assert_near(out, oracle.attention(q, k, v, mask=mask, scale=1.0), 1e-12)
+
+
+@pytest.mark.parametrize("engine", ["reference", "chunked", "fused", "gather"])
+@pytest.mark.parametrize(("batch", "n_queries", "n_keys"), [(2, 0, 4), (2, 3, 0), (0, 3, 4), (2, 0, 0)])
+def test_nothing_to_do(engine: str, batch: int, n_queries: int, n_keys: int) -> None:
+    q, k, v = qkv(n_queries, n_keys, batch=batch, value_width=5)
+    index = torch.zeros(1, 1, n_queries, 0 if n_keys == 0 else 1, dtype=torch.long)
+    selection = Indices(index, n_queries, n_keys) if engine == "gather" else None
+    problem = Problem(q, k, v, 1.0, selection=selection)
+    assert engines.plan(problem, engine).density <= 1
+    out = engines.run(problem, engine)
+    assert out.shape == (batch, 4, n_queries, 5)
+    assert n_keys or torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference", "chunked", "fused", "gather"])
+def test_hidden_garbage_never_leaks(engine: str) -> None:
+    q, k, v = qkv(9, grad=True)
+    seen = masks.causal(9, 9)
+    seen[:, 3] = False
+    dirty_k, dirty_v = k.detach().clone(), v.detach().clone()
+    dirty_k[:, :, 3], dirty_v[:, :, 3] = float("nan"), float("inf")
+    selection = window(9, 9, 4, 0, q.device) if engine == "gather" else None
+    clean = engines.run(Problem(q, k, v, 1.0, seen, selection=selection), "auto")
+    dirty = Problem(q, dirty_k.requires_grad_(), dirty_v.requires_grad_(), 1.0, seen, selection=selection)
+    out = engines.run(dirty, engine)
+    assert_near(out, clean, 1e-12)
+    pairs = zip(gradients(out, (q, dirty_k, dirty_v)), gradients(clean, (q, k, v)), strict=True)
+    for ours, theirs in pairs:
+        assert_near(ours, theirs, 1e-12)
+
+
+def test_visible_garbage_shows() -> None:
+    q, k, v = qkv(6)
+    v[:, :, 2] = float("nan")
+    for engine in ("reference", "chunked", "fused"):
+        out = engines.run(Problem(q, k, v, 1.0, causal=True), engine)
+        assert out[:, :, :2].isfinite().all()
+        assert out[:, :, 2:].isnan().all()
+
+
+def plain(n: int, device: str = "cpu", grad: bool = False) -> Problem:
+    x = torch.zeros(1, 1, n, 4, device=device, requires_grad=grad)
+    return Problem(x, x, x, 1.0, causal=True)
+
+
+def test_what_auto_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "has_compiler", lambda: True)
+    banded = replace(plain(8192), selection=window(8192, 8192, 64, 0, torch.device("cpu")))
+    listed = replace(plain(8192), selection=Indices(torch.zeros(1, 1, 8192, 1, dtype=torch.long), 8192, 8192))
+    short = replace(plain(64), selection=window(64, 64, 8, 0, torch.device("cpu")))
+    assert engines.choose(plain(64))[0] == engines.choose(plain(8192))[0] == "fused"
+    assert engines.choose(banded)[0] == "flex"
+    assert "too few" in engines.choose(short)[1]
+    assert engines.choose(short)[0] == engines.choose(listed)[0] == "gather"
+    assert engines.choose(replace(banded, mask=torch.ones(1, 8192)))[0] == "gather"
+    training = replace(banded, q=banded.q.clone().requires_grad_())
+    assert engines.choose(training)[0] == "gather"
+    assert "no backward pass" in engines.choose(training)[1]
+    assert engines.choose(replace(plain(64), scoring=Capped()))[0] == "reference"
+    assert engines.choose(replace(plain(2048), scoring=Capped()))[0] == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("engine", "change", "says"),
+    [
+        ("fused", {"scoring": Capped()}, "softmax over dot products only"),
+        ("fused", {"selection": window(64, 64, 8, 0, torch.device("cpu"))}, "waste the selection"),
+        ("gather", {}, "needs a selection"),
+        ("gather", {"scoring": Capped()}, "softmax over dot products only"),
+        ("flex", {}, "needs a selection of blocks"),
+        ("flex", {"selection": window(64, 64, 8, 0, torch.device("cpu")), "mask": torch.ones(64)}, "no tensor mask"),
+        ("chunked", {"dropout": 0.5}, "cannot drop weights"),
+    ],
+)
+def test_an_engine_says_no(engine: str, change: dict, says: str) -> None:
+    problem = replace(plain(64), **change)
+    for call in (engines.run, engines.plan):
+        with pytest.raises(UnsupportedEngine, match=says) as caught:
+            call(problem, engine)
+        assert f'engine="{engine}"' in str(caught.value)
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(UnknownKey, match='unknown engine "fuse"; did you mean "fused"'):
+        engines.run(plain(4), "fuse")
+
+
+def test_a_selection_for_another_call_is_refused() -> None:
+    with pytest.raises(ShapeError, match=r"selection is for \(Nq, Nk\)=\(8, 8\); the call has \(9, 9\)"):
+        replace(plain(9), selection=window(8, 8, 2, 0, torch.device("cpu")))
+
+
+def test_a_plan_counts_what_is_computed() -> None:
+    whole, half = engines.plan(replace(plain(512), causal=False)), engines.plan(plain(512))
+    assert whole.flops == 2 * 512 * 512 * 8
+    assert half.flops == 2 * 512 * 513 // 2 * 8
+    assert whole.bytes == 4 * 512 * 4 * 4
+    assert whole.density == half.density == 1.0
+    one = Problem(torch.zeros(1, 2, 1, 4), *torch.zeros(2, 1, 1, 512, 4), 1.0, causal=True)
+    few = replace(one, selection=Indices(torch.arange(16)[None, None, None], 1, 512))
+    assert engines.plan(few).density == 16 / 512
+    assert engines.plan(few).bytes == 4 * (8 + 8 + 2 * 16 * 4)
+    assert "gather" in str(engines.plan(few))
+
+
+def test_gathering_never_makes_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("a sparse call made its dense mask")
+
+    monkeypatch.setattr(Blocks, "dense", refuse)
+    monkeypatch.setattr(Indices, "dense", refuse)
+    for form in ("blocks", "indices"):
+        q, k, v = qkv(9)
+        for mask in (None, a_mask("bias", 9, 9)):
+            engines.run(Problem(q, k, v, 1.0, mask, True, a_selection(form, 2, 9, 9)))
+
+
+def test_without_a_compiler_flex_is_skipped_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = replace(plain(8192), selection=window(8192, 8192, 64, 0, torch.device("cpu")))
+    monkeypatch.setattr(flex.shutil, "which", lambda name: None)
+    flex.has_compiler.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):
+            assert engines.choose(problem)[0] == "gather"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert engines.choose(problem)[0] == "gather"
+        with pytest.raises(UnsupportedEngine, match="no C"):
+            engines.plan(problem, "flex")
+    finally:
+        flex.has_compiler.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not flex.has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("per_head", [False, True])
+def test_compiled_flex_is_the_oracle(per_head: bool) -> None:
+    q, k, v = qkv(200, 330, width=16, dtype=torch.float32)
+    if per_head:
+        chosen = torch.rand(1, 4, 4, 6, generator=torch.Generator().manual_seed(2)) > 0.5
+        chosen[:, 1, 0] = False  # queries that see nothing
+        selection = Blocks(chosen, (64, 64), 200, 330)
+    else:
+        selection = window(200, 330, 40, 3, q.device)
+    out = engines.run(Problem(q, k, v, 0.25, None, True, selection), "flex")
+    assert_near(out, oracle.attention(q, k, v, mask=selection.dense(), causal=True), 1e-5)
+
+
+def test_fused_is_what_torch_does() -> None:
+    q, k, v = qkv(9, kv_heads=4, dtype=torch.float32)
+    out = engines.run(Problem(q, k, v, 8**-0.5, causal=True))
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, is_causal=True))

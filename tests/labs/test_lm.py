@@ -1,0 +1,92 @@
+"""The lab language model: it retrieves, it models text, and cache policies tell themselves apart on it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from foveate.kv.duo_attention import DuoAttention
+from foveate.kv.razor_attention import RazorAttention
+from foveate.kv.sink_recent import SinkRecent
+from foveate.labs import LABS
+from foveate.tasks import corpus
+from tests.lab import lab, lab_gates, lab_host, needles
+
+BUDGET, LENGTH, COUNT = 0.35, 1024, 40
+
+
+@pytest.fixture(scope="module")
+def full() -> float:
+    return needles(LENGTH, COUNT)[0]
+
+
+def test_it_is_a_small_standard_checkpoint() -> None:
+    folder = LABS["lm"].path
+    assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.json"} <= {p.name for p in folder.iterdir()}
+    assert LABS["lm"].size < 8e6
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    model, _ = lab()
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+
+
+def test_one_token_is_one_byte() -> None:
+    _, tokenizer = lab()
+    said = "Grüße,\n\tworld"
+    assert tokenizer(said).input_ids == [tokenizer.bos_token_id, *said.encode()]
+    assert tokenizer.decode(tokenizer(said).input_ids, skip_special_tokens=True) == said
+
+
+def test_it_retrieves_at_1024(full: float) -> None:
+    assert full >= 0.95
+
+
+@pytest.mark.slow
+def test_it_retrieves_at_2048() -> None:
+    assert needles(2048, COUNT)[0] >= 0.90
+
+
+def test_it_models_text_better_than_a_trigram() -> None:
+    model, tokenizer = lab()
+    heldout = corpus.text("heldout")[:32_768].encode()
+    with torch.no_grad():
+        chunks = [
+            torch.tensor([[tokenizer.bos_token_id, *heldout[i : i + 1024]]]) for i in range(0, len(heldout), 1024)
+        ]
+        ours = sum(model(ids, labels=ids).loss.item() for ids in chunks) / len(chunks) / math.log(2)
+    assert ours < trigram_bits(corpus.text("train").encode(), heldout)
+
+
+def trigram_bits(train: bytes, heldout: bytes) -> float:
+    """Bits per byte of an interpolated trigram, Witten-Bell: each order backs off by how many kinds followed it."""
+    counts = [Counter(train[i : i + n] for i in range(len(train) - n + 1)) for n in (1, 2, 3)]
+    kinds = [Counter(gram[:-1] for gram in count) for count in counts]
+    total = 0.0
+    for i in range(2, len(heldout)):
+        p = 1 / 256
+        for n, count, kind in zip((1, 2, 3), counts, kinds, strict=True):
+            history = heldout[i - n + 1 : i]
+            seen = counts[n - 2][history] if n > 1 else len(train)
+            if seen:
+                p = (count[heldout[i - n + 1 : i + 1]] + kind[history] * p) / (seen + kind[history])
+        total -= math.log2(p)
+    return total / (len(heldout) - 2)
+
+
+def test_sinks_and_a_window_lose_the_needle(full: float) -> None:
+    score, kept = needles(LENGTH, COUNT, SinkRecent.at_budget(BUDGET, lab_host(), LENGTH))
+    assert score < 0.5 * full and kept <= 0.40
+
+
+@pytest.mark.parametrize("name", ["duo", "razor"])
+def test_head_splits_keep_it_at_the_same_budget(full: float, name: str) -> None:
+    if name == "duo":
+        method = DuoAttention.at_budget(BUDGET, lab_host(), LENGTH, gates=lab_gates())
+    else:
+        method = RazorAttention.at_budget(BUDGET, lab_host(), LENGTH)
+    score, kept = needles(LENGTH, COUNT, method)
+    assert score >= 0.9 * full and kept <= 0.40

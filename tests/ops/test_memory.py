@@ -1,0 +1,253 @@
+"""The family of test-time learners: chunks, tokens and steps agree, and do what gradient descent does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core.errors import OptionError, ShapeError, UnsupportedEngine, UnsupportedPattern
+from foveate.ops.memory.memory import Memory
+from foveate.ops.memory.miras import Miras
+from foveate.ops.memory.recurrence import linear_recurrence
+from foveate.ops.memory.titans import Titans
+
+HEADS, DIM, VALUE, LENGTH = 4, 6, 5, 11
+
+
+def titans(**options: object) -> Titans:
+    """Deep or not, with first weights that are all different from zero."""
+    g = torch.Generator().manual_seed(3)
+    op = Titans(HEADS, DIM, VALUE, generator=g, **options)
+    for matrix in op.first:
+        matrix.data = torch.randn(matrix.shape, generator=g) * 0.3
+    return op.double()
+
+
+OPERATORS = {
+    "titans, linear": lambda chunk: titans(depth=1, chunk=chunk),
+    "titans, two layers": lambda chunk: titans(depth=2, chunk=chunk),
+    "titans, three layers": lambda chunk: titans(depth=3, expansion=1, chunk=chunk),
+    "titans, raw keys": lambda chunk: titans(depth=2, chunk=chunk, unit=False, theta=0.01),
+    "miras, yaad": lambda chunk: Miras.yaad(chunk=chunk),
+    "miras, moneta": lambda chunk: Miras.moneta(p=1.5, chunk=chunk),
+    "miras, memora": lambda chunk: Miras.memora(chunk=chunk),
+    "miras, dot": lambda chunk: Miras("dot", "l2", chunk=chunk),
+}
+EVERY = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
+
+
+def inputs_of(op: Memory, n: int = LENGTH, n_queries: int | None = None, kv_heads: int = HEADS, seed: int = 0) -> tuple[
+    tuple[Tensor, Tensor, Tensor], dict[str, Tensor]
+]:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((2, HEADS, n_queries or n, DIM), (2, kv_heads, n, DIM), (2, kv_heads, n, VALUE))
+    qkv = tuple(torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes)
+    most = {"alpha": 0.4, "eta": 0.8, "theta": 0.3 if op.unit else 0.01, "delta": 2.0}  # long keys need short steps
+    names = sorted(op.inputs)
+    rates = {
+        name: (most[name] * torch.rand(2, HEADS, n, generator=g, dtype=torch.float64)).requires_grad_() for name in names
+    }
+    return qkv, rates
+
+
+def naive(op: Titans, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor]) -> Tensor:
+    """Gradient descent with momentum on `|M(k) - v|²`, one sequence and head at a time, gradients by autograd."""
+    if op.unit:
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+
+    def answer(weights: list[Tensor], x: Tensor) -> Tensor:
+        for matrix in weights[:-1]:
+            x = F.silu(matrix @ x)
+        return weights[-1] @ x
+
+    out = torch.zeros(2, HEADS, k.shape[2], VALUE, dtype=torch.float64)
+    for b in range(2):
+        for h in range(HEADS):
+            weights = [matrix[h].detach() for matrix in op.first]
+            momentum = [torch.zeros_like(matrix) for matrix in weights]
+            for t in range(k.shape[2]):
+                if t % op.chunk == 0:
+                    anchor = [matrix.clone().requires_grad_() for matrix in weights]
+                loss = (answer(anchor, k[b, h, t]) - v[b, h, t]).square().sum()
+                gradients = torch.autograd.grad(loss, anchor)
+                alpha, eta, theta = (rates[name][b, h, t] for name in ("alpha", "eta", "theta"))
+                momentum = [eta * s - theta * u for s, u in zip(momentum, gradients, strict=True)]
+                weights = [(1 - alpha) * w + s for w, s in zip(weights, momentum, strict=True)]
+                out[b, h, t] = answer(weights, q[b, h, t])
+    return out
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_both_engines_are_gradient_descent_by_autograd(depth, chunk):
+    op = titans(depth=depth, chunk=chunk)
+    (q, k, v), rates = inputs_of(op)
+    exact = naive(op, *(x.detach() for x in (q, k, v)), {n: x.detach() for n, x in rates.items()})
+    for engine in op.engines:
+        torch.testing.assert_close(op(q, k, v, causal=True, engine=engine, **rates), exact, rtol=1e-10, atol=1e-12)
+
+
+@EVERY
+@pytest.mark.parametrize("chunk", [1, 2, 4, 16])
+@pytest.mark.parametrize("n_queries", [LENGTH, 5, 1])
+def test_engines_agree_in_outputs_and_gradients(make, chunk, n_queries):
+    op = make(chunk)
+    (q, k, v), rates = inputs_of(op, n_queries=n_queries, kv_heads=2)
+    seen = torch.randn(2, HEADS, n_queries, VALUE, dtype=torch.float64)
+    found = {}
+    for engine in op.engines:
+        out = op(q, k, v, causal=True, engine=engine, **rates)
+        wanted = [q, k, v, *rates.values(), *op.parameters()]
+        found[engine] = [out, *torch.autograd.grad((out * seen).sum(), wanted, allow_unused=True)]
+    for ours, reference in zip(found["chunked"], found["recurrent"], strict=True):
+        assert (ours is None) == (reference is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-10)
+
+
+@EVERY
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_steps_are_the_causal_call(make, chunk):
+    op = make(chunk)
+    (q, k, v), rates = inputs_of(op, kv_heads=2)
+    state, out = op.init_state(2, HEADS, 2, DIM, VALUE, dtype=torch.float64), []
+    for t in range(LENGTH):
+        at = slice(t, t + 1)
+        here = {name: x[:, :, at] for name, x in rates.items()}
+        y, state = op.step(q[:, :, at], k[:, :, at], v[:, :, at], state, **here)
+        out.append(y)
+    torch.testing.assert_close(torch.cat(out, 2), op(q, k, v, causal=True, **rates), rtol=1e-9, atol=1e-11)
+    assert state.place == LENGTH % chunk
+
+
+@EVERY
+def test_rates_may_be_numbers_or_tensors(make):
+    op = make(4)
+    (q, k, v), _ = inputs_of(op)
+    same = {name: torch.full((2, HEADS, LENGTH), op.rates[name], dtype=torch.float64) for name in op.inputs}
+    torch.testing.assert_close(op(q, k, v, causal=True), op(q, k, v, causal=True, **same))
+
+
+@EVERY
+@pytest.mark.parametrize("engine", ["chunked", "recurrent"])
+def test_masked_tokens_are_not_written_and_may_hold_nan(make, engine):
+    op = make(1)
+    (q, k, v), rates = inputs_of(op)
+    mask = torch.ones(LENGTH, dtype=torch.bool)
+    mask[[0, 4, 5, 9]] = False
+    dirty = [x.detach().masked_fill(~mask[:, None], float("nan")).requires_grad_() for x in (k, v)]
+    gates = {n: x.detach().masked_fill(~mask, float("nan")).requires_grad_() for n, x in rates.items()}
+    out = op(q, *dirty, mask=mask, causal=True, engine=engine, **gates)
+    clean = op(*(x[:, :, mask] for x in (q, k, v)), causal=True, **{n: x[:, :, mask] for n, x in rates.items()})
+    torch.testing.assert_close(out[:, :, mask], clean, rtol=1e-10, atol=1e-12)
+    wanted = [q, *dirty, *gates.values(), *op.parameters()]
+    for grad in torch.autograd.grad(out.sum(), wanted, allow_unused=True):
+        assert grad is None or grad.isfinite().all()
+
+
+def test_masked_tokens_leave_chunks_as_they_are():
+    op = titans(depth=2, chunk=4)
+    (q, k, v), rates = inputs_of(op)
+    mask = torch.ones(LENGTH, dtype=torch.bool)
+    mask[[1, 6]] = False
+    found = [op(q, k, v, mask=mask, causal=True, engine=engine, **rates) for engine in op.engines]
+    torch.testing.assert_close(*found)
+
+
+@EVERY
+def test_grouped_heads_are_repeated_heads(make):
+    op = make(4)
+    (q, k, v), rates = inputs_of(op, kv_heads=2)
+    few = {name: x[:, ::2] for name, x in rates.items()}
+    wide = {name: x.repeat_interleave(2, 1) for name, x in few.items()}
+    repeated = op(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), causal=True, **wide)
+    torch.testing.assert_close(op(q, k, v, causal=True, **few), repeated, rtol=0, atol=0)
+
+
+@EVERY
+def test_batch_rows_do_not_meet_and_the_future_is_not_seen(make):
+    op = make(4)
+    (q, k, v), rates = inputs_of(op)
+    before = op(q, k, v, causal=True, **rates)
+    one = op(q[1:], k[1:], v[1:], causal=True, **{n: x[1:] for n, x in rates.items()})
+    torch.testing.assert_close(before[1:], one, rtol=1e-12, atol=1e-12)
+    for x in (k, v, *rates.values()):
+        x.data[:, :, 6:] *= 0.5
+    after = op(q, k, v, causal=True, **rates)
+    torch.testing.assert_close(before[:, :, :6], after[:, :, :6], rtol=0, atol=0)
+    assert (before[:, :, 6:] - after[:, :, 6:]).abs().amax((0, 1, 3)).min() > 1e-8
+
+
+@EVERY
+def test_half_precision_learns_in_float32(make):
+    op = make(4).float()
+    (q, k, v), _ = inputs_of(op, 200)
+    half = [x.detach().bfloat16() for x in (q, k, v)]
+    exact = op.double()(*(x.double() for x in half), causal=True)
+    out = op.float()(*half, causal=True)
+    assert out.dtype == torch.bfloat16
+    assert ((out.double() - exact).norm() / exact.norm()).item() < 3e-3
+
+
+def test_gradcheck_through_the_inner_steps():
+    op = titans(depth=2, chunk=2)
+    (q, k, v), rates = inputs_of(op, 4)
+    q, k, v = (x[:1, :, :3].detach().requires_grad_() for x in (q, k, v))
+    rates = {n: x[:1, :, :3].detach().requires_grad_() for n, x in rates.items()}
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Tensor:
+        return op(q, k, v, causal=True, **dict(zip(rates, given, strict=True)))
+
+    assert torch.autograd.gradcheck(run, (q, k, v, *rates.values()))
+
+
+def test_an_empty_memory_answers_zero():
+    op = Titans(2, 4)
+    q = torch.randn(1, 2, 5, 4)
+    assert (op(q, q, q, causal=True, mask=torch.zeros(5, dtype=torch.bool)) == 0).all()
+    assert op(q[:, :, :0], q, q, causal=True).shape == (1, 2, 0, 4)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_linear_recurrence_is_the_loop(zeros):
+    g = torch.Generator().manual_seed(0)
+    factors = torch.rand(2, 9, generator=g, dtype=torch.float64)
+    if zeros:
+        factors[:, [0, 4, 5]] = 0.0
+    factors.requires_grad_()
+    x, y = torch.randn(2, 9, 3, generator=g, dtype=torch.float64), torch.randn(2, 3, generator=g, dtype=torch.float64)
+    found, expected = linear_recurrence(factors, x, y), []
+    for t in range(9):
+        y = factors[:, t, None] * y + x[:, t]
+        expected.append(y)
+    torch.testing.assert_close(found, torch.stack(expected, 1))
+    ours, theirs = (torch.autograd.grad(z.square().sum(), factors)[0] for z in (found, torch.stack(expected, 1)))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(linear_recurrence(factors, x), linear_recurrence(factors, x, torch.zeros(2, 3).double()))
+
+
+def test_cost_grows_with_the_length():
+    op = Titans(1, 16)
+    plans = [op.plan(*[torch.empty(1, 1, n, 16, device="meta")] * 3, causal=True) for n in (128, 512)]
+    assert plans[1].flops == 4 * plans[0].flops
+    assert plans[0].engine == "chunked"
+
+
+def test_refusals():
+    op, q = Titans(2, 4), torch.randn(1, 2, 6, 4)
+    with pytest.raises(UnsupportedPattern, match='does not define "self"'):
+        op(q, q, q)
+    with pytest.raises(UnsupportedPattern, match="no matrix of weights"):
+        op.weights(q, q, causal=True)
+    with pytest.raises(UnsupportedEngine, match=r'engine="fused" cannot run Titans; it runs on auto, chunked, recurrent'):
+        op(q, q, q, causal=True, engine="fused")
+    with pytest.raises(ShapeError, match=r"theta must be a tensor \(B, H, Nk\)=\(1, 2, 6\); got \(6,\)"):
+        op(q, q, q, causal=True, theta=torch.zeros(6))
+    with pytest.raises(OptionError, match="takes no input 'beta'"):
+        op(q, q, q, causal=True, beta=torch.zeros(1, 2, 6))
+    with pytest.raises(OptionError, match="chunk=0"):
+        Titans(2, 4, chunk=0)
+    with pytest.raises(OptionError, match="alpha=1.5"):
+        Titans(2, 4, alpha=1.5)

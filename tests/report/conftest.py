@@ -1,0 +1,55 @@
+"""A comparison that looks like a real one, and one whose every text attacks the page."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from foveate.bench.results import Answer, Comparison, Row
+
+SCRIPT = "<script>window.pwned=1</script>"
+IMAGE = "<img src=x onerror=window.pwned=2>"
+MARKUP = SCRIPT + IMAGE + "</script><!--<b>bold</b>&lt;i&gt;"
+TEMPLATE = "\"'`${7*7}{{7*7}}{% raw %}%{x}"
+CONTROLS = "\x00\x1b[31m\x9b31m\u202egnp\udc80"
+ATTACK = MARKUP + TEMPLATE + CONTROLS
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    return make_comparison(
+        # method, score, cache kept, keys read, prefill ms, decode ms, peak MB, options
+        ("sink_recent", 0.25, 0.375, 0.375, 81.0, 3.2, 71.3, {"sink": 4, "recent": 380}),
+        ("full", 1.0, 1.0, 1.0, 82.1, 4.13, 98.2, {}),
+        ("duo_attention", 1.0, 0.312, 0.305, 84.4, 3.05, 69.0, {"arxiv": "2410.10819", "heads": [[1, 0], [0, 1]]}),
+        ("token_select", 1.0, 1.0, 0.33, 88.0, 4.9, 99.1, {"keep": 256}),
+        ("act_calibration", 0.75, 1.0, 1.0, 140.3, 9.8, 1310.0, {"arxiv": "javascript:alert(1)"}),
+    )
+
+
+@pytest.fixture
+def hostile() -> Comparison:
+    """Attacks in every text, numbers that are not finite, and a name without a place to break."""
+    answers = [Answer(ATTACK * 40, ATTACK, ATTACK * 40, score) for score in (0.0, 1.0, 0.5, math.nan)]
+    numbers = [(0.5, 0.4, 0.3, 2.0, 1.0, 9.0), (math.nan, math.inf, -math.inf, math.nan, 0.0, 1e12)]
+    rows = [Row("full", ATTACK, {}, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, answers)]
+    rows += [Row(ATTACK, ATTACK, {ATTACK: ATTACK, "arxiv": ATTACK}, *values, answers) for values in numbers]
+    rows.append(Row("m" * 200, "t" * 400, {"o" * 90: "v" * 900}, 0.5, 0.5, 0.5, 3.0, 2.0, 9.0, answers))
+    return Comparison(ATTACK, ATTACK, 0, ATTACK, ATTACK, 0.4, 2, None, {ATTACK: ATTACK}, rows)
+
+
+def make_comparison(*rows: tuple) -> Comparison:
+    built = [Row(name, f"The paper on {name}", options, *values, answers(values[0])) for name, *values, options in rows]
+    settings = dict(model="labs/lm", task="needle", seed=0, device="cpu", dtype="float32", budget=0.4, examples=4)
+    return Comparison(**settings, length=2048, versions={"foveate": "0.1.0", "torch": "2.13.0"}, rows=built)
+
+
+def answers(score: float) -> list[Answer]:
+    filler = "The collector runs when allocations exceed a threshold. " * 20
+    said = []
+    for index in range(4):
+        right = index < round(4 * score)
+        prompt = f"{filler}The pass key of maple is 4711{index}. {filler}\nThe pass key of maple is"
+        said.append(Answer(prompt, f" 4711{index}", f" 4711{index}." if right else " 00000.", float(right)))
+    return said

@@ -1,0 +1,164 @@
+"""The page in real headless Chromium: it renders, fits, stays silent, and nothing planted in it runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from foveate.bench.results import Comparison
+from foveate.report.html import write
+
+pytestmark = pytest.mark.browser
+
+SCRIPT = "<script>window.pwned=1</script>"
+IMAGE = "<img src=x onerror=window.pwned=2>"
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+SIZES = pytest.mark.parametrize("width, height", [(1280, 900), (390, 844)], ids=["desktop", "phone"])
+SCHEMES = pytest.mark.parametrize("scheme", ["light", "dark"])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    executable = shutil.which("chromium") or shutil.which("chromium-browser")
+    if executable is None:
+        message = "no Chromium on this machine (Debian: apt-get install chromium)"
+        if "CI" in os.environ:
+            pytest.fail(message)
+        pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        yield running
+        running.close()
+
+
+class Visit:
+    """One page opened from disk, with everything that it asked for or complained about."""
+
+    def __init__(self, browser, comparison: Comparison, folder: Path, width: int, height: int, scheme: str = "light"):
+        self.address = write(comparison, folder / "report.html").as_uri()
+        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(self.address)
+        self.wait("[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.main-svg'))")
+
+    def __call__(self, script: str):
+        return self.page.evaluate(script)
+
+    def wait(self, script: str) -> None:
+        """Until `script` is true. Playwright's own waiting evaluates strings in the page, which the policy forbids."""
+        for _ in range(400):
+            if self(script):
+                return
+            self.page.wait_for_timeout(50)
+        pytest.fail(f"never true: {script}; {self.complaints}")
+
+
+@pytest.fixture
+def visit(browser, tmp_path):
+    visits = []
+
+    def open_page(comparison: Comparison, width: int = 1280, height: int = 900, scheme: str = "light") -> Visit:
+        visits.append(Visit(browser, comparison, tmp_path, width, height, scheme))
+        return visits[-1]
+
+    yield open_page
+    for made in visits:
+        made.page.close()
+
+
+@SIZES
+@SCHEMES
+def test_it_renders_and_fits(visit, comparison, width, height, scheme):
+    view = visit(comparison, width, height, scheme)
+    assert view("document.scrollingElement.scrollWidth <= innerWidth")
+    assert view("document.querySelectorAll('table.results tbody tr').length") == 5
+    assert view("[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('svg'))")
+    assert view("document.querySelectorAll('#plot-cost .bars .point').length") == 4 * 3
+    for panel in ("cache_kept", "keys_read"):
+        assert view(f"document.querySelectorAll('#plot-{panel} .points path').length") == 5
+    assert view("matchMedia('(prefers-color-scheme: dark)').matches") == (scheme == "dark")
+    assert view.complaints == []
+    assert view.requests == [view.address]
+
+
+@SIZES
+def test_what_is_planted_stays_text(visit, hostile, width, height):
+    view = visit(hostile, width, height)
+    assert view("window.pwned") is None
+    assert view("document.images.length") == 0
+    assert view("document.scrollingElement.scrollWidth <= innerWidth")
+    shown = view("document.body.textContent")
+    assert SCRIPT in shown and IMAGE in shown
+    # In the figures too: names are cut short there, but what is left of them is text.
+    labels = view("[...document.querySelectorAll('.plot svg text')].map(text => text.textContent).join(' ')")
+    assert SCRIPT[:25] in labels
+    assert view.complaints == []
+    assert view.requests == [view.address]
+
+
+def test_hovering_a_hostile_mark_shows_text(visit, hostile):
+    view = visit(hostile)
+    mark = view.page.locator("#plot-cache_kept .points path").first
+    mark.scroll_into_view_if_needed()
+    box = mark.bounding_box()
+    view.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    view.page.wait_for_selector("#plot-cache_kept .hovertext")
+    assert "score" in view("document.querySelector('#plot-cache_kept .hovertext').textContent")
+    assert view("window.pwned") is None and view.complaints == []
+
+
+def test_the_policy_stops_a_script_even_where_escaping_would_not(visit, comparison):
+    view = visit(comparison)
+    view("document.body.insertAdjacentHTML('beforeend', '<button id=planted onclick=\"window.pwned=1\">x</button>')")
+    view("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.pwned=2'}))")
+    view.page.locator("#planted").click()
+    assert view("window.pwned") is None
+    assert view.requests == [view.address] and any("Content Security Policy" in text for text in view.complaints)
+
+
+@SIZES
+def test_names_beside_marks_do_not_cover_one_another(visit, comparison, width, height):
+    view = visit(comparison, width, height)
+    boxes = view(
+        "[...document.querySelectorAll('#plot-cache_kept .annotation-text')].map(text => {"
+        " const box = text.getBoundingClientRect(); return [box.left, box.top, box.right, box.bottom]; })"
+    )
+    assert len(boxes) == 4  # full and token_select share a place, and a label
+    for index, (left, top, right, bottom) in enumerate(boxes):
+        assert 0 <= left and right <= width
+        for other in boxes[:index]:
+            assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
+
+
+def test_prompts_open_and_the_answer_in_them_is_marked(visit, comparison):
+    view = visit(comparison)
+    assert not view.page.locator("details pre").first.is_visible()
+    view.page.locator("details summary").first.click()
+    assert view.page.locator("details pre").first.is_visible()
+    assert view.page.locator("details pre mark").first.inner_text() == "47111"
+    assert "characters left out" in view.page.locator("details pre").first.inner_text()
+
+
+def test_figures_follow_the_colour_scheme_and_the_width(visit, comparison):
+    view = visit(comparison)
+    colour = "document.querySelector('#plot-cost .bars path').style.fill"
+    before = view(colour)
+    view.page.emulate_media(color_scheme="dark")
+    view.wait(f"{colour} !== '{before}'")
+    view.page.set_viewport_size({"width": 390, "height": 844})
+    view.wait("document.querySelector('#plot-cost svg').clientWidth < 390")
+    assert view("document.scrollingElement.scrollWidth <= innerWidth")
+    assert view.complaints == []

@@ -1,0 +1,138 @@
+"""DuoAttention: what its paper says, on an induction model with constructed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM
+
+from foveate.core.errors import FoveateError
+from foveate.host import Method, apply
+from foveate.kv.duo_attention import DuoAttention, Mixed, duo_train, full_heads
+from tests.conftest import ClaimFixture
+from tests.constructed import accuracy, induction_lm, recall
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """Two layers of four heads, each its own key/value head; head 2 of layer 1 retrieves."""
+    return induction_lm(layers=2, heads=4, kv_heads=4, matching=[(1, 2)])
+
+
+def data(length: int = 96) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Recall prompts with their answers, of which the answers count."""
+    seed = 100
+    while True:
+        ids, answers = recall(2, length=length, answer=3, seed=seed)
+        whole = torch.cat([ids, answers], 1)
+        yield whole, torch.arange(whole.shape[1]).expand_as(whole) >= length - 1
+        seed += 1
+
+
+@pytest.fixture(scope="module")
+def gates(model: LlamaForCausalLM) -> torch.Tensor:
+    return duo_train(model, data(), steps=60, rate=0.05, reg=0.05, sink=2, recent=8)
+
+
+def generated(model: LlamaForCausalLM, ids: torch.Tensor, *methods: Method) -> torch.Tensor:
+    with torch.no_grad(), apply(model, *methods):
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+
+
+def test_gates_of_one_distil_without_loss(model: LlamaForCausalLM) -> None:
+    ids, _ = next(data())
+    with torch.no_grad():
+        full = model.model(ids).last_hidden_state
+        with apply(model, Mixed(torch.ones(2, 4), sink=2, recent=8)):
+            mixed = model.model(ids, use_cache=False).last_hidden_state
+        with apply(model, Mixed(torch.zeros(2, 4), sink=2, recent=8)):
+            streamed = model.model(ids, use_cache=False).last_hidden_state
+    assert (mixed - full).square().mean() < 1e-8 < (streamed - full).square().mean()
+
+
+def test_no_sparsity_is_dense(model: LlamaForCausalLM) -> None:
+    ids, _ = recall(2, length=64, answer=4)
+    method = DuoAttention(torch.rand(2, 4), sparsity=0.0, sink=1, recent=4)
+    assert torch.equal(generated(model, ids, method), generated(model, ids))
+
+
+def test_streaming_heads_hold_sink_and_window_only(model: LlamaForCausalLM) -> None:
+    gates, cache = torch.arange(8.0).view(2, 4) / 8, DynamicCache(config=model.config)
+    ids, _ = recall(2, length=64, answer=4)
+    with torch.no_grad(), apply(model, DuoAttention(gates, sparsity=0.75, sink=3, recent=10)) as run:
+        for part in (ids[:, :60], *ids[:, 60:].split(1, 1)):
+            model(part, past_key_values=cache)
+            stored = [(layer.store.padded("positions")[0] >= 0).sum(-1).tolist() for layer in cache.layers]
+            assert stored == [[13, 13, 13, 13], [13, 13, cache.get_seq_length(), cache.get_seq_length()]]
+    assert run.stats.kept == pytest.approx((6 * 13 + 2 * 64) / (8 * 64))
+
+
+def test_chunks_equal_one_masked_prefill(model: LlamaForCausalLM) -> None:
+    """Feeding the prompt in chunks through evicting caches is the same as one call with `prefill_chunk`."""
+    torch.manual_seed(0)
+    ids, gates = torch.randint(1, 40, (2, 48)), torch.rand(2, 4)
+    cache, parts = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        with apply(model, DuoAttention(gates, sparsity=0.5, sink=2, recent=8)):
+            parts += [model(part, past_key_values=cache).logits for part in ids.split(12, 1)]
+        with apply(model, DuoAttention(gates, sparsity=0.5, sink=2, recent=8, prefill_chunk=12)):
+            whole = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+        dense = model(ids).logits
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5
+    assert (dense - whole).abs().max() > 1e-3
+
+
+def test_trained_gates_keep_recall(model: LlamaForCausalLM, gates: torch.Tensor, claim: ClaimFixture) -> None:
+    ids, answers = recall(6, length=160, answer=4, away=40)
+    options = {"sparsity": 0.5, "sink": 2, "recent": 16}
+
+    def score(table: torch.Tensor) -> float:
+        with apply(model, DuoAttention(table, **options)):
+            return accuracy(model, ids, answers)
+
+    ours = score(gates)
+    draws = [score(torch.rand(2, 4, generator=torch.Generator().manual_seed(seed))) for seed in range(5)]
+    streaming = score(gates.new_zeros(2, 4).index_fill(1, torch.tensor([0, 1, 3]), 1.0))  # keeps all but the retriever
+    assert ours >= 0.9 and streaming <= 0.3
+    claim(
+        "trained gates keep recall at half the heads where random choices lose it",
+        ours=ours, baseline=sum(draws) / len(draws), better="higher", margin=0.3,
+        baseline_name="as many heads drawn at random, mean of 5", seed=0,
+    )  # fmt: skip
+
+
+def test_the_penalty_closes_gates(model: LlamaForCausalLM, gates: torch.Tensor) -> None:
+    free = duo_train(model, data(), steps=20, rate=0.05, reg=0.0, sink=2, recent=8)
+    assert gates.mean() < 0.7 and free.mean() > 0.95
+    assert gates[1, 2] > gates.flatten().median()
+
+
+def test_training_leaves_the_model_alone(model: LlamaForCausalLM) -> None:
+    before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    duo_train(model, data(48), steps=2, sink=1, recent=4)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
+        assert parameter.grad is None
+
+
+def test_ties_and_quantiles() -> None:
+    assert full_heads(torch.tensor([[0.5, 0.5], [0.5, 0.9]]), 0.5).tolist() == [[False, False], [True, True]]
+    assert full_heads(torch.rand(3, 4), 1.0).sum() == 0 and full_heads(torch.rand(3, 4), 0.0).all()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"sparsity": 1.5}, {"sink": -1}, {"recent": 0}, {"prefill_chunk": 0}, {"gates": [1.0]}]
+)
+def test_bad_options_are_named(bad: dict[str, object]) -> None:
+    with pytest.raises(FoveateError, match=next(iter(bad))):
+        DuoAttention(**{"gates": torch.ones(2, 4), **bad})  # type: ignore[arg-type]
+
+
+def test_gates_of_another_model_are_refused(model: LlamaForCausalLM) -> None:
+    with (
+        pytest.raises(FoveateError, match=r"gates must be \(layers, kv_heads\)"),
+        apply(model, DuoAttention(torch.ones(3, 2))),
+    ):
+        pass

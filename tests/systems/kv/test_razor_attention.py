@@ -1,0 +1,154 @@
+"""RazorAttention: what its paper says, on an induction model with constructed weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from foveate.core.errors import FoveateError
+from foveate.host import EMPTY, SUMMARY, Method, Slots, apply
+from foveate.host.model import host
+from foveate.kv.razor_attention import RazorAttention, compensation, head_scores, razor_heads
+from foveate.kv.sink_recent import SinkRecent
+from tests.conftest import ClaimFixture
+from tests.constructed import accuracy, induction_lm, recall
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """Eight query heads, each its own key/value head; head 1 of layer 1 retrieves."""
+    return induction_lm(layers=2, heads=4, kv_heads=4, matching=[(1, 1)])
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def steps(model: LlamaForCausalLM, ids: torch.Tensor, *methods: Method) -> tuple[torch.Tensor, DynamicCache]:
+    """Logits of a prefill and eight single tokens."""
+    cache, parts = DynamicCache(config=model.config), (ids[:, :-8], *ids[:, -8:].split(1, 1))
+    with torch.no_grad(), apply(model, *methods):
+        out = [model(part, past_key_values=cache).logits[:, -1] for part in parts]
+    return torch.stack(out, 1), cache
+
+
+def test_everything_protected_or_short_is_dense() -> None:
+    model, ids = tiny(), torch.randint(0, 32, (2, 40), generator=torch.Generator().manual_seed(1))
+    dense, _ = steps(model, ids)
+    every = RazorAttention(heads=torch.ones(2, 2, dtype=torch.bool), sink=1, min_window=4)
+    short = RazorAttention(heads=torch.zeros(2, 2, dtype=torch.bool), sink=4, min_window=36)
+    for method in (every, short):
+        assert torch.equal(steps(model, ids, method)[0], dense)
+
+
+def test_other_heads_hold_sink_window_and_one_slot() -> None:
+    heads = torch.tensor([[True, False], [False, False]])
+    ids = torch.randint(0, 32, (1, 60), generator=torch.Generator().manual_seed(1))
+    _, cache = steps(tiny(), ids, RazorAttention(heads=heads, sink=2, min_window=10))
+    first, second = (layer.store.padded("positions")[0] for layer in cache.layers)
+    assert (first[0] >= 0).sum() == 60 and (first[1] != EMPTY).sum() == 2 + 12 + 1  # window is N / 5 = 12 by now
+    assert second.shape[1] == 15 and (second == SUMMARY).sum(1).tolist() == [1, 1]
+    assert sorted(second[0][second[0] >= 0].tolist()) == [0, 1, *range(48, 60)]
+
+
+def test_compensation_is_exact_where_keys_and_values_do_not_vary() -> None:
+    """One slot with the mean key and value and log N in its logit equals N equal tokens; without it the result is
+    off.
+    """
+    torch.manual_seed(0)
+    q, near_k, near_v = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    far_k, far_v = torch.randn(1, 2, 1, 8).expand(1, 2, 50, 8), torch.randn(1, 2, 1, 8).expand(1, 2, 50, 8)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q, torch.cat([far_k, near_k], 2), torch.cat([far_v, near_v], 2)
+    )
+    positions = torch.arange(50).expand(1, 2, 50)
+    halves = [Slots(far_k[:, :, i : i + 25], far_v[:, :, i : i + 25], positions[:, :, i : i + 25]) for i in (0, 25)]
+    one = compensation(halves[1], compensation(halves[0], None))
+    assert one is not None and one.count is not None and one.count.unique().tolist() == [50.0]
+    bias = torch.cat([one.count.log()[:, :, None], torch.zeros(1, 2, 1, 5)], -1)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    ours = attend(q, torch.cat([one.k, near_k], 2), torch.cat([one.v, near_v], 2), bias)
+    assert (ours - dense).abs().max() < 1e-5
+    assert (attend(q, near_k, near_v) - dense).abs().max() > 1e-2
+
+
+def test_compensation_reaches_the_model(claim: ClaimFixture) -> None:
+    """On a model whose far keys are nearly alike, compensated logits are nearer to the dense ones."""
+    model = tiny()
+    ids = torch.cat(
+        [torch.full((1, 80), 7), torch.randint(0, 32, (1, 20), generator=torch.Generator().manual_seed(1))], 1
+    )
+    none = torch.zeros(2, 2, dtype=torch.bool)
+    dense, _ = steps(model, ids)
+    off = {
+        c: (steps(model, ids, RazorAttention(heads=none, sink=1, min_window=16, compensate=c))[0] - dense)[:, 1:]
+        for c in (True, False)
+    }
+    claim(
+        "the compensation token keeps logits nearer to dense than dropping",
+        ours=off[True].square().mean().sqrt(), baseline=off[False].square().mean().sqrt(), better="lower",
+        baseline_name="the same window without compensation", seed=0,
+    )  # fmt: skip
+
+
+def test_induction_score_finds_the_induction_head(model: LlamaForCausalLM) -> None:
+    scores = head_scores(host(model), length=24, repeats=4)["induction"].flatten()
+    order = scores.argsort(descending=True)
+    assert order[0] == 4 + 1 and scores[order[0]] - scores[order[1]] > 0.3
+    assert razor_heads(host(model), length=24, echo=0.0, induction=0.1)[1, 1]
+
+
+def test_protecting_the_found_heads_keeps_recall(model: LlamaForCausalLM, claim: ClaimFixture) -> None:
+    ids, answers = recall(8, length=256, answer=4)
+    here = host(model)
+    scores = head_scores(here, length=24)
+    razor = RazorAttention.at_budget(0.35, here, 256, **scores)
+    ours = _accuracy(model, ids, answers, razor)
+    wrong = [
+        _accuracy(
+            model, ids, answers, RazorAttention(heads=h, sink=razor.sink, min_window=razor.min_window, ratio=256.0)
+        )
+        for h in _others(razor)
+    ]
+    streaming = _accuracy(model, ids, answers, SinkRecent.at_budget(0.35, here, 256))
+    assert ours >= 0.95 and streaming <= 0.5
+    claim(
+        "protecting the heads with the best induction score keeps recall beyond the window",
+        ours=ours, baseline=sum(wrong) / len(wrong), better="higher", margin=0.65,
+        baseline_name="as many other heads protected", seed=0,
+    )  # fmt: skip
+
+
+def _others(razor: RazorAttention) -> list[torch.Tensor]:
+    """Head tables of the same size that miss the retrieving head (layer 1, head 1)."""
+    count, tables = int(razor.heads.sum()), []
+    for start in range(3):
+        flat = torch.zeros(8, dtype=torch.bool)
+        flat[[i for i in range(8) if i != 5][start : start + count]] = True
+        tables.append(flat.view(2, 4))
+    return tables
+
+
+def _accuracy(model: LlamaForCausalLM, ids: torch.Tensor, answers: torch.Tensor, *methods: Method) -> float:
+    with apply(model, *methods):
+        return accuracy(model, ids, answers)
+
+
+@pytest.mark.parametrize("bad", [{"echo": 2.0}, {"induction": -0.1}, {"sink": -1}, {"min_window": 0}, {"ratio": 0.5}])
+def test_bad_options_are_named(bad: dict[str, float]) -> None:
+    with pytest.raises(FoveateError, match=next(iter(bad))):
+        RazorAttention(**bad)
+
+
+def test_heads_of_another_model_are_refused() -> None:
+    with (
+        pytest.raises(FoveateError, match=r"heads must be \(layers, kv_heads\)=\(2, 2\)"),
+        apply(tiny(), RazorAttention(heads=torch.ones(3, 2, dtype=torch.bool))),
+    ):
+        pass

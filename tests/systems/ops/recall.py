@@ -1,0 +1,99 @@
+"""Multi-query associative recall, and a two-layer model around any operator, for the claims that need training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.ops import Operator
+
+KEYS, VOCAB, PAIRS, LENGTH = 32, 64, 8, 48
+
+
+def batch(size: int, generator: torch.Generator, tellings: int = 1) -> tuple[Tensor, Tensor]:
+    """Tokens `(size, LENGTH)` and, for each position, the token to say or -100.
+
+    PAIRS keys with their values come first, `tellings` times, each time with new values and in a new order; after that
+    every token is one of these keys, and its latest value is asked for.
+    """
+    keys = torch.rand(size, KEYS, generator=generator).argsort(-1)[:, :PAIRS]
+    told = []
+    for _ in range(tellings):
+        keys = keys.gather(1, torch.rand(size, PAIRS, generator=generator).argsort(-1))
+        values = torch.randint(KEYS, VOCAB, (size, PAIRS), generator=generator)
+        told.append(torch.stack([keys, values], -1).flatten(1))
+    told = torch.cat(told, 1)
+    asked = torch.randint(0, PAIRS, (size, LENGTH - told.shape[1]), generator=generator)
+    tokens = torch.cat([told, keys.gather(1, asked)], 1)
+    labels = torch.cat([torch.full_like(told, -100), values.gather(1, asked)], 1)
+    return tokens, labels
+
+
+class Mixer(nn.Module):
+    """Projections, a short causal convolution, the operator, and a projection back; rates from the token if it takes any."""
+
+    def __init__(self, dim: int, heads: int, op: Operator) -> None:
+        super().__init__()
+        self.heads, self.op = heads, op
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.conv = nn.Conv1d(3 * dim, 3 * dim, 4, groups=3 * dim)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.gates = nn.ModuleDict({name: nn.Linear(dim, heads) for name in sorted(op.inputs & set(FIRST))})
+        for name, gate in self.gates.items():
+            nn.init.constant_(gate.bias, FIRST[name])
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.conv(F.pad(self.qkv(x).transpose(1, 2), (3, 0))).transpose(1, 2)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = F.normalize(F.silu(q), dim=-1), F.normalize(F.silu(k), dim=-1)
+        rates = {name: torch.sigmoid(gate(x)).transpose(1, 2) for name, gate in self.gates.items()}
+        return self.out(self.op(q, k, v, causal=True, **rates).transpose(1, 2).flatten(2))
+
+
+#: Biases of the gates before training: forget little, some momentum, a middling step.
+FIRST = {"alpha": -4.0, "eta": -2.0, "theta": -1.0}
+
+
+class Model(nn.Module):
+    """Two layers of mixer and MLP."""
+
+    def __init__(self, ops: list[Operator], dim: int = 64, heads: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, dim)
+        self.mixers = nn.ModuleList([Mixer(dim, heads, op) for op in ops])
+        self.mlps = nn.ModuleList(
+            [nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)) for _ in ops]
+        )
+        self.norms = nn.ModuleList([nn.RMSNorm(dim) for _ in range(2 * len(ops) + 1)])
+        self.head = nn.Linear(dim, VOCAB, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for index, (mixer, mlp) in enumerate(zip(self.mixers, self.mlps, strict=True)):
+            x = x + mixer(self.norms[2 * index](x))
+            x = x + mlp(self.norms[2 * index + 1](x))
+        return self.head(self.norms[-1](x))
+
+
+def train(model: Model, steps: int, *, tellings: int = 1, seed: int = 0, lr: float = 1e-2, size: int = 32) -> Model:
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        tokens, labels = batch(size, generator, tellings)
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=-100)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+    return model
+
+
+@torch.no_grad()
+def accuracy(model: Model, tellings: int = 1, seed: int = 12345, size: int = 256) -> float:
+    """Share of the asked values that the model says."""
+    tokens, labels = batch(size, torch.Generator().manual_seed(seed), tellings)
+    asked = labels >= 0
+    return (model(tokens).argmax(-1) == labels)[asked].double().mean().item()
