@@ -79,11 +79,11 @@ def record(claim: Claim, folder: Path) -> None:
 
 def read(folder: Path) -> list[Claim]:
     """The folder's claims; of a test that ran more than once, the last."""
-    found: dict[tuple[str, str], Claim] = {}
+    found: dict[tuple[str, str, str], Claim] = {}
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
         for line in path.read_text("utf-8").splitlines():
             claim = Claim(**json.loads(line))
-            found[claim.test, claim.statement] = claim
+            found[claim.test, claim.statement, claim.baseline_name] = claim
     return sorted(found.values(), key=lambda claim: (claim.test, claim.statement))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -77,6 +78,19 @@ def padded(ids: Tensor, side: str, amount: int = 4) -> tuple[Tensor, Tensor]:
         where = slice(0, amount) if side == "left" else slice(-amount, None)
         ids[0, where], mask[0, where] = 0, 0
     return ids, mask
+
+
+def feed(
+    subject: hf.PreTrainedModel, ids: Tensor, mask: Tensor, pieces: Sequence[int], cache: hf.DynamicCache | None = None
+) -> Tensor:
+    """Logits of the real tokens, the ids being fed in pieces of these sizes."""
+    out, end, cache = [], 0, hf.DynamicCache() if cache is None else cache
+    for size in pieces:
+        begin, end = end, end + size
+        step = subject(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+        out.append(step.logits)
+    assert end == ids.shape[1]
+    return torch.cat(out, 1)[mask.bool()]
 
 
 class Evicts(Method):

@@ -19,7 +19,7 @@ from foveate.core.selection import Indices, Selection
 from foveate.host import Method, Site, apply
 from foveate.host.cache import SlotLayer
 from foveate.host.slots import SUMMARY, Slots
-from tests.host_models import DECODERS, WINDOW, SameWeights, model, padded, tokens
+from tests.host_models import DECODERS, WINDOW, KeepsAll, SameWeights, feed, model, padded, tokens
 
 
 def alive(positions: Tensor, seen: int, layer: int, by_sequence: bool) -> Tensor:
@@ -89,14 +89,6 @@ def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
     model(request.param).set_attn_implementation(before)
 
 
-def feed(name: str, ids: Tensor, mask: Tensor, pieces: list[int]) -> Tensor:
-    out, end, cache = [], 0, DynamicCache()
-    for size in pieces:
-        begin, end = end, end + size
-        out.append(model(name)(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
-    return torch.cat(out, 1)[mask.bool()]
-
-
 PIECES = {"decoding": [12, *[1] * 12], "chunks": [7, 5, 1, 1, 8, 1, 1]}
 
 
@@ -105,15 +97,15 @@ PIECES = {"decoding": [12, *[1] * 12], "chunks": [7, 5, 1, 1, 8, 1, 1]}
 @torch.no_grad()
 def test_forgotten_is_hidden(decoder: str, pieces: str, side: str) -> None:
     ids, mask = padded(tokens(3, 24), side, 3)
-    whole = feed(decoder, ids, mask, PIECES[pieces])
+    whole = feed(model(decoder), ids, mask, PIECES[pieces])
     with apply(model(decoder), Forgets(by_sequence=True)):
-        got = feed(decoder, ids, mask, PIECES[pieces])
+        got = feed(model(decoder), ids, mask, PIECES[pieces])
     with apply(model(decoder), Forgets(by_sequence=True), SameWeights()):
-        as_matrix = feed(decoder, ids, mask, PIECES[pieces])
+        as_matrix = feed(model(decoder), ids, mask, PIECES[pieces])
     with apply(model(decoder), Hides(by_sequence=True)):
-        hidden = feed(decoder, ids, mask, PIECES[pieces])
+        hidden = feed(model(decoder), ids, mask, PIECES[pieces])
     model(decoder).set_attn_implementation("oracle by sequence")
-    expected = feed(decoder, ids, mask, PIECES[pieces])
+    expected = feed(model(decoder), ids, mask, PIECES[pieces])
     assert (expected - whole).abs().max() > 0.1  # it matters what is dropped
     for ours in (got, as_matrix, hidden):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
@@ -156,8 +148,8 @@ def test_a_sequence_does_not_depend_on_its_batch(how: str) -> None:
     batch, mask = padded(ids, "left", amount)
     pieces = [10, *[1] * 6]
     with apply(model(name), FromItsStart()):
-        together = feed(name, batch, mask, pieces)[: 16 - amount]
-        alone = feed(name, ids[:1, amount:], mask[:1, amount:], [10 - amount, *[1] * 6])
+        together = feed(model(name), batch, mask, pieces)[: 16 - amount]
+        alone = feed(model(name), ids[:1, amount:], mask[:1, amount:], [10 - amount, *[1] * 6])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -182,6 +174,23 @@ def test_a_mask_of_the_callers_own_is_read_where_the_slots_lie(kind: str) -> Non
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_narrow_mask_of_the_callers_own_ends_with_the_last_key() -> None:
+    """A sliding layer has fewer keys than the sequence has tokens, and so has the mask that is made for it."""
+    mistral, ids = model("mistral"), tokens(2, 20)
+    mask = torch.rand(2, 1, 2, WINDOW + 1, generator=torch.Generator().manual_seed(2)) > 0.4
+    mask[..., -2:] = torch.tensor([[True, False], [True, True]])
+
+    def call() -> Tensor:
+        cache = DynamicCache(config=mistral.config)
+        mistral(ids[:, :18], past_key_values=cache)
+        return mistral(ids[:, 18:], attention_mask=mask, past_key_values=cache).logits
+
+    expected = call()
+    with apply(mistral, KeepsAll()):
+        torch.testing.assert_close(call(), expected, atol=1e-5, rtol=1e-5)
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +200,7 @@ def test_memory_falls() -> None:
     llama, cache, batch, seen = model("llama"), DynamicCache(), 2, 40
     with apply(llama, Forgets()) as run:
         llama(tokens(batch, seen - 1), past_key_values=cache)
-        full = run.stats.cache_peak
+        full = 3 * 2 * seen * batch * 2 * 8 * 4  # layers, heads, tokens, sequences, keys and values, width, float32
         llama(tokens(batch, 1, seed=1), past_key_values=cache)
         rule = [alive(torch.arange(seen).expand(batch, 2, seen), seen, layer, False) for layer in range(3)]
         survivors = sum(int(left.sum()) for left in rule)

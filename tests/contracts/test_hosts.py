@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from foveate.host import Method, apply
-from tests.host_models import DECODERS, NATIVE, NO_OPS, SLIDING, VOCAB, SameWeights, model, padded, tokens
+from tests.host_models import DECODERS, NATIVE, NO_OPS, SLIDING, VOCAB, SameWeights, feed, model, padded, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*attention mask.*")
 
@@ -124,17 +124,6 @@ def test_gradients(path: str) -> None:
 # -- with a cache ------------------------------------------------------------------------------------------------------
 
 
-def step_by_step(name: str, ids: Tensor, mask: Tensor, pieces: list[int], cache: DynamicCache) -> Tensor:
-    """Logits of the real tokens, the ids being fed in pieces."""
-    out, end = [], 0
-    for size in pieces:
-        begin, end = end, end + size
-        step = model(name)(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
-        out.append(step.logits)
-    assert end == ids.shape[1]
-    return torch.cat(out, 1)[mask.bool()]
-
-
 PIECES = {"decoding": [9, 1, 1, 1, 1, 1], "chunks": [3, 6, 1, 4], "one token": [1, 1, 1, 2, 9]}
 
 
@@ -145,7 +134,7 @@ def test_by_hand(decoder: str, path: str, pieces: str, plain: bool) -> None:
 
     def call() -> Tensor:
         cache = DynamicCache() if plain else DynamicCache(config=model(decoder).config)
-        return step_by_step(decoder, ids, mask, PIECES[pieces], cache)
+        return feed(model(decoder), ids, mask, PIECES[pieces], cache)
 
     same(decoder, path, call)
 

@@ -152,7 +152,7 @@ def test_masked_keys_are_as_if_absent_and_may_hold_nan(make, engine):
     op = make()
     (q, k, v), extra = inputs_of(op, 9)
     mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
-    mask[..., :3] = False  # a prefix: so that the places of the rest are the same, which counts where decays are per head
+    mask[..., :3] = False  # a prefix: for a decay per head, the places of the rest count
     dirty = [x.detach().masked_fill(~mask[0, 0, 0, :, None], float("nan")).requires_grad_() for x in (k, v)]
     gates = {n: x.detach().masked_fill(~mask[0, 0], float("nan")).requires_grad_() for n, x in extra.items()}
     out = op(q, *dirty, mask=mask, causal=True, engine=engine, **gates)

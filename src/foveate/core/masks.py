@@ -86,6 +86,14 @@ def keys_of(mask: Tensor, batch: int, n_keys: int) -> Bool[Tensor, "b k"]:
     return torch.broadcast_to(mask, (batch, 1, 1, n_keys))[:, 0, 0]
 
 
+def without_hidden(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Keys or values `(B, Hkv, Nk, ·)` with zeros where the mask lets no query see: padding then has no say at all."""
+    if mask is None:
+        return x
+    seen = allowed(mask).reshape((1,) * (4 - mask.dim()) + mask.shape).flatten(1, 2).any(1)
+    return x.masked_fill(~seen[:, None, :, None], 0.0)
+
+
 def full(
     mask: Tensor | None, is_causal: bool, n_queries: int, n_keys: int, device: torch.device | str
 ) -> Tensor | None:

@@ -70,9 +70,15 @@ class Problem:
         query = torch.arange(self.n_queries, device=device)[rows] + (self.n_keys - self.n_queries)
         return Tile(query, torch.arange(self.n_keys, device=device)[cols], self.n_keys, self.n_queries, self.causal)
 
-    def tile_mask(self, rows: slice = slice(None), cols: slice = slice(None)) -> Tensor | None:
-        """Mask, causality and selection together, for a tile; None where every pair counts."""
-        mine = masks.columns_of(masks.rows_of(self.mask, rows), cols)
+    def tile_mask(
+        self, rows: slice = slice(None), cols: slice = slice(None), mine: Tensor | None = None
+    ) -> Tensor | None:
+        """Mask, causality and selection together, for a tile; None where every pair counts.
+
+        `mine` takes the place of the caller's mask for the tile, where that has been cut out already.
+        """
+        if mine is None:
+            mine = masks.columns_of(masks.rows_of(self.mask, rows), cols)
         future = (
             masks.causal(self.n_queries, self.n_keys, rows=rows, device=self.q.device)[:, cols] if self.causal else None
         )

@@ -11,9 +11,15 @@ from foveate.host.model import Host
 from foveate.host.site import Site
 
 
-def keep_window(site: Site, full: Bool[Tensor, " hkv"], sink: int, recent: int) -> Bool[Tensor, "b hkv s"]:
+def keep_ends(site: Site, sink: int, recent: int) -> Bool[Tensor, "b hkv s"]:
+    """Slots of the first `sink` tokens, counted from where each sequence begins, and of the last `recent`."""
+    own = site.positions - site.begins[:, None, None]
+    return ((own >= 0) & (own < sink)) | (site.positions >= site.seen - recent)
+
+
+def keep_window(site: Site, full: Bool[Tensor, "hkv"], sink: int, recent: int) -> Bool[Tensor, "b hkv s"]:
     """Slots that survive: all of the `full` heads; of the others the first `sink` and the last `recent` tokens."""
-    near = (site.positions < sink) | (site.positions >= site.seen - recent)
+    near = keep_ends(site, sink, recent)
     return near | full.to(near.device)[:, None]
 
 

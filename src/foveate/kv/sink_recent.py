@@ -13,6 +13,7 @@ from torch import Tensor
 from foveate.core import validate
 from foveate.host.model import Host
 from foveate.host.site import Site
+from foveate.kv.heads import keep_ends
 from foveate.kv.policy import Policy
 
 
@@ -42,7 +43,7 @@ class SinkRecent(Policy):
     def keep(self, site: Site) -> Tensor | None:
         if site.seen <= self.sink + self.recent:
             return None
-        return (site.positions < self.sink) | (site.positions >= site.seen - self.recent)
+        return keep_ends(site, self.sink, self.recent)
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:

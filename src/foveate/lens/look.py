@@ -3,6 +3,8 @@
     seen = foveate.look(model, input_ids)
     seen.measures()                # a table: layer, head, measure, value
     seen.values("received_mass")   # {layer: (B, heads, positions)}
+
+`Lens` is the method behind it, for looking while other methods act, over many calls, or at what is generated.
 """
 
 from __future__ import annotations

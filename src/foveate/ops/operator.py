@@ -32,7 +32,7 @@ class Operator(nn.Module, ABC):
     Declared facts, which programs may read:
         patterns: what it can compute: "self" and "cross" over all keys, "causal self" and "causal cross" over the past.
         masks: kinds of mask it takes: "keys" (bool `(B, 1, 1, Nk)`), "pairs" (any bool mask), "bias" (float).
-        has_weights: whether there is a matrix of weights such that `out = weights @ v`.
+        has_weights: whether there is a matrix of weights such that `out = weights @ values(v)`.
         steps: "exact" where `step` gives what the causal call over the whole sequence gives, "own" where one query at
             a time chooses or learns differently by design, None where it cannot stream.
         default_scale: the factor on `q k`, None for `D ** -0.5`.
@@ -122,8 +122,7 @@ class Operator(nn.Module, ABC):
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ) -> Any:  # fmt: skip
         """An empty state for `step`. `heads` is Hq."""
-        if self.steps is None:
-            raise UnsupportedPattern(f"{self.name} cannot go one token at a time: it mixes over the whole sequence")
+        self._check_steps()
         for name, value in (
             ("batch", batch),
             ("heads", heads),
@@ -140,8 +139,7 @@ class Operator(nn.Module, ABC):
         self, q: Tensor, k: Tensor, v: Tensor, state: Any, *, scale: float | None = None, **inputs: Tensor
     ) -> tuple[Tensor, Any]:
         """One token: `q (B, Hq, 1, D)`, `k, v (B, Hkv, 1, ·)` and a state give `(out (B, Hq, 1, Dv), state)`."""
-        if self.steps is None:
-            raise UnsupportedPattern(f"{self.name} cannot go one token at a time: it mixes over the whole sequence")
+        self._check_steps()
         validate.tensors(q, k, v)
         self._check_inputs(inputs)
         if not isinstance(state, self.state_type):
@@ -149,6 +147,10 @@ class Operator(nn.Module, ABC):
         if q.shape[2] != 1 or k.shape[2] != 1:
             raise ShapeError(f"step takes one token; got Nq={q.shape[2]}, Nk={k.shape[2]}")
         return self._step(q, k, v, state, self._scale(scale, q), **inputs)
+
+    def values(self, v: Tensor) -> Tensor:
+        """What `weights` multiplies: v, unless the mechanism weighs values by what they hold."""
+        return v
 
     # -- what tests and tables read ------------------------------------------------------------------------------------
 
@@ -236,6 +238,11 @@ class Operator(nn.Module, ABC):
             raise UnsupportedPattern(
                 f'{self.name} does not take a mask of kind "{kind}"; it takes {_listed(self.masks)}'
             )
+
+    def _check_steps(self) -> None:
+        if self.steps is None:
+            why = "its output depends on the whole sequence"
+            raise UnsupportedPattern(f"{self.name} cannot go one token at a time: {why}")
 
     def _check_inputs(self, inputs: dict[str, Tensor]) -> None:
         for name in inputs:

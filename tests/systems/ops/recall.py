@@ -31,11 +31,11 @@ def batch(size: int, generator: torch.Generator, tellings: int = 1) -> tuple[Ten
 
 
 class Mixer(nn.Module):
-    """Projections, a short causal convolution, the operator, and a projection back; rates from the token if it takes any."""
+    """Projections, a short causal convolution, the operator, and a projection back; gates, if it takes any."""
 
-    def __init__(self, dim: int, heads: int, op: Operator) -> None:
+    def __init__(self, dim: int, heads: int, op: Operator, unit: bool) -> None:
         super().__init__()
-        self.heads, self.op = heads, op
+        self.heads, self.op, self.unit = heads, op, unit
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = nn.Conv1d(3 * dim, 3 * dim, 4, groups=3 * dim)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -46,22 +46,26 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.conv(F.pad(self.qkv(x).transpose(1, 2), (3, 0))).transpose(1, 2)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = F.normalize(F.silu(q), dim=-1), F.normalize(F.silu(k), dim=-1)
-        rates = {name: torch.sigmoid(gate(x)).transpose(1, 2) for name, gate in self.gates.items()}
+        if self.unit:
+            q, k = F.normalize(F.silu(q), dim=-1), F.normalize(F.silu(k), dim=-1)
+        rates = {
+            name: (F.softplus if name == "delta" else torch.sigmoid)(gate(x)).transpose(1, 2)
+            for name, gate in self.gates.items()
+        }
         return self.out(self.op(q, k, v, causal=True, **rates).transpose(1, 2).flatten(2))
 
 
-#: Biases of the gates before training: forget little, some momentum, a middling step.
-FIRST = {"alpha": -4.0, "eta": -2.0, "theta": -1.0}
+#: Biases of the gates before training: forget little, some momentum, a short step (chunks add steps up).
+FIRST = {"alpha": -4.0, "eta": -2.0, "theta": -3.0, "delta": 0.0}
 
 
 class Model(nn.Module):
-    """Two layers of mixer and MLP."""
+    """A layer of mixer and MLP for each operator. `unit`: queries and keys of length 1, as memories like them."""
 
-    def __init__(self, ops: list[Operator], dim: int = 64, heads: int = 2) -> None:
+    def __init__(self, ops: list[Operator], dim: int = 64, heads: int = 2, unit: bool = True) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, dim)
-        self.mixers = nn.ModuleList([Mixer(dim, heads, op) for op in ops])
+        self.mixers = nn.ModuleList([Mixer(dim, heads, op, unit) for op in ops])
         self.mlps = nn.ModuleList(
             [nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)) for _ in ops]
         )
@@ -76,7 +80,7 @@ class Model(nn.Module):
         return self.head(self.norms[-1](x))
 
 
-def train(model: Model, steps: int, *, tellings: int = 1, seed: int = 0, lr: float = 1e-2, size: int = 32) -> Model:
+def train(model: Model, steps: int, *, tellings: int = 1, seed: int = 0, lr: float = 5e-3, size: int = 32) -> Model:
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)

@@ -60,7 +60,7 @@ def test_only_autograd_can_be_differentiated_twice():
 def test_the_block_does_not_change_the_result(block):
     q, k, v = qkv(130)
     op = LightningAttention2([0.95, 0.5], block=block)
-    torch.testing.assert_close(op(q, k, v, causal=True), op(q, k, v, causal=True, engine="recurrent"), rtol=0, atol=1e-9)
+    assert (op(q, k, v, causal=True) - op(q, k, v, causal=True, engine="recurrent")).abs().max() < 1e-9
 
 
 def test_without_decay_it_is_plain_causal_linear_attention():

@@ -1,85 +1,195 @@
 """Exact attention in O(N) memory, forward and backward, for any scoring.
 
 Queries go in chunks. A softmax meets the keys tile by tile and merges partial results online; any other normaliser sees
-whole rows of a chunk. Each chunk is recomputed in the backward pass, so that no `Nq x Nk` matrix is ever kept.
+whole rows of a chunk. The backward pass computes tiles again and adds their gradients up in place, so that nothing of
+size `Nq x Nk` is ever kept. It cannot be differentiated twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial as bind
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from foveate.core import masks, online
 from foveate.core.engines import reference
+from foveate.core.errors import UnsupportedEngine
 from foveate.core.problem import Problem
 
 QUERIES, KEYS = 128, 1024
 
 
+class Tiling(NamedTuple):
+    queries: int
+    keys: int
+    whole: bool  # whether a chunk sees whole rows: a normaliser needs them, or keys must be masked value by value
+
+
 def refuses(problem: Problem) -> str | None:
-    if problem.dropout and problem.scoring.is_softmax:
-        return "chunked cannot drop weights of a softmax that it merges online"
+    if problem.dropout:
+        return "chunked computes weights again in the backward pass and cannot drop any"
     return None
 
 
 def attend(problem: Problem, queries: int = QUERIES, keys: int = KEYS) -> Tensor:
     """The output `(B, Hq, Nq, Dv)`, in chunks of `queries` rows and tiles of `keys` columns."""
-    whole_rows = not problem.scoring.is_softmax or problem.has_hidden_garbage()
-    recompute = _needs_grad(problem)
-    out = []
-    for start in range(0, problem.n_queries, queries):
-        rows = slice(start, min(start + queries, problem.n_queries))
-        run = bind(_whole_rows, problem, rows) if whole_rows else bind(_merged_rows, problem, rows, keys)
-        if recompute:
-            out.append(checkpoint(run, problem.q[:, :, rows], problem.k, problem.v, use_reentrant=False))
-        else:
-            out.append(run(problem.q[:, :, rows], problem.k, problem.v))
-    return torch.cat(out, 2)
+    tiling = Tiling(queries, keys, not problem.scoring.is_softmax or problem.has_hidden_garbage())
+    inputs = (problem.q, problem.k, problem.v, problem.mask, *_parameters(problem))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return _Chunked.apply(problem, tiling, *inputs)  # type: ignore[no-any-return]
+    return _forward(problem, tiling)[0]
 
 
-def _needs_grad(problem: Problem) -> bool:
-    """Whether anything that a chunk is computed from wants a gradient: then chunks are computed again, not kept."""
-    parameters = getattr(problem.scoring, "parameters", tuple)
-    inputs = (problem.q, problem.k, problem.v, problem.mask, *parameters())
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+def _parameters(problem: Problem) -> tuple[Tensor, ...]:
+    return tuple(getattr(problem.scoring, "parameters", tuple)())
 
 
-def _visible(problem: Problem, rows: slice) -> int:
-    return problem.n_keys - problem.n_queries + rows.stop if problem.causal else problem.n_keys
+def _chunks(problem: Problem, tiling: Tiling) -> Iterator[tuple[slice, int]]:
+    """Rows of each chunk, and the number of keys that they may see."""
+    for start in range(0, problem.n_queries, tiling.queries):
+        rows = slice(start, min(start + tiling.queries, problem.n_queries))
+        seen = problem.n_keys - problem.n_queries + rows.stop if problem.causal else problem.n_keys
+        yield rows, seen if problem.scoring.is_softmax else problem.n_keys
 
 
-def _whole_rows(problem: Problem, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A chunk of whole rows, for a normaliser that needs them and for keys that must be masked value by value."""
-    visible = _visible(problem, rows) if problem.scoring.is_softmax else problem.n_keys
-    return reference.attend(replace(problem, k=k, v=v), rows, slice(0, visible))
+def _tiles(seen: int, tiling: Tiling) -> Iterator[slice]:
+    return (slice(start, min(start + tiling.keys, seen)) for start in range(0, seen, tiling.keys))
 
 
-def _merged_rows(problem: Problem, rows: slice, keys: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A chunk of queries against the keys that it can see, tile by tile; `q` is already cut."""
-    visible = _visible(problem, rows)
-    part: online.Partial | None = None
-    tiles = zip(k[:, :, :visible].split(keys, 2), v[:, :, :visible].split(keys, 2), strict=True)
-    for index, (tile_k, tile_v) in enumerate(tiles):
-        cols = slice(index * keys, index * keys + tile_k.shape[2])
-        logits = problem.scoring.logits(q, problem.grouped(tile_k), problem.scale, problem.tile(rows, cols))
-        mask = _mask(problem, rows, cols)
-        if mask is not None:
-            if mask.dtype != torch.bool:
-                logits = logits + mask
-            logits = logits.masked_fill(~masks.allowed(mask), masks.NEVER)
-        new = online.partial(logits, problem.grouped(tile_v))
-        part = new if part is None else online.merge(part, new)
-    assert part is not None
-    return online.finish(part).to(v.dtype)
+def _forward(problem: Problem, tiling: Tiling) -> tuple[Tensor, Tensor | None]:
+    """The output and, where tiles are merged, the log-sum-exp of each row."""
+    out = problem.q.new_empty(*problem.q.shape[:3], problem.v.shape[-1])
+    if tiling.whole:
+        for rows, seen in _chunks(problem, tiling):
+            out[:, :, rows] = reference.attend(problem, rows, slice(0, seen))
+        return out, None
+    sums = out.new_empty(*out.shape[:3], 1, dtype=torch.promote_types(out.dtype, torch.float32))
+    for rows, seen in _chunks(problem, tiling):
+        part: online.Partial | None = None
+        for cols in _tiles(seen, tiling):
+            logits = _logits(problem, problem.q[:, :, rows], problem.k[:, :, cols], None, rows, cols)
+            new = online.partial(logits, problem.grouped(problem.v[:, :, cols]))
+            part = new if part is None else online.merge(part, new)
+        assert part is not None
+        out[:, :, rows], sums[:, :, rows] = online.finish(part).to(out.dtype), online.log_sum_exp(part)[..., None]
+    return out, sums
 
 
-def _mask(problem: Problem, rows: slice, cols: slice) -> Tensor | None:
-    """The tile's mask; causality costs nothing on tiles that lie wholly in the past."""
+def _logits(problem: Problem, q: Tensor, k: Tensor, mine: Tensor | None, rows: slice, cols: slice) -> Tensor:
+    """Masked logits of a tile. `mine`: the caller's mask for it, where a gradient to that is wanted."""
+    logits = problem.scoring.logits(q, problem.grouped(k), problem.scale, problem.tile(rows, cols))
     first = problem.n_keys - problem.n_queries + rows.start
     if problem.causal and cols.stop - 1 <= first:
-        return replace(problem, causal=False).tile_mask(rows, cols)
-    return problem.tile_mask(rows, cols)
+        problem = replace(problem, causal=False)  # wholly in the past: nothing to compare
+    mask = problem.tile_mask(rows, cols, mine)
+    if mask is None:
+        return logits
+    if mask.dtype != torch.bool:
+        logits = logits + mask
+    return logits.masked_fill(~masks.allowed(mask), masks.NEVER)
+
+
+class _Chunked(torch.autograd.Function):
+    """Keeps inputs, output and log-sum-exps; inputs are q, k, v, the mask and the scoring's parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, tiling: Tiling, *inputs: Tensor | None) -> Tensor:
+        out, sums = _forward(problem, tiling)
+        ctx.problem, ctx.tiling = problem, tiling
+        ctx.save_for_backward(*inputs, out, sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, out, sums = ctx.saved_tensors
+        parameters = _parameters(ctx.problem)
+        if [p.data_ptr() for p in parameters] != [p.data_ptr() for p in inputs[4:]]:
+            raise UnsupportedEngine('engine="chunked" needs the parameters of its forward pass again; use "reference"')
+        q, k, v, mask = (None if x is None else x.detach() for x in inputs[:4])
+        problem = replace(ctx.problem, q=q, k=k, v=v, mask=mask)
+        totals = Totals([q, k, v, mask, *parameters], ctx.needs_input_grad[2:])
+        for rows, seen in _chunks(problem, ctx.tiling):
+            if sums is None:
+                _whole_backward(problem, totals, rows, slice(0, seen), grad[:, :, rows])
+            else:
+                part = grad[:, :, rows], out[:, :, rows], sums[:, :, rows]
+                _merged_backward(problem, totals, rows, _tiles(seen, ctx.tiling), *part)
+        return None, None, *totals.finished()
+
+
+def _whole_backward(problem: Problem, totals: Totals, rows: slice, cols: slice, grad: Tensor) -> None:
+    """A chunk of whole rows, differentiated by autograd."""
+    q, k, v, mine, *parameters = totals.leaves(slice(None), slice(None), mask_at=(rows, cols))
+    with torch.enable_grad():
+        out = reference.attend(replace(problem, q=q, k=k, v=v), rows, cols, mine)
+    totals.add(out, [q, k, v, mine, *parameters], grad, slice(None), slice(None), mask_at=(rows, cols))
+
+
+def _merged_backward(
+    problem: Problem, totals: Totals, rows: slice, tiles: Iterator[slice], grad: Tensor, out: Tensor, sums: Tensor
+) -> None:
+    """A chunk under a softmax, tile by tile: weights come from the log-sum-exp, and autograd is asked for logits only."""
+    wide = sums.dtype
+    mean = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+    sums = sums.masked_fill(sums == masks.NEVER, 0.0)
+    for cols in tiles:
+        q, k, _, mine, *parameters = totals.leaves(rows, cols)
+        with torch.enable_grad():
+            logits = _logits(problem, q, k, mine, rows, cols).to(wide)
+        weights = torch.exp(logits.detach() - sums)
+        v = problem.v[:, :, cols]
+        towards = (grad @ problem.grouped(v).transpose(-1, -2)).to(wide)
+        totals.add(logits, [q, k, None, mine, *parameters], weights * (towards - mean), rows, cols)
+        if totals.sums[2] is not None:
+            dv = weights.to(grad.dtype).transpose(-1, -2) @ grad
+            totals.sums[2][:, :, cols] += dv.unflatten(1, (v.shape[1], -1)).sum(2)
+
+
+class Totals:
+    """The gradients of q, k, v, the mask and the parameters as they add up, in float32 at least."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
+        self.tensors, self.needed = tensors, needed
+        self.sums = [
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and need else None
+            for x, need in zip(tensors, needed, strict=True)
+        ]
+
+    def leaves(self, rows: slice, cols: slice, mask_at: tuple[slice, slice] | None = None) -> list[Tensor | None]:
+        """The parts of q, k, v and the mask that a tile reads, cut off from the graph, and the parameters."""
+        parts = self._parts(self.tensors, rows, cols, mask_at or (rows, cols))
+        fresh = [None if x is None else x.detach().requires_grad_(n) for x, n in zip(parts, self.needed, strict=False)]
+        return [*fresh, *self.tensors[4:]]
+
+    def add(
+        self, out: Tensor, leaves: Sequence[Tensor | None], grad: Tensor, rows: slice, cols: slice,
+        mask_at: tuple[slice, slice] | None = None,
+    ) -> None:  # fmt: skip
+        """Differentiate `out` by those leaves that want it, and add the gradients where they belong."""
+        targets = [*self._parts(self.sums, rows, cols, mask_at or (rows, cols)), *self.sums[4:]]
+        pairs = [(leaf, to) for leaf, to in zip(leaves, targets, strict=True) if leaf is not None and to is not None]
+        if not pairs or not out.requires_grad:
+            return
+        found = torch.autograd.grad(out, [leaf for leaf, _ in pairs], grad, allow_unused=True)
+        for (_, to), extra in zip(pairs, found, strict=True):
+            if extra is not None:
+                to += extra
+
+    def finished(self) -> list[Tensor | None]:
+        return [
+            None if total is None or x is None else total.to(x.dtype)
+            for total, x in zip(self.sums, self.tensors, strict=True)
+        ]
+
+    @staticmethod
+    def _parts(
+        tensors: Sequence[Tensor | None], rows: slice, cols: slice, mask_at: tuple[slice, slice]
+    ) -> list[Tensor | None]:
+        q, k, v, mask = tensors[:4]
+        cut = [None if x is None else x[:, :, at] for x, at in ((q, rows), (k, cols), (v, cols))]
+        return [*cut, masks.columns_of(masks.rows_of(mask, mask_at[0]), mask_at[1])]

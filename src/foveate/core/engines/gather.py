@@ -51,43 +51,47 @@ def _slabs(problem: Problem, selection: Blocks | Indices) -> Iterator[slice]:
 
 
 def _slab(problem: Problem, selection: Blocks | Indices, rows: slice) -> Tensor:
+    """Some block rows, side by side in the batch: `(B, Hq, queries, Dv)`."""
     b, hq, nq, d = problem.q.shape
     tall = selection.size[0] if isinstance(selection, Blocks) else selection.group
     index, seen = selection.gathered(rows)
-    count, n = index.shape[2], index.shape[3]
-    queries = problem.q[:, :, rows.start * tall : min(rows.stop * tall, nq)]
-    queries = F.pad(queries, (0, 0, 0, count * tall - queries.shape[2])).reshape(b, hq, count, tall, d)
+    count, first, last = index.shape[2], rows.start * tall, min(rows.stop * tall, nq)
+    if count == 1:
+        tall = last - first  # a single query, when decoding
+    queries = F.pad(problem.q[:, :, first:last], (0, 0, 0, count * tall - (last - first)))
+    queries = queries.unflatten(2, (count, tall)).transpose(1, 2).flatten(0, 1)
     k, v = _take(problem, problem.k, index), _take(problem, problem.v, index)
-    bias = _mask(problem, index, seen, rows.start * tall)
-    out = F.scaled_dot_product_attention(
-        queries.reshape(b, hq * count, tall, d), k.reshape(b, hq * count, n, -1), v.reshape(b, hq * count, n, -1),
-        bias.expand(b, hq, count, tall, n).reshape(b, hq * count, tall, n), scale=problem.scale,
-    )  # fmt: skip
-    out = out.reshape(b, hq, count, tall, -1)
-    return torch.where(masks.allowed(bias).any(-1, keepdim=True), out, 0.0).flatten(2, 3)
+    bias = _mask(problem, index, seen[..., :tall, :], first).transpose(1, 2)  # one for all heads where that is so
+    bias = bias.expand(b, *bias.shape[1:]).flatten(0, 1)
+    out = F.scaled_dot_product_attention(queries, k, v, bias, scale=problem.scale)
+    sees = masks.allowed(bias).any(-1, keepdim=True)
+    if not bool(sees.all()):
+        out = torch.where(sees, out, 0.0)
+    return out.unflatten(0, (b, count)).transpose(1, 2).flatten(2, 3)
 
 
 def _take(problem: Problem, x: Tensor, index: Tensor) -> Tensor:
-    """Gather `x (B, Hkv, Nk, D)` at `index (B or 1, Hq or 1, R, n)` into `(B, Hq, R, n, D)`."""
+    """Gather `x (B, Hkv, Nk, D)` at `index (B or 1, Hq or 1, R, n)` into `(B * R, Hq, n, D)`."""
     b, hq = problem.q.shape[:2]
     if index.shape[:2] == (1, 1):
-        return problem.grouped(x[:, :, index[0, 0].flatten()]).unflatten(2, index.shape[2:])
+        taken = problem.grouped(x[:, :, index[0, 0].flatten()])
+        return taken.unflatten(2, index.shape[2:]).transpose(1, 2).flatten(0, 1)
     batch = torch.arange(b, device=x.device)[:, None, None, None]
-    head = torch.arange(hq, device=x.device)[:, None, None] // problem.groups
-    return x[batch, head, index.expand(b, hq, *index.shape[2:])]
+    head = torch.arange(hq, device=x.device)[:, None] // problem.groups
+    return x[batch, head, index.transpose(1, 2).expand(b, -1, hq, -1)].flatten(0, 1)
 
 
 def _mask(problem: Problem, index: Tensor, seen: Tensor, first: int) -> Tensor:
     """Selection, causality and the caller's mask on the gathered keys: `(B or 1, Hq or 1, R, tall, n)`."""
-    b, hq, nq, _ = problem.q.shape
-    count, tall = seen.shape[2:4]
+    shift, (count, tall) = problem.n_keys - problem.n_queries, seen.shape[2:4]
     query = torch.arange(first, first + count * tall, device=index.device).reshape(count, tall, 1)
+    index = index[..., None, :]
     if problem.causal and isinstance(problem.selection, Indices):
-        seen = seen & (index[..., None, :] <= query + problem.n_keys - nq)
+        seen = seen & (index <= query + shift)
     if problem.mask is None:
         return seen
-    full = problem.mask.expand(b, hq, nq, problem.n_keys)
-    batch = torch.arange(b, device=index.device)[:, None, None, None, None]
-    head = torch.arange(hq, device=index.device)[:, None, None, None]
-    mine = full[batch, head, query.clamp_max(nq - 1), index[..., None, :]]
+    mask = problem.mask.reshape((1,) * (4 - problem.mask.dim()) + problem.mask.shape)
+    batch, head = (torch.arange(n, device=index.device) for n in mask.shape[:2])
+    key = index if mask.shape[3] > 1 else torch.zeros_like(index)
+    mine = mask[batch[:, None, None, None, None], head[:, None, None, None], query.clamp_max(mask.shape[2] - 1), key]
     return masks.combine(mine, seen)  # type: ignore[return-value]

@@ -13,10 +13,15 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
-def weights(problem: Problem, rows: slice = slice(None), cols: slice = slice(None)) -> Tensor:
-    """Attention weights `(B, Hq, nq, nk)` of some rows, over all keys or a leading part with all that may be seen."""
+def weights(
+    problem: Problem, rows: slice = slice(None), cols: slice = slice(None), mine: Tensor | None = None
+) -> Tensor:
+    """Attention weights `(B, Hq, nq, nk)` of some rows, over all keys or a leading part with all that may be seen.
+
+    `mine`: see `Problem.tile_mask`.
+    """
     keys, hidden = _finite(problem.grouped(problem.k[:, :, cols]))
-    at, mask = problem.tile(rows, cols), problem.tile_mask(rows, cols)
+    at, mask = problem.tile(rows, cols), problem.tile_mask(rows, cols, mine)
     logits = problem.scoring.logits(problem.q[:, :, rows], keys, problem.scale, at)
     if hidden is not None:
         logits = logits.masked_fill(hidden.any(-1)[..., None, :], float("nan"))
@@ -27,9 +32,11 @@ def weights(problem: Problem, rows: slice = slice(None), cols: slice = slice(Non
     return problem.scoring.normalize(logits, at)
 
 
-def attend(problem: Problem, rows: slice = slice(None), cols: slice = slice(None)) -> Tensor:
+def attend(
+    problem: Problem, rows: slice = slice(None), cols: slice = slice(None), mine: Tensor | None = None
+) -> Tensor:
     """The output `(B, Hq, nq, Dv)` of some rows."""
-    w = weights(problem, rows, cols)
+    w = weights(problem, rows, cols, mine)
     if problem.dropout:
         w = torch.nn.functional.dropout(w, problem.dropout)
     return apply_weights(w, problem.grouped(problem.v[:, :, cols]))

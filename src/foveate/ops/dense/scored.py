@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.core import engines
+from foveate.core import engines, masks
 from foveate.core.engines import reference
 from foveate.core.problem import Plan, Problem
 from foveate.core.scoring import SOFTMAX, Scoring, Tile, dot_product, safe_softmax
@@ -17,20 +17,21 @@ from foveate.ops.operator import Operator
 
 
 class Scored(Operator):
-    """Dense attention. A system overrides one or more of three hooks:
+    """Dense attention. A system overrides one or more of four hooks:
 
-    `prepare` folds the mechanism into q, k, v (a temperature, a gate): fused kernels still serve.
+    `prepare` folds the mechanism into q and k (a temperature), `values` into v (a gate): fused kernels still serve.
     `score` gives the logits of a tile; `normalize` turns rows of masked logits into weights.
 
     The base brings masking, causality, chunks of O(N) memory forward and backward, streaming and weights.
     """
 
-    def prepare(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as they enter the dot products; `positions (Nq,)` are the queries', the last one at `Nk - 1`.
+    def prepare(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k as they enter the dot products; `positions (Nq,)` are the queries', the last one at `Nk - 1`.
 
-        Must treat tokens one by one: what becomes of a key may not depend on the other keys or on the queries.
+        Must treat tokens one by one: what becomes of a key may not depend on the other keys or on the queries. Keys and
+        values that the caller's mask hides from every query arrive as zeros.
         """
-        return q, k, v
+        return q, k
 
     def score(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
         """Logits of a tile, unmasked; heads of q and k already match."""
@@ -42,13 +43,16 @@ class Scored(Operator):
 
     @final
     def scoring(self) -> Scoring:
-        """These hooks as engines see them: the shared softmax where none but `prepare` is overridden."""
+        """`score` and `normalize` as engines see them: the shared softmax where neither is overridden."""
         plain = type(self).score is Scored.score and type(self).normalize is Scored.normalize
         return SOFTMAX if plain else _Hooks(self)
 
     def _problem(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Problem:
-        positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-        q, k, v = self.prepare(q, k, v, positions)
+        own = type(self)
+        if own.prepare is not Scored.prepare or own.values is not Operator.values:
+            positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+            q, k = self.prepare(q, masks.without_hidden(k, mask), positions)
+            v = self.values(masks.without_hidden(v, mask))
         return Problem(q, k, v, scale, mask, causal, scoring=self.scoring())
 
     @final
@@ -69,11 +73,9 @@ class Scored(Operator):
     def _weights(
         self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
     ) -> Tensor:
-        # a mechanism that scales values per token has weights with that factor in them: read it off with unit values
-        ones = torch.ones_like(k[..., :1])
-        problem = self._problem(q, k, ones, mask, causal, scale)
-        weights = reference.weights(problem)
-        return weights * problem.grouped(problem.v).transpose(-1, -2)
+        positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        q, k = self.prepare(q, masks.without_hidden(k, mask), positions)
+        return reference.weights(Problem(q, k, k, scale, mask, causal, scoring=self.scoring()))
 
     @final
     def _plan(

@@ -75,11 +75,14 @@ class SelectiveSelfAttention(Scored):
         self.query_token = TokenTemperature(heads, head_dim) if "tok" in parts else None
         self.value_token = TokenTemperature(kv_heads, value_dim) if value_tau else None
 
-    def prepare(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         tau = 1.0 if self.position is None else self.position_temperature(positions + 1)[:, None].to(q.dtype)
         if self.query_token is not None:
             tau = tau + self.query_token(q)
-        return q * tau, k, v if self.value_token is None else v * (1 + self.value_token(v))
+        return q * tau, k
+
+    def values(self, v: Tensor) -> Tensor:
+        return v if self.value_token is None else v * (1 + self.value_token(v))
 
     def position_temperature(self, n: Tensor) -> Tensor:
         """The position part for queries that see `n` keys: 1 for n = 1, and growing with n."""

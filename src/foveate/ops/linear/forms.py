@@ -1,8 +1,8 @@
 """Three ways to compute decayed linear attention that agree: the whole matrix, chunk by chunk, token by token.
 
-All are unnormalised: `out_i = sum_{j <= i} exp(G_i - G_j) (fq_i . fk_j) v_j` with `G` the running sum of the log decays,
-or, as a recurrence, `S_i = exp(g_i) S_{i-1} + fk_i v_iᵀ` and `out_i = S_iᵀ fq_i`. A token's own decay acts on the state
-before its key is written. Features are `(..., N, F)`, values `(..., N, Dv)`, log decays `(..., N)` or None.
+All are unnormalised: `out_i = sum_{j <= i} exp(G_i - G_j) (fq_i . fk_j) v_j` with `G` the running sum of the log
+decays, or, as a recurrence, `S_i = exp(g_i) S_{i-1} + fk_i v_iᵀ` and `out_i = S_iᵀ fq_i`. A token's own decay acts on
+the state before its key is written. Features are `(..., N, F)`, values `(..., N, Dv)`, log decays `(..., N)` or None.
 
 Every factor is the exponential of a sum of log decays, which is at most 0: nothing is divided by a decay that has
 underflowed, and nothing overflows.
@@ -19,7 +19,7 @@ from foveate.core import masks
 
 def matrix(fq: Tensor, fk: Tensor, causal: bool, log_decay: Tensor | None) -> Tensor:
     """The weights `(..., Nq, Nk)` themselves: O(Nq Nk) time and memory. Decays act in the causal form only."""
-    products = fq @ fk.transpose(-1, -2)
+    products = fq @ fk.mT
     if not causal:
         return products
     n_queries, n_keys = products.shape[-2:]
@@ -34,11 +34,11 @@ def matrix(fq: Tensor, fk: Tensor, causal: bool, log_decay: Tensor | None) -> Te
 def absorb(fk: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None) -> Tensor:
     """The state `(..., F, Dv)` after all these keys have been written, at O(N F Dv)."""
     if log_decay is None:
-        written = fk.transpose(-1, -2) @ v
+        written = fk.mT @ v
         return written if state is None else state + written
     fade = log_decay.cumsum(-1)
     last = fade[..., -1:] if fade.shape[-1] else fade.new_zeros(*fade.shape[:-1], 1)
-    written = (fk * torch.exp(last - fade)[..., None]).transpose(-1, -2) @ v
+    written = (fk * torch.exp(last - fade)[..., None]).mT @ v
     return written if state is None else torch.exp(last)[..., None] * state + written
 
 
@@ -81,4 +81,4 @@ def recurrent(fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None, state
 def write(state: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
     """One token: fade the state, then add `fk vᵀ`."""
     kept = state if log_decay is None else torch.exp(log_decay)[..., None] * state
-    return kept + fk.transpose(-1, -2) * v
+    return kept + fk.mT * v

@@ -50,8 +50,9 @@ class Hedgehog(Linear):
     default_scale: ClassVar[float | None] = 1.0
 
     def __init__(
-        self, heads: int, head_dim: int, form: Form = "softmax", *, gain: float = 1.0, bias: Bias = "vector", shared: bool = False
-    ) -> None:
+        self, heads: int, head_dim: int, form: Form = "softmax", *, gain: float = 1.0, bias: Bias = "vector",
+        shared: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.query_map = FeatureMap(heads, head_dim, form, gain=gain, bias=bias, shared=shared)
         self.key_map = FeatureMap(heads, head_dim, form, gain=gain, bias=bias, shared=shared)
@@ -86,8 +87,9 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n f"]:
         if x.shape[1] != self.heads or x.shape[3] != self.head_dim:
-            raise ShapeError(f"Hedgehog was built for Hq={self.heads}, D={self.head_dim}; got Hq={x.shape[1]}, D={x.shape[3]}")
-        y = x @ self.weight.to(x.dtype).transpose(-1, -2)
+            built, got = f"Hq={self.heads}, D={self.head_dim}", f"Hq={x.shape[1]}, D={x.shape[3]}"
+            raise ShapeError(f"Hedgehog was built for {built}; got {got}")
+        y = x @ self.weight.to(x.dtype).mT
         if self.bias is not None:
             y = y + self.bias.to(x.dtype)
         y = self.gain * y

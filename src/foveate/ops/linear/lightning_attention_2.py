@@ -1,6 +1,7 @@
 """Lightning attention: linear attention with a fixed decay per head, tiled forward and backward.
 
-Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large Language Models (2024), arXiv 2401.04658.
+Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large Language Models (2024),
+arXiv 2401.04658.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class LightningAttention2(Linear):
     normalised: ClassVar[bool] = False
 
     def __init__(
-        self, decay: Tensor | Sequence[float] | Literal["transnormer"] = "transnormer", *, layer: int = 0, depth: int = 1,
-        variant: Variant = "paper", block: int = 64, backward: Literal["tiled", "autograd"] = "tiled",
+        self, decay: Tensor | Sequence[float] | Literal["transnormer"] = "transnormer", *, layer: int = 0,
+        depth: int = 1, variant: Variant = "paper", block: int = 64, backward: Literal["tiled", "autograd"] = "tiled",
     ) -> None:  # fmt: skip
         super().__init__()
         transnormer_decay(1, layer, depth, variant)  # refuses what it cannot take
@@ -135,9 +136,9 @@ class _Tiled(torch.autograd.Function):
         ctx.block = block
         out = torch.empty_like(v[:, :, : q.shape[2]])
         for at, tile in _tiles(q.shape[2], block, rate):
-            inside = (q[:, :, at] @ k[:, :, at].transpose(-1, -2)) * tile.inside
+            inside = (q[:, :, at] @ k[:, :, at].mT) * tile.inside
             out[:, :, at] = inside @ v[:, :, at] + tile.since * (q[:, :, at] @ state)
-            state = tile.whole * state + (tile.until * k[:, :, at]).transpose(-1, -2) @ v[:, :, at]
+            state = tile.whole * state + (tile.until * k[:, :, at]).mT @ v[:, :, at]
         return out
 
     @staticmethod
@@ -147,16 +148,16 @@ class _Tiled(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         tiles = list(_tiles(q.shape[2], ctx.block, rate))
         for at, tile in tiles:
-            inside = (grad[:, :, at] @ v[:, :, at].transpose(-1, -2)) * tile.inside
-            dq[:, :, at] = inside @ k[:, :, at] + tile.since * (grad[:, :, at] @ state.transpose(-1, -2))
-            state = tile.whole * state + (tile.until * k[:, :, at]).transpose(-1, -2) @ v[:, :, at]
+            inside = (grad[:, :, at] @ v[:, :, at].mT) * tile.inside
+            dq[:, :, at] = inside @ k[:, :, at] + tile.since * (grad[:, :, at] @ state.mT)
+            state = tile.whole * state + (tile.until * k[:, :, at]).mT @ v[:, :, at]
         d_state = torch.zeros_like(state)
         for at, tile in reversed(tiles):
-            inside = (grad[:, :, at] @ v[:, :, at].transpose(-1, -2)) * tile.inside
-            weights = (q[:, :, at] @ k[:, :, at].transpose(-1, -2)) * tile.inside
-            dk[:, :, at] = inside.transpose(-1, -2) @ q[:, :, at] + tile.until * (v[:, :, at] @ d_state.transpose(-1, -2))
-            dv[:, :, at] = weights.transpose(-1, -2) @ grad[:, :, at] + tile.until * (k[:, :, at] @ d_state)
-            d_state = tile.whole * d_state + (tile.since * q[:, :, at]).transpose(-1, -2) @ grad[:, :, at]
+            inside = (grad[:, :, at] @ v[:, :, at].mT) * tile.inside
+            weights = (q[:, :, at] @ k[:, :, at].mT) * tile.inside
+            dk[:, :, at] = inside.mT @ q[:, :, at] + tile.until * (v[:, :, at] @ d_state.mT)
+            dv[:, :, at] = weights.mT @ grad[:, :, at] + tile.until * (k[:, :, at] @ d_state)
+            d_state = tile.whole * d_state + (tile.since * q[:, :, at]).mT @ grad[:, :, at]
         return dq, dk, dv, d_state, None, None
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core import masks as mask_algebra
-from foveate.core.errors import ShapeError, UnsupportedEngine
+from foveate.core.errors import ShapeError
 from foveate.core.problem import Plan
-from foveate.ops.heads import accumulating, per_query_head
 from foveate.ops.linear import forms
 from foveate.ops.operator import MaskKind, Operator
+from foveate.ops.prepare import accumulating, engine_of, per_query_head
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LinearState:
     """What a linear operator remembers of the past, whatever its length.
 
     Args:
-        memory: `(B, H, F, Dv)` sum of `features(k) vᵀ`; where `normalised`, with one more column that sums `features(k)`.
+        memory: `(B, H, F, Dv)` sum of `features(k) vᵀ`; where `normalised`, one more column sums `features(k)`.
         normalised: whether that column is there.
     """
 
@@ -91,9 +91,17 @@ class Linear(Operator):
 
     @final
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str, **inputs: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        engine: str,
+        **inputs: Tensor,
     ) -> Tensor:
-        engine = self._engine(engine)
+        engine = engine_of(self, engine)
         if q.shape[2] == 0:
             return q.new_zeros(*q.shape[:3], v.shape[3])
         fq, fk, v, decay = self._prepared(q, k, v, mask, causal, scale, inputs)
@@ -113,7 +121,9 @@ class Linear(Operator):
         return run(fq, fk[:, :, past:], v[:, :, past:], None if decay is None else decay[..., past:], state)
 
     @final
-    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor) -> Tensor:
+    def _weights(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Tensor:
         fq, fk, _, decay = self._prepared(q, k, k, mask, causal, scale, inputs)
         weights = forms.matrix(fq, fk, causal, decay)
         if self.normalised:
@@ -121,9 +131,11 @@ class Linear(Operator):
         return weights.to(q.dtype)
 
     @final
-    def _plan(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str) -> Plan:
+    def _plan(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
+    ) -> Plan:
         why = "asked for" if engine != "auto" else "a state of fixed size: linear in the length"
-        engine = self._engine(engine)
+        engine = engine_of(self, engine)
         b, h, nq, _ = q.shape
         nk, width, out = k.shape[2], self._width(q, scale), v.shape[-1] + self.normalised
         inside = {"reference": nk, "chunked": self.block if causal else 0, "recurrent": 0}[engine]
@@ -134,20 +146,36 @@ class Linear(Operator):
 
     @final
     def _init_state(
-        self, batch: int, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> LinearState:
         key = torch.zeros(1, heads, 1, key_dim, dtype=accumulating(dtype), device=device)
         width = self._width(key, 1.0)
         return LinearState(key.new_zeros(batch, heads, width, value_dim + self.normalised), self.normalised)
 
     @final
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, scale: float, **inputs: Tensor) -> tuple[Tensor, LinearState]:
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, scale: float, **inputs: Tensor
+    ) -> tuple[Tensor, LinearState]:
         fq, fk, v, decay = self._prepared(q, k, v, None, True, scale, inputs)
         memory = forms.write(state.memory, fk, v, decay)
         return self._normalised(fq @ memory).to(q.dtype), LinearState(memory, self.normalised)
 
     def _prepared(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, inputs: dict[str, Tensor]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        inputs: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Features, values (with a column of ones where normalised) and log decays, clean of what is masked."""
         wide, heads = accumulating(q.dtype), q.shape[1]
@@ -172,7 +200,8 @@ class Linear(Operator):
         if decay.shape == (h,):
             return decay[None, :, None].expand(1, h, n)
         if decay.shape != (b, h, n):
-            raise ShapeError(f"log decays of {self.name} must be (H,)=({h},) or (B, H, N)={(b, h, n)}; got {tuple(decay.shape)}")
+            expected = f"(H,)=({h},) or (B, H, N)={(b, h, n)}"
+            raise ShapeError(f"log decays of {self.name} must be {expected}; got {tuple(decay.shape)}")
         return decay if hidden is None else decay.masked_fill(hidden[..., 0], 0.0)
 
     def _normalised(self, out: Tensor) -> Tensor:
@@ -181,13 +210,6 @@ class Linear(Operator):
             return out
         total = out[..., -1:]
         return torch.where(total == 0, 0.0, out[..., :-1] / torch.where(total == 0, 1.0, total + self.eps))
-
-    def _engine(self, engine: str) -> str:
-        if engine == "auto":
-            return "chunked"
-        if engine not in self.engines:
-            raise UnsupportedEngine(f'engine="{engine}" cannot run {self.name}; it runs on auto, {", ".join(self.engines)}')
-        return engine
 
     def _width(self, q: Tensor, scale: float) -> int:
         """How many features a token has."""

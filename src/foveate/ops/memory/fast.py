@@ -32,8 +32,10 @@ class Outer(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """What memory and momentum are made of, `(..., C, 2 + C)`: shares of the first memory, of the first momentum, and of
-    each token's gradient with its sign turned."""
+    """What memory and momentum are made of after each token, `(..., C, 2 + C)`.
+
+    In this order: shares of the first memory, of the first momentum, and of each token's gradient with its sign turned.
+    """
 
     memory: Tensor
     momentum: Tensor
@@ -65,8 +67,8 @@ class Path:
     def __call__(self, x: Float[Tensor, "b h c i"]) -> Float[Tensor, "b h c o"]:
         """Token t's `x` through the memory as it is after token t."""
         share, (left, right) = self.shares.memory, self.gradient
-        old = share[..., :1] * (x @ self.memory.transpose(-1, -2)) + share[..., 1:2] * (x @ self.momentum.transpose(-1, -2))
-        return old - (share[..., 2:] * (x @ right.transpose(-1, -2))) @ left
+        old = share[..., :1] * (x @ self.memory.mT) + share[..., 1:2] * (x @ self.momentum.mT)
+        return old - (share[..., 2:] * (x @ right.mT)) @ left
 
     def written_out(self) -> Float[Tensor, "b h c o i"]:
         """The memory after each token, one matrix each: C times the memory of the chunk."""
@@ -81,12 +83,12 @@ class Path:
 
     def _at(self, share: Tensor) -> Tensor:
         share, (left, right) = share[..., None], self.gradient
-        new = (share[..., 2:, :] * left).transpose(-1, -2) @ right
+        new = (share[..., 2:, :] * left).mT @ right
         return share[..., :1, :] * self.memory + share[..., 1:2, :] * self.momentum - new
 
 
 def still(weights: Tensor) -> Layer:
-    """A layer whose weights stay: `(B, H, out, in)` for all tokens, or `(B, H, C, out, in)` with one matrix for each."""
+    """A layer of given weights: `(B, H, out, in)` for all tokens, or `(B, H, C, out, in)` with one matrix for each."""
     if weights.dim() == 4:
-        return lambda x: x @ weights.transpose(-1, -2)
+        return lambda x: x @ weights.mT
     return lambda x: (weights @ x[..., None]).squeeze(-1)

@@ -1,6 +1,6 @@
 """The small learner inside a memory: a linear map, or an MLP without biases, with its gradients written by hand.
 
-By hand, since the gradients are part of the forward pass: they must exist under `no_grad`, and have a gradient of their own.
+By hand, since the gradients are part of the forward pass: they exist under `no_grad`, and have gradients of their own.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def gradients(weights: Weights, k: Tensor, slope_of_loss: Callable[[Tensor], Ten
     """Each layer's gradient for each token of `k (B, H, C, in)`; `slope_of_loss` maps what is read to dloss/dread."""
     inputs, slopes = [k], []
     for matrix in weights[:-1]:
-        z = inputs[-1] @ matrix.transpose(-1, -2)
+        z = inputs[-1] @ matrix.mT
         gate = torch.sigmoid(z)
         inputs.append(z * gate)
         slopes.append(gate * (1 + z * (1 - gate)))
-    left = slope_of_loss(inputs[-1] @ weights[-1].transpose(-1, -2))
+    left = slope_of_loss(inputs[-1] @ weights[-1].mT)
     found = [Outer(left, inputs[-1])]
     for index in range(len(weights) - 1, 0, -1):
         left = (left @ weights[index]) * slopes[index - 1]

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks as mask_algebra, validate
-from foveate.core.errors import ShapeError, UnsupportedEngine, UnsupportedPattern
+from foveate.core.errors import ShapeError, UnsupportedPattern
 from foveate.core.problem import Plan
-from foveate.ops.heads import accumulating, per_query_head
 from foveate.ops.memory.fast import Layer, Outer, Path, Shares, Weights, shares, still
 from foveate.ops.operator import MaskKind, Operator, Pattern
+from foveate.ops.prepare import accumulating, engine_of, per_query_head
 
 #: What a rate is for a token that is masked: nothing decays, moves or is written.
 _ABSENT = {"alpha": 0.0, "eta": 1.0, "theta": 0.0, "write": 0.0}
@@ -54,8 +54,8 @@ class Memory(Operator):
 
     Engines: "chunked" (the default), "recurrent" (token by token). They agree up to rounding for every chunk size.
 
-    A system writes `initial`, `read` and `surprise`; where the weights are not the memory itself, also `link`, and says so
-    by `linked`: they are then written out for each token, which costs `chunk` times the memory.
+    A system writes `initial`, `read` and `surprise`; where the weights are not the memory itself, also `link`, and says
+    so by `linked`: they are then written out for each token, which costs `chunk` times the memory.
     """
 
     patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
@@ -99,9 +99,17 @@ class Memory(Operator):
 
     @final
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str, **inputs: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        engine: str,
+        **inputs: Tensor,
     ) -> Tensor:
-        run = self._chunks if self._engine(engine) == "chunked" else self._tokens
+        run = self._chunks if engine_of(self, engine) == "chunked" else self._tokens
         n_queries, n_keys, dtype = q.shape[2], k.shape[2], q.dtype
         if n_queries == 0:
             return q.new_zeros(*q.shape[:3], v.shape[3])
@@ -147,9 +155,8 @@ class Memory(Operator):
         """The definition: write one token, then read."""
         gradients = self.surprise(state.anchor, k, v, rates)
         alpha, eta, theta, write = (rates[name][..., None] for name in ("alpha", "eta", "theta", "write"))
-        momentum = tuple(
-            eta * s - theta * (u.left.transpose(-1, -2) @ u.right) for s, u in zip(state.momentum, gradients, strict=True)
-        )
+        moved = zip(state.momentum, gradients, strict=True)
+        momentum = tuple(eta * s - theta * (u.left.mT @ u.right) for s, u in moved)
         memory = tuple((1 - alpha) * m + write * s for m, s in zip(state.memory, momentum, strict=True))
         weights = tuple(map(self.link, memory))
         place = (state.place + 1) % self.chunk
@@ -157,13 +164,17 @@ class Memory(Operator):
         return self.read([still(w) for w in weights], q), state
 
     @final
-    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor) -> Tensor:
+    def _weights(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Tensor:
         raise UnsupportedPattern(f"{self.name} has no matrix of weights over keys")
 
     @final
-    def _plan(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str) -> Plan:
+    def _plan(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
+    ) -> Plan:
         why = "asked for" if engine != "auto" else f"gradients of {self.chunk} tokens at a time, as matrix products"
-        engine, (b, h, nq, d) = self._engine(engine), q.shape
+        engine, (b, h, nq, d) = engine_of(self, engine), q.shape
         nk, dv = k.shape[2], v.shape[3]
         inside = self.chunk if engine == "chunked" else 0
         flops = 0
@@ -177,12 +188,21 @@ class Memory(Operator):
 
     @final
     def _init_state(
-        self, batch: int, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> MemoryState:
         return self._begin(batch, heads, key_dim, value_dim, torch.zeros((), dtype=accumulating(dtype), device=device))
 
     @final
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState, scale: float, **inputs: Tensor) -> tuple[Tensor, MemoryState]:
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState, scale: float, **inputs: Tensor
+    ) -> tuple[Tensor, MemoryState]:
         rates, dtype = self._rates(inputs, q, k, None), q.dtype
         out, state = self._token(*self._prepared(q, k, v, None, scale), rates, state)
         return out.to(dtype), state
@@ -214,10 +234,3 @@ class Memory(Operator):
         if hidden is None:
             return rates
         return {name: rate.masked_fill(hidden, _ABSENT.get(name, 1.0)) for name, rate in rates.items()}
-
-    def _engine(self, engine: str) -> str:
-        if engine == "auto":
-            return "chunked"
-        if engine not in self.engines:
-            raise UnsupportedEngine(f'engine="{engine}" cannot run {self.name}; it runs on auto, {", ".join(self.engines)}')
-        return engine

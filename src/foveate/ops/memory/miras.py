@@ -1,7 +1,7 @@
 """Miras: test-time memories by four choices, here with a linear memory.
 
-It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention, and Online Optimization (2025),
-arXiv 2504.13173.
+It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention, and Online Optimization
+(2025), arXiv 2504.13173.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from foveate.ops.memory import learner
 from foveate.ops.memory.fast import Layer, Outer, Weights
 from foveate.ops.memory.memory import Memory
 
-Bias = Literal["dot", "l2", "lp", "huber"]
+Bias = Literal["dot", "l2", "lp", "huber", "huber_norm", "huber_channel"]
 Retention = Literal["none", "l2", "lq", "kl"]
+Slices = Literal["rows", "columns", "matrix"]
 
 
 @final
@@ -27,32 +28,35 @@ class Miras(Memory):
     """A linear memory `W k` with a choice of what it minimises (`bias`) and of how it keeps what it has (`retention`).
 
     Cost O(N D Dv), and a state of 3 D Dv numbers per head. "dot" without retention is linear attention, "l2" the delta
-    rule; "huber", and "lp" with p below 2, give way less to outliers among the values; "lq" and "kl" bound the weights.
-    The presets `moneta`, `yaad` and `memora` are the paper's three. The wrong choice where plain sums or the delta rule
+    rule; the Huber losses, and "lp" with p below 2, give way less to outliers among the values; "lq" and "kl" bound the
+    weights. The presets `moneta`, `yaad` and `memora` are the paper's three. The wrong choice where plain sums or the delta rule
     will do: those are cheaper in the linear family.
 
     With `e = W k - v`, the gradients are, times `kᵀ` each:
         "dot": `-v`. "l2": `e`. "lp": `p sign(e) |e|^(p-1)`.
-        "huber": `e` where `|e|₂ <= delta`, else `delta sign(e)`.
+        "huber": `e` where `|e|₂ <= delta`, else `delta sign(e)`, as the paper's model has it: at the threshold the step
+        grows about `sqrt(Dv)` times. "huber_norm": there `delta e / |e|₂`, without that leap. "huber_channel": `e` with
+        each channel clamped to delta.
     With M the decayed sum of the steps (see `Memory`), the weights are:
         "none" and "l2": M itself, "none" without any decay.
         "lq": `M / |M|_q^(q-2)`.
-        "kl": `mass * softmax(M)` over each row, which is `softmax((1 - alpha) log W - theta u)`: not negative, each row
-        (the weights of one value channel) sums to `mass`, and it starts uniform, so that an empty memory does not answer 0.
+        "kl": `mass * softmax(M)` over each slice, which is `softmax((1 - alpha) log W - theta u)`: not negative, and each
+        slice sums to `mass`. It starts uniform: an empty memory does not answer 0.
 
     Args:
         bias, retention: as above.
         p: of "lp", at least 1. q: of "lq", at least 1.
         delta: of "huber"; a call may bring a tensor `(B, H, Nk)`.
-        mass: of "kl".
-        smooth: added to `e²` under the root wherever a sign or a power of `|e|` is taken, so that a gradient exists at 0.
+        mass, slices: of "kl". Which slices sum to `mass` is not settled by the paper: "rows" (the weights of one value
+            channel), "columns" (those of one key channel), or the whole "matrix".
+        smooth: added to `e²` under the root wherever a sign or a power of `|e|` is taken: a gradient exists at 0.
         alpha: forgetting, 1 minus the paper's alpha; eta: momentum; theta: the step, the paper's eta. As in `Memory`.
         chunk: tokens whose gradients are taken at the same weights; 1 is the exact rule.
         unit: scale queries and keys to length 1, as the paper does.
 
     Departures: rates are one number per token and head, where the paper has one per channel; "lq" and "kl" weights are
     made anew for every token that reads, where the paper does so at the ends of chunks (the same for `chunk=1`); the
-    paper's own models have an MLP for a memory.
+    paper's own models have an MLP for a memory. There is no official code: the rules are checked at their limits.
 
     Raises:
         OptionError: an option out of range, or a decay together with retention="none".
@@ -62,21 +66,24 @@ class Miras(Memory):
 
     def __init__(
         self, bias: Bias = "l2", retention: Retention = "l2", *, p: float = 3.0, q: float = 4.0, delta: float = 1.0,
-        mass: float = 1.0, smooth: float = 1e-6, alpha: float = 0.0, eta: float = 0.0, theta: float = 0.1,
-        chunk: int = 16, unit: bool = True,
+        mass: float = 1.0, slices: Slices = "rows", smooth: float = 1e-6, alpha: float = 0.0, eta: float = 0.0,
+        theta: float = 0.1, chunk: int = 16, unit: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(alpha=alpha, eta=eta, theta=theta, chunk=chunk, unit=unit, delta=delta)
-        validate.one_of("bias", bias, ("dot", "l2", "lp", "huber"))
+        validate.one_of("bias", bias, ("dot", "l2", "lp", "huber", "huber_norm", "huber_channel"))
         validate.one_of("retention", retention, ("none", "l2", "lq", "kl"))
-        for name, value, least in (("p", p, 1), ("q", q, 1), ("delta", delta, 0), ("mass", mass, 0), ("smooth", smooth, 0)):
-            validate.at_least(name, value, least)
+        validate.one_of("slices", slices, ("rows", "columns", "matrix"))
+        for name, value in (("p", p), ("q", q)):
+            validate.at_least(name, value, 1)
+        for name, value in (("delta", delta), ("mass", mass), ("smooth", smooth)):
+            validate.at_least(name, value, 0)
         if retention == "none" and alpha:
             raise OptionError(f'alpha={alpha} decays, and retention="none" does not; use retention="l2"')
         if retention == "none":
             self.inputs = self.inputs - {"alpha"}
         self.linked = retention == "kl" or (retention == "lq" and q != 2)
         self.bias, self.retention = bias, retention
-        self.p, self.q, self.mass, self.smooth = p, q, mass, smooth
+        self.p, self.q, self.mass, self.slices, self.smooth = p, q, mass, slices, smooth
 
     @classmethod
     def moneta(cls, p: float = 3.0, q: float = 4.0, **options: Any) -> Self:
@@ -84,9 +91,9 @@ class Miras(Memory):
         return cls("lp", "lq", p=p, q=q, **options)
 
     @classmethod
-    def yaad(cls, delta: float = 1.0, **options: Any) -> Self:
-        """The Huber objective with decay: large errors step as l_1."""
-        return cls("huber", "l2", delta=delta, **options)
+    def yaad(cls, delta: float = 1.0, bias: Bias = "huber", **options: Any) -> Self:
+        """A Huber objective with decay. In training end to end, "huber_norm" went well where "huber" did not."""
+        return cls(bias, "l2", delta=delta, **options)
 
     @classmethod
     def memora(cls, **options: Any) -> Self:
@@ -110,13 +117,23 @@ class Miras(Memory):
             return error
         if self.bias == "lp":
             return self.p * error * (error.square() + self.smooth) ** (self.p / 2 - 1)
-        delta = delta.clamp_max(torch.finfo(delta.dtype).max)  # an infinite one would make NaN of a gradient of 0
-        near = error.square().sum(-1, keepdim=True) <= delta.square()
-        return torch.where(near, error, delta * error / (error.square() + self.smooth).sqrt())
+        return self._huber(error, delta)
+
+    def _huber(self, error: Tensor, delta: Tensor) -> Tensor:
+        if self.bias == "huber_channel":
+            return torch.minimum(torch.maximum(error, -delta), delta)
+        total = error.square().sum(-1, keepdim=True)
+        near = total <= delta.square()
+        # delta goes to 0 where it is not asked for: an infinite one would make NaN of a gradient of 0
+        reach = torch.where(near, 0.0, delta)
+        length = error.square() if self.bias == "huber" else total
+        return torch.where(near, error, reach * error / (length + self.smooth).sqrt())
 
     def link(self, memory: Tensor) -> Tensor:
         if self.retention == "kl":
-            return self.mass * memory.softmax(-1)
+            if self.slices == "matrix":
+                return self.mass * memory.flatten(-2).softmax(-1).unflatten(-1, memory.shape[-2:])
+            return self.mass * memory.softmax(-1 if self.slices == "rows" else -2)
         if self.retention == "lq" and self.linked:
             total = memory.abs().pow(self.q).sum((-2, -1), keepdim=True)
             return memory / torch.where(total > 0, total, 1.0) ** ((self.q - 2) / self.q)

@@ -6,6 +6,7 @@ Titans: Learning to Memorize at Test Time (2025), arXiv 2501.00663.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Self, final
 
 import torch
@@ -33,8 +34,8 @@ class Titans(Memory):
         value_dim: Dv; `head_dim` where None.
         depth: layers of the MLP; SiLU between them, no biases. The paper prefers 2 and more.
         expansion: hidden width over `head_dim`.
-        alpha, eta, theta: forgetting, momentum and step, for calls that bring no tensors of these names. In the paper all
-            three come from the token, through a sigmoid.
+        alpha, eta, theta: forgetting, momentum and step, for calls that bring no tensors of these names. In the paper
+            all three come from the token, through a sigmoid.
         chunk: tokens whose gradients are taken at the same weights (16 to 64 in training); 1 is the exact rule.
         unit: scale queries and keys to length 1, as the paper does.
         generator: for the first weights. The last layer starts at zero, so that an empty memory answers 0.
@@ -54,10 +55,11 @@ class Titans(Memory):
     ) -> None:  # fmt: skip
         super().__init__(alpha=alpha, eta=eta, theta=theta, chunk=chunk, unit=unit)
         value_dim = head_dim if value_dim is None else value_dim
-        for name, value in (("heads", heads), ("head_dim", head_dim), ("value_dim", value_dim), ("depth", depth), ("expansion", expansion)):
+        sizes = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim, "depth": depth, "expansion": expansion}
+        for name, value in sizes.items():
             validate.count(name, value, 1)
         widths = [head_dim, *[head_dim * expansion] * (depth - 1), value_dim]
-        shapes = [(heads, tall, wide) for wide, tall in zip(widths, widths[1:], strict=False)]
+        shapes = [(heads, tall, wide) for wide, tall in pairwise(widths)]
         hidden = [torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for shape in shapes[:-1]]
         self.first = nn.ParameterList([*hidden, torch.zeros(shapes[-1])])
 

@@ -56,9 +56,11 @@ class HiP(Selective):
         window: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("block_q", block_q, 1), ("block_k", block_k, 1), ("sinks", sinks, 0), ("window", window, 0)):
-            validate.count(name, value, least)
+        validate.count("block_q", block_q, 1)
+        validate.count("block_k", block_k, 1)
         validate.count("keep", keep, block_k)
+        validate.count("sinks", sinks)
+        validate.count("window", window)
         validate.one_of("rep", rep, ("first", "middle"))
         if keep % block_k:
             raise OptionError(f"keep={keep} must be a multiple of block_k={block_k}")
@@ -79,6 +81,18 @@ class HiP(Selective):
         indices, valid = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
         return Indices(indices, n_queries, n_keys, valid, group)
 
+    @classmethod
+    def at_budget(cls, budget: float, length: int) -> Self:
+        return cls(keep=2 * max(1, round(budget * length / 2)))
+
+    @classmethod
+    def example(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls(keep=4, block_q=2, sinks=1, window=2)
+
+    @classmethod
+    def exact(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls(keep=length + length % 2)
+
     def _choose(self, q: Tensor, k: Tensor, groups: Tensor, group: int, chunks: int) -> tuple[Tensor, Tensor]:
         """Indices `(B, Hq, G, n)` of the keys that some groups keep, and which of them count."""
         n_queries, n_keys = q.shape[2], k.shape[2]
@@ -92,7 +106,8 @@ class HiP(Selective):
         window = high + torch.arange(self.window + group - 1 if self.window else 0, device=q.device)
         found = self._search(part, chunks)
         index = torch.cat([x.expand(*found.shape[:3], x.shape[-1]) for x in (sinks, found, window)], -1)
-        limit = torch.cat([x.expand(-1, n) for x, n in ((low, self.sinks), (high, found.shape[3]), (stop, window.shape[1]))], 1)
+        limits = ((low, self.sinks), (high, found.shape[3]), (stop, window.shape[1]))
+        limit = torch.cat([end.expand(-1, n) for end, n in limits], 1)
         return index.clamp(0, n_keys - 1), (index < limit) & (index >= 0)
 
     def _search(self, part: Part, chunks: int) -> Tensor:

@@ -23,8 +23,8 @@ from foveate.ops.sparse.selective import Selective
 class S2Attention(Selective):
     """A head sees the last `local_blocks` blocks and every `stride`-th block before, at an offset of its own. Causal.
 
-    Cost O(N (local_blocks · block + N / stride) D). A block that a head skips is never needed again by that head, so that
-    its cache may drop it. A model has to be trained with it; the wrong choice for one that was not.
+    Cost O(N (local_blocks · block + N / stride) D). A block that a head skips is never needed by that head again, so
+    that its cache may drop it. A model has to be trained with it; the wrong choice for one that was not.
 
     Args:
         block: tokens in a block.

@@ -38,8 +38,8 @@ class Selective(Operator):
         return self.select(q.detach(), k.detach(), causal, scale)
 
     def _problem(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Problem:
-        candidates = k if mask is None else _without_hidden(k, mask)
-        return Problem(q, k, v, scale, mask, causal, selection=self.selection(q, candidates, causal, scale))
+        selection = self.selection(q, masks.without_hidden(k, mask), causal, scale)
+        return Problem(q, k, v, scale, mask, causal, selection=selection)
 
     @final
     def _attend(
@@ -86,10 +86,3 @@ class Selective(Operator):
     ) -> tuple[Tensor, KVState]:
         state = state.append(k, v)
         return self._attend(q, state.k, state.v, None, True, scale, "auto"), state
-
-
-def _without_hidden(k: Tensor, mask: Tensor) -> Tensor:
-    """Keys that no query may see as zeros, so that what stands there (padding, garbage) cannot steer a selection."""
-    allowed = masks.allowed(mask).reshape((1,) * (4 - mask.dim()) + mask.shape)
-    seen = allowed.flatten(1, 2).any(1)[:, None, :, None]
-    return k.masked_fill(~seen, 0.0)

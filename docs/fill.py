@@ -1,0 +1,68 @@
+"""Fill README.md's measured sections: `python docs/fill.py [compare's results.json]`.
+
+Each section lies between `<!-- name -->` and `<!-- /name -->`. The comparison's table comes from the results file (the
+one of the last demo where none is named), the systems from the catalogue, and the speed ratios from the last lines that
+`make bench` left in docs/measured/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from foveate.bench.results import Comparison
+from foveate.core.catalog import ROOMS, systems
+from foveate.report.table import markdown
+
+ROOT = Path(__file__).parent.parent
+MEASURED = ROOT / "docs" / "measured"
+
+
+def demo(results: Path) -> str:
+    """The comparison as a table, and where it was made."""
+    found = Comparison.load(results)
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    return f"{markdown(found)}\n\n{found.examples} prompts of {found.length} bytes, budget {found.budget:.0%}; {versions}."
+
+
+def catalogue() -> str:
+    """The systems by room."""
+    lines = []
+    for room in ROOMS:
+        keys = [f"`{row.key}`" for row in systems(room=room)]
+        if keys:
+            lines.append(f"- **{room}**: {', '.join(keys)}")
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """One row for each ratio that a benchmark states."""
+    lines = ["| benchmark | ratio | value |", "|---|---|---|"]
+    for file in sorted(MEASURED.glob("*.json")):
+        for name, value in json.loads(file.read_text()).items():
+            if isinstance(value, int | float):
+                lines.append(f"| `benchmarks/{file.stem}.py` | {name.replace('_', ' ')} | {value:.3g} |")
+    return "\n".join(lines)
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """`text` with the section `name` replaced; the marks stay."""
+    mark = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+    if not mark.search(text):
+        raise SystemExit(f"README.md has no section {name}")
+    return mark.sub(lambda _: f"<!-- {name} -->\n{content}\n<!-- /{name} -->", text)
+
+
+def main() -> None:
+    results = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "foveate-compare" / "results.json"
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, content in (("demo", demo(results)), ("systems", catalogue()), ("bench", speed())):
+        text = fill(text, name, content)
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Recycled Attention: now and then a full step; in between, steps that read again what the full one attended to.
+
+Recycled Attention: Efficient inference for long-context language models (2024), arXiv 2411.05787. There is no official
+code. What the paper leaves open is an argument here: where in the schedule the first full step falls (`phase`), whether
+the set grows with the tokens that come (`grow`), and the smoothing (`pool`). How layers agree on a dynamic schedule is
+reconstructed: all compare at the same step, and the mean decides about the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from foveate.core import validate
+from foveate.core.errors import OptionError
+from foveate.core.scoring import dot_product, safe_softmax
+from foveate.core.selection import Indices, Selection
+from foveate.host.method import Method
+from foveate.host.model import Host, host
+from foveate.host.run import apply
+from foveate.host.site import Site
+from foveate.kv.policy import Policy
+from foveate.kv.reading import cosine, has_everything, last_logits, max_pooled
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """A schedule by need: every so many tokens the layers compare their query with that of the last full step.
+
+    Where the mean cosine over layers and sequences is under the threshold, the next step is full.
+    """
+
+    threshold: float = 0.8
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        validate.between("threshold", self.threshold, -1.0, 1.0)
+        validate.at_least("every", self.every, 1)
+
+
+@final
+@dataclass(eq=False)
+class RecycledAttention(Policy):
+    """Every `stride`-th decoding step is full and chooses `k` tokens a head; the others read those and what came since.
+
+    Nothing is evicted, so that what was passed over can come back: memory stays, and reads fall to about
+    `1 / stride + k / N`. Prefill is dense, and makes the first choice. The wrong choice where each token needs
+    something else from far away than its forerunners. Layers with a window of their own, or that another method evicts
+    from, read all they have.
+
+    Args:
+        k: tokens chosen per key/value head.
+        stride: a full step every so many tokens; 1 is dense decoding.
+        group_reduce: how the weights of the query heads on one key/value head are taken together.
+        pool: odd width of a max-pool along the weights, so that neighbours come along; 0 is none.
+        dynamic: a schedule by need in place of `stride`. It couples the sequences of a batch.
+        grow: whether the set grows by each token until the next full step; else the least of the old ones goes.
+        phase: the first full step after the prompt, and the others every `stride` from it; 0 counts from the prompt.
+    """
+
+    k: int = 4096
+    stride: int = 50
+    group_reduce: Literal["max", "mean"] = "max"
+    pool: int = 0
+    dynamic: Dynamic | None = None
+    grow: bool = True
+    phase: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("k", 1), ("stride", 1), ("pool", 0), ("phase", 0)):
+            validate.at_least(name, getattr(self, name), least)
+        validate.one_of("group_reduce", self.group_reduce, ("max", "mean"))
+        if self.pool and self.pool % 2 == 0:
+            raise OptionError(f"pool={self.pool} must be odd, or 0 for none")
+        if self.dynamic is not None and not isinstance(self.dynamic, Dynamic):
+            raise OptionError(f"dynamic must be a Dynamic(threshold, every) or None; got {type(self.dynamic).__name__}")
+
+    def at(self, site: Site) -> bool:
+        return has_everything(site)
+
+    def select(self, site: Site) -> Selection | None:
+        memory, total = site.memory(self), site.k.shape[2]
+        if self._is_full(site) or "chosen" not in memory:
+            return None
+        chosen, since = memory["chosen"], torch.arange(memory["seen"], total, device=site.k.device)
+        if not self.grow:
+            chosen = chosen[..., : max(0, chosen.shape[-1] - since.numel())]  # in order of their weight
+            since = since[-self.k :]
+        index = torch.cat([chosen, since.expand(*chosen.shape[:2], -1)], -1)[:, :, None]
+        return Indices(index, 1, total) if index.shape[-1] < total else None
+
+    def read(self, site: Site, out: Tensor) -> None:
+        memory, shared, query = site.memory(self), site.memory(self, all_layers=True), site.q[:, :, -1]
+        if self._is_full(site):
+            memory.update(chosen=self._choose(site), seen=site.seen, query=query)
+        elif self.dynamic is not None and shared["step"] % self.dynamic.every == 0 and "query" in memory:
+            shared["cosines"].append(cosine(query, memory["query"]).mean().item())
+
+    def _is_full(self, site: Site) -> bool:
+        """Whether this is a full step; the first layer of a pass decides for all."""
+        if id(self) in site.step:
+            return site.step[id(self)]
+        shared = site.memory(self, all_layers=True)
+        if site.phase == "prefill" or shared.get("seen") != site.seen - 1:  # or a cache that was cropped or copied
+            shared["step"], full = 0, True
+        else:
+            shared["step"] += 1
+            full = self._is_due(shared["step"], shared["cosines"])
+        shared["seen"], shared["cosines"], site.step[id(self)] = site.seen, [], full
+        return full
+
+    def _is_due(self, step: int, cosines: list[float]) -> bool:
+        if self.dynamic is None:
+            return step >= self.phase and (step - self.phase) % self.stride == 0
+        return bool(cosines) and sum(cosines) / len(cosines) < self.dynamic.threshold
+
+    def _choose(self, site: Site) -> Int[Tensor, "b hkv k"]:
+        weights = safe_softmax(last_logits(site)).unflatten(1, (site.k.shape[1], -1))
+        return strongest(weights, self.k, self.group_reduce, self.pool)
+
+    @classmethod
+    def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
+        """See `Policy.at_budget`. Half of the budget goes to full steps, as far as a stride of 50 needs it."""
+        cls.tokens(budget, length)
+        stride = min(50, max(2, -int(-2 // max(budget, 0.04))))
+        sparse = max(0.0, budget - 1 / stride) / (1 - 1 / stride)
+        return cls(max(1, round(sparse * length - stride / 2)), stride)
+
+
+def strongest(
+    weights: Float[Tensor, "b hkv g s"], k: int, reduce: Literal["max", "mean"] = "max", pool: int = 0
+) -> Int[Tensor, "b hkv k"]:
+    """The `k` keys that a group's query heads attend to most, the strongest first."""
+    scores = weights.amax(2) if reduce == "max" else weights.mean(2)
+    return max_pooled(scores, pool).topk(min(k, scores.shape[-1])).indices
+
+
+class Overlap(NamedTuple):
+    """Share of the attention mass that is recovered, per lag: by an earlier step's choice; by sinks and a window."""
+
+    recycled: Float[Tensor, " lags"]
+    sink_recent: Float[Tensor, " lags"]
+
+
+@torch.no_grad()
+def attention_overlap(model: object, ids: Int[Tensor, "b n"], k: int, lags: Sequence[int]) -> Overlap:
+    """How well a step's `k` strongest keys serve later steps.
+
+    That is the weight which queries some tokens later give to them and to the tokens since, next to what they give to
+    the same number of sinks (4) and recent tokens. Mean over layers, heads and sequences.
+
+    Args:
+        model: a decoder.
+        ids: text without padding, longer than the largest lag.
+        k: keys in a set.
+        lags: distances, at least 0.
+    """
+    here = host(model)
+    validate.at_least("k", k, 1)
+    start = ids.shape[1] - 1 - max(lags)
+    if start < 0 or min(lags) < 0:
+        raise OptionError(f"lags={tuple(lags)} must be in 0..{ids.shape[1] - 1} for {ids.shape[1]} tokens")
+    recovery = _Recovery(k, start, [start + lag for lag in lags])
+    with apply(here.model, recovery):
+        here.model(ids, use_cache=False)
+    return Overlap(*torch.stack(recovery.found).mean(0))
+
+
+class _Recovery(Method):
+    """Reads, layer by layer, the mass on a set chosen at row `start` when later rows attend."""
+
+    def __init__(self, k: int, start: int, rows: list[int]) -> None:
+        self.k, self.start, self.rows = k, start, rows
+        self.found: list[Tensor] = []
+
+    def read(self, site: Site, out: Tensor) -> None:
+        k = site.k.repeat_interleave(site.groups, 1)
+        rows = torch.tensor([self.start, *self.rows], device=k.device)
+        key = torch.arange(k.shape[2], device=k.device)
+        logits = dot_product(site.q[:, :, rows], k, site.scale).masked_fill(key > rows[:, None], float("-inf"))
+        weights = safe_softmax(logits.float())
+        groups = weights[:, :, 0].unflatten(1, (site.k.shape[1], -1))[..., : self.start + 1]
+        chosen = strongest(groups, self.k).repeat_interleave(site.groups, 1)
+        top = torch.zeros_like(weights[:, :, 0], dtype=torch.bool).scatter_(2, chosen, True)
+        sinks = min(4, self.k)
+        near = (key < sinks) | (key > self.start - (self.k - sinks))
+        since = key > self.start
+        kept = torch.stack([top, near.expand_as(top)]) | since
+        self.found.append((weights[:, :, 1:] * kept[..., None, :]).sum(-1).mean((1, 2)))

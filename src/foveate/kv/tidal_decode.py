@@ -1,0 +1,169 @@
+"""TidalDecode: a few layers find what matters at this step, and the others read only that.
+
+TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention (2024), arXiv 2410.05076. The
+optional cache correction, which reads recent tokens again with full attention, is not here: it is a second forward pass
+of the model, which a method cannot start from within an attention call. The release takes one re-selection layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Self, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from foveate.core import masks, validate
+from foveate.core.errors import OptionError
+from foveate.core.scoring import dot_product
+from foveate.core.selection import Indices, Selection
+from foveate.host.method import Method
+from foveate.host.model import Host, host
+from foveate.host.run import apply
+from foveate.host.site import Site
+from foveate.kv.policy import Policy, Progress
+from foveate.kv.reading import has_everything, last_logits
+
+Per = Literal["head", "group", "layer"]
+
+
+@final
+@dataclass(eq=False)
+class TidalDecode(Policy):
+    """While decoding, a few layers read everything and pick `top_k` tokens; the layers after them read those alone.
+
+    Nothing is evicted and prefill is dense; a step makes `dense_layers + 1 + len(reselect_layers)` full reads in place
+    of one a layer. The set lives for one step. The wrong choice for shallow models, where the full reads are most of
+    the work, and with a re-selection layer that does not know yet what the later ones look for: `calibrate` measures
+    which one does. Layers with a window of their own, or that another method evicts from, read all they have.
+
+    Args:
+        top_k: tokens that a sparse layer reads.
+        dense_layers: layers before the first selection, which read everything; the layer of that number selects.
+        reselect_layers: further layers that read everything and select anew.
+        per: whose set it is: each query "head" has its own, a "group" of heads on one key/value head, or the "layer".
+        reduce: how a group's or a layer's heads are taken together: the largest logit, or their sum.
+    """
+
+    top_k: int = 256
+    dense_layers: int = 2
+    reselect_layers: tuple[int, ...] = (13,)
+    per: Per = "head"
+    reduce: Literal["max", "sum"] = "max"
+
+    def __post_init__(self) -> None:
+        validate.at_least("top_k", self.top_k, 1)
+        validate.at_least("dense_layers", self.dense_layers, 0)
+        validate.one_of("per", self.per, ("head", "group", "layer"))
+        validate.one_of("reduce", self.reduce, ("max", "sum"))
+        for layer in self.reselect_layers:
+            validate.at_least("reselect_layers", layer, 0)
+
+    def bind(self, host: Host) -> None:
+        for layer in self.reselect_layers:
+            if layer >= host.layers:
+                raise OptionError(
+                    f"reselect_layers={self.reselect_layers} must be under the model's {host.layers} layers"
+                )
+
+    def at(self, site: Site) -> bool:
+        return site.layer >= self.dense_layers and site.phase == "decode" and has_everything(site)
+
+    def select(self, site: Site) -> Selection | None:
+        if site.k.shape[2] <= self.top_k:
+            return None
+        if site.layer == self.dense_layers or site.layer in self.reselect_layers:
+            site.step[id(self)] = self._choose(site)
+            return None
+        if id(self) not in site.step:
+            return None
+        index, real = site.step[id(self)]
+        return Indices(index[:, :, None], 1, site.k.shape[2], real[:, :, None])
+
+    def _choose(self, site: Site) -> tuple[Int[Tensor, "b h k"], Bool[Tensor, "b h k"]]:
+        logits = last_logits(site)
+        if self.per != "head":
+            groups = logits.unflatten(1, (site.k.shape[1] if self.per == "group" else 1, -1))
+            logits = groups.amax(2) if self.reduce == "max" else groups.sum(2)
+        best = logits.topk(self.top_k)
+        return best.indices, best.values > masks.NEVER
+
+    @classmethod
+    def calibrate(
+        cls, host: Host, data: Iterable[tuple[Tensor, Tensor]], progress: Progress | None = None
+    ) -> dict[str, Tensor]:
+        """The layers' overlap where one example answers: `at_budget` puts the re-selection where it serves best."""
+        ids, answers = next(iter(data))
+        overlap = topk_overlap(host.model, ids.to(host.model.device), max(1, ids.shape[1] // 16), answers)
+        if progress is not None:
+            progress(1, 1, "overlap of the layers' choices")
+        return {"overlap": overlap}
+
+    @classmethod
+    def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
+        """See `Policy.at_budget`. Two dense layers in eight or more, else a quarter of them, and one re-selection.
+
+        That is the layer with whose choice the later ones agree best (and those before it with the first selection's),
+        where `calibrate` has measured it, else the one at 13/32 of the depth. `top_k` spends what the full reads leave.
+        Where they leave nothing, the model is too shallow for its budget: it reads more, and sparse layers that share.
+        """
+        dense = min(2, host.layers // 4)
+        later = range(dense + 1, host.layers)
+        if not later:
+            return cls(cls.tokens(budget, length), dense, ())
+        middle = min(max(round(host.layers * 13 / 32), later[0]), later[-1])
+        again = _best_layer(learnt["overlap"], dense) if "overlap" in learnt else middle
+        full = dense + 2
+        left = (budget * host.layers - full) / max(1, host.layers - full)
+        return cls(cls.tokens(left if left > 0 else budget, length), dense, (again,))
+
+
+def _best_layer(overlap: Float[Tensor, "l l"], first: int) -> int:
+    """The re-selection layer with which the sparse layers agree best, each with the selection that it would read."""
+    last = overlap.shape[0]
+    worth = {r: overlap[first, first + 1 : r].sum() + overlap[r, r + 1 :].sum() + 1.0 for r in range(first + 1, last)}
+    return max(worth, key=lambda layer: float(worth[layer]))
+
+
+@torch.no_grad()
+def topk_overlap(
+    model: object, ids: Int[Tensor, "b n"], k: int, queries: Bool[Tensor, "b n"] | None = None
+) -> Float[Tensor, "l l"]:
+    """How far layers agree on what matters: mean share of the `k` keys with the largest logits that two layers have in
+    common, head by head.
+
+    Args:
+        model: a decoder.
+        ids: text without padding.
+        k: keys in a set.
+        queries: whose choices to compare; None is the last token's.
+    """
+    here = host(model)
+    validate.at_least("k", k, 1)
+    if queries is None:
+        queries = torch.zeros_like(ids, dtype=torch.bool)
+        queries[:, -1] = True
+    sets = _Sets(k, queries)
+    with apply(here.model, sets):
+        here.model(ids, use_cache=False)
+    chosen = torch.stack([sets.found[layer] for layer in range(here.layers)]).double()
+    return torch.einsum("lrs,mrs->lmr", chosen, chosen).div(chosen[0].sum(-1)).mean(-1).float()
+
+
+class _Sets(Method):
+    """Reads which keys each chosen query holds largest: `(rows, S)` a layer."""
+
+    def __init__(self, k: int, queries: Tensor) -> None:
+        self.k, self.found = k, {}  # type: ignore[var-annotated]
+        self.found: dict[int, Tensor]
+        self.batch, self.at_query = queries.nonzero(as_tuple=True)
+
+    def read(self, site: Site, out: Tensor) -> None:
+        k = site.k.repeat_interleave(site.groups, 1)[self.batch]
+        logits = dot_product(site.q[self.batch, :, self.at_query][:, :, None], k, site.scale)[:, :, 0]
+        future = torch.arange(logits.shape[-1], device=k.device) > self.at_query[:, None, None]
+        best = logits.masked_fill(future, masks.NEVER).topk(min(self.k, logits.shape[-1]))
+        sets = torch.zeros_like(logits, dtype=torch.bool).scatter_(2, best.indices, best.values > masks.NEVER)
+        self.found[site.layer] = sets.flatten(0, 1)

@@ -1,0 +1,118 @@
+"""A cache policy, a calibration and a lens in one `apply`: each does its part, in order, and nothing stays behind."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.host import apply
+from foveate.kv.sink_recent import SinkRecent
+from foveate.lens import MEASURES, Lens
+from foveate.lens.look import look
+from foveate.steer.act_calibration import ActCalibration, calibrate_sinks, find_sinks
+from foveate.tasks import corpus
+from tests.lab import lab
+from tests.lens.models import eager_maps, text, tiny
+from tests.tensors import assert_near
+
+SINK, RECENT, CALIBRATED = 2, 6, (2, 1)
+
+
+def methods() -> tuple[SinkRecent, ActCalibration, Lens]:
+    lens = Lens(list(MEASURES), phase="all", keep_maps={CALIBRATED: slice(0, 24)})
+    return SinkRecent(SINK, RECENT), ActCalibration([CALIBRATED], alpha=1.0), lens
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_policy_calibration_and_lens_together(order: tuple[int, ...], padding: str) -> None:
+    model, inputs = tiny("llama", num_hidden_layers=4), text(padding)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    (policy, calibration, lens), new = methods(), 4
+    with torch.no_grad():
+        alone = model(**inputs).logits
+        generated = model.generate(**inputs, max_new_tokens=new, do_sample=False)
+        with apply(model, *[(policy, calibration, lens)[i] for i in order]) as run:
+            out = model.generate(**inputs, max_new_tokens=new, do_sample=False)
+        assert torch.equal(model(**inputs).logits, alone)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=new, do_sample=False), generated)
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert out.shape == (2, 24 + new)
+
+    # the policy: what is stored at the end, in every layer
+    assert run.stats.kept == pytest.approx((SINK + RECENT) / (24 + new - 1))
+    # the calibration: rows still sum to 1, and are those of the model's own map calibrated, whatever the order
+    maps, real = eager_maps(model, inputs), inputs["attention_mask"].bool()
+    seen = real[:, None, None, :] & real[:, None, :, None] & torch.ones(24, 24, dtype=torch.bool).tril()
+    expected = calibrate_sinks(maps[2], [CALIBRATED[1]], alpha=1.0, seen=seen)
+    assert not torch.equal(expected, maps[2])
+    assert_near(lens.map(*CALIBRATED), expected[:, CALIBRATED[1]], 1e-5)
+    # the lens: the prompt's rows are those of the calibrated weights, in front of the decoded ones
+    entropy = lens.values("entropy")
+    for layer, w in enumerate([*maps[:2], expected]):
+        assert_near(entropy[layer][..., :24], torch.special.entr(w).sum(-1), 1e-4)
+    # and decoding's rows see what the policy left: the sinks, the window and the new token
+    assert entropy[3].shape == (2, 4, 24 + new - 1)
+    assert bool((entropy[3][..., 24:] <= torch.tensor(float(SINK + RECENT + 1)).log() + 1e-5).all())
+
+
+def test_each_alone_is_what_it_is_together() -> None:
+    """The policy acts after the prompt is read and the lens never: the prompt's logits are the calibration's."""
+    model, inputs = tiny("llama", num_hidden_layers=4), text()
+    policy, calibration, lens = methods()
+    with torch.no_grad():
+        with apply(model, calibration):
+            alone = model(**inputs).logits
+        with apply(model, policy, calibration, lens):
+            together = model(**inputs).logits
+        with apply(model, policy), apply(model, calibration), apply(model, lens):
+            nested = model(**inputs).logits
+    assert torch.equal(together, alone) and torch.equal(nested, alone)
+
+
+def lab_prompt(first: int | None = None) -> Tensor:
+    """Real text, begun by the lab's `<bos>` or by another token."""
+    model, tokenizer = lab()
+    raw = corpus.text("heldout")[1000:1400].encode()[:255]
+    return torch.tensor([[tokenizer.bos_token_id if first is None else first, *raw]])
+
+
+def strongest(ids: Tensor) -> tuple[float, tuple[int, int]]:
+    """How many times a fair share the first token receives, in the head of the lab where that is most."""
+    received = look(lab()[0], ids, measures=["received_mean"]).values("received_mean")
+    times = torch.stack([values[0, :, 0] for values in received.values()]) * ids.shape[1]
+    layer, head = divmod(int(times.argmax()), times.shape[1])
+    return times.max().item(), (layer, head)
+
+
+def test_a_trained_models_first_token_is_a_sink() -> None:
+    """The lens and ACT find the same: `<bos>` takes far more than its share, another first token does not."""
+    ids = lab_prompt()
+    times, (layer, head) = strongest(ids)
+    ordinary, _ = strongest(lab_prompt(first=ord("e")))
+    assert times > 20 and times > 3 * ordinary
+    weights = look(lab()[0], ids, keep_maps={(layer, head): slice(None)}).map(layer, head)[:, None]
+    causal = torch.ones(256, 256, dtype=torch.bool).tril()[None, None]
+    assert bool(find_sinks(weights, "alpha/N", 5.0, seen=causal)[0, 0, 0])
+
+
+def test_calibration_of_a_trained_model_spares_the_first_token() -> None:
+    """In heads where `<bos>` is a sink it loses nothing; the sinks after it lose most of their share."""
+    model, ids = lab()[0], lab_prompt()
+    lens, calibrated = Lens(["received_mean"]), Lens(["received_mean"])
+    with torch.no_grad():
+        with apply(model, lens):
+            model(ids)
+        with apply(model, ActCalibration([(3, head) for head in range(8)]), calibrated):
+            model(ids)
+    before, after = (x.values("received_mean")[3][0] for x in (lens, calibrated))
+    sinks = before > 5.0 / ids.shape[1]
+    heads = sinks[:, 0] & (sinks.sum(-1) > 1)
+    assert int(heads.sum()) >= 2
+    later = sinks[heads].clone()
+    later[:, 0] = False
+    assert bool((after[heads, 0] > before[heads, 0]).all())
+    assert bool((after[heads][later] < 0.5 * before[heads][later]).all())

@@ -1,0 +1,265 @@
+"""TidalDecode: what its paper says, on a deeper induction model with constructed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaForCausalLM
+
+from foveate.core.errors import FoveateError
+from foveate.host import Method, Site, apply
+from foveate.host.model import host
+from foveate.kv.sink_recent import SinkRecent
+from foveate.kv.tidal_decode import TidalDecode, topk_overlap
+from tests.conftest import ClaimFixture
+from tests.constructed import accuracy, induction_lm, recall
+from tests.host_models import DECODERS, SLIDING, WINDOW, feed, model, padded, tokens
+
+DECODING = [20, *[1] * 10]
+
+
+def deep() -> LlamaForCausalLM:
+    """Six layers, of which the last three look for the same place; the last one says what stands there."""
+    return induction_lm(6, heads=4, kv_heads=4, matching=[(3, 0), (4, 0), (5, 0)], silent=[(3, 0), (4, 0)])
+
+
+# -- exact limits ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_a_full_budget_is_dense(name: str) -> None:
+    ids, mask = padded(tokens(2, 30), "left")
+    expected = feed(model(name), ids, mask, DECODING)
+    for policy in (TidalDecode(30, 1, ()), TidalDecode(4, 0, (0, 1, 2)), TidalDecode(4, 3, ())):
+        with apply(model(name), policy):
+            assert torch.equal(feed(model(name), ids, mask, DECODING), expected)
+
+
+@pytest.mark.parametrize("per", ["head", "group", "layer"])
+@torch.no_grad()
+def test_a_padded_sequence_whose_tokens_all_fit_is_dense(per: Any) -> None:
+    ids, mask = padded(tokens(2, 30), "left", 12)
+    expected = feed(model("llama"), ids, mask, DECODING)
+    with apply(model("llama"), TidalDecode(18, 0, (), per)):
+        got = feed(model("llama"), ids, mask, DECODING)
+    torch.testing.assert_close(got[:18], expected[:18], atol=1e-5, rtol=1e-5)
+    assert (got[18:] - expected[18:]).abs().max() > 0.01
+
+
+# -- the mechanism -----------------------------------------------------------------------------------------------------
+
+
+class Checks(Method):
+    """Computes anew what each layer gives: full attention, or attention to the set that was chosen last."""
+
+    def __init__(self, policy: TidalDecode) -> None:
+        self.policy, self.full, self.sparse = policy, 0, 0
+        self.chosen = torch.empty(0)
+
+    def read(self, site: Site, out: Tensor) -> None:
+        if site.phase == "prefill":
+            return
+        k, v = (x.repeat_interleave(site.groups, 1) for x in (site.k, site.v))
+        logits = (site.q @ k.mT)[:, :, 0] * site.scale
+        selects = site.layer == self.policy.dense_layers or site.layer in self.policy.reselect_layers
+        if not selects and site.layer > self.policy.dense_layers:
+            logits = logits.masked_fill(~self.chosen, float("-inf"))
+            self.sparse += 1
+        else:
+            self.full += 1
+        torch.testing.assert_close(out[:, :, 0], (logits.softmax(-1)[:, :, None] @ v)[:, :, 0], atol=1e-5, rtol=1e-4)
+        if selects:
+            self.chosen = self.choose(logits)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        heads = {"head": 1, "group": 2, "layer": 4}[self.policy.per]
+        groups = logits.unflatten(1, (-1, heads))
+        scores = groups.max(2).values if self.policy.reduce == "max" else groups.sum(2)
+        rank = scores.argsort(descending=True).argsort()
+        return (rank < self.policy.top_k).repeat_interleave(heads, 1)
+
+
+@pytest.mark.parametrize("per", ["head", "group", "layer"])
+@pytest.mark.parametrize("reduce", ["max", "sum"])
+@pytest.mark.parametrize("dense, again", [(0, ()), (0, (1,)), (1, ()), (1, (2,))])
+@torch.no_grad()
+def test_what_is_read(per: Any, reduce: Any, dense: int, again: tuple[int, ...]) -> None:
+    ids, policy = tokens(2, 30), TidalDecode(5, dense, again, per, reduce)
+    checks = Checks(policy)
+    with apply(model("llama"), policy, checks) as run:
+        feed(model("llama"), ids, torch.ones_like(ids), DECODING)
+    full = dense + 1 + len(again)
+    assert (checks.full, checks.sparse) == (10 * full, 10 * (3 - full))
+    shares = [1.0] * full + [None] * (3 - full)
+    expected = [5 / n if share is None else share for n in range(21, 31) for share in shares]
+    assert run.stats.read == pytest.approx(sum(expected) / 30)
+
+
+@torch.no_grad()
+def test_prefill_is_dense_and_nothing_is_evicted() -> None:
+    llama, ids, cache = model("llama"), tokens(2, 30), DynamicCache()
+    expected = llama(ids).logits
+    with apply(llama, TidalDecode(2, 0, ())) as run:
+        assert torch.equal(llama(ids, past_key_values=cache).logits, expected)
+        llama(ids[:, :1], past_key_values=cache)
+    assert run.stats.kept == 1.0
+    assert all(layer.keys.shape[2] == 31 for layer in cache.layers)
+
+
+@pytest.mark.parametrize("name", SLIDING)
+@torch.no_grad()
+def test_layers_with_a_window_read_all_of_it(name: str) -> None:
+    """A set that was chosen over the whole sequence says nothing about a window's few keys."""
+
+    class Lengths(Method):
+        seen: list[tuple[int, int]] = []  # noqa: RUF012
+
+        def read(self, site: Site, out: Tensor) -> None:
+            if site.phase == "decode" and site.k.shape[2] == WINDOW:
+                k, v = (x.repeat_interleave(site.groups, 1) for x in (site.k, site.v))
+                logits = (site.q @ k.mT) * site.scale
+                if site.softcap is not None:
+                    logits = (logits / site.softcap).tanh() * site.softcap
+                torch.testing.assert_close(out, logits.softmax(-1) @ v, atol=1e-5, rtol=1e-4)
+                self.seen.append((site.layer, site.seen))
+
+    Lengths.seen.clear()
+    with apply(model(name), TidalDecode(3, 0, ()), Lengths()):
+        model(name).generate(tokens(2, 30), max_new_tokens=5, do_sample=False)
+    assert len(Lengths.seen) == 4 * {"mistral": 3, "gemma2": 2, "gemma3": 2}[name]
+
+
+# -- what the paper claims ---------------------------------------------------------------------------------------------
+
+
+def test_one_selection_in_the_middle_is_enough(claim: ClaimFixture) -> None:
+    """The query's place is known from layer 3 on: a set chosen there serves layer 5, one chosen before does not."""
+    lm = deep()
+    ids, answers = recall(8, length=256, answer=8, away=100)
+
+    def score(policy: Method) -> float:
+        with apply(lm, policy):
+            return accuracy(lm, ids, answers)
+
+    ours = score(TidalDecode(8, 2, (3,)))
+    statement = "with 8 of 256 tokens and one re-selection in the middle, eight tokens from far away are recalled"
+    for policy, name in (
+        (TidalDecode(8, 2, ()), "selection at layer 2 alone"),
+        (SinkRecent(sink=4, recent=4), "sinks and a recent window, same size"),
+    ):
+        claim(
+            statement, ours=ours, baseline=score(policy), better="higher", margin=0.7, baseline_name=name, seed=0
+        )
+    assert ours >= 0.9
+
+
+# -- where to select ---------------------------------------------------------------------------------------------------
+
+
+def test_overlap() -> None:
+    """Layers that look for the same place agree, the diagonal is one, and the order of a pair does not matter."""
+    ids, answers = recall(4, length=128, answer=4, away=40)
+    whole = torch.cat([ids, answers], 1)[:, :-1]
+    queries = torch.arange(whole.shape[1]).expand_as(whole) >= ids.shape[1] - 1
+    overlap = topk_overlap(deep(), whole, 1, queries)
+    assert overlap.shape == (6, 6)
+    torch.testing.assert_close(overlap.diagonal(), torch.ones(6))
+    torch.testing.assert_close(overlap, overlap.T, atol=1e-6, rtol=0)
+    torch.testing.assert_close(overlap[3:, 3:], torch.ones(3, 3))
+    assert overlap[:3, 3:].max() <= 0.75 + 1e-6  # their retrieving head differs; three others look back, all alike
+    last = topk_overlap(model("llama"), tokens(2, 20), 5)
+    queries = torch.zeros(2, 20, dtype=torch.bool)
+    queries[:, -1] = True
+    assert torch.equal(last, topk_overlap(model("llama"), tokens(2, 20), 5, queries))
+    assert 0.0 < last[0, 1] < 1.0
+
+
+def test_overlap_by_hand() -> None:
+    """Against sets made one by one."""
+    seen: dict[int, list[set[int]]] = {}
+
+    class Sets(Method):
+        def read(self, site: Site, out: Tensor) -> None:
+            k = site.k.repeat_interleave(site.groups, 1)
+            logits = (site.q @ k.mT)[:, :, [3, 9]].masked_fill(
+                torch.arange(12) > torch.tensor([3, 9])[:, None], float("-inf")
+            )
+            rows = logits.flatten(0, 2)
+            seen[site.layer] = [set(row.topk(4).indices.tolist()) for row in rows]
+
+    ids = tokens(2, 12)
+    with torch.no_grad(), apply(model("llama"), Sets()):
+        model("llama")(ids)
+    queries = torch.zeros(2, 12, dtype=torch.bool)
+    queries[:, [3, 9]] = True
+    overlap = topk_overlap(model("llama"), ids, 4, queries)
+    for a in range(3):
+        for b in range(3):
+            pairs = [len(x & y) / 4 for x, y in zip(seen[a], seen[b], strict=True)]
+            assert overlap[a, b] == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_calibration_finds_the_layer() -> None:
+    """The first layer that knows the place is the one to select again at; the rule of thumb does not look."""
+    lm, learnt = host(deep()), {}
+    ids, answers = recall(2, length=128, answer=4, away=40)
+    whole = torch.cat([ids, answers], 1)[:, :-1]
+    queries = torch.arange(whole.shape[1]).expand_as(whole) >= ids.shape[1] - 1
+    notes: list[str] = []
+    learnt = TidalDecode.calibrate(lm, [(whole, queries)], lambda step, steps, note: notes.append(note))
+    assert len(notes) == 1
+    assert TidalDecode.at_budget(0.6, lm, 128, **learnt).reselect_layers == (3,)
+    assert TidalDecode.at_budget(0.6, lm, 128).reselect_layers == (2,)
+
+
+@pytest.mark.parametrize(
+    "layers, budget, dense, again, top_k",
+    [(32, 0.25, 2, 13, 143), (32, 0.15, 2, 13, 29), (8, 1.0, 2, 3, 1000), (4, 0.25, 1, 2, 250), (4, 0.9, 1, 2, 600)],
+)
+def test_budget(layers: int, budget: float, dense: int, again: int, top_k: int) -> None:
+    """Two dense layers where there are eight, a selection and one more; the others spend what is left."""
+
+    class Sized:
+        pass
+
+    sized = Sized()
+    sized.layers = layers  # type: ignore[attr-defined]
+    policy = TidalDecode.at_budget(budget, sized, 1000)  # type: ignore[arg-type]
+    assert (policy.dense_layers, policy.reselect_layers, policy.top_k) == (dense, (again,), top_k)
+
+
+def test_budget_is_what_is_read() -> None:
+    lm = induction_lm(8, heads=2, kv_heads=2, matching=[(3, 0)])
+    policy = TidalDecode.at_budget(0.6, host(lm), 200)
+    with torch.no_grad(), apply(lm, policy) as run:
+        lm.generate(recall(1, 200)[0], max_new_tokens=2, do_sample=False)
+    assert run.stats.read == pytest.approx(0.6, abs=0.01)
+
+
+def test_shallow_models() -> None:
+    for layers, dense, again in ((1, 0, ()), (2, 0, (1,)), (3, 0, (1,))):
+        lm = induction_lm(layers, heads=2, kv_heads=2, matching=[])
+        policy = TidalDecode.at_budget(0.5, host(lm), 64)
+        assert (policy.dense_layers, policy.reselect_layers) == (dense, again)
+        with torch.no_grad(), apply(lm, policy):
+            lm.generate(recall(1, 64)[0], max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"dense_layers": -1}, "dense_layers=-1 must be at least 0"),
+        ({"reselect_layers": (-1,)}, "reselect_layers=-1 must be at least 0"),
+        ({"per": "token"}, "per='token' must be one of 'head', 'group', 'layer'"),
+        ({"reduce": "mean"}, "reduce='mean' must be one of 'max', 'sum'"),
+        ({"reselect_layers": (3,)}, "must be under the model's 3 layers"),
+    ],
+)
+def test_bad_options(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(FoveateError, match=message), apply(model("llama"), TidalDecode(**{"reselect_layers": ()} | bad)):
+        pass

@@ -1,0 +1,87 @@
+"""S2-Attention: each head another shard, all shards together the whole context."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.core import oracle
+from foveate.core.errors import OptionError
+from foveate.ops.sparse.s2_attention import S2Attention, is_kv_efficient, s2_mask
+from tests.tensors import assert_near, qkv
+
+
+def elementwise(mask: Tensor, block: int, n: int) -> Tensor:
+    """A block mask for tokens, causal inside the diagonal blocks."""
+    tokens = mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :n, :n]
+    return tokens & torch.ones(n, n, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("n", [1, 8, 30, 32])
+@pytest.mark.parametrize("shards", [None, 1, 2, 4])
+def test_it_is_attention_under_its_mask(n: int, shards: int | None) -> None:
+    q, k, v = qkv(n, heads=4, kv_heads=2)
+    mask = elementwise(s2_mask(shards or 2, -(-n // 4), 2, 4), 4, n).repeat_interleave(4 // (shards or 2), 0)
+    expected = oracle.attention(q, k, v, mask=mask)
+    assert_near(S2Attention(4, 2, 4, shards)(q, k, v, causal=True), expected, 1e-12)
+
+
+@pytest.mark.parametrize("options", [{"stride": 1, "local_blocks": 1}, {"stride": 8, "local_blocks": 8}])
+def test_its_limits_are_causal_attention(options: dict[str, int]) -> None:
+    q, k, v = qkv(32)
+    assert_near(S2Attention(4, **options)(q, k, v, causal=True), oracle.attention(q, k, v, causal=True), 1e-12)
+
+
+@pytest.mark.parametrize("shards", [8, 9, 16])
+def test_heads_together_see_everything(shards: int) -> None:
+    past = torch.ones(40, 40, dtype=torch.bool).tril()
+    assert torch.equal(s2_mask(shards, 40, 2, 8).any(0), past)
+    assert not torch.equal(s2_mask(1, 40, 2, 8).any(0), past)
+
+
+def test_a_skipped_block_is_never_needed_again() -> None:
+    assert is_kv_efficient(s2_mask(4, 40, 3, 8))
+    i, j = torch.arange(40)[:, None], torch.arange(40)
+    counted_from_the_query = (j <= i) & ((i - j < 3) | ((i - j) % 8 == 0))
+    assert not is_kv_efficient(counted_from_the_query[None])
+
+
+def test_decoding_from_a_cache_that_drops_what_each_head_skips() -> None:
+    n, block, op = 30, 4, S2Attention(4, local_blocks=2, stride=4)
+    q, k, v = qkv(n, heads=4, kv_heads=4)
+    whole, mask = op(q, k, v, causal=True), s2_mask(4, 8, 2, 4)
+    for head in range(4):
+        cache: list[int] = []
+        for t in range(n):
+            cache = [j for j in [*cache, t] if mask[head, t // block, j // block]]
+            one = oracle.attention(q[:, head, None, t, None], k[:, head, None, cache], v[:, head, None, cache])
+            assert_near(one[:, 0, 0], whole[:, head, t], 1e-12)
+        assert len(cache) < n
+
+
+def test_shards_must_fit_the_heads() -> None:
+    with pytest.raises(OptionError, match=r"shards=3 must divide the number of heads, Hq=4"):
+        S2Attention(shards=3)(*qkv(8), causal=True)
+
+
+def test_different_shards_find_what_equal_ones_lose(claim) -> None:
+    """A needle anywhere in the context: one key that every head looks for, and whether any head brings its value."""
+    n, block, heads = 512, 8, 8
+    random = torch.Generator().manual_seed(0)
+
+    def found(shards: int) -> float:
+        op, hits, places = S2Attention(block, local_blocks=2, stride=8, shards=shards), 0, range(0, n - 32, 7)
+        for place in places:
+            k = torch.randn(1, heads, n, 16, generator=random)
+            k[:, :, place] = 8.0
+            v = torch.zeros(1, heads, n, 1)
+            v[:, :, place] = 1.0
+            hits += bool((op(torch.ones(1, heads, 1, 16), k, v, causal=True) > 0.9).any())
+        return hits / len(places)
+
+    claim(
+        "shards that differ by head cover the context that equal ones, as sparse, leave out: needles found",
+        ours=found(8), baseline=found(1), better="higher", margin=0.5, baseline_name="the same shard for all heads",
+        seed=0,
+    )  # fmt: skip

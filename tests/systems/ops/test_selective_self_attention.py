@@ -1,0 +1,121 @@
+"""Selective self-attention: temperatures that keep a needle in sight, at next to no cost."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from foveate.core import oracle
+from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
+from foveate.ops.dense.selective_self_attention import SelectiveSelfAttention
+from foveate.ops.dense.softmax import Softmax
+from tests.tensors import assert_near, qkv
+
+
+def active(**options) -> SelectiveSelfAttention:
+    """One with token parts that do something, different for each head."""
+    op = SelectiveSelfAttention(4, 8, **options).double()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for token in (op.query_token, op.value_token):
+            for parameter in () if token is None else token.parameters():
+                parameter.normal_(generator=random)
+    return op
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+@pytest.mark.parametrize("query_tau", ["pos+tok", "pos", "tok", None])
+@pytest.mark.parametrize("value_tau", ["tok", None])
+def test_by_hand(variant: str, query_tau: str | None, value_tau: str | None) -> None:
+    """The direct formula, temperatures in the logits and on the values, against what is folded into q and v."""
+    q, k, v = qkv(7, kv_heads=4)
+    op = active(beta=0.5, variant=variant, query_tau=query_tau, value_tau=value_tau)
+
+    def token(module, x):
+        return torch.tanh(torch.einsum("bhnd,hd->bhn", F.gelu(x), module.weight) + module.bias[:, None])
+
+    tau = torch.ones(2, 4, 7, dtype=torch.float64)
+    if op.position is not None:
+        tau = tau + math.exp(-math.exp(0.5)) * torch.arange(1, 8).double().log()
+    if op.query_token is not None:
+        tau = tau + token(op.query_token, q)
+    values = v if op.value_token is None else v * (1 + token(op.value_token, v))[..., None]
+    logits = tau[..., None] * (q @ k.transpose(-1, -2)) * 8**-0.5
+    future = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    expected = logits.masked_fill(future, float("-inf")).softmax(-1) @ values
+    assert_near(op(q, k, v, causal=True), expected, 1e-6)  # beta itself is float32 until it is made double
+    assert op.plan(q, k, v, causal=True).engine == "fused"
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_a_flat_temperature_is_softmax_attention(variant: str) -> None:
+    q, k, v = qkv(9)
+    op = SelectiveSelfAttention(4, 8, beta=20.0, kv_heads=2, variant=variant)
+    assert_near(op(q, k, v, causal=True), oracle.attention(q, k, v, causal=True), 1e-12)
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_the_position_temperature(variant: str) -> None:
+    op, n = SelectiveSelfAttention(1, 1, beta=1.5, variant=variant), torch.tensor([1, 2, 10, 1000])
+    tau = op.position_temperature(n)
+    assert tau[0] == 1
+    assert (tau.diff() > 0).all()
+    assert torch.allclose(tau, 1 + math.exp(-math.exp(1.5)) * n.log(), atol=1e-6), "both variants start alike"
+
+
+def test_fresh_token_parts_are_neutral() -> None:
+    q, k, v = qkv(9)
+    assert_near(
+        SelectiveSelfAttention(4, 8, query_tau="tok", kv_heads=2)(q, k, v, causal=True),
+        oracle.attention(q, k, v, causal=True), 1e-12,
+    )  # fmt: skip
+
+
+def test_it_adds_next_to_no_parameters() -> None:
+    op = SelectiveSelfAttention(8, 64)
+    block = 4 * 512 * 512
+    assert 0 < sum(p.numel() for p in op.parameters()) < 0.005 * block
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"heads": 0}, "heads=0"),
+        ({"head_dim": 2.5}, r"head_dim=2\.5"),
+        ({"beta": 99.0}, r"beta=99\.0 must be in -20\.\.20"),
+        ({"query_tau": "all"}, "query_tau='all'"),
+        ({"value_tau": "pos"}, "value_tau='pos'"),
+        ({"kv_heads": 3}, "kv_heads=3 must divide heads=4"),
+        ({"value_dim": 0}, "value_dim=0"),
+        ({"variant": "arxiv"}, "variant='arxiv'"),
+    ],
+)
+def test_bad_options(options: dict, says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        SelectiveSelfAttention(**{"heads": 4, "head_dim": 8, **options})
+
+
+def test_a_call_of_another_shape_is_refused() -> None:
+    with pytest.raises(ShapeError, match="built for 4 heads of width 8; got H=4, D=6"):
+        SelectiveSelfAttention(4, 8)(*qkv(5, width=6), causal=True)
+    with pytest.raises(ShapeError, match="built for 4 heads of width 8; got H=2, D=8"):
+        SelectiveSelfAttention(4, 8)(*qkv(5), causal=True)
+    with pytest.raises(UnsupportedPattern, match='does not define "self"'):
+        SelectiveSelfAttention(4, 8)(*qkv(5))
+
+
+def test_a_needle_is_not_diluted(claim) -> None:
+    """One key ahead of n - 1 equal distractors by a margin of 3."""
+    n = 4096
+    q, k = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, n, 1)
+    k[:, :, n // 3] = 3.0
+    op = SelectiveSelfAttention(1, 1, beta=0.0)
+    ours, plain = (x.weights(q, k, causal=True, scale=1.0)[0, 0, 0, n // 3].item() for x in (op, Softmax()))
+    claim(
+        "a temperature that grows with log n counters dilution: weight of a needle among 4,096 keys, score margin 3",
+        ours=ours, baseline=plain, better="higher", margin=0.5, baseline_name="softmax",
+    )  # fmt: skip
+    assert ours > 10 * plain

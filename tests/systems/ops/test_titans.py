@@ -1,0 +1,163 @@
+"""Titans: the memory is the delta rule where it should be, and associates and re-binds better than a sum does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import foveate
+from foveate.core.errors import OptionError, ShapeError
+from foveate.ops.linear.lightning_attention_2 import LightningAttention2
+from foveate.ops.memory.titans import Titans
+from tests.systems.ops.recall import Model, accuracy, train
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: float) -> Tensor:
+    """DeltaNet's recurrence as it is usually written."""
+    state, out = k.new_zeros(*k.shape[:2], v.shape[3], k.shape[3]), []
+    for t in range(k.shape[2]):
+        error = v[:, :, t] - torch.einsum("bhvk,bhk->bhv", state, k[:, :, t])
+        state = state + beta * torch.einsum("bhv,bhk->bhvk", error, k[:, :, t])
+        out.append(torch.einsum("bhvk,bhk->bhv", state, q[:, :, t]))
+    return torch.stack(out, 2)
+
+
+def recall(op: torch.nn.Module, asked: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is answered to `asked` once all of `k, v` have been written: the queries stand at masked tokens."""
+    n, more = k.shape[2], asked.shape[2]
+    written = torch.arange(n + more) < n
+    k, v = (F.pad(x, (0, 0, 0, more)) for x in (k, v))
+    return op(asked, k, v, causal=True, mask=written)
+
+
+def hebbian(heads: int = 1) -> LightningAttention2:
+    """Linear attention without decay: the sum of `v kᵀ`."""
+    return LightningAttention2([1.0] * heads)
+
+
+@pytest.mark.parametrize("given_unit_keys", [True, False])
+def test_without_momentum_and_forgetting_it_is_the_delta_rule(given_unit_keys):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 64, 16, generator=g, dtype=torch.float64) for _ in range(3))
+    if given_unit_keys:
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    op = Titans(2, 16, depth=1, alpha=0.0, eta=0.0, theta=0.3, chunk=1, unit=not given_unit_keys).double()
+    exact = delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta=0.6)
+    for engine in op.engines:
+        assert (op(q, k, v, causal=True, engine=engine) - exact).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_chunks_of_one_are_the_loop_in_float32(depth):
+    op = Titans(2, 16, depth=depth, chunk=1, generator=torch.Generator().manual_seed(0))
+    q, k, v = (unit(2, 2, 64, 16, seed=s).float() for s in range(3))
+    assert (op(q, k, v, causal=True) - op(q, k, v, causal=True, engine="recurrent")).abs().max() < 1e-5
+
+
+def test_longer_chunks_come_near_the_exact_rule():
+    q, k, v = (unit(2, 2, 64, 32, seed=s) for s in range(3))
+    exact, near, far = (Titans(2, 32, depth=1, chunk=c).double()(q, k, v, causal=True) for c in (1, 4, 32))
+    assert 0 < (near - exact).norm() < (far - exact).norm() < 0.5 * exact.norm()
+
+
+@pytest.mark.parametrize(("passes", "least"), [(1, 0.75), (2, 0.35)])
+def test_association(claim, passes, least):
+    k, v = unit(8, 1, 16, 32, seed=0), unit(8, 1, 16, 32, seed=1)
+    op = Titans(1, 32, depth=1, alpha=0.0, eta=0.0, theta=0.5, chunk=1).double()
+    ours = (recall(op, k, k.repeat(1, 1, passes, 1), v.repeat(1, 1, passes, 1)) - v).square().mean().item()
+    baseline = (recall(hebbian(), k, k, v) - v).square().mean().item()
+    assert ours < least * baseline
+    claim(
+        f"squared error of 16 associations in 32 dimensions, read back after {passes} pass(es)",
+        ours=ours, baseline=baseline, better="lower", baseline_name="Hebbian linear attention, one pass", seed=0,
+    )  # fmt: skip
+
+
+def test_binding_a_key_again(claim):
+    k, old, new = (unit(8, 1, 8, 32, seed=s) for s in range(3))
+
+    def preference(op):
+        read = recall(op, k, k.repeat(1, 1, 2, 1), torch.cat([old, new], 2))
+        return (F.cosine_similarity(read, new, dim=-1) - F.cosine_similarity(read, old, dim=-1)).mean().item()
+
+    ours = preference(Titans(1, 32, depth=1, alpha=0.1, eta=0.0, theta=0.5, chunk=1).double())
+    # forgetting alone does not explain it
+    assert ours > 0.6 > preference(LightningAttention2([0.9]))
+    claim(
+        "cosine to the new value less cosine to the old one, for keys that were given a new value",
+        ours=ours, baseline=preference(hebbian()), better="higher", margin=0.6,
+        baseline_name="Hebbian linear attention", seed=0,
+    )  # fmt: skip
+
+
+def test_forgetting_everything_leaves_the_last_token():
+    q, k, v = (unit(1, 2, 10, 8, seed=s) for s in range(3))
+    op = Titans(2, 8, depth=1, alpha=1.0, eta=0.0, theta=0.5, chunk=16).double()
+    torch.testing.assert_close(op(q, k, v, causal=True), (q * k).sum(-1, keepdim=True) * v)
+
+
+def test_momentum_carries_a_surprise_on():
+    q, k, v = (unit(1, 1, 6, 8, seed=s) for s in range(3))
+    v[:, :, 1:] = 0.0
+    k[:, :, 1:] = 0.0
+    op = Titans(1, 8, depth=1, alpha=0.0, eta=0.5, theta=0.5, chunk=1).double()
+    read = op(k[:, :, :1].expand_as(q), k, v, causal=True)
+    # one surprising token, then nothing: steps of 1, 1/2, 1/4 ... add up
+    torch.testing.assert_close(read, (2 - 0.5 ** torch.arange(6.0).double())[:, None] * v[:, :, :1])
+
+
+def test_the_first_weights_are_learned_and_drawn_from_the_generator():
+    q = unit(1, 2, 9, 4, seed=0).float()
+    op, again = (Titans(2, 4, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(op(q, q, q, causal=True), again(q, q, q, causal=True))
+    op(q, q, q, causal=True).square().sum().backward()
+    assert all(matrix.grad.abs().sum() > 0 for matrix in op.first)
+    shapes = [tuple(matrix.shape) for matrix in Titans(2, 4, 3, depth=3, expansion=5).first]
+    assert shapes == [(2, 20, 4), (2, 20, 20), (2, 3, 20)]
+
+
+def test_by_key():
+    q = unit(1, 2, 9, 4, seed=0).float()
+    out = foveate.attend(q, q, q, "titans", causal=True, heads=2, head_dim=4, depth=1)
+    torch.testing.assert_close(out, Titans(2, 4, depth=1)(q, q, q, causal=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 0}, "depth=0"),
+        ({"expansion": 1.5}, "expansion=1.5"),
+        ({"eta": -0.1}, r"eta=-0.1 must be in 0\.\.1"),
+        ({"theta": -1.0}, "theta=-1.0 must be at least 0"),
+        ({"chunk": 2.5}, "chunk=2.5"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(OptionError, match=message):
+        Titans(2, 4, **options)
+
+
+def test_bad_calls():
+    q = torch.randn(1, 2, 5, 4)
+    with pytest.raises(ShapeError, match=r"built for \(Hq, D, Dv\)=\(2, 4, 3\); got \(2, 4, 4\)"):
+        Titans(2, 4, 3)(q, q, q, causal=True)
+
+
+@pytest.mark.slow
+def test_trained_end_to_end_it_recalls_the_latest_value(claim):
+    # told once, both learn it all: the sum has room for 8 keys in 32 dimensions, but it cannot take back
+    found = {}
+    for name, make, lr in (("ours", lambda: Titans(2, 32, depth=1), 5e-3), ("linear", lambda: hebbian(2), 1e-2)):
+        torch.manual_seed(0)  # each with the better of two learning rates
+        found[name] = accuracy(train(Model([make(), make()]), 300, tellings=2, lr=lr), tellings=2)
+    claim(
+        "values recalled, 8 keys told twice with different values, two trained layers of width 64",
+        ours=found["ours"], baseline=found["linear"], better="higher", margin=0.1,
+        baseline_name="linear attention without gates", seed=0,
+    )  # fmt: skip
