@@ -9,10 +9,10 @@ import argparse
 import functools
 
 import torch
-from _report import finish, interleaved
 from torch.nn import functional as F
 
 import foveate
+from _report import finish, interleaved
 
 REPEATS = {1024: 60, 8192: 5}
 GOALS = {1024: 1.05, 8192: 1.01}

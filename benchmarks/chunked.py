@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import torch
-from _report import finish
 from torch import Tensor
 
+from _report import finish
 from foveate.core import engines
 from foveate.core.problem import Problem
 

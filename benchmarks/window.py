@@ -10,11 +10,11 @@ import argparse
 import functools
 
 import torch
-from _report import finish, interleaved
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from _report import finish, interleaved
 from foveate.core.engines import flex
 from foveate.ops import SlidingWindow
 

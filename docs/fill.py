@@ -24,7 +24,8 @@ def demo(results: Path) -> str:
     """The comparison as a table, and where it was made."""
     found = Comparison.load(results)
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    return f"{markdown(found)}\n\n{found.examples} prompts of {found.length} bytes, budget {found.budget:.0%}; {versions}."
+    made = f"{found.examples} prompts of {found.length} bytes, budget {found.budget:.0%}; {versions}."
+    return f"{markdown(found)}\n{made}"
 
 
 def catalogue() -> str:

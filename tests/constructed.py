@@ -38,7 +38,7 @@ def induction_lm(
     """The model, in evaluation mode.
 
     Args:
-        layers, heads, kv_heads: its size; every head without another task looks at the previous token and writes nothing.
+        layers, heads, kv_heads: its size; a head without another task looks at the previous token and writes nothing.
         matching: (layer, query head) of the heads that match, each in another group of key/value heads; layers >= 1.
         silent: those of them that attend to the match but write nothing.
     """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import transformers as hf
@@ -93,6 +94,15 @@ def feed(
     return torch.cat(out, 1)[mask.bool()]
 
 
+def use(subject: hf.PreTrainedModel) -> None:
+    """One forward pass of whatever model it is."""
+    with torch.no_grad():
+        if subject.main_input_name == "pixel_values":
+            subject(torch.zeros(1, 3, 16, 16))
+        else:
+            subject(tokens(), attention_mask=torch.ones(2, 14, dtype=torch.long))
+
+
 class Evicts(Method):
     """Stores tokens slot by slot, and drops none."""
 
@@ -132,6 +142,26 @@ class SelectsBlocks(Method):
         nq, nk = site.q.shape[2], site.k.shape[2]
         blocks = torch.ones(site.q.shape[0], site.q.shape[1], -(-nq // 4), -(-nk // 4), dtype=torch.bool)
         return Blocks(blocks, (4, 4), nq, nk)
+
+
+class Recent(Method):
+    """Keeps the last few tokens."""
+
+    def __init__(self, count: int = 4) -> None:
+        self.count = count
+
+    def keep(self, site: Site) -> Tensor:
+        return site.positions >= site.seen - self.count
+
+
+class Reads(Method):
+    """Notes what it sees."""
+
+    def __init__(self, what: Callable[[Site], Any]) -> None:
+        self.what, self.seen = what, []
+
+    def read(self, site: Site, out: Tensor) -> None:
+        self.seen.append(self.what(site))
 
 
 #: Each way through the host, with methods that change nothing on it.

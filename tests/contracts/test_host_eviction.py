@@ -1,7 +1,7 @@
 """Caches that forget, held against a model with a full cache that hides the same keys behind a mask.
 
-Another number of tokens survives in each layer, head and sequence. The oracle is an attention function of its own, eager
-and without any of the host's code: it sees every key there ever was, and masks those that the rule has dropped by then.
+Another number of tokens survives in each layer, head and sequence. The oracle is an attention function of its own,
+eager and without any of the host's code: it sees every key there ever was, and masks those that the rule has dropped.
 """
 
 from __future__ import annotations

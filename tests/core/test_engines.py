@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from foveate.bench.memory import peak_bytes
 from foveate.core import engines, masks, oracle
 from foveate.core.engines import chunked, flex
 from foveate.core.errors import ShapeError, UnknownKey, UnsupportedEngine
@@ -114,6 +115,34 @@ def test_chunks_of_any_size(scoring, queries: int, keys: int, causal: bool, kind
         assert_near(ours, theirs, 1e-12)
 
 
+def test_chunks_never_keep_the_matrix() -> None:
+    q, k, v = qkv(1024, batch=1, heads=1, kv_heads=1, width=4, dtype=torch.float32, grad=True)
+    for scoring in (SOFTMAX, Unmerged()):
+        problem = Problem(q, k, v, 1.0, causal=True, scoring=scoring)
+        work = lambda problem=problem: chunked.attend(problem, 16, 64).sum().backward()  # noqa: E731
+        assert peak_bytes(work, q.device) < 4 * 1024**2 / 8
+
+
+@pytest.mark.parametrize("scoring", [SOFTMAX, Unmerged()])
+def test_chunks_in_half_precision_add_up_in_float32(scoring) -> None:
+    q, k, v = qkv(300, dtype=torch.bfloat16, grad=True)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out = chunked.attend(Problem(q, k, v, 0.35, scoring=scoring), 4, 16)
+    expected = engines.run(Problem(*exact, 0.35, scoring=scoring), "reference")
+    for ours, theirs in zip(gradients(out, [q, k, v]), gradients(expected, exact), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert_near(ours, theirs, 0.02)
+
+
+def test_chunks_notice_parameters_that_were_swapped() -> None:
+    scoring = Capped()
+    q, k, v = qkv(4, grad=True)
+    out = chunked.attend(Problem(q, k, v, 1.0, scoring=scoring))
+    scoring.cap = scoring.cap.detach().clone().requires_grad_()
+    with pytest.raises(UnsupportedEngine, match="parameters of its forward pass"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("engine", ["reference", "chunked", "fused"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_huge_scores_stay_finite(engine: str, causal: bool) -> None:
@@ -212,7 +241,7 @@ def test_what_auto_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gather", {"scoring": Capped()}, "softmax over dot products only"),
         ("flex", {}, "needs a selection of blocks"),
         ("flex", {"selection": window(64, 64, 8, 0, torch.device("cpu")), "mask": torch.ones(64)}, "no tensor mask"),
-        ("chunked", {"dropout": 0.5}, "cannot drop weights"),
+        ("chunked", {"dropout": 0.5}, "cannot drop any"),
     ],
 )
 def test_an_engine_says_no(engine: str, change: dict, says: str) -> None:

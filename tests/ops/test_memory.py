@@ -230,6 +230,9 @@ def test_cost_grows_with_the_length():
     plans = [op.plan(*[torch.empty(1, 1, n, 16, device="meta")] * 3, causal=True) for n in (128, 512)]
     assert plans[1].flops == 4 * plans[0].flops
     assert plans[0].engine == "chunked"
+    # weights that are written out for each token cost more than those that stay products
+    q = torch.empty(1, 1, 64, 16, device="meta")
+    assert Miras.memora().plan(q, q, q, causal=True).flops > 2 * Miras().plan(q, q, q, causal=True).flops
 
 
 def test_refusals():

@@ -7,6 +7,8 @@ cache of N keys sees them all.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -56,14 +58,10 @@ def combine(*masks: Tensor | None) -> Tensor | None:
     present = [mask for mask in masks if mask is not None]
     bools = [mask for mask in present if mask.dtype == torch.bool]
     biases = [mask for mask in present if mask.dtype != torch.bool]
-    total = bools[0] if bools else None
-    for mask in bools[1:]:
-        total = total & mask
+    total = reduce(torch.logical_and, bools) if bools else None
     if not biases:
         return total
-    bias = biases[0]
-    for other in biases[1:]:
-        bias = bias + other
+    bias = reduce(torch.add, biases)
     return bias if total is None else bias.masked_fill(~total, NEVER)
 
 

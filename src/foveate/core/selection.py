@@ -91,9 +91,9 @@ class Blocks(Selection):
         groups = _groups(self.blocks.shape[1], heads)
         if groups == 1:
             return self
-        blocks, whole = (None if x is None else x.repeat_interleave(groups, 1) for x in (self.blocks, self.whole))
+        whole = None if self.whole is None else self.whole.repeat_interleave(groups, 1)
         rule = None if self.rule is None else _shared(self.rule, groups)
-        return replace(self, blocks=blocks, whole=whole, rule=rule)
+        return replace(self, blocks=self.blocks.repeat_interleave(groups, 1), whole=whole, rule=rule)
 
     def keys_read(self) -> float:
         return self.blocks.double().sum(-1).mean().item() * self.size[1]
@@ -121,9 +121,10 @@ class Blocks(Selection):
         whole = self.whole if self.whole is not None else (self.blocks if self.rule is None else None)
         partial = self.blocks if whole is None else self.blocks & ~whole
         count, index = _compressed(partial)
-        full = (None, None) if whole is None else _compressed(self.blocks & whole)
+        full_count, full_index = (None, None) if whole is None else _compressed(self.blocks & whole)
+        lengths = (self.n_queries, self.n_keys)
         return BlockMask.from_kv_blocks(
-            count, index, *full, BLOCK_SIZE=self.size, mask_mod=self.rule, seq_lengths=(self.n_queries, self.n_keys)
+            count, index, full_count, full_index, BLOCK_SIZE=self.size, mask_mod=self.rule, seq_lengths=lengths
         )
 
     def gathered(self, rows: slice) -> tuple[Int[Tensor, "b h i n"], Bool[Tensor, "b h i q n"]]:
@@ -187,8 +188,8 @@ class Indices(Selection):
         groups = _groups(self.indices.shape[1], heads)
         if groups == 1:
             return self
-        indices, valid = (None if x is None else x.repeat_interleave(groups, 1) for x in (self.indices, self.valid))
-        return replace(self, indices=indices, valid=valid)
+        valid = None if self.valid is None else self.valid.repeat_interleave(groups, 1)
+        return replace(self, indices=self.indices.repeat_interleave(groups, 1), valid=valid)
 
     def keys_read(self) -> float:
         return self.real.double().sum(-1).mean().item()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from foveate.core.errors import UnsupportedModel
+from foveate.core.errors import OptionError, UnsupportedModel
+from foveate.host.method import Method, overrides
 from foveate.host.slots import Store
+
+if TYPE_CHECKING:
+    from foveate.host.site import Site
 
 
 class SlotLayer(CacheLayerMixin):
@@ -104,3 +110,24 @@ class SlotLayer(CacheLayerMixin):
         if self.window is not None:
             layer.cumulative_length = self.seen
         return layer
+
+
+def evict(site: Site, methods: list[Method]) -> None:
+    """After the call: drop what some method drops, and what has left a sliding layer's window."""
+    layer = site.slots
+    assert layer is not None and layer.store is not None
+    keeping = [(m, kept) for m in methods if overrides(m, "keep") and m.at(site) and (kept := m.keep(site)) is not None]
+    keep = torch.ones_like(site.positions, dtype=torch.bool) if keeping or layer.window is not None else None
+    if keep is None:
+        return
+    if layer.window is not None:
+        keep = keep & (site.positions > layer.seen - layer.window)
+    for method, kept in keeping:
+        if kept.shape != site.positions.shape:
+            raise OptionError(
+                f"keep() of {type(method).__name__} must be {tuple(site.positions.shape)}; got {tuple(kept.shape)}"
+            )
+        keep = keep & kept
+    folding = [m for m, _ in keeping if overrides(m, "fold")]
+    fold = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
+    layer.store = layer.store.evict(keep, fold)

@@ -84,7 +84,7 @@ def native_attention(module: nn.Module, implementation: str) -> Callable[..., An
         raise UnsupportedModel(
             f'no attention function for implementation "{implementation}" of {type(module).__name__}'
         )
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def native_mask(mask: Any, implementation: str) -> Any:

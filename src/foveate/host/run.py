@@ -10,14 +10,13 @@ from types import MethodType, TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import attention
-from foveate.host.cache import SlotLayer
+from foveate.host.cache import SlotLayer, evict
 from foveate.host.mask import MaskPlan, describe
 from foveate.host.method import Method, overrides
 from foveate.host.model import Host, host, native_attention, native_mask
@@ -49,8 +48,8 @@ class Run:
             if not isinstance(method, Method):
                 raise OptionError(f"apply() takes Method objects; got {type(method).__name__}")
         self.host: Host = host(model)
-        self.methods, self.stats, self.spans = list(methods), Stats(), {}
-        self.spans: dict[str, Tensor]
+        self.methods, self.stats = list(methods), Stats()
+        self.spans: dict[str, Tensor] = {}
         self._exit = ExitStack()
         self._layers: dict[nn.Module, int] = {}
         self._implementations: dict[int, str] = {}
@@ -93,18 +92,14 @@ class Run:
             stack.callback(top.remove)
         for config in self.host.configs():
             before = config._attn_implementation_internal
-            outer = next(
-                (r for runs in _OPEN.values() for r in runs if r is not self and id(config) in r._implementations), None
-            )
-            self._implementations[id(config)] = outer._implementations[id(config)] if outer else before
+            known = (run._implementations.get(id(config)) for runs in _OPEN.values() for run in runs)
+            self._implementations[id(config)] = next(filter(None, known), before)  # an outer run has put ours there
             stack.callback(setattr, config, "_attn_implementation_internal", before)
             config._attn_implementation_internal = NAME
         stack.callback(self._release)
 
     def _release(self) -> None:
-        """Hand caches back: with ordinary layers where nothing was dropped; a compressed layer refuses to go on
-        alone.
-        """
+        """Hand caches back with ordinary layers where nothing was dropped; others will refuse to go on alone."""
         others = {run for runs in _OPEN.values() for run in runs if run is not self}
         mine = {id(method) for method in self.methods}
         for cache in list(self._memories):
@@ -113,9 +108,7 @@ class Run:
                 _forget(run._memories[cache], lambda key: key[0] in mine)
             if not sharing:
                 cache.__dict__.pop("reorder_cache", None)
-                cache.layers[:] = [
-                    layer.released() if isinstance(layer, SlotLayer) else layer for layer in cache.layers
-                ]
+                cache.layers[:] = [x.released() if isinstance(x, SlotLayer) else x for x in cache.layers]
         self._call.clear()
         self._step.clear()
 
@@ -142,19 +135,17 @@ class Run:
         if cache not in self._memories:
             self._memories[cache] = {}
             # a bound method, so that a deep copy of the cache reorders the copy
-            cache.reorder_cache = MethodType(_reorder_cache, cache)  # type: ignore[method-assign]
+            cache.reorder_cache = MethodType(_reorder_cache, cache)
         if self._evicts:
             while len(cache.layers) <= index:
-                cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())  # type: ignore[arg-type]
+                cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
         layer = cache.layers[index] if index < len(cache.layers) else None
         if layer is None or not layer.get_seq_length():
             first = min(self._layers.values())
             _forget(self._memories[cache], lambda key: key[1] == index or (key[1] is None and index == first))
         if self._evicts and not isinstance(layer, SlotLayer):
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading:
-                kind = (
-                    "an offloading cache" if cache.offloading else f"{type(cache).__name__} of {type(layer).__name__}"
-                )
+                kind = "offloading " * cache.offloading + f"{type(cache).__name__} of {type(layer).__name__}"
                 raise UnsupportedModel(f"past_key_values must be a DynamicCache for a method that evicts; got {kind}")
             layer = cache.layers[index] = SlotLayer(layer)
         if isinstance(layer, SlotLayer):
@@ -193,7 +184,8 @@ def apply(model: object, *methods: Method) -> Run:
         methods: applied in order; hooks of several compose, the later seeing what the earlier left.
 
     Within the block the model is used as always (`model(...)`, `model.generate(...)`); runs nest. After it, also after
-    an exception, weights, configuration and hooks are what they were.
+    an exception, weights, configuration and hooks are what they were. A cache that a method evicted from can go on
+    inside another block only; any other is an ordinary one again.
 
     Raises:
         UnsupportedModel: for a model that does not dispatch its attention.
@@ -219,31 +211,10 @@ def attention_function(
     )
     held = slots_of(site)
     if site.slots is not None:
-        _evict(site, methods)
+        evict(site, methods)
     for run in runs:
         run.stats.note(site, density, held, time.perf_counter() - begun)
     return out.transpose(1, 2).contiguous(), site.weights
-
-
-def _evict(site: Site, methods: list[Method]) -> None:
-    """After the call: drop what some method drops, and what has left a sliding layer's window."""
-    layer = site.slots
-    assert layer is not None and layer.store is not None
-    keeping = [(m, kept) for m in methods if overrides(m, "keep") and m.at(site) and (kept := m.keep(site)) is not None]
-    keep = torch.ones_like(site.positions, dtype=torch.bool) if keeping or layer.window is not None else None
-    if keep is None:
-        return
-    if layer.window is not None:
-        keep = keep & (site.positions > layer.seen - layer.window)
-    for method, kept in keeping:
-        if kept.shape != site.positions.shape:
-            raise OptionError(
-                f"keep() of {type(method).__name__} must be {tuple(site.positions.shape)}; got {tuple(kept.shape)}"
-            )
-        keep = keep & kept
-    folding = [m for m, _ in keeping if overrides(m, "fold")]
-    fold = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
-    layer.store = layer.store.evict(keep, fold)
 
 
 def _close(module: nn.Module, run: Run) -> None:

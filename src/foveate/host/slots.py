@@ -164,7 +164,7 @@ Fold = Callable[[Slots, Slots | None], Slots | None]
 def _of(slots: Slots, what: str) -> Tensor:
     if what == "count" and slots.count is None:
         return torch.ones(slots.positions.shape, dtype=torch.float32, device=slots.k.device)
-    return getattr(slots, what)  # type: ignore[no-any-return]
+    return getattr(slots, what)
 
 
 def _split(group: Group, keep: Bool[Tensor, "b h s"], fold: Fold | None) -> list[Group]:

@@ -17,7 +17,7 @@ def keep_ends(site: Site, sink: int, recent: int) -> Bool[Tensor, "b hkv s"]:
     return ((own >= 0) & (own < sink)) | (site.positions >= site.seen - recent)
 
 
-def keep_window(site: Site, full: Bool[Tensor, "hkv"], sink: int, recent: int) -> Bool[Tensor, "b hkv s"]:
+def keep_window(site: Site, full: Bool[Tensor, " hkv"], sink: int, recent: int) -> Bool[Tensor, "b hkv s"]:
     """Slots that survive: all of the `full` heads; of the others the first `sink` and the last `recent` tokens."""
     near = keep_ends(site, sink, recent)
     return near | full.to(near.device)[:, None]

@@ -79,16 +79,14 @@ class TidalDecode(Policy):
             return None
         if id(self) not in site.step:
             return None
-        index, real = site.step[id(self)]
-        return Indices(index[:, :, None], 1, site.k.shape[2], real[:, :, None])
+        return Indices(site.step[id(self)], 1, site.k.shape[2])
 
-    def _choose(self, site: Site) -> tuple[Int[Tensor, "b h k"], Bool[Tensor, "b h k"]]:
+    def _choose(self, site: Site) -> Int[Tensor, "b h 1 k"]:
         logits = last_logits(site)
         if self.per != "head":
             groups = logits.unflatten(1, (site.k.shape[1] if self.per == "group" else 1, -1))
             logits = groups.amax(2) if self.reduce == "max" else groups.sum(2)
-        best = logits.topk(self.top_k)
-        return best.indices, best.values > masks.NEVER
+        return logits.topk(self.top_k).indices[:, :, None]
 
     @classmethod
     def calibrate(

@@ -90,11 +90,12 @@ class TokenSelect(Policy):
 
     def _vote(self, site: Site, start: int, stop: int, past: int) -> tuple[Tensor, Tensor]:
         """`(B, k)` tokens and which of them count: this piece's vote, or the last one where queries are alike."""
-        memory, query = site.memory(self), _mean_query(site, start, stop)
-        known = memory.get("past", past + 1) <= past
-        alike = cosine(query, memory["query"]) >= self.sim_threshold if known else None
+        memory, query = site.memory(self), site.q[:, :, start:stop].mean(2)
+        alike = torch.zeros_like(site.begins, dtype=torch.bool)
+        if memory.get("past", past + 1) <= past:  # else there was no vote, or the cache was cropped to before it
+            alike = memory["final"] & (cosine(query, memory["query"]) >= self.sim_threshold)
         memory["past"] = past
-        if alike is not None and bool(alike.all()):
+        if bool(alike.all()):
             return memory["chosen"], memory["real"]
         key = torch.arange(past, device=query.device)
         candidate = (key >= site.begins[:, None] + self.sink) & (key < past - self.local)
@@ -102,10 +103,12 @@ class TokenSelect(Policy):
         candidate = candidate if seen is None else candidate & seen[:, :past]
         votes = soft_vote(query, site.k[:, :, :past], self.pool, site.scale, candidate)
         chosen = votes.masked_fill(~candidate, -1.0).topk(self.k).indices.sort().values
-        fresh = {"query": query, "chosen": chosen, "real": candidate.gather(1, chosen)}
+        # a sequence that padding makes short reads all it has: no vote to hold on to
+        final = past - site.begins > self.sink + self.local + self.k
+        fresh = {"query": query, "chosen": chosen, "real": candidate.gather(1, chosen), "final": final}
         for name, value in fresh.items():
-            old = alike if alike is None else alike.view(-1, *[1] * (value.dim() - 1))
-            memory[name] = value if old is None else torch.where(old, memory[name], value)
+            old = alike.view(-1, *[1] * (value.dim() - 1))
+            memory[name] = torch.where(old, memory.get(name, value), value)
         return memory["chosen"], memory["real"]
 
     @classmethod
@@ -137,11 +140,3 @@ def soft_vote(
     if candidates is not None:
         logits = logits.masked_fill(~candidates[..., None, None, :], float("-inf"))
     return max_pooled(safe_softmax(logits).sum((-3, -2)), pool)
-
-
-def _mean_query(site: Site, start: int, stop: int) -> Float[Tensor, "b hq d"]:
-    """The mean query of a piece, padding left out."""
-    piece = site.q[:, :, start:stop]
-    own = torch.arange(site.seen - site.q.shape[2], site.seen, device=piece.device)[start:stop]
-    real = (own >= site.begins[:, None]).to(piece.dtype)[:, None, :, None]
-    return (piece * real).sum(2) / real.sum(2).clamp_min(1.0)

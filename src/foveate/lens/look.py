@@ -40,7 +40,8 @@ class Lens(Method):
     in O(N) memory; the cost is that of attention twice more. Windows, soft caps, evicted layers, selected keys and
     edited weights are measured from weights, a few rows at a time, which is several times slower. What is measured is
     what was used: edits by other methods are seen, in whatever order they are applied. A layer whose attention another
-    method replaced has no weights: it is named in `unseen` with the reason.
+    method replaced has no weights: it is named in `unseen` with the reason. Of a model with several parts it looks at
+    the language part.
 
     Args:
         measures: names from `foveate.lens.measures.MEASURES`, or `Measure` objects.

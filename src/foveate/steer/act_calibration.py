@@ -68,7 +68,8 @@ class ActCalibration(Method):
         self._chosen = _table(self.heads, host)
 
     def at(self, site: Site) -> bool:
-        return site.phase == "prefill" and self.beta < 1 and bool(self._chosen[site.layer].any())
+        reads = site.phase == "prefill" and site.is_causal
+        return reads and self.beta < 1 and bool(self._chosen[site.layer].any())
 
     def edit_weights(self, site: Site, weights: Tensor) -> Tensor:
         heads = self._chosen[site.layer].to(weights.device)

@@ -166,9 +166,7 @@ def test_retrieval_from_far_away(claim: ClaimFixture) -> None:
         (SinkRecent(sink=4, recent=28), "sinks and a recent window, same size"),
         (HeavyHitters(32), "eviction of what was attended to least, same size"),
     ):
-        claim(
-            statement, ours=ours, baseline=score(policy), better="higher", margin=0.7, baseline_name=name, seed=0
-        )
+        claim(statement, ours=ours, baseline=score(policy), better="higher", margin=0.7, baseline_name=name, seed=0)
     assert ours >= 0.9
 
 
@@ -201,7 +199,9 @@ def conversation(turn: int) -> Tensor:
         return torch.randint(of.start, of.stop, (count,), generator=draw)
 
     filler = some(range(1, 16), PROMPT - 11 + turn - 1)
-    return torch.cat([torch.tensor([BOS]), some(FIRST, 5), some(SECOND, 5), filler, some(VALUES, ANSWER - turn + 1)])[None]
+    return torch.cat([torch.tensor([BOS]), some(FIRST, 5), some(SECOND, 5), filler, some(VALUES, ANSWER - turn + 1)])[
+        None
+    ]
 
 
 class Counts(Method):

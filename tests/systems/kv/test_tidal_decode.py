@@ -151,9 +151,7 @@ def test_one_selection_in_the_middle_is_enough(claim: ClaimFixture) -> None:
         (TidalDecode(8, 2, ()), "selection at layer 2 alone"),
         (SinkRecent(sink=4, recent=4), "sinks and a recent window, same size"),
     ):
-        claim(
-            statement, ours=ours, baseline=score(policy), better="higher", margin=0.7, baseline_name=name, seed=0
-        )
+        claim(statement, ours=ours, baseline=score(policy), better="higher", margin=0.7, baseline_name=name, seed=0)
     assert ours >= 0.9
 
 
@@ -261,5 +259,8 @@ def test_shallow_models() -> None:
     ],
 )
 def test_bad_options(bad: dict[str, Any], message: str) -> None:
-    with pytest.raises(FoveateError, match=message), apply(model("llama"), TidalDecode(**{"reselect_layers": ()} | bad)):
+    with (
+        pytest.raises(FoveateError, match=message),
+        apply(model("llama"), TidalDecode(**{"reselect_layers": ()} | bad)),
+    ):
         pass

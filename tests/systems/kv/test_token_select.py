@@ -117,6 +117,19 @@ def test_when_it_votes(threshold: float, votes: int, monkeypatch: pytest.MonkeyP
 
 
 @torch.no_grad()
+def test_a_cropped_cache_votes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    count: list[int] = []
+    monkeypatch.setattr(token_select, "soft_vote", lambda *given: count.append(1) or soft_vote(*given))
+    llama, ids, cache = model("llama"), tokens(2, 30), DynamicCache()
+    with apply(llama, TokenSelect(2, 3, 4, -1.0)):
+        feed(llama, ids, torch.ones_like(ids), DECODING, cache)
+        cache.crop(-8)
+        count.clear()
+        llama(ids[:, :1], past_key_values=cache)
+        assert len(count) == 3
+
+
+@torch.no_grad()
 def test_sequences_of_a_batch_decide_each_for_itself() -> None:
     llama, ids = model("llama"), tokens(3, 30)
     for threshold in (0.5, 0.8, 0.9):
@@ -124,6 +137,17 @@ def test_sequences_of_a_batch_decide_each_for_itself() -> None:
             together = feed(llama, ids, torch.ones_like(ids), DECODING).view(3, 30, -1)
             alone = [feed(llama, row[None], torch.ones_like(row[None]), DECODING) for row in ids]
         torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.5, 0.9, 1.01])
+@torch.no_grad()
+def test_padding_changes_nothing(threshold: float) -> None:
+    """Neither whom a sequence reads nor when it votes."""
+    llama, (ids, mask) = model("llama"), padded(tokens(2, 30), "left", 14)
+    with apply(llama, TokenSelect(2, 3, 4, threshold)):
+        together = feed(llama, ids, mask, [18, *[1] * 12])
+        alone = feed(llama, ids[:1, 14:], mask[:1, 14:], [4, *[1] * 12])
+    torch.testing.assert_close(together[:16], alone, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

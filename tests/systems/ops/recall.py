@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.ops import Operator
 
-KEYS, VOCAB, PAIRS, LENGTH = 32, 64, 8, 48
+KEYS, VOCAB = 32, 64
 
 
-def batch(size: int, generator: torch.Generator, tellings: int = 1) -> tuple[Tensor, Tensor]:
-    """Tokens `(size, LENGTH)` and, for each position, the token to say or -100.
+@dataclass(frozen=True)
+class Recall:
+    """`pairs` keys with their values come first, `tellings` times, each time with new values and in a new order; after
+    that every token is one of these keys, and its latest value is asked for."""
 
-    PAIRS keys with their values come first, `tellings` times, each time with new values and in a new order; after that
-    every token is one of these keys, and its latest value is asked for.
-    """
-    keys = torch.rand(size, KEYS, generator=generator).argsort(-1)[:, :PAIRS]
-    told = []
-    for _ in range(tellings):
-        keys = keys.gather(1, torch.rand(size, PAIRS, generator=generator).argsort(-1))
-        values = torch.randint(KEYS, VOCAB, (size, PAIRS), generator=generator)
-        told.append(torch.stack([keys, values], -1).flatten(1))
-    told = torch.cat(told, 1)
-    asked = torch.randint(0, PAIRS, (size, LENGTH - told.shape[1]), generator=generator)
-    tokens = torch.cat([told, keys.gather(1, asked)], 1)
-    labels = torch.cat([torch.full_like(told, -100), values.gather(1, asked)], 1)
-    return tokens, labels
+    pairs: int = 8
+    length: int = 48
+    tellings: int = 1
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Tokens `(size, length)` and, for each position, the token to say or -100."""
+        keys = torch.rand(size, KEYS, generator=generator).argsort(-1)[:, : self.pairs]
+        told = []
+        for _ in range(self.tellings):
+            keys = keys.gather(1, torch.rand(size, self.pairs, generator=generator).argsort(-1))
+            values = torch.randint(KEYS, VOCAB, (size, self.pairs), generator=generator)
+            told.append(torch.stack([keys, values], -1).flatten(1))
+        told = torch.cat(told, 1)
+        asked = torch.randint(0, self.pairs, (size, self.length - told.shape[1]), generator=generator)
+        tokens = torch.cat([told, keys.gather(1, asked)], 1)
+        labels = torch.cat([torch.full_like(told, -100), values.gather(1, asked)], 1)
+        return tokens, labels
 
 
 class Mixer(nn.Module):
@@ -80,12 +87,12 @@ class Model(nn.Module):
         return self.head(self.norms[-1](x))
 
 
-def train(model: Model, steps: int, *, tellings: int = 1, seed: int = 0, lr: float = 5e-3, size: int = 32) -> Model:
+def train(model: Model, task: Recall, steps: int, *, seed: int = 0, lr: float = 5e-3, size: int = 32) -> Model:
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
-        tokens, labels = batch(size, generator, tellings)
+        tokens, labels = task.batch(size, generator)
         loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=-100)
         optimiser.zero_grad()
         loss.backward()
@@ -96,8 +103,8 @@ def train(model: Model, steps: int, *, tellings: int = 1, seed: int = 0, lr: flo
 
 
 @torch.no_grad()
-def accuracy(model: Model, tellings: int = 1, seed: int = 12345, size: int = 256) -> float:
+def accuracy(model: Model, task: Recall, seed: int = 12345, size: int = 256) -> float:
     """Share of the asked values that the model says."""
-    tokens, labels = batch(size, torch.Generator().manual_seed(seed), tellings)
+    tokens, labels = task.batch(size, torch.Generator().manual_seed(seed))
     asked = labels >= 0
     return (model(tokens).argmax(-1) == labels)[asked].double().mean().item()

@@ -43,24 +43,28 @@ def test_what_a_group_keeps(sinks: int, window: int) -> None:
 
 
 @pytest.mark.parametrize("rep", ["first", "middle"])
-def test_the_search_by_hand(rep: str) -> None:
-    """The row's algorithm for one group and one head, with lists."""
-    q, k, _ = qkv(64, heads=1, kv_heads=1)
+@pytest.mark.parametrize("block_q", [1, 4])
+def test_the_search_by_hand(rep: str, block_q: int) -> None:
+    """The row's algorithm for one head, with lists."""
+    q, k, _ = qkv(62, heads=1, kv_heads=1, width=3)
     keep, block = 8, 2
-    for last, keys in enumerate(chosen(HiP(keep, block_q=1, block_k=block, rep=rep), q, k)):
+    products = (q[0, 0] @ k[0, 0].T).masked_fill(torch.ones(62, 62, dtype=torch.bool).triu(1), float("-inf"))
+    for group, keys in enumerate(chosen(HiP(keep, block_q, block, rep), q, k)):
+        rows = products[group * block_q : (group + 1) * block_q]
+        last = group * block_q + len(rows) - 1
         n_blocks, chunks = -(-(last + 1) // block), keep // block
         parts = [(i * n_blocks // chunks, (i + 1) * n_blocks // chunks) for i in range(chunks)]
         parts = [(a, b) for a, b in parts if b > a]
 
-        def score(part: tuple[int, int], last: int = last) -> float:
+        def score(part: tuple[int, int], rows: Tensor = rows) -> float:
             stands = (part[0] + part[1]) // 2 if rep == "middle" else part[0]
-            return max((q[0, 0, last] @ k[0, 0, j]).item() for j in (2 * stands, 2 * stands + 1) if j <= last)
+            return rows[:, 2 * stands : 2 * stands + 2].max().item()
 
         while any(b - a > 1 for a, b in parts):
-            halves = [half for a, b in parts for half in ((a, a + (b - a) // 2), (a + (b - a) // 2, b)) if half[1] > half[0]]
+            cuts = [(a, a + (b - a) // 2, b) for a, b in parts]
+            halves = [half for a, m, b in cuts for half in ((a, m), (m, b)) if half[1] > half[0]]
             parts = sorted(sorted(halves, key=score, reverse=True)[:chunks])
-        expected = [j for a, _ in parts for j in (2 * a, 2 * a + 1) if j <= last]
-        assert keys.tolist() == expected
+        assert keys.tolist() == [j for a, _ in parts for j in (2 * a, 2 * a + 1) if j <= last]
 
 
 @pytest.mark.parametrize("n", [256, 1024, 4096])

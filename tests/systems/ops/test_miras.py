@@ -15,7 +15,7 @@ from foveate.core.errors import OptionError
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.ops.memory.miras import Miras
 from foveate.ops.memory.titans import Titans
-from tests.systems.ops.recall import Model, accuracy, train
+from tests.systems.ops.recall import Model, Recall, accuracy, train
 from tests.systems.ops.test_titans import delta_rule, recall, unit
 
 SHAPE = (2, 2, 32, 16)
@@ -212,6 +212,9 @@ def test_a_decay_brought_to_a_memory_without_one_is_refused():
         Miras("l2", "none")(q, k, v, causal=True, alpha=torch.zeros(SHAPE[:3]))
 
 
+TWICE = Recall(tellings=2)
+
+
 @pytest.mark.slow
 def test_trained_end_to_end_it_recalls_the_latest_value(claim):
     found = {}
@@ -220,7 +223,7 @@ def test_trained_end_to_end_it_recalls_the_latest_value(claim):
         ("linear", lambda: LightningAttention2([1.0, 1.0]), 1e-2),
     ):
         torch.manual_seed(0)  # each with the better of two learning rates
-        found[name] = accuracy(train(Model([make(), make()]), 300, tellings=2, lr=lr), tellings=2)
+        found[name] = accuracy(train(Model([make(), make()]), TWICE, 300, lr=lr), TWICE)
     claim(
         "values recalled by YAAD (huber_norm), 8 keys told twice with different values, two trained layers of width 64",
         ours=found["ours"], baseline=found["linear"], better="higher", margin=0.1,

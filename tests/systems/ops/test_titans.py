@@ -11,7 +11,7 @@ import foveate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.ops.memory.titans import Titans
-from tests.systems.ops.recall import Model, accuracy, train
+from tests.systems.ops.recall import Model, Recall, accuracy, train
 
 
 def unit(*shape: int, seed: int) -> Tensor:
@@ -149,13 +149,16 @@ def test_bad_calls():
         Titans(2, 4, 3)(q, q, q, causal=True)
 
 
+TWICE = Recall(tellings=2)
+
+
 @pytest.mark.slow
 def test_trained_end_to_end_it_recalls_the_latest_value(claim):
     # told once, both learn it all: the sum has room for 8 keys in 32 dimensions, but it cannot take back
     found = {}
     for name, make, lr in (("ours", lambda: Titans(2, 32, depth=1), 5e-3), ("linear", lambda: hebbian(2), 1e-2)):
         torch.manual_seed(0)  # each with the better of two learning rates
-        found[name] = accuracy(train(Model([make(), make()]), 300, tellings=2, lr=lr), tellings=2)
+        found[name] = accuracy(train(Model([make(), make()]), TWICE, 300, lr=lr), TWICE)
     claim(
         "values recalled, 8 keys told twice with different values, two trained layers of width 64",
         ours=found["ours"], baseline=found["linear"], better="higher", margin=0.1,

@@ -34,7 +34,7 @@ def run(problem: Problem, engine: str = "auto") -> Tensor:
         return problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1])
     if name != "reference" and name != "chunked" and problem.has_hidden_garbage():
         name = "chunked" if chunked.refuses(problem) is None else "reference"  # fused kernels let 0 * NaN through
-    return ENGINES[name].attend(problem)  # type: ignore[no-any-return]
+    return ENGINES[name].attend(problem)
 
 
 def plan(problem: Problem, engine: str = "auto") -> Plan:

@@ -40,7 +40,7 @@ def attend(problem: Problem, queries: int = QUERIES, keys: int = KEYS) -> Tensor
     tiling = Tiling(queries, keys, not problem.scoring.is_softmax or problem.has_hidden_garbage())
     inputs = (problem.q, problem.k, problem.v, problem.mask, *_parameters(problem))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _Chunked.apply(problem, tiling, *inputs)  # type: ignore[no-any-return]
+        return _Chunked.apply(problem, tiling, *inputs)
     return _forward(problem, tiling)[0]
 
 
@@ -124,27 +124,31 @@ class _Chunked(torch.autograd.Function):
 
 def _whole_backward(problem: Problem, totals: Totals, rows: slice, cols: slice, grad: Tensor) -> None:
     """A chunk of whole rows, differentiated by autograd."""
-    q, k, v, mine, *parameters = totals.leaves(slice(None), slice(None), mask_at=(rows, cols))
+    leaves = totals.leaves(rows, cols, whole=True)
+    q, k, v, mine, *_ = leaves
+    assert q is not None and k is not None and v is not None
     with torch.enable_grad():
         out = reference.attend(replace(problem, q=q, k=k, v=v), rows, cols, mine)
-    totals.add(out, [q, k, v, mine, *parameters], grad, slice(None), slice(None), mask_at=(rows, cols))
+    totals.add(out, leaves, grad, rows, cols, whole=True)
 
 
 def _merged_backward(
     problem: Problem, totals: Totals, rows: slice, tiles: Iterator[slice], grad: Tensor, out: Tensor, sums: Tensor
 ) -> None:
-    """A chunk under a softmax, tile by tile: weights come from the log-sum-exp, and autograd is asked for logits only."""
+    """A chunk under a softmax, tile by tile: the log-sum-exp gives weights, and only logits are left to autograd."""
     wide = sums.dtype
     mean = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
     sums = sums.masked_fill(sums == masks.NEVER, 0.0)
     for cols in tiles:
-        q, k, _, mine, *parameters = totals.leaves(rows, cols)
+        leaves = totals.leaves(rows, cols)
+        q, k, _, mine, *_ = leaves
+        assert q is not None and k is not None
         with torch.enable_grad():
             logits = _logits(problem, q, k, mine, rows, cols).to(wide)
         weights = torch.exp(logits.detach() - sums)
         v = problem.v[:, :, cols]
         towards = (grad @ problem.grouped(v).transpose(-1, -2)).to(wide)
-        totals.add(logits, [q, k, None, mine, *parameters], weights * (towards - mean), rows, cols)
+        totals.add(logits, leaves, weights * (towards - mean), rows, cols)
         if totals.sums[2] is not None:
             dv = weights.to(grad.dtype).transpose(-1, -2) @ grad
             totals.sums[2][:, :, cols] += dv.unflatten(1, (v.shape[1], -1)).sum(2)
@@ -160,18 +164,20 @@ class Totals:
             for x, need in zip(tensors, needed, strict=True)
         ]
 
-    def leaves(self, rows: slice, cols: slice, mask_at: tuple[slice, slice] | None = None) -> list[Tensor | None]:
-        """The parts of q, k, v and the mask that a tile reads, cut off from the graph, and the parameters."""
-        parts = self._parts(self.tensors, rows, cols, mask_at or (rows, cols))
+    def leaves(self, rows: slice, cols: slice, whole: bool = False) -> list[Tensor | None]:
+        """What a tile reads, cut off from the graph: parts of q, k, v and the mask, and the parameters.
+
+        `whole`: q, k and v uncut, where the reader cuts them.
+        """
+        parts = self._parts(self.tensors, rows, cols, whole)
         fresh = [None if x is None else x.detach().requires_grad_(n) for x, n in zip(parts, self.needed, strict=False)]
         return [*fresh, *self.tensors[4:]]
 
     def add(
-        self, out: Tensor, leaves: Sequence[Tensor | None], grad: Tensor, rows: slice, cols: slice,
-        mask_at: tuple[slice, slice] | None = None,
-    ) -> None:  # fmt: skip
+        self, out: Tensor, leaves: Sequence[Tensor | None], grad: Tensor, rows: slice, cols: slice, whole: bool = False
+    ) -> None:
         """Differentiate `out` by those leaves that want it, and add the gradients where they belong."""
-        targets = [*self._parts(self.sums, rows, cols, mask_at or (rows, cols)), *self.sums[4:]]
+        targets = [*self._parts(self.sums, rows, cols, whole), *self.sums[4:]]
         pairs = [(leaf, to) for leaf, to in zip(leaves, targets, strict=True) if leaf is not None and to is not None]
         if not pairs or not out.requires_grad:
             return
@@ -181,15 +187,12 @@ class Totals:
                 to += extra
 
     def finished(self) -> list[Tensor | None]:
-        return [
-            None if total is None or x is None else total.to(x.dtype)
-            for total, x in zip(self.sums, self.tensors, strict=True)
-        ]
+        pairs = zip(self.sums, self.tensors, strict=True)
+        return [None if total is None or x is None else total.to(x.dtype) for total, x in pairs]
 
     @staticmethod
-    def _parts(
-        tensors: Sequence[Tensor | None], rows: slice, cols: slice, mask_at: tuple[slice, slice]
-    ) -> list[Tensor | None]:
+    def _parts(tensors: Sequence[Tensor | None], rows: slice, cols: slice, whole: bool) -> list[Tensor | None]:
         q, k, v, mask = tensors[:4]
-        cut = [None if x is None else x[:, :, at] for x, at in ((q, rows), (k, cols), (v, cols))]
-        return [*cut, masks.columns_of(masks.rows_of(mask, mask_at[0]), mask_at[1])]
+        cuts = (q, rows), (k, cols), (v, cols)
+        parts = [x if x is None or whole else x[:, :, at] for x, at in cuts]
+        return [*parts, masks.columns_of(masks.rows_of(mask, rows), cols)]

@@ -64,7 +64,7 @@ def attend(problem: Problem) -> Tensor:
 def _compiled() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)  # type: ignore[no-any-return]
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _causal_twin(selection: Blocks) -> Blocks:
@@ -72,4 +72,4 @@ def _causal_twin(selection: Blocks) -> Blocks:
     twin = selection.__dict__.get("_causal_twin")
     if twin is None:
         twin = selection.__dict__["_causal_twin"] = selection.causal()
-    return twin  # type: ignore[no-any-return]
+    return twin

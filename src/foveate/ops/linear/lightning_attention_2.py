@@ -179,4 +179,4 @@ def _tiles(n: int, block: int, rate: Tensor) -> list[tuple[slice, _Tile]]:
     whole, rest = divmod(n, block)
     tile = _Tile(block, rate) if whole else None
     tiles = [(slice(index * block, (index + 1) * block), tile) for index in range(whole)]
-    return tiles + ([(slice(n - rest, n), _Tile(rest, rate))] if rest else [])  # type: ignore[operator]
+    return tiles + ([(slice(n - rest, n), _Tile(rest, rate))] if rest else [])

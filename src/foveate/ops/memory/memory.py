@@ -181,7 +181,7 @@ class Memory(Operator):
         for matrix in self.initial(h, d, dv, q.new_zeros((), dtype=accumulating(q.dtype))):
             _, wide, tall = matrix.shape
             learn = 6 * wide * tall  # there, back, and the sum into the memory
-            look = 4 * wide * tall + 2 * inside * (wide + tall)
+            look = 4 * wide * tall + 2 * inside * (wide * tall if self.linked else wide + tall)
             flops += b * h * (nk * learn + nq * look)
         traffic = q.numel() + k.numel() + v.numel() + b * h * nq * dv
         return Plan(engine=engine, flops=flops, bytes=traffic * q.element_size(), why=why)

@@ -7,7 +7,7 @@ It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ class Miras(Memory):
 
     Cost O(N D Dv), and a state of 3 D Dv numbers per head. "dot" without retention is linear attention, "l2" the delta
     rule; the Huber losses, and "lp" with p below 2, give way less to outliers among the values; "lq" and "kl" bound the
-    weights. The presets `moneta`, `yaad` and `memora` are the paper's three. The wrong choice where plain sums or the delta rule
-    will do: those are cheaper in the linear family.
+    weights. The presets `moneta`, `yaad` and `memora` are the paper's three. The wrong choice where plain sums or the
+    delta rule will do: those are cheaper in the linear family.
 
     With `e = W k - v`, the gradients are, times `kᵀ` each:
         "dot": `-v`. "l2": `e`. "lp": `p sign(e) |e|^(p-1)`.
@@ -40,8 +40,8 @@ class Miras(Memory):
     With M the decayed sum of the steps (see `Memory`), the weights are:
         "none" and "l2": M itself, "none" without any decay.
         "lq": `M / |M|_q^(q-2)`.
-        "kl": `mass * softmax(M)` over each slice, which is `softmax((1 - alpha) log W - theta u)`: not negative, and each
-        slice sums to `mass`. It starts uniform: an empty memory does not answer 0.
+        "kl": `mass * softmax(M)` over each slice, which is `softmax((1 - alpha) log W - theta u)`: not negative, and
+        each slice sums to `mass`. It starts uniform: an empty memory does not answer 0.
 
     Args:
         bias, retention: as above.
@@ -62,7 +62,7 @@ class Miras(Memory):
         OptionError: an option out of range, or a decay together with retention="none".
     """
 
-    inputs: frozenset[str] = frozenset({"alpha", "eta", "theta", "delta"})
+    inputs: ClassVar[frozenset[str]] = frozenset({"alpha", "eta", "theta", "delta"})
 
     def __init__(
         self, bias: Bias = "l2", retention: Retention = "l2", *, p: float = 3.0, q: float = 4.0, delta: float = 1.0,
@@ -80,7 +80,7 @@ class Miras(Memory):
         if retention == "none" and alpha:
             raise OptionError(f'alpha={alpha} decays, and retention="none" does not; use retention="l2"')
         if retention == "none":
-            self.inputs = self.inputs - {"alpha"}
+            self.inputs = self.inputs - {"alpha"}  # type: ignore[misc]  # this one takes no decay from a call either
         self.linked = retention == "kl" or (retention == "lq" and q != 2)
         self.bias, self.retention = bias, retention
         self.p, self.q, self.mass, self.slices, self.smooth = p, q, mass, slices, smooth

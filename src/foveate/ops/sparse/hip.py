@@ -120,7 +120,7 @@ class HiP(Selective):
             start = torch.stack([start, start + half], -1).flatten(-2)
             size = torch.stack([half, size - half], -1).flatten(-2)
             stands = start + size // 2 if self.rep == "middle" else start
-            best = part.scores(stands, size > 0).topk(chunks).indices.sort().values
+            best = part.scores(stands, size > 0).topk(chunks).indices
             start, size = start.gather(-1, best), size.gather(-1, best)
         return part.keys(start).masked_fill((size == 0)[..., None], -1).flatten(-2)
 

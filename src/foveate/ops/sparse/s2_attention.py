@@ -63,9 +63,11 @@ class S2Attention(Selective):
         return cls(block=4, local_blocks=1, stride=1)
 
 
-def s2_mask(shards: int, n_blocks: int, local_blocks: int = 16, stride: int = 8) -> Bool[Tensor, "h i j"]:
-    """Which key blocks j the query block i of each shard sees."""
-    shard, i, j = torch.arange(shards)[:, None, None], torch.arange(n_blocks)[:, None], torch.arange(n_blocks)
+def s2_mask(
+    shards: int, n_blocks: int, local_blocks: int = 16, stride: int = 8, first: int = 0
+) -> Bool[Tensor, "h i j"]:
+    """Which key blocks j the query blocks i, from `first` on, of each shard see."""
+    shard, i, j = torch.arange(shards)[:, None, None], torch.arange(first, n_blocks)[:, None], torch.arange(n_blocks)
     kept = (j + shard * max(1, stride // shards)) % stride == 0
     return (j <= i) & ((i - j < local_blocks) | kept)
 
@@ -82,15 +84,15 @@ def _selection(
 ) -> Blocks:
     """Tiles of queries count from the first query, blocks of the mask from the first key: a tile may lie in two."""
     block, local_blocks, stride, shards = layout
-    n_blocks, shift = -(-n_keys // block), n_keys - n_queries
-    mask = s2_mask(shards, n_blocks, local_blocks, stride).repeat_interleave(heads // shards, 0).to(device)
-    first = torch.arange(shift, n_keys, block, device=device)
-    begins, ends = mask[:, first // block], mask[:, (first + block - 1).clamp_max(n_keys - 1) // block]
-    size = (block, block)
-    if shift % block == 0:
-        return Blocks(begins[None], size, n_queries, n_keys)
+    n_blocks, size = -(-n_keys // block), (block, block)
+    skipped, shift = divmod(n_keys - n_queries, block)
+    mask = s2_mask(shards, n_blocks, local_blocks, stride, skipped).repeat_interleave(heads // shards, 0).to(device)
+    if shift == 0:
+        return Blocks(mask[None], size, n_queries, n_keys)
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return mask[h, ((q + shift) // block).clamp_max(n_blocks - 1), k // block]
+        return mask[h, ((q + shift) // block).clamp_max(mask.shape[1] - 1), k // block]
 
+    tile = torch.arange(-(-n_queries // block), device=device)
+    begins, ends = mask[:, tile], mask[:, (tile + 1).clamp_max(mask.shape[1] - 1)]
     return Blocks((begins | ends)[None], size, n_queries, n_keys, rule, (begins & ends)[None])

@@ -1,0 +1,178 @@
+"""Methods side by side: runs nest, hooks compose in order, and what cannot be done is refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+import foveate
+from foveate.core.errors import FoveateError, OptionError, UnsupportedModel
+from foveate.host import Method, Site, run as host_run
+from foveate.host.cache import SlotLayer
+from tests.host_models import Evicts, Reads, Recent, model, padded, tokens, use
+
+
+@pytest.mark.parametrize("order", ["evicts in reads", "reads in evicts", "together"])
+@torch.no_grad()
+def test_a_reader_beside_a_policy(order: str) -> None:
+    """Both see the same call: the reader sees the slots that the policy left, and changes nothing."""
+    llama, ids, mask = model("llama"), *padded(tokens(), "left")
+
+    def generate() -> Tensor:
+        return llama.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, num_beams=2)
+
+    with foveate.apply(llama, Recent(5)):
+        expected = generate()
+    policy, reader = Recent(5), Reads(lambda site: (site.phase, site.k.shape[2]))
+    first, second = {"evicts in reads": ([reader], [policy]), "reads in evicts": ([policy], [reader])}.get(
+        order, ([policy, reader], [])
+    )
+    with foveate.apply(llama, *first), foveate.apply(llama, *second):
+        assert torch.equal(generate(), expected)
+    assert reader.seen == [("prefill", 14)] * 3 + [("decode", 6)] * 3 * 5
+
+
+@torch.no_grad()
+def test_an_inner_run_may_begin_and_end_within_a_sequence() -> None:
+    llama, ids, cache = model("llama"), tokens(2, 16), DynamicCache()
+    lengths = Reads(lambda site: (site.seen, site.k.shape[2]))
+    with foveate.apply(llama, lengths) as run:
+        llama(ids[:, :12], past_key_values=cache)
+        with foveate.apply(llama, Recent(5)) as inner:
+            llama(ids[:, 12:14], past_key_values=cache)
+            assert inner.stats.kept == run.stats.kept == 5 / 14
+        assert all(isinstance(layer, SlotLayer) for layer in cache.layers)
+        llama(ids[:, 14:], past_key_values=cache)
+    assert lengths.seen == [(12, 12)] * 3 + [(14, 14)] * 3 + [(16, 7)] * 3
+    assert "reorder_cache" not in vars(cache)
+
+
+class Adds(Method):
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def edit_output(self, site: Site, out: Tensor) -> Tensor:
+        return out + self.number
+
+
+class Doubles(Method):
+    def edit_output(self, site: Site, out: Tensor) -> Tensor:
+        return 2 * out
+
+    def edit_weights(self, site: Site, weights: Tensor) -> Tensor:
+        return 2 * weights
+
+    def edit_logits(self, site: Site, logits: Tensor) -> Tensor:
+        return 2 * logits
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@torch.no_grad()
+def test_methods_compose_in_order(nested: bool) -> None:
+    llama, outputs = model("llama"), {}
+
+    class Keeps(Method):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def edit_output(self, site: Site, out: Tensor) -> Tensor:
+            if site.layer == 0:
+                outputs[self.name] = out
+            return out
+
+    def between(*methods: Method) -> Tensor:
+        applied = (Keeps("before"), *methods, Keeps("after"))
+        runs = [applied[:2], applied[2:]] if nested else [applied, ()]
+        with foveate.apply(llama, *runs[0]), foveate.apply(llama, *runs[1]):
+            use(llama)
+        return outputs["after"]
+
+    plain = between()
+    assert torch.equal(between(Adds(1.0), Doubles()), (outputs["before"] + 1) * 2)
+    assert torch.equal(between(Doubles(), Adds(1.0)), outputs["before"] * 2 + 1)
+    assert not torch.allclose(plain, outputs["after"])
+
+
+@torch.no_grad()
+def test_edits_of_the_matrix_compose_and_come_at_their_place() -> None:
+    """Logits after the scale and before the mask; weights after the softmax, in the order of the methods."""
+    llama, ids = model("llama"), tokens(1, 5)
+    rows = Reads(lambda site: site.weights[0])
+
+    class Plants(Method):
+        def edit_logits(self, site: Site, logits: Tensor) -> Tensor:
+            rank = torch.arange(5.0)
+            return rank.expand_as(logits)
+
+        def edit_weights(self, site: Site, weights: Tensor) -> Tensor:
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
+            return weights + 1.0
+
+    with foveate.apply(llama, Plants(), Doubles(), rows):
+        llama(ids)
+    expected = torch.full((5, 5), 1.0)
+    for i in range(5):
+        expected[i, : i + 1] += (2 * torch.arange(i + 1.0)).softmax(-1)
+    torch.testing.assert_close(rows.seen[0], (2 * expected).expand(4, 5, 5))
+
+
+@torch.no_grad()
+def test_the_last_method_that_attends_has_the_last_word() -> None:
+    class Attends(Method):
+        def __init__(self, value: float | None) -> None:
+            self.value = value
+
+        def attend(self, site: Site) -> Tensor | None:
+            return None if self.value is None else torch.full_like(site.q, self.value)
+
+    outputs = Reads(lambda site: site)
+    values = []
+    outputs.read = lambda site, out: values.append(float(out[0, 0, 0, 0]))  # type: ignore[method-assign]
+    with foveate.apply(model("llama"), Attends(1.0), Attends(2.0), Attends(None), outputs):
+        use(model("llama"))
+    assert values == [2.0] * 3
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def refusal(kind: type[FoveateError], call: Callable[[], object]) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def inside(name: str, method: Method, call: Callable[[], object]) -> None:
+    with torch.no_grad(), foveate.apply(model(name), method):
+        call()
+
+
+def test_refusals() -> None:
+    llama, ids = model("llama"), tokens()
+    assert refusal(UnsupportedModel, lambda: foveate.apply(torch.nn.Linear(2, 2))) == (
+        "model must be a transformers PreTrainedModel; got Linear"
+    )
+    assert "FalconForCausalLM does not go through" in refusal(
+        UnsupportedModel, lambda: foveate.apply(model("falcon"), Evicts())
+    )
+    assert refusal(OptionError, lambda: foveate.apply(llama, "sink_recent")) == "apply() takes Method objects; got str"
+    assert "apply() takes Method objects; got type" in refusal(OptionError, lambda: foveate.apply(llama, Evicts))
+    static = StaticCache(config=llama.config, max_cache_len=32)
+    assert refusal(UnsupportedModel, lambda: inside("llama", Recent(), lambda: llama(ids, past_key_values=static))) == (
+        "past_key_values must be a DynamicCache for a method that evicts; got StaticCache of StaticLayer"
+    )
+    with pytest.raises(UnsupportedModel, match="works inside foveate.apply"):
+        host_run.attention_function(llama.model.layers[0].self_attn, ids, ids, ids, None)
+
+
+def test_a_run_is_used_once() -> None:
+    run = foveate.apply(model("llama"), Evicts())
+    with run:
+        use(model("llama"))
+    assert refusal(OptionError, run.__enter__) == "this run was used already; call apply() again"
+    assert not host_run._OPEN

@@ -1,0 +1,172 @@
+"""What a site says of its call, and what methods may remember from one call to the next."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+import foveate
+from foveate.host import Method, Site
+from tests.host_models import Evicts, Reads, Recent, model, padded, tokens, use
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "model's", "static"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@torch.no_grad()
+def test_sites_of_a_decoder(name: str, cache: str) -> None:
+    subject = model(name)
+    kinds = {
+        "dynamic": DynamicCache,
+        "model's": lambda: DynamicCache(config=subject.config),
+        "static": lambda: StaticCache(config=subject.config, max_cache_len=32),
+    }
+    past = kinds[cache]()
+    sites = Reads(
+        lambda site: (
+            site.layer, site.phase, site.seen, site.query_positions.tolist(), site.groups, tuple(site.hidden.shape)
+        )
+    )  # fmt: skip
+    with foveate.apply(subject, sites):
+        for begin, end in ((0, 1), (1, 2), (2, 14), (14, 15)):
+            subject(tokens(2, 15)[:, begin:end], past_key_values=past)
+    asked = [("prefill", 1, [0]), ("decode", 2, [1]), ("prefill", 14, [*range(2, 14)]), ("decode", 15, [14])]
+    asked = [(phase, seen, queries, 2, (2, len(queries), 32)) for phase, seen, queries in asked]
+    assert sites.seen == [(layer, *rest) for rest in asked for layer in range(3)]
+
+
+@torch.no_grad()
+def test_positions_of_sliding_layers() -> None:
+    """A window's layer holds later tokens only; each key stays beside its position, stored natively or in slots."""
+    mistral = model("mistral")
+    for methods in ((), (Evicts(),)):
+        cache, found = DynamicCache(config=mistral.config), Reads(lambda site: (site.positions, site.k, site.mask))
+        with foveate.apply(mistral, *methods, found):
+            mistral(tokens(), past_key_values=cache)
+            mistral(tokens(2, 1), past_key_values=cache)
+            mistral(tokens(2, 2), past_key_values=cache)
+        for positions, k, _ in found.seen[:3]:
+            assert positions[0, 0].tolist() == [*range(14)] and k.shape[2] == 14
+        for positions, k, _ in found.seen[3:6]:
+            assert positions[0, 0].tolist() == [*range(7, 15)] and k.shape[2] == 8
+        for positions, k, mask in found.seen[6:]:
+            assert positions[0, 0].tolist() == [*range(8, 17)] and k.shape[2] == 9
+            assert mask[0, 0].tolist() == [[True] * 8 + [False], [False] + [True] * 8]
+
+
+@torch.no_grad()
+def test_sites_of_encoders() -> None:
+    ids, mask = padded(tokens(), "right")
+    sites = Reads(lambda site: (site.layer, site.phase, site.seen, site.is_causal, site.cache))
+    with foveate.apply(model("bert"), sites):
+        model("bert")(ids, attention_mask=mask)
+        model("bert")(ids[:, :1])
+    assert sites.seen == [(layer, "prefill", n, False, None) for n in (14, 1) for layer in (0, 1)]
+    sites.seen.clear()
+    with foveate.apply(model("vit"), sites):
+        use(model("vit"))
+    assert sites.seen == [(layer, "prefill", 17, False, None) for layer in (0, 1)]
+
+
+@torch.no_grad()
+def test_sites_of_an_encoder_decoder() -> None:
+    """Cross-attention has no slots of its own: the decoder forgets what it wrote, not what it reads."""
+    bart, (ids, mask) = model("bart"), padded(tokens(), "right")
+    sites = Reads(lambda site: (site.is_causal, site.slots is not None, site.seen, site.k.shape[2]))
+    with foveate.apply(bart, Recent(3), sites):
+        bart.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    encoder, decoder = [(False, False, 14, 14)] * 2, []
+    for step in range(1, 7):
+        decoder += [(True, True, step, min(step, 4)), (False, False, 14, 14)] * 2
+    assert sites.seen == encoder + decoder
+
+
+@torch.no_grad()
+def test_where_padded_sequences_begin() -> None:
+    for side, begins in (("left", [4, 0]), ("right", [0, 0]), ("none", [0, 0])):
+        ids, mask = padded(tokens(), side)
+        sites = Reads(lambda site: site.begins.tolist())
+        with foveate.apply(model("llama"), sites):
+            model("llama")(ids, attention_mask=mask)
+        assert sites.seen == [begins] * 3
+
+
+@torch.no_grad()
+def test_arguments_by_position() -> None:
+    """A model may hand its attention modules the hidden states and the cache by position."""
+    llama, cache = model("llama"), DynamicCache()
+    hidden, attention = torch.randn(2, 9, 32), model("llama").model.layers[0].self_attn
+    rotary = llama.model.rotary_emb(hidden, torch.arange(9)[None])
+    sites = Reads(lambda site: (site.hidden is hidden, site.cache is cache, site.slots is not None, site.seen))
+    with foveate.apply(llama, Recent(3), sites):
+        attention(hidden, rotary, None, cache)
+    assert sites.seen == [(True, True, True, 9)]
+    assert cache.layers[0].store.stored == 2 * 2 * 3
+
+
+# -- memory of methods -------------------------------------------------------------------------------------------------
+
+
+class Remembers(Method):
+    """Counts its calls of a sequence, and keeps each sequence's first token apart."""
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[int, int, int]] = []
+
+    def read(self, site: Site, out: Tensor) -> None:
+        memory, shared = site.memory(self), site.memory(self, all_layers=True)
+        memory["calls"] = memory.get("calls", 0) + 1
+        shared["calls"] = shared.get("calls", 0) + 1
+        site.step["calls"] = site.step.get("calls", 0) + 1
+        self.noted.append((memory["calls"], shared["calls"], site.step["calls"]))
+
+
+@torch.no_grad()
+def test_memory_is_of_a_layer_and_a_sequence() -> None:
+    llama, method = model("llama"), Remembers()
+    with foveate.apply(llama, method):
+        for caches in ((DynamicCache(),), (DynamicCache(),)):
+            for _ in range(2):
+                llama(tokens(2, 3), past_key_values=caches[0])
+    assert method.noted == [(1, 1, 1), (1, 2, 2), (1, 3, 3), (2, 4, 1), (2, 5, 2), (2, 6, 3)] * 2
+
+
+@torch.no_grad()
+def test_memory_ends_with_the_sequence_and_with_the_run() -> None:
+    llama, cache, method = model("llama"), DynamicCache(), Remembers()
+    once = [(1, 1, 1), (1, 2, 2), (1, 3, 3)]
+    with foveate.apply(llama):
+        for _ in range(2):
+            with foveate.apply(llama, method):
+                llama(tokens(2, 3), past_key_values=cache)
+        assert method.noted == once * 2
+        cache.reset()
+        with foveate.apply(llama, method):
+            llama(tokens(2, 3), past_key_values=cache)
+            cache.reset()
+            llama(tokens(2, 3), past_key_values=cache)
+    assert method.noted == once * 4
+
+
+@torch.no_grad()
+def test_memory_follows_beam_search() -> None:
+    """What a method noted of a sequence goes along when the sequence moves to another place in the batch."""
+    llama = model("llama")
+
+    class Follows(Method):
+        checks = 0
+
+        def read(self, site: Site, out: Tensor) -> None:
+            memory = site.memory(self)
+            if site.phase == "prefill":
+                memory["first"] = site.k[:, 0, :, 0].clone()
+                return
+            n = memory["first"].shape[1]
+            assert torch.equal(site.k[:, 0, :n, 0], memory["first"])
+            memory["first"] = site.k[:, 0, :, 0].clone()
+            Follows.checks += 1
+
+    with foveate.apply(llama, Follows()):
+        llama.generate(tokens(2, 6), max_new_tokens=8, num_beams=4, do_sample=False)
+    assert Follows.checks == 3 * 7
