@@ -296,11 +296,11 @@ def test_overlap_of_everything_is_one() -> None:
 def test_budget() -> None:
     here = host(model("llama"))
     for budget in (0.25, 0.5, 0.1):
-        policy = RecycledAttention.at_budget(budget, here, 200)
+        policy = RecycledAttention.at_budget(budget, here, 400)
         with apply(model("llama"), policy) as run:
-            model("llama").generate(tokens(1, 200), max_new_tokens=1 + policy.stride, do_sample=False)
+            model("llama").generate(tokens(1, 400), max_new_tokens=1 + policy.stride, do_sample=False)
         assert run.stats.read == pytest.approx(budget, abs=0.03)
-    assert RecycledAttention.at_budget(1.0, here, 100).k >= 99
+    assert RecycledAttention.at_budget(1.0, here, 100).k >= 98
     assert RecycledAttention.at_budget(0.0, here, 100).k == 1
 
 
