@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import foveate
 from _report import finish, interleaved
 
-REPEATS = {1024: 60, 8192: 5}
+REPEATS = {1024: 150, 8192: 11}
 GOALS = {1024: 1.05, 8192: 1.01}
 
 
@@ -32,7 +32,7 @@ def main() -> None:
             ours = functools.partial(foveate.attend, q, k, v, "softmax", causal=causal)
             assert torch.equal(ours(), kernel())
             with torch.inference_mode():
-                seconds = interleaved({"torch": kernel, "foveate": ours}, REPEATS.get(n, 5))
+                seconds = interleaved({"torch": kernel, "foveate": ours}, REPEATS.get(n, 11))
             name = f"N={n}{' causal' if causal else ''}"
             ratios[f"attend / torch, {name}"] = ratio = seconds["foveate"] / seconds["torch"]
             rows.append(

@@ -124,7 +124,7 @@ def test_learnt_gates_are_kept_beside_the_results(
         ({"length": 12}, OptionError, "length"),
         ({"length": 900}, TaskError, "context holds 768"),
         ({"task": "poetry"}, TaskError, "poetry"),
-        ({"task": "none.jsonl"}, TaskError, "cannot be read"),
+        ({"task": "none.jsonl", "length": None}, TaskError, "cannot be read"),
         ({"task": "mine.jsonl", "length": 700}, OptionError, "length"),
         ({"model": "./nowhere"}, UnsupportedModel, "no folder"),
     ],

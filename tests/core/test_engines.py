@@ -185,7 +185,8 @@ def test_nothing_to_do(engine: str, batch: int, n_queries: int, n_keys: int) -> 
 
 
 @pytest.mark.parametrize("engine", ["auto", "reference", "chunked", "fused", "gather"])
-def test_hidden_garbage_never_leaks(engine: str) -> None:
+@pytest.mark.parametrize("grad", [False, True])
+def test_hidden_garbage_never_leaks(engine: str, grad: bool) -> None:
     q, k, v = qkv(9, grad=True)
     seen = masks.causal(9, 9)
     seen[:, 3] = False
@@ -196,18 +197,44 @@ def test_hidden_garbage_never_leaks(engine: str) -> None:
     dirty = Problem(q, dirty_k.requires_grad_(), dirty_v.requires_grad_(), 1.0, seen, selection=selection)
     out = engines.run(dirty, engine)
     assert_near(out, clean, 1e-12)
+    if not grad:
+        with torch.no_grad():
+            assert_near(engines.run(dirty, engine), clean, 1e-12)
+        return
     pairs = zip(gradients(out, (q, dirty_k, dirty_v)), gradients(clean, (q, k, v)), strict=True)
     for ours, theirs in pairs:
         assert_near(ours, theirs, 1e-12)
 
 
-def test_visible_garbage_shows() -> None:
-    q, k, v = qkv(6)
-    v[:, :, 2] = float("nan")
-    for engine in ("reference", "chunked", "fused"):
-        out = engines.run(Problem(q, k, v, 1.0, causal=True), engine)
-        assert out[:, :, :2].isfinite().all()
-        assert out[:, :, 2:].isnan().all()
+@pytest.mark.parametrize("engine", ["reference", "chunked", "fused", "gather"])
+@pytest.mark.parametrize("where", ["k", "v"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_garbage_shows_to_those_who_see_it_alone(engine: str, where: str, grad: bool) -> None:
+    clean = qkv(9, kv_heads=4, grad=True)
+    q, k, v = (x.detach().clone() for x in clean)
+    {"k": k, "v": v}[where][:, :, 4] = float("nan")
+    selection = window(9, 9, 3, 0, q.device) if engine == "gather" else None
+    inputs = [x.requires_grad_(grad) for x in (q, k, v)]
+    out = engines.run(Problem(*inputs, 1.0, causal=True, selection=selection), engine)
+    expected = engines.run(Problem(*clean, 1.0, causal=True, selection=selection), "reference")
+    sees = slice(4, 7) if engine == "gather" else slice(4, None)
+    assert out[:, :, sees].isnan().all()
+    blind = [i for i in range(9) if i not in range(9)[sees]]
+    assert_near(out[:, :, blind], expected[:, :, blind], 1e-12)
+    if grad and where == "v":  # rows whose weights are NaN have no gradient that is not
+        pairs = zip(gradients(out[:, :, blind], inputs), gradients(expected[:, :, blind], clean), strict=True)
+        for ours, theirs in pairs:
+            ours, theirs = (x[:, :, :4] for x in (ours, theirs))
+            assert_near(ours, theirs, 1e-12)
+
+
+def test_garbage_in_a_query_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(9)
+    q[:, :, 3] = float("nan")
+    monkeypatch.setattr(chunked, "attend", None)  # no reason to go there
+    out = engines.run(Problem(q, k, v, 1.0, masks.causal(9, 9)))
+    assert out[:, :, 3].isnan().all()
+    assert out[:, :, [i for i in range(9) if i != 3]].isfinite().all()
 
 
 def plain(n: int, device: str = "cpu", grad: bool = False) -> Problem:

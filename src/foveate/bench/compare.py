@@ -80,7 +80,8 @@ def compare(
     """
     keys = [FULL, *(key for key in (methods or DEFAULT) if key != FULL)]
     check(keys)
-    validate.between("budget", budget, 1e-9, 1.0)
+    if not 0 < budget <= 1:
+        raise OptionError(f"budget={budget} must be above 0 and at most 1, a share of the full cache")
     chosen = _task(task, examples, length, seed)
     loaded, tokenizer, folder = load(model, device, dtype)
     here, batch = host(loaded), prompts(chosen, tokenizer, loaded)
@@ -112,10 +113,10 @@ def _task(task: str | None, examples: int | None, length: int | None, seed: int)
         validate.at_least("examples", examples, 1)
     if task is None or task == "needle":
         return Needle(length=LENGTH if length is None else length, count=examples or EXAMPLES, seed=seed)
-    if length is not None:
-        raise OptionError(f"length={length} goes with the needle task; the prompts of {task} have their own")
     if not task.endswith(".jsonl"):
         raise TaskError(f'task={task!r} must be "needle" or a .jsonl file of prompts and answers')
+    if length is not None:
+        raise OptionError(f"length={length} goes with the needle task; the prompts of {task} have their own")
     return Prompts(Path(task), examples)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel
@@ -40,13 +43,26 @@ def load(model: str | None, device: str = "cpu", dtype: str = "float32") -> tupl
         if local and not list(folder.glob("*.safetensors")):
             raise UnsupportedModel(f"model={name!r} holds no .safetensors weights (pickled ones are not loaded)")
         tokenizer = AutoTokenizer.from_pretrained(name)
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True)
+        with _quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModel(f"model={name!r} cannot be loaded: {first}") from None
     if not getattr(loaded.config, "is_decoder", True) and config.model_type in ("bert", "roberta", "electra"):
         raise UnsupportedModel(f"model={name!r} is an encoder; compare needs a decoder language model")
     return loaded.to(where).eval(), tokenizer, folder if local else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bar, which would run into ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def torch_device(device: str) -> torch.device:

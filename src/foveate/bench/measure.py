@@ -36,7 +36,7 @@ def prompts(task: Task, tokenizer: Any, model: PreTrainedModel) -> list[Prompt]:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     found = []
     for number, example in enumerate(task.examples(), 1):
-        ids = tokenizer(example.prompt, return_tensors="pt").input_ids
+        ids = tokenizer(example.prompt, return_tensors="pt", verbose=False).input_ids
         new = len(tokenizer(example.answer, add_special_tokens=False).input_ids) + _SPARE
         if ids.shape[1] == 0:
             raise TaskError(f"example {number} of {task.name} has an empty prompt")

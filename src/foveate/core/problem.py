@@ -85,16 +85,30 @@ class Problem:
         chosen = self.selection.dense(rows)[..., cols] if self.selection is not None else None
         return masks.combine(mine, future, chosen)
 
-    def has_hidden_garbage(self) -> bool:
-        """Whether keys or values that some query may not see hold NaN or inf.
+    @property
+    def wants_grad(self) -> bool:
+        tensors = (self.q, self.k, self.v, self.mask)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
-        Then only an engine that masks value by value keeps them from leaking.
-        """
-        hides = self.mask is not None or self.selection is not None or (self.causal and self.n_queries > 1)
-        if not hides or torch.compiler.is_compiling():
+    @property
+    def hides_keys(self) -> bool:
+        """Whether there may be a key that some query may not see."""
+        return self.mask is not None or self.selection is not None or (self.causal and self.n_queries > 1)
+
+    def has_garbage(self) -> bool:
+        """Whether keys or values hold NaN or inf: those that are hidden must then be masked value by value."""
+        if torch.compiler.is_compiling():
             return False
         total = self.k.detach().sum(dtype=torch.float32) + self.v.detach().sum(dtype=torch.float32)
         return not bool(torch.isfinite(total))
+
+    def shows_no_garbage(self, out: Tensor) -> bool:
+        """Whether an output proves that no key or value has put NaN or inf into it."""
+        if torch.compiler.is_compiling():
+            return True
+        sees_all = self.mask is None and self.selection is None
+        witness = out[:, :, -1] if sees_all else out  # under causality alone the last query sees every key
+        return bool(torch.isfinite(witness.sum(dtype=torch.float32)))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from foveate.core import oracle
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
+from foveate.ops.dense.scored import Scored
 from foveate.ops.dense.selective_self_attention import SelectiveSelfAttention
 from foveate.ops.dense.softmax import Softmax
 from tests.tensors import assert_near, qkv
@@ -119,3 +121,53 @@ def test_a_needle_is_not_diluted(claim) -> None:
         ours=ours, baseline=plain, better="higher", margin=0.5, baseline_name="softmax",
     )  # fmt: skip
     assert ours > 10 * plain
+
+
+class Reader(nn.Module):
+    """One attention layer with two heads, and what follows it."""
+
+    def __init__(self, op: Scored, width: int, extra: int) -> None:
+        super().__init__()
+        self.op, self.qkv, self.out = op, nn.Linear(3 * width + 1, 96), nn.Linear(32, width)
+        self.mlp = nn.Sequential(nn.Linear(width, extra), nn.GELU(), nn.Linear(extra, width)) if extra else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        y = self.out(self.op(q, k, v, causal=True).transpose(1, 2).flatten(2))
+        return y if self.mlp is None else y + self.mlp(y)
+
+
+def sharp_and_flat(count: int, random: torch.Generator, length: int = 64, width: int = 8):
+    """Half of the tokens ask for one token's note, by a noisy cue, and half for the mean of all notes so far."""
+    name, note, noise = torch.randn(3, count, length, width, generator=random)
+    name, one = F.normalize(name, dim=-1), (torch.rand(count, length, 1, generator=random) < 0.5).float()
+    asked = (torch.rand(count, length, generator=random) * torch.arange(1, length + 1)).long()
+    asked = asked[..., None].expand(-1, -1, width)
+    cue = F.normalize(name.gather(1, asked) + 0.15 * noise, dim=-1)
+    mean = note.cumsum(1) / torch.arange(1, length + 1)[:, None]
+    return torch.cat([name, note, cue, one], -1), one * note.gather(1, asked) + (1 - one) * 3 * mean
+
+
+def test_it_learns_sharp_and_flat_maps_at_once(claim) -> None:
+    """The control has an MLP with as many parameters as the temperatures have."""
+
+    def loss(op: Scored, extra: int) -> float:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, random = Reader(op, 8, extra), torch.Generator().manual_seed(0)
+            optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
+            for _ in range(250):
+                x, y = sharp_and_flat(32, random)
+                optimiser.zero_grad()
+                F.mse_loss(model(x), y).backward()
+                optimiser.step()
+        x, y = sharp_and_flat(256, random)
+        with torch.no_grad():
+            return F.mse_loss(model(x), y).item()
+
+    ours, baseline = loss(SelectiveSelfAttention(2, 16), 0), loss(Softmax(), 4)
+    claim(
+        "temperatures learn sharp maps for some tokens and flat ones for others: held-out squared error",
+        ours=ours, baseline=baseline, better="lower", margin=0.05 * baseline,
+        baseline_name="softmax + an MLP of equal size", seed=0,
+    )  # fmt: skip

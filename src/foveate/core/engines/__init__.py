@@ -32,9 +32,23 @@ def run(problem: Problem, engine: str = "auto") -> Tensor:
     name, _ = choose(problem, engine)
     if problem.is_empty:
         return problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1])
-    if name != "reference" and name != "chunked" and problem.has_hidden_garbage():
-        name = "chunked" if chunked.refuses(problem) is None else "reference"  # fused kernels let 0 * NaN through
-    return ENGINES[name].attend(problem)
+    if name in ("reference", "chunked") or not problem.hides_keys:
+        return ENGINES[name].attend(problem)
+    return _guarded(problem, name)
+
+
+def _guarded(problem: Problem, name: str) -> Tensor:
+    """Fused kernels let 0 * NaN through: what they give stands unless it shows that, and keys or values are the cause.
+
+    The gradient may suffer where the output does not, so that keys and values are looked at first where one is wanted.
+    """
+    if not problem.wants_grad:
+        out = ENGINES[name].attend(problem)
+        if problem.shows_no_garbage(out) or not problem.has_garbage():
+            return out
+    elif not problem.has_garbage():
+        return ENGINES[name].attend(problem)
+    return ENGINES["chunked" if chunked.refuses(problem) is None else "reference"].attend(problem)
 
 
 def plan(problem: Problem, engine: str = "auto") -> Plan:

@@ -37,7 +37,7 @@ def refuses(problem: Problem) -> str | None:
 
 def attend(problem: Problem, queries: int = QUERIES, keys: int = KEYS) -> Tensor:
     """The output `(B, Hq, Nq, Dv)`, in chunks of `queries` rows and tiles of `keys` columns."""
-    tiling = Tiling(queries, keys, not problem.scoring.is_softmax or problem.has_hidden_garbage())
+    tiling = Tiling(queries, keys, not problem.scoring.is_softmax or (problem.hides_keys and problem.has_garbage()))
     inputs = (problem.q, problem.k, problem.v, problem.mask, *_parameters(problem))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return _Chunked.apply(problem, tiling, *inputs)

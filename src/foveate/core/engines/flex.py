@@ -41,7 +41,7 @@ def refuses(problem: Problem) -> str | None:
     if problem.q.dtype == torch.float64:
         return "FlexAttention does not compile for float64"
     if problem.q.device.type == "cpu":
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
+        if problem.wants_grad:
             return "FlexAttention has no backward pass on CPU"
         if not has_compiler():
             return "there is no C++ compiler"
