@@ -58,13 +58,19 @@ format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# each benchmark's last line, its ratios, stays in docs/measured for the README
 bench: $(INSTALLED_DEV)
-	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	@mkdir -p docs/measured; set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; \
+		$(BIN)/python $$file | tee /dev/stderr | tail -n 1 > docs/measured/$$(basename $$file .py).json; done
 
 claims: $(INSTALLED_DEV)
-	$(ONE_THREAD) $(BIN)/python -m tests.claims
+	rm -rf .claims
+	FOVEATE_CLAIMS=.claims $(PYTEST) tests/systems
+	$(BIN)/python -m tests.claims .claims
 
 docs: claims
+	$(BIN)/foveate compare
+	$(BIN)/python docs/fill.py
 
 clean:
 	rm -rf $(VENV) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
