@@ -330,6 +330,32 @@ def test_without_a_compiler_flex_is_skipped_with_one_warning(monkeypatch: pytest
         flex.has_compiler.cache_clear()
 
 
+def test_flex_is_never_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled, it would attend to every key: `auto` gathers in its place, and the engine by name says no."""
+    q, k, v = qkv(40, dtype=torch.float32)
+    problem = Problem(q, k, v, 1.0, None, True, Blocks(torch.eye(10, dtype=torch.bool)[None, None], (4, 4), 40, 40))
+    monkeypatch.setattr(flex, "has_compiler", lambda: True)
+    monkeypatch.setattr(flex, "_compiled", lambda: flex._kernel)
+    monkeypatch.setattr(engines, "LONG", 1)
+    assert engines.choose(problem)[0] == "flex"
+    assert_near(engines.run(problem), engines.run(problem, "reference"), 1e-5)
+    with pytest.raises(UnsupportedEngine, match="needs torch.compile"):
+        engines.run(problem, "flex")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not flex.has_compiler(), reason="needs a C++ compiler")
+def test_flex_stops_at_so_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*lengths: int) -> None:
+        for n in lengths:
+            q, k, v = qkv(n, dtype=torch.float32)
+            engines.run(Problem(q, k, v, 1.0, None, True, window(n, n, 7, 0, q.device)), "flex")
+
+    monkeypatch.setattr(flex, "COMPILED", 1)
+    with pytest.raises(flex.NotCompiled, match="1 different calls"):
+        run(33, 65, 97)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not flex.has_compiler(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("per_head", [False, True])

@@ -162,7 +162,7 @@ def test_malformed_selections_are_refused(made, says: str) -> None:
         made()
 
 
-@pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 300), (130, 300), (300, 300), (400, 400)])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 300), (130, 300), (300, 300), (400, 400), (4100, 4100)])
 @pytest.mark.parametrize(("size", "sinks"), [(1, 0), (100, 0), (129, 5), (1000, 0)])
 def test_the_window(n_queries: int, n_keys: int, size: int, sinks: int) -> None:
     s = window(n_queries, n_keys, size, sinks, torch.device("cpu"))

@@ -8,7 +8,8 @@ import torch
 
 from foveate.core.selection import Blocks, Rule
 
-TILE = 128
+#: Tokens in a tile, and in one of a long call on a CPU, where compiled FlexAttention wastes less with smaller ones.
+TILE, LONG_TILE, LONG = 128, 64, 4096
 
 
 @lru_cache(maxsize=64)
@@ -19,13 +20,14 @@ def window(n_queries: int, n_keys: int, size: int, sinks: int, device: torch.dev
     The same call gives the same object, so that compiled kernels and block masks are reused.
     """
     shift = n_keys - n_queries
-    first = torch.arange(-(-n_queries // TILE), device=device)[:, None] * TILE + shift
-    last = (first + TILE - 1).clamp_max(n_keys - 1)
-    start = torch.arange(-(-n_keys // TILE), device=device) * TILE
-    end = start + TILE - 1
+    tile = LONG_TILE if n_queries >= LONG and device.type == "cpu" else TILE
+    first = torch.arange(-(-n_queries // tile), device=device)[:, None] * tile + shift
+    last = (first + tile - 1).clamp_max(n_keys - 1)
+    start = torch.arange(-(-n_keys // tile), device=device) * tile
+    end = start + tile - 1
     touched = (start <= last) & ((first - end < size) | (start < sinks))
     whole = (end <= first) & ((last - start < size) | (end < sinks))
-    return Blocks(touched[None, None], (TILE, TILE), n_queries, n_keys, _rule(size, sinks, shift), whole[None, None])
+    return Blocks(touched[None, None], (tile, tile), n_queries, n_keys, _rule(size, sinks, shift), whole[None, None])
 
 
 @lru_cache(maxsize=64)

@@ -34,7 +34,12 @@ def run(problem: Problem, engine: str = "auto") -> Tensor:
         return problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1])
     if name in ("reference", "chunked") or not problem.hides_keys:
         return ENGINES[name].attend(problem)
-    return _guarded(problem, name)
+    try:
+        return _guarded(problem, name)
+    except flex.NotCompiled:
+        if engine != "auto":
+            raise
+        return _guarded(problem, "gather")
 
 
 def _guarded(problem: Problem, name: str) -> Tensor:

@@ -1,7 +1,8 @@
 """Compiled FlexAttention over block masks: the fastest sparse engine where compiling repays.
 
 The first call compiles (about 13 s on a CPU, 3 s and more for another shape), so that `auto` turns to it for long
-inputs only. Without a C++ compiler it is skipped, with one warning. It has no backward pass on a CPU.
+inputs only. Without a C++ compiler it is skipped, with one warning. It has no backward pass on a CPU. Uncompiled,
+FlexAttention would make the whole matrix and not look at the chosen tiles: that is refused, not run.
 """
 
 from __future__ import annotations
@@ -11,12 +12,24 @@ import shutil
 import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from foveate.core.errors import UnsupportedEngine
 from foveate.core.problem import Problem
 from foveate.core.selection import Blocks
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+#: Calls of different shape or rule that are compiled in one process; torch's own default is 8.
+COMPILED = 128
+
+
+class NotCompiled(UnsupportedEngine):
+    """FlexAttention could not be compiled for a call."""
 
 
 @cache
@@ -53,18 +66,29 @@ def attend(problem: Problem) -> Tensor:
     selection = problem.selection
     assert isinstance(selection, Blocks)
     mask = (_causal_twin(selection) if problem.causal else selection).block_mask
-    out = _compiled()(
-        problem.q, problem.k, problem.v, block_mask=mask, scale=problem.scale, enable_gqa=problem.groups > 1
-    )
-    assert isinstance(out, Tensor)
-    return out
+    from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    try:
+        with config.patch(recompile_limit=COMPILED):
+            return _compiled()(problem.q, problem.k, problem.v, mask, problem.scale, problem.groups > 1)
+    except FailOnRecompileLimitHit:
+        raise NotCompiled(f"flex has compiled FlexAttention for {COMPILED} different calls already") from None
 
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_kernel, dynamic=False, fullgraph=True)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, grouped: bool) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    if not torch.compiler.is_compiling():
+        raise NotCompiled("flex needs torch.compile, which is switched off")
+    out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _causal_twin(selection: Blocks) -> Blocks:
