@@ -61,7 +61,8 @@ format: $(INSTALLED_DEV)
 # each benchmark's last line, its ratios, stays in docs/measured for the README
 bench: $(INSTALLED_DEV)
 	@mkdir -p docs/measured; set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; \
-		$(BIN)/python $$file | tee /dev/stderr | tail -n 1 > docs/measured/$$(basename $$file .py).json; done
+		$(BIN)/python $$file > .bench.out; cat .bench.out; \
+		tail -n 1 .bench.out > docs/measured/$$(basename $$file .py).json; done; rm -f .bench.out
 
 claims: $(INSTALLED_DEV)
 	rm -rf .claims

@@ -44,7 +44,7 @@ def speed() -> str:
     for file in sorted(MEASURED.glob("*.json")):
         for name, value in json.loads(file.read_text()).items():
             if isinstance(value, int | float):
-                lines.append(f"| `benchmarks/{file.stem}.py` | {name.replace('_', ' ')} | {value:.3g} |")
+                lines.append(f"| `benchmarks/{file.stem}.py` | {name} | {value:.3g} |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ arXiv 2401.04658.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self, final
 
@@ -16,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
+from foveate.ops import alibi
 from foveate.ops.linear import forms
 from foveate.ops.linear.linear import Linear
 from foveate.ops.operator import Pattern
@@ -103,17 +103,8 @@ def transnormer_decay(heads: int, layer: int = 0, depth: int = 1, variant: Varia
     if variant == "paper":
         slopes = torch.arange(heads, dtype=torch.float64) * (8 / heads) * (1 - layer / depth)
     else:
-        slopes = _alibi_slopes(heads) * (1 - layer / max(depth - 1, 1) + 1e-5)
+        slopes = alibi.slopes(heads) * (1 - layer / max(depth - 1, 1) + 1e-5)
     return torch.exp(-slopes)
-
-
-def _alibi_slopes(heads: int) -> Tensor:
-    base = 2 ** math.floor(math.log2(heads))
-    slopes = torch.exp2(-8 * torch.arange(1, base + 1, dtype=torch.float64) / base)
-    if base == heads:
-        return slopes
-    finer = torch.exp2(-8 * torch.arange(1, 2 * base + 1, 2, dtype=torch.float64) / (2 * base))
-    return torch.cat([slopes, finer[: heads - base]])
 
 
 def _checked(decay: Any) -> tuple[float, ...]:
