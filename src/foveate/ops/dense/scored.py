@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.core import engines, masks
+from foveate.core import masks
 from foveate.core.engines import reference
-from foveate.core.problem import Plan, Problem
+from foveate.core.problem import Problem
 from foveate.core.scoring import SOFTMAX, Scoring, Tile, dot_product, safe_softmax
-from foveate.ops.cache import KVState
+from foveate.ops.cached import Cached
 from foveate.ops.operator import Operator
 
 
-class Scored(Operator):
+class Scored(Cached):
     """Dense attention. A system overrides one or more of four hooks:
 
     `prepare` folds the mechanism into q and k (a temperature), `values` into v (a gate): fused kernels still serve.
@@ -56,52 +56,12 @@ class Scored(Operator):
         return Problem(q, k, v, scale, mask, causal, scoring=self.scoring())
 
     @final
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        engine: str,
-        **inputs: Tensor,
-    ) -> Tensor:
-        return engines.run(self._problem(q, k, v, mask, causal, scale), engine)
-
-    @final
     def _weights(
         self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
     ) -> Tensor:
         positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
         q, k = self.prepare(q, masks.without_hidden(k, mask), positions)
         return reference.weights(Problem(q, k, k, scale, mask, causal, scoring=self.scoring()))
-
-    @final
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
-    ) -> Plan:
-        return engines.plan(self._problem(q, k, v, mask, causal, scale), engine)
-
-    @final
-    def _init_state(
-        self,
-        batch: int,
-        heads: int,
-        kv_heads: int,
-        key_dim: int,
-        value_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> KVState:
-        return KVState.empty(batch, kv_heads, key_dim, value_dim, dtype, device)
-
-    @final
-    def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Any, scale: float, **inputs: Tensor
-    ) -> tuple[Tensor, KVState]:
-        state = state.append(k, v)
-        return self._attend(q, state.k, state.v, None, True, scale, "auto"), state
 
 
 class _Hooks:

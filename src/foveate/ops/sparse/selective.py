@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from foveate.core import engines, masks
+from foveate.core import masks
 from foveate.core.engines import reference
-from foveate.core.problem import Plan, Problem
+from foveate.core.problem import Problem
 from foveate.core.selection import Selection
-from foveate.ops.cache import KVState
-from foveate.ops.operator import Operator
+from foveate.ops.cached import Cached
 
 
-class Selective(Operator):
+class Selective(Cached):
     """Exact softmax attention over selected keys. A system writes `select`, and nothing else.
 
     The base intersects the selection with causality and the caller's mask and runs it on whichever engine is cheapest;
@@ -42,47 +41,7 @@ class Selective(Operator):
         return Problem(q, k, v, scale, mask, causal, selection=selection)
 
     @final
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        engine: str,
-        **inputs: Tensor,
-    ) -> Tensor:
-        return engines.run(self._problem(q, k, v, mask, causal, scale), engine)
-
-    @final
     def _weights(
         self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
     ) -> Tensor:
         return reference.weights(self._problem(q, k, k, mask, causal, scale))
-
-    @final
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
-    ) -> Plan:
-        return engines.plan(self._problem(q, k, v, mask, causal, scale), engine)
-
-    @final
-    def _init_state(
-        self,
-        batch: int,
-        heads: int,
-        kv_heads: int,
-        key_dim: int,
-        value_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> KVState:
-        return KVState.empty(batch, kv_heads, key_dim, value_dim, dtype, device)
-
-    @final
-    def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Any, scale: float, **inputs: Tensor
-    ) -> tuple[Tensor, KVState]:
-        state = state.append(k, v)
-        return self._attend(q, state.k, state.v, None, True, scale, "auto"), state

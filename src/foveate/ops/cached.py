@@ -1,0 +1,61 @@
+"""Operators that are one engine call over all keys so far: what the dense and the sparse family have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from foveate.core import engines
+from foveate.core.problem import Plan, Problem
+from foveate.ops.cache import KVState
+from foveate.ops.operator import Operator
+
+
+class Cached(Operator):
+    """A call is a `Problem` for an engine; streaming is the same call on a growing cache, with one query."""
+
+    @abstractmethod
+    def _problem(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Problem: ...
+
+    @final
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        engine: str,
+        **inputs: Tensor,
+    ) -> Tensor:
+        return engines.run(self._problem(q, k, v, mask, causal, scale), engine)
+
+    @final
+    def _plan(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
+    ) -> Plan:
+        return engines.plan(self._problem(q, k, v, mask, causal, scale), engine)
+
+    @final
+    def _init_state(
+        self,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVState:
+        return KVState.empty(batch, kv_heads, key_dim, value_dim, dtype, device)
+
+    @final
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Any, scale: float, **inputs: Tensor
+    ) -> tuple[Tensor, KVState]:
+        state = state.append(k, v)
+        return self._attend(q, state.k, state.v, None, True, scale, "auto"), state
