@@ -78,6 +78,18 @@ def test_compensation_is_exact_where_keys_and_values_do_not_vary() -> None:
     assert (attend(q, near_k, near_v) - dense).abs().max() > 1e-2
 
 
+def test_compensation_is_exact_in_a_model_that_attends_evenly() -> None:
+    """Where all logits are equal, the mean of the dropped values, counted as often as they were, says it all."""
+    model, ids = tiny(), torch.randint(0, 32, (2, 60), generator=torch.Generator().manual_seed(2))
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
+    dense, _ = steps(model, ids)
+    none = torch.zeros(2, 2, dtype=torch.bool)
+    ours, _ = steps(model, ids, RazorAttention(heads=none, sink=1, min_window=8))
+    without, _ = steps(model, ids, RazorAttention(heads=none, sink=1, min_window=8, compensate=False))
+    assert (ours - dense).abs().max() < 1e-5 < 1e-3 < (without - dense).abs().max()
+
+
 def test_compensation_reaches_the_model(claim: ClaimFixture) -> None:
     """On a model whose far keys are nearly alike, compensated logits are nearer to the dense ones."""
     model = tiny()
