@@ -129,6 +129,7 @@ class RecycledAttention(Policy):
         """See `Policy.at_budget`. A quarter of it goes to full steps, as far as a stride of 50 needs that.
 
         Choices are smoothed over 13 tokens: what stands behind a hit is often what the next steps look for.
+        The width was chosen on the lab's needles, so that its score there is not an independent one.
         """
         cls.tokens(budget, length)
         stride = min(50, max(2, math.ceil(4 / max(budget, 0.08))))
