@@ -1,8 +1,8 @@
 """How the lab language model was made: `foveate labs train lm`.
 
 Retrieval comes from induction-like heads, which appear late and all at once; orthogonalised updates (Muon) for the
-matrices brought them out after about 1,000 steps where AdamW at the same learning rate had none by 1,200 (one trial of each, not kept). The context
-then grows in stages. What to watch is needle accuracy, not the loss.
+matrices brought them out after about 1,000 steps where AdamW at the same learning rate had none by 1,200 (one trial of
+each, not kept). The context then grows in stages. What to watch is needle accuracy, not the loss.
 """
 
 from __future__ import annotations
