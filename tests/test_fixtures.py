@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate.core.catalog import System
+from foveate.core.catalog import System, Taxonomy
 from foveate.ops.cache import KVState
 from tests import claims
 
@@ -17,7 +17,7 @@ NAMES = {"statement": "x beats y", "baseline_name": "y"}
 
 
 def row(key: str, room: str = "ops", arxiv: str = "2401.00001") -> System:
-    return System(key, f"On {key}", 2024, arxiv, room, f"foveate.{room}.x:X", "tests/x.py", ())
+    return System(key, f"On {key}", 2024, arxiv, room, f"foveate.{room}.x:X", "tests/x.py", (), Taxonomy())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import foveate
 from foveate.bench.results import Answer, Comparison, Row
 from foveate.cli import app
 from foveate.core import catalog
-from foveate.core.catalog import System
+from foveate.core.catalog import System, Taxonomy
 from foveate.core.errors import OptionError
 from foveate.labs import LABS, Lab
 
@@ -194,9 +194,20 @@ def two_systems(monkeypatch: pytest.MonkeyPatch) -> None:
             object="foveate.cli.console:Bar",
             test="tests/cli/test_cli.py",
             tags=("policy", "cheap"),
+            taxonomy=Taxonomy(positions=("local",)),
             example="with Bar('x') as bar:\n    bar.start(3)",
         ),
-        System("needles", "Needles", 2023, "", "tasks", "foveate.tasks.needle:Needle", "tests/x.py", ("retrieval",)),
+        System(
+            "needles",
+            "Needles",
+            2023,
+            "",
+            "tasks",
+            "foveate.tasks.needle:Needle",
+            "tests/x.py",
+            ("retrieval",),
+            Taxonomy(),
+        ),  # fmt: skip
     )
     monkeypatch.setattr(catalog, "read", lambda: rows)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from foveate.core import catalog
-from foveate.core.catalog import System, read, system, systems
+from foveate.core.catalog import System, Taxonomy, read, system, systems
 from foveate.core.errors import CatalogError, UnknownKey
 
 GOOD = {
@@ -19,7 +19,13 @@ GOOD = {
     "object": '"foveate.ops.dense.sigmoid:Sigmoid"',
     "test": '"tests/systems/ops/test_sigmoid.py"',
     "tags": '["dense", "scored"]',
+    "taxonomy": '{sequences=["self", "distinctive"], levels="single", positions="soft", representations="single"}',
 }
+
+
+def _places(**changes: str) -> str:
+    places = {"sequences": '"self"', "levels": '"single"', "positions": '"soft"', "representations": '"single"'}
+    return "{ " + ", ".join(f"{name} = {value}" for name, value in {**places, **changes}.items()) + " }"
 
 
 def row(**changes: str | None) -> str:
@@ -48,6 +54,7 @@ def test_a_good_row(write) -> None:
         object="foveate.ops.dense.sigmoid:Sigmoid",
         test="tests/systems/ops/test_sigmoid.py",
         tags=("dense", "scored"),
+        taxonomy=Taxonomy(("self", "distinctive"), ("single",), ("soft",), ("single",)),
         example="foveate.attend(q, k, v)",
     )
     assert found.url == "https://arxiv.org/abs/2405.12345"
@@ -76,6 +83,11 @@ def test_an_empty_catalogue_is_valid(write) -> None:
         ({"year": "true"}, "year=True must be a year"),
         ({"year": "24"}, "year=24 must be a year"),
         ({"arxiv": '"https://arxiv.org/abs/2405.12345"'}, "arxiv="),
+        ({"taxonomy": '"self"'}, "taxonomy='self' must be a table of sequences, levels, positions, representations"),
+        ({"taxonomy": '{ levels = "single" }'}, "taxonomy: missing sequences, positions, representations"),
+        ({"taxonomy": _places(positions='"sof"')}, "taxonomy: positions='sof' must be of soft, hard, local"),
+        ({"taxonomy": _places(levels="[]")}, r"taxonomy: levels=\[\] must be of single, multi"),
+        ({"taxonomy": _places(level='"multi"')}, 'taxonomy: unknown category "level"; did you mean "levels"'),
         ({"room": '"opps"'}, 'unknown room "opps"; did you mean "ops"'),
         ({"room": '"kv"'}, 'does not live in room "kv"'),
         ({"object": '"foveate.ops.dense.sigmoid.Sigmoid"'}, "object="),
@@ -132,7 +144,7 @@ def test_filters(write, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_load() -> None:
     def at(target: str) -> System:
-        return System("x", "t", 2024, "", "ops", target, "tests/x.py", ())
+        return System("x", "t", 2024, "", "ops", target, "tests/x.py", (), Taxonomy())
 
     assert at("foveate.core.catalog:System").load() is System
     with pytest.raises(CatalogError, match=r'system "x": module foveate\.core\.catalog has no Sytem'):
@@ -145,7 +157,7 @@ def test_what_a_module_lacks_is_not_blamed_on_the_catalogue(tmp_path: Path, monk
     (tmp_path / "needy_module.py").write_text("import not_installed_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
-        System("x", "t", 2024, "", "ops", "needy_module:Thing", "tests/x.py", ()).load()
+        System("x", "t", 2024, "", "ops", "needy_module:Thing", "tests/x.py", (), Taxonomy()).load()
 
 
 def test_the_shipped_catalogue() -> None:

@@ -32,6 +32,31 @@ _FORMS = {
 }
 
 
+#: The survey's four categories, each with what it tells apart.
+CATEGORIES = {
+    "sequences": ("self", "distinctive", "co-attention"),
+    "levels": ("single", "multi"),
+    "positions": ("soft", "hard", "local"),
+    "representations": ("single", "multi-representational", "multi-dimensional"),
+}
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """A place in An Attentive Survey of Attention Models (2019), arXiv 1904.02874; a category may hold several.
+
+    sequences: queries and keys of the same sequence, of different ones, or both sequences attending to each other.
+    levels: one level of abstraction, or attention over the outcomes of attention.
+    positions: all of them, softly; some, chosen by the input; or a neighbourhood.
+    representations: one of each token, several, or a weight for each of its features.
+    """
+
+    sequences: tuple[str, ...] = ("self",)
+    levels: tuple[str, ...] = ("single",)
+    positions: tuple[str, ...] = ("soft",)
+    representations: tuple[str, ...] = ("single",)
+
+
 @dataclass(frozen=True)
 class System:
     """One row of the catalogue: a published system and where it lives here."""
@@ -44,6 +69,7 @@ class System:
     object: str
     test: str
     tags: tuple[str, ...]
+    taxonomy: Taxonomy
     example: str = ""
 
     @property
@@ -110,7 +136,22 @@ def _system(row: object, where: str) -> System:
             raise CatalogError(f"{where}: {unknown('field', name, known)}")
         _check(name, row[name], where)
     _check_room(row, where)
-    return System(**{**row, "tags": tuple(row["tags"])})
+    return System(**{**row, "tags": tuple(row["tags"]), "taxonomy": _taxonomy(row["taxonomy"], where)})
+
+
+def _taxonomy(given: dict[str, Any], where: str) -> Taxonomy:
+    where += ", taxonomy"
+    if missing := [name for name in CATEGORIES if name not in given]:
+        raise CatalogError(f"{where}: missing {', '.join(missing)}")
+    places = {}
+    for name, value in given.items():
+        if name not in CATEGORIES:
+            raise CatalogError(f"{where}: {unknown('category', name, CATEGORIES)}")
+        chosen = value if isinstance(value, list) else [value]
+        if not chosen or any(place not in CATEGORIES[name] for place in chosen):
+            raise CatalogError(f"{where}: {name}={value!r} must be of {', '.join(CATEGORIES[name])}")
+        places[name] = tuple(chosen)
+    return Taxonomy(**places)
 
 
 def _check(name: str, value: object, where: str) -> None:
@@ -118,6 +159,8 @@ def _check(name: str, value: object, where: str) -> None:
     if name == "tags":
         valid = isinstance(value, list) and all(isinstance(tag, str) and tag for tag in value)
         expected = "a list of non-empty strings"
+    elif name == "taxonomy":
+        valid, expected = isinstance(value, dict), f"a table of {', '.join(CATEGORIES)}"
     elif name == "year":
         valid, expected = type(value) is int and 1900 <= value <= 2100, "a year"
     else:

@@ -21,6 +21,7 @@ from foveate.ops.cache import KVState
 
 Pattern = Literal["self", "causal self", "cross", "causal cross"]
 MaskKind = Literal["keys", "pairs", "bias"]
+Growth = Literal["N", "N log N", "N²"]
 
 ALL_PATTERNS: frozenset[Pattern] = frozenset({"self", "causal self", "cross", "causal cross"})
 ALL_MASKS: frozenset[MaskKind] = frozenset({"keys", "pairs", "bias"})
@@ -41,6 +42,7 @@ class Operator(nn.Module, ABC):
         state_type: what `init_state` gives and `step` takes.
         grain: neighbouring queries that choose their keys together, counted from the first. Causal calls never let a
             later token into an earlier output, but within such a group it may have a say in which keys are seen.
+        growth: how time grows with the number of tokens.
     """
 
     patterns: ClassVar[frozenset[Pattern]] = ALL_PATTERNS
@@ -52,6 +54,7 @@ class Operator(nn.Module, ABC):
     engines: ClassVar[tuple[str, ...]] = tuple(ENGINES)
     state_type: ClassVar[type] = KVState
     grain: int = 1
+    growth: ClassVar[Growth] = "N²"
 
     # -- what a user calls ---------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from foveate.core import masks as mask_algebra
 from foveate.core.errors import ShapeError
 from foveate.core.problem import Plan
 from foveate.ops.linear import forms
-from foveate.ops.operator import MaskKind, Operator
+from foveate.ops.operator import Growth, MaskKind, Operator
 from foveate.ops.prepare import accumulating, engine_of, per_query_head
 
 
@@ -59,6 +59,7 @@ class Linear(Operator):
     masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
     engines: ClassVar[tuple[str, ...]] = ("chunked", "recurrent", "reference")
     state_type: ClassVar[type] = LinearState
+    growth: ClassVar[Growth] = "N"
     normalised: ClassVar[bool] = True
     eps: ClassVar[float] = 0.0
     block: int = 64

@@ -15,7 +15,7 @@ from foveate.core import masks as mask_algebra, validate
 from foveate.core.errors import ShapeError, UnsupportedPattern
 from foveate.core.problem import Plan
 from foveate.ops.memory.fast import Layer, Outer, Path, Shares, Weights, shares, still
-from foveate.ops.operator import MaskKind, Operator, Pattern
+from foveate.ops.operator import Growth, MaskKind, Operator, Pattern
 from foveate.ops.prepare import accumulating, engine_of, per_query_head
 
 #: What a rate is for a token that is masked: nothing decays, moves or is written.
@@ -65,6 +65,7 @@ class Memory(Operator):
     inputs: ClassVar[frozenset[str]] = frozenset({"alpha", "eta", "theta"})
     engines: ClassVar[tuple[str, ...]] = ("chunked", "recurrent")
     state_type: ClassVar[type] = MemoryState
+    growth: ClassVar[Growth] = "N"
     linked: bool = False
 
     def __init__(self, *, alpha: float, eta: float, theta: float, chunk: int, unit: bool, **more: float) -> None:
