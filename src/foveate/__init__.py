@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_ROOMS = ("core", "ops", "host", "kv", "steer", "lens", "tasks", "labs", "bench", "report")
+_ROOMS = ("core", "ops", "nn", "models", "host", "kv", "steer", "lens", "tasks", "train", "labs", "bench", "report")
 
 # public name -> the module it is fetched from
 _HOME = {
@@ -46,10 +46,13 @@ if TYPE_CHECKING:  # the same table, for type checkers; `as` says that a name is
         kv as kv,
         labs as labs,
         lens as lens,
+        models as models,
+        nn as nn,
         ops as ops,
         report as report,
         steer as steer,
         tasks as tasks,
+        train as train,
     )
     from foveate.core.catalog import System as System, system as system, systems as systems
     from foveate.core.errors import (

@@ -21,7 +21,7 @@ def tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal:
     if causal and n_queries > k.shape[2]:
         raise ShapeError(f"causal=True needs at least as many keys as queries; got Nq={n_queries}, Nk={k.shape[2]}")
     if mask is not None:
-        _mask(mask, (batch, heads, n_queries, k.shape[2]), q.device)
+        attention_mask(mask, (batch, heads, n_queries, k.shape[2]), q.device)
 
 
 def _tensor(name: str, x: Tensor) -> None:
@@ -49,7 +49,8 @@ def _together(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ShapeError(f"q, k, v must be on one device; got {q.device}, {k.device}, {v.device}")
 
 
-def _mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def attention_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Refuse a mask that does not fit `shape`, which is (B, Hq, Nq, Nk)."""
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise ShapeError(f"mask must be a bool tensor (True = may attend) or a float bias; got {got}")

@@ -6,6 +6,7 @@ the catalogue, so that a new system is reachable by its row alone.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from foveate.core.catalog import system, systems
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from foveate.core.problem import Plan
 
-__all__ = ["Operator", "attend", "operator", "plan"]
+__all__ = ["Operator", "attend", "operator", "plan", "sized"]
 
 
 def operator(key: str | type[Operator] | Operator, /, **options: Any) -> Operator:
@@ -31,6 +32,16 @@ def operator(key: str | type[Operator] | Operator, /, **options: Any) -> Operato
         return cls(**options)
     except TypeError as error:
         raise OptionError(f'operator "{key}": {error}') from None
+
+
+def sized(key: str | Operator, heads: int, head_dim: int, value_dim: int | None = None, **options: Any) -> Operator:
+    """The operator with this key, built for calls of such a size: where its class asks for sizes, it gets these."""
+    if isinstance(key, Operator):
+        return operator(key, **options)
+    cls = _class(key)
+    known = signature(cls).parameters
+    sizes = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim}
+    return operator(cls, **{name: size for name, size in sizes.items() if name in known}, **options)
 
 
 def _class(key: str) -> type[Operator]:

@@ -7,7 +7,8 @@ leaves the mathematics to one of four families: `Scored`, `Selective`, `Linear`,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,13 @@ ALL_PATTERNS: frozenset[Pattern] = frozenset({"self", "causal self", "cross", "c
 ALL_MASKS: frozenset[MaskKind] = frozenset({"keys", "pairs", "bias"})
 
 
+class Gate(NamedTuple):
+    """How a layer makes one of an operator's inputs from a token: `squash(w x + bias)`, one number per head."""
+
+    squash: Literal["sigmoid", "softplus", "exp", "logsigmoid"]
+    bias: float
+
+
 class Operator(nn.Module, ABC):
     """Attention from queries, keys and values.
 
@@ -38,6 +46,7 @@ class Operator(nn.Module, ABC):
             a time chooses or learns differently by design, None where it cannot stream.
         default_scale: the factor on `q k`, None for `D ** -0.5`.
         inputs: names of further per-token tensors that a call may bring (gates, rates).
+        gates: for those that a layer should learn to make from the tokens, how, and where they start.
         engines: names that `engine` may take besides "auto"; a call that one of them cannot run is refused.
         state_type: what `init_state` gives and `step` takes.
         grain: neighbouring queries that choose their keys together, counted from the first. Causal calls never let a
@@ -51,6 +60,7 @@ class Operator(nn.Module, ABC):
     steps: ClassVar[Literal["exact", "own"] | None] = "exact"
     default_scale: ClassVar[float | None] = None
     inputs: ClassVar[frozenset[str]] = frozenset()
+    gates: ClassVar[Mapping[str, Gate]] = {}
     engines: ClassVar[tuple[str, ...]] = tuple(ENGINES)
     state_type: ClassVar[type] = KVState
     grain: int = 1
@@ -235,11 +245,11 @@ class Operator(nn.Module, ABC):
         pattern = ("causal " if causal else "") + ("self" if q.shape[2] == k.shape[2] else "cross")
         if pattern not in self.patterns:
             raise UnsupportedPattern(
-                f'{self.name} does not define "{pattern}" attention; it does {_listed(self.patterns)}'
+                f'{self.name} does not define "{pattern}" attention; it does {listed(self.patterns)}'
             )
         if mask is not None and (kind := mask_kind(mask)) not in self.masks:
             raise UnsupportedPattern(
-                f'{self.name} does not take a mask of kind "{kind}"; it takes {_listed(self.masks)}'
+                f'{self.name} does not take a mask of kind "{kind}"; it takes {listed(self.masks)}'
             )
 
     def _check_steps(self) -> None:
@@ -250,7 +260,7 @@ class Operator(nn.Module, ABC):
     def _check_inputs(self, inputs: dict[str, Tensor]) -> None:
         for name in inputs:
             if name not in self.inputs:
-                raise OptionError(f"{self.name} takes no input {name!r}; it takes {_listed(self.inputs)}")
+                raise OptionError(f"{self.name} takes no input {name!r}; it takes {listed(self.inputs)}")
 
     def _scale(self, scale: float | None, q: Tensor) -> float:
         return validate.scale(self.default_scale if scale is None else scale, q.shape[-1])
@@ -264,5 +274,5 @@ def mask_kind(mask: Tensor) -> MaskKind:
     return "keys" if same else "pairs"
 
 
-def _listed(names: frozenset[Any]) -> str:
+def listed(names: frozenset[Any]) -> str:
     return ", ".join(f'"{name}"' for name in sorted(names)) or "none"

@@ -15,7 +15,7 @@ from foveate.core import masks as mask_algebra, validate
 from foveate.core.errors import ShapeError, UnsupportedPattern
 from foveate.core.problem import Plan
 from foveate.ops.memory.fast import Layer, Outer, Path, Shares, Weights, shares, still
-from foveate.ops.operator import Growth, MaskKind, Operator, Pattern
+from foveate.ops.operator import Gate, Growth, MaskKind, Operator, Pattern
 from foveate.ops.prepare import accumulating, engine_of, per_query_head
 
 #: What a rate is for a token that is masked: nothing decays, moves or is written.
@@ -63,6 +63,10 @@ class Memory(Operator):
     has_weights: ClassVar[bool] = False
     default_scale: ClassVar[float | None] = 1.0
     inputs: ClassVar[frozenset[str]] = frozenset({"alpha", "eta", "theta"})
+    # forget little, some momentum, a short step: the steps of a chunk add up
+    gates: ClassVar[Mapping[str, Gate]] = {
+        "alpha": Gate("sigmoid", -4.0), "eta": Gate("sigmoid", -2.0), "theta": Gate("sigmoid", -3.0),
+    }  # fmt: skip
     engines: ClassVar[tuple[str, ...]] = ("chunked", "recurrent")
     state_type: ClassVar[type] = MemoryState
     growth: ClassVar[Growth] = "N"

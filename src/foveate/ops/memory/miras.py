@@ -17,6 +17,7 @@ from foveate.core.errors import OptionError
 from foveate.ops.memory import learner
 from foveate.ops.memory.fast import Layer, Outer, Weights
 from foveate.ops.memory.memory import Memory
+from foveate.ops.operator import Gate
 
 Bias = Literal["dot", "l2", "lp", "huber", "huber_norm", "huber_channel"]
 Retention = Literal["none", "l2", "lq", "kl"]
@@ -63,6 +64,7 @@ class Miras(Memory):
     """
 
     inputs: ClassVar[frozenset[str]] = frozenset({"alpha", "eta", "theta", "delta"})
+    gates: ClassVar[Mapping[str, Gate]] = {**Memory.gates, "delta": Gate("softplus", 0.0)}
 
     def __init__(
         self, bias: Bias = "l2", retention: Retention = "l2", *, p: float = 3.0, q: float = 4.0, delta: float = 1.0,

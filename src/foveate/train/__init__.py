@@ -1,0 +1,1 @@
+"""Training: losses, initialisers, and a loop that trains a small network with any operator on any task."""

@@ -1,0 +1,103 @@
+"""The layers of the catalogue, and `MultiHeadAttention` with an operator of each family, as their contract runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.core.catalog import systems
+from foveate.nn import MultiHeadAttention, Rotary
+from foveate.nn.layer import Layer
+from foveate.ops.operator import MaskKind, Pattern
+
+DIM, HEADS, BATCH, LENGTH, MEMORY = 16, 4, 2, 12, 9
+
+SYSTEMS: dict[str, type[Layer]] = {
+    row.key: found
+    for row in systems("nn")
+    if isinstance(found := row.load(), type) and issubclass(found, Layer)
+}  # fmt: skip
+
+#: The house's own layer around an operator of each family, with and without a convolution.
+AROUND: dict[str, dict[str, Any]] = {
+    "multi_head": dict(kv_heads=2, position=Rotary(), qk_norm=True, out_norm=True, gate="sigmoid", bias=True),
+    "multi_head-selective": dict(op="sliding_window", kv_heads=2),
+    "multi_head-linear": dict(op="hedgehog", conv=3, out_norm=True, gate="silu"),
+    "multi_head-memory": dict(op="titans", conv=3, position=Rotary()),
+}
+
+KEYS = [*SYSTEMS, *AROUND]
+
+
+def example(key: str, length: int = LENGTH) -> Layer:
+    """The layer's example, always with the same parameters, none of them where it does nothing."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if key in AROUND:
+            return MultiHeadAttention(DIM, HEADS, **AROUND[key]).double().eval()
+        return SYSTEMS[key].example(DIM, HEADS, length).double().eval()
+
+
+def example_inputs(key: str, length: int = LENGTH, batch: int = BATCH) -> dict[str, Any]:
+    return {} if key in AROUND else SYSTEMS[key].example_inputs(batch, length)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way to call one layer."""
+
+    key: str
+    pattern: Pattern
+    mask_kind: MaskKind | None = None
+
+    @property
+    def causal(self) -> bool:
+        return self.pattern.startswith("causal")
+
+    @property
+    def n_keys(self) -> int:
+        return MEMORY if "cross" in self.pattern else LENGTH
+
+    def tokens(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None]:
+        random = torch.Generator().manual_seed(seed)
+        x = torch.randn(BATCH, LENGTH, DIM, generator=random, dtype=torch.float64).to(dtype)
+        memory = torch.randn(BATCH, MEMORY, DIM, generator=random, dtype=torch.float64).to(dtype)
+        return x, memory if "cross" in self.pattern else None
+
+    def __call__(self, layer: Layer, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        inputs = example_inputs(self.key, x.shape[1], x.shape[0])
+        given = {name: i.to(x.dtype) if is_real(i) else i for name, i in inputs.items()}
+        return layer(x, memory, mask=mask, causal=self.causal, **given)
+
+    def __str__(self) -> str:
+        return "-".join(part.replace(" ", "_") for part in (self.key, self.pattern, self.mask_kind) if part)
+
+
+def is_real(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def calls(*, masked: bool = False, causal: bool = False) -> pytest.MarkDecorator:
+    """Every pattern of every layer: with each kind of mask where `masked`, the causal ones alone where `causal`."""
+    found = []
+    for key in KEYS:
+        layer = example(key)
+        for pattern in sorted(layer.patterns):
+            if causal and not pattern.startswith("causal"):
+                continue
+            kinds = sorted(layer.masks) if masked else [None]
+            found += [Call(key, pattern, kind) for kind in kinds]
+    return pytest.mark.parametrize("call", found, ids=str)
+
+
+def layers(where=lambda layer: True) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("key", [key for key in KEYS if where(example(key))])
+
+
+def main_call(key: str) -> Call:
+    patterns = example(key).patterns
+    return Call(key, next(p for p in ("self", "causal self", "cross") if p in patterns))

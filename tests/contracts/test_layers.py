@@ -1,0 +1,213 @@
+"""What every layer has to do, whatever its mechanism."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from foveate.core import masks
+from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
+from foveate.nn import Block
+from tests.contracts.layers import BATCH, DIM, HEADS, LENGTH, Call, calls, example, example_inputs, layers, main_call
+from tests.tensors import assert_near, gradients
+
+# -- who sees whom -----------------------------------------------------------------------------------------------------
+
+
+@calls()
+def test_tokens_in_tokens_out(call: Call) -> None:
+    x, memory = call.tokens()
+    out = call(example(call.key), x, memory)
+    assert out.shape == (BATCH, LENGTH, DIM)
+    assert out.isfinite().all()
+
+
+@calls()
+def test_other_tokens_have_a_say(call: Call) -> None:
+    """A layer that mixed nothing would pass much of what follows."""
+    x, memory = (t if t is None else t.requires_grad_() for t in call.tokens())
+    layer = example(call.key)
+    (grad,) = gradients(call(layer, x, memory)[:, LENGTH // 2], [x if memory is None else memory])
+    others = grad if memory is not None else grad[:, : LENGTH // 2]
+    assert others.abs().sum() > 0
+
+
+@calls(causal=True)
+def test_the_future_does_not_reach_back(call: Call) -> None:
+    layer, (x, _) = example(call.key), call.tokens()
+    out = call(layer, x)
+    for at in (1, LENGTH // 2, LENGTH - 1):
+        changed = x.clone()
+        changed[:, at:] = 3 * call.tokens(seed=9)[0][:, at:]
+        assert_near(call(layer, changed)[:, :at], out[:, :at], 1e-12)
+
+
+def hiding(call: Call, keys: slice) -> torch.Tensor:
+    """A mask of the call's kind that hides these keys from everybody."""
+    shape = (BATCH, 1, 1, call.n_keys) if call.mask_kind == "keys" else (BATCH, HEADS, LENGTH, call.n_keys)
+    seen = torch.ones(shape, dtype=torch.bool)
+    seen[..., keys] = False
+    return torch.zeros(shape, dtype=torch.float64).masked_fill(~seen, masks.NEVER) if call.mask_kind == "bias" else seen
+
+
+@calls(masked=True)
+def test_what_is_masked_has_no_say(call: Call) -> None:
+    layer, hidden = example(call.key), slice(call.n_keys - 3, call.n_keys)
+    outs = []
+    for garbage in (float("nan"), float("inf"), 7.0):
+        x, memory = call.tokens()
+        (x if memory is None else memory)[:, hidden] = garbage
+        outs.append(call(layer, x, memory, hiding(call, hidden)))
+    seen = slice(None) if "cross" in call.pattern else slice(0, LENGTH - 3)
+    for out in outs[:2]:
+        assert_near(out[:, seen], outs[-1][:, seen], 1e-12)
+
+
+@layers(lambda layer: "keys" in layer.masks and not layer.grid)
+def test_padding_is_absence(key: str) -> None:
+    """Hidden tokens at the end give what a call without them gives."""
+    for pattern in sorted(example(key).patterns - {"cross"}):
+        call = Call(key, pattern, "keys")
+        layer, (x, _) = example(key), call.tokens()
+        padded = call(layer, x, mask=hiding(call, slice(LENGTH - 4, LENGTH)))
+        inputs = example_inputs(key)
+        cut = {name: i[:, : LENGTH - 4] if isinstance(i, torch.Tensor) else i for name, i in inputs.items()}
+        assert_near(padded[:, : LENGTH - 4], layer(x[:, : LENGTH - 4], causal=call.causal, **cut), 1e-10)
+
+
+@layers()
+def test_batch_items_do_not_meet(key: str) -> None:
+    call = main_call(key)
+    layer, (x, memory) = example(key), call.tokens()
+    together = call(layer, x, memory)
+    inputs = example_inputs(key)
+    for i in range(BATCH):
+        own = {name: t[i : i + 1] if isinstance(t, torch.Tensor) else t for name, t in inputs.items()}
+        alone = layer(x[i : i + 1], None if memory is None else memory[i : i + 1], causal=call.causal, **own)
+        assert_near(alone, together[i : i + 1], 1e-12)
+
+
+# -- gradients, numbers, state -----------------------------------------------------------------------------------------
+
+
+@layers()
+def test_gradients(key: str) -> None:
+    call = main_call(key)
+    layer, (x, memory) = example(key), call.tokens()
+    x.requires_grad_()
+    random = torch.Generator().manual_seed(5)
+    out = call(layer, x, memory)
+    toward = torch.randn(out.shape, generator=random, dtype=torch.float64)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    grads = torch.autograd.grad((out * toward).sum(), wanted, allow_unused=True)
+    step = 1e-6
+    for leaf, grad in zip(wanted, grads, strict=True):
+        assert grad is not None, "a parameter without a say"
+        way = torch.randn(leaf.shape, generator=random, dtype=torch.float64)
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                leaf += sign * step * way
+                ends.append((call(layer, x, memory) * toward).sum())
+                leaf -= sign * step * way
+        assert_near((ends[0] - ends[1]) / (2 * step), (grad * way).sum(), 1e-4 * (1 + (grad * way).sum().abs().item()))
+
+
+@calls()
+def test_bfloat16(call: Call) -> None:
+    layer = example(call.key).bfloat16()
+    x, memory = call.tokens(dtype=torch.bfloat16)
+    out = call(layer, x, memory)
+    assert out.dtype == torch.bfloat16
+    wide = copy.deepcopy(layer).double()
+    expected = call(wide, x.double(), None if memory is None else memory.double())
+    assert (out.double() - expected).norm() < 0.05 * expected.norm()
+
+
+@layers(lambda layer: layer.steps == "exact")
+def test_token_by_token_is_the_causal_call(key: str) -> None:
+    call = Call(key, "causal self")
+    layer, (x, _) = example(key), call.tokens()
+    state, out = layer.init_state(BATCH, dtype=torch.float64), []
+    for t in range(LENGTH):
+        y, state = layer.step(x[:, t : t + 1], state)
+        out.append(y)
+    assert_near(torch.cat(out, 1), call(layer, x), 1e-10)
+
+
+@layers(lambda layer: layer.steps is None)
+def test_what_does_not_stream_says_so(key: str) -> None:
+    with pytest.raises(UnsupportedPattern, match="cannot go one token at a time"):
+        example(key).init_state(BATCH)
+
+
+@layers()
+def test_a_state_dict_makes_a_twin(key: str) -> None:
+    call = main_call(key)
+    layer, (x, memory) = example(key), call.tokens()
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        for tensor in twin.state_dict().values():
+            tensor.zero_()
+    twin.load_state_dict(layer.state_dict())
+    assert_near(call(twin, x, memory), call(layer, x, memory), 0)
+
+
+@layers()
+def test_it_fits_a_block(key: str) -> None:
+    call = main_call(key)
+    if "cross" in call.pattern:
+        return
+    layer, (x, _) = example(key), call.tokens()
+    block = Block(layer).double()
+    out = block(x, causal=call.causal, **example_inputs(key))
+    mixed = x + call(layer, block.norm(x))
+    assert_near(out, mixed + block.mlp(block.mlp_norm(mixed)), 1e-12)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@layers()
+def test_patterns_that_it_does_not_define(key: str) -> None:
+    layer, x = example(key), torch.zeros(BATCH, LENGTH, DIM, dtype=torch.float64)
+    for pattern in {"self", "causal self", "cross", "causal cross"} - layer.patterns:
+        memory = x if "cross" in pattern else None
+        with pytest.raises(UnsupportedPattern, match=f'does not define "{pattern}" attention; it does'):
+            layer(x, memory, causal=pattern.startswith("causal"), **example_inputs(key))
+
+
+@layers()
+def test_masks_that_it_does_not_take(key: str) -> None:
+    call = main_call(key)
+    layer, (x, memory) = example(key), call.tokens()
+    for kind in {"keys", "pairs", "bias"} - layer.masks:
+        shaped = Call(key, call.pattern, kind)
+        with pytest.raises(UnsupportedPattern, match=f'mask of kind "{kind}"; it takes'):
+            call(layer, x, memory, hiding(shaped, slice(0, 1)))
+
+
+@layers()
+def test_malformed_calls(key: str) -> None:
+    call = main_call(key)
+    layer, (x, memory) = example(key), call.tokens()
+    inputs = example_inputs(key)
+    with pytest.raises(ShapeError, match=rf"x must be \(B, N, C={DIM}\)"):
+        layer(x[..., 1:], memory, causal=call.causal, **inputs)
+    with pytest.raises(ShapeError, match=r"x must be \(B, N, C"):
+        layer(x[0], memory, causal=call.causal, **inputs)
+    with pytest.raises(OptionError, match="causal=1 must be True or False"):
+        layer(x, memory, causal=1, **inputs)
+    with pytest.raises(OptionError, match="takes no input 'nonsense'"):
+        layer(x, memory, causal=call.causal, nonsense=x, **inputs)
+    if layer.grid:
+        with pytest.raises(ShapeError, match=r"size=\(5, 7\) must be \(H, W\)"):
+            layer(x, memory, causal=call.causal, **{**inputs, "size": (5, 7)})
+    else:
+        with pytest.raises(OptionError, match="knows no grid"):
+            layer(x, memory, causal=call.causal, size=(3, 4), **inputs)
+    if layer.masks:
+        with pytest.raises(ShapeError, match="mask must broadcast"):
+            call(layer, x, memory, torch.ones(BATCH, 1, 1, 77, dtype=torch.bool))
