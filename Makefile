@@ -1,6 +1,6 @@
 # make demo   the first thing to run: installs into .venv, then `foveate compare`
 # make test   the tests; make test-all adds the slow ones; make lint checks style, types and the floors
-# make bench  every benchmark; make claims / make docs rewrite what is generated under docs/
+# make bench  every benchmark; make claims / systems / docs rewrite what is generated under docs/
 #
 # PYTHON=python3.12 chooses the interpreter. On a machine without a GPU, PyPI's torch for Linux brings CUDA along;
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu gets the small build instead.
@@ -18,7 +18,7 @@ INSTALLED_DEV := $(VENV)/installed-dev-$(KEY)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo install install-dev test test-all lint format bench claims docs clean
+.PHONY: demo install install-dev test test-all lint format bench claims systems docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/foveate compare
@@ -69,7 +69,11 @@ claims: $(INSTALLED_DEV)
 	FOVEATE_CLAIMS=.claims $(PYTEST) tests/systems
 	$(BIN)/python -m tests.claims .claims
 
-docs: claims
+# what the classes say of themselves, for `foveate systems` and docs/systems.md
+systems: $(INSTALLED_DEV)
+	$(BIN)/python docs/systems.py
+
+docs: claims systems
 	$(BIN)/foveate compare
 	$(BIN)/python docs/fill.py
 

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 from foveate.bench.compare import compare
 from foveate.bench.memory import peak_bytes
 from foveate.core.errors import FoveateError, OptionError, TaskError, UnknownKey, UnsupportedModel
-from foveate.labs.lm import tokenizer as bytes_
+from foveate.models import byte_tokenizer as bytes_
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The layers of the catalogue, and `MultiHeadAttention` with an operator of each family, as their contract runs them."""
+"""The layers of the catalogue, and `MultiHeadAttention` with an operator of each family, as the contract runs them."""
 
 from __future__ import annotations
 

@@ -134,7 +134,13 @@ def test_token_by_token_is_the_causal_call(key: str) -> None:
     for t in range(LENGTH):
         y, state = layer.step(x[:, t : t + 1], state)
         out.append(y)
-    assert_near(torch.cat(out, 1), call(layer, x), 1e-10)
+    expected = call(layer, x)
+    assert_near(torch.cat(out, 1), expected, 1e-10)
+    first, state = layer.prefill(x[:, :-3])
+    assert_near(first, expected[:, :-3], 1e-10)
+    for t in range(LENGTH - 3, LENGTH):
+        y, state = layer.step(x[:, t : t + 1], state)
+        assert_near(y, expected[:, t : t + 1], 1e-10)
 
 
 @layers(lambda layer: layer.steps is None)

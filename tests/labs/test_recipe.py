@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from foveate.labs.lm import Recipe, Stage, data, recipe as making, tokenizer, train
+from foveate.labs.lm import Recipe, Stage, data, recipe as making, train
+from foveate.models import byte_tokenizer as tokenizer
 
 TINY = Recipe(
     hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=32, context=512, warm_up=2,

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 import foveate
-from foveate.bench.loading import load
+from foveate.bench.loading import load, trained_on
 from foveate.bench.measure import Prompt, measure, prompts
 from foveate.bench.methods import DEFAULT, FULL, Learnt, candidate, check
 from foveate.bench.results import Comparison
@@ -20,9 +20,11 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, TaskError
 from foveate.host.model import Host, host
 from foveate.tasks.base import Task
+from foveate.tasks.drill import Drill
 from foveate.tasks.needle import Needle
 from foveate.tasks.passkeys import Passkeys
 from foveate.tasks.prompts import Prompts
+from foveate.tasks.recited import Recited
 
 RESULTS = "results.json"
 EXAMPLES, LENGTH = 20, 1024
@@ -63,7 +65,8 @@ def compare(
 
     Args:
         model: folder or hub id of a decoder; None is the lab model.
-        task: "needle", or a `.jsonl` file of prompts and answers; None is needle.
+        task: "needle", "mqar", "copy", or a `.jsonl` file of prompts and answers. None is needle, or what a model of
+            `foveate train` was trained on.
         methods: keys of the catalogue (cache policies, or operators to read the prompt with); the full cache always
             runs.
         budget: share of the full cache that each method may keep, or read, in (0, 1].
@@ -82,9 +85,14 @@ def compare(
     check(keys)
     if not 0 < budget <= 1:
         raise OptionError(f"budget={budget} must be above 0 and at most 1, a share of the full cache")
-    chosen = _task(task, examples, length, seed)
+    drilled = trained_on(model)
+    chosen = _task(task or (drilled.name if drilled else None), examples, length, seed, drilled)
     loaded, tokenizer, folder = load(model, device, dtype)
-    here, batch = host(loaded), prompts(chosen, tokenizer, loaded)
+    here, batch = Host(loaded), prompts(chosen, tokenizer, loaded)
+    if methods is None and not here.attention_modules():
+        keys = [FULL]  # nothing to put a method on: the model's layers keep states of their own
+    elif keys != [FULL]:
+        host(loaded)
     out = Path(out)
     settings = Comparison(
         model=model or "lab lm", task=chosen.name, seed=seed, device=device, dtype=dtype, budget=budget,
@@ -108,13 +116,19 @@ def compare(
     return result
 
 
-def _task(task: str | None, examples: int | None, length: int | None, seed: int) -> Task:
+def _task(task: str | None, examples: int | None, length: int | None, seed: int, drilled: Drill | None) -> Task:
     if examples is not None:
         validate.at_least("examples", examples, 1)
-    if task is None or task == "needle":
+    if task in ("mqar", "copy"):
+        if drilled is None or drilled.name != task:
+            raise TaskError(f'task="{task}" is for a model that `foveate train --task {task}` made')
+        if length is not None:
+            raise OptionError(f"length={length} goes with the needle task; {task} has the length of the training")
+        return Recited(drilled, examples or EXAMPLES, seed)
+    if task in (None, "needle", "lm"):
         return Needle(length=LENGTH if length is None else length, count=examples or EXAMPLES, seed=seed)
     if not task.endswith(".jsonl"):
-        raise TaskError(f'task={task!r} must be "needle" or a .jsonl file of prompts and answers')
+        raise TaskError(f'task={task!r} must be "needle", "mqar", "copy" or a .jsonl file of prompts and answers')
     if length is not None:
         raise OptionError(f"length={length} goes with the needle task; the prompts of {task} have their own")
     return Prompts(Path(task), examples)

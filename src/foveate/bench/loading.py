@@ -15,6 +15,9 @@ from transformers.utils import logging
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.labs import LABS
+from foveate.models import pretrained  # noqa: F401  makes the model type "foveate" known
+from foveate.tasks.drill import Drill
+from foveate.train import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,6 +54,11 @@ def load(model: str | None, device: str = "cpu", dtype: str = "float32") -> tupl
     if not getattr(loaded.config, "is_decoder", True) and config.model_type in ("bert", "roberta", "electra"):
         raise UnsupportedModel(f"model={name!r} is an encoder; compare needs a decoder language model")
     return loaded.to(where).eval(), tokenizer, folder if local else None
+
+
+def trained_on(model: str | None) -> Drill | None:
+    """The task that a folder of `foveate train` was trained on; None for any other model."""
+    return None if model is None else checkpoint.task_of(Path(model))
 
 
 @contextmanager

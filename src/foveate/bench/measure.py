@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import fmean, median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from foveate.bench.memory import peak_bytes
 from foveate.bench.methods import Candidate
 from foveate.bench.results import Answer, Row
 from foveate.core.errors import TaskError
-from foveate.host import apply
+from foveate.host import Host, apply
 from foveate.tasks.base import Example, Task
 
+#: What a model says whose layers keep states of their own, and which no method can be put on: all that it keeps.
+_WHOLE = SimpleNamespace(stats=SimpleNamespace(kept=1.0, read=1.0))
 _SPARE = 2  # tokens beyond the expected answer's, so that an answer is seen to end or to run on
 
 
@@ -82,7 +86,8 @@ def measure(
 def _answer(candidate: Candidate, prompt: Prompt, model: PreTrainedModel) -> tuple[list[int], list[float], Any]:
     """Greedy tokens, the seconds of the prefill and of each step, and the run with its statistics."""
     cache, ids, out, seconds = DynamicCache(config=model.config), prompt.ids, [], []
-    with apply(model, *candidate.methods) as run:
+    bare = not candidate.methods and not Host(model).attention_modules()
+    with nullcontext(_WHOLE) if bare else apply(model, *candidate.methods) as run:
         for _ in range(prompt.new_tokens):
             begun = _now(model)
             logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import foveate
-from foveate.cli import compare, labs, systems
+from foveate.cli import bench, compare, labs, systems, train
 from foveate.cli.console import PolitelyFailing
 
 app = typer.Typer(
@@ -22,7 +22,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compare")(compare.command)
+app.command("train")(train.command)
 app.command("systems")(systems.command)
+app.add_typer(bench.app, name="bench")
 app.add_typer(labs.app, name="labs")
 
 

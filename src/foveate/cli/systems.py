@@ -21,18 +21,35 @@ if TYPE_CHECKING:
 Key = Annotated[str | None, typer.Argument(help="One system's key: show its card.")]
 Room = Annotated[str | None, typer.Option(help="Only those of one room: ops, kv, steer, lens, ...")]
 Tag = Annotated[str | None, typer.Option(help="Only those with this tag.")]
+By = Annotated[
+    str | None, typer.Option(help="Group by a category of the survey: sequences, levels, positions, representations.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def command(key: Key = None, room: Room = None, tag: Tag = None, as_json: Json = False) -> None:
-    """List the published systems that work here, or show one system's card."""
+def command(key: Key = None, room: Room = None, tag: Tag = None, by: By = None, as_json: Json = False) -> None:
+    """List the published systems that work here and what they can do, or show one system's card."""
     if key is not None:
         _show_card(catalog.system(key), as_json)
-    elif as_json:
-        typer.echo(json.dumps([_fields(row) for row in catalog.systems(room, tag)], indent=1))
-    else:
-        rows = catalog.systems(room, tag)
-        show(_table(rows), f"{len(rows)} system{'' if len(rows) == 1 else 's'}; `foveate systems KEY` shows one")
+        return
+    rows = catalog.systems(room, tag)
+    groups = {"": rows} if by is None else catalog.grouped(rows, by)
+    if as_json:
+        found = {name: [_fields(row) for row in group] for name, group in groups.items()}
+        typer.echo(json.dumps(found[""] if by is None else found, indent=1))
+        return
+    for name, group in groups.items():
+        if name:
+            show(f"\n{by}: {name}")
+        show(_table(group))
+    show(f"{len(rows)} system{'' if len(rows) == 1 else 's'}; `foveate systems KEY` shows one", _LEGEND)
+
+
+_LEGEND = (
+    "attends: s self, c causal self, x cross, y causal cross; streams: state that stays constant or grows; "
+    "time: in the number of tokens"
+)
+_LETTERS = {"self": "s", "causal self": "c", "cross": "x", "causal cross": "y"}
 
 
 def _show_card(row: System, as_json: bool) -> None:
@@ -44,7 +61,7 @@ def _show_card(row: System, as_json: bool) -> None:
 
 
 def _fields(row: System) -> dict[str, object]:
-    return {**asdict(row), "url": row.url}
+    return {**asdict(row), "url": row.url, "capabilities": catalog.capabilities(row.key)}
 
 
 def _table(rows: list[System]) -> Table:
@@ -52,14 +69,33 @@ def _table(rows: list[System]) -> Table:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("key", "year", "room"):
+    for heading in ("key", "year", "room", "attends", "streams", "time"):
         table.add_column(heading, no_wrap=True)
     table.add_column("title", ratio=2)
     table.add_column("tags", ratio=1)
     for row in rows:
         key = Text(row.key, style=f"bold link {row.url}" if row.url else "bold")
-        table.add_row(key, str(row.year), row.room, Text(row.title), Text(", ".join(row.tags), style="dim"))
+        tags = Text(", ".join(row.tags), style="dim")
+        table.add_row(key, str(row.year), row.room, *_facts(row.key), Text(row.title), tags)
     return table
+
+
+def _facts(key: str) -> tuple[str, str, str]:
+    """What it attends to, what its stream keeps, and how its time grows, in a few letters."""
+    facts = catalog.capabilities(key)
+    if not facts:
+        return "", "", ""
+    attends = "".join(letter for pattern, letter in _LETTERS.items() if pattern in facts["patterns"])
+    return attends, facts["state"] or "no", facts["growth"]
+
+
+def _said(value: object) -> str:
+    """A fact as the card shows it; nothing for what is not there."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(value)
+    return "" if value is None else str(value)
 
 
 def _card(row: System, card: Card) -> list[RenderableType]:
@@ -68,6 +104,8 @@ def _card(row: System, card: Card) -> list[RenderableType]:
 
     facts = Table.grid(padding=(0, 2))
     named = {"paper": row.url, "room": row.room, "object": row.object, "tags": ", ".join(row.tags), "test": row.test}
+    named |= {name: _said(value) for name, value in catalog.capabilities(row.key).items()}
+    named |= {name: ", ".join(places) for name, places in asdict(row.taxonomy).items()}
     for name, value in named.items():
         if value:
             facts.add_row(Text(name, style="dim"), Text(value))

@@ -6,6 +6,7 @@ when they are read, so that a bad one fails in the first test that looks and not
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any
 from foveate.core.errors import CatalogError, unknown
 
 CATALOG = Path(__file__).parent.parent / "catalog.toml"
+CAPABILITIES = CATALOG.with_name("capabilities.json")
 
 ROOMS = (
     "ops", "nn", "models", "host", "kv", "steer", "lens", "train", "tasks", "gaze", "studies", "labs", "bench", "dist",
@@ -95,6 +97,27 @@ def systems(room: str | None = None, tag: str | None = None) -> list[System]:
     if room is not None and room not in ROOMS:
         raise unknown("room", room, ROOMS)
     return [row for row in read() if room in (None, row.room) and (tag is None or tag in row.tags)]
+
+
+def grouped(rows: Sequence[System], category: str) -> dict[str, list[System]]:
+    """The rows under each place that the survey's `category` tells apart; a row with several stands under each."""
+    if category not in CATEGORIES:
+        raise unknown("category", category, CATEGORIES)
+    return {place: [row for row in rows if place in getattr(row.taxonomy, category)] for place in CATEGORIES[category]}
+
+
+def capabilities(key: str) -> dict[str, Any]:
+    """What an operator or a layer can do (`foveate.nn.capabilities.Capabilities`); {} for any other system."""
+    return dict(_capabilities().get(key, {}))
+
+
+@cache
+def _capabilities() -> dict[str, Any]:
+    try:
+        found = json.loads(CAPABILITIES.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CatalogError(f"{CAPABILITIES}: {error}") from None
+    return dict(found)
 
 
 def system(key: str) -> System:

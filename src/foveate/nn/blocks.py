@@ -58,14 +58,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, **call: Any) -> Tensor:
         """`call`: what the mixer takes besides the tokens (mask, causal, size, inputs)."""
         x = x + self.mixer(self.norm(x), **call)
-        return self._channels(x)
+        return self.channels(x)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
         return self.mixer.init_state(batch, dtype=dtype, device=device)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         mixed, state = self.mixer.step(self.norm(x), state)
-        return self._channels(x + mixed), state
+        return self.channels(x + mixed), state
 
-    def _channels(self, x: Tensor) -> Tensor:
+    def channels(self, x: Tensor) -> Tensor:
+        """The second half of the block."""
         return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))

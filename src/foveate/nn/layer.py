@@ -26,6 +26,7 @@ class Layer(nn.Module, ABC):
         masks: kinds of mask it takes: "keys" (bool `(B, 1, 1, Nk)`), "pairs" (any bool mask), "bias" (float).
         steps: "exact" where `step` gives what the causal call gives, None where it cannot stream.
         grid: whether tokens lie on a grid, row by row, whose `size=(H, W)` a call has to bring.
+        prefix: tokens of a layer of grids that come before those of the grid (a class token).
         inputs: names of further tensors that a call may bring.
         growth: how time grows with the number of tokens.
     """
@@ -34,6 +35,7 @@ class Layer(nn.Module, ABC):
     masks: ClassVar[frozenset[MaskKind]] = ALL_MASKS
     steps: ClassVar[Literal["exact"] | None] = None
     grid: ClassVar[bool] = False
+    prefix: ClassVar[int] = 0
     inputs: ClassVar[frozenset[str]] = frozenset()
     growth: ClassVar[Growth] = "N²"
 
@@ -88,6 +90,12 @@ class Layer(nn.Module, ABC):
             raise ShapeError(f"step takes one token; got N={x.shape[1]}")
         return self._step(x, state, **inputs)
 
+    def prefill(self, x: Float[Tensor, "b n c"], **inputs: Tensor) -> tuple[Float[Tensor, "b n c"], Any]:
+        """The causal call on a prompt, and the state to go on from it with `step`."""
+        self._check_steps()
+        self._check(x, None, None, True, None, inputs)
+        return self._prefill(x, **inputs)
+
     # -- what tests and tables read ------------------------------------------------------------------------------------
 
     @property
@@ -115,6 +123,14 @@ class Layer(nn.Module, ABC):
 
     def _step(self, x: Tensor, state: Any, **inputs: Tensor) -> tuple[Tensor, Any]:
         raise NotImplementedError
+
+    def _prefill(self, x: Tensor, **inputs: Tensor) -> tuple[Tensor, Any]:
+        """Token by token, where a layer knows no faster way."""
+        state, out = self._init_state(x.shape[0], x.dtype, x.device), []
+        for t in range(x.shape[1]):
+            y, state = self._step(x[:, t : t + 1], state, **{name: i[:, t : t + 1] for name, i in inputs.items()})
+            out.append(y)
+        return torch.cat(out, 1), state
 
     # -- refusals ------------------------------------------------------------------------------------------------------
 
@@ -159,8 +175,9 @@ class Layer(nn.Module, ABC):
         if not self.grid:
             if size is not None:
                 raise OptionError(f"{self.name} knows no grid; got size={size!r}")
-        elif size is None or len(size) != 2 or size[0] * size[1] != x.shape[1]:
-            raise ShapeError(f"size={size!r} must be (H, W) with H * W = N = {x.shape[1]}")
+        elif size is None or len(size) != 2 or size[0] * size[1] != x.shape[1] - self.prefix:
+            before = f" - {self.prefix}" if self.prefix else ""
+            raise ShapeError(f"size={size!r} must be (H, W) with H * W = N{before} = {x.shape[1] - self.prefix}")
 
     def _check_steps(self) -> None:
         if self.steps is None:

@@ -117,7 +117,7 @@ class MultiHeadAttention(Layer):
             q, k = self.position.turn(q, at), self.position.turn(k, place)
             mask = _with_bias(mask, self.position.bias(at, place), x.dtype)
         rates = self._rates(x if memory is None else memory)
-        return self._merged(self.op(q, k, v, mask=mask, causal=causal, **rates, **inputs), x)
+        return self.merged(self.op(q, k, v, mask=mask, causal=causal, **rates, **inputs), x)
 
     def _projected(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(B, H, N, ·)`, convolved over time where the layer does that."""
@@ -127,9 +127,9 @@ class MultiHeadAttention(Layer):
             seen = masks.keys_of(mask, x.shape[0], x.shape[1])
             x = x.masked_fill(~seen[..., None], 0.0)
         mixed = self.conv(torch.cat([self.q(x), self.k(x), self.v(x)], -1))
-        return self._heads(*self._split(mixed))
+        return self._heads(*self._parts(mixed))
 
-    def _split(self, mixed: Tensor) -> tuple[Tensor, ...]:
+    def _parts(self, mixed: Tensor) -> tuple[Tensor, ...]:
         return mixed.split([self.q.out_features, self.k.out_features, self.v.out_features], -1)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,13 +143,19 @@ class MultiHeadAttention(Layer):
         """What the operator takes from each token, `(B, H, N)`."""
         return {name: squash(rate(x), self.op.gates[name].squash).transpose(1, 2) for name, rate in self.rates.items()}
 
-    def _merged(self, out: Tensor, x: Tensor) -> Tensor:
+    def merged(self, out: Tensor, x: Tensor) -> Tensor:
+        """Heads' outputs `(B, H, N, Dv)` as tokens `(B, N, C)`; x is what the layer was given."""
         if self.out_norm is not None:
             out = self.out_norm(out)
         out = rearrange(out, "b h n d -> b n (h d)")
         if self.gating is not None:
             out = out * squash(self.gating(x), self.gate)
         return self.out(out)
+
+    def projected(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as the operator takes them, of tokens at places `at`, without a convolution."""
+        q, k, v = self._heads(self.q(x), self.k(x), self.v(x))
+        return (q, k, v) if self.position is None else (self.position.turn(q, at), self.position.turn(k, at), v)
 
     # -- a stream ------------------------------------------------------------------------------------------------------
 
@@ -164,12 +170,24 @@ class MultiHeadAttention(Layer):
             q, k, v = self._projected(x, x, None)
         else:
             mixed, conv = self.conv.step(torch.cat([self.q(x), self.k(x), self.v(x)], -1), conv)
-            q, k, v = self._heads(*self._split(mixed))
+            q, k, v = self._heads(*self._parts(mixed))
         if self.position is not None:
             at = torch.tensor([state.seen], device=x.device)
             q, k = self.position.turn(q, at), self.position.turn(k, at)
         out, op = self.op.step(q, k, v, state.op, **self._rates(x), **inputs)
-        return self._merged(out, x), LayerState(op, conv, state.seen + 1)
+        return self.merged(out, x), LayerState(op, conv, state.seen + 1)
+
+    def _prefill(self, x: Tensor, **inputs: Tensor) -> tuple[Tensor, LayerState]:
+        conv, n = None, x.shape[1]
+        if self.conv is not None:
+            raw = torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+            conv = F.pad(raw, (0, 0, self.conv.kernel - 1, 0))[:, n:]
+        q, k, v = self._projected(x, x, None)
+        if self.position is not None:
+            at = torch.arange(n, device=x.device)
+            q, k = self.position.turn(q, at), self.position.turn(k, at)
+        out, op = self.op.prefill(q, k, v, **self._rates(x), **inputs)
+        return self.merged(out, x), LayerState(op, conv, n)
 
     @classmethod
     def example(cls, dim: int, heads: int, length: int) -> Self:

@@ -62,3 +62,18 @@ def test_where_there_is_no_sink_keeping_first_tokens_gains_nothing() -> None:
         (SlidingWindow(64 - sinks, sinks)(q, k, v, causal=True) - full)[:, :, 64:].norm() for sinks in (4, 0)
     )
     assert with_sinks > 0.95 * without
+
+
+def test_a_stream_keeps_no_more_than_it_looks_at() -> None:
+    op = SlidingWindow(window=4, sinks=2)
+    q, k, v = qkv(15)
+    state, out = op.init_state(2, 4, 2, 8, 8, dtype=torch.float64), []
+    for t in range(15):
+        at = slice(t, t + 1)
+        y, state = op.step(q[:, :, at], k[:, :, at], v[:, :, at], state)
+        out.append(y)
+        assert state.k.shape[2] == min(t + 1, 6)
+    assert_near(torch.cat(out, 2), op(q, k, v, causal=True), 1e-12)
+    _, prefilled = op.prefill(q, k, v)
+    assert torch.equal(prefilled.k, state.k)
+    assert torch.equal(prefilled.v, state.v)

@@ -12,7 +12,7 @@ import string
 import torch
 from torch import Tensor
 
-from foveate.labs.lm.tokenizer import BOS
+from foveate.models.byte_tokenizer import BOS
 from foveate.tasks.corpus import text
 from foveate.tasks.needle import NAMES, fact, question, snap
 

@@ -6,7 +6,7 @@ HiP Attention: Sparse Sub-Quadratic Attention with Hierarchical Attention Prunin
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, Self, final
+from typing import ClassVar, Literal, NamedTuple, Self, final
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.core.selection import Indices, Selection
-from foveate.ops.operator import Pattern
+from foveate.ops.operator import Growth, Pattern
 from foveate.ops.sparse.selective import Selective
 
 #: Elements of keys that one round of the search may hold at a time.
@@ -44,6 +44,7 @@ class HiP(Selective):
     """
 
     patterns: frozenset[Pattern] = frozenset({"causal self", "causal cross"})
+    growth: ClassVar[Growth] = "N log N"
     steps = "own"
 
     def __init__(

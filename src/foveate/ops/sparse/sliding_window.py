@@ -5,14 +5,16 @@ Efficient Streaming Language Models with Attention Sinks (2023), arXiv 2309.1745
 
 from __future__ import annotations
 
-from typing import Self, final
+from typing import ClassVar, Self, final
 
+import torch
 from torch import Tensor
 
 from foveate.core import validate
 from foveate.core.selection import Selection
 from foveate.core.windows import window
-from foveate.ops.operator import Pattern
+from foveate.ops.cache import KVState
+from foveate.ops.operator import Growth, Pattern
 from foveate.ops.sparse.selective import Selective
 
 
@@ -21,7 +23,7 @@ class SlidingWindow(Selective):
     """Each query sees the last `window` keys, its own included, and the first `sinks` keys. Causal only.
 
     Cost O(N (window + sinks) D). What lies between the sinks and the window is lost for good: the wrong choice where an
-    answer may stand anywhere in the input.
+    answer may stand anywhere in the input. A stream keeps `sinks + window` keys.
 
     Args:
         window: keys up to and including the query's own; at least 1.
@@ -29,6 +31,7 @@ class SlidingWindow(Selective):
     """
 
     patterns: frozenset[Pattern] = frozenset({"causal self", "causal cross"})
+    growth: ClassVar[Growth] = "N"
 
     def __init__(self, window: int = 512, sinks: int = 4) -> None:
         super().__init__()
@@ -38,6 +41,12 @@ class SlidingWindow(Selective):
 
     def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
         return window(q.shape[2], k.shape[2], self.window, self.sinks, q.device)
+
+    def kept(self, state: KVState) -> KVState:
+        if state.k.shape[2] <= self.sinks + self.window:
+            return state
+        first, last = slice(0, self.sinks), slice(state.k.shape[2] - self.window, None)
+        return KVState(*(torch.cat([x[:, :, first], x[:, :, last]], 2) for x in (state.k, state.v)))
 
     @classmethod
     def at_budget(cls, budget: float, length: int) -> Self:

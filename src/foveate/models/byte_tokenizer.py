@@ -1,4 +1,4 @@
-"""The lab's tokenizer: one token a byte, in the standard Hugging Face format."""
+"""One token a byte, in the standard Hugging Face format: the tokenizer of the lab and of small models of text."""
 
 from __future__ import annotations
 

@@ -1,0 +1,82 @@
+"""`foveate bench`: what operators cost and lose, beside each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foveate.cli.console import Bar, show
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from foveate.bench.recall import Recall
+
+app = typer.Typer(help="Operators beside each other.", no_args_is_help=True)
+
+Only = Annotated[str | None, typer.Option(help="Labels of networks, between semicolons. Default: all.")]
+Length = Annotated[int, typer.Option(help="Tokens in a sequence.")]
+Pairs = Annotated[int, typer.Option(help="Key-value pairs to remember.")]
+Vocabulary = Annotated[int, typer.Option(help="Tokens that there are.")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps for each network.")]
+Batch = Annotated[int, typer.Option(help="Sequences in each step.")]
+Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
+Seed = Annotated[int, typer.Option(help="Seed of parameters and batches.")]
+Out = Annotated[Path, typer.Option(help="Folder for recall.html and recall.json.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
+
+
+@app.callback()
+def _benches() -> None:
+    """Operators beside each other."""
+
+
+@app.command("recall")
+def recall(
+    only: Only = None,
+    length: Length = 128,
+    pairs: Pairs = 16,
+    vocabulary: Vocabulary = 128,
+    steps: Steps = 2000,
+    batch: Batch = 32,
+    rate: Rate = 3e-3,
+    seed: Seed = 0,
+    out: Out = Path("foveate-recall"),
+    as_json: Json = False,
+) -> None:
+    """Recall against state: every operator in the same small network, trained on multi-query associative recall.
+
+    All networks have as many parameters as the one with softmax attention.
+    Results are saved after each network: the same command again takes up where an interrupted one stopped.
+    """
+    with Bar("loading") as bar:
+        from foveate.bench import recall as figure
+        from foveate.report import curves
+        from foveate.tasks.mqar import MQAR
+        from foveate.train.loop import Schedule
+
+        labels = None if only is None else [label.strip() for label in only.split(";") if label.strip()]
+        drill = MQAR(vocabulary=vocabulary, length=length, pairs=pairs)
+        schedule = Schedule(steps=steps, batch=batch, rate=rate, seed=seed)
+        found = figure.recall(drill=drill, schedule=schedule, only=labels, out=out, progress=bar.at)
+        title = f"Recall of {pairs} pairs in {length} tokens against state"
+        page = curves.recall(found.points, title, out / "recall.html")
+    if as_json:
+        typer.echo((out / figure.RESULTS).read_text("utf-8"), nl=False)
+    else:
+        show(_table(found), f"plot     {page}", f"results  {out / figure.RESULTS}")
+
+
+def _table(found: Recall) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("network", no_wrap=True)
+    for heading in ("recall", "state, bytes", "parameters", "seconds"):
+        table.add_column(heading, justify="right")
+    for point in found.points:
+        numbers = f"{point.state_bytes:,}", f"{point.parameters:,}", f"{point.seconds:.0f}"
+        table.add_row(point.label, f"{point.accuracy:.1%}", *numbers)
+    return table

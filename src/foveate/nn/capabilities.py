@@ -1,0 +1,119 @@
+"""What each operator and layer of the catalogue can do, as facts that a program reads.
+
+They are declared on the classes, or found by trying; `snapshot` is kept beside the catalogue (`capabilities.json`), so
+that `foveate systems` shows them without importing torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.core.catalog import systems
+from foveate.nn.layer import Layer
+from foveate.ops.dense.scored import Scored
+from foveate.ops.linear.linear import Linear
+from foveate.ops.memory.memory import Memory
+from foveate.ops.operator import Operator
+from foveate.ops.sparse.selective import Selective
+
+HEADS, WIDTH, LENGTH = 4, 16, 64
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """The facts of one system.
+
+    Args:
+        kind: "operator" (`q, k, v -> out`) or "layer" (`(B, N, C) -> (B, N, C)`).
+        family: of an operator: "scored", "selective", "linear", "memory", or "own".
+        patterns: "self", "cross", "causal self", "causal cross".
+        masks: "keys", "pairs", "bias".
+        streams: "exact" where token by token is the causal call, "own" where it differs by design, None.
+        state: what a stream keeps: "constant", "grows", or None where nothing streams.
+        weights: whether there is a matrix of weights over keys to look at.
+        growth: of the time, in the number of tokens: "N", "N log N", "N²".
+        parameters: trained numbers of the example with 4 heads of 16 channels.
+        inputs: further tensors that a call may bring.
+    """
+
+    kind: str
+    family: str | None
+    patterns: tuple[str, ...]
+    masks: tuple[str, ...]
+    streams: str | None
+    state: str | None
+    weights: bool
+    growth: str
+    parameters: int
+    inputs: tuple[str, ...]
+
+
+def capabilities(cls: type[Operator] | type[Layer]) -> Capabilities:
+    """The facts of an operator or a layer, read from its class and its example."""
+    if issubclass(cls, Operator):
+        made: Any = cls.example(HEADS, WIDTH, LENGTH)
+        kind, family, weights = "operator", _family(cls), made.has_weights
+    else:
+        made = cls.example(HEADS * WIDTH, HEADS, LENGTH)
+        kind, family, weights = "layer", None, False
+    return Capabilities(
+        kind=kind, family=family, patterns=tuple(sorted(made.patterns)), masks=tuple(sorted(made.masks)),
+        streams=made.steps, state=_state(made), weights=weights, growth=made.growth,
+        parameters=sum(p.numel() for p in made.parameters() if p.requires_grad), inputs=tuple(sorted(made.inputs)),
+    )  # fmt: skip
+
+
+def snapshot() -> dict[str, dict[str, Any]]:
+    """The facts of every operator and layer of the catalogue, by key, as they are saved."""
+    found = {}
+    for row in systems():
+        if row.room in ("ops", "nn"):
+            cls = row.load()
+            if isinstance(cls, type) and issubclass(cls, Operator | Layer):
+                found[row.key] = {
+                    name: list(value) if isinstance(value, tuple) else value
+                    for name, value in asdict(capabilities(cls)).items()
+                }
+    return found
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors inside a stream's state, whatever holds them."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(state))
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """The tensors inside a state: of lists, tuples, tables and dataclasses."""
+    if isinstance(state, Tensor):
+        return [state]
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, list | tuple):
+        return [tensor for part in state for tensor in tensors(part)]
+    return [tensor for part in vars(state).values() for tensor in tensors(part)] if hasattr(state, "__dict__") else []
+
+
+def _family(cls: type[Operator]) -> str:
+    bases = {"scored": Scored, "selective": Selective, "linear": Linear, "memory": Memory}
+    return next((name for name, base in bases.items() if issubclass(cls, base)), "own")
+
+
+@torch.no_grad()
+def _state(made: Operator | Layer) -> str | None:
+    """Whether the state of a stream is larger after more tokens."""
+    if made.steps is None:
+        return None
+    sizes = [state_bytes(_after(made, length)) for length in (LENGTH // 2, LENGTH)]
+    return "constant" if sizes[0] == sizes[1] else "grows"
+
+
+def _after(made: Operator | Layer, length: int) -> Any:
+    if isinstance(made, Layer):
+        return made.prefill(torch.zeros(1, length, made.dim))[1]
+    q = torch.zeros(1, HEADS, length, WIDTH)
+    inputs = {name: made.example_input(name, 1, HEADS, length) for name in made.inputs}
+    return made.prefill(q, q, q, **inputs)[1]

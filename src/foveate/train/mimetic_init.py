@@ -1,0 +1,147 @@
+"""Mimetic initialisation: self-attention that starts where trained attention ends.
+
+Mimetic Initialization of Self-Attention Layers (2023), arXiv 2305.09828.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate.core import validate
+from foveate.core.errors import OptionError
+from foveate.nn import MultiHeadAttention
+
+
+@dataclass(frozen=True)
+class Projections:
+    """One layer's matrices as rows times columns: tokens are rows, so a query is `x @ q`.
+
+    Args:
+        q, k, v: `(C, H * D)`, views of the layer's own weights.
+        out: `(H * D, C)`, likewise.
+        biases: of all of them.
+        heads: H.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    biases: tuple[Tensor, ...]
+    heads: int
+
+
+@torch.no_grad()
+def mimetic_init(
+    module: nn.Module, *, alpha_qk: float = 0.7, beta_qk: float = 0.7, alpha_vo: float = 0.4, beta_vo: float = 0.4,
+    generator: torch.Generator | None = None,
+) -> int:  # fmt: skip
+    """Set the projections of every self-attention layer inside `module`, and return how many layers that were.
+
+    Trained transformers have `W_q W_kᵀ` near a multiple of the identity and `W_v W_o` near a negative one. So each
+    head's `W_q W_kᵀ` becomes the best approximation of rank D to `alpha_qk Z + beta_qk I`, and each layer's `W_v W_o`
+    becomes `alpha_vo Z - beta_vo I`, with fresh `Z` of variance `1 / C`. Nothing else changes, and nothing is tied:
+    training goes on as ever. Cost: one SVD of a C x C matrix per head, and one per layer.
+
+    With sinusoidal or learned positions at the input, attention then starts on a token and its like. Meant for networks
+    trained from scratch on little data; the wrong choice for a pretrained one.
+
+    Args:
+        module: anything that holds `foveate.nn.MultiHeadAttention` (without grouped heads, and with `Dv = D = C / H`),
+            `torch.nn.MultiheadAttention`, or attention as timm writes it (`qkv`, `proj`, `num_heads`).
+        alpha_qk, beta_qk: weights of noise and identity for queries and keys; the paper's for vision transformers.
+        alpha_vo, beta_vo: the same for values and output.
+        generator: for Z.
+
+    Biases of these projections become 0.
+
+    Raises:
+        OptionError: no layer of these kinds, or one whose matrices do not have the shape.
+    """
+    for name, value in (("alpha_qk", alpha_qk), ("beta_qk", beta_qk), ("alpha_vo", alpha_vo), ("beta_vo", beta_vo)):
+        validate.at_least(name, value, 0)
+    layers = list(projections(module))
+    if not layers:
+        raise OptionError(f"{type(module).__name__} holds no self-attention layer that mimetic_init knows")
+    for layer in layers:
+        _queries_and_keys(layer, alpha_qk, beta_qk, generator)
+        left, right = _factors(_target(layer.q, alpha_vo, -beta_vo, generator))
+        layer.v.copy_(left)
+        layer.out.copy_(right)
+        for bias in layer.biases:
+            bias.zero_()
+    return len(layers)
+
+
+def mimetic_products(module: nn.Module) -> tuple[Float[Tensor, "h c c"], Float[Tensor, "c c"]]:
+    """Each head's `W_q W_kᵀ` and the layer's `W_v W_o`, of the first self-attention layer inside `module`."""
+    layer = next(projections(module), None)
+    if layer is None:
+        raise OptionError(f"{type(module).__name__} holds no self-attention layer that mimetic_init knows")
+    q, k = (x.unflatten(1, (layer.heads, -1)).transpose(0, 1) for x in (layer.q, layer.k))
+    return q @ k.mT, layer.v @ layer.out
+
+
+def projections(module: nn.Module) -> Iterator[Projections]:
+    """The self-attention layers inside `module`, whoever wrote them."""
+    for part in module.modules():
+        if isinstance(part, MultiHeadAttention):
+            yield _checked(_ours(part))
+        elif isinstance(part, nn.MultiheadAttention):
+            yield _checked(_torchs(part))
+        elif all(hasattr(part, name) for name in ("qkv", "proj", "num_heads")):
+            yield _checked(_timms(part))
+
+
+def _ours(layer: MultiHeadAttention) -> Projections:
+    linear = (layer.q, layer.k, layer.v, layer.out)
+    biases = tuple(part.bias for part in linear if part.bias is not None)
+    return Projections(*(part.weight.mT for part in linear), biases, layer.heads)
+
+
+def _torchs(layer: nn.MultiheadAttention) -> Projections:
+    if layer.in_proj_weight is None:
+        raise OptionError("mimetic_init is for self-attention: this layer has keys of another width than queries")
+    q, k, v = layer.in_proj_weight.chunk(3)
+    biases = () if layer.in_proj_bias is None else (layer.in_proj_bias, layer.out_proj.bias)
+    return Projections(q.mT, k.mT, v.mT, layer.out_proj.weight.mT, biases, layer.num_heads)
+
+
+def _timms(layer: nn.Module) -> Projections:
+    q, k, v = layer.qkv.weight.chunk(3)
+    biases = tuple(part.bias for part in (layer.qkv, layer.proj) if part.bias is not None)
+    return Projections(q.mT, k.mT, v.mT, layer.proj.weight.mT, biases, layer.num_heads)
+
+
+def _checked(layer: Projections) -> Projections:
+    width = layer.q.shape[0]
+    shapes = {tuple(x.shape) for x in (layer.q, layer.k, layer.v, layer.out)}
+    if shapes != {(width, width)}:
+        raise OptionError(f"mimetic_init wants projections of C x C={width}; got {sorted(shapes)}")
+    return layer
+
+
+def _queries_and_keys(layer: Projections, alpha: float, beta: float, generator: torch.Generator | None) -> None:
+    width = layer.q.shape[1] // layer.heads
+    for head in range(layer.heads):
+        left, right = _factors(_target(layer.q, alpha, beta, generator))
+        at = slice(head * width, (head + 1) * width)
+        layer.q[:, at] = left[:, :width]
+        layer.k[:, at] = right[:width].mT
+
+
+def _target(like: Tensor, alpha: float, beta: float, generator: torch.Generator | None) -> Float[Tensor, "c c"]:
+    width = like.shape[0]
+    noise = torch.randn(width, width, generator=generator, dtype=torch.float64) * width**-0.5
+    return (alpha * noise + beta * torch.eye(width, dtype=torch.float64)).to(like.device)
+
+
+def _factors(target: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices whose product is `target`, with the largest singular values first."""
+    u, s, vh = torch.linalg.svd(target)
+    return u * s.sqrt(), s.sqrt()[:, None] * vh
