@@ -18,7 +18,7 @@ INSTALLED_DEV := $(VENV)/installed-dev-$(KEY)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo install install-dev test test-all lint format bench claims systems docs clean
+.PHONY: demo install install-dev test test-all lint format bench claims systems mutants docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/foveate compare
@@ -72,6 +72,11 @@ claims: $(INSTALLED_DEV)
 # what the classes say of themselves, for `foveate systems` and docs/systems.md
 systems: $(INSTALLED_DEV)
 	$(BIN)/python docs/systems.py
+
+# changes to the formulas that the tests should notice: docs/mutants.md. KEYS="mega gta" does only these again
+mutants: $(INSTALLED_DEV)
+	$(PIP) install -c constraints.txt -e '.[mutants]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/mutants.py $(KEYS)
 
 docs: claims systems
 	$(BIN)/foveate compare

@@ -207,7 +207,7 @@ def two_systems(monkeypatch: pytest.MonkeyPatch) -> None:
             "tests/x.py",
             ("retrieval",),
             Taxonomy(),
-        ),  # fmt: skip
+        ),
     )
     monkeypatch.setattr(catalog, "read", lambda: rows)
 

@@ -27,22 +27,26 @@ Family = Literal["attention", "window", "based", "linear", "memory"]
 
 @dataclass(frozen=True)
 class Contender:
-    """One network of the comparison: its label, and the system and options of each layer."""
+    """One network of the comparison: its label, and of each layer the system, its options, and what goes around it."""
 
     label: str
     family: Family
-    layers: tuple[tuple[str, dict[str, Any]], ...]
+    layers: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...]
 
 
 def twice(label: str, family: Family, key: str, **options: Any) -> Contender:
-    return Contender(label, family, ((key, options),) * 2)
+    return Contender(label, family, ((key, options, {}),) * 2)
 
 
 def based(feature_dim: int, window: int) -> Contender:
     """Based's two mixers: exact attention over a few tokens, then Taylor features over all."""
-    layers = (("sliding_window", {"window": window, "sinks": 0}), ("based", {"feature_dim": feature_dim}))
+    near = ("sliding_window", {"window": window, "sinks": 0}, {})
+    layers = (near, ("based", {}, {"head_dim": feature_dim, "value_dim": VALUE_DIM}))
     return Contender(f"based {feature_dim}, window {window}", "based", layers)
 
+
+#: Width of a value of Based, whose keys and queries have their own.
+VALUE_DIM = 32
 
 CONTENDERS = (
     twice("softmax", "attention", "softmax"),
@@ -56,7 +60,6 @@ CONTENDERS = (
     twice("normalised linear", "linear", "dsf"),
     twice("lightning", "linear", "lightning_attention"),
     twice("lightnet", "linear", "lightnet"),
-    twice("aaren", "linear", "aaren"),
     twice("titans", "memory", "titans", depth=1),
     twice("miras", "memory", "miras"),
 )
@@ -126,7 +129,7 @@ def recall(
 
 def spec(contender: Contender, drill: Drill, dim: int, heads: int) -> Spec:
     """The contender's network, before its parameters are evened out."""
-    mixers = tuple(Mixer(key, options, network.around(key)) for key, options in contender.layers)
+    mixers = tuple(Mixer(key, options, {**network.around(key), **around}) for key, options, around in contender.layers)
     return Spec(dim, heads, mixers, vocabulary=drill.vocabulary)
 
 

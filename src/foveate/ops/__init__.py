@@ -41,7 +41,7 @@ def sized(key: str | Operator, heads: int, head_dim: int, value_dim: int | None 
     cls = _class(key)
     known = signature(cls).parameters
     sizes = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim}
-    return operator(cls, **{name: size for name, size in sizes.items() if name in known}, **options)
+    return operator(key, **{name: size for name, size in sizes.items() if name in known}, **options)
 
 
 def _class(key: str) -> type[Operator]:

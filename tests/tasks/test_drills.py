@@ -1,0 +1,80 @@
+"""Training tasks: what a batch holds, and what is held out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from foveate.core.errors import OptionError
+from foveate.models import byte_tokenizer
+from foveate.tasks import corpus, language
+from foveate.tasks.copying import Copying
+from foveate.tasks.digits import Digits
+from foveate.tasks.drill import IGNORED
+from foveate.tasks.language import Language
+from foveate.tasks.mqar import MQAR
+from foveate.tasks.recited import Recited
+
+
+def draw(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_copying_by_hand() -> None:
+    tokens, labels = Copying(vocabulary=9, length=8).sample(50, draw())
+    for row, asked in zip(tokens.tolist(), labels.tolist(), strict=True):
+        string = row[:4]
+        assert row[4:] == [0, *string[:3]]
+        assert asked == [IGNORED] * 4 + string
+        assert all(1 <= letter < 9 for letter in string)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"), [(dict(length=7), "length=7 must be even"), (dict(vocabulary=2), "vocabulary=2")]
+)
+def test_copying_refuses(sizes: dict, says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        Copying(**sizes)
+
+
+@pytest.mark.parametrize("heldout", [False, True])
+def test_windows_of_text(heldout: bool) -> None:
+    tokens, labels = Language(length=40).sample(5, draw(), heldout=heldout)
+    assert tokens.shape == labels.shape == (5, 40)
+    assert (tokens[:, 0] == byte_tokenizer.BOS).all()
+    assert torch.equal(tokens[:, 1:], labels[:, :-1])
+    source = corpus.text("heldout" if heldout else "train")
+    for row in labels.tolist():
+        assert bytes(row).decode() in source
+
+
+def test_text_is_read_as_the_tokenizer_reads_it() -> None:
+    assert (language.BOS, language.VOCABULARY) == (byte_tokenizer.BOS, byte_tokenizer.VOCAB)
+    _, labels = Language(length=20).sample(1, draw())
+    text = bytes(labels[0].tolist()).decode()
+    assert byte_tokenizer.build(64)(text).input_ids == [byte_tokenizer.BOS, *labels[0].tolist()]
+
+
+def test_digits_are_split_once() -> None:
+    images, labels = Digits().heldout()
+    assert images.shape == (360, 1, 8, 8)
+    assert 0 <= float(images.min()) < float(images.max()) <= 1
+    assert sorted(labels.unique().tolist()) == list(range(10))
+    assert torch.equal(Digits().heldout(7)[0], images[:7])
+    drawn, _ = Digits().sample(500, draw())
+    held = {tuple(image.flatten().tolist()) for image in images}
+    assert not any(tuple(image.flatten().tolist()) in held for image in drawn)
+
+
+def test_a_drill_recited() -> None:
+    task = Recited(MQAR(vocabulary=40, length=24, pairs=4), count=20)
+    assert (task.name, task.length) == ("mqar", 24)
+    for example in task.examples():
+        said = [int(word) for word in example.prompt.split()]
+        told = dict(zip(said[0:8:2], said[1:8:2], strict=True))
+        assert int(example.answer) == told[said[-1]]
+        assert task.score(example, f"{example.answer} 7") == 1.0
+        assert task.score(example, f"{example.answer}1 7") == 0.0
+        assert task.score(example, "") == 0.0
+    assert task.examples() == task.examples()
+    assert Recited(task.drill, count=20, seed=1).examples() != task.examples()
