@@ -1,8 +1,8 @@
 """Fill README.md's measured sections: `python docs/fill.py [compare's results.json]`.
 
 Each section lies between `<!-- name -->` and `<!-- /name -->`. The comparison's table comes from the results file (the
-one of the last demo where none is named), the systems from the catalogue, and the speed ratios from the last lines that
-`make bench` left in docs/measured/.
+one of the last demo where none is named), the recall figure from docs/measured/recall, the systems from the catalogue,
+and the speed ratios from the last lines that `make bench` left in docs/measured/.
 """
 
 from __future__ import annotations
@@ -48,6 +48,21 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def recall() -> str:
+    """The recall figure as a table, best first, and how it was made."""
+    kept = json.loads((MEASURED / "recall" / "recall.json").read_text())
+    lines = ["| network | recall | state, bytes | parameters |", "|---|---:|---:|---:|"]
+    for point in sorted(kept["points"], key=lambda point: -point["accuracy"]):
+        numbers = f"{point['accuracy']:.1%} | {point['state_bytes']:,} | {point['parameters']:,}"
+        lines.append(f"| {point['label']} | {numbers} |")
+    task, schedule = kept["task"], kept["schedule"]
+    made = (
+        f"{task['pairs']} pairs in {task['length']} tokens of {task['vocabulary']}; {schedule['steps']} steps of "
+        f"{schedule['batch']} sequences, seed {schedule['seed']}, one run: `python benchmarks/recall.py`."
+    )
+    return "\n".join([*lines, "", made])
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with the section `name` replaced; the marks stay."""
     mark = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
@@ -60,7 +75,10 @@ def main() -> None:
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "foveate-compare" / "results.json"
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, content in (("demo", demo(results)), ("systems", catalogue()), ("bench", speed())):
+    sections = {"recall": recall(), "systems": catalogue(), "bench": speed()}
+    if results.is_file():  # else the comparison's table stays what it is
+        sections["demo"] = demo(results)
+    for name, content in sections.items():
         text = fill(text, name, content)
     readme.write_text(text)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from foveate.core.catalog import systems
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.layer import Layer
+from foveate.nn.neural_memory import NeuralMemory
+from foveate.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from foveate.ops.operator import MaskKind, Pattern
 
 DIM, HEADS, BATCH, LENGTH, MEMORY = 16, 4, 2, 12, 9
@@ -21,6 +23,13 @@ SYSTEMS: dict[str, type[Layer]] = {
     for row in systems("nn")
     if isinstance(found := row.load(), type) and issubclass(found, Layer)
 }  # fmt: skip
+
+#: Layers whose row in the catalogue is an operator's.
+EXTRA: dict[str, type[Layer]] = {
+    "titans-memory": NeuralMemory, "titans-gate": MemoryAsGate, "titans-layer": MemoryAsLayer,
+    "titans-context": MemoryAsContext,
+}  # fmt: skip
+SYSTEMS |= EXTRA
 
 #: The house's own layer around an operator of each family, with and without a convolution.
 AROUND: dict[str, dict[str, Any]] = {

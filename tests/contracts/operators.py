@@ -16,6 +16,9 @@ from torch import Tensor
 from foveate.core import masks
 from foveate.core.catalog import systems
 from foveate.core.errors import UnsupportedEngine
+from foveate.ops.dense.reversed_attention import ReversedAttention
+from foveate.ops.linear.inline import InLine
+from foveate.ops.linear.relu_linear import ReLULinear
 from foveate.ops.operator import MaskKind, Operator, Pattern
 from tests.tensors import qkv
 
@@ -24,11 +27,16 @@ LENGTHS: dict[Pattern, tuple[int, int]] = {
     "self": (12, 12), "causal self": (12, 12), "cross": (9, 12), "causal cross": (9, 12),
 }  # fmt: skip
 
+#: Operators inside layers of the catalogue: they have no row of their own, and the same duties.
+INSIDE: dict[str, type[Operator]] = {
+    "inline": InLine, "relu_linear": ReLULinear, "reversed_attention": ReversedAttention,
+}  # fmt: skip
+
 CLASSES: dict[str, type[Operator]] = {
     row.key: found
     for row in systems("ops")
     if isinstance(found := row.load(), type) and issubclass(found, Operator)
-}  # fmt: skip
+} | INSIDE  # fmt: skip
 
 
 def example(key: str, length: int = 12, heads: int = HEADS, width: int = WIDTH) -> Operator:

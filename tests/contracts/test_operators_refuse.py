@@ -73,7 +73,7 @@ def test_a_malformed_call_names_the_argument(key: str, what: str) -> None:
 def test_an_option_that_it_lacks_is_refused_by_name(key: str) -> None:
     call = main_call(key)
     with pytest.raises(OptionError, match="nonsense"):
-        foveate.attend(*call.tensors(), key, causal=call.causal, nonsense=1)
+        foveate.attend(*call.tensors(), CLASSES[key], causal=call.causal, nonsense=1)
 
 
 @each_operator(lambda cls: cls.inputs)
@@ -82,7 +82,7 @@ def test_further_inputs_are_used_and_checked(key: str) -> None:
     op, tensors = example(key), call.tensors()
     plain = call(op, *tensors)
     for name in sorted(op.inputs):
-        given = torch.full((2, HEADS, call.lengths[1]), 0.123, dtype=torch.float64, requires_grad=True)
+        given = op.example_input(name, 2, HEADS, call.lengths[1]).double().requires_grad_()
         out = call(op, *tensors, **{name: given})
         assert not torch.allclose(out, plain)
         (grad,) = gradients(out, [given])

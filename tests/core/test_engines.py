@@ -115,6 +115,39 @@ def test_chunks_of_any_size(scoring, queries: int, keys: int, causal: bool, kind
         assert_near(ours, theirs, 1e-12)
 
 
+class Counted(Unmerged):
+    """Counts the pairs whose logits were asked for."""
+
+    def __init__(self, is_softmax: bool) -> None:
+        super().__init__()
+        self.is_softmax, self.pairs = is_softmax, 0
+
+    def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Tensor:
+        self.pairs += q.shape[2] * k.shape[2]
+        return super().logits(q, k, scale, at)
+
+
+@pytest.mark.parametrize("is_softmax", [True, False])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 2), (3, 4), (8, 5), (100, 100)])
+def test_chunks_skip_what_a_selection_leaves_out(is_softmax: bool, causal: bool, queries: int, keys: int) -> None:
+    """Query blocks see two blocks of keys side by side; one sees none, and one, under causality, the future alone."""
+    q, k, v = qkv(22, 23, grad=True)
+    row, column = torch.arange(6)[:, None], torch.arange(8)
+    chosen = (column == row) | (column == row + 1)
+    chosen[2], chosen[4] = False, column > 6
+    counted, plain = Counted(is_softmax), Capped()
+    problem = Problem(q, k, v, 1.0, None, causal, Blocks(chosen[None, None], (4, 3), 22, 23), counted)
+    out = chunked.attend(problem, queries, keys)
+    if queries < 4 and not causal:
+        assert counted.pairs < 22 * 23 / 2
+    expected = engines.run(replace(problem, scoring=plain), "reference")
+    assert_near(out, expected, 1e-12)
+    ours, theirs = gradients(out, [q, k, v, counted.cap]), gradients(expected, [q, k, v, plain.cap])
+    for one, other in zip(ours, theirs, strict=True):
+        assert_near(one, other, 1e-12)
+
+
 def test_chunks_never_keep_the_matrix() -> None:
     q, k, v = qkv(1024, batch=1, heads=1, kv_heads=1, width=4, dtype=torch.float32, grad=True)
     for scoring in (SOFTMAX, Unmerged()):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from foveate.bench.memory import peak_bytes
 from foveate.core.errors import ShapeError, UnsupportedEngine, UnsupportedPattern
 from foveate.ops.linear import forms
 from foveate.ops.linear.hedgehog import Hedgehog
@@ -51,9 +52,46 @@ class Gated(Linear):
         return inputs["gate"]
 
 
+@final
+class GatedByFeature(Linear):
+    """One data-dependent decay for each token, head and feature; normalised, so that the sum fades with them."""
+
+    patterns: ClassVar[frozenset[Pattern]] = CAUSAL
+    inputs: ClassVar[frozenset[str]] = frozenset({"gates"})
+    block = 12  # neither a power of 2 nor a multiple of the tile
+
+    def query_features(self, q: Tensor, scale: float) -> Tensor:
+        return F.softplus(q * scale)
+
+    def key_features(self, k: Tensor, scale: float) -> Tensor:
+        return F.softplus(k)
+
+    def log_decay(self, k: Tensor, **inputs: Tensor) -> Tensor:
+        return inputs["gates"]
+
+
+@final
+class FadingFeatures(Linear):
+    """A fixed decay for each head and feature, one of them 1."""
+
+    patterns: ClassVar[frozenset[Pattern]] = CAUSAL
+    normalised: ClassVar[bool] = False
+
+    def query_features(self, q: Tensor, scale: float) -> Tensor:
+        return q * scale
+
+    def key_features(self, k: Tensor, scale: float) -> Tensor:
+        return k
+
+    def log_decay(self, k: Tensor, **inputs: Tensor) -> Tensor:
+        return -torch.linspace(0, 4, k.shape[1] * k.shape[3], dtype=k.dtype).view(k.shape[1], k.shape[3])
+
+
 OPERATORS = {
     "elu": Elu,
     "gated": Gated,
+    "gated by feature": GatedByFeature,
+    "fading features": FadingFeatures,
     "lightning, tiled": lambda: LightningAttention2([1.0, 0.9, 0.2, 0.01], block=8),
     "lightning, autograd": lambda: LightningAttention2(block=8, backward="autograd"),
     "hedgehog": lambda: Hedgehog(HEADS, DIM).double(),
@@ -69,7 +107,10 @@ def inputs_of(
     g = torch.Generator().manual_seed(seed)
     shapes = ((2, HEADS, n_queries or n, DIM), (2, kv_heads, n, DIM), (2, kv_heads, n, VALUE))
     qkv = tuple(torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes)
-    extra = {"gate": F.logsigmoid(torch.randn(2, HEADS, n, generator=g, dtype=torch.float64)).requires_grad_()}
+    extra = {
+        name: F.logsigmoid(torch.randn(2, HEADS, n, *more, generator=g, dtype=torch.float64)).requires_grad_()
+        for name, more in (("gate", ()), ("gates", (DIM,)))
+    }
     return qkv, {name: extra[name] for name in op.inputs}
 
 
@@ -78,15 +119,17 @@ def naive(op: Linear, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Tensor],
     scale = op.default_scale or q.shape[-1] ** -0.5
     fq, fk = op.query_features(q, scale), op.key_features(k, scale)
     decay = op.log_decay(k, **extra)
-    factor = torch.ones(2, HEADS, k.shape[2], dtype=torch.float64)
+    factor = torch.ones(2, HEADS, k.shape[2], fk.shape[-1], dtype=torch.float64)
     if decay is not None:
-        factor = torch.exp(decay if decay.dim() == 3 else decay[None, :, None].expand_as(factor))
+        decay = decay[..., None] if decay.shape in ((HEADS,), (2, HEADS, k.shape[2])) else decay
+        factor = torch.exp(decay if decay.dim() == 4 else decay[None, :, None]).expand_as(factor)
     out = torch.zeros(2, HEADS, q.shape[2], VALUE, dtype=torch.float64)
     for i in range(q.shape[2]):
         last = i + k.shape[2] - q.shape[2] if causal else k.shape[2] - 1
         total = torch.zeros(2, HEADS)
         for j in range(last + 1):
-            w = (fq[:, :, i] * fk[:, :, j]).sum(-1) * (factor[:, :, j + 1 : last + 1].prod(-1) if causal else 1)
+            faded = fk[:, :, j] * (factor[:, :, j + 1 : last + 1].prod(2) if causal else 1)
+            w = (fq[:, :, i] * faded).sum(-1)
             out[:, :, i] += w[..., None] * v[:, :, j]
             total = total + w
         if op.normalised:
@@ -154,7 +197,11 @@ def test_masked_keys_are_as_if_absent_and_may_hold_nan(make, engine):
     mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
     mask[..., :3] = False  # a prefix: for a decay per head, the places of the rest count
     dirty = [x.detach().masked_fill(~mask[0, 0, 0, :, None], float("nan")).requires_grad_() for x in (k, v)]
-    gates = {n: x.detach().masked_fill(~mask[0, 0], float("nan")).requires_grad_() for n, x in extra.items()}
+    place = mask[0, 0, 0]
+    gates = {
+        n: x.detach().masked_fill(~(place if x.dim() == 3 else place[:, None]), float("nan")).requires_grad_()
+        for n, x in extra.items()
+    }
     out = op(q, *dirty, mask=mask, causal=True, engine=engine, **gates)
     clean = op(q[:, :, 3:], k[:, :, 3:], v[:, :, 3:], causal=True, **{n: x[:, :, 3:] for n, x in extra.items()})
     assert (out[:, :, :3] == 0).all()
@@ -226,15 +273,17 @@ def test_the_future_is_not_seen(make):
     assert (before[:, :, 13:] - after[:, :, 13:]).abs().amax((0, 1, 3)).min() > 1e-6
 
 
+@pytest.mark.parametrize("make", [Gated, GatedByFeature])
 @pytest.mark.parametrize("engine", ["chunked", "recurrent", "reference"])
-def test_a_gate_that_forgets_everything(engine):
-    op = Gated()
+def test_a_gate_that_forgets_everything(make, engine):
+    op = make()
     (q, k, v), extra = inputs_of(op, 20)
-    gate = extra["gate"].detach().clone()
+    ((name, given),) = extra.items()
+    gate = given.detach().clone()
     gate[:, :, 11] = -math.inf
     gate.requires_grad_()
-    out = op(q, k, v, causal=True, engine=engine, gate=gate)
-    since = op(q[:, :, 11:], k[:, :, 11:], v[:, :, 11:], causal=True, gate=extra["gate"][:, :, 11:])
+    out = op(q, k, v, causal=True, engine=engine, **{name: gate})
+    since = op(q[:, :, 11:], k[:, :, 11:], v[:, :, 11:], causal=True, **{name: given[:, :, 11:]})
     torch.testing.assert_close(out[:, :, 11:], since)
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, k, v, gate)))
 
@@ -246,6 +295,38 @@ def test_strong_decay_over_a_long_chunk_in_float32():
     out = forms.chunked(fq, fk, v, decay, torch.zeros(1, 1, 4, 4), n)
     exact = forms.matrix(fq.double(), fk.double(), True, decay.double()) @ v.double()
     torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("block", [5, 64, 3000])
+def test_spans_of_a_long_call_hand_on_their_state(features, block):
+    n, g = 2 * forms.SPAN + 77, torch.Generator().manual_seed(0)
+    fq, fk, v = (torch.randn(1, 2, n, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3))
+    decay = F.logsigmoid(torch.randn(1, 2, n, *([3] if features else []), generator=g, dtype=torch.float64) + 4)
+    decay.requires_grad_()
+    state = torch.randn(1, 2, 3, 3, generator=g, dtype=torch.float64).requires_grad_()
+    wanted = (fq, fk, v, decay, state)
+    seen = torch.randn(1, 2, n, 3, generator=g, dtype=torch.float64)
+    ours, theirs = forms.chunked(*wanted, block), forms.recurrent(*wanted)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    pairs = zip(*(torch.autograd.grad((x * seen).sum(), wanted) for x in (ours, theirs)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+def test_a_long_past_is_absorbed_without_losing_the_recent_tokens():
+    n, g = 65536, torch.Generator().manual_seed(0)
+    fk, v = (torch.randn(1, 1, n, 4, generator=g) for _ in range(2))
+    decay = torch.full((1, 1, n, 1), -0.7)
+    exact = forms.absorb(fk[:, :, -200:].double(), v[:, :, -200:].double(), decay[:, :, -200:].double())
+    torch.testing.assert_close(forms.absorb(fk, v, decay).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_by_feature_the_factors_of_few_pairs_are_written_out():
+    n, f = 512, 16
+    fq, fk = torch.randn(2, 1, n, f).unbind()
+    bytes_made = peak_bytes(lambda: forms.matrix(fq, fk, True, -torch.rand(1, n, f)), torch.device("cpu"))
+    assert bytes_made < n * n * f * 4 / 3
 
 
 def test_no_queries_and_no_keys():

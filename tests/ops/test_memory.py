@@ -25,15 +25,24 @@ def titans(**options: object) -> Titans:
     return op.double()
 
 
+def miras_mlp(*options: str, **more: float) -> Miras:
+    sizes = {"memory": "plain_mlp", "heads": HEADS, "head_dim": DIM, "value_dim": VALUE}
+    op = Miras(*options, **sizes, **more, generator=torch.Generator().manual_seed(3))
+    op.first[1].data += 0.3  # not where nothing comes out
+    return op.double()
+
+
 OPERATORS = {
     "titans, linear": lambda chunk: titans(depth=1, chunk=chunk),
     "titans, two layers": lambda chunk: titans(depth=2, chunk=chunk),
     "titans, three layers": lambda chunk: titans(depth=3, expansion=1, chunk=chunk),
     "titans, raw keys": lambda chunk: titans(depth=2, chunk=chunk, unit=False, theta=0.01),
-    "miras, yaad": lambda chunk: Miras.yaad(chunk=chunk),
-    "miras, moneta": lambda chunk: Miras.moneta(p=1.5, chunk=chunk),
-    "miras, memora": lambda chunk: Miras.memora(chunk=chunk),
+    "miras, yaad": lambda chunk: Miras.yaad(chunk=chunk, memory="linear"),
+    "miras, moneta": lambda chunk: Miras.moneta(p=1.5, chunk=chunk, memory="linear"),
+    "miras, memora": lambda chunk: Miras.memora(chunk=chunk, memory="linear"),
     "miras, dot": lambda chunk: Miras("dot", "l2", chunk=chunk),
+    "miras, memora with an MLP": lambda chunk: miras_mlp("l2", "kl", chunk=chunk),
+    "miras, moneta with an MLP": lambda chunk: miras_mlp("lp", "lq", p=1.5, chunk=chunk),
 }
 EVERY = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
 
@@ -207,6 +216,41 @@ def test_an_empty_memory_answers_zero():
     assert op(q[:, :, :0], q, q, causal=True).shape == (1, 2, 0, 4)
 
 
+@EVERY
+def test_before_anything_is_seen_the_answer_is_zero(make):
+    op = make(4)
+    (q, k, v), rates = inputs_of(op)
+    mask = torch.arange(LENGTH) >= 2
+    mask[6] = False
+    for engine in op.engines:
+        out = op(q, k, v, mask=mask, causal=True, engine=engine, **rates)
+        assert not out[:, :, :2].any()
+        assert (out[:, :, 2:].abs().amax((0, 1, 3)) > 0).all()
+
+
+@EVERY
+@pytest.mark.parametrize("at", [0, 4, 6])
+def test_going_on_is_the_whole_call(make, at):
+    op = make(4)
+    (q, k, v), rates = inputs_of(op, kv_heads=2)
+    mask = torch.arange(LENGTH) != (at or 1)
+    whole = op(q, k, v, mask=mask, causal=True, **rates)
+    state = op.init_state(2, HEADS, 2, DIM, VALUE, dtype=torch.float64)
+    for part in (slice(0, at), slice(at, LENGTH)):
+        given = {name: x[:, :, part] for name, x in rates.items()}
+        out, state = op.go_on(*(x[:, :, part] for x in (q, k, v)), state, mask=mask[part], **given)
+        torch.testing.assert_close(out, whole[:, :, part], rtol=1e-9, atol=1e-11)
+
+
+@EVERY
+def test_recalling_reads_and_writes_nothing(make):
+    op = make(4)
+    (q, k, v), rates = inputs_of(op)
+    out, state = op.prefill(q, k, v, **rates)
+    torch.testing.assert_close(op.recall(q[:, :, -1:], state), out[:, :, -1:], rtol=1e-9, atol=1e-11)
+    assert op.recall(q.bfloat16(), state).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 def test_linear_recurrence_is_the_loop(zeros):
     g = torch.Generator().manual_seed(0)
@@ -232,7 +276,7 @@ def test_cost_grows_with_the_length():
     assert plans[0].engine == "chunked"
     # weights that are written out for each token cost more than those that stay products
     q = torch.empty(1, 1, 64, 16, device="meta")
-    assert Miras.memora().plan(q, q, q, causal=True).flops > 2 * Miras().plan(q, q, q, causal=True).flops
+    assert Miras.memora(memory="linear").plan(q, q, q, causal=True).flops > 2 * Miras().plan(q, q, q, causal=True).flops
 
 
 def test_refusals():

@@ -26,6 +26,7 @@ class Problem:
     selection: Selection | None = None
     scoring: Scoring = field(default=SOFTMAX)
     dropout: float = 0.0
+    chunk: tuple[int, int] | None = None  # queries and keys of a tile: the call is to be computed in such chunks
 
     def __post_init__(self) -> None:
         if self.selection is None:
@@ -68,7 +69,8 @@ class Problem:
     def tile(self, rows: slice = slice(None), cols: slice = slice(None)) -> Tile:
         device = self.q.device
         query = torch.arange(self.n_queries, device=device)[rows] + (self.n_keys - self.n_queries)
-        return Tile(query, torch.arange(self.n_keys, device=device)[cols], self.n_keys, self.n_queries, self.causal)
+        key, mine = torch.arange(self.n_keys, device=device)[cols], self.q[:, :, rows]
+        return Tile(query, key, self.n_keys, self.n_queries, self.causal, mine)
 
     def tile_mask(
         self, rows: slice = slice(None), cols: slice = slice(None), mine: Tensor | None = None

@@ -23,6 +23,7 @@ class Tile:
     n_keys: int  # all keys of the call, not of the tile
     n_queries: int
     causal: bool
+    queries: Tensor | None = None  # (B, H, nq, D) the rows' queries as engines have them, for `normalize`
 
 
 class Scoring(Protocol):

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, final
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError
 from foveate.nn import positions
+from foveate.nn.heads import Rates, merge, split, squash
 from foveate.nn.layer import Layer
 from foveate.nn.positions import Position, Rotary
 from foveate.nn.short_conv import ShortConv
@@ -87,11 +87,7 @@ class MultiHeadAttention(Layer):
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim) if qk_norm else None for _ in range(2))
         self.out_norm = nn.RMSNorm(self.value_dim) if out_norm else None
         self.gate, self.gating = gate, nn.Linear(dim, heads * self.value_dim, bias=bias) if gate else None
-        self.rates = nn.ModuleDict(
-            {name: nn.Linear(dim, heads) for name in sorted(self.op.inputs & set(self.op.gates))}
-        )
-        for name, rate in self.rates.items():
-            nn.init.constant_(rate.bias, self.op.gates[name].bias)
+        self.rates = Rates(dim, heads, self.op)
         self._declare()
 
     def _declare(self) -> None:
@@ -115,8 +111,9 @@ class MultiHeadAttention(Layer):
         if self.position is not None:
             at, place = (torch.arange(t.shape[2], device=x.device) for t in (q, k))
             q, k = self.position.turn(q, at), self.position.turn(k, place)
-            mask = _with_bias(mask, self.position.bias(at, place), x.dtype)
-        rates = self._rates(x if memory is None else memory)
+            bias = self.position.bias(at, place)
+            mask = masks.combine(mask, None if bias is None else bias.to(x.dtype))
+        rates = self.rates(x if memory is None else memory)
         return self.merged(self.op(q, k, v, mask=mask, causal=causal, **rates, **inputs), x)
 
     def _projected(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,21 +130,16 @@ class MultiHeadAttention(Layer):
         return mixed.split([self.q.out_features, self.k.out_features, self.v.out_features], -1)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
-        k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.kv_heads) for x in (k, v))
+        q, k, v = split(q, self.heads), split(k, self.kv_heads), split(v, self.kv_heads)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
-
-    def _rates(self, x: Tensor) -> dict[str, Tensor]:
-        """What the operator takes from each token, `(B, H, N)`."""
-        return {name: squash(rate(x), self.op.gates[name].squash).transpose(1, 2) for name, rate in self.rates.items()}
 
     def merged(self, out: Tensor, x: Tensor) -> Tensor:
         """Heads' outputs `(B, H, N, Dv)` as tokens `(B, N, C)`; x is what the layer was given."""
         if self.out_norm is not None:
             out = self.out_norm(out)
-        out = rearrange(out, "b h n d -> b n (h d)")
+        out = merge(out)
         if self.gating is not None:
             out = out * squash(self.gating(x), self.gate)
         return self.out(out)
@@ -174,7 +166,7 @@ class MultiHeadAttention(Layer):
         if self.position is not None:
             at = torch.tensor([state.seen], device=x.device)
             q, k = self.position.turn(q, at), self.position.turn(k, at)
-        out, op = self.op.step(q, k, v, state.op, **self._rates(x), **inputs)
+        out, op = self.op.step(q, k, v, state.op, **self.rates(x), **inputs)
         return self.merged(out, x), LayerState(op, conv, state.seen + 1)
 
     def _prefill(self, x: Tensor, **inputs: Tensor) -> tuple[Tensor, LayerState]:
@@ -186,26 +178,9 @@ class MultiHeadAttention(Layer):
         if self.position is not None:
             at = torch.arange(n, device=x.device)
             q, k = self.position.turn(q, at), self.position.turn(k, at)
-        out, op = self.op.prefill(q, k, v, **self._rates(x), **inputs)
+        out, op = self.op.prefill(q, k, v, **self.rates(x), **inputs)
         return self.merged(out, x), LayerState(op, conv, n)
 
     @classmethod
     def example(cls, dim: int, heads: int, length: int) -> Self:
         return cls(dim, heads, kv_heads=1, position=Rotary(), qk_norm=True, out_norm=True, gate="sigmoid", bias=True)
-
-
-def squash(x: Tensor, how: str | None) -> Tensor:
-    """`x` through the function of this name (see `foveate.ops.operator.Gate`), or as it is."""
-    functions = {
-        "sigmoid": torch.sigmoid, "softplus": F.softplus, "exp": torch.exp, "logsigmoid": F.logsigmoid, "silu": F.silu,
-    }  # fmt: skip
-    return x if how is None else functions[how](x)
-
-
-def _with_bias(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if bias is None:
-        return mask
-    bias = bias.to(dtype)
-    if mask is None:
-        return bias
-    return bias + mask if mask.dtype != torch.bool else bias.masked_fill(~mask, masks.NEVER)

@@ -18,7 +18,13 @@ class Cached(Operator):
     """A call is a `Problem` for an engine; streaming is the same call on a growing cache, with one query."""
 
     @abstractmethod
-    def _problem(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Problem: ...
+    def _problem(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Problem: ...
+
+    def kept(self, state: KVState) -> KVState:
+        """What a stream goes on with: everything, unless a mechanism never looks at some of it again."""
+        return state
 
     @final
     def _attend(
@@ -32,7 +38,7 @@ class Cached(Operator):
         engine: str,
         **inputs: Tensor,
     ) -> Tensor:
-        return engines.run(self._problem(q, k, v, mask, causal, scale), engine)
+        return engines.run(self._problem(q, k, v, mask, causal, scale, **inputs), engine)
 
     @final
     def _plan(
@@ -57,5 +63,9 @@ class Cached(Operator):
     def _step(
         self, q: Tensor, k: Tensor, v: Tensor, state: Any, scale: float, **inputs: Tensor
     ) -> tuple[Tensor, KVState]:
-        state = state.append(k, v)
-        return self._attend(q, state.k, state.v, None, True, scale, "auto"), state
+        state = self.kept(state.append(k, v))
+        return self._attend(q, state.k, state.v, None, True, scale, "auto", **inputs), state
+
+    @final
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, KVState]:
+        return self._attend(q, k, v, None, True, scale, "auto", **inputs), self.kept(KVState(k, v))

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.engines import ENGINES
@@ -161,6 +162,22 @@ class Operator(nn.Module, ABC):
             raise ShapeError(f"step takes one token; got Nq={q.shape[2]}, Nk={k.shape[2]}")
         return self._step(q, k, v, state, self._scale(scale, q), **inputs)
 
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **inputs: Tensor
+    ) -> tuple[Float[Tensor, "b hq nq dv"], Any]:
+        """A causal call, and the state after it: `step` goes on from a long prompt without going through it.
+
+        Args:
+            q, k, v: as for a call; queries may be the last few only.
+            scale, inputs: as for a call.
+
+        Returns:
+            What `forward(q, k, v, causal=True)` gives, and what `step` takes.
+        """
+        self._check_steps()
+        self._check(q, k, v, None, True, inputs)
+        return self._prefill(q, k, v, self._scale(scale, q), **inputs)
+
     def values(self, v: Tensor) -> Tensor:
         """What `weights` multiplies: v, unless the mechanism weighs values by what they hold."""
         return v
@@ -178,6 +195,11 @@ class Operator(nn.Module, ABC):
         Tests run it: a window shorter than `length`, learned parts away from where they do nothing.
         """
         return cls()
+
+    @classmethod
+    def example_input(cls, name: str, batch: int, heads: int, length: int) -> Tensor:
+        """One of `inputs` for calls of such a size: `(batch, heads, length)` unless a mechanism wants another shape."""
+        return torch.full((batch, heads, length), 0.123)
 
     @classmethod
     def exact(cls, heads: int, head_dim: int, length: int) -> Self | None:
@@ -230,6 +252,18 @@ class Operator(nn.Module, ABC):
     def _step(
         self, q: Tensor, k: Tensor, v: Tensor, state: Any, scale: float, **inputs: Tensor
     ) -> tuple[Tensor, Any]: ...
+
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, Any]:
+        """Families that know better than one token after the other override it."""
+        heads, kv_heads, past = q.shape[1], k.shape[1], k.shape[2] - q.shape[2]
+        state = self._init_state(q.shape[0], heads, kv_heads, k.shape[3], v.shape[3], q.dtype, q.device)
+        padded, out = F.pad(q, (0, 0, past, 0)), []
+        for t in range(k.shape[2]):
+            at = slice(t, t + 1)
+            here = {name: x[:, :, at] for name, x in inputs.items()}
+            y, state = self._step(padded[:, :, at], k[:, :, at], v[:, :, at], state, scale, **here)
+            out.append(y)
+        return torch.cat([*out[past:], q.new_zeros(*q.shape[:2], 0, v.shape[3])], 2), state
 
     def _check(
         self,

@@ -67,9 +67,13 @@ def choose(problem: Problem, engine: str = "auto") -> tuple[str, str]:
         if engine not in ENGINES:
             raise unknown("engine", engine, [*ENGINES, "auto"])
         reason = ENGINES[engine].refuses(problem)
+        if problem.chunk is not None and engine not in ("chunked", "reference"):
+            reason = "the call names the chunks to compute it in"
         if reason is not None:
             raise UnsupportedEngine(f'engine="{engine}" cannot run this call: {reason}; use engine="auto"')
         return engine, "asked for"
+    if problem.chunk is not None:
+        return "chunked", f"in chunks of {problem.chunk[0]} queries and {problem.chunk[1]} keys, as asked for"
     if problem.selection is not None and problem.is_plain and not problem.dropout:
         return _sparse(problem)
     if fused.refuses(problem) is None:

@@ -19,6 +19,7 @@ from foveate.core import masks, online
 from foveate.core.engines import reference
 from foveate.core.errors import UnsupportedEngine
 from foveate.core.problem import Problem
+from foveate.core.selection import Blocks
 
 QUERIES, KEYS = 128, 1024
 
@@ -35,8 +36,13 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
-def attend(problem: Problem, queries: int = QUERIES, keys: int = KEYS) -> Tensor:
-    """The output `(B, Hq, Nq, Dv)`, in chunks of `queries` rows and tiles of `keys` columns."""
+def attend(problem: Problem, queries: int | None = None, keys: int | None = None) -> Tensor:
+    """The output `(B, Hq, Nq, Dv)`, in chunks of `queries` rows and tiles of `keys` columns.
+
+    Where they are None, the problem's own, if it has any.
+    """
+    own = problem.chunk or (QUERIES, KEYS)
+    queries, keys = queries or own[0], keys or own[1]
     tiling = Tiling(queries, keys, not problem.scoring.is_softmax or (problem.hides_keys and problem.has_garbage()))
     inputs = (problem.q, problem.k, problem.v, problem.mask, *_parameters(problem))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
@@ -48,16 +54,29 @@ def _parameters(problem: Problem) -> tuple[Tensor, ...]:
     return tuple(getattr(problem.scoring, "parameters", tuple)())
 
 
-def _chunks(problem: Problem, tiling: Tiling) -> Iterator[tuple[slice, int]]:
-    """Rows of each chunk, and the number of keys that they may see."""
+def _chunks(problem: Problem, tiling: Tiling) -> Iterator[tuple[slice, slice]]:
+    """Rows of each chunk, and the keys that they may see: all of these lie between two ends."""
     for start in range(0, problem.n_queries, tiling.queries):
         rows = slice(start, min(start + tiling.queries, problem.n_queries))
         seen = problem.n_keys - problem.n_queries + rows.stop if problem.causal else problem.n_keys
-        yield rows, seen if problem.scoring.is_softmax else problem.n_keys
+        yield rows, _between(problem, rows, seen if problem.scoring.is_softmax else problem.n_keys)
 
 
-def _tiles(seen: int, tiling: Tiling) -> Iterator[slice]:
-    return (slice(start, min(start + tiling.keys, seen)) for start in range(0, seen, tiling.keys))
+def _between(problem: Problem, rows: slice, seen: int) -> slice:
+    """The first `seen` keys, less what a selection of blocks leaves out at either end."""
+    selection = problem.selection
+    if isinstance(selection, Blocks):
+        tall, wide = selection.size
+        chosen = selection.blocks[:, :, rows.start // tall : -(-rows.stop // tall)].flatten(0, 2).any(0).nonzero()
+        if len(chosen):
+            first, last = int(chosen[0]) * wide, min(int(chosen[-1] + 1) * wide, seen)
+            return slice(first, last) if first < last else slice(0, seen)
+    return slice(0, seen)
+
+
+def _tiles(seen: slice, tiling: Tiling) -> Iterator[slice]:
+    starts = range(seen.start, seen.stop, tiling.keys)
+    return (slice(start, min(start + tiling.keys, seen.stop)) for start in starts)
 
 
 def _forward(problem: Problem, tiling: Tiling) -> tuple[Tensor, Tensor | None]:
@@ -65,7 +84,7 @@ def _forward(problem: Problem, tiling: Tiling) -> tuple[Tensor, Tensor | None]:
     out = problem.q.new_empty(*problem.q.shape[:3], problem.v.shape[-1])
     if tiling.whole:
         for rows, seen in _chunks(problem, tiling):
-            out[:, :, rows] = reference.attend(problem, rows, slice(0, seen))
+            out[:, :, rows] = reference.attend(problem, rows, seen)
         return out, None
     sums = out.new_empty(*out.shape[:3], 1, dtype=torch.promote_types(out.dtype, torch.float32))
     for rows, seen in _chunks(problem, tiling):
@@ -115,7 +134,7 @@ class _Chunked(torch.autograd.Function):
         totals = Totals([q, k, v, mask, *parameters], ctx.needs_input_grad[2:])
         for rows, seen in _chunks(problem, ctx.tiling):
             if sums is None:
-                _whole_backward(problem, totals, rows, slice(0, seen), grad[:, :, rows])
+                _whole_backward(problem, totals, rows, seen, grad[:, :, rows])
             else:
                 part = grad[:, :, rows], out[:, :, rows], sums[:, :, rows]
                 _merged_backward(problem, totals, rows, _tiles(seen, ctx.tiling), *part)

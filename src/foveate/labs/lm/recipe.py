@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from foveate.host.model import host
 from foveate.kv.duo_attention import DuoAttention
-from foveate.models import byte_tokenizer as tokenizer
 from foveate.labs.lm.data import batch
+from foveate.models import byte_tokenizer as tokenizer
 from foveate.tasks import corpus
 from foveate.tasks.needle import Needle
 from foveate.tasks.passkeys import Passkeys

@@ -12,6 +12,7 @@ from foveate.core import masks
 from foveate.core.engines import reference
 from foveate.core.problem import Problem
 from foveate.core.scoring import SOFTMAX, Scoring, Tile, dot_product, safe_softmax
+from foveate.core.selection import Selection
 from foveate.ops.cached import Cached
 from foveate.ops.operator import Operator
 
@@ -23,6 +24,9 @@ class Scored(Cached):
     `score` gives the logits of a tile; `normalize` turns rows of masked logits into weights.
 
     The base brings masking, causality, chunks of O(N) memory forward and backward, streaming and weights.
+
+    Three more are for systems that need them: `select` (a window by place), `context` (named tensors for `score` and
+    `normalize`, such as a call's `inputs`) and `is_plain` (options under which the fused kernels do).
     """
 
     def prepare(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,47 +37,68 @@ class Scored(Cached):
         """
         return q, k
 
-    def score(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
-        """Logits of a tile, unmasked; heads of q and k already match."""
+    def score(self, q: Tensor, k: Tensor, scale: float, at: Tile, **context: Tensor) -> Float[Tensor, "b h q k"]:
+        """Logits of a tile, unmasked; heads of q and k already match. `-inf` is allowed: not to be seen."""
         return dot_product(q, k, scale)
 
-    def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
+    def normalize(self, logits: Tensor, at: Tile, **context: Tensor) -> Float[Tensor, "b h q k"]:
         """Weights of rows of logits, in which `-inf` marks what may not be seen and has to get weight 0."""
         return safe_softmax(logits)
 
-    @final
-    def scoring(self) -> Scoring:
-        """`score` and `normalize` as engines see them: the shared softmax where neither is overridden."""
-        plain = type(self).score is Scored.score and type(self).normalize is Scored.normalize
-        return SOFTMAX if plain else _Hooks(self)
+    def select(self, n_queries: int, n_keys: int, device: torch.device) -> Selection | None:
+        """Which keys a query sees by its place alone, where that is not all of them: the rest is skipped."""
+        return None
 
-    def _problem(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Problem:
+    def context(self, q: Tensor, k: Tensor, mask: Tensor | None, **inputs: Tensor) -> dict[str, Tensor]:
+        """What `score` and `normalize` get by name: the call's inputs, or what is made of them and of the mask.
+
+        Whole tensors, made once for a call; a tile cuts them by `at.rows` and `at.cols`. No gradient reaches them.
+        """
+        return inputs
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is, as built, the softmax over scaled dot products of what `prepare` gives."""
+        return type(self).score is Scored.score and type(self).normalize is Scored.normalize
+
+    @final
+    def scoring(self, **context: Tensor) -> Scoring:
+        """`score` and `normalize` as engines see them: the shared softmax where that is what they are."""
+        return SOFTMAX if self.is_plain else _Hooks(self, context)
+
+    def _problem(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Problem:
+        scoring = self.scoring(**self.context(q, k, mask, **inputs))
+        selection = self.select(q.shape[2], k.shape[2], q.device)
         own = type(self)
         if own.prepare is not Scored.prepare or own.values is not Operator.values:
             positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
             q, k = self.prepare(q, masks.without_hidden(k, mask), positions)
             v = self.values(masks.without_hidden(v, mask))
-        return Problem(q, k, v, scale, mask, causal, scoring=self.scoring())
+        return Problem(q, k, v, scale, mask, causal, selection, scoring)
 
     @final
     def _weights(
         self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
     ) -> Tensor:
+        scoring = self.scoring(**self.context(q, k, mask, **inputs))
+        selection = self.select(q.shape[2], k.shape[2], q.device)
         positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
         q, k = self.prepare(q, masks.without_hidden(k, mask), positions)
-        return reference.weights(Problem(q, k, k, scale, mask, causal, scoring=self.scoring()))
+        return reference.weights(Problem(q, k, k, scale, mask, causal, selection, scoring))
 
 
 class _Hooks:
     """A `Scored` operator's hooks in the form that engines ask for."""
 
-    def __init__(self, op: Scored) -> None:
-        self.op = op
+    def __init__(self, op: Scored, context: dict[str, Tensor]) -> None:
+        self.op, self.context = op, context
         self.is_softmax = type(op).normalize is Scored.normalize
         self.parameters = op.parameters
 
     def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Tensor:
-        return self.op.score(q, k, scale, at)
+        return self.op.score(q, k, scale, at, **self.context)
 
     def normalize(self, logits: Tensor, at: Tile) -> Tensor:
-        return self.op.normalize(logits, at)
+        return self.op.normalize(logits, at, **self.context)

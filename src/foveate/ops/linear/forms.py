@@ -1,8 +1,9 @@
 """Three ways to compute decayed linear attention that agree: the whole matrix, chunk by chunk, token by token.
 
-All are unnormalised: `out_i = sum_{j <= i} exp(G_i - G_j) (fq_i . fk_j) v_j` with `G` the running sum of the log
+All are unnormalised: `out_i = sum_{j <= i} sum_f fq_if exp(G_if - G_jf) fk_jf v_j` with `G` the running sum of the log
 decays, or, as a recurrence, `S_i = exp(g_i) S_{i-1} + fk_i v_iᵀ` and `out_i = S_iᵀ fq_i`. A token's own decay acts on
-the state before its key is written. Features are `(..., N, F)`, values `(..., N, Dv)`, log decays `(..., N)` or None.
+the state before its key is written. Features are `(..., N, F)`, values `(..., N, Dv)`, log decays `(..., N)` for all
+features alike, `(..., N, F)` for each its own, or None.
 
 Every factor is the exponential of a sum of log decays, which is at most 0: nothing is divided by a decay that has
 underflowed, and nothing overflows.
@@ -10,25 +11,59 @@ underflowed, and nothing overflows.
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks
 
+#: Tokens whose pairs are written out feature by feature, where each feature has a decay of its own.
+TILE = 8
+#: Tokens that are in work at a time: what is made on the way stays in the cache of a processor.
+SPAN = 1024
+
 
 def matrix(fq: Tensor, fk: Tensor, causal: bool, log_decay: Tensor | None) -> Tensor:
     """The weights `(..., Nq, Nk)` themselves: O(Nq Nk) time and memory. Decays act in the causal form only."""
+    if causal and log_decay is not None and log_decay.dim() == fk.dim():
+        if log_decay.shape[-1] > 1:
+            return _matrix_by_feature(fq, fk, log_decay)
+        log_decay = log_decay.squeeze(-1)
     products = fq @ fk.mT
     if not causal:
         return products
-    n_queries, n_keys = products.shape[-2:]
-    future = ~masks.causal(n_queries, n_keys, device=products.device)
+    past = products.shape[-1] - products.shape[-2]
     if log_decay is not None:
         fade = log_decay.cumsum(-1)
-        gap = fade[..., n_keys - n_queries :, None] - fade[..., None, :]
+        gap = fade[..., past:, None] - fade[..., None, :]
+        future = ~masks.causal(*products.shape[-2:], device=products.device)
         products = products * torch.exp(gap.masked_fill(future, masks.NEVER))
-    return products.masked_fill(future, 0.0)
+    return products.tril(past)
+
+
+def _matrix_by_feature(fq: Tensor, fk: Tensor, log_decay: Tensor) -> Tensor:
+    """The causal weights where every feature fades at its own rate, a few rows at a time.
+
+    Pairs within `TILE` tokens are written out feature by feature. Keys before them have been faded to where these rows
+    begin, so that what is left is one matrix product.
+    """
+    n_queries, n = fq.shape[-2], fk.shape[-2]
+    short = -n % TILE
+    fq, fk, log_decay = (
+        F.pad(x, (0, 0, before, short)) for x, before in ((fq, n - n_queries), (fk, 0), (log_decay, 0))
+    )
+    future = ~masks.causal(TILE, TILE, device=fk.device)[..., None]
+    faded, rows = fk[..., :0, :], []
+    for q, k, decay in zip(*(x.split(TILE, -2) for x in (fq, fk, log_decay)), strict=True):
+        fade = decay.cumsum(-2)
+        gap = (fade[..., :, None, :] - fade[..., None, :, :]).masked_fill(future, masks.NEVER)
+        inside = ((torch.exp(gap) * k[..., None, :, :]) @ q[..., None]).squeeze(-1)
+        row = torch.cat([(q * torch.exp(fade)) @ faded.mT, inside], -1)
+        rows.append(F.pad(row, (0, fk.shape[-2] - row.shape[-1])))
+        faded = torch.cat([faded * torch.exp(fade[..., -1:, :]), k * torch.exp(_until_the_end(decay))], -2)
+    return torch.cat(rows, -2)[..., n - n_queries : n, :n]
 
 
 def absorb(fk: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None) -> Tensor:
@@ -36,49 +71,80 @@ def absorb(fk: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor
     if log_decay is None:
         written = fk.mT @ v
         return written if state is None else state + written
-    fade = log_decay.cumsum(-1)
-    last = fade[..., -1:] if fade.shape[-1] else fade.new_zeros(*fade.shape[:-1], 1)
-    written = (fk * torch.exp(last - fade)[..., None]).mT @ v
-    return written if state is None else torch.exp(last)[..., None] * state + written
+    fade = _column(log_decay, fk)
+    written = (fk * torch.exp(_until_the_end(fade))).mT @ v
+    return written if state is None else torch.exp(fade.sum(-2, keepdim=True)).mT * state + written
 
 
 def chunked(fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, block: int) -> Tensor:
     """The causal output, from `state` on: matrices inside blocks, one state between them. O(N (block + F)) memory."""
     n = fq.shape[-2]
-    block = max(1, min(block, n))
-    count = max(1, -(-n // block))
-    fq, fk, v = (F.pad(x, (0, 0, 0, count * block - n)).unflatten(-2, (count, block)) for x in (fq, fk, v))
-    if log_decay is not None:
-        log_decay = F.pad(log_decay, (0, count * block - n)).unflatten(-1, (count, block))
-    out = matrix(fq, fk, True, log_decay) @ v
-    if log_decay is not None:
-        fq = fq * torch.exp(log_decay.cumsum(-1))[..., None]
-    out = out + fq @ _states(absorb(fk, v, log_decay), log_decay, state)
-    return out.flatten(-3, -2)[..., :n, :]
+    if not n:
+        return fq @ state
+    block = min(block, n)
+    span = max(SPAN // block, 1) * block
+    decays = repeat(None) if log_decay is None else _column(log_decay, fk).split(span, -2)
+    out = []
+    for q, k, values, decay in zip(*(x.split(span, -2) for x in (fq, fk, v)), decays, strict=False):
+        y, state = _span(q, k, values, decay, state, block)
+        out.append(y)
+    return torch.cat(out, -2)
 
 
-def _states(written: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
-    """The state before each block, from what each block writes: both `(..., blocks, F, Dv)`."""
-    fade = None if log_decay is None else torch.exp(log_decay.sum(-1))[..., None, None]
+def _span(fq: Tensor, fk: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The output and the last state of a few blocks, worked on all at a time. `decay (..., N, 1 or F)`."""
+    n = fq.shape[-2]
+    fq, fk, v = (_blocks(x, block) for x in (fq, fk, v))
+    decay = None if decay is None else _blocks(decay, block)
+    out = matrix(fq, fk, True, decay) @ v
+    before, state = _states(absorb(fk, v, decay), decay, state)
+    if decay is not None:
+        fq = fq * torch.exp(decay.cumsum(-2))
+    return (out + fq @ before).flatten(-3, -2)[..., :n, :], state
+
+
+def _blocks(x: Tensor, block: int) -> Tensor:
+    """`(..., N, F)` as `(..., blocks, block, F)`, the last one filled up with zeros."""
+    return F.pad(x, (0, 0, 0, -x.shape[-2] % block)).unflatten(-2, (-1, block))
+
+
+def _states(written: Tensor, decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before each block and that after the last, from what each block writes, `(..., blocks, F, Dv)`."""
+    kept = repeat(None) if decay is None else torch.exp(decay.sum(-2))[..., None].unbind(-3)
     before = []
-    for index in range(written.shape[-3]):
+    for new, keep in zip(written.unbind(-3), kept, strict=False):
         before.append(state)
-        kept = state if fade is None else fade[..., index, :, :] * state
-        state = kept + written[..., index, :, :]
-    return torch.stack(before, -3)
+        state = new + (state if keep is None else keep * state)
+    return torch.stack(before, -3), state
 
 
 def recurrent(fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
     """The causal output, from `state` on, one token after the other."""
+    if not fq.shape[-2]:
+        return fq @ state
+    decays = repeat(None) if log_decay is None else _column(log_decay, fk).split(1, -2)
     out = []
-    for index in range(fq.shape[-2]):
-        at = slice(index, index + 1)
-        state = write(state, fk[..., at, :], v[..., at, :], None if log_decay is None else log_decay[..., at])
-        out.append(fq[..., at, :] @ state)
-    return torch.cat(out, -2) if out else fq @ state
+    for q, k, values, decay in zip(*(x.split(1, -2) for x in (fq, fk, v)), decays, strict=False):
+        state = write(state, k, values, decay)
+        out.append(q @ state)
+    return torch.cat(out, -2)
 
 
 def write(state: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
     """One token: fade the state, then add `fk vᵀ`."""
-    kept = state if log_decay is None else torch.exp(log_decay)[..., None] * state
+    kept = state if log_decay is None else torch.exp(_column(log_decay, fk)).mT * state
     return kept + fk.mT * v
+
+
+def _column(log_decay: Tensor, fk: Tensor) -> Tensor:
+    """Log decays as `(..., N, 1 or F)`."""
+    return log_decay if log_decay.dim() == fk.dim() else log_decay[..., None]
+
+
+def _until_the_end(decay: Tensor) -> Tensor:
+    """What fades each key until after the last token: the sum of the log decays `(..., N, F)` behind it.
+
+    Summed from the end, so that rounding is least where most is left.
+    """
+    behind = decay[..., 1:, :].flip(-2).cumsum(-2).flip(-2)
+    return F.pad(behind, (0, 0, 0, min(decay.shape[-2], 1)))

@@ -10,6 +10,7 @@ from typing import ClassVar, final
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from foveate.core import masks as mask_algebra
 from foveate.core.errors import ShapeError
@@ -26,10 +27,13 @@ class LinearState:
     Args:
         memory: `(B, H, F, Dv)` sum of `features(k) vᵀ`; where `normalised`, one more column sums `features(k)`.
         normalised: whether that column is there.
+        carry: `(B, H, 1, D)` one key that stands for all of the past, where features depend on each other. It may be
+            kept in a wider dtype than the rest.
     """
 
     memory: Float[Tensor, "b h f e"]
     normalised: bool
+    carry: Float[Tensor, "b h 1 d"] | None = None
 
     @property
     def S(self) -> Float[Tensor, "b h f dv"]:  # noqa: N802
@@ -75,16 +79,31 @@ class Linear(Operator):
         """Features of `k (B, H, N, D)`, one head to each query head; token by token."""
 
     def log_decay(self, k: Tensor, **inputs: Tensor) -> Tensor | None:
-        """Log of the factor on the state before a token is written: per head `(H,)`, per token `(B, H, N)`, or None.
+        """Log of the factor on the state before a token is written, or None.
 
+        Per head `(H,)`, per head and feature `(H, F)`, per token `(B, H, N)`, or per token and feature `(B, H, N, F)`.
         At most 0; `-inf` (forget all) is allowed. `k (B, H, N, D)` has one head to each query head.
         """
+        return None
+
+    def encode(
+        self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features and log decays of all keys of a call; a system in which they depend on each other overrides it.
+
+        `hidden (B, 1, N, 1)` marks keys that are masked: they are zeros here, and must not matter to the others.
+        """
+        return self.key_features(k, scale), self.log_decay(k, **inputs) if causal else None
+
+    def carried(self, k: Tensor) -> Tensor | None:
+        """One key `(B, H, 1, D)` that does to the encoding of later ones what all of `k` would do, if anything does."""
         return None
 
     def scan(self, fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
         """The causal chunked form from `state` on; a system with a backward pass of its own overrides it.
 
-        `fq, fk (B, H, N, F)`, `v (B, H, N, E)`, `log_decay (B or 1, H, N)`, `state (B, H, F, E)`; `(B, H, N, E)`.
+        `fq, fk (B, H, N, F)`, `v (B, H, N, E)`, `log_decay (B or 1, H, N)` or `(..., N, F)`, `state (B, H, F, E)`;
+        gives `(B, H, N, E)`.
         """
         return forms.chunked(fq, fk, v, log_decay, state, self.block)
 
@@ -116,10 +135,12 @@ class Linear(Operator):
 
     def _causal(self, fq: Tensor, fk: Tensor, v: Tensor, decay: Tensor | None, engine: str) -> Tensor:
         past = fk.shape[2] - fq.shape[2]
-        before = None if decay is None else decay[..., :past]
+        before = None if decay is None else decay[:, :, :past]
         state = _written(fk[:, :, :past], v[:, :, :past], before, engine)
+        if not fq.shape[2]:
+            return fq @ state
         run = self.scan if engine == "chunked" else forms.recurrent
-        return run(fq, fk[:, :, past:], v[:, :, past:], None if decay is None else decay[..., past:], state)
+        return run(fq, fk[:, :, past:], v[:, :, past:], None if decay is None else decay[:, :, past:], state)
 
     @final
     def _weights(
@@ -156,17 +177,30 @@ class Linear(Operator):
         dtype: torch.dtype,
         device: torch.device,
     ) -> LinearState:
-        key = torch.zeros(1, heads, 1, key_dim, dtype=accumulating(dtype), device=device)
-        width = self._width(key, 1.0)
-        return LinearState(key.new_zeros(batch, heads, width, value_dim + self.normalised), self.normalised)
+        key = torch.zeros(batch, heads, 1, key_dim, dtype=accumulating(dtype), device=device)
+        memory = key.new_zeros(batch, heads, self._width(key, 1.0), value_dim + self.normalised)
+        return LinearState(memory, self.normalised, self.carried(key[:, :, :0]))
 
     @final
     def _step(
         self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, scale: float, **inputs: Tensor
     ) -> tuple[Tensor, LinearState]:
+        carry = state.carry
+        if carry is not None:  # the past stands before the token as one key, which is not written again
+            k = torch.cat([carry, per_query_head(k, q.shape[1]).to(carry.dtype)], 2)
+            v = F.pad(per_query_head(v, q.shape[1]), (0, 0, 1, 0))
+            carry = self.carried(k)
         fq, fk, v, decay = self._prepared(q, k, v, None, True, scale, inputs)
-        memory = forms.write(state.memory, fk, v, decay)
-        return self._normalised(fq @ memory).to(q.dtype), LinearState(memory, self.normalised)
+        decay = None if decay is None else decay[:, :, -1:].to(v.dtype)
+        memory = forms.write(state.memory, fk[:, :, -1:].to(v.dtype), v[:, :, -1:], decay)
+        return self._normalised(fq @ memory).to(q.dtype), LinearState(memory, self.normalised, carry)
+
+    @final
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, LinearState]:
+        carry = self.carried(per_query_head(k, q.shape[1]).to(accumulating(k.dtype)))
+        fq, fk, v, decay = self._prepared(q, k, v, None, True, scale, inputs)
+        out = self._normalised(self._causal(fq, fk, v, decay, "chunked"))
+        return out.to(q.dtype), LinearState(_written(fk, v, decay, "chunked"), self.normalised, carry)
 
     def _prepared(
         self,
@@ -180,30 +214,32 @@ class Linear(Operator):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Features, values (with a column of ones where normalised) and log decays, clean of what is masked."""
         wide, heads = accumulating(q.dtype), q.shape[1]
-        q, k, v = q.to(wide), per_query_head(k, heads).to(wide), per_query_head(v, heads).to(wide)
+        q, v = q.to(wide), per_query_head(v, heads).to(wide)
+        k = per_query_head(k, heads).to(torch.promote_types(k.dtype, wide))
         hidden = None if mask is None else ~mask_algebra.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
         if hidden is not None:
             # before the features and after them: neither a value nor a gradient of what stands there may get out
             k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-        fq, fk = self.query_features(q, scale), self.key_features(k, scale)
-        decay = self._decay(k, hidden, inputs) if causal else None
+        fq = self.query_features(q, scale)
+        fk, decay = self.encode(k, scale, causal, hidden, inputs)
+        decay = self._decay(decay, fk, hidden)
         if self.normalised:
             v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
         return fq, fk if hidden is None else fk.masked_fill(hidden, 0.0), v, decay
 
-    def _decay(self, k: Tensor, hidden: Tensor | None, inputs: dict[str, Tensor]) -> Tensor | None:
-        """The log decays as `(B or 1, H, N)`."""
-        decay, (b, h, n) = self.log_decay(k, **inputs), k.shape[:3]
+    def _decay(self, decay: Tensor | None, fk: Tensor, hidden: Tensor | None) -> Tensor | None:
+        """The log decays as `(B or 1, H, N)` or `(B or 1, H, N, F)`."""
         if decay is None:
             return None
+        b, h, n, f = fk.shape
         # below this an exponential is 0 in any case, and sums of such numbers keep their precision
-        decay = decay.to(k.dtype).clamp_min(1.2 * math.log(torch.finfo(k.dtype).tiny))
-        if decay.shape == (h,):
-            return decay[None, :, None].expand(1, h, n)
-        if decay.shape != (b, h, n):
-            expected = f"(H,)=({h},) or (B, H, N)={(b, h, n)}"
+        decay = decay.to(fk.dtype).clamp_min(1.2 * math.log(torch.finfo(fk.dtype).tiny))
+        if decay.shape in ((h,), (h, f)):
+            return decay[None, :, None].expand(1, h, n, *decay.shape[1:])
+        if decay.shape not in ((b, h, n), (b, h, n, f)):
+            expected = f"(H,)=({h},), (B, H, N)={(b, h, n)}, or these with F={f}"
             raise ShapeError(f"log decays of {self.name} must be {expected}; got {tuple(decay.shape)}")
-        return decay if hidden is None else decay.masked_fill(hidden[..., 0], 0.0)
+        return decay if hidden is None else decay.masked_fill(hidden[..., 0] if decay.dim() == 3 else hidden, 0.0)
 
     def _normalised(self, out: Tensor) -> Tensor:
         """`out (..., E)` over its last column, where there is one."""
@@ -225,5 +261,5 @@ def _written(fk: Tensor, v: Tensor, decay: Tensor | None, engine: str) -> Tensor
     state = fk.new_zeros(*fk.shape[:2], fk.shape[3], v.shape[3])
     for index in range(fk.shape[2]):
         at = slice(index, index + 1)
-        state = forms.write(state, fk[:, :, at], v[:, :, at], None if decay is None else decay[..., at])
+        state = forms.write(state, fk[:, :, at], v[:, :, at], None if decay is None else decay[:, :, at])
     return state

@@ -49,8 +49,8 @@ class Memory(Operator):
     alpha forgets, eta is the momentum, theta the step. Each is a number given to the constructor, or a tensor
     `(B, H, Nk)` given to a call, with H = Hq or Hkv. Gradients of a whole chunk are taken at its first weights: exact
     for `chunk=1`, otherwise an approximation that runs in parallel. A masked token does not take part at all, except
-    that chunks are counted with it. Long chunks of like keys add their steps up: with unit keys,
-    `theta * slope * chunk / D` has to stay well under 1.
+    that chunks are counted with it; before the first token that is not masked the answer is 0. Long chunks of like keys
+    add their steps up: with unit keys, `theta * slope * chunk / D` has to stay well under 1.
 
     Engines: "chunked" (the default), "recurrent" (token by token). They agree up to rounding for every chunk size.
 
@@ -63,9 +63,9 @@ class Memory(Operator):
     has_weights: ClassVar[bool] = False
     default_scale: ClassVar[float | None] = 1.0
     inputs: ClassVar[frozenset[str]] = frozenset({"alpha", "eta", "theta"})
-    # forget little, some momentum, a short step: the steps of a chunk add up
+    # forget little, some momentum, a short step: those of a chunk add up, and at -3 text with its repeats diverged
     gates: ClassVar[Mapping[str, Gate]] = {
-        "alpha": Gate("sigmoid", -4.0), "eta": Gate("sigmoid", -2.0), "theta": Gate("sigmoid", -3.0),
+        "alpha": Gate("sigmoid", -4.0), "eta": Gate("sigmoid", -2.0), "theta": Gate("sigmoid", -5.0),
     }  # fmt: skip
     engines: ClassVar[tuple[str, ...]] = ("chunked", "recurrent")
     state_type: ClassVar[type] = MemoryState
@@ -114,18 +114,53 @@ class Memory(Operator):
         engine: str,
         **inputs: Tensor,
     ) -> Tensor:
-        run = self._chunks if engine_of(self, engine) == "chunked" else self._tokens
-        n_queries, n_keys, dtype = q.shape[2], k.shape[2], q.dtype
-        if n_queries == 0:
+        engine = engine_of(self, engine)
+        if q.shape[2] == 0:
             return q.new_zeros(*q.shape[:3], v.shape[3])
+        return self._run(q, k, v, mask, scale, engine, inputs)[0]
+
+    @final
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, MemoryState]:
+        return self._run(q, k, v, None, scale, "chunked", inputs)
+
+    @final
+    def go_on(
+        self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState, *, mask: Tensor | None = None, **inputs: Tensor
+    ) -> tuple[Tensor, MemoryState]:
+        """As many steps as there are tokens, a chunk at a time where the state stands at the start of one."""
+        self._check(q, k, v, mask, True, inputs)
+        return self._run(q, k, v, mask, self._scale(None, q), "recurrent" if state.place else "chunked", inputs, state)
+
+    @final
+    def recall(self, q: Tensor, state: MemoryState) -> Tensor:
+        """What is answered to `q (B, H, N, D)` in this state: nothing is written."""
+        wide = q.to(state.memory[0].dtype)
+        wide = F.normalize(wide, dim=-1) if self.unit else wide
+        return self.read([still(self.link(memory)) for memory in state.memory], wide).to(q.dtype)
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, engine: str,
+        inputs: Mapping[str, Tensor], state: MemoryState | None = None,
+    ) -> tuple[Tensor, MemoryState]:  # fmt: skip
+        """The output, and the state after the last token. It goes on from `state`, or begins where None."""
+        run = self._chunks if engine == "chunked" else self._tokens
+        n_queries, n_keys, dtype = q.shape[2], k.shape[2], q.dtype
         hidden = None if mask is None else ~mask_algebra.keys_of(mask, k.shape[0], n_keys)[:, None]
         rates = self._rates(inputs, q, k, hidden)
         q, k, v = self._prepared(q, k, v, hidden, scale)
-        state = self._begin(q.shape[0], q.shape[1], k.shape[3], v.shape[3], q)
-        out = run(F.pad(q, (0, 0, n_keys - n_queries, 0)), k, v, rates, state)
-        return out[:, :, n_keys - n_queries :].to(dtype)
+        fresh = state is None
+        state = self._begin(q.shape[0], q.shape[1], k.shape[3], v.shape[3], q) if state is None else state
+        if not n_keys:
+            return q.new_zeros(*q.shape[:3], v.shape[3]).to(dtype), state
+        out, state = run(F.pad(q, (0, 0, n_keys - n_queries, 0)), k, v, rates, state)
+        if fresh and hidden is not None:
+            # where nothing has been seen there is no answer, whatever the first weights would say
+            out = out.masked_fill(hidden.cummin(-1).values[..., None], 0.0)
+        return out[:, :, n_keys - n_queries :].to(dtype), state
 
-    def _chunks(self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState) -> Tensor:
+    def _chunks(
+        self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState
+    ) -> tuple[Tensor, MemoryState]:
         n, size = k.shape[2], min(self.chunk, k.shape[2])
         count = -(-n // size)
         q, k, v = (F.pad(x, (0, 0, 0, count * size - n)).unflatten(2, (count, size)) for x in (q, k, v))
@@ -135,24 +170,32 @@ class Memory(Operator):
         }
         parts, out = shares(rates), []
         memory, momentum = state.memory, state.momentum
-        for t in range(count):
-            here = {name: rate[:, :, t] for name, rate in rates.items()}
-            part = Shares(parts.memory[:, :, t], parts.momentum[:, :, t])
-            gradients = self.surprise(tuple(map(self.link, memory)), k[:, :, t], v[:, :, t], here)
+        # cut once: slices taken one by one would each give back a gradient as large as the whole
+        q, k, v = q.unbind(2), k.unbind(2), v.unbind(2)
+        shared = list(map(Shares, parts.memory.unbind(2), parts.momentum.unbind(2)))
+        rates_of = {name: rate.unbind(2) for name, rate in rates.items()}
+        for t, part in enumerate(shared):
+            here = {name: rate[t] for name, rate in rates_of.items()}
+            anchor = tuple(map(self.link, memory))
+            gradients = self.surprise(anchor, k[t], v[t], here)
             paths = [Path(*each, part) for each in zip(memory, momentum, gradients, strict=True)]
             layers = [still(self.link(path.written_out())) if self.linked else path for path in paths]
-            out.append(self.read(layers, q[:, :, t]))
+            out.append(self.read(layers, q[t]))
             memory, momentum = zip(*(path.end() for path in paths), strict=True)
-        return torch.cat(out, 2)[:, :, :n]
+        place = n % self.chunk
+        state = MemoryState(memory, momentum, anchor if place else tuple(map(self.link, memory)), place)
+        return torch.cat(out, 2)[:, :, :n], state
 
-    def _tokens(self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState) -> Tensor:
+    def _tokens(
+        self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState
+    ) -> tuple[Tensor, MemoryState]:
         out = []
         for t in range(k.shape[2]):
             at = slice(t, t + 1)
             here = {name: rate[:, :, at] for name, rate in rates.items()}
             y, state = self._token(q[:, :, at], k[:, :, at], v[:, :, at], here, state)
             out.append(y)
-        return torch.cat(out, 2)
+        return torch.cat(out, 2), state
 
     def _token(
         self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState

@@ -1,4 +1,4 @@
-"""Miras: test-time memories by four choices, here with a linear memory.
+"""Miras: test-time memories by four choices.
 
 It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention, and Online Optimization
 (2025), arXiv 2504.13173.
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
@@ -19,6 +19,7 @@ from foveate.ops.memory.fast import Layer, Outer, Weights
 from foveate.ops.memory.memory import Memory
 from foveate.ops.operator import Gate
 
+Architecture = Literal["linear", "mlp", "plain_mlp"]
 Bias = Literal["dot", "l2", "lp", "huber", "huber_norm", "huber_channel"]
 Retention = Literal["none", "l2", "lq", "kl"]
 Slices = Literal["rows", "columns", "matrix"]
@@ -26,23 +27,27 @@ Slices = Literal["rows", "columns", "matrix"]
 
 @final
 class Miras(Memory):
-    """A linear memory `W k` with a choice of what it minimises (`bias`) and of how it keeps what it has (`retention`).
+    """A learner, a choice of what it minimises (`bias`) and of how it keeps what it has (`retention`).
 
-    Cost O(N D Dv), and a state of 3 D Dv numbers per head. "dot" without retention is linear attention, "l2" the delta
-    rule; the Huber losses, and "lp" with p below 2, give way less to outliers among the values; "lq" and "kl" bound the
-    weights. The presets `moneta`, `yaad` and `memora` are the paper's three. The wrong choice where plain sums or the
-    delta rule will do: those are cheaper in the linear family.
+    Cost O(N P) for P weights per head, and a state of 3 P numbers; P is D Dv for a linear memory, 8 D² for the paper's
+    MLP. "dot" without retention is linear attention, "l2" the delta rule, "l2" with momentum and `memory="plain_mlp"`
+    Titans; the Huber losses, and "lp" with p below 2, give way less to outliers among the values; "lq" and "kl" bound
+    the weights, where they cost `chunk` times the memory. The presets `moneta`, `yaad` and `memora` are the paper's
+    three. The wrong choice where plain sums or the delta rule will do: those are cheaper in the linear family.
 
-    With `e = W k - v`, the gradients are, times `kᵀ` each:
+    Memories: "linear", `W k`; "mlp", `k + norm(W_1 gelu(W_2 k))` with 4 D hidden units, which values as wide as the
+    keys are for; "plain_mlp", `W_1 silu(W_2 k)`.
+
+    With `e = M(k) - v`, the slopes of the objectives are (a linear memory's gradient is that, times `kᵀ`):
         "dot": `-v`. "l2": `e`. "lp": `p sign(e) |e|^(p-1)`.
         "huber": `e` where `|e|₂ <= delta`, else `delta sign(e)`, as the paper's model has it: at the threshold the step
         grows about `sqrt(Dv)` times. "huber_norm": there `delta e / |e|₂`, without that leap. "huber_channel": `e` with
         each channel clamped to delta.
-    With M the decayed sum of the steps (see `Memory`), the weights are:
+    With M the decayed sum of the steps of one matrix (see `Memory`), its weights are:
         "none" and "l2": M itself, "none" without any decay.
         "lq": `M / |M|_q^(q-2)`.
         "kl": `mass * softmax(M)` over each slice, which is `softmax((1 - alpha) log W - theta u)`: not negative, and
-        each slice sums to `mass`. It starts uniform: an empty memory does not answer 0.
+        each slice sums to `mass`. A linear one starts uniform: an empty memory does not answer 0.
 
     Args:
         bias, retention: as above.
@@ -54,13 +59,18 @@ class Miras(Memory):
         alpha: forgetting, 1 minus the paper's alpha; eta: momentum; theta: the step, the paper's eta. As in `Memory`.
         chunk: tokens whose gradients are taken at the same weights; 1 is the exact rule.
         unit: scale queries and keys to length 1, as the paper does.
+        memory: as above; the presets have "mlp".
+        heads, head_dim, value_dim: Hq, D and Dv of the calls to come; MLPs need to know them.
+        generator: for an MLP's first weights, which are parameters, as are gain and shift of its norm.
 
-    Departures: rates are one number per token and head, where the paper has one per channel; "lq" and "kl" weights are
-    made anew for every token that reads, where the paper does so at the ends of chunks (the same for `chunk=1`); the
-    paper's own models have an MLP for a memory. There is no official code: the rules are checked at their limits.
+    Departures: rates are one number per token and head, where the paper has one per channel, and does not say for which
+    of the channels of an MLP's matrices; "lq" and "kl" weights are made anew for every token that reads, where the
+    paper does so at the ends of chunks (the same for `chunk=1`). There is no official code: the rules are checked at
+    their limits. Reconstructed: the first weights, and a norm that is trained in the outer loop alone.
 
     Raises:
-        OptionError: an option out of range, or a decay together with retention="none".
+        OptionError: an option out of range, a decay together with retention="none", or an MLP of unknown size.
+        ShapeError: a call to an MLP with other heads or widths.
     """
 
     inputs: ClassVar[frozenset[str]] = frozenset({"alpha", "eta", "theta", "delta"})
@@ -69,7 +79,9 @@ class Miras(Memory):
     def __init__(
         self, bias: Bias = "l2", retention: Retention = "l2", *, p: float = 3.0, q: float = 4.0, delta: float = 1.0,
         mass: float = 1.0, slices: Slices = "rows", smooth: float = 1e-6, alpha: float = 0.0, eta: float = 0.0,
-        theta: float = 0.1, chunk: int = 16, unit: bool = True,
+        theta: float = 0.1, chunk: int = 16, unit: bool = True, memory: Architecture = "linear",
+        heads: int | None = None, head_dim: int | None = None, value_dim: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__(alpha=alpha, eta=eta, theta=theta, chunk=chunk, unit=unit, delta=delta)
         validate.one_of("bias", bias, ("dot", "l2", "lp", "huber", "huber_norm", "huber_channel"))
@@ -86,30 +98,68 @@ class Miras(Memory):
         self.linked = retention == "kl" or (retention == "lq" and q != 2)
         self.bias, self.retention = bias, retention
         self.p, self.q, self.mass, self.slices, self.smooth = p, q, mass, slices, smooth
+        validate.one_of("memory", memory, ("linear", "mlp", "plain_mlp"))
+        self.memory = memory
+        if memory != "linear":
+            self._build(heads, head_dim, value_dim, generator)
+
+    def _build(
+        self, heads: int | None, head_dim: int | None, value_dim: int | None, generator: torch.Generator | None
+    ) -> None:
+        """First weights of an MLP, such that one step moves what is read about as far as in a linear memory."""
+        if heads is None or head_dim is None:
+            raise OptionError(f'memory="{self.memory}" has to know heads and head_dim; got {heads} and {head_dim}')
+        value_dim = head_dim if value_dim is None else value_dim
+        for name, value in (("heads", heads), ("head_dim", head_dim), ("value_dim", value_dim)):
+            validate.count(name, value, 1)
+        hidden, out = (heads, 4 * head_dim, head_dim), (heads, value_dim, 4 * head_dim)
+        enter = torch.randn(hidden, generator=generator)
+        if not self.unit or self.memory == "plain_mlp":
+            enter = enter * head_dim**-0.5
+        if self.memory == "plain_mlp":
+            self.first = nn.ParameterList([enter, torch.zeros(out)])
+            return
+        if value_dim != head_dim:
+            raise OptionError(f'memory="mlp" adds keys to what it answers; value_dim={value_dim} is not {head_dim}')
+        self.first = nn.ParameterList([enter, torch.randn(out, generator=generator)])
+        self.gain = nn.Parameter(torch.ones(heads, 1, head_dim))
+        self.shift = nn.Parameter(torch.zeros(heads, 1, head_dim))
 
     @classmethod
-    def moneta(cls, p: float = 3.0, q: float = 4.0, **options: Any) -> Self:
+    def moneta(cls, p: float = 3.0, q: float = 4.0, memory: Architecture = "mlp", **options: Any) -> Self:
         """The l_p objective with l_q retention."""
-        return cls("lp", "lq", p=p, q=q, **options)
+        return cls("lp", "lq", p=p, q=q, memory=memory, **options)
 
     @classmethod
-    def yaad(cls, delta: float = 1.0, bias: Bias = "huber", **options: Any) -> Self:
+    def yaad(
+        cls, delta: float = 1.0, bias: Bias = "huber", memory: Architecture = "mlp", **options: Any
+    ) -> Self:  # fmt: skip
         """A Huber objective with decay. In training end to end, "huber_norm" went well where "huber" did not."""
-        return cls(bias, "l2", delta=delta, **options)
+        return cls(bias, "l2", delta=delta, memory=memory, **options)
 
     @classmethod
-    def memora(cls, **options: Any) -> Self:
+    def memora(cls, memory: Architecture = "mlp", **options: Any) -> Self:
         """The l_2 objective with weights on a simplex."""
-        return cls("l2", "kl", **options)
+        return cls("l2", "kl", memory=memory, **options)
 
     def initial(self, heads: int, key_dim: int, value_dim: int, like: Tensor) -> Weights:
-        return (like.new_zeros(heads, value_dim, key_dim),)
+        if self.memory == "linear":
+            return (like.new_zeros(heads, value_dim, key_dim),)
+        return learner.first(self.name, self.first, (heads, key_dim, value_dim), like)
 
     def read(self, layers: Sequence[Layer], q: Tensor) -> Tensor:
-        return learner.read(layers, q)
+        return learner.read(layers, q, *self._form())
 
     def surprise(self, weights: Weights, k: Tensor, v: Tensor, rates: Mapping[str, Tensor]) -> tuple[Outer, ...]:
-        return learner.gradients(weights, k, lambda read: self._slope(read, v, rates["delta"][..., None]))
+        def slope(read: Tensor) -> Tensor:
+            return self._slope(read, v, rates["delta"][..., None])
+
+        return learner.gradients(weights, k, slope, *self._form())
+
+    def _form(self) -> tuple[learner.Activation, learner.Around | None]:
+        if self.memory == "mlp":
+            return learner.GELU, learner.Around(self.gain, self.shift)
+        return learner.SILU, None
 
     def _slope(self, read: Tensor, v: Tensor, delta: Tensor) -> Tensor:
         if self.bias == "dot":
@@ -143,4 +193,5 @@ class Miras(Memory):
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
-        return cls.yaad(chunk=max(1, min(4, length // 2)), alpha=0.05)
+        sizes = {"heads": heads, "head_dim": head_dim, "generator": torch.Generator().manual_seed(0)}
+        return cls.yaad(chunk=max(1, min(4, length // 2)), alpha=0.05, **sizes)

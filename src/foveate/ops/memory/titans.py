@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.core.errors import ShapeError
 from foveate.ops.memory import learner
 from foveate.ops.memory.fast import Layer, Outer, Weights
 from foveate.ops.memory.memory import Memory
@@ -27,7 +26,7 @@ class Titans(Memory):
     `alpha = eta = 0`, `chunk=1` it is the delta rule with step `2 theta`: a key written again replaces its value, where
     a sum of outer products would add up. It compresses: the wrong choice where a few tokens must be recalled exactly
     out of very many. This is the memory alone, as an operator: its compositions with attention (memory as context, gate
-    or layer: MAC, MAG, MAL), persistent tokens, convolution and projections are layers.
+    or layer: MAC, MAG, MAL), persistent tokens, convolution and projections are the layers of `foveate.nn.titans`.
 
     Args:
         heads, head_dim: Hq and D of the calls to come.
@@ -64,10 +63,7 @@ class Titans(Memory):
         self.first = nn.ParameterList([*hidden, torch.zeros(shapes[-1])])
 
     def initial(self, heads: int, key_dim: int, value_dim: int, like: Tensor) -> Weights:
-        built = (self.first[0].shape[0], self.first[0].shape[2], self.first[-1].shape[1])
-        if (heads, key_dim, value_dim) != built:
-            raise ShapeError(f"Titans was built for (Hq, D, Dv)={built}; got {(heads, key_dim, value_dim)}")
-        return tuple(matrix.to(like.dtype) for matrix in self.first)
+        return learner.first("Titans", self.first, (heads, key_dim, value_dim), like)
 
     def read(self, layers: Sequence[Layer], q: Tensor) -> Tensor:
         return learner.read(layers, q)

@@ -1,0 +1,75 @@
+"""Efficient attention as a block for feature maps, to insert into a convolutional network.
+
+Efficient Attention: Attention with Linear Complexities (2018), arXiv 1812.01243. The operator is
+`foveate.ops.linear.efficient_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate.core import validate
+from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
+from foveate.ops.linear.efficient_attention import EfficientAttention
+from foveate.ops.operator import Operator, listed
+
+
+@final
+class EfficientAttention2d(nn.Module):
+    """`x + reproject(attend(queries(x), keys(x), values(x)))` over all pixels of `x (B, C, H, W)`; 1x1 convolutions.
+
+    A non-local block that costs O(H W) in time and memory, so that it fits maps of high resolution. As the operator
+    does, it reads global summaries: the wrong choice where pixels have to find each other one by one.
+
+    Args:
+        in_channels: C.
+        key_channels: channels of queries and keys, all heads together.
+        heads: into how many parts they and the values are split; each attends by itself.
+        value_channels: channels of the values; `key_channels` where None.
+        op: another operator without causality in the place of `EfficientAttention()`: `Softmax()` makes the non-local
+            block that it is compared with.
+
+    Raises:
+        OptionError: channels that `heads` does not divide.
+        UnsupportedPattern: an operator that is causal.
+        ShapeError: a map of another number of channels.
+    """
+
+    def __init__(
+        self, in_channels: int, key_channels: int, heads: int = 1, value_channels: int | None = None, *,
+        op: Operator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        value_channels = key_channels if value_channels is None else value_channels
+        sizes = {"key_channels": key_channels, "value_channels": value_channels}
+        for name, value in {"in_channels": in_channels, "heads": heads, **sizes}.items():
+            validate.count(name, value, 1)
+        for name, value in sizes.items():
+            if value % heads:
+                raise OptionError(f"heads={heads} must divide {name}={value}")
+        self.op = EfficientAttention() if op is None else op
+        if "self" not in self.op.patterns:
+            raise UnsupportedPattern(f"pixels attend to all others; {self.op.name} does {listed(self.op.patterns)}")
+        self.in_channels, self.heads = in_channels, heads
+        self.queries, self.keys = (nn.Conv2d(in_channels, key_channels, 1) for _ in range(2))
+        self.values = nn.Conv2d(in_channels, value_channels, 1)
+        self.reprojection = nn.Conv2d(value_channels, in_channels, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ShapeError(f"x must be (B, C={self.in_channels}, H, W); got {tuple(x.shape)}")
+        q, k, v = (
+            rearrange(conv(x), "b (heads c) h w -> b heads (h w) c", heads=self.heads)
+            for conv in (self.queries, self.keys, self.values)
+        )
+        out = rearrange(self.op(q, k, v), "b heads (h w) c -> b (heads c) h w", h=x.shape[2])
+        return x + self.reprojection(out)
+
+    def templates(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads d h w"]:
+        """Where each channel of the keys looks: maps over all pixels, each with sum 1. What there is to see here."""
+        k = rearrange(self.keys(x), "b (heads c) h w -> b heads c (h w)", heads=self.heads)
+        return k.softmax(-1).unflatten(-1, x.shape[2:])

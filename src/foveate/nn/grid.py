@@ -1,0 +1,71 @@
+"""Tokens on a grid, and convolutions over it that keep channels apart."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.core import validate
+from foveate.core.errors import OptionError, ShapeError
+
+Size = tuple[int, int]  # (H, W)
+
+
+def to_map(x: Float[Tensor, "b n c"], size: Size) -> Float[Tensor, "b c h w"]:
+    """Tokens, row by row, as an image."""
+    return x.mT.unflatten(2, size)
+
+
+def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+    """An image's pixels, row by row, as tokens."""
+    return x.flatten(2).mT
+
+
+class DepthwiseConv(nn.Module):
+    """A convolution over the grid, each channel by itself, zeros outside: `(B, N, C) -> (B, N, C)`.
+
+    Args:
+        dim: C.
+        kernel: width and height of the kernel, odd.
+        bias: whether there is one.
+    """
+
+    def __init__(self, dim: int, kernel: int = 3, *, bias: bool = True) -> None:
+        super().__init__()
+        validate.count("dim", dim, 1)
+        validate.count("kernel", kernel, 1)
+        if kernel % 2 == 0:
+            raise OptionError(f"kernel={kernel} must be odd")
+        self.conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=bias)
+
+    def forward(self, x: Float[Tensor, "b n c"], size: Size) -> Float[Tensor, "b n c"]:
+        return to_tokens(self.conv(to_map(x, size)))
+
+
+def dynamic_conv(x: Float[Tensor, "b n c"], kernels: Float[Tensor, "b c k k"], size: Size) -> Float[Tensor, "b n c"]:
+    """`DepthwiseConv` whose kernels `(B, C, K, K)`, K odd, are each batch item's own."""
+    batch, n, channels = x.shape
+    if kernels.shape[:2] != (batch, channels):
+        raise ShapeError(f"kernels must be (B={batch}, C={channels}, K, K); got {tuple(kernels.shape)}")
+    images = to_map(x, size).reshape(1, batch * channels, *size)
+    out = F.conv2d(images, kernels.flatten(0, 1)[:, None], padding=kernels.shape[-1] // 2, groups=batch * channels)
+    return torch.reshape(out, (batch, channels, n)).mT
+
+
+def local_mass(weights: Float[Tensor, "b h n n"], size: Size, reach: int = 1) -> Float[Tensor, "b h n"]:
+    """The share of each query's attention, by size of the weights, that stays within `reach` rows and columns of it."""
+    validate.count("reach", reach)
+    near = neighbours(size, reach).to(weights.device)
+    if near.shape != weights.shape[-2:]:
+        raise ShapeError(f"weights must be (B, H, N, N) with N = H * W of size={size!r}; got {tuple(weights.shape)}")
+    mass = weights.abs()
+    return (mass * near).sum(-1) / mass.sum(-1).clamp_min(torch.finfo(mass.dtype).tiny)
+
+
+def neighbours(size: Size, reach: int) -> Tensor:
+    """Which tokens of a grid are at most `reach` rows and columns apart: bool `(N, N)`."""
+    row, column = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    at = torch.stack([row.flatten(), column.flatten()])
+    return ((at[:, :, None] - at[:, None]).abs() <= reach).all(0)

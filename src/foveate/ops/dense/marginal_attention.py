@@ -1,0 +1,214 @@
+"""Attention as inference: the expected value under the posterior of a latent edge.
+
+Attention: Marginal Probability is All You Need? (2023), arXiv 2304.04556.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Self, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core import masks, validate
+from foveate.core.engines import reference
+from foveate.core.errors import OptionError, ShapeError
+from foveate.core.problem import Problem
+from foveate.core.scoring import SOFTMAX, Tile, dot_product
+from foveate.ops.cached import Cached
+from foveate.ops.dense import distribution
+from foveate.ops.operator import Pattern
+
+#: The most joint states that `enumerate_edges` will go through.
+STATES = 1 << 16
+
+
+@final
+class MarginalAttention(Cached):
+    """`E[v_phi]` with `p(phi = j) ∝ prior_j psi(q, k_j)`: soft, hard, masked, biased, graph and slot attention in one.
+
+    The log prior is the call's float mask: -inf forbids an edge, a distance makes a relative bias, and log adjacencies
+    graph attention. By key, every query has one edge, and the cost is that of softmax attention, on fused kernels. By
+    slot, every key has one edge, to the query that explains it: slot attention, and EM when iterated; it holds all of
+    the Nq x Nk logits. For relating mechanisms to each other; the wrong choice where one of them has a class here.
+
+    Args:
+        potential: log psi: "dot" is `scale · q k`, "gaussian" `-scale / 2 |q - k|²`, with 1 / scale for a variance. The
+            two are equal where keys have one length.
+        estimate: the posterior's "mean", its "map" edge alone, or one "sample" of it. Hard edges pass gradients to the
+            values only.
+        axis: "key": a query's edge is to one of the keys; "slot": a key's edge is to one of the queries, and a query
+            reads the mean of its keys, each by its responsibility. Not causal, as later queries compete for keys.
+        generator: what "sample" draws from.
+
+    The paper is a conceptual one: the list of instances, and enumeration as their oracle, are reconstructed from it.
+
+    Raises:
+        OptionError: an unknown option, a sample without a generator or a generator without a sample.
+    """
+
+    def __init__(
+        self, potential: Literal["dot", "gaussian"] = "dot", estimate: Literal["mean", "map", "sample"] = "mean", *,
+        axis: Literal["key", "slot"] = "key", generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        validate.one_of("potential", potential, ("dot", "gaussian"))
+        validate.one_of("estimate", estimate, ("mean", "map", "sample"))
+        validate.one_of("axis", axis, ("key", "slot"))
+        if (generator is None) == (estimate == "sample"):
+            raise OptionError(f'estimate="sample" draws from a generator, and no other does; got estimate="{estimate}"')
+        self.potential, self.estimate, self.axis, self.generator = potential, estimate, axis, generator
+        if axis == "slot":
+            self.patterns: frozenset[Pattern] = frozenset({"self", "cross"})
+        self.steps = None if axis == "slot" else "own" if estimate == "sample" else "exact"
+
+    def _problem(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Problem:
+        q, k = self._joined(q, masks.without_hidden(k, mask))
+        if self.axis == "key":
+            drawn = None if self.estimate != "sample" else self._uniform(q.shape[:3], q.device)
+            scoring = SOFTMAX if self.estimate == "mean" else _HardKeys(drawn)
+            return Problem(q, k, v, scale, mask, causal, scoring=scoring)
+        logits = _logits(q, k, mask, scale)
+        if self.estimate == "mean":  # shares that keys give to slots: softmax over slots, as a bias on the keys
+            return Problem(q, k, v, scale, masks.combine(mask, -_evidence(logits, -2)), causal)
+        columns = logits.mT
+        if self.estimate == "map":
+            chosen = columns.argmax(-1)
+        else:
+            chosen = distribution.sample(columns, self._uniform(columns.shape[:3], q.device)).argmax(-1)
+        allowed = None if mask is None else masks.allowed(mask)
+        return Problem(q, k, v, scale, allowed, causal, scoring=_HardSlots(chosen))
+
+    def _weights(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Tensor:
+        return reference.weights(self._problem(q, k, k, mask, causal, scale))
+
+    def evidence(
+        self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], *,
+        mask: Tensor | None = None, scale: float | None = None,
+    ) -> Float[Tensor, "b h n"]:  # fmt: skip
+        """`log sum prior psi` over what the latent edge may be: of each query, or by slot of each key (none: 0)."""
+        self._check(q, k, k, mask, False)
+        logits = _logits(*self._joined(q, masks.without_hidden(k, mask)), mask, self._scale(scale, q))
+        dim = -1 if self.axis == "key" else -2
+        return _evidence(logits, dim).squeeze(dim)
+
+    def _joined(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k whose dot product is log psi, up to the scale: a Gaussian's norms are two more channels."""
+        if self.potential == "dot":
+            return q, k
+        q_norm, k_norm = (-0.5 * (x * x).sum(-1, keepdim=True) for x in (q, k))
+        return torch.cat([q, q_norm, torch.ones_like(q_norm)], -1), torch.cat([k, torch.ones_like(k_norm), k_norm], -1)
+
+    def _uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device=self.generator.device).to(device)
+
+    @classmethod
+    def example(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls("gaussian")
+
+    @classmethod
+    def exact(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls()
+
+
+def _logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Float[Tensor, "b h q k"]:
+    """All logits, with the log prior in them."""
+    logits = dot_product(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), scale)
+    return logits if mask is None else logits + masks.as_bias(mask, logits.dtype)
+
+
+def _evidence(logits: Float[Tensor, "b h q k"], dim: int) -> Tensor:
+    """The log-sum-exp along `dim`, which is kept; 0 where there is nothing but -inf."""
+    empty = (logits == masks.NEVER).all(dim, keepdim=True)
+    return torch.logsumexp(logits.masked_fill(empty, 0.0), dim, keepdim=True).masked_fill(empty, 0.0)
+
+
+@dataclass(frozen=True)
+class _HardKeys:
+    """Each query's one key: the most probable, or the one that was drawn."""
+
+    uniform: Float[Tensor, "b h q"] | None
+    is_softmax = False
+
+    def parameters(self) -> Iterator[Tensor]:
+        return iter(())
+
+    def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
+        return dot_product(q, k, scale)
+
+    def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
+        if self.uniform is None:
+            return distribution.argmax(logits)
+        return distribution.sample(logits, self.uniform[:, :, at.rows - (at.n_keys - at.n_queries)])
+
+
+@dataclass(frozen=True)
+class _HardSlots:
+    """Each key's one query, in which the keys then weigh the same."""
+
+    chosen: Tensor  # (B, H, Nk)
+    is_softmax = True
+
+    def parameters(self) -> Iterator[Tensor]:
+        return iter(())
+
+    def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
+        slots = at.rows - (at.n_keys - at.n_queries)
+        mine = self.chosen[:, :, None, at.cols] == slots[:, None]
+        return torch.zeros(mine.shape, dtype=q.dtype, device=q.device).masked_fill(~mine, masks.NEVER)
+
+    def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
+        return SOFTMAX.normalize(logits, at)
+
+
+def expectation_maximisation(
+    op: MarginalAttention, slots: Float[Tensor, "b h s d"], nodes: Float[Tensor, "b h n d"], steps: int, *,
+    mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Float[Tensor, "b h s d"], Float[Tensor, " steps+1"]]:  # fmt: skip
+    """Let slots become the mean of the nodes that they explain, again and again: EM for a mixture of the potential.
+
+    Returns:
+        The slots, and the evidence of all nodes before each step and after the last; it never falls for Gaussians.
+    """
+    validate.count("steps", steps, 1)
+    if op.axis != "slot":
+        raise OptionError(f'axis="{op.axis}": slots compete for nodes by axis="slot"')
+    evidence = [op.evidence(slots, nodes, mask=mask, scale=scale).sum()]
+    for _ in range(steps):
+        slots = op(slots, nodes, nodes, mask=mask, scale=scale)
+        evidence.append(op.evidence(slots, nodes, mask=mask, scale=scale).sum())
+    return slots, torch.stack(evidence)
+
+
+def enumerate_edges(
+    score: Float[Tensor, "... n m"], log_prior: Float[Tensor, "... n m"] | None = None
+) -> Float[Tensor, "... n m"]:
+    """The marginals `p(phi_i = j)` by going through all `M ** N` joint assignments of N edges: the oracle."""
+    logits = score if log_prior is None else score + log_prior
+    n, m = logits.shape[-2:]
+    if m**n > STATES:
+        raise ShapeError(f"score has {m} ** {n} = {m**n} joint states; at most {STATES} are enumerated")
+    states = torch.cartesian_prod(*[torch.arange(m, device=score.device)] * n).reshape(-1, n)
+    joint = sum(logits[..., i, states[:, i]] for i in range(n))
+    taken = F.one_hot(states, m).to(logits.dtype)
+    return torch.einsum("...s,snm->...nm", torch.softmax(joint, -1), taken)
+
+
+def collapsed_gradient(
+    y: Float[Tensor, "..."], log_psi: Callable[[Tensor], Float[Tensor, " m"]], log_prior: Tensor | None = None
+) -> Float[Tensor, "..."]:
+    """The gradient of `log sum_j prior_j psi_j(y)`, as attention: the mean of the gradients of each log psi_j under the
+    posterior. What predictive coding descends."""
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        logits = log_psi(y)
+    posterior = torch.softmax(logits if log_prior is None else logits + log_prior, -1)
+    return torch.autograd.grad(logits, y, posterior.detach())[0]

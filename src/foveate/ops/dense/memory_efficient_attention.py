@@ -1,0 +1,60 @@
+"""Memory-efficient attention: exact softmax attention, chunk by chunk, whose matrix never exists.
+
+Self-attention Does Not Need O(n²) Memory (2021), arXiv 2112.05682.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Self, final
+
+from torch import Tensor
+
+from foveate.core import validate
+from foveate.core.problem import Problem
+from foveate.ops.dense.scored import Scored
+
+
+@final
+class MemoryEfficientAttention(Scored):
+    """`softmax(q kᵀ · scale) v` in chunks of queries that meet the keys tile by tile, forward and backward.
+
+    Cost O(Nq Nk D) time, as ever, and `q_chunk x k_chunk` numbers per head at a time in place of `Nq x Nk`, however
+    long the input. A tile leaves its largest logit, a sum of exponentials and a weighted sum of values, which merge
+    with those of the other tiles (`foveate.core.online.merge`). The backward pass keeps the log of each row's sum and
+    computes the tiles again. Under causality, tiles wholly in the future are skipped. The wrong choice where a fused
+    kernel runs: `softmax` has it, and is faster. This one is for devices without such a kernel, and for a bound on
+    memory that one sets by hand.
+
+    Args:
+        q_chunk: queries in a chunk. The paper's release has 1024.
+        k_chunk: keys in a tile; the release has 4096. The paper's theory has the square root of Nk.
+
+    Lengths need not be multiples of either. A row that sees nothing is zeros. Sums are kept in float32 for half
+    precision. Where hidden keys hold NaN or inf, a chunk sees all of its keys at once, so as to leave them out.
+
+    Raises:
+        OptionError: a chunk that is no whole number, or below 1.
+    """
+
+    engines: ClassVar[tuple[str, ...]] = ("chunked", "reference")
+
+    def __init__(self, q_chunk: int = 1024, k_chunk: int = 4096) -> None:
+        super().__init__()
+        validate.count("q_chunk", q_chunk, 1)
+        validate.count("k_chunk", k_chunk, 1)
+        self.q_chunk, self.k_chunk = q_chunk, k_chunk
+
+    def _problem(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Problem:
+        problem = super()._problem(q, k, v, mask, causal, scale, **inputs)
+        return replace(problem, chunk=(self.q_chunk, self.k_chunk))
+
+    @classmethod
+    def example(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls(max(1, length // 3), max(1, length // 4))
+
+    @classmethod
+    def exact(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls(5, 3)

@@ -1,0 +1,225 @@
+"""Monotonic location attention: a decoder that walks over its source, step by step.
+
+Monotonic Location Attention for Length Generalization (2023), arXiv 2305.20019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, NamedTuple, Self, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from foveate.core import masks, validate
+from foveate.core.errors import ShapeError
+from foveate.core.problem import Plan, Problem, cost
+from foveate.core.scoring import safe_softmax
+from foveate.ops.dense.location import log_bell, places
+from foveate.ops.operator import MaskKind, Operator, Pattern
+from foveate.ops.prepare import accumulating, engine_of, per_query_head
+
+#: The smallest width of the bell and the sharpness of the stairs, in source tokens and as in the release.
+NARROWEST, SHARPNESS = 0.27, 20.0
+
+
+def softstair(x: Tensor) -> Tensor:
+    """Nearly whole numbers, with a slope."""
+    return torch.floor(x) + torch.sigmoid(SHARPNESS * (x - torch.floor(x) - 0.5))
+
+
+STEPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "onestep": lambda x: torch.sigmoid(5 * x),
+    "relu": torch.relu,
+    "softstair": softstair,
+    "free": lambda x: x,
+}
+
+
+@final
+class MonotonicLocationAttention(Operator):
+    """Each query moves on from where the last one looked, by a step of its own, and looks there through a bell.
+
+    On places scaled to [0, 1], `mu_t = a_{t-1} + step_t / (S - 1)`, weights are a Gaussian about mu_t, over their sum,
+    and `a_t` is the place that they expect; keys have no say. What it learns on short sources holds on long ones. Cost
+    O(Nq Nk) in Nq steps that wait for each other: the wrong choice where order is not kept, or inside a Transformer
+    that wants all queries at once. Queries see the whole source, so that it defines no causal call.
+
+    Args:
+        head_dim, heads: D and Hq of the calls to come.
+        step: how far a query may go: "onestep" `sigmoid(5 rho)`, on by at most one token (the paper's OneStepAttn);
+            "relu", on by any distance (RMonoAttn); "controlled_relu", a learned mean of these two (MonoAttn);
+            "softstair", nearly whole steps, and "free", `rho` itself, both back or on.
+        mix: whether a gate of the query's mixes in softmax attention over the keys, on the call's scale.
+        past: where a step starts in a mixture: "mixed", at the place that all weights expect, or "location" (the
+            paper's PR), at that which the bell expects.
+
+    S is the number of real keys and places count these, so that a mask of the padding, on either side, has to be given.
+    Weights start as in the release: Xavier uniform, biases as in `nn.Linear`. There the gate reads all heads' queries,
+    here each head its own. The older location attention that the paper starts from (leaky clamp, gates) is left out.
+    """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "cross"})
+    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
+    engines: ClassVar[tuple[str, ...]] = ("recurrent",)
+    steps = None
+
+    def __init__(
+        self,
+        head_dim: int,
+        heads: int = 1,
+        *,
+        step: Literal["onestep", "relu", "controlled_relu", "softstair", "free"] = "onestep",
+        mix: bool = False,
+        past: Literal["mixed", "location"] = "mixed",
+    ) -> None:
+        super().__init__()
+        validate.count("head_dim", head_dim, 1)
+        validate.count("heads", heads, 1)
+        validate.one_of("step", step, (*STEPS, "controlled_relu"))
+        validate.one_of("mix", mix, (True, False))
+        validate.one_of("past", past, ("mixed", "location"))
+        self.heads, self.head_dim, self.step_kind, self.past = heads, head_dim, step, past
+        self.position = nn.Parameter(torch.empty(heads, head_dim, head_dim))
+        self.position_bias = nn.Parameter(torch.empty(heads, head_dim))
+        self.w_sigma, self.w_rho = (nn.Parameter(torch.empty(heads, head_dim, 1)) for _ in range(2))
+        self.w_gate = nn.Parameter(torch.empty(heads, head_dim, 1)) if mix else None
+        self.gate_bias = nn.Parameter(torch.empty(heads)) if mix else None
+        self.step_bias = nn.Parameter(torch.tensor(20.0)) if step == "controlled_relu" else None
+        for weight in (self.position, self.w_sigma, self.w_rho, self.w_gate):
+            for head in () if weight is None else weight:
+                nn.init.xavier_uniform_(head)
+        for bias in (self.position_bias, self.gate_bias):
+            if bias is not None:
+                nn.init.uniform_(bias, -(head_dim**-0.5), head_dim**-0.5)
+
+    def walk(
+        self,
+        q: Float[Tensor, "b hq nq d"],
+        k: Float[Tensor, "b hkv nk d"],
+        v: Float[Tensor, "b hkv nk dv"],
+        past: Float[Tensor, "b hq 1"] | None = None,
+        *,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> tuple[Float[Tensor, "b hq nq dv"], Float[Tensor, "b hq 1"]]:
+        """A call that goes on from the place `past` (None: the start), and the place where it ends: for decoders."""
+        self._check(q, k, v, mask, False)
+        if past is not None and past.shape != (*q.shape[:2], 1):
+            raise ShapeError(f"past must be (B, Hq, 1)={(*q.shape[:2], 1)}; got {tuple(past.shape)}")
+        return self._walk(q, k, v, past, mask, self._scale(scale, q))
+
+    def _walk(
+        self, q: Tensor, k: Tensor, v: Tensor, past: Tensor | None, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        source, wide = _Source.of(q, k, v, mask), accumulating(q.dtype)
+        past, out = q.new_zeros(*q.shape[:2], 1, dtype=wide) if past is None else past.to(wide), []
+        for intent in self._intents(q.to(wide), source, scale):
+            weights, past = self._look(intent, source, past)
+            out.append((weights[:, :, None] @ source.v)[:, :, 0])
+        return torch.stack(out, 2).to(q.dtype), past
+
+    def _intents(self, q: Float[Tensor, "b h n d"], source: _Source, scale: float) -> Iterator[_Intent]:
+        """What each query makes up its mind about, wherever it stands."""
+        if q.shape[1::2] != (self.heads, self.head_dim):
+            raise ShapeError(
+                f"built for {self.heads} heads of width {self.head_dim}; got H={q.shape[1]}, D={q.shape[3]}"
+            )
+        position = q @ self.position.to(q) + self.position_bias.to(q)[:, None]
+        step = self.steps_of(position @ self.w_rho.to(q)) * source.unit
+        width = (torch.relu(position @ self.w_sigma.to(q)) + NARROWEST) / source.count.clamp_min(1)
+        mixed = self.w_gate is not None and self.gate_bias is not None
+        gate = torch.sigmoid(q @ self.w_gate.to(q) + self.gate_bias.to(q)[:, None, None]) if mixed else None
+        for t in range(q.shape[2]):
+            content = None
+            if gate is not None:
+                logits = (scale * q[:, :, None, t] @ source.k.mT)[:, :, 0]
+                content = safe_softmax(logits.masked_fill(~source.seen, masks.NEVER))
+            yield _Intent(step[:, :, t], width[:, :, t], None if gate is None else gate[:, :, t], content)
+
+    def steps_of(self, rho: Tensor) -> Tensor:
+        """How many tokens to move on."""
+        if self.step_bias is None:
+            return STEPS[self.step_kind](rho)
+        share = torch.sigmoid(self.step_bias.to(rho))
+        return share * STEPS["relu"](rho) + (1 - share) * STEPS["onestep"](rho)
+
+    def _look(self, intent: _Intent, source: _Source, past: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights `(B, H, Nk)` of one query, and the place that they expect."""
+        logits = log_bell(source.at, past + intent.step, intent.width)
+        weights = bell = safe_softmax(logits.masked_fill(~source.seen, masks.NEVER))
+        if intent.gate is not None:
+            weights = intent.gate * bell + (1 - intent.gate) * intent.content
+        start = bell if self.past == "location" else weights
+        return weights, (start * source.at).sum(-1, keepdim=True)
+
+    # -- the seam ------------------------------------------------------------------------------------------------------
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str,
+        **inputs: Tensor,
+    ) -> Tensor:  # fmt: skip
+        engine_of(self, engine)
+        if q.shape[2] == 0:
+            return q.new_zeros(*q.shape[:3], v.shape[3])
+        return self._walk(q, k, v, None, mask, scale)[0]
+
+    def _weights(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Tensor:
+        one_hot = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+        return self._walk(q, k, one_hot, None, mask, scale)[0]
+
+    def _plan(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
+    ) -> Plan:
+        return cost(Problem(q, k, v, scale, mask), engine_of(self, engine), "a query starts where the last one looked")
+
+    def _init_state(self, *sizes: Any) -> Any:
+        raise NotImplementedError
+
+    def _step(self, *call: Any, **inputs: Tensor) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def example(cls, heads: int, head_dim: int, length: int) -> Self:
+        op = cls(head_dim, heads, step="controlled_relu", mix=True)
+        nn.init.zeros_(op.step_bias)
+        return op
+
+    @classmethod
+    def exact(cls, heads: int, head_dim: int, length: int) -> Self:
+        op = cls(head_dim, heads, mix=True)
+        nn.init.zeros_(op.w_gate)
+        nn.init.constant_(op.gate_bias, -1e4)
+        return op
+
+
+class _Intent(NamedTuple):
+    """Of one query: how far it goes, how widely it looks, how much of that counts, and where else it looks."""
+
+    step: Float[Tensor, "b h 1"]
+    width: Float[Tensor, "b h 1"]
+    gate: Float[Tensor, "b h 1"] | None
+    content: Float[Tensor, "b h k"] | None
+
+
+class _Source(NamedTuple):
+    """The real keys, their values and their places; a head to each query head."""
+
+    k: Float[Tensor, "b h k d"]
+    v: Float[Tensor, "b h k dv"]
+    seen: Bool[Tensor, "b 1 k"]
+    at: Float[Tensor, "b 1 k"]  # 0 at the first real key and 1 at the last
+    unit: Float[Tensor, "b 1 1 1"]  # from one key to the next
+    count: Int[Tensor, "b 1 1 1"]
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> _Source:
+        wide, (batch, n_keys) = accumulating(q.dtype), k.shape[::2]
+        k, v = (per_query_head(masks.without_hidden(x, mask), q.shape[1]).to(wide) for x in (k, v))
+        place, count = places(mask, batch, n_keys, k.device)
+        seen = torch.ones_like(place, dtype=torch.bool) if mask is None else masks.keys_of(mask, batch, n_keys)
+        unit = 1 / (count - 1).clamp_min(1).to(wide)
+        return cls(k, v, seen[:, None], (place * unit)[:, None], unit[..., None, None], count[..., None, None])

@@ -1,0 +1,106 @@
+"""Reversed attention: keys choose among queries and send them their values.
+
+Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention (2023), arXiv 2304.03282.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self, final
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from foveate.core import masks, validate
+from foveate.core.problem import Plan
+from foveate.core.scoring import safe_softmax
+from foveate.ops.operator import Operator, Pattern
+from foveate.ops.prepare import accumulating, engine_of, per_query_head
+
+
+@final
+class ReversedAttention(Operator):
+    """`softmax over queries of (q kᵀ · scale)`, times v: each column of weights sums to 1, and not each row.
+
+    Attention lets a query gather from keys in shares that sum to 1; here a key (a child) sends its value to queries
+    (its parents) in such shares, so what a query receives in all says how much of a parent it is. Nothing is lost or
+    doubled: outputs add up to the values. With the same scores it is the transpose of softmax attention.
+
+    Cost O(Nq Nk D) time, in chunks of keys whose weights the backward pass computes again: O(block Nq) memory. A key's
+    shares depend on all queries, so there is no causal form. The wrong choice where every query needs an output of
+    ordinary size: some receive nearly nothing.
+
+    Args:
+        block: keys in a chunk.
+
+    A mask says which key may send to which query; one of kind "keys" says which may send at all.
+    """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "cross"})
+    steps: ClassVar[None] = None
+    engines: ClassVar[tuple[str, ...]] = ("chunked", "reference")
+
+    def __init__(self, block: int = 256) -> None:
+        super().__init__()
+        validate.count("block", block, 1)
+        self.block = block
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str,
+        **inputs: Tensor,
+    ) -> Tensor:  # fmt: skip
+        dtype = q.dtype
+        size = self.block if engine_of(self, engine) == "chunked" else max(k.shape[2], 1)
+        v = per_query_head(masks.without_hidden(v, mask), q.shape[1]).to(accumulating(v.dtype))
+        q, k = _wide(q, k, mask, scale)
+        out = v.new_zeros(*q.shape[:3], v.shape[3])
+        wanted = any(x is not None and x.requires_grad for x in (q, k, v, mask))
+        again = size < k.shape[2] and wanted and torch.is_grad_enabled()
+        for start in range(0, k.shape[2], size):
+            at = slice(start, start + size)
+            part = k[:, :, at], v[:, :, at], None if mask is None else masks.columns_of(mask, at)
+            out = out + (checkpoint(_sent, q, *part, use_reentrant=False) if again else _sent(q, *part))
+        return out.to(dtype)
+
+    def _weights(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Tensor:
+        return _shares(*_wide(q, k, mask, scale), mask).mT.to(q.dtype)
+
+    def _plan(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
+    ) -> Plan:
+        why = "asked for" if engine != "auto" else "each key needs its scores with all queries at once"
+        b, h, nq, width = q.shape
+        flops = 2 * b * h * nq * k.shape[2] * (width + v.shape[3])
+        traffic = q.numel() + k.numel() + v.numel() + b * h * nq * v.shape[3]
+        return Plan(engine=engine_of(self, engine), flops=flops, bytes=traffic * q.element_size(), why=why)
+
+    def _init_state(self, *sizes: Any) -> Any:
+        raise NotImplementedError
+
+    def _step(self, *tensors: Any, **inputs: Tensor) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def example(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls(block=max(1, length // 3))
+
+
+def _wide(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Scaled queries, and keys with one head to each of theirs, free of what nobody may see."""
+    wide = accumulating(q.dtype)
+    return q.to(wide) * scale, per_query_head(masks.without_hidden(k, mask), q.shape[1]).to(wide)
+
+
+def _sent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What these keys send to each query."""
+    return _shares(q, k, mask).mT @ v
+
+
+def _shares(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Each key's shares among the queries, `(B, H, Nk, Nq)`."""
+    logits = q @ k.mT
+    if mask is not None:
+        logits = logits + masks.as_bias(mask, logits.dtype)
+    return safe_softmax(logits.mT)

@@ -1,0 +1,53 @@
+"""Taylor linear attention: the operator of BASED.
+
+Simple linear attention language models balance the recall-throughput tradeoff (2024), arXiv 2402.18668.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self, final
+
+from torch import Tensor
+
+from foveate.core.errors import OptionError
+from foveate.ops.linear import taylor
+from foveate.ops.linear.linear import Linear
+
+
+@final
+class TaylorAttention(Linear):
+    """Weights `1 + s + s² / 2` with `s = scale q . k`, over their sum: the exponential to second order, always above 0.
+
+    Cost O(N D² Dv), and a state of (1 + D + D²) x (Dv + 1) numbers per head: meant for small D (BASED takes 16,
+    whatever the width of the model), where it stores more than a feature map of D numbers. Nothing fades, and nothing
+    is compared exactly, which BASED leaves to a small sliding window: `foveate.models.based.Based`. The wrong choice
+    for wide heads, or for logits well beyond 1, where the parabola weighs opposite keys up again.
+
+    Args:
+        symmetric: keep `x_a x_b` once in place of twice: the same weights from 1 + D + D (D + 1) / 2 features (153 for
+            D = 16 in place of 273). The release keeps both.
+
+    `scale` defaults to `D ** -0.5`, as in the layer of the release. The sum of the weights is at least half the number
+    of keys seen, so the release's eps of 1e-12 is out of sight.
+
+    Raises:
+        OptionError: `symmetric` is no bool.
+    """
+
+    eps: ClassVar[float] = 1e-12
+
+    def __init__(self, *, symmetric: bool = False) -> None:
+        super().__init__()
+        if not isinstance(symmetric, bool):
+            raise OptionError(f"symmetric={symmetric!r} must be True or False")
+        self.symmetric = symmetric
+
+    def query_features(self, q: Tensor, scale: float) -> Tensor:
+        return taylor.features(q * scale, 2, symmetric=self.symmetric)
+
+    def key_features(self, k: Tensor, scale: float) -> Tensor:
+        return taylor.features(k, 2, symmetric=self.symmetric)
+
+    @classmethod
+    def example(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls(symmetric=True)

@@ -1,0 +1,181 @@
+"""The dynamical systems framework: its normalised attention, and any linear operator as a state-space system.
+
+Understanding the differences in Foundation Models: Attention, State Space Models, and Recurrent Neural Networks (2024),
+arXiv 2405.15731. The framework itself is `foveate.ops.linear.state_space`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.core import validate
+from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
+from foveate.ops.cache import KVState
+from foveate.ops.linear import state_space
+from foveate.ops.linear.linear import Linear
+from foveate.ops.linear.state_space import StateSpace
+from foveate.ops.operator import Gate, Operator, Pattern
+
+Activation = Literal["exp", "softplus", "sigmoid"]
+Equivalent = Literal["linear attention", "normalised linear attention", "SSD", "normalised SSD", "diagonal SSM"]
+
+
+@final
+class NormalisedAttention(Linear):
+    """`y_i = (1 / eta_i) phi(q_i) . sum_{j <= i} phi(k_j) v_j`: linear attention with a normaliser of its own.
+
+    The classic normaliser, the sum of the weights, ties the size of the output to queries and keys and needs positive
+    features; here a positive number learned from the token stands in its place, and features may have any sign. Cost
+    O(N D Dv), a state of D x Dv numbers per head, causal only. Weights do not sum to 1 and nothing fades, so that the
+    output may grow with the length. The wrong choice where old tokens have to be forgotten.
+
+    Args:
+        features: phi. "identity", as in the release's experiments, or "elu1" (`elu + 1`).
+        activation: how a layer makes `eta = activation(w . token + b)`; a call brings it as `eta (B, H, Nq)`, positive.
+            The release has "exp"; the other two are reconstructed.
+        learned: `(Hq, D)` to make eta from the queries instead, by a map per head that this module holds, at first 1
+            for "exp". Without it every call has to bring eta.
+
+    `scale` is 1 unless a call says otherwise, as in the release.
+
+    Raises:
+        OptionError: an unknown option, or a call without eta where nothing is learned.
+        ShapeError: eta of another shape.
+    """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
+    inputs: ClassVar[frozenset[str]] = frozenset({"eta"})
+    default_scale: ClassVar[float | None] = 1.0
+    normalised: ClassVar[bool] = False
+
+    def __init__(
+        self, features: Literal["identity", "elu1"] = "identity", activation: Activation = "exp", *,
+        learned: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        validate.one_of("features", features, ("identity", "elu1"))
+        validate.one_of("activation", activation, ("exp", "softplus", "sigmoid"))
+        self.features, self.activation = features, activation
+        self.gates = {} if learned else {"eta": Gate(activation, 0.0)}  # type: ignore[misc]
+        self.weight = self.bias = None
+        if learned is not None:
+            for name, size in zip(("learned heads", "learned head_dim"), learned, strict=True):
+                validate.count(name, size, 1)
+            self.weight = nn.Parameter(torch.zeros(learned))
+            self.bias = nn.Parameter(torch.zeros(learned[0]))
+
+    def query_features(self, q: Tensor, scale: float) -> Tensor:
+        return self._features(q) * scale
+
+    def key_features(self, k: Tensor, scale: float) -> Tensor:
+        return self._features(k)
+
+    def _features(self, x: Tensor) -> Tensor:
+        return x if self.features == "identity" else F.elu(x) + 1
+
+    def _prepared(self, q: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        *rest, inputs = call
+        fq, fk, v, decay = super()._prepared(q, *rest, {})
+        return fq / self.normaliser(q.to(fq.dtype), inputs.get("eta"))[..., None], fk, v, decay
+
+    def normaliser(self, q: Float[Tensor, "b h n d"], eta: Tensor | None = None) -> Float[Tensor, "b h n"]:
+        """What the weights of each query are divided by."""
+        if eta is not None:
+            if not isinstance(eta, Tensor) or eta.shape != q.shape[:3]:
+                got = tuple(eta.shape) if isinstance(eta, Tensor) else eta
+                raise ShapeError(f"eta must be a tensor (B, Hq, Nq)={tuple(q.shape[:3])}; got {got}")
+            return eta.to(q.dtype)
+        if self.weight is None:
+            raise OptionError("a call needs eta (B, Hq, Nq), or the operator learned=(Hq, D) to make it from q")
+        if q.shape[1] != len(self.weight) or q.shape[3] != self.weight.shape[1]:
+            built, got = tuple(self.weight.shape), (q.shape[1], q.shape[3])
+            raise ShapeError(f"{self.name} was built with learned=(Hq, D)={built}; got {got}")
+        value = torch.einsum("bhnd,hd->bhn", q, self.weight.to(q.dtype)) + self.bias.to(q.dtype)[:, None]
+        return {"exp": torch.exp, "softplus": F.softplus, "sigmoid": torch.sigmoid}[self.activation](value)
+
+    @classmethod
+    def example(cls, heads: int, head_dim: int, length: int) -> NormalisedAttention:
+        op = cls("elu1", "softplus", learned=(heads, head_dim))
+        nn.init.normal_(op.weight, std=0.5)
+        return op
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A call of a linear operator as a system, with `system.run(u)` its output.
+
+    Args:
+        system: its matrices, for every head.
+        u: its inputs, the values: `(B, H, N, Dv)`.
+        state_size: numbers in its state, per head.
+        equivalent: what it coincides with, by the framework: un-normalised or normalised linear attention where nothing
+            fades; SSD (Mamba-2) where one factor fades the whole state; a diagonal SSM, as S6 and gated linear
+            attention are, where each feature has a factor of its own.
+    """
+
+    system: StateSpace
+    u: Tensor
+    state_size: int
+    equivalent: Equivalent
+
+
+def to_dsf(op: Operator, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **inputs: Tensor) -> Converted:
+    """A causal call of any linear operator, written out as Lambda, B, C: `op(q, k, v, causal=True)` is its output.
+
+    Args:
+        op: an operator of the linear family.
+        q, k, v: as for a call, with as many queries as keys.
+        scale, inputs: as for a call.
+
+    Raises:
+        UnsupportedPattern: an operator whose state is no sum of features: it has no such system of finite size.
+    """
+    if not isinstance(op, Linear):
+        raise UnsupportedPattern(f"{op.name} has no linear state: only the linear family is a sum of features")
+    op._check(q, k, v, None, True, inputs)
+    if q.shape[2] != k.shape[2]:
+        raise ShapeError(f"a system has one output per input; got Nq={q.shape[2]}, Nk={k.shape[2]}")
+    fq, fk, values, decay = op._prepared(q, k, v, None, True, op._scale(scale, q), inputs)
+    if op.normalised:  # what the operator makes of a row that sums to `total` and holds a single 1
+        total = state_space.sum_of_weights(fq, fk, decay)
+        fq = fq * op._normalised(torch.stack([torch.ones_like(total), total], -1))
+    gate = None if decay is None else torch.exp(decay).expand(*fk.shape[: decay.dim()])
+    system = state_space.linear(fq, fk, v.shape[-1], gate=gate)
+    divided = op.normalised or isinstance(op, NormalisedAttention)
+    if decay is None or not decay.any():
+        found: Equivalent = "normalised linear attention" if divided else "linear attention"
+    elif decay.dim() == fk.dim():
+        found = "diagonal SSM"
+    else:
+        found = "normalised SSD" if divided else "SSD"
+    return Converted(system, values[..., : v.shape[-1]], system.state_size, found)
+
+
+def state_size(op: Operator, head_dim: int, value_dim: int, *, heads: int = 1) -> int | None:
+    """Numbers that the operator remembers per head when it streams, sums for a normaliser included.
+
+    None where that grows with the length, as a cache of keys and values does.
+
+    Raises:
+        UnsupportedPattern: an operator that cannot stream.
+    """
+    state = op.init_state(1, heads, heads, head_dim, value_dim)
+    return None if isinstance(state, KVState) else sum(x.numel() for x in _tensors(state)) // heads
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif is_dataclass(state):
+        for each in fields(state):
+            yield from _tensors(getattr(state, each.name))
+    elif isinstance(state, tuple | list):
+        for each in state:
+            yield from _tensors(each)

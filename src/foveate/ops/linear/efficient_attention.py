@@ -1,0 +1,63 @@
+"""Efficient attention: queries and keys are normalised apart, so that keys meet values first.
+
+Efficient Attention: Attention with Linear Complexities (2018), arXiv 1812.01243.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from foveate.core import validate
+from foveate.ops.linear.linear import Linear
+from foveate.ops.operator import Pattern
+
+
+@final
+class EfficientAttention(Linear):
+    """`rho_q(Q) (rho_k(K)ᵀ V)`: D global summaries of the values, mixed anew for every query. Not causal.
+
+    Cost O(N D Dv) time and O(N (D + Dv) + D Dv) memory, where dot-product attention has O(N²): made for feature maps
+    too large for that. Row d of `rho_k(K)ᵀ` is one attention map over all positions, so that what a query can look at
+    are mixtures of D maps: the wrong choice where each query has to find a token of its own. The paper has no causal
+    form; a softmax that runs along the positions is `lightnet`.
+
+    Args:
+        normalizer: "softmax": rho_q is a softmax over the channels of each query, rho_k one over the positions of each
+            channel. The weights `rho_q(Q) rho_k(K)ᵀ` are then not negative and each row sums to 1; they approximate a
+            softmax over the keys, and are not it. "scaling": both divide by `sqrt(n)`, which is dot-product attention
+            `(Q Kᵀ / n) V` exactly; n is the number of keys that are not masked.
+
+    `scale` multiplies the queries before rho_q, and is 1 unless a call says otherwise.
+
+    Raises:
+        OptionError: an unknown normalizer.
+    """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "cross"})
+    steps: ClassVar[Literal["exact", "own"] | None] = None
+    default_scale: ClassVar[float | None] = 1.0
+    normalised: ClassVar[bool] = False
+
+    def __init__(self, normalizer: Literal["softmax", "scaling"] = "softmax") -> None:
+        super().__init__()
+        validate.one_of("normalizer", normalizer, ("softmax", "scaling"))
+        self.normalizer = normalizer
+
+    def query_features(self, q: Tensor, scale: float) -> Tensor:
+        q = q * scale
+        return q.softmax(-1) if self.normalizer == "softmax" else q
+
+    def key_features(self, k: Tensor, scale: float) -> Tensor:
+        return k
+
+    def encode(
+        self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.normalizer == "softmax":
+            return (k if hidden is None else k.masked_fill(hidden, torch.finfo(k.dtype).min)).softmax(-2), None
+        # both square roots at once, on the keys: queries and keys may differ in number
+        n = k.shape[2] if hidden is None else (~hidden).sum(-2, keepdim=True).clamp_min(1)
+        return k / n, None

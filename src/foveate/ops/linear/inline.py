@@ -1,0 +1,78 @@
+"""InLine attention's weights: linear attention that subtracts where others divide.
+
+Bridging the Divide: Reconsidering Softmax and Linear Attention (2024), arXiv 2412.06590.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal, Self, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core import validate
+from foveate.ops.linear.linear import Linear
+from foveate.ops.operator import Pattern
+
+FeatureMap = Literal["identity", "relu", "leaky_relu", "exp"]
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "exp": lambda x: torch.exp(0.2 * x),
+}
+
+
+@final
+class InLine(Linear):
+    """Weights `1/n + phi(q_i) . (phi(k_j) - mean phi(k)) · scale / n` over the n keys that may be seen.
+
+    Rows sum to 1 by a subtraction, so weights may be negative, and longer queries look more sharply. Ordinary linear
+    attention divides by the sum instead: `q` and `2 q` then see the same, which is what this mechanism mends. Cost
+    O(N D²) time. The weights leave 1/n only in proportion to scores of size about 1, so it is the wrong choice where
+    one key has to stand out; no causal form is defined, as every weight takes the mean of all keys.
+
+    Args:
+        phi: the feature map of queries and keys: "identity" (the release's DeiT), "relu", "leaky_relu", or "exp",
+            which is `exp(0.2 x)`.
+
+    A call's `scale` multiplies the products; the `1 / n` that the release folds into it stands apart here.
+    """
+
+    patterns: frozenset[Pattern] = frozenset({"self", "cross"})
+    steps: ClassVar[None] = None
+    normalised: ClassVar[bool] = False
+
+    def __init__(self, phi: FeatureMap = "identity") -> None:
+        super().__init__()
+        validate.one_of("phi", phi, tuple(FEATURE_MAPS))
+        self.phi = phi
+
+    def query_features(self, q: Tensor, scale: float) -> Float[Tensor, "b h n f"]:
+        return _with_ones(FEATURE_MAPS[self.phi](q) * scale)
+
+    def key_features(self, k: Tensor, scale: float) -> Float[Tensor, "b h n f"]:
+        return _with_ones(FEATURE_MAPS[self.phi](k))
+
+    def _prepared(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
+        inputs: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """Features such that `fq · fk` is the weight: here all keys are known, and so their number and mean."""
+        fq, fk, v, decay = super()._prepared(q, k, v, mask, causal, scale, inputs)
+        seen = fk[..., -1:]  # the ones, or zeros where masked
+        count = seen.sum(2, keepdim=True).clamp_min(1)
+        centred = fk - seen * (fk.sum(2, keepdim=True) / count)
+        return fq, torch.cat([centred[..., :-1], seen], -1) / count, v, decay
+
+    @classmethod
+    def example(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls("leaky_relu")
+
+
+def _with_ones(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)

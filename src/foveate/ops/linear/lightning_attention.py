@@ -1,0 +1,49 @@
+"""Lightning attention, as TransNormerLLM uses it.
+
+Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention (2024), arXiv 2405.17381. The
+language model of that paper is `foveate.models.transnormer`.
+"""
+
+from __future__ import annotations
+
+from typing import Self, final
+
+from torch import Tensor
+
+from foveate.ops.linear import tiled
+from foveate.ops.linear.tiled import FixedDecay
+
+
+@final
+class LightningAttention(FixedDecay):
+    """`out_i = sum_{j <= i} decay^(i - j) (q_i . k_j) v_j`, block by block: the same time per token at every length.
+
+    Inside a block of tokens the products of queries and keys come first, as in attention; between blocks those of keys
+    and values, as a state. No sum runs over positions one by one. Cost O(N block D + N D²) time, and a state of D x Dv
+    numbers per head. Causal only. Nothing bounds the output's norm: a layer normalises it. The wrong choice for exact
+    recall of one token among many, and where a head's decay has forgotten what is asked for.
+
+    The operator is that of Lightning Attention-2 (`foveate.ops.linear.lightning_attention_2`), whose backward pass it
+    shares; there the backward pass can be exchanged for autograd's.
+
+    Args:
+        decay: the factor per step of each head, `(H,)` in (0, 1], or "transnormer": what TransNormerLLM gives its
+            heads, see `foveate.ops.linear.tiled.transnormer_decay`.
+        layer, depth: which layer of how many, for "transnormer": later layers look further back.
+        variant: which slopes "transnormer" means: "paper" (head 0 never forgets) or "release" (ALiBi's).
+        block: tokens in a block; it changes the speed, not the result.
+
+    The decay is a constant: it gets no gradient. `scale` is 1 unless a call says otherwise. The engines are the paper's
+    forms: "chunked" by blocks, "reference" in parallel, "recurrent".
+
+    Raises:
+        OptionError: a decay outside (0, 1], or an option of the wrong kind.
+        ShapeError: a call with another number of heads than `decay` has.
+    """
+
+    def scan(self, fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
+        return tiled.scan(fq, fk, v, log_decay, state, self.block)
+
+    @classmethod
+    def example(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls(layer=1, depth=3, variant="release", block=max(1, length // 3))

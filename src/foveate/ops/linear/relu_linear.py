@@ -1,0 +1,64 @@
+"""L2ViT's linear attention: ReLU features, and a normaliser that is never small.
+
+The Linear Attention Resurrection in Vision Transformer (2025), arXiv 2501.16182.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.core import validate
+from foveate.core.errors import ShapeError
+from foveate.ops.linear.linear import Linear
+
+
+@final
+class ReLULinear(Linear):
+    """Weights `t_h relu(q_i) . relu(k_j) / max(sum_j relu(q_i) . relu(k_j), clamp)`, at O(N D²).
+
+    Weights are never negative and spread widely: the wrong choice by itself where a few keys matter. The large clamp is
+    part of the method: it keeps gradients small and helps accuracy. Rows whose sum it exceeds weigh less than t in all,
+    so with few tokens or small ones the output shrinks; a clamp near 0 leaves the row-normalised attention.
+
+    Args:
+        heads, head_dim: Hq and D of the calls to come.
+        clamp: the least that a row is divided by.
+        temperature: start of the learned factor `t_h`; `head_dim ** -0.5` where None. It multiplies the numerator only.
+
+    A call's `scale` multiplies the products before the clamp; it is 1 by default, as the temperature does its work.
+    The paper's use is bidirectional; the causal form clamps the sum over the keys so far.
+    """
+
+    default_scale: ClassVar[float] = 1.0
+
+    def __init__(self, heads: int, head_dim: int, clamp: float = 100.0, *, temperature: float | None = None) -> None:
+        super().__init__()
+        validate.count("heads", heads, 1)
+        validate.count("head_dim", head_dim, 1)
+        validate.between("clamp", clamp, 1e-6, 1e6)
+        if temperature is not None:
+            validate.between("temperature", temperature, -1e6, 1e6)
+        self.clamp = clamp
+        start = head_dim**-0.5 if temperature is None else float(temperature)
+        self.temperature = nn.Parameter(torch.full((heads,), start))
+
+    def query_features(self, q: Tensor, scale: float) -> Float[Tensor, "b h n d"]:
+        if q.shape[1] != len(self.temperature):
+            raise ShapeError(f"q must have the operator's heads={len(self.temperature)}; got Hq={q.shape[1]}")
+        return F.relu(q) * scale
+
+    def key_features(self, k: Tensor, scale: float) -> Float[Tensor, "b h n d"]:
+        return F.relu(k)
+
+    def _normalised(self, out: Tensor) -> Tensor:
+        total = out[..., -1:].clamp_min(self.clamp)
+        return self.temperature.to(out.dtype)[:, None, None] * out[..., :-1] / total
+
+    @classmethod
+    def example(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls(heads, head_dim, clamp=0.1 * head_dim * length)

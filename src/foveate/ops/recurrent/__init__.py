@@ -1,0 +1,1 @@
+"""Softmax attention with a state of constant size."""

@@ -1,0 +1,139 @@
+"""Streams: every operator with a state of constant size gives the same in parallel, in chunks and token by token.
+
+Also what `prefill` owes: the causal call's output, and a state from which steps go on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core.errors import UnsupportedPattern
+from foveate.ops.cached import Cached
+from foveate.ops.linear.linear import Linear
+from foveate.ops.memory.memory import Memory
+from foveate.ops.memory.miras import Miras
+from foveate.ops.operator import Operator
+from tests.contracts.operators import CLASSES, HEADS, KV_HEADS, WIDTH, each_operator, example
+from tests.tensors import assert_near, gradients, qkv
+
+STREAMS = [
+    key for key, cls in CLASSES.items()
+    if issubclass(cls, Linear | Memory) and cls.steps == "exact" and "causal self" in cls.patterns
+]  # fmt: skip
+
+
+def steady(key: str, length: int, heads: int = HEADS, width: int = WIDTH) -> Operator:
+    """The operator's example; where that takes signs of errors, which blow rounding up, one that is smooth."""
+    if key == "miras":
+        return Miras("huber_norm", "l2", memory="linear", alpha=0.05, chunk=4)
+    return example(key, length, heads, width)
+
+
+def tensors_of(state: Any) -> Iterator[Tensor]:
+    """All tensors of a state, however it is nested."""
+    if isinstance(state, Tensor):
+        yield state
+    elif is_dataclass(state):
+        for each in fields(state):
+            yield from tensors_of(getattr(state, each.name))
+    elif isinstance(state, tuple | list):
+        for each in state:
+            yield from tensors_of(each)
+
+
+def state_bytes(state: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors_of(state))
+
+
+def steps(op: Operator, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
+    out = []
+    for t in range(q.shape[2]):
+        y, state = op.step(*(x[:, :, t : t + 1] for x in (q, k, v)), state)
+        out.append(y)
+    return torch.cat(out, 2), state
+
+
+def begin(op: Operator, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return op.init_state(q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], dtype=q.dtype)
+
+
+@pytest.mark.parametrize("key", STREAMS)
+def test_parallel_chunked_and_steps_agree_in_float32(key: str) -> None:
+    q, k, v = qkv(70, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH, dtype=torch.float32, grad=True)
+    op = steady(key, 70).float()
+    wanted = [q, k, v, *op.parameters()]
+    outs = {name: op(q, k, v, causal=True, engine=name) for name in op.engines}
+    outs["steps"], _ = steps(op, q, k, v, begin(op, q, k, v))
+    found = {name: [out, *gradients(out, wanted)] for name, out in outs.items()}
+    for name in outs.keys() - {"chunked"}:
+        for one, other in zip(found[name], found["chunked"], strict=True):
+            assert_near(one, other, 1e-5, name)
+
+
+@each_operator(lambda cls: cls.steps == "exact")
+@pytest.mark.parametrize(("prompt", "queries"), [(1, 1), (9, 9), (10, 3)])
+def test_steps_go_on_from_a_prefilled_prompt(key: str, prompt: int, queries: int) -> None:
+    q, k, v = qkv(12, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
+    op = example(key)
+    whole = op(q, k, v, causal=True)
+    if prompt != queries and ("causal cross" not in op.patterns or not isinstance(op, Linear | Memory | Cached)):
+        return  # others may ask something else of fewer queries
+    first = q[:, :, prompt - queries : prompt], k[:, :, :prompt], v[:, :, :prompt]
+    out, state = op.prefill(*first)
+    assert_near(out, op(*first, causal=True), 1e-12)
+    assert_near(out, whole[:, :, prompt - queries : prompt], 1e-10)
+    more, _ = steps(op, *(x[:, :, prompt:] for x in (q, k, v)), state)
+    assert_near(more, whole[:, :, prompt:], 1e-10)
+
+
+@pytest.mark.parametrize("key", STREAMS)
+def test_a_prefilled_state_is_the_one_that_steps_reach(key: str) -> None:
+    q, k, v = qkv(11, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
+    op = example(key)
+    _, stepped = steps(op, q, k, v, begin(op, q, k, v))
+    _, filled = op.prefill(q, k, v)
+    for one, other in zip(tensors_of(filled), tensors_of(stepped), strict=True):
+        assert one.dtype == other.dtype
+        assert_near(one, other, 1e-10)
+    assert state_bytes(filled) == state_bytes(begin(op, q, k, v))
+    _, empty = op.prefill(*(x[:, :, :0] for x in (q, k, v)))
+    for one, other in zip(tensors_of(empty), tensors_of(begin(op, q, k, v)), strict=True):
+        assert_near(one, other, 0.0)
+
+
+@each_operator(lambda cls: cls.steps is None)
+def test_what_cannot_stream_cannot_be_prefilled(key: str) -> None:
+    with pytest.raises(UnsupportedPattern, match="cannot go one token at a time"):
+        example(key).prefill(*qkv(6, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH))
+
+
+LONG, LOOK = 100_000, 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", STREAMS)
+@torch.inference_mode()
+def test_a_long_stream_neither_grows_nor_drifts(key: str) -> None:
+    """The state's bytes, and the outputs of the last tokens beside those of a float64 call over all of them."""
+    q, k, v = qkv(LONG, batch=1, heads=1, kv_heads=1, width=4, dtype=torch.float32)
+    turn = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0], [-1.0, 0.0, 0.0, 0.0]])
+    v = 0.3 * v + F.normalize(k, dim=-1) @ turn  # something to learn: memories of noise fade until nothing is left
+    op = steady(key, 64, heads=1, width=4).float()
+    state = begin(op, q, k, v)
+    size, last = state_bytes(state), []
+    for t, each in enumerate(zip(*(x.split(1, 2) for x in (q, k, v)), strict=True)):
+        y, state = op.step(*each, state)
+        if t >= LONG - LOOK:
+            last.append(y)
+        if t % LOOK == 0:
+            assert state_bytes(state) == size
+    exact = copy.deepcopy(op).double()(q[:, :, -LOOK:].double(), k.double(), v.double(), causal=True)
+    assert (torch.cat(last, 2).double() - exact).norm() / exact.norm() < 1e-4

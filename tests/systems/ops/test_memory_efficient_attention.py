@@ -1,0 +1,141 @@
+"""Memory-efficient attention: softmax attention for every size of chunk, without its matrix, also backward."""
+
+from __future__ import annotations
+
+from functools import reduce
+from itertools import permutations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.bench.memory import peak_bytes
+from foveate.core import online, oracle
+from foveate.core.errors import OptionError, UnsupportedEngine
+from foveate.ops import operator
+from foveate.ops.dense.memory_efficient_attention import MemoryEfficientAttention
+from foveate.ops.dense.softmax import Softmax
+from tests.tensors import assert_near, gradients, qkv
+
+CHUNKS = pytest.mark.parametrize(("q_chunk", "k_chunk"), [(1, 130), (7, 64), (64, 7), (130, 1), (1024, 4096)])
+
+
+@CHUNKS
+@pytest.mark.parametrize("causal", [False, True])
+def test_it_is_softmax_attention_for_every_chunk(q_chunk: int, k_chunk: int, causal: bool) -> None:
+    q, k, v = qkv(130, batch=1, heads=2, kv_heads=2, value_width=5, dtype=torch.float32, grad=True)
+    bias = torch.randn(2, 130, 130, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    full = bias.masked_fill(~torch.ones(130, 130, dtype=torch.bool).tril(), float("-inf")) if causal else bias
+    exact = F.scaled_dot_product_attention(q, k, v, full, scale=0.4)
+    ours = MemoryEfficientAttention(q_chunk, k_chunk)(q, k, v, mask=bias, causal=causal, scale=0.4)
+    assert_near(ours, exact, 1e-5)
+    for one, other in zip(gradients(ours, [q, k, v, bias]), gradients(exact, [q, k, v, bias]), strict=True):
+        assert_near(one, other, 1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_loud_scores(causal: bool) -> None:
+    q, k, v = qkv(130, heads=2, dtype=torch.float32)
+    q = 1e3 * q
+    out = MemoryEfficientAttention(32, 16)(q, k, v, causal=causal)
+    assert_near(out, oracle.attention(q.double(), k.double(), v.double(), causal=causal, scale=8**-0.5), 1e-4)
+
+
+def parts(count: int, seed: int = 0) -> list[online.Partial]:
+    """Partial results of disjoint keys; the second saw none."""
+    random = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        logits = 20 * torch.randn(2, 3, 4, generator=random, dtype=torch.float64)
+        values = torch.randn(2, 4, 5, generator=random, dtype=torch.float64)
+        made.append(online.partial(logits.fill_(float("-inf")) if index == 1 else logits, values))
+    return made
+
+
+def test_partial_results_merge_in_any_order_and_grouping() -> None:
+    a, b, c = parts(3)
+    merged = [reduce(online.merge, order) for order in permutations((a, b, c))]
+    merged.append(online.merge(a, online.merge(b, c)))
+    for other in merged[1:]:
+        for one, two in zip(merged[0], other, strict=True):
+            assert_near(one, two, 1e-10)
+
+
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of tiles that are merged."""
+    seen: list[tuple[int, ...]] = []
+    partial = online.partial
+
+    def watched(logits: Tensor, values: Tensor) -> online.Partial:
+        seen.append(tuple(logits.shape[-2:]))
+        return partial(logits, values)
+
+    monkeypatch.setattr(online, "partial", watched)
+    return seen
+
+
+def test_the_chunks_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = spy(monkeypatch)
+    q, k, v = qkv(10, 14)
+    MemoryEfficientAttention(4, 8)(q, k, v)
+    assert seen == [(4, 8), (4, 6), (4, 8), (4, 6), (2, 8), (2, 6)]
+    seen.clear()
+    MemoryEfficientAttention(4, 8)(q, k, v, causal=True)
+    assert seen == [(4, 8), (4, 8), (4, 4), (2, 8), (2, 6)]
+    op = MemoryEfficientAttention()
+    assert (op.q_chunk, op.k_chunk) == (1024, 4096)
+    plan = op.plan(q, k, v)
+    assert plan.engine == "chunked"
+    assert "in chunks of 1024 queries and 4096 keys" in plan.why
+
+
+N, D = 4096, 32
+
+
+def peak(op: MemoryEfficientAttention | Softmax, engine: str, backward: bool) -> int:
+    inputs = qkv(N, batch=1, heads=1, kv_heads=1, width=D, dtype=torch.float32, grad=backward)
+
+    def work() -> None:
+        out = op(*inputs, engine=engine)
+        if backward:
+            torch.autograd.grad(out.sum(), inputs)
+
+    return peak_bytes(work, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("backward", "least"), [(False, 20), (True, 8)])
+def test_memory_that_the_matrix_would_take(backward: bool, least: int, claim) -> None:
+    ours, naive = (
+        peak(op, engine, backward)
+        for op, engine in ((MemoryEfficientAttention(256, 256), "auto"), (Softmax(), "reference"))
+    )
+    matrix = 4 * N * N
+    assert ours < matrix / least
+    claim(
+        f"peak memory in MB at {N} tokens, {'forward and backward' if backward else 'forward'}, chunks of 256",
+        ours=ours / 1e6, baseline=naive / 1e6, better="lower", margin=(1 - 1 / least) * naive / 1e6,
+        baseline_name="the plain engine, with its matrix", seed=0,
+    )  # fmt: skip
+
+
+def test_memory_does_not_grow_with_the_square() -> None:
+    def needed(n: int) -> int:
+        q, k, v = qkv(n, batch=1, heads=1, kv_heads=1, width=8, dtype=torch.float32)
+        return peak_bytes(lambda: MemoryEfficientAttention(128, 128)(q, k, v), torch.device("cpu"))
+
+    assert needed(4096) < 2.5 * needed(2048)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"q_chunk": 0}, "q_chunk=0"), ({"k_chunk": 2.5}, "k_chunk=2.5"), ({"chunk": 4}, "chunk")]
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        operator("memory_efficient_attention", **options)
+
+
+@pytest.mark.parametrize("engine", ["fused", "flex", "gather"])
+def test_engines_that_have_no_chunks_are_refused(engine: str) -> None:
+    with pytest.raises(UnsupportedEngine, match="the call names the chunks to compute it in"):
+        MemoryEfficientAttention()(*qkv(6), engine=engine)
