@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from foveate.core.catalog import systems
+from foveate.models.based import GatedConv, WindowAttention
 from foveate.nn import MultiHeadAttention, Rotary
+from foveate.nn.aaren import AarenLayer
+from foveate.nn.base_conv import BaseConv
+from foveate.nn.chosen_attention import ChosenAttention
 from foveate.nn.layer import Layer
 from foveate.nn.neural_memory import NeuralMemory
 from foveate.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
@@ -24,10 +28,11 @@ SYSTEMS: dict[str, type[Layer]] = {
     if isinstance(found := row.load(), type) and issubclass(found, Layer)
 }  # fmt: skip
 
-#: Layers whose row in the catalogue is an operator's.
+#: Layers whose row in the catalogue is an operator's, a network's or a task's.
 EXTRA: dict[str, type[Layer]] = {
     "titans-memory": NeuralMemory, "titans-gate": MemoryAsGate, "titans-layer": MemoryAsLayer,
-    "titans-context": MemoryAsContext,
+    "titans-context": MemoryAsContext, "aaren": AarenLayer, "based-conv": GatedConv, "based-window": WindowAttention,
+    "zoology-conv": BaseConv, "zoology-chosen": ChosenAttention,
 }  # fmt: skip
 SYSTEMS |= EXTRA
 

@@ -5,8 +5,8 @@ conversion of weights between them is part of what is differentiated, and gradie
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import importlib.util
 import math

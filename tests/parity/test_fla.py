@@ -1,12 +1,12 @@
 """Linear operators and memories against the plain references of `fla` (fla-core, flash-linear-attention).
 
-Those are loops in float32, whatever comes in: hence the tolerances. `import fla` asks for Triton; the references do not,
-and are run from their files, or taken out of them where the file's other parts ask for it.
+Most of those are in float32, whatever comes in: hence the tolerances. `import fla` asks for Triton; the references do
+not, and are run from their files, or taken out of them where the file's other parts ask for it.
 """
 
 from __future__ import annotations
 
-from functools import cache
+import functools
 from typing import Any
 
 import pytest
@@ -74,16 +74,18 @@ def test_a_stream_ends_in_the_state_of_simple_gla() -> None:
 
 
 def test_decays_of_retention() -> None:
-    leaves, decay = tokens(), 1 - 2.0 ** (-5 - torch.arange(H, dtype=torch.float64))
-    op = LightningAttention2(decay, block=8)
-    peers.agree(lambda: op(*leaves, causal=True, scale=D**-0.5), lambda: naive("retention").naive_retention(*leaves), leaves, LOOSE)  # fmt: skip
+    leaves, theirs = tokens(), naive("retention").naive_retention
+    op = LightningAttention2(1 - 2.0 ** (-5 - torch.arange(H, dtype=torch.float64)), block=8)
+    peers.agree(lambda: op(*leaves, causal=True, scale=D**-0.5), lambda: theirs(*leaves), leaves, LOOSE)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_the_papers_decays_are_those_of_their_lightning_attention(layer: int) -> None:
     """Their function works the decays out, and hands them on: here to their plain reference, not to a kernel."""
 
-    def chunk_simple_gla(q: Tensor, k: Tensor, v: Tensor, g_gamma: Tensor, scale: float, **_: Any) -> tuple[Tensor, None]:
+    def chunk_simple_gla(
+        q: Tensor, k: Tensor, v: Tensor, g_gamma: Tensor, scale: float, **_: Any
+    ) -> tuple[Tensor, None]:
         g = g_gamma.expand(*q.shape[:3])
         return naive("simple_gla").naive_recurrent_simple_gla(q, k, v, g, scale, None, False)
 
@@ -91,7 +93,9 @@ def test_the_papers_decays_are_those_of_their_lightning_attention(layer: int) ->
     leaves, op = tokens(), LightningAttention(layer=layer, depth=4, variant="paper", block=5)
 
     def theirs() -> Tensor:
-        return made.chunk_lightning_attn(*time_first(*leaves), layer_idx=layer, num_layers=4, scale=1.0)[0].transpose(1, 2)
+        return made.chunk_lightning_attn(*time_first(*leaves), layer_idx=layer, num_layers=4, scale=1.0)[0].transpose(
+            1, 2
+        )
 
     peers.agree(lambda: op(*leaves, causal=True), theirs, leaves, LOOSE)
 
@@ -110,17 +114,10 @@ def test_no_decay_no_normaliser_is_linear_attention() -> None:
     peers.agree(lambda: NormalisedAttention()(*leaves, causal=True, eta=eta), theirs, leaves, LOOSE)
 
 
-@cache
 def feature_maps() -> Any:
-    helpers = peers.pick("fla", "modules/feature_map.py", "_triu_indices", functools=__import__("functools"))
-    outer = peers.pick(
-        "fla", "modules/feature_map.py", "flatten_diag_outer_product_off1",
-        _triu_indices=helpers._triu_indices, checkpoint=lambda function: function,  # theirs recomputes, to save memory
-    )  # fmt: skip
-    return peers.pick(
-        "fla", "modules/feature_map.py", "HedgehogFeatureMap", "TaylorFeatureMap",
-        flatten_diag_outer_product_off1=outer.flatten_diag_outer_product_off1,
-    )  # fmt: skip
+    wanted = "HedgehogFeatureMap", "TaylorFeatureMap", "flatten_diag_outer_product_off1", "_triu_indices"
+    given = {"functools": functools, "checkpoint": lambda function: function}  # theirs computes twice, to save memory
+    return peers.pick("fla", "modules/feature_map.py", *wanted, **given)
 
 
 def test_hedgehog_features() -> None:
@@ -262,7 +259,7 @@ def test_momentum_and_forgetting_are_the_momentum_delta_rule(index: int) -> None
         q, k, v = time_first(*unit(q, k), v)
         alpha, eta, theta = (rates[name].transpose(1, 2) for name in ("alpha", "eta", "theta"))
         out, _ = naive("momentum_delta_rule").recurrent_momentum_delta_rule_ref(
-            q, k, v, (1 - alpha).log(), eta.log(), p=k, beta=torch.ones_like(alpha), eta=theta[..., None], scale=1.0
+            q, k, v, (1 - alpha).log(), eta.log(), p=k, beta=torch.ones_like(alpha), eta=theta, scale=1.0
         )
         return out.transpose(1, 2)
 
@@ -273,8 +270,8 @@ def test_momentum_and_forgetting_are_the_momentum_delta_rule(index: int) -> None
 def test_shares_of_a_chunk_are_those_of_their_titans() -> None:
     """What memory and momentum are made of inside a chunk: their closed forms, in products and quotients of decays.
 
-    Their loop over tokens for Titans is no oracle: it multiplies the gradient through the norm by D, where that is
-    divided by D, and only its second term by the deviation.
+    Their loop over tokens for Titans is no oracle: in its gradient through the norm a pair of brackets is missing, so
+    that only the terms of the means are divided by D and by the deviation.
     """
     random = torch.Generator().manual_seed(0)
     rates = {name: torch.rand(2, H, 7, generator=random, dtype=torch.float64) for name in ("alpha", "eta", "theta")}

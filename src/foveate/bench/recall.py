@@ -14,7 +14,7 @@ import torch
 from foveate.bench.results import write_atomic
 from foveate.core.errors import OptionError
 from foveate.models.spec import Mixer, Spec
-from foveate.nn import capabilities
+from foveate.ops import states
 from foveate.tasks.drill import Drill
 from foveate.tasks.mqar import MQAR
 from foveate.train import network
@@ -148,7 +148,7 @@ def state_bytes(made: Spec, drill: Drill) -> int:
     """Bytes that one sequence's state takes after the whole of it: what decoding holds in memory."""
     net = made.build()
     state = [block.mixer.prefill(torch.zeros(1, drill.length, made.dim))[1] for block in net.blocks]
-    return capabilities.state_bytes(state)
+    return states.state_bytes(state)
 
 
 def _point(

@@ -20,11 +20,15 @@ class Partial(NamedTuple):
     out: Tensor  # (..., Nq, Dv), not yet divided by `total`
 
 
-def partial(logits: Tensor, values: Tensor) -> Partial:
-    """The partial result of a tile: `logits (..., Nq, n)` with -inf for forbidden pairs, `values (..., n, Dv)`."""
+def partial(logits: Tensor, values: Tensor, *, spend: bool = False) -> Partial:
+    """The partial result of a tile: `logits (..., Nq, n)` with -inf for forbidden pairs, `values (..., n, Dv)`.
+
+    `spend`: the logits are nobody else's, and their memory may be written over.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top = logits.detach().amax(-1, keepdim=True)
-    powers = (logits - top.masked_fill(top == float("-inf"), 0.0)).exp_()  # a tile less of memory
+    base = top.masked_fill(top == float("-inf"), 0.0)
+    powers = (logits.sub_(base) if spend else logits - base).exp_()
     out = (powers.to(values.dtype) @ values).to(logits.dtype)
     return Partial(top, powers.sum(-1, keepdim=True), out)
 

@@ -6,7 +6,7 @@ Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float
@@ -31,12 +31,13 @@ class DependencyViT(nn.Module):
             `DependencyAttention`; small nets want 1.
         prune_after: blocks, counted from 1, after whose attention tokens go: (2, 5, 8, 11) is the paper's Lite.
         ratio: share of all tokens that goes each time.
+        score: who goes: those that send least ("message", as the abstract has it), or that "received" least (the port).
     """
 
     def __init__(
         self, side: int = 224, patch: int = 16, *, channels: int = 3, classes: int = 1000, dim: int = 192,
         depth: int = 12, heads: int = 12, mlp_ratio: float = 4.0, layer_scale: float = 1e-6,
-        prune_after: Sequence[int] = (), ratio: float = 0.16,
+        prune_after: Sequence[int] = (), ratio: float = 0.16, score: Literal["message", "received"] = "message",
     ) -> None:  # fmt: skip
         super().__init__()
         sizes = {"side": side, "patch": patch, "channels": channels, "classes": classes, "depth": depth}
@@ -46,7 +47,8 @@ class DependencyViT(nn.Module):
             raise OptionError(f"patch={patch} must divide side={side}")
         if any(at not in range(1, depth + 1) for at in prune_after) or ratio * len(set(prune_after)) >= 1:
             raise OptionError(f"prune_after={prune_after!r} must be blocks of 1..{depth}, fewer than 1 / ratio of them")
-        self.side, self.channels = side, channels
+        validate.one_of("score", score, ("message", "received"))
+        self.side, self.channels, self.score = side, channels, score
         self.prune_after, self.ratio = sorted(set(prune_after)), ratio
         self.embed = nn.Conv2d(channels, dim, patch, stride=patch)
         self.places = nn.Parameter(0.02 * torch.randn((side // patch) ** 2, dim))
@@ -58,7 +60,8 @@ class DependencyViT(nn.Module):
         for place, block in enumerate(self.blocks, start=1):
             x, message, received = block.send(x, message)
             if place in self.prune_after:
-                kept = prune(received, self.ratio, 1 + self.prune_after.index(place))
+                scores = message if self.score == "message" else received
+                kept = prune(scores, self.ratio, 1 + self.prune_after.index(place))
                 x, message = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])), message.gather(1, kept)
             x = block.channels(x)
         return self.head((self.norm(x) * message[..., None]).mean(1))

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from foveate.core.catalog import systems
 from foveate.nn.layer import Layer
@@ -19,6 +18,7 @@ from foveate.ops.linear.linear import Linear
 from foveate.ops.memory.memory import Memory
 from foveate.ops.operator import Operator
 from foveate.ops.sparse.selective import Selective
+from foveate.ops.states import state_bytes
 
 HEADS, WIDTH, LENGTH = 4, 16, 64
 
@@ -79,22 +79,6 @@ def snapshot() -> dict[str, dict[str, Any]]:
                     for name, value in asdict(capabilities(cls)).items()
                 }
     return found
-
-
-def state_bytes(state: Any) -> int:
-    """Bytes of all tensors inside a stream's state, whatever holds them."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(state))
-
-
-def tensors(state: Any) -> list[Tensor]:
-    """The tensors inside a state: of lists, tuples, tables and dataclasses."""
-    if isinstance(state, Tensor):
-        return [state]
-    if isinstance(state, dict):
-        state = list(state.values())
-    if isinstance(state, list | tuple):
-        return [tensor for part in state for tensor in tensors(part)]
-    return [tensor for part in vars(state).values() for tensor in tensors(part)] if hasattr(state, "__dict__") else []
 
 
 def _family(cls: type[Operator]) -> str:

@@ -5,7 +5,7 @@ Zoology: Measuring and Improving Recall in Efficient Language Models (2023), arX
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,10 @@ class ChosenAttention(Layer):
         tokens = x.gather(1, front[..., None].expand(-1, -1, x.shape[2]))
         out = self.attention.merged(self.attention.op(picked, k, v, mask=sees[:, None]), tokens)
         return torch.zeros_like(x).scatter(1, front[..., None].expand_as(out), out.masked_fill(~real, 0.0))
+
+    @classmethod
+    def example(cls, dim: int, heads: int, length: int) -> Self:
+        return cls(dim, heads, select="given")
 
 
 def repeated(tokens: Tensor) -> Tensor:

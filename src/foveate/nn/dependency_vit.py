@@ -40,8 +40,8 @@ class DependencyAttention(Layer):
 
     Which of its heads a child uses is a softmax as well (`p`, sharp), and `m` in (0, 1), which falls from layer to
     layer, says how loudly it speaks: pass each layer's `send(...).message` on to the next. `dependency_tree` reads a
-    tree off the layers' `dependency`, and `prune` drops tokens that receive little. Cost O(N² C). The wrong choice
-    for text (a child sees all parents), or where every token needs an output of its own.
+    tree off the layers' `dependency`, and `prune` drops tokens that say or receive little. Cost O(N² C). The wrong
+    choice for text (a child sees all parents), or where every token needs an output of its own.
 
     Args:
         dim, heads: C and H; the paper has 12 heads at every size.
@@ -153,11 +153,11 @@ def dependency_tree(dependencies: Sequence[Float[Tensor, "b n n"]]) -> Tree:
     return Tree(parent.scatter(1, root[:, None], root[:, None]), root)
 
 
-def prune(received: Float[Tensor, "b n"], ratio: float = 0.16, time: int = 1) -> Int[Tensor, "b kept"]:
-    """The tokens that stay, in their order: those that received most.
+def prune(scores: Float[Tensor, "b n"], ratio: float = 0.16, time: int = 1) -> Int[Tensor, "b kept"]:
+    """The tokens that stay, in their order: those of the highest scores.
 
     Args:
-        received: of a layer, `Sent.received`.
+        scores: of a layer, `Sent.message` or `Sent.received`.
         ratio: share of the first number of tokens that goes each time.
         time: the how-manieth time this is, from 1: `(1 - ratio time) / (1 - ratio (time - 1))` of the present stay.
     """
@@ -166,8 +166,8 @@ def prune(received: Float[Tensor, "b n"], ratio: float = 0.16, time: int = 1) ->
     if ratio * time >= 1:
         raise OptionError(f"ratio={ratio} leaves no token the time={time}; ratio * time must be under 1")
     share = (1 - ratio * time) / (1 - ratio * (time - 1))
-    keep = max(1, math.floor(share * received.shape[1] + 1e-9))
-    return received.topk(keep, -1).indices.sort(-1).values
+    keep = max(1, math.floor(share * scores.shape[1] + 1e-9))
+    return scores.topk(keep, -1).indices.sort(-1).values
 
 
 def _there(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError
-from foveate.nn.heads import squash
 from foveate.nn.heads import Rates, merge, split, width
 from foveate.nn.layer import Layer
 from foveate.nn.multi_head import MultiHeadAttention

@@ -62,14 +62,24 @@ def test_partial_results_merge_in_any_order_and_grouping() -> None:
             assert_near(one, two, 1e-10)
 
 
+def test_logits_are_only_written_over_where_they_may_be() -> None:
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    logits[0, 0] = float("-inf")
+    before, values = logits.clone(), torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
+    kept = online.partial(logits, values)
+    assert torch.equal(logits, before)
+    for one, other in zip(online.partial(logits, values, spend=True), kept, strict=True):
+        assert torch.equal(one, other)
+
+
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of tiles that are merged."""
     seen: list[tuple[int, ...]] = []
     partial = online.partial
 
-    def watched(logits: Tensor, values: Tensor) -> online.Partial:
+    def watched(logits: Tensor, values: Tensor, **options: bool) -> online.Partial:
         seen.append(tuple(logits.shape[-2:]))
-        return partial(logits, values)
+        return partial(logits, values, **options)
 
     monkeypatch.setattr(online, "partial", watched)
     return seen

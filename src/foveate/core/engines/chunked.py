@@ -91,7 +91,8 @@ def _forward(problem: Problem, tiling: Tiling) -> tuple[Tensor, Tensor | None]:
         part: online.Partial | None = None
         for cols in _tiles(seen, tiling):
             logits = _logits(problem, problem.q[:, :, rows], problem.k[:, :, cols], None, rows, cols)
-            new = online.partial(logits, problem.grouped(problem.v[:, :, cols]))
+            new = online.partial(logits, problem.grouped(problem.v[:, :, cols]), spend=problem.is_plain)
+            del logits  # one tile at a time, not two
             part = new if part is None else online.merge(part, new)
         assert part is not None
         out[:, :, rows], sums[:, :, rows] = online.finish(part).to(out.dtype), online.log_sum_exp(part)[..., None]
@@ -164,13 +165,15 @@ def _merged_backward(
         assert q is not None and k is not None
         with torch.enable_grad():
             logits = _logits(problem, q, k, mine, rows, cols).to(wide)
-        weights = torch.exp(logits.detach() - sums)
+        # the logits' own backward pass does not read them where they are dot products: their memory may be used
+        weights = (logits.detach().sub_(sums) if problem.is_plain else logits.detach() - sums).exp_()
         v = problem.v[:, :, cols]
-        towards = (grad @ problem.grouped(v).transpose(-1, -2)).to(wide)
-        totals.add(logits, leaves, weights * (towards - mean), rows, cols)
         if totals.sums[2] is not None:
             dv = weights.to(grad.dtype).transpose(-1, -2) @ grad
             totals.sums[2][:, :, cols] += dv.unflatten(1, (v.shape[1], -1)).sum(2)
+        towards = (grad @ problem.grouped(v).transpose(-1, -2)).to(wide)
+        totals.add(logits, leaves, towards.sub_(mean).mul_(weights), rows, cols)
+        del logits, weights, towards  # before the next tile takes as much again
 
 
 class Totals:

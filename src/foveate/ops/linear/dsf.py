@@ -6,8 +6,7 @@ arXiv 2405.15731. The framework itself is `foveate.ops.linear.state_space`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -22,6 +21,7 @@ from foveate.ops.linear import state_space
 from foveate.ops.linear.linear import Linear
 from foveate.ops.linear.state_space import StateSpace
 from foveate.ops.operator import Gate, Operator, Pattern
+from foveate.ops.states import tensors
 
 Activation = Literal["exp", "softplus", "sigmoid"]
 Equivalent = Literal["linear attention", "normalised linear attention", "SSD", "normalised SSD", "diagonal SSM"]
@@ -167,15 +167,4 @@ def state_size(op: Operator, head_dim: int, value_dim: int, *, heads: int = 1) -
         UnsupportedPattern: an operator that cannot stream.
     """
     state = op.init_state(1, heads, heads, head_dim, value_dim)
-    return None if isinstance(state, KVState) else sum(x.numel() for x in _tensors(state)) // heads
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    elif is_dataclass(state):
-        for each in fields(state):
-            yield from _tensors(getattr(state, each.name))
-    elif isinstance(state, tuple | list):
-        for each in state:
-            yield from _tensors(each)
+    return None if isinstance(state, KVState) else sum(x.numel() for x in tensors(state)) // heads

@@ -1,0 +1,73 @@
+"""What the classes declare: kept beside the catalogue as they are, and true of what they cost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from foveate.core.catalog import CAPABILITIES, CATEGORIES, capabilities, grouped, systems
+from foveate.core.errors import UnknownKey
+from foveate.nn.capabilities import snapshot
+from foveate.nn.multi_head import MultiHeadAttention
+from foveate.ops.sparse.selective import Selective
+from tests.contracts.operators import CLASSES, HEADS, WIDTH, example
+from tests.tensors import qkv
+
+#: Time on four times the tokens, over the time on the tokens: what each way of growing may come to.
+RANGES = {"N": (3.5, 4.5), "N log N": (4.0, 7.0), "N²": (9.0, 17.0)}
+
+
+def test_the_saved_facts_are_those_of_the_classes() -> None:
+    assert json.loads(CAPABILITIES.read_text("utf-8")) == snapshot(), "make systems writes them anew"
+
+
+@pytest.mark.parametrize("key", CLASSES)
+def test_time_grows_as_declared(key: str) -> None:
+    """By the operations that a plan counts on one engine, at lengths where what does not grow is small."""
+    op = example(key)
+    causal, engine = "self" not in op.patterns, "gather" if isinstance(op, Selective) else "auto"
+
+    def flops(length: int) -> float:
+        q, k, v = (x.float() for x in qkv(length, batch=1, heads=HEADS, kv_heads=HEADS, width=WIDTH))
+        return op.float().plan(q, k, v, causal=causal, engine=engine).flops
+
+    low, high = RANGES[op.growth]
+    length = 4096 if op.growth == "N" else 1024  # a window's blocks have reached their size there
+    assert low <= flops(4 * length) / flops(length) <= high, op.growth
+
+
+def test_a_layer_grows_as_its_operator_does() -> None:
+    assert MultiHeadAttention(16, 2).growth == "N²"
+    assert MultiHeadAttention(16, 2, op="hedgehog").growth == "N"
+
+
+def test_systems_without_such_facts() -> None:
+    assert capabilities("sink_recent") == {}
+    assert capabilities("hedgehog")["growth"] == "N"
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_every_system_has_its_place(category: str) -> None:
+    groups = grouped(systems(), category)
+    assert list(groups) == list(CATEGORIES[category])
+    assert {row.key for rows in groups.values() for row in rows} == {row.key for row in systems()}
+
+
+def test_groups() -> None:
+    keys = {place: {row.key for row in rows} for place, rows in grouped(systems(), "positions").items()}
+    assert {"hip", "token_select"} <= keys["hard"]
+    assert "softmax" in keys["soft"]
+    assert "sliding_window" in keys["local"]
+    assert "sliding_window" not in keys["soft"]
+    with pytest.raises(UnknownKey, match='unknown category "position"; did you mean "positions"'):
+        grouped(systems(), "position")
+
+
+def test_facts_are_plain() -> None:
+    for facts in snapshot().values():
+        assert facts["patterns"]
+        assert facts["state"] in (None, "constant", "grows")
+        assert (facts["streams"] is None) == (facts["state"] is None)
+    assert torch.is_grad_enabled()

@@ -1,0 +1,145 @@
+"""What schemes of heads share: positions, rates, streams and refusals, on the plainest scheme."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foveate.core.errors import OptionError, UnsupportedPattern
+from foveate.nn import Alibi, MultiHeadAttention, RelativeBias, Rotary
+from foveate.nn.heads import HeadScheme, Rates, merge, split, squash, width
+from foveate.ops import operator, sized
+from tests.tensors import assert_near
+
+DIM, HEADS, LENGTH = 16, 4, 9
+
+
+class Plain(HeadScheme):
+    """Multi-head attention as a scheme."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(DIM, HEADS, **options)
+        widths = HEADS * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim
+        self.q, self.k, self.v = (nn.Linear(DIM, w, bias=self.out.bias is not None) for w in widths)
+
+    def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return split(self.q(x), self.heads), split(self.k(source), self.kv_heads), split(self.v(source), self.kv_heads)
+
+
+def tokens(n: int = LENGTH, seed: int = 1) -> Tensor:
+    return torch.randn(2, n, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def pair(**options) -> tuple[Plain, MultiHeadAttention]:
+    """The scheme and the house's layer, with one set of parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = Plain(**options).double()
+    twin = MultiHeadAttention(DIM, HEADS, **options).double()
+    twin.load_state_dict(plain.state_dict())
+    return plain, twin
+
+
+def table() -> RelativeBias:
+    position = RelativeBias(HEADS, 3)
+    nn.init.normal_(position.table, generator=torch.Generator().manual_seed(2))
+    return position
+
+
+OPTIONS = [
+    {}, {"kv_heads": 2, "head_dim": 6, "value_dim": 5, "bias": True}, {"position": Rotary()},
+    {"position": Alibi(HEADS)}, {"position": table()}, {"op": "titans"},
+    {"op": "hedgehog", "position": Rotary()}, {"op": "sliding_window"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_it_is_what_the_house_s_layer_is(options: dict) -> None:
+    plain, twin = pair(**options)
+    for name in ("patterns", "masks", "inputs", "growth", "steps"):
+        assert getattr(plain, name) == getattr(twin, name), name
+    x, memory = tokens(), tokens(5, seed=3)
+    for pattern in sorted(plain.patterns):
+        causal, source = pattern.startswith("causal"), memory if "cross" in pattern else None
+        assert_near(plain(x, source, causal=causal), twin(x, source, causal=causal), 1e-12)
+        if source is None and "pairs" in plain.masks:
+            mask = (torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(4)) > 0.3) | torch.eye(
+                LENGTH
+            ).bool()
+            for given in (mask, torch.zeros(LENGTH, LENGTH).double().masked_fill(~mask, -torch.inf)):
+                if given.dtype == torch.bool or "bias" in plain.masks:
+                    assert_near(plain(x, mask=given, causal=causal), twin(x, mask=given, causal=causal), 1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_streams(options: dict) -> None:
+    plain, _ = pair(**options)
+    x = tokens()
+    if plain.steps is None:
+        with pytest.raises(UnsupportedPattern, match="one token at a time"):
+            plain.init_state(2)
+        return
+    expected = plain(x, causal=True)
+    state, out = plain.init_state(2, dtype=torch.float64), []
+    for t in range(LENGTH):
+        y, state = plain.step(x[:, t : t + 1], state)
+        out.append(y)
+    assert_near(torch.cat(out, 1), expected, 1e-10)
+    assert state.seen == LENGTH
+    first, state = plain.prefill(x[:, :4])
+    assert state.seen == 4
+    assert_near(first, expected[:, :4], 1e-10)
+    assert_near(plain.step(x[:, 4:5], state)[0], expected[:, 4:5], 1e-10)
+
+
+@pytest.mark.parametrize("position", [Rotary(), table()])
+def test_the_last_queries_are_at_the_last_keys(position) -> None:
+    plain, _ = pair(position=position)
+    x = tokens()
+    q, k, v = plain.project(x, x, None)
+    last = plain.attend(q[:, :, -3:], k, v, x[:, -3:], None, True)
+    assert_near(last, plain(x, causal=True)[:, -3:], 1e-12)
+
+
+def test_split_and_merge() -> None:
+    x = torch.arange(12.0).reshape(1, 2, 6)
+    assert split(x, 3)[0, :, 1].tolist() == [[6, 7], [8, 9], [10, 11]]
+    assert_near(merge(split(x, 3)), x, 0)
+
+
+def test_rates() -> None:
+    op, x = sized("titans", HEADS, 4, 4), tokens().float()
+    rates = Rates(DIM, HEADS, op)
+    assert set(rates) == op.inputs & set(op.gates) != set()
+    for name, rate in rates(x).items():
+        assert_near(rate, squash(rates[name](x), op.gates[name].squash).transpose(1, 2), 0)
+        assert rates[name].bias.unique().tolist() == pytest.approx([op.gates[name].bias])
+    assert Rates(DIM, HEADS, operator("softmax"))(x) == {}
+
+
+def test_squashes() -> None:
+    x = torch.tensor([-1.0, 0.5])
+    expected = {
+        "sigmoid": 1 / (1 + (-x).exp()), "softplus": (1 + x.exp()).log(), "exp": x.exp(),
+        "logsigmoid": -(1 + (-x).exp()).log(), "silu": x / (1 + (-x).exp()), None: x,
+    }  # fmt: skip
+    for how, value in expected.items():
+        assert_near(squash(x, how), value, 1e-6)
+
+
+def test_widths() -> None:
+    assert width(12, 3, None) == 4
+    assert width(12, 5, 7) == 7
+    assert Plain(out_dim=3)(tokens().float()).shape == (2, LENGTH, 3)
+    for options, message in (
+        (dict(head_dim=0), "head_dim=0"), (dict(value_dim=0), "value_dim=0"), (dict(kv_heads=0), "kv_heads=0"),
+        (dict(kv_heads=3), "kv_heads=3 must divide heads=4"), (dict(position=Alibi(3)), "position is for 3 heads"),
+        (dict(op="titans", position=Alibi(4)), "position=Alibi adds a bias; Titans takes none"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=message):
+            Plain(**options)
+    with pytest.raises(OptionError, match="heads=5 must divide dim=12, or head_dim be given"):
+        width(12, 5, None)
+    with pytest.raises(OptionError, match="heads=0"):
+        width(12, 0, None)
