@@ -1,5 +1,6 @@
 # make demo   the first thing to run: installs into .venv, then `foveate compare`
 # make test   the tests; make test-all adds the slow ones; make lint checks style, types and the floors
+# make parity the tests against other implementations, with all of these installed
 # make bench  every benchmark; make claims / systems / docs rewrite what is generated under docs/
 #
 # PYTHON=python3.12 chooses the interpreter. On a machine without a GPU, PyPI's torch for Linux brings CUDA along;
@@ -18,7 +19,7 @@ INSTALLED_DEV := $(VENV)/installed-dev-$(KEY)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo install install-dev test test-all lint format bench claims systems mutants docs clean
+.PHONY: demo install install-dev test test-all parity lint format bench claims systems mutants docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/foveate compare
@@ -47,6 +48,13 @@ test: $(INSTALLED_DEV)
 
 test-all: $(INSTALLED_DEV)
 	$(PYTEST)
+
+# every peer, also those that `make test` skips. timm goes where nothing else sees it, and without torchvision, which
+# what is compared here does not need
+parity: $(INSTALLED_DEV)
+	$(PIP) install -c constraints.txt -e '.[parity]'
+	$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/peers timm
+	PYTHONPATH=$(VENV)/peers $(PYTEST) tests/parity
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Recall against state: thirteen networks of equal size on multi-query associative recall, in one run.
 
-    python benchmarks/recall.py            about 20 minutes on one quiet core; a run that was stopped goes on
+    python benchmarks/recall.py            about 8 minutes on one quiet core; a run that was stopped goes on
 
 Keeps docs/measured/recall/recall.json and prints the table; the last line is one of JSON, with each network's
 recall and state by name.
@@ -19,11 +19,11 @@ DOCS = Path(__file__).parent.parent / "docs" / "measured" / "recall"
 
 def main() -> None:
     def said(step: int, steps: int, note: str) -> None:
-        if step % 500 == 0:
+        if step % 200 == 0:
             print(f"{step}/{steps} {note}", flush=True)
 
     found = recall(out=DOCS, progress=said)
-    curves.recall(found.points, "Recall of 16 pairs in 128 tokens against state", Path("foveate-recall.html"))
+    curves.recall(found.points, "Recall of 16 pairs in 96 tokens against state", Path("foveate-recall.html"))
     print(f"{'network':22}{'recall':>9}{'state, bytes':>15}{'parameters':>13}{'seconds':>9}")
     for point in found.points:
         print(f"{point.label:22}{point.accuracy:9.1%}{point.state_bytes:15,}{point.parameters:13,}{point.seconds:9.0f}")

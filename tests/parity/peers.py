@@ -47,14 +47,20 @@ def load(package: str, path: str) -> ModuleType:
 def pick(package: str, path: str, *names: str, **given: Any) -> Any:
     """Functions and classes out of a file whose imports cannot be had here, compiled as they stand there.
 
-    `given` are the names that they use besides torch's; nothing is put in the place of what they compute.
+    They go without decorators, which cache, save memory or speak to tracers; `given` are the names that they use
+    besides torch's.
     """
     file = source(package, path)
-    wanted = [node for node in ast.parse(file.read_text()).body if getattr(node, "name", None) in names]
-    assert {node.name for node in wanted} == set(names), f"{file} has changed"  # type: ignore[attr-defined]
+    definitions = [
+        node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
+    wanted = [node for node in definitions if node.name in names]
+    assert {node.name for node in wanted} == set(names), f"{file} has changed"
+    for node in wanted:
+        node.decorator_list = []
     scope: dict[str, Any] = {"__name__": file.stem, "torch": torch, "nn": nn, "F": F, "math": math, **given}
     lazy = __future__.annotations.compiler_flag  # annotations may name what is not here
-    exec(compile(ast.Module(wanted, []), str(file), "exec", flags=lazy), scope)
+    exec(compile(ast.Module([*wanted], []), str(file), "exec", flags=lazy), scope)
     return SimpleNamespace(**{name: scope[name] for name in names})
 
 

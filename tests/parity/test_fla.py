@@ -6,7 +6,6 @@ not, and are run from their files, or taken out of them where the file's other p
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -116,8 +115,7 @@ def test_no_decay_no_normaliser_is_linear_attention() -> None:
 
 def feature_maps() -> Any:
     wanted = "HedgehogFeatureMap", "TaylorFeatureMap", "flatten_diag_outer_product_off1", "_triu_indices"
-    given = {"functools": functools, "checkpoint": lambda function: function}  # theirs computes twice, to save memory
-    return peers.pick("fla", "modules/feature_map.py", *wanted, **given)
+    return peers.pick("fla", "modules/feature_map.py", *wanted)
 
 
 def test_hedgehog_features() -> None:

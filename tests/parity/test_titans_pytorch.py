@@ -25,6 +25,7 @@ from tests.tensors import assert_near
 peer = pytest.importorskip("titans_pytorch", reason=peers.MISSING)
 
 D, N = 4, 10
+STEP = 0.2  # the largest; with longer ones some of these memories diverge on both sides
 RATES = {"alpha": "to_decay_factor", "eta": "to_momentum", "theta": "to_adaptive_step"}
 
 
@@ -47,7 +48,7 @@ def memory(op: Any, chunk: int | None, loss: Callable[[Tensor, Tensor], Tensor] 
     """Theirs without norms and with our step; projections and rates are of our choice."""
     made = peer.NeuralMemory(
         D, chunk_size=1, batch_size=chunk, model=model, mem_model_norm_add_residual=False, pre_rmsnorm=False,
-        adaptive_step_transform=lambda raw: raw.sigmoid() * (D if loss is None else 1),
+        adaptive_step_transform=lambda raw: STEP * raw.sigmoid() * (D if loss is None else 1),
         qk_rmsnorm=op.unit, **({} if loss is None else {"store_memory_loss_fn": loss}),
     ).double()  # fmt: skip
     for theirs, ours in zip(made.memory_model_parameters, op.first, strict=True):  # they try it in float32
@@ -73,6 +74,7 @@ def agree(op: Memory, theirs: nn.Module, first: bool = True, n: int = N) -> None
             name: (x @ w[f"{to}.0.weight"].mT + w[f"{to}.0.bias"]).sigmoid().transpose(1, 2)
             for name, to in RATES.items()
         }
+        rates["theta"] = STEP * rates["theta"]
         given = dict(op.named_parameters()) | start
         return torch.func.functional_call(op, given, (q, k, v), {"causal": True, **rates})[:, 0]
 
@@ -122,13 +124,13 @@ def test_the_delta_rule_has_a_step_of_two_theta_over_d() -> None:
 LOSSES: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
     "l2": ({"bias": "l2"}, lambda y, v: 0.5 * (y - v).square().sum(-1)),
     "dot": ({"bias": "dot"}, lambda y, v: -(y * v).sum(-1)),
-    "lp": ({"bias": "lp", "p": 3.0, "smooth": 0.0}, lambda y, v: (y - v).abs().pow(3).sum(-1)),
+    "lp": ({"bias": "lp", "p": 3.0, "smooth": 1e-24}, lambda y, v: (y - v).abs().pow(3).sum(-1)),
     "huber_channel": (
         {"bias": "huber_channel", "delta": 0.5}, lambda y, v: F.huber_loss(y, v, reduction="none", delta=0.5).sum(-1)
     ),
     "huber_norm": (
-        {"bias": "huber_norm", "delta": 0.8, "smooth": 0.0},
-        lambda y, v: F.huber_loss((y - v).norm(dim=-1), torch.zeros(()).to(y), reduction="none", delta=0.8),
+        {"bias": "huber_norm", "delta": 0.8, "smooth": 1e-24},
+        lambda y, v: F.huber_loss((y - v).norm(dim=-1), 0 * y[..., 0], reduction="none", delta=0.8),
     ),
 }  # fmt: skip
 
@@ -151,6 +153,7 @@ def test_miras_objectives(name: str, chunk: int, batch: int, architecture: Any) 
 def test_a_stream_goes_on_as_theirs_does(chunk: int) -> None:
     op = titans(2, chunk)
     theirs = memory(op, chunk, None, Learner(op.first, F.silu, False))
+    theirs.adaptive_step_transform = lambda raw: D * raw.sigmoid()
     layer = NeuralMemory(D, depth=2, expansion=2, chunk=chunk, conv=0).double()
     layer.op.first = op.first
     for ours, other in (("q", "queries"), ("k", "keys"), ("v", "values")):

@@ -25,6 +25,12 @@ RESULTS = "recall.json"
 Family = Literal["attention", "window", "based", "linear", "memory"]
 
 
+#: Small enough to overload what a state of this width holds, and to learn within half a minute each.
+TASK: dict[str, int] = dict(vocabulary=64, length=96, pairs=16)
+SCHEDULE: dict[str, Any] = dict(steps=600, batch=32, rate=1e-2)
+DIM, HEADS = 32, 2
+
+
 @dataclass(frozen=True)
 class Contender:
     """One network of the comparison: its label, and of each layer the system, its options, and what goes around it."""
@@ -41,12 +47,9 @@ def twice(label: str, family: Family, key: str, **options: Any) -> Contender:
 def based(feature_dim: int, window: int) -> Contender:
     """Based's two mixers: exact attention over a few tokens, then Taylor features over all."""
     near = ("sliding_window", {"window": window, "sinks": 0}, {})
-    layers = (near, ("based", {}, {"head_dim": feature_dim, "value_dim": VALUE_DIM}))
+    layers = (near, ("based", {}, {"head_dim": feature_dim, "value_dim": DIM // HEADS}))
     return Contender(f"based {feature_dim}, window {window}", "based", layers)
 
-
-#: Width of a value of Based, whose keys and queries have their own.
-VALUE_DIM = 32
 
 CONTENDERS = (
     twice("softmax", "attention", "softmax"),
@@ -91,20 +94,20 @@ class Recall:
 
 
 def recall(
-    *, drill: Drill | None = None, schedule: Schedule | None = None, only: list[str] | None = None, dim: int = 64,
-    heads: int = 2, out: Path = Path("foveate-recall"), progress: Callable[[int, int, str], None] | None = None,
+    *, drill: Drill | None = None, schedule: Schedule | None = None, only: list[str] | None = None, dim: int = DIM,
+    heads: int = HEADS, out: Path = Path("foveate-recall"), progress: Callable[[int, int, str], None] | None = None,
 ) -> Recall:  # fmt: skip
     """Train every contender on the same recall task with as many parameters, and measure what it keeps per sequence.
 
     Args:
-        drill: the task; `MQAR` with 16 pairs in 128 tokens where None.
+        drill: the task; `MQAR` of the sizes `TASK` where None.
         schedule: of the training, the same for all.
         only: labels of contenders; all where None.
         dim, heads: of every network.
         out: folder of `recall.json`; what an earlier run with the same settings left there is kept.
     """
-    drill = drill or MQAR(vocabulary=128, length=128, pairs=16)
-    schedule = schedule or Schedule(steps=2000, batch=32, rate=3e-3)
+    drill = drill or MQAR(**TASK)
+    schedule = schedule or Schedule(**SCHEDULE)
     chosen = [contender for contender in CONTENDERS if only is None or contender.label in only]
     if missing := set(only or ()) - {contender.label for contender in chosen}:
         labels = ", ".join(contender.label for contender in CONTENDERS)
@@ -130,7 +133,7 @@ def recall(
 def spec(contender: Contender, drill: Drill, dim: int, heads: int) -> Spec:
     """The contender's network, before its parameters are evened out."""
     mixers = tuple(Mixer(key, options, {**network.around(key), **around}) for key, options, around in contender.layers)
-    return Spec(dim, heads, mixers, vocabulary=drill.vocabulary)
+    return Spec(dim, heads, mixers, vocabulary=drill.vocabulary, tied=False)
 
 
 def parameters(made: Spec) -> int:

@@ -36,12 +36,12 @@ def _benches() -> None:
 @app.command("recall")
 def recall(
     only: Only = None,
-    length: Length = 128,
+    length: Length = 96,
     pairs: Pairs = 16,
-    vocabulary: Vocabulary = 128,
-    steps: Steps = 2000,
+    vocabulary: Vocabulary = 64,
+    steps: Steps = 600,
     batch: Batch = 32,
-    rate: Rate = 3e-3,
+    rate: Rate = 1e-2,
     seed: Seed = 0,
     out: Out = Path("foveate-recall"),
     as_json: Json = False,

@@ -51,7 +51,8 @@ class Decoder(nn.Module):
                 raise UnsupportedPattern(f"a decoder's layers are causal; {mixer.name} is not")
         dim = mixers[0].dim
         self.embed = nn.Embedding(vocabulary, dim)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        if tied:  # else logits would begin as large as the width
+            nn.init.normal_(self.embed.weight, std=0.02)
         self.places = nn.Embedding(places, dim) if places else None
         if self.places is not None:
             nn.init.normal_(self.places.weight, std=0.02)

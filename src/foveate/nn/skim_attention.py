@@ -114,7 +114,7 @@ class SkimLayer(nn.Module):
             expected = f"(B={x.shape[0]}, H={self.heads}, N={x.shape[1]}, N)"
             raise ShapeError(f"weights must be {expected}; got {tuple(weights.shape)}")
         v = self.v(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        x = self.norm(self.out((weights @ v).transpose(1, 2).flatten(2)))
+        x = self.norm(x + self.out((weights @ v).transpose(1, 2).flatten(2)))
         return self.mlp_norm(x + self.mlp(x))
 
 

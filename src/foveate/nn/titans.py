@@ -46,7 +46,6 @@ class Windowed(Titans):
     ) -> None:  # fmt: skip
         validate.count("persistent", persistent, 0)
         super().__init__(dim, heads, SlidingWindow(window, persistent), persistent, position, memory)
-        self.window = window
 
     @abstractmethod
     def _combined(self, x: Tensor, attend: Path, remember: Path) -> tuple[Tensor, WindowState]:
@@ -63,16 +62,15 @@ class Windowed(Titans):
 
     def _prefill(self, x: Tensor, **inputs: Tensor) -> tuple[Tensor, WindowState]:
         out, state = self._combined(self._with_prefix(x), self.attention.prefill, self._remember(x, None))
-        return out[:, len(self.persistent) :], self._forgetting(state)
+        return out[:, len(self.persistent) :], state
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> WindowState:
         return self._prefill(torch.zeros(batch, 0, self.dim, dtype=dtype, device=device))[1]
 
     def _step(self, x: Tensor, state: WindowState, **inputs: Tensor) -> tuple[Tensor, WindowState]:
-        out, state = self._combined(
+        return self._combined(
             x, lambda t: self.attention.step(t, state.attention), lambda t: self.memory.go_on(t, state.memory)
         )
-        return out, self._forgetting(state)
 
     def _with_prefix(self, x: Tensor) -> Tensor:
         return torch.cat([self.persistent.expand(x.shape[0], -1, -1), x], 1)
@@ -80,13 +78,6 @@ class Windowed(Titans):
     def _remember(self, x: Tensor, seen: Tensor | None) -> Path:
         state = self.memory.init_state(x.shape[0], dtype=x.dtype, device=x.device)
         return lambda t: self.memory.go_on(t, state, seen)
-
-    def _forgetting(self, state: WindowState) -> WindowState:
-        """The cache without what no later token sees."""
-        first, op = len(self.persistent), state.attention.op
-        gone = max(first, op.k.shape[2] - (self.window - 1))
-        kept = KVState(*(torch.cat([t[:, :, :first], t[:, :, gone:]], 2) for t in (op.k, op.v)))
-        return replace(state, attention=replace(state.attention, op=kept))
 
 
 @final

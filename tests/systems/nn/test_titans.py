@@ -16,6 +16,9 @@ from foveate.nn import Alibi, MultiHeadAttention, Rotary
 from foveate.nn.layer import Layer
 from foveate.nn.neural_memory import NeuralMemory, Titans
 from foveate.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from foveate.ops.sparse.sliding_window import SlidingWindow
+from tests.systems.ops.recall import VOCAB, accuracy, train
+from tests.systems.ops.recall_layers import Stack
 
 BATCH, LENGTH, DIM, HEADS, P = 2, 11, 8, 2, 3
 
@@ -152,6 +155,21 @@ def test_gate_and_layer_as_the_paper_writes_them(cls, position):
     torch.testing.assert_close(layer(x, causal=True), out[:, P:])
 
 
+@pytest.mark.parametrize("cls", [MemoryAsGate, MemoryAsLayer])
+def test_what_gate_and_layer_do_not_see(cls):
+    layer, x = made(cls, window=4, conv=0, chunk=1), tokens()
+    seen = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    seen[0, [0, 5]] = seen[1, [2, 3, 9]] = False
+    whole = torch.cat([layer.persistent.expand(BATCH, -1, -1), x], 1)
+    real = F.pad(seen, (P, 0), value=True)
+    visible = in_window(P + LENGTH, 4) & real[:, None, None]
+    recalled = layer.memory(whole, mask=real[:, None, None], causal=True)
+    y = attended(layer.attention, normed(layer.norm, whole + recalled) if cls is MemoryAsLayer else whole, visible)
+    expected = layer.gate(y, recalled) if cls is MemoryAsGate else y
+    out = layer(x.masked_fill(~seen[..., None], math.nan), mask=seen[:, None, None], causal=True)
+    torch.testing.assert_close(out[seen], expected[:, P:][seen])
+
+
 def context(layer: MemoryAsContext, x: Tensor) -> Tensor:
     """Token by token: what it and those before it in the segment have asked for, and they themselves."""
     memory, segment, out = layer.memory, layer.segment, []
@@ -187,6 +205,10 @@ def test_what_a_context_does_not_see(segment):
     seen[:, -4:] = False
     out = layer(x.masked_fill(~seen[..., None], math.nan), mask=seen[:, None, None], causal=True)
     torch.testing.assert_close(out[:, :-4], layer(x[:, :-4], causal=True))
+    with_conv = made(MemoryAsContext, segment=segment)(
+        x.masked_fill(~seen.flip(1)[..., None], math.nan), mask=seen.flip(1)[:, None, None], causal=True
+    )
+    assert with_conv[:, 4:].isfinite().all()
     hole = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     hole[:, 1] = False  # of one segment, a token less: with the memory read before, the same as without that token
     out = layer(x, mask=hole[:, None, None], causal=True)
@@ -282,7 +304,7 @@ def test_no_persistent_tokens(cls):
 
 def test_defaults_are_declared():
     gate, ctx = MemoryAsGate(DIM), MemoryAsContext(DIM)
-    assert (gate.window, ctx.segment) == (128, 64)
+    assert (gate.attention.op.window, ctx.segment) == (128, 64)
     assert gate.persistent.shape == ctx.persistent.shape == (16, DIM)
     assert gate.attention.op.sinks == 16
     assert MemoryAsLayer(DIM).residual
@@ -307,3 +329,48 @@ def test_defaults_are_declared():
 def test_bad_options(cls, options, message):
     with pytest.raises(OptionError, match=message):
         cls(DIM, **options)
+
+
+# -- what is claimed ---------------------------------------------------------------------------------------------------
+
+
+class Told:
+    """The first token is a word, noise follows, and at the last places the word is asked for."""
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Tokens `(size, 20)`, and the token to say at each place or -100."""
+        word = torch.randint(VOCAB // 2, VOCAB, (size, 1), generator=generator)
+        noise = torch.randint(1, VOCAB // 2, (size, 13), generator=generator)
+        found = torch.cat([word, noise, torch.zeros(size, 6, dtype=torch.long)], 1)
+        return found, torch.cat([torch.full((size, 14), -100), word.expand(-1, 6)], 1)
+
+
+def said(layer: Layer) -> float:
+    """Share of the words that a network of one layer says after training."""
+    model = Stack([layer])
+    for name, parameter in model.named_parameters():
+        if name.endswith("rates.theta.bias"):
+            nn.init.zeros_(parameter)  # longer steps than by default: the training is short
+    return accuracy(train(model, Told(), 200, lr=1e-2), Told())
+
+
+@pytest.fixture(scope="module")
+def by_the_window() -> float:
+    torch.manual_seed(0)
+    return said(MultiHeadAttention(32, 1, op=SlidingWindow(4, 0), conv=4, position=Rotary()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(MemoryAsGate, {"window": 4, "chunk": 8}), (MemoryAsLayer, {"window": 4, "chunk": 8}),
+     (MemoryAsContext, {"segment": 6, "chunk": 6})],
+)  # fmt: skip
+def test_it_tells_what_the_window_has_lost(claim, by_the_window, cls, options):
+    torch.manual_seed(0)
+    ours = said(cls(32, 1, persistent=2, position=Rotary(), depth=1, **options))
+    claim(
+        f"a word told 14 and more tokens ago, one trained layer that sees 4 to 6 tokens: {cls.__name__}",
+        ours=ours, baseline=by_the_window, better="higher", margin=0.5,
+        baseline_name="the window alone, with a short convolution", seed=0,
+    )  # fmt: skip

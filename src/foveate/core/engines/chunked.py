@@ -155,25 +155,44 @@ def _whole_backward(problem: Problem, totals: Totals, rows: slice, cols: slice, 
 def _merged_backward(
     problem: Problem, totals: Totals, rows: slice, tiles: Iterator[slice], grad: Tensor, out: Tensor, sums: Tensor
 ) -> None:
-    """A chunk under a softmax, tile by tile: the log-sum-exp gives weights, and only logits are left to autograd."""
+    """A chunk under a softmax, tile by tile: the log-sum-exp gives weights.
+
+    The logits are left to autograd, unless they are dot products alone: those cost two products, and less memory.
+    """
     wide = sums.dtype
     mean = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
     sums = sums.masked_fill(sums == masks.NEVER, 0.0)
+    by_hand = problem.is_plain and totals.sums[3] is None
     for cols in tiles:
         leaves = totals.leaves(rows, cols)
         q, k, _, mine, *_ = leaves
         assert q is not None and k is not None
-        with torch.enable_grad():
+        with torch.set_grad_enabled(not by_hand):
             logits = _logits(problem, q, k, mine, rows, cols).to(wide)
-        # the logits' own backward pass does not read them where they are dot products: their memory may be used
-        weights = (logits.detach().sub_(sums) if problem.is_plain else logits.detach() - sums).exp_()
+        weights = (logits.sub_(sums) if by_hand else logits.detach() - sums).exp_()
         v = problem.v[:, :, cols]
         if totals.sums[2] is not None:
-            dv = weights.to(grad.dtype).transpose(-1, -2) @ grad
-            totals.sums[2][:, :, cols] += dv.unflatten(1, (v.shape[1], -1)).sum(2)
-        towards = (grad @ problem.grouped(v).transpose(-1, -2)).to(wide)
-        totals.add(logits, leaves, towards.sub_(mean).mul_(weights), rows, cols)
+            totals.sums[2][:, :, cols] += _per_kv_head(weights.to(grad.dtype).transpose(-1, -2) @ grad, v)
+        towards = (grad @ problem.grouped(v).transpose(-1, -2)).to(wide).sub_(mean).mul_(weights)
+        if by_hand:
+            _add_products(problem, totals, towards.to(q.dtype), rows, cols)
+        else:
+            totals.add(logits, leaves, towards, rows, cols)
         del logits, weights, towards  # before the next tile takes as much again
+
+
+def _add_products(problem: Problem, totals: Totals, slope: Tensor, rows: slice, cols: slice) -> None:
+    """The gradients of q and k from that of a tile's scaled dot products."""
+    q, k = problem.q[:, :, rows], problem.k[:, :, cols]
+    if totals.sums[0] is not None:
+        totals.sums[0][:, :, rows] += (slope @ problem.grouped(k)) * problem.scale
+    if totals.sums[1] is not None:
+        totals.sums[1][:, :, cols] += _per_kv_head(slope.transpose(-1, -2) @ (q * problem.scale), k)
+
+
+def _per_kv_head(x: Tensor, like: Tensor) -> Tensor:
+    """The sum over the query heads of each key/value head."""
+    return x.unflatten(1, (like.shape[1], -1)).sum(2)
 
 
 class Totals:
