@@ -1,6 +1,6 @@
 # make demo   the first thing to run: installs into .venv, then `foveate compare`
 # make test   the tests; make test-all adds the slow ones; make lint checks style, types and the floors
-# make parity the tests against other implementations, with all of these installed
+# make parity compares with implementations by others: installs all of these, also those that `make test` skips
 # make bench  every benchmark; make claims / systems / docs rewrite what is generated under docs/
 #
 # PYTHON=python3.12 chooses the interpreter. On a machine without a GPU, PyPI's torch for Linux brings CUDA along;

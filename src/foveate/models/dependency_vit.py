@@ -5,8 +5,8 @@ Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, final
+from collections.abc import Iterator, Sequence
+from typing import Literal, cast, final
 
 import torch
 from jaxtyping import Float
@@ -56,8 +56,9 @@ class DependencyViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        x, message = self._embedded(images), None
-        for place, block in enumerate(self.blocks, start=1):
+        x = self._embedded(images)
+        message = x.new_ones(x.shape[:2])
+        for place, block in enumerate(self._blocks(), start=1):
             x, message, received = block.send(x, message)
             if place in self.prune_after:
                 scores = message if self.score == "message" else received
@@ -69,12 +70,16 @@ class DependencyViT(nn.Module):
     @torch.no_grad()
     def tree(self, images: Float[Tensor, "b c h w"]) -> Tree:
         """Who depends on whom among all patches, none pruned."""
-        x, message, found = self._embedded(images), None, []
-        for block in self.blocks:
+        x, found = self._embedded(images), []
+        message = x.new_ones(x.shape[:2])
+        for block in self._blocks():
             found.append(block.attention.dependency(block.norm(x), message))
             x, message, _ = block.send(x, message)
             x = block.channels(x)
         return dependency_tree(found)
+
+    def _blocks(self) -> Iterator[DependencyBlock]:
+        return cast("Iterator[DependencyBlock]", iter(self.blocks))
 
     def _embedded(self, images: Tensor) -> Tensor:
         if images.dim() != 4 or images.shape[1:] != (self.channels, self.side, self.side):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, Self, final
+from typing import Any, Literal, Self, final
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -67,14 +67,14 @@ class L2ViT(nn.Module):
             return LocalWindowBlock(dim, heads, window, padding=padding)
 
         self.stages = nn.ModuleList(
-            nn.ModuleList(block(place, *widths) for place in range(depth))
+            _Stage(block(place, *widths) for place in range(depth))
             for depth, *widths in zip(depths, dims, heads, strict=True)
         )
         self.norm, self.head = nn.LayerNorm(dims[-1]), nn.Linear(dims[-1], classes)
         self.apply(_initialise)
 
     @classmethod
-    def of(cls, name: str, **options: int) -> Self:
+    def of(cls, name: str, **options: Any) -> Self:
         """The paper's "tiny", "small" or "base"."""
         if name not in SIZES:
             raise unknown("size of L2ViT", name, SIZES)
@@ -88,8 +88,7 @@ class L2ViT(nn.Module):
         for index, stage in enumerate(self.stages):
             if index:
                 x, size = self.downs[index - 1](x, size)
-            for block in stage:
-                x = block(x, size=size)
+            x = stage(x, size)
         return self.head(self.norm(x).mean(1))
 
 
@@ -100,6 +99,16 @@ def _stem(channels: int, dim: int, patch: int) -> nn.Module:
         nn.Conv2d(channels, dim // 2, 3, stride=2, padding=1), nn.BatchNorm2d(dim // 2), nn.ReLU(),
         nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1), nn.BatchNorm2d(dim),
     )  # fmt: skip
+
+
+@final
+class _Stage(nn.ModuleList):
+    """Blocks, one after the other."""
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        for block in self:
+            x = block(x, size=size)
+        return x
 
 
 @final

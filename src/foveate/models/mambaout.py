@@ -74,7 +74,7 @@ class GatedCNNBlock(nn.Module):
         if self.mixer is None:
             return x
         grid = {"size": (x.shape[1], x.shape[2])} if self.mixer.grid else {}
-        return self.mixer(x.flatten(1, 2), causal=False, **grid).view_as(x)
+        return self.mixer(x.flatten(1, 2), causal=self.causal, **grid).view_as(x)
 
 
 def with_token_mixer(block: GatedCNNBlock, mixer: Layer | None, *, causal: bool = False) -> GatedCNNBlock:
@@ -211,4 +211,5 @@ def _halving(dim: int, out: int) -> nn.Conv2d:
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

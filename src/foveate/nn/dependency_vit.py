@@ -94,10 +94,8 @@ class DependencyAttention(Layer):
         shares = self.op.weights(parents, children, mask=there)
         return (shares * self._heads_chosen(x).mT[:, :, None]).sum(1) * self._heard(x, message)[:, None]
 
-    def _mix(
-        self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, message: Tensor | None = None
-    ) -> Tensor:
-        return self.send(x, message, mask).out
+    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+        return self.send(x, inputs.get("message"), mask).out
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the children, keys of the parents, values: `(B, H, N, D)` each."""

@@ -122,8 +122,7 @@ class KeyDrivenGQA(HeadScheme):
         noise = torch.rand(shape, generator=self.generator, device=self.generator.device).to(out)
         noise.diagonal(dim1=1, dim2=2).zero_()
         noise = noise.flatten(0, 1)
-        spread = noise.std(-1, keepdim=True)
-        noise = (noise - noise.mean(-1, keepdim=True)) / spread.masked_fill(spread == 0, 1.0)
+        noise = (noise - noise.mean(-1, keepdim=True)) / noise.std(-1, keepdim=True)
         return (noise * rows.std(-1, keepdim=True) + rows.mean(-1, keepdim=True)).view_as(out)
 
     @classmethod

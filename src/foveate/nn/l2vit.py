@@ -77,7 +77,7 @@ class LinearGlobalBlock(_Block):
         size: Size = inputs["size"]
         x = x + self.position(x, size)
         x = x + self.attention(self.norm(x))
-        if self.concentration is not None:
+        if self.concentration is not None and self.concentration_norm is not None:
             x = x + self.concentration(self.concentration_norm(x), size)
         return x + self.mlp(self.mlp_norm(x))
 

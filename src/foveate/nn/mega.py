@@ -94,7 +94,7 @@ class Mega(Layer):
             nn.init.zeros_(linear.bias)
         self.gain = nn.Parameter(torch.randn(2, self.zdim) * 0.02)
         self.shift = nn.Parameter(torch.zeros(2, self.zdim))
-        self.bias: Position = RotaryBias(self.zdim) if bias == "rotary" else _simple(reach, chunk)
+        self.bias: RotaryBias | RelativeBias = RotaryBias(self.zdim) if bias == "rotary" else _simple(reach, chunk)
         self.patterns = frozenset({"self"} if bidirectional else {"self", "causal self"})  # type: ignore[misc]
         self.steps = None if bidirectional else "exact"  # type: ignore[misc]
         self.growth = "N²" if chunk is None else "N log N"  # type: ignore[misc]

@@ -63,7 +63,7 @@ class NeuralMemory(Layer):
         self.head_dim = width(dim, heads, None)
         self.op = Learner(heads, self.head_dim, depth=depth, expansion=expansion, chunk=chunk)
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
-        self.convs = nn.ModuleList([ShortConv(dim, conv) for _ in range(3)] if conv else [])
+        self.convs: Any = nn.ModuleList([ShortConv(dim, conv) for _ in range(3)] if conv else [])
         self.rates = Rates(dim, heads, self.op)
         self.norm, self.gate = nn.RMSNorm(self.head_dim), nn.Linear(dim, dim)
 
@@ -121,9 +121,13 @@ class NeuralMemory(Layer):
 
     @classmethod
     def example(cls, dim: int, heads: int, length: int) -> Self:
-        layer = cls(dim, heads, chunk=max(1, length // 4), conv=3)
-        nn.init.zeros_(layer.rates["theta"].bias)  # at the start of training its steps are short
-        return layer
+        return cls(dim, heads, chunk=max(1, length // 4), conv=3).with_longer_steps()
+
+    def with_longer_steps(self) -> Self:
+        """Half of the longest, where training starts with short ones: what a memory writes then shows at once."""
+        theta: Any = self.rates["theta"]
+        nn.init.zeros_(theta.bias)
+        return self
 
 
 class Titans(Layer):
@@ -160,8 +164,9 @@ class Titans(Layer):
 
     @classmethod
     def example(cls, dim: int, heads: int, length: int) -> Self:
-        layer = cls(dim, heads, persistent=2, chunk=2, conv=2, **cls._reach(max(2, length // 3)))  # type: ignore[call-arg]
-        nn.init.zeros_(layer.memory.rates["theta"].bias)  # at the start of training its steps are short
+        options: Any = {"persistent": 2, "chunk": 2, "conv": 2, **cls._reach(max(2, length // 3))}
+        layer = cls(dim, heads, **options)
+        layer.memory.with_longer_steps()
         nn.init.normal_(layer.persistent)
         return layer
 

@@ -84,7 +84,7 @@ class WindowAttention(Layer):
         padding: Literal["seen", "hidden"] = "seen",
     ) -> None:  # fmt: skip
         super().__init__(dim, heads)
-        self.window = (window, window) if isinstance(window, int) else tuple(window)
+        self.window: Size = (window, window) if isinstance(window, int) else window
         for side in self.window:
             validate.count("window", side, 1)
         validate.one_of("padding", padding, ("seen", "hidden"))

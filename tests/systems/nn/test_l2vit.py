@@ -85,7 +85,8 @@ def test_it_spreads_more_widely_than_softmax(claim) -> None:
     assert (wide > narrow).double().mean() > 0.95
     claim(
         "ReLU linear attention concentrates less than softmax: entropy in nats of rows over 196 keys",
-        ours=wide.mean().item(), baseline=narrow.mean().item(), better="higher", margin=0.2, baseline_name="softmax", seed=0,
+        ours=wide.mean().item(), baseline=narrow.mean().item(), better="higher", margin=0.2, baseline_name="softmax",
+        seed=0,
     )  # fmt: skip
 
 

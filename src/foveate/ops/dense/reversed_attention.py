@@ -79,7 +79,7 @@ class ReversedAttention(Operator):
     def _init_state(self, *sizes: Any) -> Any:
         raise NotImplementedError
 
-    def _step(self, *tensors: Any, **inputs: Tensor) -> Any:
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, scale: float, **inputs: Tensor) -> tuple[Tensor, Any]:
         raise NotImplementedError
 
     @classmethod

@@ -43,7 +43,7 @@ class InLine(Linear):
     A call's `scale` multiplies the products; the `1 / n` that the release folds into it stands apart here.
     """
 
-    patterns: frozenset[Pattern] = frozenset({"self", "cross"})
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "cross"})
     steps: ClassVar[None] = None
     normalised: ClassVar[bool] = False
 

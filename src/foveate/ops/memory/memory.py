@@ -171,16 +171,16 @@ class Memory(Operator):
         parts, out = shares(rates), []
         memory, momentum = state.memory, state.momentum
         # cut once: slices taken one by one would each give back a gradient as large as the whole
-        q, k, v = q.unbind(2), k.unbind(2), v.unbind(2)
+        qs, ks, vs = q.unbind(2), k.unbind(2), v.unbind(2)
         shared = list(map(Shares, parts.memory.unbind(2), parts.momentum.unbind(2)))
         rates_of = {name: rate.unbind(2) for name, rate in rates.items()}
         for t, part in enumerate(shared):
             here = {name: rate[t] for name, rate in rates_of.items()}
             anchor = tuple(map(self.link, memory))
-            gradients = self.surprise(anchor, k[t], v[t], here)
+            gradients = self.surprise(anchor, ks[t], vs[t], here)
             paths = [Path(*each, part) for each in zip(memory, momentum, gradients, strict=True)]
             layers = [still(self.link(path.written_out())) if self.linked else path for path in paths]
-            out.append(self.read(layers, q[t]))
+            out.append(self.read(layers, qs[t]))
             memory, momentum = zip(*(path.end() for path in paths), strict=True)
         place = n % self.chunk
         state = MemoryState(memory, momentum, anchor if place else tuple(map(self.link, memory)), place)

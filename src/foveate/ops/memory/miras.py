@@ -193,5 +193,5 @@ class Miras(Memory):
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
-        sizes = {"heads": heads, "head_dim": head_dim, "generator": torch.Generator().manual_seed(0)}
+        sizes: dict[str, Any] = {"heads": heads, "head_dim": head_dim, "generator": torch.Generator().manual_seed(0)}
         return cls.yaad(chunk=max(1, min(4, length // 2)), alpha=0.05, **sizes)
