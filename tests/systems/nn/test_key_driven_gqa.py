@@ -303,16 +303,21 @@ def test_refusals() -> None:
 
 @pytest.mark.slow
 def test_up_training_a_pooled_network(claim) -> None:
-    """The paper's gains are of large networks; here the check is that the rule costs nothing."""
-    found: dict[str, list[float]] = {"gqa": [], "dgqa_ema": []}
+    """The paper's gain over equal shares, of large networks, does not show on digits: no loss is what is checked."""
+    found = {"gqa": 0.0, "dgqa_ema": 0.0, "kdgqa": 0.0}
     trained = digits.fit(digits.vit(MultiHeadAttention, heads=8), 0, 8).state_dict()
-    for seed in range(5):
-        for rule, accuracies in found.items():
-            net = digits.vit(lambda dim, heads, rule=rule: KeyDrivenGQA(dim, heads, 2, rule, window=10), heads=8)
-            net.load_state_dict(mha_to_gqa(trained, 8, 2), strict=False)
-            accuracies.append(digits.accuracy(digits.fit(net, seed, 3, lr=1e-3)))
-    ours, static = sum(found["dgqa_ema"]) / 5, sum(found["gqa"]) / 5
+    for seed in range(3):
+        for rule in found:
+            net = digits.vit(lambda dim, heads, rule=rule: KeyDrivenGQA(dim, heads, 4, rule, window=10), heads=8)
+            net.load_state_dict(mha_to_gqa(trained, 8, 4), strict=False)
+            found[rule] += digits.accuracy(digits.fit(net, seed, 3, lr=1e-3)) / 3
     claim(
-        "key heads pooled to 2 of 8, trained 3 epochs on: sharing queries out by norms loses nothing: accuracy",
-        ours=ours, baseline=static - 0.005, better="higher", baseline_name="equal shares less half a point", seed=0,
+        "key heads pooled from 8 to 4, trained 3 epochs on: shares by norms lose nothing, accuracy over 3 seeds",
+        ours=found["dgqa_ema"], baseline=found["gqa"] - 0.005, better="higher",
+        baseline_name="equal shares less half a point", seed=0,
+    )  # fmt: skip
+    claim(
+        "key heads pooled from 8 to 4, trained 3 epochs on: a running mean of norms beats the norms of the moment",
+        ours=found["dgqa_ema"], baseline=found["kdgqa"], better="higher", margin=0.005,
+        baseline_name='rule="kdgqa"', seed=0,
     )  # fmt: skip

@@ -82,6 +82,7 @@ def test_the_cache_holds_one_head(mode: str, options: dict) -> None:
     assert_near(torch.cat(out, 1), layer(x, causal=True), 1e-12)
     assert state.seen == LENGTH
     assert_near(layer.prefill(x)[0], torch.cat(out, 1), 1e-12)
+    assert layer.prefill(x)[1].seen == LENGTH
     assert_near(layer.step(x[:, :1], layer.prefill(x)[1])[0], layer.step(x[:, :1], state)[0], 1e-12)
     held = state.op.k.numel() + state.op.v.numel()
     plain = MultiHeadAttention(DIM, HEADS, head_dim=WIDTH).double().prefill(x)[1].op

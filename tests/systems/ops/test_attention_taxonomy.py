@@ -286,7 +286,7 @@ def test_every_row_has_its_place_in_all_four_categories() -> None:
         ({"levels": "multi"}, {"attention_taxonomy"}, {"softmax"}),
         ({"representations": "multi-dimensional"}, {"attention_taxonomy"}, {"softmax", "sliding_window"}),
     ],
-    ids=str,
+    ids=lambda value: "-".join(map(str, sorted(value.values() if isinstance(value, dict) else value))),
 )
 def test_queries(places: dict[str, str], known: set[str], strangers: set[str]) -> None:
     found = of(**places)

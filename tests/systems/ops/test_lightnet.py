@@ -78,6 +78,16 @@ def test_a_stream_of_loud_keys() -> None:
     assert_near(torch.cat(out, 2), running_softmax(q, *(x.repeat_interleave(2, 1) for x in (k, v))), 1e-4)
 
 
+def test_a_long_stream_counts_on() -> None:
+    q, k, v = (torch.zeros(1, 1, 300, 2) for _ in range(3))
+    op = LightNetAttention()
+    _, state = op.prefill(q[:, :, :1], torch.full((1, 1, 1, 2), 14.0), v[:, :, :1])  # as after e^14 tokens
+    for t in range(300):
+        _, state = op.step(*(x[:, :, t : t + 1] for x in (q, k, v)), state)
+    assert (state.carry - math.log(math.exp(14) + 300)).abs().max() < 1e-6
+    assert (state.memory.dtype, state.carry.dtype) == (torch.float32, torch.float64)
+
+
 def test_without_order_it_is_one_softmax_over_all_positions() -> None:
     q, k, v = qkv(7, 12, value_width=5, kv_heads=4)
     seen = torch.ones(2, 1, 1, 12, dtype=torch.bool)
