@@ -21,6 +21,7 @@ from foveate.nn.blocks import GatedMLP
 from foveate.ops.linear.lightning_attention import LightningAttention
 from foveate.ops.linear.tiled import Variant
 from foveate.ops.operator import Growth, MaskKind, Pattern
+from foveate.ops.prepare import accumulating
 
 
 class SimpleRMSNorm(nn.Module):
@@ -47,8 +48,8 @@ class LRPE(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h n d"], first: int = 0) -> Float[Tensor, "b h n two_d"]:
         """`first` is the place of the first of these tokens."""
-        places = torch.arange(first, first + x.shape[2], device=x.device, dtype=self.theta.dtype)
-        turn = places[:, None] * self.theta
+        theta = self.theta.to(accumulating(self.theta.dtype))  # bfloat16 knows no places beyond 256
+        turn = torch.arange(first, first + x.shape[2], device=x.device, dtype=theta.dtype)[:, None] * theta
         return torch.cat([x * turn.cos(), x * turn.sin()], -1).to(x.dtype)
 
 

@@ -21,6 +21,7 @@ from foveate.nn.layer import Layer
 from foveate.ops.linear import forms
 from foveate.ops.linear.lightnet import LightNetAttention
 from foveate.ops.operator import Growth, MaskKind, Operator, Pattern
+from foveate.ops.prepare import accumulating
 
 Size = tuple[int, int]
 
@@ -48,7 +49,8 @@ class MDLRPE(nn.Module):
         self.theta = nn.Parameter(theta[:, None].repeat(1, heads, 1))
 
     def forward(self, x: Float[Tensor, "b h n f"], at: Float[Tensor, "n a"]) -> Float[Tensor, "b h n two_f"]:
-        angle = torch.einsum("na,ahf->hnf", at.to(self.theta.dtype), self.theta)
+        theta = self.theta.to(accumulating(self.theta.dtype))  # bfloat16 knows no places beyond 256
+        angle = torch.einsum("na,ahf->hnf", at.to(theta.dtype), theta)
         return torch.cat([x * angle.cos(), x * angle.sin()], -1).to(x.dtype)
 
 
@@ -149,6 +151,8 @@ class LightNetLayer(Layer):
         self, lrpe: MDLRPE, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, size: Size | None
     ) -> Tensor:
         assert isinstance(self.op, LightNetAttention)
+        dtype, wide = v.dtype, accumulating(v.dtype)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
         hidden = None if mask is None else ~masks.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
         if hidden is not None:
             k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
@@ -157,10 +161,10 @@ class LightNetLayer(Layer):
         at = places(k.shape[2], size, k.device)
         fq, fk = lrpe(self.op.query_features(q, 1.0), at), lrpe(fk, at)
         if decay is None:
-            return fq @ (fk.mT @ v)
+            return (fq @ (fk.mT @ v)).to(dtype)
         decay = torch.cat([decay, decay], -1).clamp_min(-100.0)  # nothing is left of a state after that
         state = v.new_zeros(*v.shape[:2], fk.shape[-1], v.shape[-1])
-        return forms.chunked(fq, fk, v, decay, state, self.op.block)
+        return forms.chunked(fq, fk, v, decay, state, self.op.block).to(dtype)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (rearrange(w(x), "b n (h d) -> b h n d", h=self.heads) for w in (self.q, self.k, self.v))

@@ -249,6 +249,14 @@ def test_padding_of_a_layer_has_no_say(lrpe: bool, causal: bool) -> None:
     assert_near(out[:, 4:], layer(x[:, 4:], causal=causal), 1e-10)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_half_precision_of_a_layer_keeps_its_sums_and_places(causal: bool) -> None:
+    layer, x = shaken(LightNetLayer(12, 3, expand=4)).bfloat16(), tokens(400).bfloat16()
+    out, exact = layer(x, causal=causal), layer.double()(x.double(), causal=causal)
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - exact).norm() < 0.02 * exact.norm()
+
+
 def test_only_places_tell_tokens_apart() -> None:
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     x = tokens(12)

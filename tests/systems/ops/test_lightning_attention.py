@@ -128,6 +128,13 @@ def test_lrpe_makes_products_depend_on_the_distance_alone() -> None:
     assert_near(first, 10_000 ** (-torch.arange(8) / 4), 1e-6)
 
 
+def test_places_in_half_precision() -> None:
+    turn, x = LRPE(2, 6).bfloat16(), torch.ones(1, 2, 500, 6, dtype=torch.bfloat16)
+    exact = LRPE(2, 6).double()
+    exact.theta.data = turn.theta.double()
+    assert_near(turn(x), exact(x.double()), 1e-2)
+
+
 def test_the_layer_is_its_formula() -> None:
     torch.manual_seed(0)
     layer = GatedLightning(12, 3, LightningAttention([0.9, 0.5, 1.0], block=4)).double()
