@@ -85,7 +85,9 @@ class DualAttention(Layer):
         if dim % total:
             raise OptionError(f"sensory_heads + relational_heads = {total} must divide dim={dim}")
         around: dict[str, Any] = dict(op=op, position=position)
-        self.sensory = self.relational = self.symbols = None
+        self.sensory: SensoryHeads | None = None
+        self.relational: RelationalAttention | None = None
+        self.symbols: Symbols | RelativeSymbols | None = None
         if sensory_heads:
             self.sensory = SensoryHeads(dim, sensory_heads, sensory_heads // group, dim // total, **around)
         if relational_heads:
@@ -104,16 +106,16 @@ class DualAttention(Layer):
 
     def _declare(self) -> None:
         """What the operator can do and the symbols leave."""
-        inner = self.sensory or self.relational
-        self.growth, self.masks = inner.op.growth, inner.op.masks  # type: ignore[misc]
-        self.patterns = inner.op.patterns & Layer.patterns  # type: ignore[misc]
-        streams = inner.op.steps == "exact" and "causal self" in self.patterns
+        op = next(kind.op for kind in (self.sensory, self.relational) if kind is not None)
+        self.growth, self.masks = op.growth, op.masks  # type: ignore[misc]
+        self.patterns = op.patterns & Layer.patterns  # type: ignore[misc]
+        streams = op.steps == "exact" and "causal self" in self.patterns
         if isinstance(self.symbols, RelativeSymbols):
             self.patterns = self.patterns - {"cross"}  # type: ignore[misc]
         if self.relational is not None and not self.relational.at_once(self.symbols):
-            if not isinstance(inner.op, Cached) or type(inner.op).values is not Operator.values:
-                raise OptionError(f"relations apart from values take plain weights over keys; {inner.op.name} has none")
-            self.growth, streams = "N²", streams and "causal cross" in inner.op.patterns  # type: ignore[misc]
+            if not isinstance(op, Cached) or type(op).values is not Operator.values:
+                raise OptionError(f"relations apart from values take plain weights over keys; {op.name} has none")
+            self.growth, streams = "N²", streams and "causal cross" in op.patterns  # type: ignore[misc]
         self.steps = "exact" if streams else None  # type: ignore[misc]
 
     def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
@@ -128,7 +130,7 @@ class DualAttention(Layer):
         return torch.cat(out, -1)
 
     def _symbols(self, source: Tensor, start: int) -> Tensor | RelativeSymbols:
-        return self.symbols if isinstance(self.symbols, RelativeSymbols) else self.symbols(source, start)
+        return self.symbols(source, start) if isinstance(self.symbols, Symbols) else self.symbols  # type: ignore[return-value]
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> DualState:
         sensory = None if self.sensory is None else self.sensory.init_state(batch, dtype=dtype, device=device)

@@ -121,8 +121,10 @@ class GaussianBlock(nn.Module):
         self.variant = variant
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        real = self.layers[0].real(x)
+        real = None
         for layer in self.layers:
+            assert isinstance(layer, GaussianAdaptiveAttention)
+            real = layer.real(x) if real is None else real
             x = x + layer(x) if self.variant == "release" else torch.where(real, x + layer.gated(x), x)
         return x
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ def merge(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n hd"]:
 
 def squash(x: Tensor, how: str | None) -> Tensor:
     """`x` through the function of this name (see `foveate.ops.operator.Gate`), or as it is."""
-    functions = {
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
         "sigmoid": torch.sigmoid, "softplus": F.softplus, "exp": torch.exp, "logsigmoid": F.logsigmoid, "silu": F.silu,
     }  # fmt: skip
     return x if how is None else functions[how](x)
@@ -46,6 +47,7 @@ class Rates(nn.ModuleDict):
         super().__init__({name: nn.Linear(dim, heads) for name in sorted(op.inputs & set(op.gates))})
         self.squashes = {name: op.gates[name].squash for name in self}
         for name, rate in self.items():
+            assert isinstance(rate, nn.Linear)
             nn.init.constant_(rate.bias, op.gates[name].bias)
 
     def forward(self, x: Float[Tensor, "b n c"]) -> dict[str, Float[Tensor, "b h n"]]:
@@ -131,9 +133,9 @@ class HeadScheme(Layer):
     ) -> Tensor:
         """The call from projected heads on; the last query is as far as the last key where `causal`."""
         start = k.shape[2] - q.shape[2] if causal else 0
-        if self.position is not None and self.position.biased:
-            at, place = _places(start, q, x.device), _places(0, k, x.device)
-            mask = masks.combine(mask, self.position.bias(at, place).to(x.dtype))
+        if self.position is not None:
+            bias = self.position.bias(_places(start, q, x.device), _places(0, k, x.device))
+            mask = masks.combine(mask, None if bias is None else bias.to(x.dtype))
         out = self.op(self._turned(q, start), self._turned(k, 0), v, mask=mask, causal=causal, **inputs)
         return self.out(merge(self.weigh(out, x, q)))
 
@@ -157,9 +159,9 @@ class HeadScheme(Layer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, state: HeadState, **inputs: Any
     ) -> tuple[Tensor, HeadState]:
         """`_step` from projected heads on."""
-        turned = self._turned(q, state.seen), self._turned(k, state.seen)
-        out, op = self.op.step(*turned, v, state.op, **self.rates(x), **inputs)
-        return self.out(merge(self.weigh(out, x, q))), HeadState(op, state.seen + 1)
+        at = state.seen
+        out, op = self.op.step(self._turned(q, at), self._turned(k, at), v, state.op, **self.rates(x), **inputs)
+        return self.out(merge(self.weigh(out, x, q))), HeadState(op, at + 1)
 
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **inputs: Any) -> tuple[Tensor, HeadState]:
         """`_prefill` from projected heads on."""

@@ -57,6 +57,10 @@ class KeyDrivenGQA(HeadScheme):
     and the repair of rounding is drawn from a fixed seed.
     """
 
+    cache: Tensor
+    allocation: Tensor
+    trained: Tensor
+
     def __init__(
         self, dim: int, heads: int = 12, kv_heads: int = 6, rule: Rule = "kdgqa", window: int = 300,
         stats: Literal["batch", "sample", "running"] = "batch", *, op: str | Operator = "softmax",
@@ -119,7 +123,7 @@ class KeyDrivenGQA(HeadScheme):
         rows = out.flatten(2)
         group = self.heads // self.kv_heads
         shape = self.kv_heads, group, rows.shape[-1]
-        noise = torch.rand(shape, generator=self.generator, device=self.generator.device).to(out)
+        noise = torch.rand(shape, generator=self.generator, device=self.generator.device).to(out)  # type: ignore[union-attr]
         noise.diagonal(dim1=1, dim2=2).zero_()
         noise = noise.flatten(0, 1)
         noise = (noise - noise.mean(-1, keepdim=True)) / noise.std(-1, keepdim=True)

@@ -93,7 +93,7 @@ class RelationalAttention(nn.Module):
         if position is not None and position.biased:
             raise OptionError(f"position={type(position).__name__} adds a bias; relational heads take those that turn")
 
-    def at_once(self, symbols: Tensor | Symbols | RelativeSymbols) -> bool:
+    def at_once(self, symbols: Tensor | Symbols | RelativeSymbols | None) -> bool:
         """Whether a call with such symbols is one call of the operator."""
         return self.rel_act == "identity" and not isinstance(symbols, RelativeSymbols)
 
@@ -134,8 +134,9 @@ class RelationalAttention(nn.Module):
             return x
         return self.position.turn(x, torch.arange(start, start + x.shape[2], device=x.device))
 
-    def _values(self, source: Tensor, symbols: Tensor) -> Float[Tensor, "b hkv m width"]:
+    def _values(self, source: Tensor, symbols: Tensor | RelativeSymbols) -> Float[Tensor, "b hkv m width"]:
         """Symbols as values, and beside them the relation keys, which all heads share."""
+        assert isinstance(symbols, Tensor)
         relation = self.rel_k(source)[:, None].expand(-1, self.kv_heads, -1, -1)
         return torch.cat([split(self.from_symbols(symbols), self.kv_heads), relation], -1)
 
@@ -159,7 +160,7 @@ class RelationalAttention(nn.Module):
     # -- a stream ------------------------------------------------------------------------------------------------------
 
     def init_state(
-        self, symbols: Symbols | RelativeSymbols, batch: int, dtype: torch.dtype, device: torch.device
+        self, symbols: Symbols | RelativeSymbols | None, batch: int, dtype: torch.dtype, device: torch.device
     ) -> Any:
         if self.at_once(symbols):
             sizes = batch, self.heads, self.kv_heads, self.head_dim, self.head_dim + self.inner

@@ -23,14 +23,16 @@ CHUNKS = pytest.mark.parametrize(("q_chunk", "k_chunk"), [(1, 130), (7, 64), (64
 
 @CHUNKS
 @pytest.mark.parametrize("causal", [False, True])
-def test_it_is_softmax_attention_for_every_chunk(q_chunk: int, k_chunk: int, causal: bool) -> None:
+@pytest.mark.parametrize("learned", [False, True])
+def test_it_is_softmax_attention_for_every_chunk(q_chunk: int, k_chunk: int, causal: bool, learned: bool) -> None:
     q, k, v = qkv(130, batch=1, heads=2, kv_heads=2, value_width=5, dtype=torch.float32, grad=True)
-    bias = torch.randn(2, 130, 130, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    bias = torch.randn(2, 130, 130, generator=torch.Generator().manual_seed(5)).requires_grad_(learned)
     full = bias.masked_fill(~torch.ones(130, 130, dtype=torch.bool).tril(), float("-inf")) if causal else bias
     exact = F.scaled_dot_product_attention(q, k, v, full, scale=0.4)
     ours = MemoryEfficientAttention(q_chunk, k_chunk)(q, k, v, mask=bias, causal=causal, scale=0.4)
     assert_near(ours, exact, 1e-5)
-    for one, other in zip(gradients(ours, [q, k, v, bias]), gradients(exact, [q, k, v, bias]), strict=True):
+    wanted = [q, k, v, bias] if learned else [q, k, v]
+    for one, other in zip(gradients(ours, wanted), gradients(exact, wanted), strict=True):
         assert_near(one, other, 1e-4)
 
 
@@ -103,8 +105,8 @@ def test_the_chunks_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
 N, D = 4096, 32
 
 
-def peak(op: MemoryEfficientAttention | Softmax, engine: str, backward: bool) -> int:
-    inputs = qkv(N, batch=1, heads=1, kv_heads=1, width=D, dtype=torch.float32, grad=backward)
+def peak(op: MemoryEfficientAttention | Softmax, engine: str, backward: bool, width: int = D) -> int:
+    inputs = qkv(N, batch=1, heads=1, kv_heads=1, width=width, dtype=torch.float32, grad=backward)
 
     def work() -> None:
         out = op(*inputs, engine=engine)
@@ -127,6 +129,12 @@ def test_memory_that_the_matrix_would_take(backward: bool, least: int, claim) ->
         ours=ours / 1e6, baseline=naive / 1e6, better="lower", margin=(1 - 1 / least) * naive / 1e6,
         baseline_name="the plain engine, with its matrix", seed=0,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("backward", "tiles"), [(False, 1.2), (True, 2.3)])
+def test_few_tiles_are_alive_at_a_time(backward: bool, tiles: float) -> None:
+    """One forward, and its gradient beside it backward; what is over is inputs, output and their like."""
+    assert peak(MemoryEfficientAttention(1024, 1024), "auto", backward, width=8) < tiles * 4 * 1024 * 1024
 
 
 def test_memory_does_not_grow_with_the_square() -> None:
