@@ -31,10 +31,10 @@ install-dev: $(INSTALLED_DEV)
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# torch goes first and by itself, so that its index can be chosen without moving every other package there
+# torch goes first and by itself, so that its index can be chosen; what it needs comes with the rest, from PyPI as pinned
 $(INSTALLED): | $(BIN)/python
 	@echo "installing into $(VENV): torch and transformers are large, this takes a few minutes the first time"
-	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) install $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) -c constraints.txt torch==2.13.0
 	$(PIP) install -c constraints.txt -e .
 	@rm -f $(VENV)/installed-*
 	@touch $@

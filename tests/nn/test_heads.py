@@ -118,6 +118,16 @@ def test_rates() -> None:
     assert Rates(DIM, HEADS, operator("softmax"))(x) == {}
 
 
+def test_rates_are_of_the_token_that_asks_or_of_the_one_that_is_asked() -> None:
+    x, memory = tokens().float(), 2 * tokens().float()
+    for key, of in (("dsf", x), ("titans", memory)):
+        rates = Rates(DIM, HEADS, sized(key, HEADS, 4, 4))
+        given, own = rates(x, memory), rates(of)
+        assert given.keys() == own.keys() != set()
+        for name, rate in given.items():
+            assert_near(rate, own[name], 0)
+
+
 def test_squashes() -> None:
     x = torch.tensor([-1.0, 0.5])
     expected = {

@@ -16,7 +16,7 @@ from foveate.core import masks as mask_algebra, validate
 from foveate.core.errors import OptionError
 from foveate.models.decoder import Decoder
 from foveate.nn import Layer, MultiHeadAttention, Rotary, ShortConv
-from foveate.nn.multi_head import LayerState
+from foveate.nn.heads import HeadState
 from foveate.ops.cache import KVState
 from foveate.ops.linear.based import TaylorAttention
 from foveate.ops.operator import Growth, MaskKind, Pattern
@@ -145,10 +145,10 @@ class WindowAttention(Layer):
     def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
         return self.attention(x, mask=mask, causal=True)
 
-    def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> LayerState:
+    def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> HeadState:
         return self.attention.init_state(batch, dtype=dtype, device=device)
 
-    def _step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+    def _step(self, x: Tensor, state: HeadState) -> tuple[Tensor, HeadState]:
         out, state = self.attention.step(x, state)
         held: KVState = state.op
         return out, replace(state, op=KVState(held.k[:, :, -self.window :], held.v[:, :, -self.window :]))

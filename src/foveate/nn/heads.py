@@ -41,17 +41,22 @@ def squash(x: Tensor, how: str | None) -> Tensor:
 
 
 class Rates(nn.ModuleDict):
-    """What an operator takes from each token (rates of decay, of learning), made by a linear map for each."""
+    """What an operator takes from each token (rates of decay, of learning), made by a linear map for each.
+
+    From the tokens x, or from those of the memory that they attend to, as the operator's gates say.
+    """
 
     def __init__(self, dim: int, heads: int, op: Operator) -> None:
         super().__init__({name: nn.Linear(dim, heads) for name in sorted(op.inputs & set(op.gates))})
-        self.squashes = {name: op.gates[name].squash for name in self}
+        self.gates = {name: op.gates[name] for name in self}
         for name, rate in self.items():
             assert isinstance(rate, nn.Linear)
-            nn.init.constant_(rate.bias, op.gates[name].bias)
+            nn.init.constant_(rate.bias, self.gates[name].bias)
 
-    def forward(self, x: Float[Tensor, "b n c"]) -> dict[str, Float[Tensor, "b h n"]]:
-        return {name: squash(rate(x), self.squashes[name]).transpose(1, 2) for name, rate in self.items()}
+    def forward(self, x: Float[Tensor, "b n c"], memory: Tensor | None = None) -> dict[str, Float[Tensor, "b h n"]]:
+        seen = {"query": x, "key": x if memory is None else memory}
+        made = {name: rate(seen[self.gates[name].of]) for name, rate in self.items()}
+        return {name: squash(rate, self.gates[name].squash).transpose(1, 2) for name, rate in made.items()}
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class HeadScheme(Layer):
     def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         source = x if memory is None else memory
         q, k, v = self.project(x, source, mask)
-        return self.attend(q, k, v, x, mask, causal, **self.rates(source), **inputs)
+        return self.attend(q, k, v, x, mask, causal, **self.rates(x, memory), **inputs)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None, causal: bool, **inputs: Any

@@ -156,7 +156,7 @@ class LightNetLayer(Layer):
         hidden = None if mask is None else ~masks.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
         if hidden is not None:
             k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-        fk, decay = self.op.encode(k, 1.0, causal, hidden, {})
+        fk, decay = self.op.encode_keys(k, 1.0, causal, hidden, {})
         fk = fk if hidden is None else fk.masked_fill(hidden, 0.0)
         at = places(k.shape[2], size, k.device)
         fq, fk = lrpe(self.op.query_features(q, 1.0), at), lrpe(fk, at)

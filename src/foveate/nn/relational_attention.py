@@ -107,7 +107,7 @@ class RelationalAttention(nn.Module):
         source = x if memory is None else memory
         q, k = self._queries(x, 0), self._keys(source, 0)
         if self.at_once(symbols):
-            out = self.op(q, k, self._values(source, symbols), mask=mask, causal=causal, **self.rates(source))
+            out = self.op(q, k, self._values(source, symbols), mask=mask, causal=causal, **self.rates(x, memory))
             return self._told(x, *out.split([self.head_dim, self.inner], -1))
         weights = self.op.weights(q, k, mask=mask, causal=causal)
         source = _visible(source, mask)

@@ -120,7 +120,7 @@ class SuperAttention(Layer):
         q, k, _ = self.slim.project(x, source, mask)
         values = source if mask is None else masks.without_hidden(source[:, None], mask)[:, 0]
         v = split(self._aligned(values, causal), self.heads)
-        return self.slim.attend(q, k, v, x, mask, causal, **self.slim.rates(source), **inputs)
+        return self.slim.attend(q, k, v, x, mask, causal, **self.slim.rates(x, memory), **inputs)
 
     def _aligned(self, source: Float[Tensor, "b m c"], causal: bool) -> Float[Tensor, "b m c"]:
         length = source.shape[1]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import masks, validate
-from foveate.nn.multi_head import LayerState
+from foveate.nn.heads import HeadState
 from foveate.nn.neural_memory import Gate, NeuralMemoryState, Titans
 from foveate.nn.positions import Position
 from foveate.ops.cache import KVState
@@ -34,7 +34,7 @@ class WindowState:
     """The memory, and a cache of the persistent tokens and those of the window."""
 
     memory: NeuralMemoryState
-    attention: LayerState
+    attention: HeadState
 
 
 class Windowed(Titans):

@@ -30,10 +30,17 @@ ALL_MASKS: frozenset[MaskKind] = frozenset({"keys", "pairs", "bias"})
 
 
 class Gate(NamedTuple):
-    """How a layer makes one of an operator's inputs from a token: `squash(w x + bias)`, one number per head."""
+    """How a layer makes one of an operator's inputs: `squash(w x + bias)`, one number per head.
+
+    Args:
+        squash: the function of that name.
+        bias: where training starts.
+        of: whether x is the token that the query comes from, or the one that key and value come from.
+    """
 
     squash: Literal["sigmoid", "softplus", "exp", "logsigmoid"]
     bias: float
+    of: Literal["query", "key"] = "key"
 
 
 class Operator(nn.Module, ABC):

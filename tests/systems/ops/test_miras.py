@@ -34,6 +34,17 @@ def same(one: Tensor, other: Tensor) -> None:
     assert (one - other).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize(("bias", "p"), [("lp", 1.5), ("lp", 3.0), ("huber", 3.0), ("huber_norm", 3.0)])
+def test_an_error_of_exactly_zero_moves_nothing_and_has_gradients(bias, p):
+    """Without smoothing, tokens that fill up the last chunk, and values that are predicted already, have `|e| = 0`."""
+    q, k, v = (x[:, :, :13].requires_grad_() for x in tensors())
+    op = Miras(bias, "l2", p=p, alpha=0.1, theta=0.1, delta=0.5, chunk=8, smooth=0.0)
+    out, smoothed = op(q, k, v, causal=True), Miras(bias, "l2", p=p, alpha=0.1, theta=0.1, delta=0.5, chunk=8)
+    assert (out - smoothed(q, k, v, causal=True)).abs().max() < 1e-3  # smoothing is small
+    assert all(bool(grad.isfinite().all()) for grad in torch.autograd.grad(out.square().sum(), (q, k, v)))
+    assert not op(q, k, torch.zeros_like(v), causal=True).any()
+
+
 @pytest.mark.parametrize("chunk", [1, 8])  # a gradient that does not look at the weights is exact in any chunk
 def test_dot_is_linear_attention(chunk):
     q, k, v = tensors()

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError
 from foveate.core.scoring import safe_softmax
+from foveate.ops.dense import location
 
 
 def entmax(logits: Float[Tensor, "... k"], alpha: float = 1.5) -> Float[Tensor, "... k"]:
@@ -86,20 +87,15 @@ class LocalWindow(nn.Module):
 
     def centre(self, q: Float[Tensor, "b h q d"], seen: Tensor) -> Float[Tensor, "b h q"]:
         """Where each query looks; `seen (Nq,)` is the number of keys that it may see."""
-        wide = torch.promote_types(q.dtype, torch.float32)  # else the window's edges would be rounded to and fro
-        hidden = torch.tanh(q.to(wide) @ self.w.to(wide).mT)
-        return seen * torch.sigmoid((hidden * self.v.to(wide)[:, None]).sum(-1))
-
-    def offset(self, centre: Float[Tensor, "b h q"], keys: Tensor) -> Float[Tensor, "b h q k"]:
-        return keys - centre[..., None]
+        return location.predicted(q, self.w.mT, self.v, seen.expand(q.shape[2])[:, None]).squeeze(-1)
 
     def cut(self, logits: Tensor, centre: Tensor, keys: Tensor) -> Float[Tensor, "b h q k"]:
         """-inf outside of the window."""
-        return logits.masked_fill(self.offset(centre, keys).abs() > self.window, masks.NEVER)
+        return location.cut(logits, keys, centre[..., None], self.window)
 
     def dampen(self, weights: Tensor, centre: Tensor, keys: Tensor) -> Float[Tensor, "b h q k"]:
         """Weights times the Gaussian."""
-        return weights * torch.exp(-(self.offset(centre, keys) ** 2) / (2 * self.sigma**2)).to(weights.dtype)
+        return weights * location.log_bell(keys, centre[..., None], self.sigma).exp().to(weights.dtype)
 
 
 class _Entmax(torch.autograd.Function):

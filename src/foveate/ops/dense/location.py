@@ -1,4 +1,4 @@
-"""Where a key stands among the real ones, and a bell-shaped window over such places."""
+"""Where a key stands among the real ones, where a query looks, and windows around such places."""
 
 from __future__ import annotations
 
@@ -21,6 +21,25 @@ def places(
     else:
         seen = masks.keys_of(mask, batch, n_keys).long()
     return seen.cumsum(-1) - 1, seen.sum(-1, keepdim=True)
+
+
+def predicted(
+    q: Float[Tensor, "b h q d"], w: Float[Tensor, "h d e"], v: Float[Tensor, "h e"], count: Tensor
+) -> Float[Tensor, "b h q 1"]:
+    """Where each query looks, by its own word: `count sigmoid(v . tanh(q w))`, between 0 and how many keys there are.
+
+    In float32 at least: a window around it has sharp edges, which rounding would move to and fro.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    hidden = torch.tanh(q.to(wide) @ w.to(wide))
+    return count * torch.sigmoid(hidden @ v.to(wide)[..., None])
+
+
+def cut(
+    logits: Float[Tensor, "... q k"], place: Tensor, centre: Float[Tensor, "... q 1"], window: float
+) -> Float[Tensor, "... q k"]:
+    """-inf for keys more than `window` places from the centre."""
+    return logits.masked_fill((place - centre).abs() > window, masks.NEVER)
 
 
 def log_bell(

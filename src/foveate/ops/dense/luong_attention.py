@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import Tile, dot_product, safe_softmax
-from foveate.ops.dense.location import log_bell, places
+from foveate.ops.dense import location
 from foveate.ops.dense.pair_score import pair_score
 from foveate.ops.dense.scored import Scored
 from foveate.ops.operator import MaskKind, Pattern
@@ -115,7 +115,7 @@ class LuongAttention(Scored):
             logits = dot_product(q @ self.w_score.to(q) if self.kind == "general" else q, k, scale)
         if self.mode == "global":
             return logits
-        return logits.masked_fill((place - self.centre(q, at, **context)).abs() > self.window, masks.NEVER)
+        return location.cut(logits, place, self.centre(q, at, **context), self.window)
 
     def normalize(self, logits: Tensor, at: Tile, **context: Tensor) -> Float[Tensor, "b h q k"]:
         weights = safe_softmax(logits)
@@ -123,23 +123,21 @@ class LuongAttention(Scored):
             return weights
         assert at.queries is not None
         place = context["place"][:, None, None, at.cols]
-        bell = log_bell(place, self.centre(at.queries, at, **context), self.window / 2)
+        bell = location.log_bell(place, self.centre(at.queries, at, **context), self.window / 2)
         return weights * bell.exp().to(weights)
 
     def centre(self, q: Tensor, at: Tile, place: Tensor, length: Tensor, t: Tensor | None = None) -> Tensor:
-        """Where each query looks: `(nq, 1)` or `(B, H, nq, 1)`, in float32 at least as windows have sharp edges."""
+        """Where each query looks: `(nq, 1)` or `(B, H, nq, 1)`."""
         if self.mode == "local_m":
             row = at.rows - (at.n_keys - at.n_queries)
             return (row if t is None else t[row])[:, None]
-        wide = torch.promote_types(q.dtype, torch.float32)
-        hidden = torch.tanh(q.to(wide) @ self.w_place.to(wide))
-        return length[..., None, None] * torch.sigmoid(hidden @ self.v_place.to(wide)[..., None])
+        return location.predicted(q, self.w_place, self.v_place, length[..., None, None])
 
     def context(self, q: Tensor, k: Tensor, mask: Tensor | None, **inputs: Tensor) -> dict[str, Tensor]:
         t = inputs.get("t")
         if t is not None and (t.is_floating_point() or t.shape != q.shape[2:3]):
             raise ShapeError(f"t must be int (Nq,)=({q.shape[2]},); got {t.dtype} {tuple(t.shape)}")
-        place, length = places(mask, q.shape[0], k.shape[2], k.device)
+        place, length = location.places(mask, q.shape[0], k.shape[2], k.device)
         return {"place": place, "length": length, **inputs}
 
     @classmethod

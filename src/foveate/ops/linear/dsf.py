@@ -7,7 +7,7 @@ arXiv 2405.15731. The framework itself is `foveate.ops.linear.state_space`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -63,7 +63,7 @@ class NormalisedAttention(Linear):
         validate.one_of("features", features, ("identity", "elu1"))
         validate.one_of("activation", activation, ("exp", "softplus", "sigmoid"))
         self.features, self.activation = features, activation
-        self.gates = {} if learned else {"eta": Gate(activation, 0.0)}  # type: ignore[misc]
+        self.gates = {} if learned else {"eta": Gate(activation, 0.0, of="query")}  # type: ignore[misc]
         self.weight = self.bias = None
         if learned is not None:
             for name, size in zip(("learned heads", "learned head_dim"), learned, strict=True):
@@ -80,10 +80,8 @@ class NormalisedAttention(Linear):
     def _features(self, x: Tensor) -> Tensor:
         return x if self.features == "identity" else F.elu(x) + 1
 
-    def _prepared(self, q: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        *rest, inputs = call
-        fq, fk, v, decay = super()._prepared(q, *rest, {})
-        return fq / self.normaliser(q.to(fq.dtype), inputs.get("eta"))[..., None], fk, v, decay
+    def encode_queries(self, q: Tensor, scale: float, inputs: dict[str, Tensor]) -> Tensor:
+        return self.query_features(q, scale) / self.normaliser(q, inputs.get("eta"))[..., None]
 
     def normaliser(self, q: Float[Tensor, "b h n d"], eta: Tensor | None = None) -> Float[Tensor, "b h n"]:
         """What the weights of each query are divided by."""
@@ -142,10 +140,10 @@ def to_dsf(op: Operator, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None
     op._check(q, k, v, None, True, inputs)
     if q.shape[2] != k.shape[2]:
         raise ShapeError(f"a system has one output per input; got Nq={q.shape[2]}, Nk={k.shape[2]}")
-    fq, fk, values, decay = op._prepared(q, k, v, None, True, op._scale(scale, q), inputs)
+    fq, fk, values, decay = op.encoded(q, k, v, None, True, op._scale(scale, q), inputs)
     if op.normalised:  # what the operator makes of a row that sums to `total` and holds a single 1
         total = state_space.sum_of_weights(fq, fk, decay)
-        fq = fq * op._normalised(torch.stack([torch.ones_like(total), total], -1))
+        fq = fq * op.normalise(torch.stack([torch.ones_like(total), total], -1))
     gate = None if decay is None else torch.exp(decay).expand(*fk.shape[: decay.dim()])
     system = state_space.linear(fq, fk, v.shape[-1], gate=gate)
     divided = op.normalised or isinstance(op, NormalisedAttention)

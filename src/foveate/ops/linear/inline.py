@@ -58,16 +58,17 @@ class InLine(Linear):
     def key_features(self, k: Tensor, scale: float) -> Float[Tensor, "b h n f"]:
         return _with_ones(FEATURE_MAPS[self.phi](k))
 
-    def _prepared(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
-        inputs: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    def encode_keys(
+        self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, None]:
         """Features such that `fq · fk` is the weight: here all keys are known, and so their number and mean."""
-        fq, fk, v, decay = super()._prepared(q, k, v, mask, causal, scale, inputs)
+        fk = self.key_features(k, scale)
+        if hidden is not None:
+            fk = fk.masked_fill(hidden, 0.0)
         seen = fk[..., -1:]  # the ones, or zeros where masked
         count = seen.sum(2, keepdim=True).clamp_min(1)
         centred = fk - seen * (fk.sum(2, keepdim=True) / count)
-        return fq, torch.cat([centred[..., :-1], seen], -1) / count, v, decay
+        return torch.cat([centred[..., :-1], seen], -1) / count, None
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:

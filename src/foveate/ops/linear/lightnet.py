@@ -40,7 +40,7 @@ class LightNetAttention(Linear):
     def key_features(self, k: Tensor, scale: float) -> Tensor:
         return k
 
-    def encode(
+    def encode_keys(
         self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         if hidden is not None:

@@ -48,8 +48,9 @@ class Linear(Operator):
     """Kernelised attention: weights `fq_i . fk_j`, faded by a decay, over their sum where the mechanism normalises.
 
     A system writes `query_features` and `key_features`, and `log_decay` where the past fades (then only the causal
-    patterns are defined, and the system declares that). A masked key writes nothing; its place still counts where the
-    decay is per head, and not where it is per token.
+    patterns are defined, and the system declares that). A few say more: `encode_queries` and `encode_keys` where the
+    features of a token do not depend on it alone, `normalise`, `scan`. A masked key writes nothing; its place still
+    counts where the decay is per head, and not where it is per token.
 
     Engines: "chunked" (the default; O(N) time and memory), "recurrent" (a token loop), "reference" (the whole matrix).
     The three agree up to rounding. Sums are kept in float32 for half-precision inputs.
@@ -86,7 +87,11 @@ class Linear(Operator):
         """
         return None
 
-    def encode(
+    def encode_queries(self, q: Tensor, scale: float, inputs: dict[str, Tensor]) -> Tensor:
+        """Features of all queries of a call; a system in which they depend on the call's inputs overrides it."""
+        return self.query_features(q, scale)
+
+    def encode_keys(
         self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """Features and log decays of all keys of a call; a system in which they depend on each other overrides it.
@@ -98,6 +103,13 @@ class Linear(Operator):
     def carried(self, k: Tensor) -> Tensor | None:
         """One key `(B, H, 1, D)` that does to the encoding of later ones what all of `k` would do, if anything does."""
         return None
+
+    def normalise(self, out: Float[Tensor, "b h n e"]) -> Float[Tensor, "b h n dv"]:
+        """Outputs from what was summed up, whose last column holds the sums of the weights where `normalised`."""
+        if not self.normalised:
+            return out
+        total = out[..., -1:]
+        return torch.where(total == 0, 0.0, out[..., :-1] / torch.where(total == 0, 1.0, total + self.eps))
 
     def scan(self, fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
         """The causal chunked form from `state` on; a system with a backward pass of its own overrides it.
@@ -124,14 +136,14 @@ class Linear(Operator):
         engine = engine_of(self, engine)
         if q.shape[2] == 0:
             return q.new_zeros(*q.shape[:3], v.shape[3])
-        fq, fk, v, decay = self._prepared(q, k, v, mask, causal, scale, inputs)
+        fq, fk, v, decay = self.encoded(q, k, v, mask, causal, scale, inputs)
         if engine == "reference":
             out = forms.matrix(fq, fk, causal, decay) @ v
         elif causal:
             out = self._causal(fq, fk, v, decay, engine)
         else:
             out = fq @ _written(fk, v, None, engine)
-        return self._normalised(out).to(q.dtype)
+        return self.normalise(out).to(q.dtype)
 
     def _causal(self, fq: Tensor, fk: Tensor, v: Tensor, decay: Tensor | None, engine: str) -> Tensor:
         past = fk.shape[2] - fq.shape[2]
@@ -146,10 +158,10 @@ class Linear(Operator):
     def _weights(
         self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
     ) -> Tensor:
-        fq, fk, _, decay = self._prepared(q, k, k, mask, causal, scale, inputs)
+        fq, fk, _, decay = self.encoded(q, k, k, mask, causal, scale, inputs)
         weights = forms.matrix(fq, fk, causal, decay)
         if self.normalised:
-            weights = self._normalised(torch.cat([weights, weights.sum(-1, keepdim=True)], -1))
+            weights = self.normalise(torch.cat([weights, weights.sum(-1, keepdim=True)], -1))
         return weights.to(q.dtype)
 
     @final
@@ -190,29 +202,25 @@ class Linear(Operator):
             k = torch.cat([carry, per_query_head(k, q.shape[1]).to(carry.dtype)], 2)
             v = F.pad(per_query_head(v, q.shape[1]), (0, 0, 1, 0))
             carry = self.carried(k)
-        fq, fk, v, decay = self._prepared(q, k, v, None, True, scale, inputs)
+        fq, fk, v, decay = self.encoded(q, k, v, None, True, scale, inputs)
         decay = None if decay is None else decay[:, :, -1:].to(v.dtype)
         memory = forms.write(state.memory, fk[:, :, -1:].to(v.dtype), v[:, :, -1:], decay)
-        return self._normalised(fq @ memory).to(q.dtype), LinearState(memory, self.normalised, carry)
+        return self.normalise(fq @ memory).to(q.dtype), LinearState(memory, self.normalised, carry)
 
     @final
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, LinearState]:
         carry = self.carried(per_query_head(k, q.shape[1]).to(accumulating(k.dtype)))
-        fq, fk, v, decay = self._prepared(q, k, v, None, True, scale, inputs)
-        out = self._normalised(self._causal(fq, fk, v, decay, "chunked"))
+        fq, fk, v, decay = self.encoded(q, k, v, None, True, scale, inputs)
+        out = self.normalise(self._causal(fq, fk, v, decay, "chunked"))
         return out.to(q.dtype), LinearState(_written(fk, v, decay, "chunked"), self.normalised, carry)
 
-    def _prepared(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
+    @final
+    def encoded(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
         inputs: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Features, values (with a column of ones where normalised) and log decays, clean of what is masked."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """What a checked call sums up: features of queries and keys, values (with a column of ones where `normalised`)
+        and log decays, clean of what is masked."""
         wide, heads = accumulating(q.dtype), q.shape[1]
         q, v = q.to(wide), per_query_head(v, heads).to(wide)
         k = per_query_head(k, heads).to(torch.promote_types(k.dtype, wide))
@@ -220,8 +228,8 @@ class Linear(Operator):
         if hidden is not None:
             # before the features and after them: neither a value nor a gradient of what stands there may get out
             k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-        fq = self.query_features(q, scale)
-        fk, decay = self.encode(k, scale, causal, hidden, inputs)
+        fq = self.encode_queries(q, scale, inputs)
+        fk, decay = self.encode_keys(k, scale, causal, hidden, inputs)
         decay = self._decay(decay, fk, hidden)
         if self.normalised:
             v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
@@ -240,13 +248,6 @@ class Linear(Operator):
             expected = f"(H,)=({h},), (B, H, N)={(b, h, n)}, or these with F={f}"
             raise ShapeError(f"log decays of {self.name} must be {expected}; got {tuple(decay.shape)}")
         return decay if hidden is None else decay.masked_fill(hidden[..., 0] if decay.dim() == 3 else hidden, 0.0)
-
-    def _normalised(self, out: Tensor) -> Tensor:
-        """`out (..., E)` over its last column, where there is one."""
-        if not self.normalised:
-            return out
-        total = out[..., -1:]
-        return torch.where(total == 0, 0.0, out[..., :-1] / torch.where(total == 0, 1.0, total + self.eps))
 
     def _width(self, q: Tensor, scale: float) -> int:
         """How many features a token has."""

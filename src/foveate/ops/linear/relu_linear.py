@@ -55,7 +55,7 @@ class ReLULinear(Linear):
     def key_features(self, k: Tensor, scale: float) -> Float[Tensor, "b h n d"]:
         return F.relu(k)
 
-    def _normalised(self, out: Tensor) -> Tensor:
+    def normalise(self, out: Tensor) -> Tensor:
         total = out[..., -1:].clamp_min(self.clamp)
         return self.temperature.to(out.dtype)[:, None, None] * out[..., :-1] / total
 

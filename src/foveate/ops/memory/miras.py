@@ -168,7 +168,7 @@ class Miras(Memory):
         if self.bias == "l2":
             return error
         if self.bias == "lp":
-            return self.p * error * (error.square() + self.smooth) ** (self.p / 2 - 1)
+            return self.p * error * _power(error.square() + self.smooth, self.p / 2 - 1)
         return self._huber(error, delta)
 
     def _huber(self, error: Tensor, delta: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class Miras(Memory):
         # delta goes to 0 where it is not asked for: an infinite one would make NaN of a gradient of 0
         reach = torch.where(near, 0.0, delta)
         length = error.square() if self.bias == "huber" else total
-        return torch.where(near, error, reach * error / (length + self.smooth).sqrt())
+        return torch.where(near, error, reach * error * _power(length + self.smooth, -0.5))
 
     def link(self, memory: Tensor) -> Tensor:
         if self.retention == "kl":
@@ -195,3 +195,9 @@ class Miras(Memory):
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
         sizes: dict[str, Any] = {"heads": heads, "head_dim": head_dim, "generator": torch.Generator().manual_seed(0)}
         return cls.yaad(chunk=max(1, min(4, length // 2)), alpha=0.05, **sizes)
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """`x ** exponent`, and 0 with a gradient of 0 where x is 0: an error of exactly 0 is no surprise."""
+    some = x > 0
+    return torch.where(some, torch.where(some, x, 1.0) ** exponent, 0.0)
