@@ -81,7 +81,7 @@ claims: $(INSTALLED_DEV)
 systems: $(INSTALLED_DEV)
 	$(BIN)/python docs/systems.py
 
-# changes to the formulas that the tests should notice: docs/mutants.md. KEYS="mega gta" does only these again
+# changes to the formulas that the tests should notice: docs/mutants.md. KEYS="mega gta" does only these systems or files again
 mutants: $(INSTALLED_DEV)
 	$(PIP) install -c constraints.txt -e '.[mutants]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/mutants.py $(KEYS)

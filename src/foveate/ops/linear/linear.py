@@ -147,12 +147,16 @@ class Linear(Operator):
 
     def _causal(self, fq: Tensor, fk: Tensor, v: Tensor, decay: Tensor | None, engine: str) -> Tensor:
         past = fk.shape[2] - fq.shape[2]
-        before = None if decay is None else decay[:, :, :past]
-        state = _written(fk[:, :, :past], v[:, :, :past], before, engine)
+        if not past:  # nothing is cut off, since a cut gives back a gradient as large as the whole, filled up with zeros
+            state = fk.new_zeros(*fk.shape[:2], fk.shape[3], v.shape[3])
+        else:
+            (old_k, fk), (old_v, v) = (x.tensor_split([past], 2) for x in (fk, v))
+            old, decay = (None, None) if decay is None else decay.tensor_split([past], 2)
+            state = _written(old_k, old_v, old, engine)
         if not fq.shape[2]:
             return fq @ state
         run = self.scan if engine == "chunked" else forms.recurrent
-        return run(fq, fk[:, :, past:], v[:, :, past:], None if decay is None else decay[:, :, past:], state)
+        return run(fq, fk, v, decay, state)
 
     @final
     def _weights(
