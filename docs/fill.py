@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from foveate.bench.recall import Recall
 from foveate.bench.results import Comparison
 from foveate.core.catalog import ROOMS, systems
 from foveate.report.table import markdown
@@ -50,12 +51,12 @@ def speed() -> str:
 
 def recall() -> str:
     """The recall figure as a table, best first, and how it was made."""
-    kept = json.loads((MEASURED / "recall" / "recall.json").read_text())
-    lines = ["| network | recall | state, bytes | parameters |", "|---|---:|---:|---:|"]
-    for point in sorted(kept["points"], key=lambda point: -point["accuracy"]):
-        numbers = f"{point['accuracy']:.1%} | {point['state_bytes']:,} | {point['parameters']:,}"
-        lines.append(f"| {point['label']} | {numbers} |")
-    task, schedule = kept["task"], kept["schedule"]
+    found = Recall.load(MEASURED / "recall" / "recall.json")
+    lines = ["| network | recall | state, bytes | parameters | rate |", "|---|---:|---:|---:|---:|"]
+    for point in sorted(found.best(), key=lambda point: -point.accuracy):
+        numbers = f"{point.accuracy:.1%} | {point.state_bytes:,} | {point.parameters:,} | {point.rate:g}"
+        lines.append(f"| {point.label} | {numbers} |")
+    task, schedule = found.task, found.schedule
     made = (
         f"{task['pairs']} pairs in {task['length']} tokens of {task['vocabulary']}; {schedule['steps']} steps of "
         f"{schedule['batch']} sequences, seed {schedule['seed']}, one run: `python benchmarks/recall.py`."

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from foveate.bench import recall as figure
-from foveate.bench.recall import CONTENDERS, Point, evened, parameters, recall, spec, state_bytes
-from foveate.core.errors import OptionError
+from foveate.bench.recall import CONTENDERS, Point, Recall, evened, parameters, recall, spec, state_bytes
+from foveate.core.errors import DivergedError, OptionError
 from foveate.report import curves
+from foveate.tasks.drill import HELDOUT
 from foveate.tasks.mqar import MQAR
-from foveate.train.loop import Schedule
+from foveate.train.loop import Schedule, evaluate, fit
 
 TASK = MQAR(vocabulary=32, length=24, pairs=3)
 NAMED = {contender.label: contender for contender in CONTENDERS}
@@ -56,20 +57,72 @@ def test_the_states_by_hand() -> None:
 
 
 def test_a_run_can_be_taken_up_again(tmp_path: Path) -> None:
-    said, schedule = [], Schedule(steps=3, batch=4)
-    first = recall(drill=TASK, schedule=schedule, only=["softmax"], dim=16, out=tmp_path)
+    said, settings = [], dict(drill=TASK, schedule=Schedule(steps=3, batch=4), dim=16, out=tmp_path)
+    first = recall(**settings, rates=[1e-2], only=["softmax"])
     both = recall(
-        drill=TASK, schedule=schedule, only=["softmax", "lightning"], dim=16, out=tmp_path,
-        progress=lambda *at: said.append(at),
+        **settings, rates=[1e-3, 1e-2], only=["softmax", "lightning"], progress=lambda *at: said.append(at)
     )  # fmt: skip
-    assert [point.label for point in both.points] == ["softmax", "lightning"]
-    assert both.points[0] == first.points[0]
-    assert {text.partition(":")[0] for _, _, text in said} == {"lightning"}
-    assert said[-1][:2] == (3, 3)
+    runs = [("softmax", 1e-3), ("softmax", 1e-2), ("lightning", 1e-3), ("lightning", 1e-2)]
+    assert [(point.label, point.rate) for point in both.points] == runs
+    assert both.points[1] == first.points[0]
+    made = {f"{label} at {rate:g}" for label, rate in runs} - {"softmax at 0.01"}
+    assert {text.partition(":")[0] for *_, text in said} == made
+    assert said[-1][:2] == (9, 9)
     kept = json.loads((tmp_path / figure.RESULTS).read_text())
     assert kept["task"] == {"name": "mqar", **vars(TASK)}
-    other = recall(drill=TASK, schedule=replace(schedule, seed=1), only=["softmax"], dim=16, out=tmp_path)
+    assert {(point.label, point.rate) for point in Recall.load(tmp_path / figure.RESULTS).points} == set(runs)
+    other = recall(**{**settings, "schedule": Schedule(steps=3, batch=4, seed=1)}, rates=[1e-2], only=["softmax"])
+    assert len(other.points) == 1
     assert other.points[0].scores != first.points[0].scores or other.points[0].seconds != first.points[0].seconds
+
+
+def test_results_of_another_version_are_made_anew(tmp_path: Path) -> None:
+    (tmp_path / figure.RESULTS).write_text('{"task": {}, "schedule": {}, "points": [{"label": "softmax"}]}')
+    found = recall(
+        drill=TASK, schedule=Schedule(steps=1, batch=2), rates=[1e-2], only=["softmax"], dim=16, out=tmp_path
+    )
+    assert found.points[0].parameters > 0
+
+
+def test_each_network_stands_at_the_rate_that_suits_it_on_examples_of_their_own() -> None:
+    def run(label: str, rate: float, validation: float, accuracy: float) -> Point:
+        return Point(label, "linear", rate, 10, 100, accuracy, validation, 1.0)
+
+    found = Recall({}, {}, [run("a", 1, 0.5, 0.9), run("a", 2, 0.6, 0.4), run("b", 1, 0.3, 0.3), run("b", 2, 0.2, 0.8)])
+    assert [(point.label, point.rate, point.accuracy) for point in found.best()] == [("a", 2, 0.4), ("b", 1, 0.3)]
+
+
+def test_a_run_that_diverges_counts_as_nothing_recalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = figure.fit
+
+    def fit(net: object, drill: MQAR, schedule: Schedule, **rest: object) -> object:
+        if schedule.rate > 1:
+            raise DivergedError("the loss is nan at step 1")
+        return real(net, drill, schedule, **rest)
+
+    monkeypatch.setattr(figure, "fit", fit)
+    settings = dict(drill=TASK, schedule=Schedule(steps=2, batch=4), only=["softmax"], dim=16, out=tmp_path)
+    far, near = recall(**settings, rates=[2.0, 1e-2]).points
+    assert (far.validation, far.accuracy, far.scores) == (0.0, 0.0, {})
+    assert near.scores
+
+
+def test_the_figure_is_of_examples_that_choose_no_rate(tmp_path: Path) -> None:
+    one, other = (TASK.heldout(64, seed)[0] for seed in (HELDOUT, figure.TEST_SEED))
+    assert not torch.equal(one, other)
+    schedule = Schedule(steps=1, batch=2, rate=1e-2)
+    found = recall(drill=TASK, schedule=schedule, rates=[1e-2], only=["softmax"], dim=16, out=tmp_path)
+    made = spec(NAMED["softmax"], TASK, 16, 2)
+    made = evened(made, parameters(made))
+    torch.manual_seed(0)
+    net = made.build()
+    fit(net, TASK, schedule)
+    assert found.points[0].accuracy == evaluate(net, TASK, 1024, seed=figure.TEST_SEED)
+
+
+def test_rates_are_needed(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="rates must name at least one"):
+        recall(drill=TASK, rates=[], out=tmp_path)
 
 
 def test_unknown_labels(tmp_path: Path) -> None:
@@ -78,7 +131,7 @@ def test_unknown_labels(tmp_path: Path) -> None:
 
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:
-    points = [Point("<b>", "attention", 10, 1000, 0.5, 1.0), Point("two", "based", 10, 500, 0.25, 1.0)]
+    points = [Point("<b>", "attention", 0.1, 9, 1000, 0.5, 0.5, 1.0), Point("2", "based", 0.1, 9, 500, 0.2, 0.2, 1.0)]
     page = curves.recall(points, "a <title>", tmp_path / "recall.html").read_text()
     assert "&lt;b&gt;" in page
     assert "<title>a" not in page

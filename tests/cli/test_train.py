@@ -74,7 +74,20 @@ def test_options_are_read_as_python_writes_them() -> None:
 
 
 def test_bench_recall(tmp_path: Path) -> None:
-    args = ["--length", 24, "--pairs", 3, "--vocabulary", 32, "--steps", 2, "--only", "softmax; lightning"]
+    args = [
+        "--length",
+        24,
+        "--pairs",
+        3,
+        "--vocabulary",
+        32,
+        "--steps",
+        2,
+        "--rates",
+        "1e-2,",
+        "--only",
+        "softmax; lightning",
+    ]
     result = run("bench", "recall", *args, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "lightning" in result.stdout
@@ -84,3 +97,6 @@ def test_bench_recall(tmp_path: Path) -> None:
     wrong = run("bench", "recall", "--only", "nobody", "--out", tmp_path)
     assert wrong.exit_code == 2
     assert "only=nobody names no contender" in wrong.stderr
+    wrong = run("bench", "recall", "--rates", "fast", "--out", tmp_path)
+    assert wrong.exit_code == 2
+    assert "rates='fast' must be numbers, between commas" in wrong.stderr

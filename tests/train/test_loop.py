@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from foveate.bench.compare import compare
-from foveate.core.errors import OptionError, TaskError, UnknownKey, UnsupportedModel, UnsupportedPattern
+from foveate.core.errors import DivergedError, OptionError, TaskError, UnknownKey, UnsupportedModel, UnsupportedPattern
 from foveate.models.spec import Mixer, Spec
 from foveate.tasks.drill import IGNORED
 from foveate.train import checkpoint, network
@@ -83,7 +83,7 @@ def test_the_same_seed_is_the_same_training() -> None:
 def test_a_loss_that_is_no_number_stops_it() -> None:
     net, _, drill = small()
     nn.init.constant_(net.embed.weight, math.nan)
-    with pytest.raises(OptionError, match="the loss is nan at step 0"):
+    with pytest.raises(DivergedError, match="the loss is nan at step 0: rate="):
         fit(net, drill, Schedule(steps=2))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,23 +12,27 @@ from typing import Any, Literal
 import torch
 
 from foveate.bench.results import write_atomic
-from foveate.core.errors import OptionError
+from foveate.core.errors import DivergedError, OptionError
 from foveate.models.spec import Mixer, Spec
 from foveate.ops import states
 from foveate.tasks.drill import Drill
 from foveate.tasks.mqar import MQAR
 from foveate.train import network
-from foveate.train.loop import Schedule, fit
+from foveate.train.loop import Schedule, evaluate, fit
 
 RESULTS = "recall.json"
 
 Family = Literal["attention", "window", "based", "linear", "memory"]
 
 
-#: Small enough to overload what a state of this width holds, and to learn within half a minute each.
-TASK: dict[str, int] = dict(vocabulary=64, length=96, pairs=16)
-SCHEDULE: dict[str, Any] = dict(steps=600, batch=32, rate=1e-2)
+#: More pairs than a head has channels, so that a state of this width is overloaded, and few enough to learn in minutes.
+TASK: dict[str, int] = dict(vocabulary=128, length=128, pairs=32)
+SCHEDULE: dict[str, Any] = dict(steps=800, batch=32)
+#: Each network is trained at each of these learning rates, as in Zoology: none suits all of them.
+RATES = (3e-3, 1e-2, 3e-2)
 DIM, HEADS = 32, 2
+#: The seed of the examples that the figure is made of; others choose the rate.
+TEST_SEED = 2**31 - 2
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,13 @@ def twice(label: str, family: Family, key: str, **options: Any) -> Contender:
 
 
 def based(feature_dim: int, window: int) -> Contender:
-    """Based's two mixers: exact attention over a few tokens, then Taylor features over all."""
-    near = ("sliding_window", {"window": window, "sinks": 0}, {})
-    layers = (near, ("based", {}, {"head_dim": feature_dim, "value_dim": DIM // HEADS}))
+    """Based's two mixers in the release's order: Taylor features over all tokens, then exact attention over a few.
+
+    The other way round, no network whose second layer alone sees everything learns within such a schedule, one with
+    softmax attention there neither.
+    """
+    far = ("based", {}, {"head_dim": feature_dim, "value_dim": DIM // HEADS})
+    layers = (far, ("sliding_window", {"window": window, "sinks": 0}, {}))
     return Contender(f"based {feature_dim}, window {window}", "based", layers)
 
 
@@ -70,64 +78,96 @@ CONTENDERS = (
 
 @dataclass(frozen=True)
 class Point:
-    """What one network came to."""
+    """What one network came to at one learning rate.
+
+    Args:
+        accuracy: the share recalled in examples that nothing has seen before.
+        validation: in those by which the rate is chosen.
+        scores: validation along the way, by step; none where the run diverged.
+    """
 
     label: str
     family: Family
+    rate: float
     parameters: int
     state_bytes: int
     accuracy: float
+    validation: float
     seconds: float
     scores: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
 class Recall:
-    """The figure: its task, its schedule, and its points."""
+    """The figure: its task, its schedule, and all its runs."""
 
     task: dict[str, Any]
     schedule: dict[str, Any]
     points: list[Point]
+
+    def best(self) -> list[Point]:
+        """Each network at the rate that suits it best, in the order of the runs."""
+        labels = dict.fromkeys(point.label for point in self.points)
+        return [max(self._of(label), key=lambda point: point.validation) for label in labels]
+
+    def _of(self, label: str) -> list[Point]:
+        return [point for point in self.points if point.label == label]
+
+    @classmethod
+    def load(cls, path: Path) -> Recall:
+        kept = json.loads(path.read_text("utf-8"))
+        points = [Point(**{**p, "scores": {int(step): s for step, s in p["scores"].items()}}) for p in kept["points"]]
+        return cls(kept["task"], kept["schedule"], points)
 
     def save(self, path: Path) -> None:
         write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def recall(
-    *, drill: Drill | None = None, schedule: Schedule | None = None, only: list[str] | None = None, dim: int = DIM,
-    heads: int = HEADS, out: Path = Path("foveate-recall"), progress: Callable[[int, int, str], None] | None = None,
+    *, drill: Drill | None = None, schedule: Schedule | None = None, rates: Sequence[float] = RATES,
+    only: list[str] | None = None, dim: int = DIM, heads: int = HEADS, out: Path = Path("foveate-recall"),
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Recall:  # fmt: skip
     """Train every contender on the same recall task with as many parameters, and measure what it keeps per sequence.
 
     Args:
         drill: the task; `MQAR` of the sizes `TASK` where None.
-        schedule: of the training, the same for all.
+        schedule: of the training, the same for all but for its rate.
+        rates: learning rates, each of which every contender is trained at.
         only: labels of contenders; all where None.
         dim, heads: of every network.
         out: folder of `recall.json`; what an earlier run with the same settings left there is kept.
     """
     drill = drill or MQAR(**TASK)
     schedule = schedule or Schedule(**SCHEDULE)
+    tried = [replace(schedule, rate=rate) for rate in dict.fromkeys(rates)]
+    if not tried:
+        raise OptionError("rates must name at least one learning rate")
     chosen = [contender for contender in CONTENDERS if only is None or contender.label in only]
     if missing := set(only or ()) - {contender.label for contender in chosen}:
         labels = ", ".join(contender.label for contender in CONTENDERS)
         raise OptionError(f"only={', '.join(sorted(missing))} names no contender; they are {labels}")
-    found = _resumed(Recall({"name": drill.name, **vars(drill)}, asdict(schedule), []), out / RESULTS)
-    done = {point.label for point in found.points}
+    settings = Recall({"name": drill.name, **vars(drill)}, {**asdict(schedule), "rate": None}, [])
+    found = _resumed(settings, out / RESULTS)
     budget = parameters(spec(CONTENDERS[0], drill, dim, heads))
-    todo = [contender for contender in chosen if contender.label not in done]
-    for number, contender in enumerate(todo):
+    runs = [(contender, at) for contender in chosen for at in tried]
+    done = {(point.label, point.rate) for point in found.points}
+    todo = [(contender, at) for contender, at in runs if (contender.label, at.rate) not in done]
+    for number, (contender, at) in enumerate(todo):
 
-        def watch(step: int, steps: int, note: str, first: int = number, label: str = contender.label) -> None:
+        def watch(step: int, steps: int, note: str, first: int = number, run: str = _named(contender, at)) -> None:
             if progress is not None:
-                progress(first * steps + step, len(todo) * steps, f"{label}: {note}")
+                progress(first * steps + step, len(todo) * steps, f"{run}: {note}")
 
-        found.points.append(_point(contender, drill, schedule, dim, heads, budget, watch))
+        found.points.append(_point(contender, drill, at, dim, heads, budget, watch))
         found.save(out / RESULTS)
-    order = [contender.label for contender in CONTENDERS]
-    found.points.sort(key=lambda point: order.index(point.label))
-    found.points = [point for point in found.points if only is None or point.label in only]
-    return found
+    order = [(contender.label, at.rate) for contender, at in runs]
+    asked = [point for point in found.points if (point.label, point.rate) in order]
+    return replace(found, points=sorted(asked, key=lambda point: order.index((point.label, point.rate))))
+
+
+def _named(contender: Contender, schedule: Schedule) -> str:
+    return f"{contender.label} at {schedule.rate:g}"
 
 
 def spec(contender: Contender, drill: Drill, dim: int, heads: int) -> Spec:
@@ -160,13 +200,17 @@ def _point(
     made = evened(spec(contender, drill, dim, heads), budget)
     torch.manual_seed(schedule.seed)
     net, begun = made.build(), time.perf_counter()
-    history = fit(net, drill, schedule, heldout=512, progress=watch)
+    try:
+        scores = fit(net, drill, schedule, heldout=512, progress=watch).scores
+        found = evaluate(net, drill, 1024, seed=TEST_SEED)
+    except DivergedError:
+        scores, found = {}, 0.0
     seconds = time.perf_counter() - begun
     with torch.no_grad():
         held = state_bytes(made, drill)
     return Point(
-        contender.label, contender.family, sum(p.numel() for p in net.parameters()), held, history.score,
-        round(seconds, 1), history.scores,
+        contender.label, contender.family, schedule.rate, sum(p.numel() for p in net.parameters()), held, found,
+        scores[max(scores)] if scores else 0.0, round(seconds, 1), scores,
     )  # fmt: skip
 
 
@@ -174,8 +218,8 @@ def _resumed(settings: Recall, path: Path) -> Recall:
     """What an earlier run with the same settings measured."""
     if not path.is_file():
         return settings
-    kept = json.loads(path.read_text("utf-8"))
-    if (kept.get("task"), kept.get("schedule")) != (settings.task, settings.schedule):
+    try:
+        kept = Recall.load(path)
+    except (TypeError, KeyError, ValueError):  # of another version: nothing in it can be used
         return settings
-    points = [Point(**{**p, "scores": {int(step): s for step, s in p["scores"].items()}}) for p in kept["points"]]
-    return replace(settings, points=points)
+    return kept if (kept.task, kept.schedule) == (settings.task, settings.schedule) else settings

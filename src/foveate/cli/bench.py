@@ -22,7 +22,7 @@ Pairs = Annotated[int, typer.Option(help="Key-value pairs to remember.")]
 Vocabulary = Annotated[int, typer.Option(help="Tokens that there are.")]
 Steps = Annotated[int, typer.Option(help="Optimiser steps for each network.")]
 Batch = Annotated[int, typer.Option(help="Sequences in each step.")]
-Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
+Rates = Annotated[str, typer.Option(help="Learning rates, between commas; each network is shown at its best one.")]
 Seed = Annotated[int, typer.Option(help="Seed of parameters and batches.")]
 Out = Annotated[Path, typer.Option(help="Folder for recall.html and recall.json.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
@@ -36,20 +36,21 @@ def _benches() -> None:
 @app.command("recall")
 def recall(
     only: Only = None,
-    length: Length = 96,
-    pairs: Pairs = 16,
-    vocabulary: Vocabulary = 64,
-    steps: Steps = 600,
+    length: Length = 128,
+    pairs: Pairs = 32,
+    vocabulary: Vocabulary = 128,
+    steps: Steps = 800,
     batch: Batch = 32,
-    rate: Rate = 1e-2,
+    rates: Rates = "3e-3,1e-2,3e-2",
     seed: Seed = 0,
     out: Out = Path("foveate-recall"),
     as_json: Json = False,
 ) -> None:
     """Recall against state: every operator in the same small network, trained on multi-query associative recall.
 
-    All networks have as many parameters as the one with softmax attention.
-    Results are saved after each network: the same command again takes up where an interrupted one stopped.
+    All networks have as many parameters as the one with softmax attention, and each has the learning rate, of those
+    tried, that suits it best on examples of their own. Results are saved after each training: the same command again
+    takes up where an interrupted one stopped.
     """
     with Bar("loading") as bar:
         from foveate.bench import recall as figure
@@ -59,14 +60,25 @@ def recall(
 
         labels = None if only is None else [label.strip() for label in only.split(";") if label.strip()]
         drill = MQAR(vocabulary=vocabulary, length=length, pairs=pairs)
-        schedule = Schedule(steps=steps, batch=batch, rate=rate, seed=seed)
-        found = figure.recall(drill=drill, schedule=schedule, only=labels, out=out, progress=bar.at)
+        schedule = Schedule(steps=steps, batch=batch, seed=seed)
+        found = figure.recall(
+            drill=drill, schedule=schedule, rates=_numbers(rates), only=labels, out=out, progress=bar.at
+        )
         title = f"Recall of {pairs} pairs in {length} tokens against state"
-        page = curves.recall(found.points, title, out / "recall.html")
+        page = curves.recall(found.best(), title, out / "recall.html")
     if as_json:
         typer.echo((out / figure.RESULTS).read_text("utf-8"), nl=False)
     else:
         show(_table(found), f"plot     {page}", f"results  {out / figure.RESULTS}")
+
+
+def _numbers(text: str) -> list[float]:
+    from foveate.core.errors import OptionError
+
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise OptionError(f"rates={text!r} must be numbers, between commas") from None
 
 
 def _table(found: Recall) -> Table:
@@ -74,9 +86,9 @@ def _table(found: Recall) -> Table:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("network", no_wrap=True)
-    for heading in ("recall", "state, bytes", "parameters", "seconds"):
+    for heading in ("recall", "state, bytes", "parameters", "rate", "seconds"):
         table.add_column(heading, justify="right")
-    for point in found.points:
-        numbers = f"{point.state_bytes:,}", f"{point.parameters:,}", f"{point.seconds:.0f}"
+    for point in found.best():
+        numbers = f"{point.state_bytes:,}", f"{point.parameters:,}", f"{point.rate:g}", f"{point.seconds:.0f}"
         table.add_row(point.label, f"{point.accuracy:.1%}", *numbers)
     return table

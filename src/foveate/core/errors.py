@@ -22,6 +22,10 @@ class OptionError(FoveateError, ValueError):
     """An option's value is outside what is valid."""
 
 
+class DivergedError(FoveateError, ArithmeticError):
+    """A training run whose loss is no number any more."""
+
+
 class UnknownKey(FoveateError, KeyError):
     """A name that nothing is registered under."""
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 #: The label of a position where nothing is asked.
 IGNORED = -100
+#: The seed of what is held out, unless another one is named.
+HELDOUT = 2**31 - 1
 
 
 class Drill(ABC):
@@ -30,7 +32,7 @@ class Drill(ABC):
     ) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
         """`count` sequences and their labels."""
 
-    def heldout(self, count: int, seed: int = 2**31 - 1) -> tuple[Tensor, Tensor]:
+    def heldout(self, count: int, seed: int = HELDOUT) -> tuple[Tensor, Tensor]:
         """The same sequences for the same seed, which training never draws from."""
         return self.sample(count, torch.Generator().manual_seed(seed), heldout=True)
 

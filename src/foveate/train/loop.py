@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import validate
-from foveate.core.errors import OptionError
-from foveate.tasks.drill import IGNORED, Drill, accuracy
+from foveate.core.errors import DivergedError, OptionError
+from foveate.tasks.drill import HELDOUT, IGNORED, Drill, accuracy
 
 Progress = Callable[[int, int, str], None]
 
@@ -78,7 +78,7 @@ def fit(
         progress: called as `progress(step, steps, note)` after every step.
 
     Raises:
-        OptionError: a loss that is no number any more, with the step at which that came.
+        DivergedError: a loss that is no number any more, with the step at which that came.
     """
     generator = torch.Generator().manual_seed(schedule.seed)
     matrices = [p for p in net.parameters() if p.requires_grad and p.ndim > 1]
@@ -92,7 +92,9 @@ def fit(
             group["lr"] = schedule.rate_at(step)
         loss = loss_of(net, *drill.sample(schedule.batch, generator))
         if not math.isfinite(value := loss.item()):
-            raise OptionError(f"the loss is {value} at step {step}: rate={schedule.rate} is too high for this network")
+            raise DivergedError(
+                f"the loss is {value} at step {step}: rate={schedule.rate} is too high for this network"
+            )
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), schedule.clip)
@@ -115,9 +117,9 @@ def loss_of(net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, drill: Drill, count: int = 256, *, batch: int = 64) -> float:
-    """Accuracy on held-out data."""
-    was, where, (inputs, labels) = net.training, next(net.parameters()).device, drill.heldout(count)
+def evaluate(net: nn.Module, drill: Drill, count: int = 256, *, batch: int = 64, seed: int = HELDOUT) -> float:
+    """Accuracy on held-out data; another seed draws other examples."""
+    was, where, (inputs, labels) = net.training, next(net.parameters()).device, drill.heldout(count, seed)
     net.eval()
     logits = torch.cat([net(part.to(where)).cpu() for part in inputs.split(batch)])
     net.train(was)

@@ -147,7 +147,7 @@ class Linear(Operator):
 
     def _causal(self, fq: Tensor, fk: Tensor, v: Tensor, decay: Tensor | None, engine: str) -> Tensor:
         past = fk.shape[2] - fq.shape[2]
-        if not past:  # nothing is cut off, since a cut gives back a gradient as large as the whole, filled up with zeros
+        if not past:  # a cut would give back a gradient as large as the whole, filled up with zeros
             state = fk.new_zeros(*fk.shape[:2], fk.shape[3], v.shape[3])
         else:
             (old_k, fk), (old_v, v) = (x.tensor_split([past], 2) for x in (fk, v))
