@@ -40,18 +40,16 @@ IGNORED = (
     "core/ReplaceComparisonOperator_Eq_Is",
     "core/ReplaceComparisonOperator_NotEq_IsNot",
 )  # fmt: skip
-#: The tests of the seams: their contracts, on a few systems.
-CONTRACTS = {
-    "ops/operator.py": "tests/contracts/test_operators_refuse.py -k 'sliding_window or titans'",
-    "ops/cache.py": "tests/contracts/test_operators.py -k sliding_window",
-    "ops/cached.py": "tests/contracts/test_operators.py -k sliding_window",
-    "ops/prepare.py": "tests/contracts/test_operators.py -k 'hedgehog or titans'",
-    "ops/dense/scored.py": "tests/contracts/test_operators.py -k sigmoid_attention",
-    "ops/sparse/selective.py": "tests/contracts/test_operators.py -k s2_attention",
+#: Tests of what no test is named after: a seam's contract, on a few systems, or the tests of a neighbour.
+TESTS = {
+    "ops/alibi.py": "tests/ops/test_prepare.py",
+    "ops/cache.py": "tests/ops/test_prepare.py",
+    "ops/cached.py": "tests/contracts/test_operators.py tests/ops/test_streaming.py -k s2_attention",
+    "ops/dense/scored.py": "tests/contracts/test_operators.py -k 'sigmoid_attention or neural_attention'",
     "ops/linear/forms.py": "tests/ops/test_linear.py",
-    "nn/layer.py": "tests/contracts/test_layers.py -k multi_head",
-    "nn/multi_head.py": "tests/contracts/test_layers.py -k multi_head",
-    "nn/positions.py": "tests/contracts/test_layers.py -k 'multi_head or moh'",
+    "ops/operator.py": "tests/contracts/test_operators_refuse.py -k 'sliding_window or titans'",
+    "ops/sparse/selective.py": "tests/contracts/test_operators.py -k s2_attention",
+    "ops/states.py": "tests/ops/test_prepare.py",
 }
 #: Instances made for the tests are part of these, not of the mechanism.
 FOR_TESTS = ("example", "example_input", "example_inputs", "exact")
@@ -121,7 +119,7 @@ def targets() -> Iterator[Target]:
         for path in sorted((ROOT / "src/foveate" / room).rglob("[a-z]*.py")):
             module = path.relative_to(ROOT)
             name = str(module.relative_to("src/foveate"))
-            tests = [CONTRACTS[name]] if name in CONTRACTS else _tests_of(module, room)
+            tests = [TESTS[name]] if name in TESTS else _tests_of(module, room)
             tests = tests or [row.test for user, row in own.items() if _imports(user, module)]
             if module not in own and tests:
                 yield Target(name, module, tuple(tests[:2]))

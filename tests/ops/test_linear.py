@@ -358,3 +358,47 @@ def test_refusals():
         op(q, q, q, mask=torch.zeros(1, 6))
     with pytest.raises(ShapeError, match=r"log decays of Gated must be .* got \(6,\)"):
         Gated()(q, q, q, causal=True, gate=torch.zeros(6))
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 1, 3)])
+@pytest.mark.parametrize("by_feature", [False, True, None])
+def test_the_forms_take_any_leading_dims(lead: tuple[int, ...], by_feature: bool | None) -> None:
+    """One head alone gives what it gives among others."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (*lead, 21, DIM), (*lead, 21, DIM), (*lead, 21, VALUE)
+    fq, fk, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    decay = None
+    if by_feature is not None:
+        decay = -torch.rand(*lead, 21, *((DIM,) if by_feature else ()), generator=generator, dtype=torch.float64)
+    state = torch.randn(*lead, DIM, VALUE, generator=generator, dtype=torch.float64)
+    out = forms.recurrent(fq, fk, v, decay, state)
+    torch.testing.assert_close(forms.chunked(fq, fk, v, decay, state, 4), out)
+    empty = torch.zeros_like(state)
+    torch.testing.assert_close(forms.matrix(fq, fk, True, decay) @ v, forms.recurrent(fq, fk, v, decay, empty))
+    written = empty
+    for t in range(21):
+        at = slice(t, t + 1)
+        gate = None if decay is None else decay[..., at, :] if by_feature else decay[..., at]
+        written = forms.write(written, fk[..., at, :], v[..., at, :], gate)
+    torch.testing.assert_close(forms.absorb(fk, v, decay), written)
+
+
+def test_a_state_tells_its_sums_apart() -> None:
+    q, k, v = (torch.randn(2, HEADS, 5, DIM, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    _, state = Elu().prefill(q, k, v)
+    fk = F.elu(k) + 1
+    torch.testing.assert_close(state.S, fk.mT @ v)
+    torch.testing.assert_close(state.z, fk.sum(2))
+    _, bare = LightningAttention2([1.0] * HEADS).prefill(q, k, v)
+    assert bare.z is None
+    torch.testing.assert_close(bare.S, k.mT @ v)
+
+
+def test_the_plan_by_hand() -> None:
+    """q, k, v and the output once; products inside blocks, and with the state, for D features and Dv + 1 columns."""
+    q, k, v = torch.zeros(2, HEADS, 100, DIM), torch.zeros(2, HEADS, 100, DIM), torch.zeros(2, HEADS, 100, VALUE)
+    plan, inside, out = Elu().plan(q, k, v, causal=True), 64, VALUE + 1
+    assert plan.bytes == 4 * 2 * HEADS * 100 * (2 * DIM + 2 * VALUE)
+    assert plan.flops == 2 * HEADS * (2 * 100 * inside * (DIM + out) + 4 * 100 * DIM * out)
+    assert plan.engine == "chunked"
+    assert Elu().plan(q, k, v).flops == 2 * HEADS * 4 * 100 * DIM * out

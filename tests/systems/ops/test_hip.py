@@ -132,3 +132,7 @@ def test_it_needs_that_locality() -> None:
 def test_bad_options(options: dict, says: str) -> None:
     with pytest.raises(OptionError, match=says):
         HiP(**options)
+
+
+def test_a_budget_is_the_keys_kept() -> None:
+    assert [HiP.at_budget(share, 1024).keep for share in (0.25, 0.1, 0.0)] == [256, 102, 2]

@@ -85,3 +85,10 @@ def test_different_shards_find_what_equal_ones_lose(claim) -> None:
         ours=found(8), baseline=found(1), better="higher", margin=0.5, baseline_name="the same shard for all heads",
         seed=0,
     )  # fmt: skip
+
+
+def test_shards_take_turns_at_equal_distances() -> None:
+    """Two shards at a stride of 8 keep blocks 4 apart; more shards than the stride start over."""
+    kept = [s2_mask(shards, 17, 1, 8)[:, 16, :16].nonzero().tolist() for shards in (2, 16)]
+    assert kept[0] == [[0, 0], [0, 8], [1, 4], [1, 12]]
+    assert [block for shard, block in kept[1] if shard == 1] == [7, 15] == [b for shard, b in kept[1] if shard == 9]

@@ -77,3 +77,9 @@ def test_a_stream_keeps_no_more_than_it_looks_at() -> None:
     _, prefilled = op.prefill(q, k, v)
     assert torch.equal(prefilled.k, state.k)
     assert torch.equal(prefilled.v, state.v)
+
+
+def test_a_budget_is_the_window_and_its_sinks() -> None:
+    op = SlidingWindow.at_budget(0.25, 1024)
+    assert (op.window, op.sinks) == (252, 4)
+    assert SlidingWindow.at_budget(0.001, 1024).window == 1

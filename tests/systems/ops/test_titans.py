@@ -164,3 +164,19 @@ def test_trained_end_to_end_it_recalls_the_latest_value(claim):
         ours=found["ours"], baseline=found["linear"], better="higher", margin=0.1,
         baseline_name="linear attention without gates", seed=0,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("depth", "shapes"), [
+    (1, [(3, 5, 4)]), (2, [(3, 12, 4), (3, 5, 12)]), (4, [(3, 12, 4), (3, 12, 12), (3, 12, 12), (3, 5, 12)]),
+])  # fmt: skip
+def test_as_many_layers_as_asked_for(depth: int, shapes: list[tuple[int, int, int]]) -> None:
+    op = Titans(3, 4, 5, depth=depth, expansion=3)
+    assert [tuple(matrix.shape) for matrix in op.first] == shapes
+    assert not op.first[-1].any()
+
+
+def test_defaults() -> None:
+    op = Titans(1, 4)
+    assert (len(op.first), op.chunk, op.unit) == (2, 16, True)
+    assert op.rates == {"alpha": 0.01, "eta": 0.5, "theta": 0.1}
+    assert op.first[0].shape == (1, 8, 4)

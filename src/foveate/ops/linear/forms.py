@@ -66,14 +66,11 @@ def _matrix_by_feature(fq: Tensor, fk: Tensor, log_decay: Tensor) -> Tensor:
     return torch.cat(rows, -2)[..., n - n_queries : n, :n]
 
 
-def absorb(fk: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+def absorb(fk: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
     """The state `(..., F, Dv)` after all these keys have been written, at O(N F Dv)."""
     if log_decay is None:
-        written = fk.mT @ v
-        return written if state is None else state + written
-    fade = _column(log_decay, fk)
-    written = (fk * torch.exp(_until_the_end(fade))).mT @ v
-    return written if state is None else torch.exp(fade.sum(-2, keepdim=True)).mT * state + written
+        return fk.mT @ v
+    return (fk * torch.exp(_until_the_end(_column(log_decay, fk)))).mT @ v
 
 
 def chunked(fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, block: int) -> Tensor:
