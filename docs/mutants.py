@@ -181,10 +181,16 @@ def _draw(db: WorkDB, key: str, source: str) -> None:
     """Leave a few of the pending changes, from all over the file, and skip the others."""
     inert = _inert(source)
     pending = list(db.pending_work_items)
-    real = [item for item in pending if _is_real(item, inert)]
+    # sorted, since the database has an order of its own every time
+    real = sorted((item for item in pending if _is_real(item, inert)), key=_place)
     kept = {item.job_id for item in random.Random(f"{key} {SEED}").sample(real, min(PER_FILE, len(real)))}
     skipped = [item.job_id for item in pending if item.job_id not in kept]
     db.set_multiple_results(skipped, WorkResult(WorkerOutcome.SKIPPED))
+
+
+def _place(item: WorkItem) -> tuple[tuple[int, int], str, int, str]:
+    mutation = item.mutations[0]
+    return mutation.start_pos, mutation.operator_name, mutation.occurrence, str(mutation.operator_args)
 
 
 def _is_real(item: WorkItem, inert: list[Span]) -> bool:

@@ -130,6 +130,7 @@ def test_defaults() -> None:
     assert net.encode[0].heads == 4
     assert net.pool.seeds.shape == (1, 1, 128)
     assert net.pool.before is not None, "the paper's"
+    assert PMA(4, 2).seeds.shape == (1, 1, 4)
     assert isinstance(net.pool.block.norm, nn.Identity)
     assert [type(block) for block in SetTransformer(3, 2, inducing=None).encode] == [SAB, SAB]
     bound = math.sqrt(6 / (128 + 32 * 128))  # Xavier's, as torch counts the fans of a (1, 32, 128) tensor

@@ -269,3 +269,15 @@ def test_a_token_costs_the_same_however_long_the_past(claim) -> None:
         ours=1e6 * after[2000][0], baseline=0.5e6 * after[2000][1], better="lower",
         baseline_name="half of what softmax attention takes",
     )  # fmt: skip
+
+
+def test_the_plan_by_hand() -> None:
+    """Scores, and six merges a token inside blocks of 32; q, k, v and the output are read or written once."""
+    q, k, v = torch.zeros(2, 4, 100, 8), torch.zeros(2, 2, 100, 8), torch.zeros(2, 2, 100, 5)
+    op = Aaren()
+    plans = {engine: op.plan(q, k, v, causal=True, engine=engine) for engine in ("auto", *FORMS)}
+    assert plans["auto"].engine == "scan"
+    assert {plan.bytes for plan in plans.values()} == {4 * (2 * 4 * 100 * (8 + 5) + 2 * 2 * 100 * (8 + 5))}
+    merges = {"auto": 6, "scan": 6, "recurrent": 1, "reference": 50}
+    for engine, each in merges.items():
+        assert plans[engine].flops == 2 * 4 * 100 * (2 * 8 + each * 4 * 6)

@@ -108,7 +108,7 @@ def test_the_order_of_tokens_does_not_matter_unless_causal() -> None:
     assert (causal - op(q, k, v, causal=True)[:, :, order]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("scale", [None, 0.25])
+@pytest.mark.parametrize("scale", [None, 0.25, 3.0])
 def test_of_equal_keys_it_reads_the_running_mean(scale: float | None) -> None:
     q, k, v = qkv(50, kv_heads=4, dtype=torch.float32)
     out = LightNetAttention()(q, torch.full_like(k, 1.7), v, causal=True, scale=scale)
