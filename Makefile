@@ -19,7 +19,7 @@ INSTALLED_DEV := $(VENV)/installed-dev-$(KEY)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo install install-dev test test-all parity lint format bench claims systems mutants docs clean
+.PHONY: demo install install-dev test test-all parity lint format bench claims systems mutants picture docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/foveate compare
@@ -86,7 +86,13 @@ mutants: $(INSTALLED_DEV)
 	$(PIP) install -c constraints.txt -e '.[mutants]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/mutants.py $(KEYS)
 
-docs: claims systems
+# the recall figure as a picture; a run that is complete is only drawn again
+picture: $(INSTALLED)
+	$(BIN)/python benchmarks/recall.py
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=960,600 --screenshot=docs/recall.png \
+		file://$(CURDIR)/foveate-recall.html
+
+docs: claims systems picture
 	$(BIN)/foveate compare
 	$(BIN)/python docs/fill.py
 

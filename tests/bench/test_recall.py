@@ -132,6 +132,12 @@ def test_unknown_labels(tmp_path: Path) -> None:
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:
     points = [Point("<b>", "attention", 0.1, 9, 1000, 0.5, 0.5, 1.0), Point("2", "based", 0.1, 9, 500, 0.2, 0.2, 1.0)]
+    assert curves.label_places(points) == {"<b>": "top center", "2": "top center"}
+    crowd = [Point(label, "linear", 0.1, 9, 100 + place, 0.5, 0.5, 1.0) for place, label in enumerate("abcde")]
+    assert [curves.label_places(crowd)[label] for label in "abcd"] == [
+        "top center", "bottom center", "middle left", "middle right",
+    ]  # fmt: skip
+    assert set(curves.label_places(crowd)) == set("abcde")
     page = curves.recall(points, "a <title>", tmp_path / "recall.html").read_text()
     assert "&lt;b&gt;" in page
     assert "<title>a" not in page

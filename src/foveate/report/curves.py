@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,22 +46,43 @@ def recall(points: Sequence[Point], title: str, path: Path) -> Path:
     from plotly.graph_objects import Figure, Scatter
 
     figure = Figure(layout=dict(title=html.escape(title), **_LAYOUT))
+    places = label_places(points)
     for family, (color, symbol) in FAMILIES.items():
         own = sorted((point for point in points if point.family == family), key=lambda point: point.state_bytes)
         if own:
             figure.add_trace(
                 Scatter(
                     x=[point.state_bytes for point in own], y=[100 * point.accuracy for point in own], name=family,
-                    text=[html.escape(point.label) for point in own], textposition="top center",
+                    text=[html.escape(point.label) for point in own],
+                    textposition=[places[point.label] for point in own],
                     mode="lines+markers+text" if family in ("based", "window") else "markers+text",
                     marker=dict(color=color, symbol=symbol, size=11), line=dict(color=color, width=1, dash="dot"),
                 )
             )  # fmt: skip
+    sizes = [point.state_bytes for point in points] or [1]
+    ticks = [1024 * 2**power for power in range(-10, 40)]
+    bounds = [math.log10(min(sizes) / 2.5), math.log10(max(sizes) * 1.8)]
+    axis = dict(title="state while decoding, kB per sequence", type="log", range=bounds, minor=dict(showgrid=False))
     figure.update_layout(
-        xaxis=dict(title="state while decoding, bytes per sequence", type="log"),
-        yaxis=dict(title="recall, % of queries", range=[0, 108]), legend=dict(orientation="h", y=1.08),
+        xaxis=dict(**axis, tickvals=ticks, ticktext=[f"{tick / 1024:g}" for tick in ticks]),
+        yaxis=dict(title="recall, % of queries", range=[-8, 112]), legend=dict(orientation="h", y=1.08),
     )  # fmt: skip
     return _write(figure, path)
+
+
+def label_places(points: Sequence[Point]) -> dict[str, str]:
+    """On which side of its mark each label stands, such that marks close together do not write over each other."""
+    sides, placed = ("top center", "bottom center", "middle left", "middle right"), {}
+    for point in sorted(points, key=lambda point: (-point.accuracy, point.state_bytes)):
+        near = {
+            placed[other.label]
+            for other in points
+            if other.label in placed
+            and abs(math.log(other.state_bytes / point.state_bytes)) < 0.7
+            and abs(other.accuracy - point.accuracy) < 0.08
+        }
+        placed[point.label] = next((side for side in sides if side not in near), sides[0])
+    return placed
 
 
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
