@@ -59,7 +59,7 @@ def recall() -> str:
     task, schedule = found.task, found.schedule
     made = (
         f"{task['pairs']} pairs in {task['length']} tokens of {task['vocabulary']}; {schedule['steps']} steps of "
-        f"{schedule['batch']} sequences, seed {schedule['seed']}, one run: `python benchmarks/recall.py`."
+        f"{schedule['batch']} sequences, seed {schedule['seed']}, at each rate: `python benchmarks/recall.py`."
     )
     return "\n".join([*lines, "", made])
 
