@@ -51,8 +51,8 @@ def twice(label: str, family: Family, key: str, **options: Any) -> Contender:
 def based(feature_dim: int, window: int) -> Contender:
     """Based's two mixers in the release's order: Taylor features over all tokens, then exact attention over a few.
 
-    The other way round, no network whose second layer alone sees everything learns within such a schedule, one with
-    softmax attention there neither.
+    The other way round, where the second layer alone sees everything, none that we tried learned within such a
+    schedule, the one with softmax attention there neither.
     """
     far = ("based", {}, {"head_dim": feature_dim, "value_dim": DIM // HEADS})
     layers = (far, ("sliding_window", {"window": window, "sinks": 0}, {}))
