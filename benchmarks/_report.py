@@ -6,6 +6,7 @@ divided within one run.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import statistics
 import time
@@ -27,6 +28,19 @@ def interleaved(fns: Mapping[str, Callable[[], object]], repeats: int) -> dict[s
         for name in list(fns)[:: 1 if repeat % 2 else -1]:
             taken[name].append(_seconds(fns[name]))
     return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def keep_memory() -> None:
+    """From here on this process keeps the memory it frees, as GPU allocators and jemalloc do; only glibc can be asked.
+
+    Left alone, glibc gives every block above 32 MB back at once, and the next such tensor is faulted in anew, page by
+    page: a price of the machine that only long sequences pay, and not part of what an operator computes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        top_is_trimmed, blocks_mapped = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        mallopt(top_is_trimmed, 2**31 - 1)
+        mallopt(blocks_mapped, 0)
 
 
 def finish(rows: Sequence[Mapping[str, object]], ratios: Mapping[str, float]) -> None:

@@ -4,14 +4,18 @@ Goals: peak extra memory at most 1/50 of the naive matrix forward, and 1/25 forw
 paper that found this, `memory_efficient_attention`, is held against what naive attention needs in all, with the paper's
 chunks of 1,024 queries and 4,096 keys: at most 1/59 forward and 1/32 forward and backward, in 1.5 times its time.
 Every measurement is a process of its own, whose resident memory is read before and at its peak; inputs and output count
-for neither side.
+for neither side. Memory is read where glibc gives back at once what is freed, so that the peak is what is in use, and
+time where glibc does as it likes. Each figure is the median of three processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -62,7 +66,14 @@ def attend(engine: str, backward: bool, n: int) -> Tensor:
 
 def measured(engine: str, backward: bool, n: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--length", str(n), "--engine", engine, *(["--backward"] if backward else [])]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    gives_back = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # once set, it does not grow as glibc's default does
+    return median(command, {}) | {"extra": median(command, gives_back)["extra"]}
+
+
+def median(command: list[str], env: dict[str, str], repeats: int = 3) -> dict[str, float]:
+    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, env=os.environ | env)
+    found = [json.loads(run(command).stdout.splitlines()[-1]) for _ in range(repeats)]
+    return {name: statistics.median(each[name] for each in found) for name in found[0]}
 
 
 def main() -> None:
