@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core.errors import UnsupportedPattern
+from foveate.core.selection import Selection
 from foveate.ops.cached import Cached
 from foveate.ops.linear.linear import Linear
 from foveate.ops.memory.memory import Memory
 from foveate.ops.memory.miras import Miras
 from foveate.ops.operator import Operator
+from foveate.ops.sparse.sliding_window import SlidingWindow
 from tests.contracts.operators import CLASSES, HEADS, KV_HEADS, WIDTH, each_operator, example
 from tests.tensors import assert_near, gradients, qkv
 
@@ -137,3 +139,19 @@ def test_a_long_stream_neither_grows_nor_drifts(key: str) -> None:
             assert state_bytes(state) == size
     exact = copy.deepcopy(op).double()(q[:, :, -LOOK:].double(), k.double(), v.double(), causal=True)
     assert (torch.cat(last, 2).double() - exact).norm() / exact.norm() < 1e-4
+
+
+def test_a_mechanism_is_told_that_a_stream_is_causal() -> None:
+    """The last query sees all keys either way, but what a mechanism chooses may depend on it."""
+    told = []
+
+    class Told(SlidingWindow):
+        def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
+            told.append(causal)
+            return super().select(q, k, causal, scale)
+
+    q, k, v = qkv(4)
+    op = Told(2)
+    _, state = op.prefill(q, k, v)
+    op.step(q[:, :, :1], k[:, :, :1], v[:, :, :1], state)
+    assert told == [True, True]

@@ -399,14 +399,18 @@ def test_it_learns_as_attention_that_gathers(claim) -> None:
 
 @pytest.mark.slow
 def test_what_sends_little_can_go(claim, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, random = read(14, prune_after=(1,), ratio=0.5), torch.Generator().manual_seed(0)
+    def mean_of_four() -> float:
+        return sum(read(14, seed, prune_after=(1,), ratio=0.5) for seed in range(4)) / 4
+
+    ours, random = mean_of_four(), torch.Generator().manual_seed(0)
 
     def at_random(scores: Tensor, *how: float) -> Tensor:
         return prune(torch.rand(scores.shape, generator=random), *how)
 
     monkeypatch.setattr(dependency_vit, "prune", at_random)
     claim(
-        "trained with half of its tokens dropped early, a net does better if they are those that send least: digits",
-        ours=ours, baseline=read(14, prune_after=(1,), ratio=0.5), better="higher", margin=0.02,
-        baseline_name="tokens dropped at random", seed=0,
+        "trained with half of its tokens dropped early, a net does better if they are those that send least: digits, "
+        "mean of four seeds",
+        ours=ours, baseline=mean_of_four(), better="higher", margin=0.02, baseline_name="tokens dropped at random",
+        seed=0,
     )  # fmt: skip
