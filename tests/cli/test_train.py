@@ -49,7 +49,7 @@ def test_train_in_json(tmp_path: Path) -> None:
         (["--op", "softmax", "--heads", 3], "heads=3 must divide dim=64"),
         (["--op", "softmax", "--options", "window"], "options='window' must be NAME=VALUE"),
         (["--op", "softmax", "--options", "window=3"], 'operator "softmax"'),
-        (["--op", "efficient_attention"], "a decoder's layers are causal; MultiHeadAttention is not"),
+        (["--op", "efficient_attention"], "MultiHeadAttention of EfficientAttention defines no causal attention"),
         (["--op", "sink_recent"], "is neither operator nor layer"),
         (["--op", "softmax", "--task", "lm", "--pairs", 3], "task lm takes no pairs"),
         (["--op", "softmax", "--length", 7], "length=7 must be even"),

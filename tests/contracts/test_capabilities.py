@@ -65,6 +65,24 @@ def test_groups() -> None:
         grouped(systems(), "position")
 
 
+def test_facts_hold_for_the_defaults() -> None:
+    found = snapshot()
+    assert found["sigmoid_attention"]["streams"] is None, "its default bias counts the keys of the call"
+    assert found["sigmoid_attention"]["by_options"] == {"streams": "exact", "state": "grows"}
+    assert (found["music_transformer"]["growth"], found["music_transformer"]["by_options"]) == ("N²", {"growth": "N"})
+    assert found["sliding_window"]["state"] == "constant"
+    assert found["moh"]["by_options"] == {}, "its defaults are for more heads: only an example is left"
+
+
+def test_groups_by_facts() -> None:
+    families = {name: [row.key for row in rows] for name, rows in grouped(systems(), "family").items()}
+    assert "hedgehog" in families["linear"]
+    assert "softmax" in families["scored"]
+    assert "token_select" in families["none"]
+    assert sum(map(len, families.values())) == len(systems())
+    assert all(row.room == room for room, rows in grouped(systems(), "room").items() for row in rows)
+
+
 def test_facts_are_plain() -> None:
     for facts in snapshot().values():
         assert facts["patterns"]

@@ -22,7 +22,11 @@ Key = Annotated[str | None, typer.Argument(help="One system's key: show its card
 Room = Annotated[str | None, typer.Option(help="Only those of one room: ops, kv, steer, lens, ...")]
 Tag = Annotated[str | None, typer.Option(help="Only those with this tag.")]
 By = Annotated[
-    str | None, typer.Option(help="Group by a category of the survey: sequences, levels, positions, representations.")
+    str | None,
+    typer.Option(
+        help="Group by a category of the survey (sequences, levels, positions, representations) or by room, kind, "
+        "family, state of a stream, or growth of time."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -95,6 +99,8 @@ def _said(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, list):
         return ", ".join(value)
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {_said(fact)}" for name, fact in value.items())
     return "" if value is None else str(value)
 
 
@@ -104,7 +110,7 @@ def _card(row: System, card: Card) -> list[RenderableType]:
 
     facts = Table.grid(padding=(0, 2))
     named = {"paper": row.url, "room": row.room, "object": row.object, "tags": ", ".join(row.tags), "test": row.test}
-    named |= {name: _said(value) for name, value in catalog.capabilities(row.key).items()}
+    named |= {name.replace("_", " "): _said(value) for name, value in catalog.capabilities(row.key).items()}
     named |= {name: ", ".join(places) for name, places in asdict(row.taxonomy).items()}
     for name, value in named.items():
         if value:

@@ -42,6 +42,9 @@ CATEGORIES = {
     "representations": ("single", "multi-representational", "multi-dimensional"),
 }
 
+#: What else the catalogue can be grouped by: where a system lives, and what operators and layers say of themselves.
+FACTS = ("room", "kind", "family", "state", "growth")
+
 
 @dataclass(frozen=True)
 class Taxonomy:
@@ -99,11 +102,17 @@ def systems(room: str | None = None, tag: str | None = None) -> list[System]:
     return [row for row in read() if room in (None, row.room) and (tag is None or tag in row.tags)]
 
 
-def grouped(rows: Sequence[System], category: str) -> dict[str, list[System]]:
-    """The rows under each place that the survey's `category` tells apart; a row with several stands under each."""
-    if category not in CATEGORIES:
-        raise unknown("category", category, CATEGORIES)
-    return {place: [row for row in rows if place in getattr(row.taxonomy, category)] for place in CATEGORIES[category]}
+def grouped(rows: Sequence[System], by: str) -> dict[str, list[System]]:
+    """The rows under each place that a category of the survey, or one of `FACTS`, tells apart.
+
+    A row with several places stands under each; one of which a fact is not known stands under "none".
+    """
+    if by in CATEGORIES:
+        return {place: [row for row in rows if place in getattr(row.taxonomy, by)] for place in CATEGORIES[by]}
+    if by not in FACTS:
+        raise unknown("category", by, (*CATEGORIES, *FACTS))
+    known = {row.key: row.room if by == "room" else capabilities(row.key).get(by) or "none" for row in rows}
+    return {place: [row for row in rows if known[row.key] == place] for place in dict.fromkeys(known.values())}
 
 
 def capabilities(key: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Decoder(nn.Module):
             raise OptionError(f"mixers must be layers of one width; got widths {[mixer.dim for mixer in mixers]}")
         for mixer in mixers:
             if "causal self" not in mixer.patterns:
-                raise UnsupportedPattern(f"a decoder's layers are causal; {mixer.name} is not")
+                raise UnsupportedPattern(f"a decoder's layers are causal; {mixer.name} defines no causal attention")
         dim = mixers[0].dim
         self.embed = nn.Embedding(vocabulary, dim)
         if tied:  # else logits would begin as large as the width

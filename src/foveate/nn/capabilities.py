@@ -1,18 +1,22 @@
 """What each operator and layer of the catalogue can do, as facts that a program reads.
 
-They are declared on the classes, or found by trying; `snapshot` is kept beside the catalogue (`capabilities.json`), so
+They are declared on the classes, or found by trying, and hold for a system's defaults; where the options of its example
+give it other powers, these stand beside them. `snapshot` is kept beside the catalogue (`capabilities.json`), so
 that `foveate systems` shows them without importing torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from foveate.core.catalog import systems
+from foveate.core.errors import OptionError
 from foveate.nn.layer import Layer
+from foveate.ops import sized
 from foveate.ops.dense.scored import Scored
 from foveate.ops.linear.linear import Linear
 from foveate.ops.memory.memory import Memory
@@ -21,6 +25,7 @@ from foveate.ops.sparse.selective import Selective
 from foveate.ops.states import state_bytes
 
 HEADS, WIDTH, LENGTH = 4, 16, 64
+DIM = HEADS * WIDTH
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,9 @@ class Capabilities:
         state: what a stream keeps: "constant", "grows", or None where nothing streams.
         weights: whether there is a matrix of weights over keys to look at.
         growth: of the time, in the number of tokens: "N", "N log N", "N²".
-        parameters: trained numbers of the example with 4 heads of 16 channels.
+        parameters: trained numbers with 4 heads of 16 channels.
         inputs: further tensors that a call may bring.
+        by_options: facts that options change, with what they are in the class's example.
     """
 
     kind: str
@@ -50,21 +56,21 @@ class Capabilities:
     growth: str
     parameters: int
     inputs: tuple[str, ...]
+    by_options: dict[str, Any] = field(default_factory=dict)
 
 
 def capabilities(cls: type[Operator] | type[Layer]) -> Capabilities:
-    """The facts of an operator or a layer, read from its class and its example."""
-    if issubclass(cls, Operator):
-        made: Any = cls.example(HEADS, WIDTH, LENGTH)
-        kind, family, weights = "operator", _family(cls), made.has_weights
-    else:
-        made = cls.example(HEADS * WIDTH, HEADS, LENGTH)
-        kind, family, weights = "layer", None, False
-    return Capabilities(
-        kind=kind, family=family, patterns=tuple(sorted(made.patterns)), masks=tuple(sorted(made.masks)),
-        streams=made.steps, state=_state(made), weights=weights, growth=made.growth,
-        parameters=sum(p.numel() for p in made.parameters() if p.requires_grad), inputs=tuple(sorted(made.inputs)),
-    )  # fmt: skip
+    """The facts of an operator or a layer, read from its class and an instance with its defaults."""
+    example = cls.example(HEADS, WIDTH, LENGTH) if issubclass(cls, Operator) else cls.example(DIM, HEADS, LENGTH)
+    state = _state(example)  # of sizes fit for what is streamed: a default window may be longer
+    other = _facts(example, state)
+    try:
+        made = sized(cls, HEADS, WIDTH) if issubclass(cls, Operator) else cls(DIM, HEADS)  # type: ignore[call-arg]
+    except (TypeError, OptionError):  # it has no defaults, or none for such sizes
+        return Capabilities(**other)
+    facts = _facts(made, state)
+    changed = {name: fact for name, fact in other.items() if name != "parameters" and fact != facts[name]}
+    return Capabilities(**facts, by_options=changed)
 
 
 def snapshot() -> dict[str, dict[str, Any]]:
@@ -74,11 +80,24 @@ def snapshot() -> dict[str, dict[str, Any]]:
         if row.room in ("ops", "nn"):
             cls = row.load()
             if isinstance(cls, type) and issubclass(cls, Operator | Layer):
-                found[row.key] = {
-                    name: list(value) if isinstance(value, tuple) else value
-                    for name, value in asdict(capabilities(cls)).items()
-                }
+                found[row.key] = json.loads(json.dumps(asdict(capabilities(cls))))
     return found
+
+
+def _facts(made: Any, state: str | None) -> dict[str, Any]:
+    operates = isinstance(made, Operator)
+    return {
+        "kind": "operator" if operates else "layer",
+        "family": _family(type(made)) if operates else None,
+        "patterns": tuple(sorted(made.patterns)),
+        "masks": tuple(sorted(made.masks)),
+        "streams": made.steps,
+        "state": None if made.steps is None else state,
+        "weights": operates and made.has_weights,
+        "growth": made.growth,
+        "parameters": sum(p.numel() for p in made.parameters() if p.requires_grad),
+        "inputs": tuple(sorted(made.inputs)),
+    }
 
 
 def _family(cls: type[Operator]) -> str:

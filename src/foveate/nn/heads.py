@@ -104,6 +104,10 @@ class HeadScheme(Layer):
         self.out = nn.Linear(heads * self.value_dim, dim if out_dim is None else out_dim, bias=bias)
         self._declare()
 
+    @property
+    def name(self) -> str:
+        return f"{super().name} of {self.op.name}"
+
     def _declare(self) -> None:
         """What the operator can do and the positions leave."""
         biased = self.position is not None and self.position.biased

@@ -34,11 +34,13 @@ def operator(key: str | type[Operator] | Operator, /, **options: Any) -> Operato
         raise OptionError(f'operator "{key}": {error}') from None
 
 
-def sized(key: str | Operator, heads: int, head_dim: int, value_dim: int | None = None, **options: Any) -> Operator:
+def sized(
+    key: str | type[Operator] | Operator, heads: int, head_dim: int, value_dim: int | None = None, **options: Any
+) -> Operator:
     """The operator with this key, built for calls of such a size: where its class asks for sizes, it gets these."""
     if isinstance(key, Operator):
         return operator(key, **options)
-    cls = _class(key)
+    cls = key if isinstance(key, type) else _class(key)
     known = signature(cls).parameters
     sizes = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim}
     return operator(key, **{name: size for name, size in sizes.items() if name in known}, **options)
