@@ -119,7 +119,9 @@ class Plan:
 
     Args:
         engine: who computes.
-        flops: multiply-adds counted as two, of the two matrix products over the pairs that are computed.
+        flops: multiply-adds counted as two: for the pairs that are computed, their scores and the sums over values; for
+            a mechanism with a state, a token's features, reads and writes; and what it takes to choose keys. What is
+            done to single numbers (activations, softmax) does not count, nor how a dense mechanism projects a token.
         bytes: least traffic: q, the output, and the keys and values that are read at all, once each.
         why: the reason for the engine, in words.
         density: share of the visible pairs that are computed.
@@ -150,7 +152,7 @@ def cost(problem: Problem, engine: str, why: str) -> Plan:
     numbers = problem.q.numel() + b * hq * nq * dv + b * problem.k.shape[1] * read * (d + dv)
     return Plan(
         engine=engine,
-        flops=int(2 * b * hq * pairs * (d + dv)),
+        flops=int(2 * b * hq * pairs * (problem.scoring.products(d) + dv)),
         bytes=int(numbers * problem.q.element_size()),
         why=why,
         density=pairs / max(visible, 1),

@@ -38,6 +38,9 @@ class Scoring(Protocol):
     def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
         """Weights of rows of masked logits; 0 where a logit is -inf, and a row of zeros where all are."""
 
+    def products(self, width: int) -> int:
+        """Multiply-adds in the logit of one pair, where queries have `width` channels: for plans."""
+
 
 def dot_product(q: Tensor, k: Tensor, scale: float) -> Float[Tensor, "b h q k"]:
     return (q * scale) @ k.transpose(-1, -2)
@@ -59,6 +62,9 @@ class SoftmaxScoring:
 
     def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
         return safe_softmax(logits)
+
+    def products(self, width: int) -> int:
+        return width
 
 
 SOFTMAX = SoftmaxScoring()

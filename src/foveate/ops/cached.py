@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -26,6 +27,10 @@ class Cached(Operator):
         """What a stream goes on with: everything, unless a mechanism never looks at some of it again."""
         return state
 
+    def choice_products(self, q: Tensor, k: Tensor, causal: bool) -> int:
+        """Multiply-adds that the call takes before any pair that it computes: to choose keys by content. For plans."""
+        return 0
+
     @final
     def _attend(
         self,
@@ -44,7 +49,8 @@ class Cached(Operator):
     def _plan(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
     ) -> Plan:
-        return engines.plan(self._problem(q, k, v, mask, causal, scale), engine)
+        found = engines.plan(self._problem(q, k, v, mask, causal, scale), engine)
+        return replace(found, flops=found.flops + 2 * self.choice_products(q, k, causal))
 
     @final
     def _init_state(

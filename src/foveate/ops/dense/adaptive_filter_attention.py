@@ -188,6 +188,9 @@ class _Filter:
     def normalize(self, logits: Tensor, at: Tile) -> Tensor:
         return safe_softmax(logits) * self.op.value_dynamics.decay(self._gap(at).to(logits.dtype))
 
+    def products(self, width: int) -> int:
+        return width
+
     def _gap(self, at: Tile) -> Tensor:
         """`|t_i - t_j|` of a tile; queries are the last tokens."""
         return (self.t[..., at.rows, None] - self.t[..., None, at.cols]).abs()

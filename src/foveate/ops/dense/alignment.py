@@ -44,6 +44,10 @@ class Alignment(nn.Module):
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
         return q @ k.mT
 
+    def products(self, width: int) -> int:
+        """Multiply-adds in the score of one pair of vectors of `width` numbers."""
+        return width
+
     @final
     @property
     def is_inner_product(self) -> bool:
@@ -153,6 +157,9 @@ class Pairwise(Learned):
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
         return pair_score(*self.project(q, k), self.w, self.act)
 
+    def products(self, width: int) -> int:
+        return self.hidden
+
 
 class Additive(Pairwise):
     """`w . act(W_q q + W_k k + b)`"""
@@ -195,6 +202,9 @@ class Deep(Additive):
             hidden = self.act(hidden @ w.mT[:, None] + b[:, None, None])
         return read_out(hidden, self.w) + self.b_out[:, None, None]
 
+    def products(self, width: int) -> int:
+        return self.hidden * (1 + len(self.layers) * self.hidden)
+
 
 class Location(Learned):
     """`(W q)_j` for the key at position j, whatever it holds; W knows `positions` of them."""
@@ -226,6 +236,9 @@ class Feature(Pairwise):
 
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
         return self.own(k)[:, :, None].expand(-1, -1, q.shape[2], -1)
+
+    def products(self, width: int) -> int:
+        return 0  # a key's logit is made once
 
 
 ALIGNMENTS: dict[str, type[Alignment]] = {

@@ -84,6 +84,9 @@ class SparseDistributedMemory(Scored):
             return scale * _log_counts(self.n, self.radius).to(q)[((self.n - q @ k.mT) / 2).long()]
         return scale * (self._active(q) @ self._active(k).mT).log()
 
+    def products(self, width: int) -> int:
+        return len(self.addresses) if self.mode == "neurons" else width
+
     def _active(self, signs: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n r"]:
         """1 for each neuron within the radius."""
         return (signs @ self.addresses.to(signs.dtype).mT >= self.n - 2 * self.radius).to(signs.dtype)

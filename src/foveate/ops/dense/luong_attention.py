@@ -117,6 +117,9 @@ class LuongAttention(Scored):
             return logits
         return location.cut(logits, place, self.centre(q, at, **context), self.window)
 
+    def products(self, width: int) -> int:
+        return self.v_score.shape[-1] if self.kind == "concat" else width
+
     def normalize(self, logits: Tensor, at: Tile, **context: Tensor) -> Float[Tensor, "b h q k"]:
         weights = safe_softmax(logits)
         if self.mode != "local_p" or not self.gaussian:

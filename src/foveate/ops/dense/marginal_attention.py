@@ -149,6 +149,9 @@ class _HardKeys:
             return distribution.argmax(logits)
         return distribution.sample(logits, self.uniform[:, :, at.rows - (at.n_keys - at.n_queries)])
 
+    def products(self, width: int) -> int:
+        return width
+
 
 @dataclass(frozen=True)
 class _HardSlots:
@@ -167,6 +170,9 @@ class _HardSlots:
 
     def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
         return SOFTMAX.normalize(logits, at)
+
+    def products(self, width: int) -> int:
+        return width  # all pairs were scored to choose
 
 
 def expectation_maximisation(

@@ -93,6 +93,9 @@ class MusicTransformer(Scored):
             logits = logits + _by_difference(q, self.grid[name].to(q), difference)
         return logits
 
+    def products(self, width: int) -> int:
+        return width * (2 + len(self.grid))
+
     def embeddings(self, distance: Int[Tensor, "..."]) -> Float[Tensor, "h ... d"]:
         """The table's vectors for some distances; for the future, which is masked, any."""
         last = self.table.shape[1] - 1

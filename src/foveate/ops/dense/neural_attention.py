@@ -82,6 +82,10 @@ class NeuralAttention(Scored):
             inside = act(_linear(inside, self.hidden.weight, self.hidden.bias))
         return _linear(inside, self.last.weight, self.last.bias).squeeze(-1) * scale
 
+    def products(self, width: int) -> int:
+        inner = 0 if self.hidden is None else self.hidden.weight.numel()
+        return inner + self.last.in_features
+
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
         return cls(head_dim, 4)

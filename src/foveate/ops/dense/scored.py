@@ -25,8 +25,9 @@ class Scored(Cached):
 
     The base brings masking, causality, chunks of O(N) memory forward and backward, streaming and weights.
 
-    Three more are for systems that need them: `select` (a window by place), `context` (named tensors for `score` and
-    `normalize`, such as a call's `inputs`) and `is_plain` (options under which the fused kernels do).
+    Four more are for systems that need them: `select` (a window by place), `context` (named tensors for `score` and
+    `normalize`, such as a call's `inputs`), `is_plain` (options under which the fused kernels do) and `products` (what
+    a score costs).
     """
 
     def prepare(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +56,10 @@ class Scored(Cached):
         Whole tensors, made once for a call; a tile cuts them by `at.rows` and `at.cols`. No gradient reaches them.
         """
         return inputs
+
+    def products(self, width: int) -> int:
+        """Multiply-adds in the score of one pair; `width` is that of the queries that `prepare` gives."""
+        return width
 
     @property
     def is_plain(self) -> bool:
@@ -95,7 +100,7 @@ class _Hooks:
     def __init__(self, op: Scored, context: dict[str, Tensor]) -> None:
         self.op, self.context = op, context
         self.is_softmax = type(op).normalize is Scored.normalize
-        self.parameters = op.parameters
+        self.parameters, self.products = op.parameters, op.products
 
     def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Tensor:
         return self.op.score(q, k, scale, at, **self.context)

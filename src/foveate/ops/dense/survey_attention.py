@@ -142,6 +142,9 @@ class _Call:
         weights = self.op._distribute(logits, *drawn)
         return weights if self.centre is None else self.op.local.dampen(weights, _rows(self.centre, at), at.cols)
 
+    def products(self, width: int) -> int:
+        return self.op.alignment.products(width)
+
 
 def _rows(x: Float[Tensor, "b h q"], at: Tile) -> Float[Tensor, "b h q"]:
     """Numbers of the tile's queries; `at.rows` counts in keys."""

@@ -63,6 +63,9 @@ class Hedgehog(Linear):
     def key_features(self, k: Tensor, scale: float) -> Tensor:
         return self.key_map(k * _root(scale))
 
+    def map_products(self, width: int) -> int:
+        return width**2
+
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
         return cls(heads, head_dim)

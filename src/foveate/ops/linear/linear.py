@@ -79,6 +79,10 @@ class Linear(Operator):
     def key_features(self, k: Tensor, scale: float) -> Float[Tensor, "b h n f"]:
         """Features of `k (B, H, N, D)`, one head to each query head; token by token."""
 
+    def map_products(self, width: int) -> int:
+        """Multiply-adds in the features of one query or key of `width` numbers: for plans."""
+        return 0
+
     def log_decay(self, k: Tensor, **inputs: Tensor) -> Tensor | None:
         """Log of the factor on the state before a token is written, or None.
 
@@ -179,7 +183,8 @@ class Linear(Operator):
         inside = {"reference": nk, "chunked": self.block if causal else 0, "recurrent": 0}[engine]
         state = 0 if engine == "reference" else 2 * (nq + nk) * width * out
         traffic = q.numel() + k.numel() + v.numel() + b * h * nq * v.shape[-1]
-        flops = b * h * (2 * nq * inside * (width + out) + state)
+        maps = 2 * (nq + nk) * self.map_products(q.shape[3])
+        flops = b * h * (2 * nq * inside * (width + out) + state + maps)
         return Plan(engine=engine, flops=flops, bytes=traffic * q.element_size(), why=why)
 
     @final

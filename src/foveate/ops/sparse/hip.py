@@ -6,6 +6,7 @@ HiP Attention: Sparse Sub-Quadratic Attention with Hierarchical Attention Prunin
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import ClassVar, Literal, NamedTuple, Self, final
 
 import torch
@@ -71,16 +72,16 @@ class HiP(Selective):
 
     def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
         n_queries, n_keys = q.shape[2], k.shape[2]
-        group = min(self.grain, max(n_queries, 1))
-        chunks = min(self.keep, n_keys + self.block_k - 1) // self.block_k
-        n_groups = -(-n_queries // group)
-        step = max(1, SLAB // max(1, 2 * q[:, :, 0].numel() * chunks * self.block_k))
-        found = [
-            self._choose(q, k, torch.arange(start, min(start + step, n_groups), device=q.device), group, chunks)
-            for start in range(0, n_groups, step)
-        ]
+        found = [self._choose(q, k, groups, chunks) for groups, chunks in self._slabs(q, k)]
         indices, valid = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
-        return Indices(indices, n_queries, n_keys, valid, group)
+        return Indices(indices, n_queries, n_keys, valid, self._group(n_queries))
+
+    def choice_products(self, q: Tensor, k: Tensor, causal: bool) -> int:
+        found, row = 0, q[:, :, 0].numel() * self._group(q.shape[2])
+        for groups, chunks in self._slabs(q, k):
+            low, high, _ = self._range(self._rows(groups, q.shape[2]) + k.shape[2] - q.shape[2])
+            found += row * len(groups) * self._rounds(low, high, chunks) * 2 * chunks * self.block_k
+        return found
 
     @classmethod
     def at_budget(cls, budget: float, length: int) -> Self:
@@ -94,17 +95,43 @@ class HiP(Selective):
     def exact(cls, heads: int, head_dim: int, length: int) -> Self:
         return cls(keep=length + length % 2)
 
-    def _choose(self, q: Tensor, k: Tensor, groups: Tensor, group: int, chunks: int) -> tuple[Tensor, Tensor]:
-        """Indices `(B, Hq, G, n)` of the keys that some groups keep, and which of them count."""
-        n_queries, n_keys = q.shape[2], k.shape[2]
-        rows = (groups[:, None] * group + torch.arange(group, device=q.device)).clamp_max(n_queries - 1)
-        at = rows + n_keys - n_queries
+    def _group(self, n_queries: int) -> int:
+        """Queries in a group."""
+        return min(self.grain, max(n_queries, 1))
+
+    def _slabs(self, q: Tensor, k: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Groups that are searched for together, with the chunks that each of them goes on with."""
+        n_groups = -(-q.shape[2] // self._group(q.shape[2]))
+        chunks = min(self.keep, k.shape[2] + self.block_k - 1) // self.block_k
+        step = max(1, SLAB // max(1, 2 * q[:, :, 0].numel() * chunks * self.block_k))
+        for start in range(0, n_groups, step):
+            yield torch.arange(start, min(start + step, n_groups), device=q.device), chunks
+
+    def _rows(self, groups: Tensor, n_queries: int) -> Tensor:
+        """The queries `(G, group)` of some groups; the last one may stand in for what its group lacks."""
+        group = self._group(n_queries)
+        return (groups[:, None] * group + torch.arange(group, device=groups.device)).clamp_max(n_queries - 1)
+
+    def _range(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of groups at positions `at (G, group)`: first and end of the keys they search, and end of those they see."""
         stop = at[:, -1:] + 1
         high = (at[:, :1] - self.window + 1).clamp_min(self.sinks).minimum(stop) if self.window else stop
-        low = high.clamp_max(self.sinks)
+        return high.clamp_max(self.sinks), high, stop
+
+    def _rounds(self, low: Tensor, high: Tensor, chunks: int) -> int:
+        """Halvings until the largest chunk of all these groups is one block."""
+        blocks = int((high - low).max() + self.block_k - 1) // self.block_k
+        return math.ceil(math.log2(max(-(-blocks // chunks), 1)))
+
+    def _choose(self, q: Tensor, k: Tensor, groups: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+        """Indices `(B, Hq, G, n)` of the keys that some groups keep, and which of them count."""
+        n_queries, n_keys = q.shape[2], k.shape[2]
+        rows = self._rows(groups, n_queries)
+        at = rows + n_keys - n_queries
+        low, high, stop = self._range(at)
         part = Part(q[:, :, rows], k, at, low, high, self.block_k)
         sinks = torch.arange(self.sinks, device=q.device).expand(len(groups), -1)
-        window = high + torch.arange(self.window + group - 1 if self.window else 0, device=q.device)
+        window = high + torch.arange(self.window + rows.shape[1] - 1 if self.window else 0, device=q.device)
         found = self._search(part, chunks)
         index = torch.cat([x.expand(*found.shape[:3], x.shape[-1]) for x in (sinks, found, window)], -1)
         limits = ((low, self.sinks), (high, found.shape[3]), (stop, window.shape[1]))
@@ -116,7 +143,7 @@ class HiP(Selective):
         n_blocks = -(-(part.high - part.low) // self.block_k)
         bounds = torch.arange(chunks + 1, device=n_blocks.device) * n_blocks // chunks
         start, size = (x.expand(*part.q.shape[:3], chunks) for x in (bounds[:, :-1], bounds.diff(dim=-1)))
-        for _ in range(math.ceil(math.log2(max(int(size.max()), 1)))):
+        for _ in range(self._rounds(part.low, part.high, chunks)):
             half = size // 2
             start = torch.stack([start, start + half], -1).flatten(-2)
             size = torch.stack([half, size - half], -1).flatten(-2)
