@@ -82,6 +82,8 @@ def test_refusals() -> None:
     with pytest.raises(ShapeError, match=r"x must be \(B, N, C=3\)"):
         built()(query, query)
     with pytest.raises(ShapeError, match=r"x must be \(B, N, C=3\)"):
+        built()(torch.cat([x, x], -1), query)
+    with pytest.raises(ShapeError, match=r"x must be \(B, N, C=3\)"):
         built()(x[0], query)
     with pytest.raises(ShapeError, match="query_dim=2; got no query"):
         built()(x)

@@ -137,6 +137,27 @@ def test_rates_may_be_numbers_or_tensors(make):
 
 
 @EVERY
+def test_the_scale_is_a_factor_on_queries_as_they_enter(make):
+    op = make(4)
+    (q, k, v), rates = inputs_of(op)
+    doubled = op(q, k, v, causal=True, scale=2.0, **rates)
+    if op.unit:  # as F.normalize leaves them: a longer query alone would be cut down again
+        torch.testing.assert_close(op(2 * q, k, v, causal=True, **rates), op(q, k, v, causal=True, **rates))
+    else:
+        torch.testing.assert_close(doubled, op(2 * q, k, v, causal=True, **rates))
+    assert (doubled - op(q, k, v, causal=True, **rates)).abs().max() > 1e-3
+    if not op.linked and len(op.initial(HEADS, DIM, VALUE, q)) == 1:  # what a matrix answers is linear
+        torch.testing.assert_close(doubled, 2 * op(q, k, v, causal=True, **rates))
+
+
+@pytest.mark.parametrize("cls", [Titans, Miras])
+def test_a_layer_begins_with_small_rates(cls):
+    """Of a token that says nothing: the memory forgets little, a surprise fades, and steps are short."""
+    begun = {name: torch.sigmoid(torch.tensor(cls.gates[name].bias)).item() for name in ("alpha", "eta", "theta")}
+    assert begun["theta"] < begun["alpha"] < 0.02 < begun["eta"] < 0.2
+
+
+@EVERY
 @pytest.mark.parametrize("engine", ["chunked", "recurrent"])
 def test_masked_tokens_are_not_written_and_may_hold_nan(make, engine):
     op = make(1)

@@ -197,6 +197,9 @@ def test_alignment_error_rate() -> None:
     assert alignment_error_rate(weights, sure) == pytest.approx(1 - (1 + 1) / (3 + 2))
     assert alignment_error_rate(sure.double(), sure) == 0
     assert alignment_error_rate(sure.double(), sure.roll(1, 1)) == 1
+    # of two sentences: all their links together
+    two, links = torch.stack([weights, weights.flip(0)]), torch.stack([sure, sure.flip(0)])
+    assert alignment_error_rate(two, links) == alignment_error_rate(weights, sure)
     assert alignment_error_rate(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool)) == 1
     with pytest.raises(ShapeError, match=r"links must be of the weights' shape \(4, 3\); got \(3, 3\)"):
         alignment_error_rate(weights, sure[:3])
@@ -228,7 +231,7 @@ def test_bad_options(options: dict, says: str) -> None:
 def test_calls_that_do_not_fit() -> None:
     q, k, v = qkv(6, 11)
     op = built("dot", "local_m")
-    for bad in (torch.arange(5), torch.zeros(6)):
+    for bad in (torch.arange(5), torch.arange(7), torch.zeros(6)):
         with pytest.raises(ShapeError, match=r"t must be int \(Nq,\)=\(6,\); got"):
             op(q, k, v, t=bad)
     with pytest.raises(OptionError, match="takes no input 't'"):

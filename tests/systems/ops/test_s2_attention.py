@@ -60,6 +60,15 @@ def test_decoding_from_a_cache_that_drops_what_each_head_skips() -> None:
         assert len(cache) < n
 
 
+@pytest.mark.parametrize(
+    ("budget", "length", "local_blocks", "stride"),
+    [(0.25, 4096, 8, 7), (0.3, 4096, 10, 6), (0.5, 256, 1, 3), (1.0, 64, 1, 1)],
+)
+def test_a_budget_goes_half_to_the_window_and_half_to_the_past(budget, length, local_blocks, stride) -> None:
+    op = S2Attention.at_budget(budget, length)
+    assert (op.local_blocks, op.stride) == (local_blocks, stride)
+
+
 def test_shards_must_fit_the_heads() -> None:
     with pytest.raises(OptionError, match=r"shards=3 must divide the number of heads, Hq=4"):
         S2Attention(shards=3)(*qkv(8), causal=True)
