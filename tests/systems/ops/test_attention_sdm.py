@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError, ShapeError
 from foveate.ops.dense.attention_sdm import SparseDistributedMemory, cap_intersection, circle_intersection, fit_beta
 from foveate.ops.dense.softmax import Softmax
+from tests.ops.plans import score_products
 from tests.tensors import assert_near, gradients, qkv
 
 
@@ -338,3 +339,9 @@ def test_recall_cleans_up_in_steps(claim) -> None:
     read = sphere(cues, patterns, patterns)
     assert_near(sphere.recall(cues, patterns), read, 1e-12)
     assert_near(sphere.recall(cues, patterns, steps=2), sphere(read, patterns, patterns), 1e-12)
+
+
+def test_what_a_pair_costs() -> None:
+    random = torch.Generator().manual_seed(0)
+    assert score_products(SparseDistributedMemory(16, 4, "neurons", neurons=40, generator=random)) == 40
+    assert score_products(SparseDistributedMemory(16, 4, "binary")) == 16

@@ -17,6 +17,7 @@ from foveate.core.scoring import Tile
 from foveate.ops.dense.alignment import ALIGNMENTS, Additive, Alignment, ScaledDot
 from foveate.ops.dense.distribution import DISTRIBUTIONS, entmax, sparsemax
 from foveate.ops.dense.survey_attention import SurveyAttention
+from tests.ops.plans import score_products
 from tests.tensors import assert_near, gradients, qkv
 
 HEADS, WIDTH = 4, 8
@@ -344,3 +345,12 @@ def test_learned_alignments_bridge_two_bases(seed: int, claim) -> None:
 def test_locations_say_nothing_of_a_needle_that_moves(seed: int) -> None:
     assert abs(found_share("location", seed) - 1 / 64) < 0.015
     assert found_share("location", seed, places=1) > 0.4, "one that stays is: W q has its sign, half the time"
+
+
+@pytest.mark.parametrize(
+    ("alignment", "options", "products"),
+    [("additive", {}, 5), ("deep", {"depth": 3}, 5 + 2 * 25), ("feature", {}, 0)],
+)
+def test_what_a_pair_costs(alignment: str, options: dict[str, int], products: int) -> None:
+    """What is read out of 5 hidden numbers, which meet 2 further layers, or do not wait for a query."""
+    assert score_products(SurveyAttention(alignment, heads=2, head_dim=16, hidden=5, **options)) == products

@@ -260,3 +260,10 @@ def test_a_scale_of_nothing_is_a_mean_and_a_negative_one_is_refused() -> None:
     torch.testing.assert_close(op(q, k, v, scale=0.0), v.mean(2, keepdim=True).expand_as(v))
     with pytest.raises(OptionError, match="scale=-1"):
         op(q, k, v, scale=-1.0)
+
+
+def test_the_plan_counts_the_maps() -> None:
+    """16 features of 8 numbers for each of 5 queries and 9 keys; a state of 16 numbers by 3 values and their sum."""
+    q, k, v = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 9, 8), torch.zeros(2, 4, 9, 3)
+    flops = Hedgehog(4, 8).plan(q, k, v).flops
+    assert flops == 2 * 2 * 4 * (5 + 9) * (8 * 8 + 16 * 4)

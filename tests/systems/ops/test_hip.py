@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.core import oracle
 from foveate.core.errors import OptionError
@@ -136,3 +137,15 @@ def test_bad_options(options: dict, says: str) -> None:
 
 def test_a_budget_is_the_keys_kept() -> None:
     assert [HiP.at_budget(share, 1024).keep for share in (0.25, 0.1, 0.0)] == [256, 102, 2]
+
+
+def test_the_plan_counts_the_search() -> None:
+    """The products that PyTorch counts while keys are chosen, and two for each key that is kept."""
+    q, k, v = qkv(256, heads=4, kv_heads=2, batch=2, width=8, dtype=torch.float32)
+    op = HiP(16, block_q=4)
+    for queries in (1, 256):
+        with FlopCounterMode(display=False) as counter:
+            op.selection(q[:, :, -queries:], k, True, 1.0)
+        assert counter.get_total_flops() == 2 * op.choice_products(q[:, :, -queries:], k, True) > 0
+    plan = op.plan(q[:, :, -1:], k, v, causal=True)
+    assert plan.flops == 2 * 2 * 4 * 16 * (8 + 8) + 2 * op.choice_products(q[:, :, -1:], k, True)

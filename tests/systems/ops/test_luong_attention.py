@@ -13,6 +13,7 @@ from foveate.core.engines import chunked
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn.luong_decoder import LuongDecoder
 from foveate.ops.dense.luong_attention import LuongAttention, alignment_error_rate
+from tests.ops.plans import score_products
 from tests.tensors import assert_near, gradients, qkv
 
 SCORES, MODES = ("dot", "general", "concat", "location"), ("global", "local_m", "local_p")
@@ -405,3 +406,9 @@ def test_a_predicted_window_is_as_good(claim, seeing: Translator) -> None:
         ours=local, baseline=seeing.accuracy(*tests) - 0.1, better="higher",
         baseline_name="global attention less ten points", seed=0,
     )  # fmt: skip
+
+
+def test_what_a_pair_costs() -> None:
+    assert score_products(LuongAttention(16, "concat", heads=2, hidden=5)) == 5
+    assert score_products(LuongAttention(16, "general", heads=2)) == 16
+    assert score_products(LuongAttention(16, "dot", "local_m", heads=2)) == 16

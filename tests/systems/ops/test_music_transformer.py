@@ -16,6 +16,7 @@ from foveate.ops.dense.music_transformer import MusicTransformer, with_previous_
 from foveate.ops.dense.relative import skew
 from foveate.ops.dense.scored import Scored
 from foveate.ops.dense.softmax import Softmax
+from tests.ops.plans import score_products
 from tests.tensors import assert_near, gradients, qkv
 
 
@@ -316,3 +317,10 @@ def test_it_copies_further_than_it_was_trained(claim) -> None:
         ours=relative, baseline=0.5 * absolute, better="lower",
         baseline_name="half of learned absolute positions' loss", seed=0,
     )  # fmt: skip
+
+
+def test_what_a_pair_costs() -> None:
+    """A product with the key, one with its distance, and one with each distance on the grid."""
+    assert score_products(MusicTransformer(2, 16)) == 2 * 16
+    assert score_products(MusicTransformer(2, 16, pitch=4)) == 3 * 16
+    assert score_products(MusicTransformer(2, 16, time=8, pitch=4)) == 4 * 16

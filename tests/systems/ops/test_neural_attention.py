@@ -15,6 +15,7 @@ from foveate.core.scoring import safe_softmax
 from foveate.ops.dense.neural_attention import NeuralAttention
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.operator import Operator
+from tests.ops.plans import score_products
 from tests.tensors import assert_near, gradients, qkv
 
 
@@ -198,3 +199,9 @@ def test_it_learns_to_attend_to_neighbours(claim) -> None:
         ours=ours, baseline=theirs, better="lower", margin=0.3, baseline_name="softmax attention, same projections",
         seed=0,
     )  # fmt: skip
+
+
+def test_what_a_pair_costs() -> None:
+    """Two hidden layers of 6 and 3 numbers, of which the first is made before pairs meet; or its 6 numbers alone."""
+    assert score_products(NeuralAttention(16, 6)) == 6 * 3 + 3
+    assert score_products(NeuralAttention(16, 6, layers=1, activation="tanh")) == 6
