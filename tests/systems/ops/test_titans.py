@@ -11,6 +11,8 @@ import foveate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.ops.memory.titans import Titans
+from foveate.train import network
+from foveate.train.loop import Schedule, fit
 from tests.systems.ops.recall import Model, Recall, accuracy, train
 
 
@@ -180,3 +182,13 @@ def test_defaults() -> None:
     assert (len(op.first), op.chunk, op.unit) == (2, 16, True)
     assert op.rates == {"alpha": 0.01, "eta": 0.5, "theta": 0.1}
     assert op.first[0].shape == (1, 8, 4)
+
+
+@pytest.mark.slow
+def test_a_memory_of_two_layers_learns_text() -> None:
+    """The same bytes come again and again within a chunk: with a layer's first rates it does not diverge."""
+    drill = network.drill("lm")
+    torch.manual_seed(0)
+    net = network.spec("titans", drill, dim=64, heads=2).build()
+    history = fit(net, drill, Schedule(steps=120, rate=3e-3), looks=1)
+    assert sum(history.losses[-10:]) < 0.7 * sum(history.losses[:10])

@@ -63,9 +63,10 @@ class Memory(Operator):
     has_weights: ClassVar[bool] = False
     default_scale: ClassVar[float | None] = 1.0
     inputs: ClassVar[frozenset[str]] = frozenset({"alpha", "eta", "theta"})
-    # forget little, some momentum, a short step: those of a chunk add up, and at -3 text with its repeats diverged
+    # forget little, for at -4 nine tenths are gone after 128 tokens, and recall with them; some momentum; and a short
+    # step, for those of a chunk add up: from -5 on, text with its repeats made a memory of two layers diverge
     gates: ClassVar[Mapping[str, Gate]] = {
-        "alpha": Gate("sigmoid", -4.0), "eta": Gate("sigmoid", -2.0), "theta": Gate("sigmoid", -5.0),
+        "alpha": Gate("sigmoid", -6.0), "eta": Gate("sigmoid", -2.0), "theta": Gate("sigmoid", -6.0),
     }  # fmt: skip
     engines: ClassVar[tuple[str, ...]] = ("chunked", "recurrent")
     state_type: ClassVar[type] = MemoryState
