@@ -144,6 +144,16 @@ def test_what_is_masked_has_no_say(call: Call) -> None:
     assert not dv[:, :, list(HIDDEN)].any()
 
 
+@each_operator()
+def test_without_queries_there_is_no_output(key: str) -> None:
+    op = example(key)
+    q, k, v = qkv(0, 8, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
+    inputs = {name: op.example_input(name, 2, HEADS, 0 if name.endswith("_q") else 8) for name in op.inputs}
+    causal = "self" not in op.patterns
+    assert op(q, k, v, causal=causal, **inputs).shape == (2, HEADS, 0, WIDTH)
+    assert op.plan(q, k, v, causal=causal).flops >= 0
+
+
 @each_call(masked=True)
 def test_a_query_that_sees_nothing_gives_zeros(call: Call) -> None:
     op = example(call.key)

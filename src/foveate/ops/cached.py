@@ -28,7 +28,7 @@ class Cached(Operator):
         return state
 
     def choice_products(self, q: Tensor, k: Tensor, causal: bool) -> int:
-        """Multiply-adds that the call takes before any pair that it computes: to choose keys by content. For plans."""
+        """Multiply-adds before queries read: to choose keys by content, or to share them out. For plans."""
         return 0
 
     @final

@@ -10,6 +10,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.ops.dense.marginal_attention import (
@@ -286,3 +287,15 @@ def test_slots_that_compete_find_the_clusters(seed: int, claim) -> None:
     assert agreement(slots) > 0.8
     assert (evidence.diff() >= -1e-9).all(), "EM never loses likelihood"
     assert evidence[-1] - evidence[0] > 10
+
+
+@pytest.mark.parametrize("potential", ["dot", "gaussian"])
+@pytest.mark.parametrize("axis", ["key", "slot"])
+@pytest.mark.parametrize("estimate", ["mean", "map"])
+def test_the_plan_counts_every_scoring_of_pairs(potential: str, axis: str, estimate: str) -> None:
+    """Hard edges to slots are scored once and then known; shares of keys are scored before they are read by."""
+    q, k, v = qkv(7, 9, dtype=torch.float32)
+    op = MarginalAttention(potential, estimate, axis=axis)
+    with FlopCounterMode(display=False) as counter:
+        op(q, k, v, engine="reference")
+    assert op.plan(q, k, v, engine="reference").flops == counter.get_total_flops() > 0

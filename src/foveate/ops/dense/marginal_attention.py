@@ -90,6 +90,11 @@ class MarginalAttention(Cached):
     ) -> Tensor:
         return reference.weights(self._problem(q, k, k, mask, causal, scale))
 
+    def choice_products(self, q: Tensor, k: Tensor, causal: bool) -> int:
+        """By slot, all pairs are scored before any query reads: keys have to know who else asks."""
+        width = q.shape[3] + (0 if self.potential == "dot" else 2)
+        return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * width if self.axis == "slot" else 0
+
     def evidence(
         self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], *,
         mask: Tensor | None = None, scale: float | None = None,
@@ -172,7 +177,7 @@ class _HardSlots:
         return SOFTMAX.normalize(logits, at)
 
     def products(self, width: int) -> int:
-        return width  # all pairs were scored to choose
+        return 0  # see `choice_products`
 
 
 def expectation_maximisation(

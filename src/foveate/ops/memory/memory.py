@@ -64,7 +64,7 @@ class Memory(Operator):
     default_scale: ClassVar[float | None] = 1.0
     inputs: ClassVar[frozenset[str]] = frozenset({"alpha", "eta", "theta"})
     # forget little, for at -4 nine tenths are gone after 128 tokens, and recall with them; some momentum; and a short
-    # step, for those of a chunk add up: from -5 on, text with its repeats made a memory of two layers diverge
+    # step, for those of a chunk add up: from -5 on, text with its repeats could make two layers diverge
     gates: ClassVar[Mapping[str, Gate]] = {
         "alpha": Gate("sigmoid", -6.0), "eta": Gate("sigmoid", -2.0), "theta": Gate("sigmoid", -6.0),
     }  # fmt: skip

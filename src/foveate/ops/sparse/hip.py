@@ -72,15 +72,18 @@ class HiP(Selective):
 
     def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
         n_queries, n_keys = q.shape[2], k.shape[2]
+        if not n_queries:
+            return Indices(torch.zeros(1, 1, 0, 1, dtype=torch.long, device=q.device), 0, n_keys)
         found = [self._choose(q, k, groups, chunks) for groups, chunks in self._slabs(q, k)]
         indices, valid = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
         return Indices(indices, n_queries, n_keys, valid, self._group(n_queries))
 
     def choice_products(self, q: Tensor, k: Tensor, causal: bool) -> int:
-        found, row = 0, q[:, :, 0].numel() * self._group(q.shape[2])
+        found, (b, h, n_queries, width) = 0, q.shape
         for groups, chunks in self._slabs(q, k):
-            low, high, _ = self._range(self._rows(groups, q.shape[2]) + k.shape[2] - q.shape[2])
-            found += row * len(groups) * self._rounds(low, high, chunks) * 2 * chunks * self.block_k
+            rows = self._rows(groups, n_queries)
+            low, high, _ = self._range(rows + k.shape[2] - n_queries)
+            found += b * h * rows.numel() * width * self._rounds(low, high, chunks) * 2 * chunks * self.block_k
         return found
 
     @classmethod
@@ -101,9 +104,10 @@ class HiP(Selective):
 
     def _slabs(self, q: Tensor, k: Tensor) -> Iterator[tuple[Tensor, int]]:
         """Groups that are searched for together, with the chunks that each of them goes on with."""
-        n_groups = -(-q.shape[2] // self._group(q.shape[2]))
+        b, h, n_queries, width = q.shape
+        n_groups = -(-n_queries // self._group(n_queries))
         chunks = min(self.keep, k.shape[2] + self.block_k - 1) // self.block_k
-        step = max(1, SLAB // max(1, 2 * q[:, :, 0].numel() * chunks * self.block_k))
+        step = max(1, SLAB // max(1, 2 * b * h * width * chunks * self.block_k))
         for start in range(0, n_groups, step):
             yield torch.arange(start, min(start + step, n_groups), device=q.device), chunks
 
