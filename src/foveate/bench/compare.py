@@ -12,8 +12,9 @@ import transformers
 from torch import Tensor
 
 import foveate
+from foveate.bench.encoding import Prompt, check_context, prompts
 from foveate.bench.loading import load, trained_on
-from foveate.bench.measure import Prompt, measure, prompts
+from foveate.bench.measure import measure
 from foveate.bench.methods import DEFAULT, FULL, Learnt, candidate, check
 from foveate.bench.results import Comparison
 from foveate.core import validate
@@ -89,6 +90,7 @@ def compare(
     chosen = _task(task or (drilled.name if drilled else None), examples, length, seed, drilled)
     loaded, tokenizer, folder = load(model, device, dtype)
     here, batch = Host(loaded), prompts(chosen, tokenizer, loaded)
+    check_context(chosen, batch)
     if methods is None and not here.attention_modules():
         keys = [FULL]  # nothing to put a method on: the model's layers keep states of their own
     elif keys != [FULL]:

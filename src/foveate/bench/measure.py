@@ -5,52 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from statistics import fmean, median
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from foveate.bench.encoding import Prompt
 from foveate.bench.memory import peak_bytes
 from foveate.bench.methods import Candidate
 from foveate.bench.results import Answer, Row
-from foveate.core.errors import TaskError
 from foveate.host import Host, apply
-from foveate.tasks.base import Example, Task
+from foveate.tasks.base import Task
 
 #: What a model says whose layers keep states of their own, and which no method can be put on: all that it keeps.
 _WHOLE = SimpleNamespace(stats=SimpleNamespace(kept=1.0, read=1.0))
-_SPARE = 2  # tokens beyond the expected answer's, so that an answer is seen to end or to run on
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """An example as token ids `(1, N)`, and how many tokens to answer with."""
-
-    example: Example
-    ids: Tensor
-    new_tokens: int
-
-
-def prompts(task: Task, tokenizer: Any, model: PreTrainedModel) -> list[Prompt]:
-    """The task's examples, tokenized; one that does not fit into the model's context is refused."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    found = []
-    for number, example in enumerate(task.examples(), 1):
-        ids = tokenizer(example.prompt, return_tensors="pt", verbose=False).input_ids
-        new = len(tokenizer(example.answer, add_special_tokens=False).input_ids) + _SPARE
-        if ids.shape[1] == 0:
-            raise TaskError(f"example {number} of {task.name} has an empty prompt")
-        if context is not None and ids.shape[1] + new > context:
-            raise TaskError(
-                f"example {number} of {task.name} takes {ids.shape[1]} + {new} tokens; "
-                f"the model's context holds {context}"
-            )
-        found.append(Prompt(example, ids.to(model.device), new))
-    return found
 
 
 @torch.inference_mode()
