@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from foveate.core.errors import UnsupportedModel
+from foveate.kv.duo_attention import duo_train
 from foveate.models.pretrained import FoveateConfig, FoveateForCausalLM
 from foveate.models.spec import Mixer, Spec
 from tests.tensors import assert_near
@@ -100,3 +101,27 @@ def test_a_loss_from_labels(name: str) -> None:
     out = ours(ids, labels=ids)
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert_near(out.loss, expected, 1e-5)
+
+
+@torch.no_grad()
+def test_its_decoder_gives_the_states_before_the_head(name: str) -> None:
+    ours, ids = model(name), tokens()
+    states = ours.get_decoder()(ids, use_cache=False).last_hidden_state
+    assert_near(ours.get_output_embeddings()(states), ours(ids).logits, 1e-6)
+
+
+def test_gates_are_trained_on_it() -> None:
+    """A probe that reads the decoder's states runs on a network of ours as on any other model."""
+    answers = torch.zeros(2, 9, dtype=torch.bool)
+    answers[:, -3:] = True
+    gates = duo_train(model("grouped"), iter([(tokens(), answers)] * 3), steps=3, rate=0.1, sink=1, recent=2)
+    assert gates.shape == (2, 1)
+    assert (gates < 1).all()
+
+
+def test_other_embeddings_than_it_began_with() -> None:
+    ours = model("grouped")
+    ours.resize_token_embeddings(13)
+    logits = ours(torch.full((1, 3), 12)).logits
+    assert logits.shape == (1, 3, 13)
+    assert_near(ours.released()(torch.full((1, 3), 12)), logits, 1e-5)

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -42,10 +42,17 @@ class FoveateConfig(PreTrainedConfig):
         if spec is not None:
             common = {
                 "vocab_size": spec.vocabulary, "hidden_size": spec.dim, "num_hidden_layers": len(spec.mixers),
-                "num_attention_heads": spec.heads, "tie_word_embeddings": spec.tied,
+                "num_attention_heads": spec.heads, "num_key_value_heads": _kv_heads(spec),
+                "tie_word_embeddings": spec.tied,
                 "max_position_embeddings": spec.places or None, **common,
             }  # fmt: skip
         super().__init__(**common)
+
+
+def _kv_heads(spec: Spec) -> int:
+    """How many heads the first layer that caches keys and values has for them."""
+    grouped = (mixer.around.get("kv_heads") for mixer in spec.mixers)
+    return next((count for count in grouped if count), spec.heads)
 
 
 class Standing(DynamicLayer):
@@ -140,6 +147,59 @@ class FoveatePreTrainedModel(PreTrainedModel):
         """Layers initialise themselves."""
 
 
+class Backbone(nn.Module):
+    """A decoder without its head, called as transformers calls one: `get_decoder()` gives it to whoever reads states.
+
+    It shares the modules of the decoder that it is made of, under the same names.
+    """
+
+    embedded = Decoder.embedded  # on this module's own embeddings, which may be others by then (resized, quantised)
+
+    def __init__(self, decoder: Decoder, config: FoveateConfig) -> None:
+        super().__init__()
+        self.config, self._decoder = config, [decoder]  # in a list: the modules below are its only registered ones
+        self.embed, self.places, self.blocks = decoder.embed, decoder.places, decoder.blocks
+        self.norm, self.head = decoder.norm, decoder.head
+        for index, block in enumerate(self.blocks):
+            block.mixer = Attention(block.mixer, config, index)
+
+    def released(self) -> Decoder:
+        """The decoder by itself again."""
+        for block in self.blocks:
+            block.mixer = block.mixer.layer
+        (decoder,) = self._decoder
+        decoder.embed, decoder.head = self.embed, self.head
+        return decoder
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None,
+        use_cache: bool | None = None, **call: Any,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        first = 0 if past_key_values is None else past_key_values.get_seq_length()
+        x = self.embedded(input_ids, first)
+        mask = self._mask(x, attention_mask, past_key_values, first)
+        for block in self.blocks:
+            mixed = block.mixer(block.norm(x), attention_mask=mask, past_key_values=past_key_values, first=first)
+            x = block.channels(x + mixed)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, first: int) -> Any:
+        through = [goes_through_interface(block.mixer.layer) for block in self.blocks]
+        if attention_mask is not None and not attention_mask.bool().all() and not all(through):
+            raise UnsupportedModel("layers with a state of their own read padding as text; send prompts one by one")
+        if not any(through):
+            return None
+        positions = torch.arange(first, first + x.shape[1], device=x.device)[None]
+        return create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache,
+            position_ids=positions,
+        )  # fmt: skip
+
+
 class FoveateForCausalLM(FoveatePreTrainedModel, GenerationMixin):
     """A `Decoder` that transformers can save, load and generate with."""
 
@@ -152,14 +212,13 @@ class FoveateForCausalLM(FoveatePreTrainedModel, GenerationMixin):
 
     def adopt(self, decoder: Decoder) -> None:
         """Run this decoder; its layers are wrapped for transformers."""
-        self.decoder = decoder
-        for index, block in enumerate(decoder.blocks):
-            block.mixer = Attention(block.mixer, self.config, index)
+        self.decoder = Backbone(decoder, self.config)
 
     def released(self) -> Decoder:
         """The decoder by itself again; this model is then of no more use."""
-        for block in self.decoder.blocks:
-            block.mixer = block.mixer.layer
+        return self.decoder.released()
+
+    def get_decoder(self) -> Backbone:
         return self.decoder
 
     def get_input_embeddings(self) -> nn.Module:
@@ -172,29 +231,11 @@ class FoveateForCausalLM(FoveatePreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None,
         labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int = 0, **call: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        first = 0 if past_key_values is None else past_key_values.get_seq_length()
-        x = self.decoder.embedded(input_ids, first)
-        mask = self._mask(x, attention_mask, past_key_values, first)
-        for block in self.decoder.blocks:
-            mixed = block.mixer(block.norm(x), attention_mask=mask, past_key_values=past_key_values, first=first)
-            x = block.channels(x + mixed)
-        logits = self.decoder.head(self.decoder.norm(x[:, -logits_to_keep:] if logits_to_keep else x))
+        read = self.decoder(input_ids, attention_mask, past_key_values, use_cache)
+        x = read.last_hidden_state
+        logits = self.decoder.head(x[:, -logits_to_keep:] if logits_to_keep else x)
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
-
-    def _mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, first: int) -> Any:
-        through = [goes_through_interface(block.mixer.layer) for block in self.decoder.blocks]
-        if attention_mask is not None and not attention_mask.bool().all() and not all(through):
-            raise UnsupportedModel("layers with a state of their own read padding as text; send prompts one by one")
-        if not any(through):
-            return None
-        positions = torch.arange(first, first + x.shape[1], device=x.device)[None]
-        return create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache,
-            position_ids=positions,
-        )  # fmt: skip
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=read.past_key_values)
 
 
 AutoConfig.register("foveate", FoveateConfig)
