@@ -224,8 +224,14 @@ class FoveateForCausalLM(FoveatePreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embed
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.embed = value
+
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.decoder.head = value
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None,
