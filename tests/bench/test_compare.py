@@ -143,6 +143,7 @@ def test_refuses_encoders_and_pickles(folder: Path, tmp_path: Path) -> None:
     BertLMHeadModel(
         BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     ).save_pretrained(encoder)
+    bytes_.build(768).save_pretrained(encoder)
     with pytest.raises(UnsupportedModel, match="decoder"):
         compare(model=str(encoder), out=tmp_path / "out")
     pickled = tmp_path / "pickled"

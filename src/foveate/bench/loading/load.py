@@ -1,0 +1,111 @@
+"""A model and its tokenizer from wherever they are, tried once before they are handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from foveate.bench.loading import adapters, files, gguf, weights
+from foveate.bench.loading.device import DTYPES, torch_device
+from foveate.bench.loading.refusal import reading, refused
+from foveate.bench.loading.source import Source, find
+from foveate.bench.loading.trial import check_causal, check_words
+from foveate.core import validate
+from foveate.models import pretrained  # noqa: F401  makes the model type "foveate" known
+from foveate.tasks.drill import Drill
+from foveate.train import checkpoint
+
+
+def load(
+    model: str | None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    *,
+    trust_remote_code: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[PreTrainedModel, Any, Path | None]:
+    """A decoder, its tokenizer, and the folder it came from (None for one from the hub or from a GGUF file).
+
+    Args:
+        model: folder, GGUF file, folder of an adapter, or hub id; None is the lab model.
+        device: a torch device.
+        dtype: "float32", "bfloat16" or "float16".
+        trust_remote_code: whether code that lies beside the weights may run.
+        note: told of steps that take long.
+
+    Raises:
+        UnsupportedModel: for anything else than a whole decoder, in one line.
+
+    Weights load from safetensors and GGUF only.
+    """
+    validate.one_of("dtype", dtype, tuple(DTYPES))
+    where = torch_device(device)
+    source = find(model)
+    folder = None if source.gguf else source.folder
+    if source.adapter is not None:
+        adapters.check(source.name, source.adapter)
+        folder = source.adapter
+    loaded, tokenizer = _base(source, where, DTYPES[dtype], trust_remote_code, note)
+    if source.adapter is not None:
+        loaded = adapters.put_on(source.name, loaded, source.adapter)
+    check_causal(source.name, loaded)
+    return loaded.eval(), tokenizer, folder
+
+
+def trained_on(model: str | None) -> Drill | None:
+    """The task that a folder of `foveate train` was trained on; None for any other model."""
+    if model is None:
+        return None
+    try:
+        return checkpoint.task_of(Path(model))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise refused(model, f"has a {checkpoint.RECORD} that cannot be read ({why})") from None
+
+
+def _base(
+    source: Source, where: torch.device, dtype: torch.dtype, trust: bool, note: Callable[[str], None]
+) -> tuple[PreTrainedModel, Any]:
+    """The model without its adapter, and the tokenizer."""
+    if source.gguf is not None:
+        return gguf.read(source, dtype, where, note)
+    if source.folder is not None:
+        files.check(source.name, source.folder)
+    config = _config(source, trust)
+    tokenizer = _tokenizer(source, trust)
+    check_words(source.name, tokenizer)
+    return weights.read(source, config, dtype, where, trust), tokenizer
+
+
+def _config(source: Source, trust: bool) -> Any:
+    _refuse_code(source, trust)
+    with reading(source.name):
+        config = AutoConfig.from_pretrained(source.place, trust_remote_code=trust)
+    own_code = trust and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or own_code
+    if not decoder or getattr(config, "is_encoder_decoder", False):
+        raise refused(source.name, f"is a {config.model_type}; compare needs a decoder language model")
+    return config
+
+
+def _refuse_code(source: Source, trust: bool) -> None:
+    """Say by name what asks for code of its own, which transformers says in several lines."""
+    if trust or source.folder is None:
+        return
+    held = files.read_object(source.name, source.folder / "config.json")
+    own = held.get("auto_map")
+    if own and held.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise refused(source.name, "runs code of its own; --trust-remote-code allows that (read the code first)")
+
+
+def _tokenizer(source: Source, trust: bool) -> Any:
+    """The adapter's tokenizer where it has one, else the model's."""
+    adapter = source.adapter
+    own = adapter is not None and any((adapter / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
+    with reading(source.name, "has a tokenizer that cannot be loaded"):
+        return AutoTokenizer.from_pretrained(str(adapter) if own else source.place, trust_remote_code=trust)
