@@ -100,7 +100,7 @@ def test_wrong_usage_exits_with_2(args: list[str]) -> None:
 def test_compare_passes_everything_on(compare: FakeCompare, tmp_path: Path) -> None:
     options = (
         "--model some/model --task t.jsonl --methods full,duo_attention,,  --budget 0.2 --examples 3 --length 300 "
-        "--seed 7 --device cuda --dtype bfloat16 --fresh"
+        "--seed 7 --device cuda --dtype bfloat16 --fresh --trust-remote-code"
     ).split()
     result = run("compare", *options, "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -114,6 +114,7 @@ def test_compare_passes_everything_on(compare: FakeCompare, tmp_path: Path) -> N
         "seed": 7,
         "device": "cuda",
         "dtype": "bfloat16",
+        "trust_remote_code": True,
         "fresh": True,
         "out": tmp_path,
     }

@@ -59,6 +59,7 @@ def compare(
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
+    trust_remote_code: bool = False,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -76,6 +77,7 @@ def compare(
         out: folder; what an earlier run with the same settings left there is kept, unless `fresh`.
         seed: of the task.
         device, dtype: where and in what the model runs.
+        trust_remote_code: whether code that lies beside the model's weights may run.
         progress: told about every example.
 
     Raises:
@@ -88,7 +90,9 @@ def compare(
         raise OptionError(f"budget={budget} must be above 0 and at most 1, a share of the full cache")
     drilled = trained_on(model)
     chosen = _task(task or (drilled.name if drilled else None), examples, length, seed, drilled)
-    loaded, tokenizer, folder = load(model, device, dtype)
+    loaded, tokenizer, folder = load(
+        model, device, dtype, trust_remote_code=trust_remote_code, note=(progress or Silent()).say
+    )
     here, batch = Host(loaded), prompts(chosen, tokenizer, loaded)
     check_context(chosen, batch)
     if methods is None and not here.attention_modules():

@@ -11,7 +11,10 @@ from foveate.cli.console import Bar, show
 from foveate.core.errors import OptionError
 
 Model = Annotated[
-    str | None, typer.Option(help="Folder or hub id of a Hugging Face decoder. Default: the lab model that ships.")
+    str | None,
+    typer.Option(
+        help="Folder, GGUF file, adapter folder or hub id of a Hugging Face decoder. Default: the lab model that ships."
+    ),
 ]
 TaskName = Annotated[
     str | None, typer.Option("--task", help="A task's name, or a .jsonl file of prompts and answers. Default: needle.")
@@ -24,6 +27,9 @@ Out = Annotated[Path, typer.Option(help="Folder for report.html and results.json
 Seed = Annotated[int, typer.Option(help="Seed of the task.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="What it computes in: float32, bfloat16, float16.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code that lies beside the model's weights run. Read it first.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has left in --out.")]
 
@@ -39,6 +45,7 @@ def command(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    trust_remote_code: Trust = False,
     as_json: Json = False,
     fresh: Fresh = False,
 ) -> None:
@@ -64,6 +71,7 @@ def command(
                 seed=seed,
                 device=device,
                 dtype=dtype,
+                trust_remote_code=trust_remote_code,
                 fresh=fresh,
                 progress=bar,
             )
