@@ -44,10 +44,10 @@ $(INSTALLED_DEV): $(INSTALLED)
 	@touch $@
 
 test: $(INSTALLED_DEV)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not real"
 
 test-all: $(INSTALLED_DEV)
-	$(PYTEST)
+	$(PYTEST) -m "not real"
 
 # every peer, also those that `make test` skips. timm goes where nothing else sees it, and without torchvision, which
 # what is compared here does not need

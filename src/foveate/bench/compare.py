@@ -22,6 +22,7 @@ from foveate.core.errors import OptionError, TaskError
 from foveate.host.model import Host, host
 from foveate.tasks.base import Task
 from foveate.tasks.drill import Drill
+from foveate.tasks.named import TASKS, named
 from foveate.tasks.needle import Needle
 from foveate.tasks.passkeys import Passkeys
 from foveate.tasks.prompts import Prompts
@@ -67,8 +68,8 @@ def compare(
 
     Args:
         model: folder or hub id of a decoder; None is the lab model.
-        task: "needle", "mqar", "copy", or a `.jsonl` file of prompts and answers. None is needle, or what a model of
-            `foveate train` was trained on.
+        task: a name of `foveate.tasks.named.TASKS`, "mqar", "copy", or a `.jsonl` file of prompts and answers. None is
+            needle, or what a model of `foveate train` was trained on.
         methods: keys of the catalogue (cache policies, or operators to read the prompt with); the full cache always
             runs.
         budget: share of the full cache that each method may keep, or read, in (0, 1].
@@ -133,8 +134,11 @@ def _task(task: str | None, examples: int | None, length: int | None, seed: int,
         return Recited(drilled, examples or EXAMPLES, seed)
     if task in (None, "needle", "lm"):
         return Needle(length=LENGTH if length is None else length, count=examples or EXAMPLES, seed=seed)
+    if task in TASKS:
+        return named(task, length, examples, seed)
     if not task.endswith(".jsonl"):
-        raise TaskError(f'task={task!r} must be "needle", "mqar", "copy" or a .jsonl file of prompts and answers')
+        names = ", ".join([*TASKS, "mqar", "copy"])
+        raise TaskError(f"task={task!r} must be one of {names}, or a .jsonl file of prompts and answers")
     if length is not None:
         raise OptionError(f"length={length} goes with the needle task; the prompts of {task} have their own")
     return Prompts(Path(task), examples)

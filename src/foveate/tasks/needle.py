@@ -12,15 +12,7 @@ from dataclasses import dataclass
 
 from foveate.core.errors import OptionError
 from foveate.tasks.base import Example, Task
-from foveate.tasks.corpus import text
-
-NAMES = (
-    "amber anvil apple arrow badge basil beach birch bison brick cabin camel canoe cedar chalk cloud "
-    "coral crane daisy delta ember fable falcon fern flint forge garnet ginger glacier grove harbor hazel "
-    "heron indigo ivory jasper juniper kettle lagoon lantern lemon linen lotus magnet maple marble meadow "
-    "nectar oasis olive onyx orbit otter pebble pepper plum quartz raven ribbon saffron sierra spruce "
-    "summit tulip velvet walnut willow zephyr "
-).split()
+from foveate.tasks.haystack import NAMES, hidden, snap
 
 
 def fact(name: str, digits: str) -> str:
@@ -74,20 +66,10 @@ class Needle(Task):
         names = draw.sample(NAMES, self.distractors + 1)
         facts = [fact(name, "".join(draw.choices("0123456789", k=self.digits))) for name in names]
         room = self.length - sum(map(len, facts)) - len(question(names[0]))
-        source = text("heldout")
-        start = draw.randrange(len(source) - room)
-        filler = source[start : start + room]
-        cuts = sorted((snap(filler, draw.randrange(room)), index) for index in range(len(facts)))
-        pieces, spans, at, last = [], {}, 0, 0
-        for cut, index in cuts:
-            pieces += [filler[last:cut], facts[index]]
-            at, last = at + cut - last, cut
-            spans["needle" if index == 0 else f"distractor {index}"] = (at, at + len(facts[index]))
-            at += len(facts[index])
-        prompt = "".join([*pieces, filler[last:], question(names[0])])
-        return Example(prompt, facts[0].removesuffix(".").removeprefix(question(names[0]).replace("\n", " ")), spans)
+        body, spans = hidden(draw, facts, room)
+        named = {"needle" if index == 0 else f"distractor {index}": span for index, span in enumerate(spans)}
+        prompt = body + question(names[0])
+        return Example(prompt, facts[0].removesuffix(".").removeprefix(question(names[0]).replace("\n", " ")), named)
 
 
-def snap(filler: str, cut: int) -> int:
-    """The nearest blank at or before `cut`, so that a fact never splits a word."""
-    return max(filler.rfind(" ", 0, cut + 1), 0)
+__all__ = ["NAMES", "Needle", "fact", "question", "snap"]

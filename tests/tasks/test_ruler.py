@@ -1,0 +1,132 @@
+"""The RULER-like tasks: what is asked stands in the text where the spans say, a seed is a seed, answers score."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from foveate.core.errors import OptionError, UnknownKey
+from foveate.tasks import corpus
+from foveate.tasks.base import Example
+from foveate.tasks.continuation import Continuation
+from foveate.tasks.counting import Counting
+from foveate.tasks.named import TASKS, named
+from foveate.tasks.retrieval import Retrieval
+from foveate.tasks.ruler import KINDS, Ruler, kind
+from foveate.tasks.scores import LOSS
+from foveate.tasks.tracing import Tracing
+
+
+def examples(name: str, length: int = 3000, count: int = 12, seed: int = 0) -> list[Example]:
+    return kind(name, length, count, seed).examples()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind(name: str) -> None:
+    task = kind(name, 3000, 5)
+    assert task.name == name
+    for example in task.examples():
+        assert 2900 < len(example.prompt) <= 3000 and example.prompt.isascii()
+        assert not example.prompt.endswith(" ") and example.answer.startswith(" ")
+        assert task.score(example, example.answer + ".\n\nAnd more.") == 1.0
+        assert task.score(example, " nothing of it") == 0.0
+        assert task.score(example, f" {example.answers[0]} it is") == pytest.approx(1 / len(example.answers))
+    assert examples(name) == examples(name) != examples(name, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "owners", "asked"),
+    [
+        ("niah_single", 1, 1, 1),
+        ("niah_multikey", 8, 8, 1),
+        ("niah_multivalue", 6, 2, 1),
+        ("niah_multiquery", 6, 6, 3),
+    ],
+)
+def test_needles_by_reading_the_text(name: str, facts: int, owners: int, asked: int) -> None:
+    for example in examples(name):
+        text, question = example.prompt.rsplit("\n", 1)
+        found = re.findall(r" A pass key of (\w+) is (\d{5})\.", text)
+        assert len(found) == facts and len({owner for owner, _ in found}) == owners
+        wanted = re.sub("The pass keys? of | (is|are)$", "", question).replace(" and ", ", ").split(", ")
+        assert len(wanted) == asked
+        assert list(example.answers) == [digits for name in wanted for owner, digits in found if owner == name]
+        assert re.findall(r"\d+", example.answer) == list(example.answers)
+        for span, digits in zip(example.spans.values(), example.answers, strict=True):
+            assert example.prompt[slice(*span)].endswith(f" is {digits}.")
+
+
+def test_depths_are_spread() -> None:
+    depths = [e.spans["needle 0"][0] / 3000 for e in examples("niah_multikey", count=60)]
+    assert min(depths) < 0.15 and max(depths) > 0.75 and 0.35 < sum(depths) / 60 < 0.6
+
+
+def test_a_chain_is_followed_by_hand() -> None:
+    for example in examples("variable_tracking"):
+        shown, text = example.prompt.split("\n\n", 1)
+        value = re.findall(r"value (\d{5}) are$", text)[0]
+        holds = re.findall(rf" VAR (\w+) = {value}\.", text)
+        for new, old in re.findall(r" VAR (\w+) = VAR (\w+)\.", text):
+            holds += [new] if old in holds else []
+        assert holds == list(example.answers) and len(holds) == 3
+        assert not set(holds) & set(re.findall(r"\b[A-Z]{3}\b", shown))
+
+
+def test_the_common_words_are_the_most_common() -> None:
+    for example in examples("common_words"):
+        words = Counter(re.findall(r"[a-z]+", example.prompt.split("List: ")[2].rsplit("\n", 1)[0]))
+        best = words.most_common(4)
+        assert {word for word, _ in best[:3]} == set(example.answers)
+        assert best[2][1] >= 10 * best[3][1] or best[3][1] <= 2
+
+
+def test_a_set_holds_all_kinds_in_turn() -> None:
+    found = Ruler(length=2000, count=13).examples()
+    assert len(found) == 13
+    for index, name in enumerate(KINDS):
+        assert found[index::6] == examples(name, 2000, 3)[: len(found[index::6])]
+
+
+def test_continuations_lie_side_by_side_in_text_that_is_held_out() -> None:
+    task = Continuation(length=5000, count=4, horizon=300, seed=2)
+    found = task.examples()
+    assert task.metric == LOSS
+    assert all(len(e.prompt) == 5000 and len(e.answer) == 300 for e in found)
+    whole = "".join(e.prompt + e.answer for e in found)
+    assert whole in corpus.text("heldout")
+    assert Continuation(length=5000, count=4, horizon=300, seed=3).examples() != found
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_name_stands_for_a_task(name: str) -> None:
+    task = named(name, 1500, 2, seed=1)
+    assert task.name == name and len(task.examples()) == 2
+    assert named(name).examples()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Retrieval(length=100), "length=100"),
+        (lambda: Retrieval(keys=0), "keys=0"),
+        (lambda: Retrieval(keys=2, asked=3), "asked=3"),
+        (lambda: Retrieval(length=600, keys=20), "leaves no room for text beside 20 facts"),
+        (lambda: Tracing(length=1000), "length=1000"),
+        (lambda: Tracing(hops=9), "hops=9"),
+        (lambda: Counting(common=0), "common=0"),
+        (lambda: Counting(count=0), "count=0"),
+        (lambda: Continuation(length=10**6), "count=2 stretches of 1000000"),
+        (lambda: kind("vt", 1000, 1), "task='vt'"),
+    ],
+)
+def test_bad_options_are_named(make: object, says: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        make()  # type: ignore[operator]
+    assert says in str(caught.value).replace('"vt"', "'vt'")
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(UnknownKey, match="niah_multikey"):
+        named("niah_multikeys")
