@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from foveate.cli import app
-from foveate.cli.train import parsed
+from foveate.cli.train import TASKS, listing, parsed
 from foveate.core.errors import OptionError
+from foveate.train.loop import Training
+from foveate.train.network import DRILLS
 
 
 def run(*args: object):
@@ -56,6 +61,10 @@ def test_train_in_json(tmp_path: Path) -> None:
         (["--op", "softmax", "--steps", 0], "steps=0 must be a whole number"),
         (["--op", "softmax", "--device", "toaster"], "device='toaster' is not usable here"),
         (["--op", "softmax", "--depth", 0], "depth=0 must be a whole number"),
+        (["--op", "softmax", "--seeds", "1,x"], "seeds='1,x' must be whole numbers"),
+        (["--op", "softmax", "--seeds", ","], "seeds=',' names no seed"),
+        (["--op", "softmax", "--seeds", "3,3"], "seeds=3,3 names one twice"),
+        (["--op", "softmax", "--seeds", "1,2", "--seed", 3], "seed=3 and seeds='1,2' exclude each other"),
     ],
 )
 def test_train_refuses_in_one_line(tmp_path: Path, args: list, says: str) -> None:
@@ -66,9 +75,115 @@ def test_train_refuses_in_one_line(tmp_path: Path, args: list, says: str) -> Non
     assert not (tmp_path / "net").exists()
 
 
+SMALL = (
+    "--op", "hedgehog", "--task", "copy", "--dim", 16, "--steps", 4, "--batch", 4, "--length", 12, "--vocabulary", 8,
+)  # fmt: skip
+
+
+def test_the_same_command_again_reads_what_was_trained(tmp_path: Path) -> None:
+    first, again = (run("train", *SMALL, "--out", tmp_path / "net") for _ in range(2))
+    assert first.exit_code == again.exit_code == 0
+    assert "earlier run" not in first.stdout
+    assert "trained by an earlier run: --fresh trains again" in again.stdout
+    assert again.stdout.splitlines()[0] == first.stdout.splitlines()[0]
+    other = run("train", *SMALL, "--rate", 1e-2, "--out", tmp_path / "net")
+    assert other.exit_code == 2
+    assert "schedule.rate was 0.003, is 0.01" in other.stderr
+    assert run("train", *SMALL, "--rate", 1e-2, "--out", tmp_path / "net", "--fresh").exit_code == 0
+
+
+def test_several_seeds_with_their_spread(tmp_path: Path) -> None:
+    result = run("train", *SMALL, "--seeds", "0,1,2", "--out", tmp_path / "net")
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "net" / "seeds.json").read_text())
+    assert [row["seed"] for row in told["seeds"]] == [0, 1, 2]
+    assert told["accuracy_deviation"] > 0
+    shown = f"accuracy {100 * told['accuracy']:.1f} ± {100 * told['accuracy_deviation']:.1f} % on held-out data over 3"
+    assert shown in result.stdout
+    for row in told["seeds"]:
+        assert f"{row['accuracy']:.1%}" in result.stdout
+    page = (tmp_path / "net" / "loss.html").read_text()
+    assert '"error_y":{"array":[' in page.replace(" ", "")
+    assert (tmp_path / "net" / "seed-2" / "model.safetensors").is_file()
+
+
+def test_a_config_file_and_the_line_above_it(tmp_path: Path) -> None:
+    config = tmp_path / "small.toml"
+    config.write_text(
+        '\ufeffop = "sliding_window"\ntask = "copy"\ndim = 16\nsteps = 3\nbatch = 2\nlength = 12\nvocabulary = 8\n'
+        f'seeds = [1, 2]\njson = true\nout = "{tmp_path.as_posix()}/net"\n[options]\nwindow = 4\nsinks = 1\n',
+        "utf-8",
+    )
+    result = run("train", "--config", config, "--steps", 2)
+    assert result.exit_code == 0, result.output
+    assert [row["seed"] for row in json.loads(result.stdout)["seeds"]] == [1, 2]
+    record = json.loads((tmp_path / "net" / "seed-1" / "training.json").read_text())
+    assert record["schedule"]["steps"] == 2
+    assert record["network"]["mixers"][0]["options"] == {"window": 4, "sinks": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"stps = 3", 'unknown option in bad.toml "stps"; did you mean "steps"?'),
+        (b"as_json = true", 'unknown option in bad.toml "as_json"'),
+        (b"steps = ", "is not TOML"),
+        (b"\xff\xfe", "is not TOML"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_config_files_that_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("bad.toml").write_bytes(content)
+    result = run("train", "--op", "softmax", "--config", "bad.toml")
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.toml"] * (content is not None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_keeps_the_steps_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A real signal, in the middle of the third step."""
+    steps, once = [], Training.advance
+
+    def advance(training: Training) -> None:
+        steps.append(training.step)
+        if len(steps) == 3:
+            os.kill(os.getpid(), number)
+        once(training)
+
+    monkeypatch.setattr(Training, "advance", advance)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stopped = run("train", *SMALL, "--out", tmp_path / "net")
+    assert stopped.exit_code == 1
+    assert f"interrupted: step 3 of 4 is kept in {tmp_path / 'net'}; the same command goes on" in stopped.stderr
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    went_on = run("train", *SMALL, "--out", tmp_path / "net")
+    assert went_on.exit_code == 0, went_on.output
+    assert steps == [0, 1, 2, 3]
+    whole = run("train", *SMALL, "--out", tmp_path / "whole", "--json")
+    record = json.loads((tmp_path / "net" / "training.json").read_text())
+    assert record["scores"]["4"] == json.loads(whole.stdout)["accuracy"]
+
+
+def test_the_help_lists_what_can_be_trained() -> None:
+    text = " ".join(run("train", "--help").stdout.split())
+    for part in listing().split("\n\n"):
+        assert part in text
+    assert {"softmax", "hedgehog", "mega"} <= set(re.findall(r"\w+", listing()))
+    assert list(TASKS) == list(DRILLS)
+
+
 def test_options_are_read_as_python_writes_them() -> None:
     assert parsed(None) == parsed(" ") == {}
     assert parsed("window=32, form=exp,rate=1e-3,on=True") == {"window": 32, "form": "exp", "rate": 1e-3, "on": True}
+    assert parsed("sizes=(1, 2),names=[a, b]") == {"sizes": (1, 2), "names": "[a, b]"}
     with pytest.raises(OptionError, match="got '3=4'"):
         parsed("3=4")
 

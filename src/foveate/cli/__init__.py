@@ -22,7 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compare")(compare.command)
-app.command("train")(train.command)
+app.command("train", epilog=train.listing())(train.command)
 app.command("systems")(systems.command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(labs.app, name="labs")
@@ -34,7 +34,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog=f"{train.policies()}\n\n{train.listing()}")
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -45,42 +46,109 @@ def _console() -> Console:
 
 
 class Bar:
-    """A progress bar on stderr, so that stdout holds nothing but the result. Use it in a `with`."""
+    """A progress bar on stderr, so that stdout holds nothing but the result. Use it in a `with`.
+
+    It shows the time that has passed and the time that is left. Where stderr is no terminal, a line now and then takes
+    its place.
+    """
 
     def __init__(self, label: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        label_column = TextColumn("{task.description}", markup=False)
-        columns = (label_column, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar: Progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._label = label
-        self._task: TaskID | None = None
+        self._label, self._done = label, 0
+        self._total: int | None = None
+        self._shown: _Drawn | _Lines = _Drawn(label) if sys.stderr.isatty() else _Lines(label)
 
     def __enter__(self) -> Bar:
-        self._bar.start()
-        self._task = self._bar.add_task(self._label, total=None)
+        self._shown.begin()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._bar.stop()
+        self._shown.end()
 
     def start(self, total: int) -> None:
         """How many steps there will be."""
-        if self._task is not None:
-            self._bar.reset(self._task, total=total)
+        self.at(0, total, "")
 
     def advance(self, label: str = "") -> None:
         """One step is done; `label` says what the work is at."""
-        if self._task is not None:
-            self._bar.update(self._task, advance=1, description=label or self._label)
+        self.at(self._done + 1, self._total, label)
 
     def say(self, label: str) -> None:
         """What the work is at, between steps."""
-        if self._task is not None:
-            self._bar.update(self._task, description=label)
+        self.at(self._done, self._total, label)
 
-    def at(self, step: int, steps: int, note: str) -> None:
+    def at(self, step: int, steps: int | None, note: str) -> None:
         """The same for work that counts for itself: `step` of `steps` are done."""
-        if self._task is not None:
-            self._bar.update(self._task, completed=step, total=steps, description=note or self._label)
+        self._done, self._total = step, steps
+        self._shown.at(step, steps, note or self._label)
+
+
+class _Drawn:
+    """A bar on a terminal."""
+
+    def __init__(self, label: str) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left:"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self._bar: Progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task: TaskID = self._bar.add_task(label, total=None)
+
+    def begin(self) -> None:
+        self._bar.start()
+
+    def end(self) -> None:
+        self._bar.stop()
+
+    def at(self, step: int, steps: int | None, label: str) -> None:
+        self._bar.update(self._task, completed=step, total=steps, description=label)
+
+
+class _Lines:
+    """A line now and then, where nobody watches a bar: after a few seconds, and then every half minute."""
+
+    FIRST, EVERY = 5.0, 30.0
+
+    def __init__(self, label: str) -> None:
+        self._begun = self._counted = time.monotonic()
+        self._due, self._first = self._begun + self.FIRST, -1
+
+    def begin(self) -> None:
+        """Nothing: short work stays silent."""
+
+    def end(self) -> None:
+        """Nothing: the result says that it is done."""
+
+    def at(self, step: int, steps: int | None, label: str) -> None:
+        now = time.monotonic()
+        if steps is not None and (self._first < 0 or step < self._first):
+            self._counted, self._first = now, step  # what an earlier run did tells nothing of this one's speed
+        if now < self._due:
+            return
+        self._due = now + self.EVERY
+        parts = [label]
+        if steps is not None:
+            parts.append(f"{step} of {steps}, {duration(now - self._begun)}")
+            if step > self._first:
+                left = (now - self._counted) / (step - self._first) * (steps - step)
+                parts.append(f"about {duration(left)} left")
+        typer.echo(", ".join(parts), err=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

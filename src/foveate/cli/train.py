@@ -5,15 +5,31 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.console import Bar, show
+from foveate.cli.config import read as read_config
+from foveate.cli.console import Bar, duration, show
+from foveate.cli.stop import Stop
+from foveate.core.catalog import capabilities, systems
 from foveate.core.errors import OptionError
 
-Op = Annotated[str, typer.Option("--op", help="Key of an operator or a layer: see `foveate systems`.")]
-TaskName = Annotated[str, typer.Option("--task", help="mqar, copy, lm or digits.")]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from foveate.train.job import Outcome
+
+#: What `--task` takes, in words; `foveate.train.network.DRILLS` has the tasks themselves.
+TASKS = {
+    "mqar": "multi-query associative recall",
+    "copy": "copying a random string",
+    "lm": "the next byte of English text",
+    "digits": "handwritten digits, as images",
+}
+
+Op = Annotated[str, typer.Option("--op", help="Key of an operator or a layer; they are listed below.")]
+TaskName = Annotated[str, typer.Option("--task", help=f"{', '.join(TASKS)}.")]
 Options = Annotated[
     str | None, typer.Option(help="The system's own options, such as 'window=32' or 'depth=1,chunk=8'.")
 ]
@@ -30,8 +46,19 @@ Steps = Annotated[int, typer.Option(help="Optimiser steps.")]
 Batch = Annotated[int, typer.Option(help="Sequences or images in each step.")]
 Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first parameters and of the batches.")]
+Seeds = Annotated[
+    str | None, typer.Option(help="Several seeds, such as '0,1,2': a network for each, and their spread.")
+]
 Out = Annotated[Path | None, typer.Option(help="Folder for the network. Default: foveate-train/OP-TASK.")]
 Device = Annotated[str, typer.Option(help="Where it trains: cpu, cuda, mps.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="A TOML file with any of these options (steps = 500); those on the command line win.",
+        callback=read_config, is_eager=True,
+    ),
+]  # fmt: skip
+Fresh = Annotated[bool, typer.Option("--fresh", help="Train again what the folder already holds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 
 
@@ -50,8 +77,11 @@ def command(
     batch: Batch = 32,
     rate: Rate = 3e-3,
     seed: Seed = 0,
+    seeds: Seeds = None,
     out: Out = None,
     device: Device = "cpu",
+    config: Config = None,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Train a small network with any operator, and save it.
@@ -59,36 +89,103 @@ def command(
     Writes the weights as safetensors, loss.html and training.json.
     Networks of tokens are Hugging Face checkpoints:
     `foveate compare --model FOLDER` runs them on their task.
+    With softmax a training of 1,000 steps takes a minute or two on two cores.
+    Ctrl-C keeps the steps that are done: the same command goes on.
     """
+    if seeds is not None and seed:
+        raise OptionError(f"seed={seed} and seeds={seeds!r} exclude each other")
     folder = out or Path("foveate-train") / f"{op}-{task}"
     with Bar("loading") as bar:
-        import torch
-
         from foveate.bench.loading import torch_device
-        from foveate.report import curves
-        from foveate.train import checkpoint, loop, network
+        from foveate.train import network
+        from foveate.train.loop import Schedule
+        from foveate.train.seeds import Trainings
 
         drill = network.drill(task, length=length, pairs=pairs, vocabulary=vocabulary)
         spec = network.spec(op, drill, dim=dim, heads=heads, depth=depth, conv=conv, options=parsed(options))
-        schedule = loop.Schedule(steps=steps, batch=batch, rate=rate, seed=seed)
-        torch.manual_seed(seed)
-        net = spec.build().to(torch_device(device))
-        history = loop.fit(net, drill, schedule, progress=bar.at)
-        checkpoint.save(net.cpu(), spec, drill, schedule, history, folder)
-        page = curves.loss(history, f"{op} on {task}", folder / "loss.html")
-    parameters = sum(parameter.numel() for parameter in net.parameters())
-    found = {"op": op, "task": task, "parameters": parameters, "accuracy": history.score, "loss": history.losses[-1]}
+        schedule = Schedule(steps=steps, batch=batch, rate=rate, seed=seed)
+        planned = Trainings(spec, drill, schedule, folder, torch_device(device), _numbers(seeds))
+        try:
+            with Stop() as stop:
+                found = planned.run(fresh=fresh, stop=stop, progress=bar.at)
+        except KeyboardInterrupt as interrupt:
+            typer.echo(_kept(interrupt.args), err=True)
+            raise typer.Exit(1) from None
+        page, told = _write(f"{op} on {task}", folder, found, {"op": op, "task": task})
     if as_json:
-        typer.echo(json.dumps({**found, "folder": str(folder)}))
+        typer.echo(json.dumps({**told, "folder": str(folder)}))
     else:
-        show(f"{op} on {task}: accuracy {history.score:.1%} on held-out data, {parameters:,} parameters")
-        show(f"network  {folder}", f"loss     {page}")
+        show(*_lines(found, told, planned.several), f"network  {folder}", f"loss     {page}")
+
+
+def _write(title: str, folder: Path, found: dict[int, Outcome], asked: dict[str, str]) -> tuple[Path, dict[str, Any]]:
+    """The page with the losses, the file of all seeds where there are several, and what --json prints."""
+    from foveate.report import curves
+    from foveate.train.checkpoint import writing
+    from foveate.train.seeds import SEEDS, summary
+
+    told = {**asked, "parameters": next(iter(found.values())).parameters, **summary(found)}
+    with writing(folder):
+        page = curves.loss({seed: one.history for seed, one in found.items()}, title, folder / "loss.html")
+        if len(found) > 1:
+            (folder / SEEDS).write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+    return page, told
+
+
+def _lines(found: dict[int, Outcome], told: dict[str, Any], several: bool) -> list[Any]:
+    """What a person reads at the end."""
+    spread = "" if told["accuracy_deviation"] is None else f" ± {100 * told['accuracy_deviation']:.1f}"
+    over = f" over {len(found)} seeds" if several else ""
+    first = (
+        f"{told['op']} on {told['task']}: accuracy {100 * told['accuracy']:.1f}{spread} % on held-out data{over}, "
+        f"{told['parameters']:,} parameters, trained in {duration(sum(one.seconds for one in found.values()))}"
+    )
+    lines: list[Any] = [first]
+    if several:
+        lines.append(_table(told["seeds"]))
+    if earlier := [seed for seed, one in found.items() if one.earlier]:
+        which = f" (seeds {', '.join(map(str, earlier))})" if several else ""
+        lines.append(f"trained by an earlier run{which}: --fresh trains again")
+    return lines
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("seed", "accuracy", "loss", "time"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(str(row["seed"]), f"{row['accuracy']:.1%}", f"{row['loss']:.3f}", duration(row["seconds"]))
+    return table
+
+
+def _kept(counts: tuple[Any, ...]) -> str:
+    """What a stopped training leaves. It says (step, steps, folder); without that it had not begun."""
+    if len(counts) != 3:
+        return "interrupted at once; the steps since the last copy are lost"
+    if not counts[0]:
+        return "interrupted before the first step"
+    step, steps, folder = counts
+    return f"interrupted: step {step} of {steps} is kept in {folder}; the same command goes on from there"
+
+
+def _numbers(seeds: str | None) -> tuple[int, ...]:
+    """The seeds between commas; none where the option was not given."""
+    try:
+        found = tuple(int(part) for part in (seeds or "").split(",") if part.strip())
+    except ValueError:
+        raise OptionError(f"seeds={seeds!r} must be whole numbers, between commas") from None
+    if seeds is not None and not found:
+        raise OptionError(f"seeds={seeds!r} names no seed; give whole numbers, between commas")
+    return found
 
 
 def parsed(options: str | None) -> dict[str, Any]:
-    """`window=32,form=exp` as `{"window": 32, "form": "exp"}`."""
+    """`window=32,form=exp,sizes=(1, 2)` as a dict; what is no Python value is text."""
+    text = options or ""
     found: dict[str, Any] = {}
-    for part in (options or "").split(","):
+    for part in _parts(text):
         name, equals, value = part.partition("=")
         if not part.strip():
             continue
@@ -99,3 +196,40 @@ def parsed(options: str | None) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[name.strip()] = value.strip()
     return found
+
+
+def _parts(text: str) -> list[str]:
+    """`text` cut at its commas, but for those inside brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def policies() -> str:
+    """Cache policies, for the end of the help."""
+    return f"Cache policies: {', '.join(row.key for row in systems(room='kv'))}."
+
+
+def listing() -> str:
+    """Operators, layers and tasks, for the end of the help."""
+    causal: dict[str, list[str]] = {"operator": [], "layer": []}
+    others: list[str] = []
+    for row in systems():
+        able = capabilities(row.key)
+        if able:
+            of_tokens = "causal self" in able["patterns"]
+            (causal[able["kind"]] if of_tokens else others).append(row.key)
+    tasks = "; ".join(f"{name}: {words}" for name, words in TASKS.items())
+    return "\n\n".join(
+        [
+            f"Operators: {', '.join(causal['operator'])}.",
+            f"Layers: {', '.join(causal['layer'])}.",
+            f"For images only (--task digits): {', '.join(others)}.",
+            f"Tasks: {tasks}.",
+        ]
+    )

@@ -205,7 +205,8 @@ class FoveateForCausalLM(FoveatePreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FoveateConfig) -> None:
         super().__init__(config)
-        built = Spec.from_dict(config.network).build()
+        with torch.device("cpu"):  # transformers builds on the meta device, where tables that nothing saves stay empty
+            built = Spec.from_dict(config.network).build()
         assert isinstance(built, Decoder)
         self.adopt(built)
         self.post_init()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,12 @@ if TYPE_CHECKING:
     from foveate.bench.recall import Point
     from foveate.train.loop import History
 
+#: The legend stands under the figure: above it, it would cover the title as soon as the page is narrow.
 _LAYOUT = dict(
-    template="plotly_white", font=dict(family="system-ui, sans-serif", size=14), margin=dict(l=64, r=24, t=64, b=56)
+    template="plotly_white",
+    font=dict(family="system-ui, sans-serif", size=14),
+    margin=dict(l=64, r=24, t=64, b=112),
+    legend=dict(orientation="h", x=0, xanchor="left", y=-0.16, yanchor="top"),
 )
 #: A hue for each family of operators, told apart also by their marks.
 FAMILIES = {
@@ -24,28 +29,53 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def loss(history: History, title: str, path: Path) -> Path:
-    """The losses of a training run, their running mean, and the accuracy on held-out data, as a page at `path`."""
+def loss(histories: Mapping[int, History], title: str, path: Path) -> Path:
+    """The losses of one training or of several with other seeds, and the accuracy on held-out data, at `path`.
+
+    One training shows its loss at each step. Several show each one's running mean, the mean of them all, and the
+    accuracy's mean with its standard deviation as bars.
+    """
     from plotly.graph_objects import Figure, Scatter
 
-    steps = list(range(1, len(history.losses) + 1))
-    figure = Figure(layout=dict(title=html.escape(title), **_LAYOUT))
-    figure.add_trace(Scatter(x=steps, y=history.losses, name="loss", line=dict(color="#c9cdd6", width=1)))
-    figure.add_trace(Scatter(x=steps, y=smooth(history.losses), name="loss, smoothed", line=dict(color="#1f4e9e")))
-    scores = {"x": list(history.scores), "y": [100 * score for score in history.scores.values()]}
-    figure.add_trace(Scatter(**scores, name="accuracy, held out", yaxis="y2", line=dict(color="#d1495b")))
+    runs = list(histories.values())
+    figure = Figure(layout=dict(title=_title(title, len(runs)), **_LAYOUT))
+    steps = list(range(1, len(runs[0].losses) + 1))
+    single, smoothed = len(runs) == 1, [smooth(run.losses) for run in runs]
+    for seed, run, running in zip(histories, runs, smoothed, strict=True):
+        values, name = (run.losses, "loss") if single else (running, f"loss, seed {seed}")
+        figure.add_trace(Scatter(x=steps, y=values, name=name, line=dict(color="#c9cdd6", width=1)))
+    mean = [statistics.fmean(at) for at in zip(*smoothed, strict=True)]
+    name = "loss, smoothed" if single else "loss, mean"
+    figure.add_trace(Scatter(x=steps, y=mean, name=name, line=dict(color="#1f4e9e")))
+    figure.add_trace(Scatter(**_accuracy(runs), yaxis="y2", line=dict(color="#d1495b")))
     figure.update_layout(
-        xaxis_title="step", yaxis=dict(title="loss", rangemode="tozero"), legend=dict(orientation="h", y=1.08),
+        xaxis_title="step", yaxis=dict(title="loss", rangemode="tozero"),
         yaxis2=dict(title="accuracy, %", overlaying="y", side="right", range=[0, 101], showgrid=False),
     )  # fmt: skip
     return _write(figure, path)
+
+
+def _title(title: str, runs: int) -> dict[str, Any]:
+    text = title if runs == 1 else f"{title}, {runs} seeds"
+    return dict(text=html.escape(text), x=0.02, xanchor="left", font=dict(size=16))
+
+
+def _accuracy(runs: Sequence[History]) -> dict[str, Any]:
+    """The accuracy's mean over the trainings at each look, with one standard deviation where they are several."""
+    looks = list(runs[0].scores)
+    at = [[100 * run.scores[step] for run in runs] for step in looks]
+    drawn: dict[str, Any] = dict(x=looks, y=[statistics.fmean(values) for values in at], name="accuracy, held out")
+    if len(runs) > 1:
+        drawn |= dict(error_y=dict(array=[statistics.stdev(values) for values in at], thickness=1.5))
+        drawn |= dict(name="accuracy, held out: mean ± standard deviation")
+    return drawn
 
 
 def recall(points: Sequence[Point], title: str, path: Path) -> Path:
     """Recall against the bytes of the state, one mark for each network, as a page at `path`."""
     from plotly.graph_objects import Figure, Scatter
 
-    figure = Figure(layout=dict(title=html.escape(title), **_LAYOUT))
+    figure = Figure(layout=dict(title=_title(title, 1), **_LAYOUT))
     places = label_places(points)
     for family, (color, symbol) in FAMILIES.items():
         own = sorted((point for point in points if point.family == family), key=lambda point: point.state_bytes)
@@ -65,7 +95,7 @@ def recall(points: Sequence[Point], title: str, path: Path) -> Path:
     axis = dict(title="state while decoding, kB per sequence", type="log", range=bounds, minor=dict(showgrid=False))
     figure.update_layout(
         xaxis=dict(**axis, tickvals=ticks, ticktext=[f"{tick / 1024:g}" for tick in ticks]),
-        yaxis=dict(title="recall, % of queries", range=[-8, 112]), legend=dict(orientation="h", y=1.08),
+        yaxis=dict(title="recall, % of queries", range=[-8, 112]),
     )  # fmt: skip
     return _write(figure, path)
 
@@ -95,4 +125,5 @@ def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
 
 
 def _write(figure: Any, path: Path) -> Path:
-    return write_atomic(path, figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False}))
+    config = {"displaylogo": False, "responsive": True}
+    return write_atomic(path, figure.to_html(include_plotlyjs=True, full_html=True, config=config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -65,48 +66,120 @@ class History:
         return self.scores[max(self.scores)]
 
 
+class Training:
+    """One training, step by step: between two steps it can be put down (`state`) and taken up again (`restore`).
+
+    A training that was put down and taken up gives the same numbers, bit for bit, as one that was not.
+
+    Args:
+        net: tokens or images in, logits out; trained in place.
+        looks: how many times the score on held-out data is taken, the last time at the end.
+        heldout: examples for that.
+    """
+
+    def __init__(
+        self, net: nn.Module, drill: Drill, schedule: Schedule, *, looks: int = 10, heldout: int = 256
+    ) -> None:
+        self.net, self.drill, self.schedule, self.heldout = net, drill, schedule, heldout
+        self.history, self.seconds = History(), 0.0
+        self._every = max(1, schedule.steps // max(1, looks))
+        self._generator = torch.Generator().manual_seed(schedule.seed)
+        self._trained = [p for p in net.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in self._trained if p.ndim > 1], "weight_decay": schedule.decay},
+            {"params": [p for p in self._trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self._optimiser = torch.optim.AdamW(groups, lr=schedule.rate, betas=(0.9, 0.98))
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.history.losses)
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.schedule.steps
+
+    @property
+    def note(self) -> str:
+        """How it stands, in words."""
+        scored = f", accuracy {self.history.score:.1%}" if self.history.scores else ""
+        return f"loss {self.history.losses[-1]:.3f}{scored}" if self.history.losses else ""
+
+    def advance(self) -> None:
+        """One step, and a look at held-out data where one is due.
+
+        Raises:
+            DivergedError: a loss that is no number any more, with the step at which that came.
+        """
+        begun, step = time.perf_counter(), self.step
+        self.net.train()
+        for group in self._optimiser.param_groups:
+            group["lr"] = self.schedule.rate_at(step)
+        loss = loss_of(self.net, *self.drill.sample(self.schedule.batch, self._generator))
+        if not math.isfinite(value := loss.item()):
+            raise DivergedError(
+                f"the loss is {value} at step {step}: rate={self.schedule.rate} is too high for this network"
+            )
+        self._optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), self.schedule.clip)
+        self._optimiser.step()
+        self.history.losses.append(value)
+        if self.step % self._every == 0 or self.done:
+            self.history.scores[self.step] = evaluate(self.net, self.drill, self.heldout)
+        self.seconds += time.perf_counter() - begun
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on, as tensors on the CPU; `history` and `seconds` are not in it."""
+        found = {f"net.{name}": x for name, x in self.net.state_dict().items()}
+        for index, parameter in enumerate(self._trained):
+            for name, x in self._optimiser.state.get(parameter, {}).items():
+                found[f"optimiser.{index}.{name}"] = x
+        found |= {"random.batches": self._generator.get_state(), "random.cpu": torch.get_rng_state()}
+        if (device := self._device).type == "cuda":
+            found["random.cuda"] = torch.cuda.get_rng_state(device)
+        return {name: x.detach().to("cpu", copy=True).contiguous() for name, x in found.items()}
+
+    def restore(self, state: dict[str, Tensor], history: History, seconds: float = 0.0) -> None:
+        """Take up what `state` put down, in a training made with the same arguments."""
+        self.net.load_state_dict({n.removeprefix("net."): x for n, x in state.items() if n.startswith("net.")})
+        for index, parameter in enumerate(self._trained):
+            prefix = f"optimiser.{index}."
+            own = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+            if own:  # the count of steps stays on the CPU, as AdamW has it
+                self._optimiser.state[parameter] = {n: x if n == "step" else x.to(parameter) for n, x in own.items()}
+        self._generator.set_state(state["random.batches"])
+        torch.set_rng_state(state["random.cpu"])
+        if "random.cuda" in state and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["random.cuda"], self._device)
+        self.history, self.seconds = History(list(history.losses), dict(history.scores)), seconds
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+
 def fit(
     net: nn.Module, drill: Drill, schedule: Schedule, *, looks: int = 10, heldout: int = 256,
     progress: Progress | None = None,
 ) -> History:  # fmt: skip
-    """Train `net` on `drill` in place.
+    """Train `net` on `drill` in place, from the first step to the last.
 
     Args:
-        net: tokens or images in, logits out.
-        looks: how many times the score on held-out data is taken, the last time at the end.
-        heldout: examples for that.
+        net, drill, schedule, looks, heldout: as for `Training`.
         progress: called as `progress(step, steps, note)` after every step.
 
     Raises:
         DivergedError: a loss that is no number any more, with the step at which that came.
     """
-    generator = torch.Generator().manual_seed(schedule.seed)
-    matrices = [p for p in net.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in net.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": schedule.decay}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=schedule.rate, betas=(0.9, 0.98))
-    history, every, note = History(), max(1, schedule.steps // max(1, looks)), ""
-    net.train()
-    for step in range(schedule.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = schedule.rate_at(step)
-        loss = loss_of(net, *drill.sample(schedule.batch, generator))
-        if not math.isfinite(value := loss.item()):
-            raise DivergedError(
-                f"the loss is {value} at step {step}: rate={schedule.rate} is too high for this network"
-            )
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), schedule.clip)
-        optimiser.step()
-        history.losses.append(value)
-        if (step + 1) % every == 0 or step + 1 == schedule.steps:
-            history.scores[step + 1] = evaluate(net, drill, heldout)
-            note = f", accuracy {history.score:.1%}"
+    training = Training(net, drill, schedule, looks=looks, heldout=heldout)
+    while not training.done:
+        training.advance()
         if progress is not None:
-            progress(step + 1, schedule.steps, f"loss {value:.3f}{note}")
+            progress(training.step, schedule.steps, training.note)
     net.eval()
-    return history
+    return training.history
 
 
 def loss_of(net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -60,6 +60,21 @@ def around(key: str, *, tokens: bool = True, conv: int | None = None) -> dict[st
     return chosen
 
 
+def fitted(key: str, *, heads: int, length: int, tokens: bool) -> dict[str, Any]:
+    """Options without which a small network of this layer cannot be built: sizes that it has no default for, or whose
+    defaults belong to published, larger networks.
+    """
+    half = max(1, heads // 2)
+    sizes: dict[str, dict[str, Any]] = {
+        "aaren": {"query": "first"},
+        "super_attention": {"context_len": length, "causal": tokens},
+        "dual_attention_transformer": {"sensory_heads": heads - half, "relational_heads": half},
+        "moh": {"shared_heads": heads - half, "routed_active": max(1, half // 2)},
+        "key_driven_gqa": {"kv_heads": half if heads % half == 0 else 1},
+    }
+    return sizes.get(key, {})
+
+
 def spec(
     key: str, task: Drill, *, dim: int = 64, heads: int = 2, depth: int = 2, conv: int | None = None,
     options: dict[str, Any] | None = None,
@@ -68,10 +83,13 @@ def spec(
     validate.count("depth", depth, 1)
     cls = system(key).load()
     image = isinstance(task, Digits)
-    mixers = (Mixer(key, options or {}, around(key, tokens=not image, conv=conv)),) * depth
+    patch = 2
+    length = (Digits.side // patch) ** 2 if image else task.length
+    chosen = {**fitted(key, heads=heads, length=length, tokens=not image), **(options or {})}
+    mixers = (Mixer(key, chosen, around(key, tokens=not image, conv=conv)),) * depth
     if not image:
         # symbols without a meaning are learnt several times faster with embeddings and a head of their own
         return Spec(dim, heads, mixers, vocabulary=task.vocabulary, tied=isinstance(task, Language))
     causal = "self" not in getattr(cls, "patterns", {"self"})
-    shape = {"channels": 1, "side": Digits.side, "classes": Digits.vocabulary, "patch": 2, "causal": causal}
+    shape = {"channels": 1, "side": Digits.side, "classes": Digits.vocabulary, "patch": patch, "causal": causal}
     return Spec(dim, heads, mixers, image=shape)

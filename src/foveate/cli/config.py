@@ -1,0 +1,54 @@
+"""A command's options from a TOML file: `steps = 500` is `--steps 500`, and the command line wins."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from foveate.core.errors import OptionError, unknown
+
+_NOT_IN_FILES = ("help", "config")
+
+
+def read(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the values of the file at `path` the command's defaults; the callback of a `--config` option.
+
+    Raises:
+        OptionError: a file that cannot be read. UnknownKey: an option that the command does not have.
+    """
+    if path is None:
+        return None
+    try:
+        given = tomllib.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise OptionError(f"config={str(path)!r} cannot be read: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"config={str(path)!r} is not TOML: {error}") from None
+    known = _options(context)
+    for name in given:
+        if name not in known:
+            raise unknown(f"option in {path}", name, known)
+    context.default_map = {**(context.default_map or {}), **{known[name]: _text(given[name]) for name in given}}
+    return path
+
+
+def _options(context: typer.Context) -> dict[str, str]:
+    """Names as they stand on the command line, and the parameters that they set."""
+    found = {}
+    for parameter in context.command.params:
+        name = max(parameter.opts, key=len).lstrip("-").replace("-", "_")
+        if name not in _NOT_IN_FILES and parameter.name is not None:
+            found[name] = parameter.name
+    return found
+
+
+def _text(value: Any) -> Any:
+    """Lists and tables as an option on the command line writes them."""
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    if isinstance(value, dict):
+        return ",".join(f"{name}={item!r}" for name, item in value.items())
+    return value
