@@ -25,7 +25,9 @@ def test_reads_lines(tmp_path: Path) -> None:
         ("[1]", "must be an object"),
         ('{"prompt": "", "answer": "b"}', "prompt must be non-empty"),
         ('{"prompt": "a"}', "answer must be non-empty"),
-        ('{"prompt": "a", "answer": 3}', "answer must be non-empty"),
+        ('{"prompt": "a", "answer": true}', "answer must be non-empty"),
+        ('{"prompt": "a", "answer": []}', "answer must be non-empty"),
+        ('{"prompt": "a", "answer": [" "]}', "answer must be non-empty"),
     ],
 )
 def test_refuses(tmp_path: Path, content: str, says: str) -> None:

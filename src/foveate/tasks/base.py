@@ -18,12 +18,15 @@ class Example:
         answer: the expected continuation.
         spans: stretches of `prompt` by character offsets `[start, end)`, for instance where the needle lies.
         answers: every accepted answer; `(answer,)` where none are given.
+        messages: a conversation as `{"role": ..., "content": ...}`, for the model's chat template to put into words;
+            `prompt` is then the same conversation in plain words.
     """
 
     prompt: str
     answer: str
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     answers: tuple[str, ...] = ()
+    messages: tuple[dict[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "answers", tuple(self.answers) or (self.answer,))

@@ -1,56 +1,61 @@
-"""A person's own prompts and expected answers, from a JSON-lines file."""
+"""A person's own prompts and expected answers, from the files that people have."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from foveate.core.errors import TaskError
+from foveate.tasks import records, rows
 from foveate.tasks.base import Example, Task
 
 
 @dataclass(frozen=True)
 class Prompts(Task):
-    """Examples from a file with one object `{"prompt": ..., "answer": ...}` a line.
+    """Examples from a file: `.jsonl`, `.json`, `.csv`, `.tsv` (these also with `.gz`), `.parquet`, or a folder that
+    Hugging Face's datasets saved.
+
+    Rows are `{"prompt": ..., "answer": ...}`, or those of a known benchmark (see `foveate.tasks.rows`), or have the
+    fields that are named here.
 
     Args:
-        path: the file, UTF-8.
+        path: the file.
         count: take so many from the start; None takes all.
+        prompt_field: the field of the prompt, with dots into objects (`doc.question`), or a text with fields in braces
+            (`{context} Question: {question}`).
+        answer_field: the field of the answer, or of a list of accepted ones.
 
     Raises:
-        TaskError: where the file or a line is unusable, naming the line.
+        TaskError: where the file or a row is unusable, naming the line.
     """
 
     path: Path
     count: int | None = None
+    prompt_field: str | None = None
+    answer_field: str | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
         return self.path.name
 
+    @property
+    def metric(self) -> str:  # type: ignore[override]
+        """The score that fits the first row's format."""
+        return self._read[1]
+
     def examples(self) -> list[Example]:
-        try:
-            lines = self.path.read_text("utf-8").splitlines()
-        except OSError as error:
-            raise TaskError(f"task={str(self.path)!r} cannot be read: {error.strerror or error}") from None
-        except UnicodeDecodeError:
-            raise TaskError(f"task={str(self.path)!r} is not UTF-8 text") from None
-        found = [self._example(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        return list(self._read[0])
+
+    @cached_property
+    def _read(self) -> tuple[tuple[Example, ...], str]:
+        found, metric = [], ""
+        for place, row in islice(records.read(self.path), self.count):
+            where = f"task={str(self.path)!r} {place}"
+            example, fitting = rows.example(row, where, self.prompt_field, self.answer_field)
+            found.append(example)
+            metric = metric or fitting
         if not found:
             raise TaskError(f"task={str(self.path)!r} holds no examples")
-        return found[: self.count]
-
-    def _example(self, number: int, line: str) -> Example:
-        where = f"task={str(self.path)!r} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise TaskError(f"{where} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise TaskError(f"{where} must be an object with prompt and answer; got {type(row).__name__}")
-        for field in ("prompt", "answer"):
-            value = row.get(field)
-            if not isinstance(value, str) or not value.strip():
-                raise TaskError(f"{where}: {field} must be non-empty text; got {value!r}")
-        return Example(row["prompt"], row["answer"])
+        return tuple(found), metric
