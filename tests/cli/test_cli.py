@@ -100,7 +100,8 @@ def test_wrong_usage_exits_with_2(args: list[str]) -> None:
 def test_compare_passes_everything_on(compare: FakeCompare, tmp_path: Path) -> None:
     options = (
         "--model some/model --task t.jsonl --methods full,duo_attention,,  --budget 0.2 --examples 3 --length 300 "
-        "--seed 7 --device cuda --dtype bfloat16 --fresh --trust-remote-code"
+        "--seed 7 --device cuda --dtype bfloat16 --fresh --trust-remote-code "
+        "--prompt-field doc.q --answer-field a --chat --new-tokens 9"
     ).split()
     result = run("compare", *options, "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -115,6 +116,10 @@ def test_compare_passes_everything_on(compare: FakeCompare, tmp_path: Path) -> N
         "device": "cuda",
         "dtype": "bfloat16",
         "trust_remote_code": True,
+        "prompt_field": "doc.q",
+        "answer_field": "a",
+        "chat": True,
+        "new_tokens": 9,
         "fresh": True,
         "out": tmp_path,
     }
@@ -126,7 +131,7 @@ def test_compare_defaults(compare: FakeCompare, tmp_path: Path, monkeypatch: pyt
     assert compare.given["out"] == Path("foveate-compare")
     assert compare.given["budget"] == 0.35
     left = [name for name, value in compare.given.items() if value is None]
-    assert left == ["model", "task", "methods", "examples", "length"]
+    assert left == ["model", "task", "methods", "examples", "length", "prompt_field", "answer_field", "new_tokens"]
 
 
 def test_compare_prints_a_table_and_where_the_files_are(compare: FakeCompare, tmp_path: Path) -> None:

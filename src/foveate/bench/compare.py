@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from foveate.tasks.needle import Needle
 from foveate.tasks.passkeys import Passkeys
 from foveate.tasks.prompts import Prompts
 from foveate.tasks.recited import Recited
+from foveate.tasks.records import READERS, kind
 
 RESULTS = "results.json"
 EXAMPLES, LENGTH = 20, 1024
@@ -61,15 +63,19 @@ def compare(
     device: str = "cpu",
     dtype: str = "float32",
     trust_remote_code: bool = False,
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+    chat: bool = False,
+    new_tokens: int | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run a model on a task under several methods; saves `results.json` into `out` after each.
 
     Args:
-        model: folder or hub id of a decoder; None is the lab model.
-        task: a name of `foveate.tasks.named.TASKS`, "mqar", "copy", or a `.jsonl` file of prompts and answers. None is
-            needle, or what a model of `foveate train` was trained on.
+        model: folder, GGUF file, adapter's folder or hub id of a decoder; None is the lab model.
+        task: a name of `foveate.tasks.named.TASKS`, "mqar", "copy", or a file of prompts and answers (see
+            `foveate.tasks.prompts`). None is needle, or what a model of `foveate train` was trained on.
         methods: keys of the catalogue (cache policies, or operators to read the prompt with); the full cache always
             runs.
         budget: share of the full cache that each method may keep, or read, in (0, 1].
@@ -79,6 +85,9 @@ def compare(
         seed: of the task.
         device, dtype: where and in what the model runs.
         trust_remote_code: whether code that lies beside the model's weights may run.
+        prompt_field, answer_field: where a file's prompts and answers are, if not where known formats have them.
+        chat: put plain prompts into the model's chat template too.
+        new_tokens: how many tokens to answer with; None is by the accepted answers.
         progress: told about every example.
 
     Raises:
@@ -91,10 +100,14 @@ def compare(
         raise OptionError(f"budget={budget} must be above 0 and at most 1, a share of the full cache")
     drilled = trained_on(model)
     chosen = _task(task or (drilled.name if drilled else None), examples, length, seed, drilled)
+    if isinstance(chosen, Prompts):
+        chosen = replace(chosen, prompt_field=prompt_field, answer_field=answer_field)
+    elif prompt_field or answer_field:
+        raise OptionError("prompt_field and answer_field go with a file of prompts as the task")
     loaded, tokenizer, folder = load(
         model, device, dtype, trust_remote_code=trust_remote_code, note=(progress or Silent()).say
     )
-    here, batch = Host(loaded), prompts(chosen, tokenizer, loaded)
+    here, batch = Host(loaded), prompts(chosen, tokenizer, loaded, chat=chat, new_tokens=new_tokens)
     check_context(chosen, batch)
     if methods is None and not here.attention_modules():
         keys = [FULL]  # nothing to put a method on: the model's layers keep states of their own
@@ -136,9 +149,9 @@ def _task(task: str | None, examples: int | None, length: int | None, seed: int,
         return Needle(length=LENGTH if length is None else length, count=examples or EXAMPLES, seed=seed)
     if task in TASKS:
         return named(task, length, examples, seed)
-    if not task.endswith(".jsonl"):
+    if kind(Path(task)) not in READERS and not Path(task).exists():
         names = ", ".join([*TASKS, "mqar", "copy"])
-        raise TaskError(f"task={task!r} must be one of {names}, or a .jsonl file of prompts and answers")
+        raise TaskError(f"task={task!r} must be one of {names}, or a file of prompts: {', '.join(READERS)}")
     if length is not None:
         raise OptionError(f"length={length} goes with the needle task; the prompts of {task} have their own")
     return Prompts(Path(task), examples)

@@ -17,7 +17,12 @@ Model = Annotated[
     ),
 ]
 TaskName = Annotated[
-    str | None, typer.Option("--task", help="A task's name, or a .jsonl file of prompts and answers. Default: needle.")
+    str | None,
+    typer.Option(
+        "--task",
+        help="A task's name, or prompts and answers: .jsonl, .json, .csv, .tsv, .parquet or a dataset's folder. "
+        "Default: needle.",
+    ),
 ]
 Methods = Annotated[str | None, typer.Option(help="Keys from `foveate systems`, between commas. Default: a selection.")]
 Budget = Annotated[float, typer.Option(help="Share of the full cache that each method may use, in (0, 1].")]
@@ -30,6 +35,12 @@ Dtype = Annotated[str, typer.Option(help="What it computes in: float32, bfloat16
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let code that lies beside the model's weights run. Read it first.")
 ]
+PromptField = Annotated[
+    str | None, typer.Option(help="Field of --task's prompts: NAME, NAME.NAME, or a text with {NAME} in it.")
+]
+AnswerField = Annotated[str | None, typer.Option(help="Field of --task's answers, or of lists of accepted ones.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put plain prompts into the model's chat template too.")]
+NewTokens = Annotated[int | None, typer.Option(help="How many tokens to answer with. Default: by the answers.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has left in --out.")]
 
@@ -46,6 +57,10 @@ def command(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     trust_remote_code: Trust = False,
+    prompt_field: PromptField = None,
+    answer_field: AnswerField = None,
+    chat: Chat = False,
+    new_tokens: NewTokens = None,
     as_json: Json = False,
     fresh: Fresh = False,
 ) -> None:
@@ -72,6 +87,10 @@ def command(
                 device=device,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
+                prompt_field=prompt_field,
+                answer_field=answer_field,
+                chat=chat,
+                new_tokens=new_tokens,
                 fresh=fresh,
                 progress=bar,
             )
