@@ -196,7 +196,7 @@ def test_a_narrow_mask_of_the_callers_own_ends_with_the_last_key() -> None:
 
 @torch.no_grad()
 def test_memory_falls() -> None:
-    """As many slots are stored as survive, in each head by itself, and their tensors hold no more."""
+    """As many slots are stored as survive, in each head by itself; a tensor has room for at most one token more."""
     llama, cache, batch, seen = model("llama"), DynamicCache(), 2, 40
     with apply(llama, Forgets()) as run:
         llama(tokens(batch, seen - 1), past_key_values=cache)
@@ -209,10 +209,12 @@ def test_memory_falls() -> None:
         assert run.stats.cache_bytes < run.stats.cache_peak < full
         assert run.stats.cache_bytes < 0.5 * full
         stores = [layer.store for layer in cache.layers]
-        assert sum(store.nbytes for store in stores) == run.stats.cache_bytes
+        rows = 3 * 2 * batch
+        nbytes = sum(store.nbytes for store in stores)
+        assert run.stats.cache_bytes <= nbytes <= run.stats.cache_bytes + rows * 2 * 8 * 4
         kept = [tensor for store in stores for group in store.groups for tensor in (group.slots.k, group.slots.v)]
-        assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == run.stats.cache_bytes
-        lengths = [group.slots.k.shape[2] for store in stores for group in store.groups]
+        assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == nbytes
+        lengths = [group.stored // batch // group.heads.numel() for store in stores for group in store.groups]
         assert sorted(lengths) == sorted(int(left[0, head].sum()) for left in rule for head in range(2))
         assert len(set(lengths)) > 3
         assert [layer.get_seq_length() for layer in cache.layers] == [seen] * 3

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 import foveate
 from foveate.core.errors import FoveateError, OptionError, UnsupportedModel
-from foveate.host import Method, Site, run as host_run
+from foveate.host import Method, Site, dispatch
 from foveate.host.cache import SlotLayer
 from tests.host_models import Evicts, Reads, Recent, model, padded, tokens, use
 
@@ -167,7 +167,7 @@ def test_refusals() -> None:
         "past_key_values must be a DynamicCache for a method that evicts; got StaticCache of StaticLayer"
     )
     with pytest.raises(UnsupportedModel, match="works inside foveate.apply"):
-        host_run.attention_function(llama.model.layers[0].self_attn, ids, ids, ids, None)
+        dispatch.attention_function(llama.model.layers[0].self_attn, ids, ids, ids, None)
 
 
 def test_a_run_is_used_once() -> None:
@@ -175,4 +175,4 @@ def test_a_run_is_used_once() -> None:
     with run:
         use(model("llama"))
     assert refusal(OptionError, run.__enter__) == "this run was used already; call apply() again"
-    assert not host_run._OPEN
+    assert not dispatch.OPEN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -15,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import foveate
 from foveate.core.errors import OptionError, UnsupportedModel
-from foveate.host import Host, Method, Site, run as host_run
+from foveate.host import Host, Method, Site, dispatch
 from tests.host_models import (
     DECODERS,
     NO_OPS,
@@ -81,7 +82,7 @@ def test_after_the_block(subject: PreTrainedModel, path: str) -> None:
         use(subject)
         assert Fingerprint(subject) != before  # else this test sees nothing
     assert Fingerprint(subject) == before
-    assert not host_run._OPEN
+    assert not dispatch.OPEN
 
 
 @pytest.mark.parametrize("where", ["bind", "forward", "block"])
@@ -91,7 +92,7 @@ def test_after_an_exception(subject: PreTrainedModel, where: str) -> None:
         use(subject)
         raise RuntimeError("broken in the block")
     assert Fingerprint(subject) == before
-    assert not host_run._OPEN
+    assert not dispatch.OPEN
     use(subject)
 
 
@@ -109,7 +110,7 @@ def test_nested(subject: PreTrainedModel, outer: type[Method], inner: Callable[[
         assert run.stats.calls > calls  # the outer run counts what happens in the inner
         use(subject)
     assert Fingerprint(subject) == before
-    assert not host_run._OPEN
+    assert not dispatch.OPEN
 
 
 def test_a_run_is_not_kept_alive_by_its_caches() -> None:
@@ -117,7 +118,7 @@ def test_a_run_is_not_kept_alive_by_its_caches() -> None:
     cache = DynamicCache()
     with torch.no_grad(), foveate.apply(llama, KeepsAll()) as run:
         llama(tokens(), past_key_values=cache)
-        memories = run._memories
+        memories = run._caches.memories
         assert len(memories) == 1
     del cache
     gc.collect()
@@ -165,21 +166,72 @@ def test_a_whole_cache_goes_on_as_an_ordinary_one(name: str) -> None:
             assert ours.keys.shape == theirs.keys.shape
 
 
+class Uneven(Method):
+    """Heads keep different numbers of tokens."""
+
+    def keep(self, site: Site) -> Tensor:
+        return site.positions >= site.seen - 4 - torch.arange(site.positions.shape[1])[:, None]
+
+
 @pytest.mark.parametrize("how", ["after the block", "after an exception", "a copy"])
 @torch.no_grad()
-def test_a_compressed_cache_refuses_to_go_on_alone(how: str) -> None:
+def test_an_uneven_cache_refuses_to_go_on_alone(how: str) -> None:
     llama, cache = model("llama"), DynamicCache()
-    with suppress(RuntimeError), foveate.apply(llama, Recent()):
+    with suppress(RuntimeError), foveate.apply(llama, Uneven()):
         llama(tokens(), past_key_values=cache)
         if how == "a copy":
             cache = copy.deepcopy(cache)
         if how == "after an exception":
             with foveate.apply(llama, Breaks("forward")):
                 llama(tokens(2, 1), past_key_values=cache)
-    with pytest.raises(UnsupportedModel, match="past_key_values was compressed .* start a new cache"):
+    with pytest.raises(UnsupportedModel, match="past_key_values was compressed .* different numbers"):
         llama(tokens(2, 1), past_key_values=cache)
-    with pytest.raises(UnsupportedModel, match="cannot be cropped"):
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+@torch.no_grad()
+def test_an_even_cache_goes_on_without_foveate(name: str) -> None:
+    """It can be saved and loaded, goes on as inside the block, and is cropped back for the next question."""
+    subject, ids, cache = model(name), tokens(2, 24), DynamicCache(config=model(name).config)
+    if name == "gemma2":  # sliding layers would not slide by position any more
+        with foveate.apply(subject, Recent(5)):
+            subject(ids[:, :16], past_key_values=cache)
+        with pytest.raises(UnsupportedModel, match="compressed"):
+            subject(ids[:, 16:17], past_key_values=cache)
+        return
+    with foveate.apply(subject, Recent(5)):
+        subject(ids[:, :16], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+    kept = [layer.keys.shape[2] for layer in cache.layers]
+    with foveate.apply(subject):
+        expected = torch.cat([subject(ids[:, i : i + 2], past_key_values=twin).logits for i in (16, 18)], 1)
+    buffer = io.BytesIO()
+    torch.save(cache, buffer)
+    buffer.seek(0)
+    cache = torch.load(buffer, weights_only=False)
+    for _ in range(2):
+        got = torch.cat([subject(ids[:, i : i + 2], past_key_values=cache).logits for i in (16, 18)], 1)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        assert cache.get_seq_length() == 20
+        cache.crop(-4)
+        assert cache.get_seq_length() == 16
+        assert [layer.keys.shape[2] for layer in cache.layers] == kept == [5] * 3
+    with pytest.raises(UnsupportedModel, match="compressed at 16 tokens and cannot be cropped to 15"):
         cache.crop(-1)
+
+
+@torch.no_grad()
+def test_cropping_inside_the_block() -> None:
+    """Back to any length since which nothing was dropped, and then on as if nothing had happened."""
+    llama, ids, cache = model("llama"), tokens(2, 24), DynamicCache()
+    with foveate.apply(llama, Recent(12)):
+        llama(ids[:, :10], past_key_values=cache)
+        first = llama(ids[:, 10:11], past_key_values=cache).logits
+        cache.crop(-1)
+        torch.testing.assert_close(llama(ids[:, 10:11], past_key_values=cache).logits, first, atol=1e-6, rtol=1e-6)
+        llama(ids[:, 11:20], past_key_values=cache)
+        with pytest.raises(UnsupportedModel, match="cannot be cropped to 19 tokens: at 20 tokens a method dropped"):
+            cache.crop(-1)
 
 
 @torch.no_grad()

@@ -158,6 +158,7 @@ class Indices(Selection):
         valid: bool of the same shape: False pads a short list.
         group: queries that share a list.
         n_queries, n_keys: lengths.
+        own: the selection by key/value head that this one, by query head, was made from; engines gather once by it.
     """
 
     indices: Int[Tensor, "b h g n"]
@@ -165,6 +166,7 @@ class Indices(Selection):
     n_keys: int
     valid: Bool[Tensor, "b h g n"] | None = None
     group: int = 1
+    own: Indices | None = None
 
     def __post_init__(self) -> None:
         expected = -(-self.n_queries // self.group)
@@ -189,9 +191,11 @@ class Indices(Selection):
         if groups == 1:
             return self
         valid = None if self.valid is None else self.valid.repeat_interleave(groups, 1)
-        return replace(self, indices=self.indices.repeat_interleave(groups, 1), valid=valid)
+        return replace(self, indices=self.indices.repeat_interleave(groups, 1), valid=valid, own=self)
 
     def keys_read(self) -> float:
+        if self.valid is None:
+            return float(self.indices.shape[-1])
         return self.real.double().sum(-1).mean().item()
 
     def gathered(self, rows: slice) -> tuple[Int[Tensor, "b h i n"], Bool[Tensor, "b h i q n"]]:

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import engines, masks
-from foveate.core.engines import reference
+from foveate.core.engines import fused, reference
 from foveate.core.problem import Problem
 from foveate.core.scoring import dot_product, safe_softmax
 from foveate.core.selection import Blocks, Indices, Selection
+from foveate.host.mask import MaskPlan
 from foveate.host.method import Method, overrides
 from foveate.host.site import Site
 from foveate.host.slots import Group
@@ -44,9 +45,17 @@ def _attend(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, 
     if selections:
         return _selected(site, selections)
     if site.is_whole:
+        if _packs(site, methods):
+            return engines.run(Problem(site.q, site.k, site.v, site.scale, site.mask), "fused"), 1.0
         out, site.weights = native()
         return out.transpose(1, 2), 1.0
     return _slots(site), 1.0
+
+
+def _packs(site: Site, methods: list[Method]) -> bool:
+    """Whether a method asks for the packed kernel at a call that it can do."""
+    few = site.q.shape[2] <= fused.FEW and not site.dropout and site.softcap is None
+    return few and site.groups > 1 and any(method.packs for method in methods)
 
 
 def _selected(site: Site, selections: list[Selection]) -> tuple[Tensor, float]:
@@ -93,8 +102,10 @@ def _slots(site: Site) -> Tensor:
     """Attention of an evicted layer: each group of equally long heads by itself, on the fused kernel."""
     assert site.slots is not None and site.slots.store is not None
     store = site.slots.store
-    if site.softcap is not None or isinstance(site.attention_mask, Tensor) or site.attention_mask is None:
+    if site.softcap is not None or not isinstance(site.attention_mask, MaskPlan):
         return _softmax(site, [], None)
+    if site.expanded:
+        return engines.run(Problem(site.q, site.k, site.v, site.scale, site.mask, dropout=site.dropout), "fused")
     parts = [_group(site, group) for group in store.groups]
     if len(parts) == 1:
         return parts[0]
@@ -112,9 +123,10 @@ def _group(site: Site, group: Group) -> Tensor:
         if group.heads.numel() * site.groups == site.q.shape[1]
         else site.q[:, query_heads(group.heads, site.groups)]
     )
+    assert isinstance(plan, MaskPlan)
     mask = None
-    if not (plan.sees_all() and not group.has_empty):  # type: ignore[union-attr]
-        mask = plan.at(slots.positions).repeat_interleave(site.groups, 1)  # type: ignore[union-attr]
+    if not plan.sees_all() or group.has_empty:
+        mask = plan.at(slots.positions).repeat_interleave(site.groups, 1)
     if slots.count is not None:
         mask = masks.combine(mask, slots.count.log().to(q.dtype).repeat_interleave(site.groups, 1)[:, :, None])
     return engines.run(Problem(q, slots.k, slots.v, site.scale, mask, dropout=site.dropout), "fused")

@@ -20,7 +20,7 @@ from transformers.masking_utils import (
 )
 
 from foveate.core import masks
-from foveate.host.slots import SUMMARY
+from foveate.host.slots import EMPTY, SUMMARY
 
 
 class MaskPlan:
@@ -37,6 +37,7 @@ class MaskPlan:
         self.n_keys = int(arguments["kv_length"])
         self._native: dict[str, Any] = {}
         self._dense: Tensor | None = None
+        self._begins: Tensor | None = None
 
     def native(self, implementation: str) -> Any:
         if implementation not in self._native:
@@ -70,6 +71,16 @@ class MaskPlan:
         real = F.pad(real.bool(), (0, max(0, end - real.shape[1])))[:, :end]
         return None if bool(real.all()) else real
 
+    def begins(self, batch: int, device: torch.device) -> Int[Tensor, " b"]:
+        """Where each sequence starts: the position of its first token that is not padding."""
+        if self._begins is None:
+            real = self.arguments.get("attention_mask")
+            if real is None:
+                self._begins = torch.zeros(batch, dtype=torch.long, device=device)
+            else:
+                self._begins = real.to(torch.uint8).argmax(-1)
+        return self._begins.to(device)
+
     def rule(self) -> Literal["causal", "full"] | None:
         """What is masked beside the padding: the future, nothing, or (None) something else, such as a window."""
         function, end = self.arguments.get("mask_function"), self.first_key + self.n_keys
@@ -96,6 +107,8 @@ class MaskPlan:
 
     def at(self, positions: Int[Tensor, "b h s"]) -> Bool[Tensor, "b h q s"]:
         """Which slots each query may see: an empty one none, a summary all."""
+        if self.sees_all():
+            return (positions != EMPTY)[:, :, None]
         return at_positions(self.dense(), positions, self.first_key)
 
 
@@ -104,7 +117,7 @@ def at_positions(mask: Tensor, positions: Int[Tensor, "b h s"], first: int) -> T
     index = positions - first
     real = (index >= 0) & (index < mask.shape[3])
     shape = (*index.shape[:2], mask.shape[2], index.shape[2])
-    index = index.clamp(0, mask.shape[3] - 1)[:, :, None].expand(shape)
+    index = index.clamp(0, mask.shape[3] - 1).long()[:, :, None].expand(shape)
     picked = mask.expand(*shape[:3], mask.shape[3]).gather(3, index)
     hidden, seen = (False, True) if mask.dtype == torch.bool else (masks.NEVER, 0.0)
     picked = picked.masked_fill(~real[:, :, None], hidden)

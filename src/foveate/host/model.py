@@ -43,6 +43,30 @@ class Host:
     def vocabulary(self) -> int:
         return int(self.config.vocab_size)
 
+    @property
+    def decoder(self) -> nn.Module | None:
+        """The part that writes text: the model itself, or what stands behind an encoder or a vision tower; None where
+        nothing attends causally.
+        """
+        if not any(module.is_causal for module in self.attention_modules()):
+            return None
+        found = self.model.get_decoder()
+        if isinstance(found, nn.Module) and any(
+            getattr(module, "is_causal", None) is True for module in found.modules()
+        ):
+            return found
+        return self.model
+
+    def scope(self, on: str = "auto") -> list[nn.Module]:
+        """The attention modules of a part of the model: "decoder", "all", or "auto", the decoder where there is one."""
+        modules, decoder = self.attention_modules(), self.decoder if on != "all" else None
+        if on == "decoder" and decoder is None:
+            raise UnsupportedModel(f'on="decoder": {type(self.model).__name__} has no decoder')
+        if decoder is None:
+            return modules
+        inside = set(decoder.modules())
+        return [module for module in modules if module in inside]
+
     def attention_modules(self) -> list[nn.Module]:
         """The modules that call the interface: each carries its configuration and says whether it is causal."""
         return [

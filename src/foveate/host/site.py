@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from foveate.core import masks
 from foveate.host.mask import MaskPlan, at_positions
-from foveate.host.slots import EMPTY
 
 if TYPE_CHECKING:
     from foveate.core.selection import Selection
@@ -26,8 +26,11 @@ class Site:
 
     `q (B, Hq, Nq, D)`, `k (B, Hkv, S, D)`, `v (B, Hkv, S, Dv)` come after rotary embedding and after the cache update;
     `S` are the keys at hand: all so far, or, for a layer that was evicted from, its slots padded to the longest head.
-    For readers, once attention is done: `weights` where somebody made them, the `selections` that were attended to, and
-    whether a method put something else in attention's place (`replaced`).
+    A model may cache less than it attends to and expand it at each call (`expanded`; a shared latent, for instance):
+    `k` and `v` are then the expanded ones, and `positions` has the heads of the cache. `k`, `v` and `positions` are
+    views of the cache, which the next tokens write over: clone what you keep of them. `order` counts the layers that
+    attend, `layer` those of the cache. For readers, once attention is done: `weights` where somebody made them, the
+    `selections` that were attended to, and whether a method put something else in attention's place (`replaced`).
     """
 
     module: nn.Module
@@ -38,6 +41,7 @@ class Site:
     scale: float
     attention_mask: MaskPlan | Tensor | None
     is_causal: bool
+    order: int = 0
     dropout: float = 0.0
     softcap: float | None = None
     slots: SlotLayer | None = None
@@ -49,6 +53,7 @@ class Site:
     weights: Tensor | None = None
     selections: list[Selection] = field(default_factory=list)
     replaced: bool = False
+    expanded: bool = False
 
     @property
     def phase(self) -> Literal["prefill", "decode"]:
@@ -58,6 +63,8 @@ class Site:
     @cached_property
     def seen(self) -> int:
         """Tokens of the sequence so far, this call's included."""
+        if self.slots is not None:
+            return self.slots.seen
         if self.cache is not None and len(self.cache.layers) > self.layer:
             counted = int(self.cache.get_seq_length(self.layer))
             if counted:  # zero where a layer reads another's keys
@@ -68,7 +75,7 @@ class Site:
 
     @property
     def groups(self) -> int:
-        """Query heads to each key/value head."""
+        """Query heads to each key/value head that attention sees."""
         return self.q.shape[1] // self.new_k.shape[1]
 
     @property
@@ -78,11 +85,13 @@ class Site:
 
     @cached_property
     def k(self) -> Float[Tensor, "b hkv s d"]:
-        return self.new_k if self.is_whole else self.slots.store.padded("k")  # type: ignore[union-attr]
+        handed = self.is_whole or self.expanded
+        return self.new_k if handed else self.slots.store.padded("k")  # type: ignore[union-attr]
 
     @cached_property
     def v(self) -> Float[Tensor, "b hkv s dv"]:
-        return self.new_v if self.is_whole else self.slots.store.padded("v")  # type: ignore[union-attr]
+        handed = self.is_whole or self.expanded
+        return self.new_v if handed else self.slots.store.padded("v")  # type: ignore[union-attr]
 
     @cached_property
     def positions(self) -> Int[Tensor, "b hkv s"]:
@@ -97,10 +106,9 @@ class Site:
     def begins(self) -> Int[Tensor, " b"]:
         """Where each sequence starts: the position of its first token that is not padding."""
         plan = self.attention_mask
-        real = plan.arguments.get("attention_mask") if isinstance(plan, MaskPlan) else None
-        if real is None:
-            return torch.zeros(self.q.shape[0], dtype=torch.long, device=self.q.device)
-        return real.to(torch.uint8).argmax(-1)
+        if isinstance(plan, MaskPlan):
+            return plan.begins(self.q.shape[0], self.q.device)
+        return torch.zeros(self.q.shape[0], dtype=torch.long, device=self.q.device)
 
     @cached_property
     def query_positions(self) -> Int[Tensor, " nq"]:
@@ -130,13 +138,13 @@ class Site:
             return plan[..., : self.k.shape[2]] if plan is not None else self._causal()
         bias = self._bias()
         if isinstance(plan, MaskPlan):
-            if bias is None and plan.sees_all() and bool((self.positions != EMPTY).all()):
+            if bias is None and plan.sees_all() and not self.slots.store.has_empty:  # type: ignore[union-attr]
                 return None
-            return masks.combine(plan.at(self.positions).repeat_interleave(self.groups, 1), bias)
+            return masks.combine(plan.at(self.positions).repeat_interleave(self._heads_a_row, 1), bias)
         whole = plan if plan is not None else self._causal()
         if whole is None:
             whole = torch.ones(1, 1, self.q.shape[2], self.seen, dtype=torch.bool, device=self.q.device)
-        positions = self.positions.repeat_interleave(self.groups, 1)
+        positions = self.positions.repeat_interleave(self._heads_a_row, 1)
         return masks.combine(at_positions(whole, positions, self.seen - whole.shape[3]), bias)
 
     def _causal(self) -> Bool[Tensor, "1 1 q k"] | None:
@@ -168,7 +176,19 @@ class Site:
         if self.is_whole or not self.slots.store.has_summary:  # type: ignore[union-attr]
             return None
         count = self.slots.store.padded("count")  # type: ignore[union-attr]
-        return count.log().to(self.q.dtype).repeat_interleave(self.groups, 1)[:, :, None]
+        return count.log().to(self.q.dtype).repeat_interleave(self._heads_a_row, 1)[:, :, None]
+
+    @property
+    def _heads_a_row(self) -> int:
+        """Query heads to each head of the cache."""
+        return self.q.shape[1] // self.positions.shape[1]
+
+    def as_of(self, seen: int) -> Site:
+        """The same call, as if the sequence had ended after `seen` tokens."""
+        other = copy.copy(self)
+        other.__dict__.pop("query_positions", None)
+        other.__dict__["seen"] = seen
+        return other
 
     def memory(self, method: Method, *, all_layers: bool = False) -> dict[str, Any]:
         """What a method remembers of this layer (or of all layers together) and this sequence.

@@ -1,16 +1,16 @@
-"""Where a compressed layer keeps its tokens: slots that know their position, with as many per head as it needs.
+"""Slots: where a compressed layer keeps its tokens, each with its position, as many per head as it needs.
 
 Heads that hold equally many slots share one tensor, so that a layer whose heads keep 1,000, 1,000, 68 and 68 tokens
-really stores two tensors of those lengths. A slot's position counts from the start of the sequence, padding included;
-`EMPTY` marks an unused one. A group's `summary` are slots that stand for dropped ones: their position is `SUMMARY`,
-every later query sees them, and the log of their `count` is added to their logits.
+really stores two tensors of those lengths. A position counts from the start of the sequence, padding included. `EMPTY`
+marks an unused slot, which the next token takes: a layer that drops one token at each step neither moves nor grows.
+A group's `summary` are slots that stand for dropped ones: their position is `SUMMARY`, every later query sees them,
+and the log of their `count` is added to their logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,17 +28,8 @@ class Slots:
     positions: Int[Tensor, "b h s"]
     count: Float[Tensor, "b h s"] | None = None
 
-    def append(self, k: Tensor, v: Tensor, first: int) -> Slots:
-        new = torch.arange(first, first + k.shape[2], device=k.device).expand(*k.shape[:3])
-        return replace(
-            self,
-            k=torch.cat([self.k, k], 2),
-            v=torch.cat([self.v, v], 2),
-            positions=torch.cat([self.positions, new], 2),
-        )
-
     def take(self, index: Int[Tensor, "b h n"], real: Bool[Tensor, "b h n"]) -> Slots:
-        """Some slots of each head; where not `real` the slot is empty."""
+        """Some slots of each head; a slot that is not `real` is empty."""
         return Slots(
             self.k.gather(2, index[..., None].expand(*index.shape, self.k.shape[-1])),
             self.v.gather(2, index[..., None].expand(*index.shape, self.v.shape[-1])),
@@ -50,63 +41,198 @@ class Slots:
         return Slots(self.k[index], self.v[index], self.positions[index], count)
 
     def heads(self, index: Tensor) -> Slots:
+        if index.numel() == self.k.shape[1]:
+            return self
         count = None if self.count is None else self.count[:, index]
         return Slots(self.k[:, index], self.v[:, index], self.positions[:, index], count)
 
 
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Key/value heads that hold equally many slots."""
+#: `fold(dropped, summary so far) -> new summary`, for the heads of a group.
+Fold = Callable[[Slots, Slots | None], Slots | None]
 
-    heads: Int[Tensor, " h"]
-    slots: Slots
-    has_empty: bool = False
-    summary: Slots | None = None
+
+class Group:
+    """Key/value heads that hold equally many slots, in one buffer with a little room at its end.
+
+    Attributes:
+        heads: which heads of the layer, `(h,)`.
+        length: slots in use, empty ones between them included; the buffer's rest is room.
+        holes: least and largest number of empty slots in a row of a sequence and a head.
+        summary: slots that stand for dropped ones.
+    """
+
+    def __init__(self, heads: Tensor, slots: Slots, holes: tuple[int, int], summary: Slots | None = None) -> None:
+        self.heads, self._buffer, self.length = heads, slots, slots.positions.shape[2]
+        self.holes, self.summary = holes, summary
+
+    @property
+    def slots(self) -> Slots:
+        """The slots in use: views of the buffer."""
+        buffer, n = self._buffer, self.length
+        if n == buffer.positions.shape[2]:
+            return buffer
+        return Slots(buffer.k[:, :, :n], buffer.v[:, :, :n], buffer.positions[:, :, :n])
+
+    @property
+    def has_empty(self) -> bool:
+        return self.holes[1] > 0
+
+    @property
+    def rows(self) -> int:
+        """Sequences times heads."""
+        return self._buffer.positions.shape[0] * self._buffer.positions.shape[1]
 
     @property
     def stored(self) -> int:
-        """Slots in memory, over batch and heads, those of the summary included."""
+        """Slots that are needed, over batch and heads: those of the longest row, and of the summary."""
         extra = 0 if self.summary is None else self.summary.positions.numel()
-        return self.slots.positions.numel() + extra
+        return self.rows * (self.length - self.holes[0]) + extra
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in memory, room included."""
+        tensors = [x for s in (self._buffer, self.summary) if s is not None for x in (s.k, s.v)]
+        return sum(x.numel() * x.element_size() for x in tensors)
 
     def all(self) -> Slots:
         """The summary and then the slots, as attention sees them."""
-        if self.summary is None:
-            return self.slots
         summary, slots = self.summary, self.slots
+        if summary is None:
+            return slots
         ones = torch.ones(slots.positions.shape, dtype=torch.float32, device=slots.k.device)
         count = ones[..., :0] if summary.count is None else summary.count
         return Slots(
             torch.cat([summary.k, slots.k], 2),
             torch.cat([summary.v, slots.v], 2),
-            torch.cat([torch.full_like(summary.positions, SUMMARY), slots.positions], 2),
+            torch.cat([torch.full_like(summary.positions, SUMMARY, dtype=torch.int32), slots.positions], 2),
             torch.cat([count.float(), ones], 2),
         )
 
+    def append(self, k: Tensor, v: Tensor, first: int) -> None:
+        """Tokens at `first`, `first + 1` …: into empty slots as far as every row has some, the others at the end."""
+        n = k.shape[2]
+        positions = torch.arange(first, first + n, device=k.device, dtype=torch.int32).expand(*k.shape[:3])
+        fill = min(n, self.holes[0])
+        self._make_room(n - fill, k)
+        if fill:
+            self._fill(k[:, :, :fill], v[:, :, :fill], positions[:, :, :fill])
+            self.holes = (self.holes[0] - fill, self.holes[1] - fill)
+        if n > fill:
+            end, new, buffer = self.length, self.length + n - fill, self._buffer
+            buffer.k[:, :, end:new] = k[:, :, fill:]
+            buffer.v[:, :, end:new] = v[:, :, fill:]
+            buffer.positions[:, :, end:new] = positions[:, :, fill:]
+            self.length = new
+
+    def _fill(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Write over each row's first empty slots."""
+        slots, n = self.slots, k.shape[2]
+        empty = slots.positions == EMPTY
+        if n == 1:
+            index = empty.to(torch.uint8).argmax(-1, keepdim=True)
+        else:
+            index = (~empty).to(torch.uint8).argsort(dim=-1, stable=True)[..., :n]
+        slots.k.scatter_(2, index[..., None].expand(*index.shape, k.shape[-1]), k)
+        slots.v.scatter_(2, index[..., None].expand(*index.shape, v.shape[-1]), v)
+        slots.positions.scatter_(2, index, positions)
+
+    def _make_room(self, n: int, like: Tensor) -> None:
+        """A buffer that takes `n` more slots and may be written to."""
+        buffer, end = self._buffer, self.length
+        if n > buffer.positions.shape[2] - end:
+            room = n if end == 0 else n + end // 32  # a prompt fits exactly; a growing cache is copied now and then
+            self._buffer = Slots(*(_grown(x[:, :, :end], room) for x in (buffer.k, buffer.v, buffer.positions)))
+        elif buffer.k.is_inference() and not torch.is_inference_mode_enabled():
+            self._buffer = Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions.clone())
+        elif torch.is_grad_enabled() and (like.requires_grad or buffer.k.requires_grad):
+            # what was computed from these tensors needs them as they are for its gradient
+            self._buffer = Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions)
+
+    def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None) -> tuple[list[Group], bool]:
+        """Drop slots; the groups that are left, by how many slots their heads still hold, and whether any were dropped.
+
+        A few dropped slots become empty in place. Many are taken out of the buffer, so that memory falls.
+        """
+        slots = self.slots
+        filled = slots.positions >= 0
+        keep = keep & filled
+        counts = keep.sum(-1, dtype=torch.int32)
+        dropped = (filled & ~keep).any(2).any(0)
+        least, most, drops = torch.stack([counts.amin(0), counts.amax(0), dropped]).tolist()
+        if not any(drops):
+            return [self], False
+        if min(most) == max(most) and self.length - most[0] <= max(1, most[0] // 32):
+            if fold is not None:
+                self.summary = fold(_packed(slots, filled & ~keep), self.summary)
+            self._buffer = self._writable()
+            self.slots.positions.masked_fill_(~keep, EMPTY)
+            self.holes = (self.length - most[0], self.length - min(least))
+            return [self], True
+        return [self._part(size, least, most, drops, keep, filled, fold) for size in sorted(set(most))], True
+
+    def _writable(self) -> Slots:
+        buffer = self._buffer
+        if buffer.positions.is_inference() and not torch.is_inference_mode_enabled():
+            return Slots(buffer.k, buffer.v, buffer.positions.clone())
+        return buffer
+
+    def _part(
+        self, size: int, least: list[int], most: list[int], drops: list[int], keep: Tensor, filled: Tensor,
+        fold: Fold | None,
+    ) -> Group:  # fmt: skip
+        """The heads that hold `size` slots from now on, as a group of its own."""
+        which = [head for head, count in enumerate(most) if count == size]
+        mine = torch.tensor(which, device=self.heads.device)
+        slots, keep, filled = self.slots.heads(mine), keep[:, mine], filled[:, mine]
+        summary = None if self.summary is None else self.summary.heads(mine)
+        if fold is not None and any(drops[head] for head in which):
+            summary = fold(_packed(slots, filled & ~keep), summary)
+        return Group(self.heads[mine], _packed(slots, keep), (0, size - min(least[head] for head in which)), summary)
+
+    def ordered(self) -> Slots:
+        """The slots in the order of their positions, without those that are empty in every row."""
+        slots, empty = self.slots, self.holes[0]
+        if not empty and not bool((slots.positions[..., 1:] < slots.positions[..., :-1]).any()):
+            return Slots(slots.k.contiguous(), slots.v.contiguous(), slots.positions.contiguous())
+        index = slots.positions.argsort(dim=-1)[..., empty:]  # empty ones come first
+        return slots.take(index, torch.ones_like(index, dtype=torch.bool))
+
+    def drop_after(self, end: int) -> None:
+        """Forget the tokens at positions from `end` on."""
+        slots = self.slots
+        keep = (slots.positions >= 0) & (slots.positions < end)
+        counts = keep.sum(-1)
+        size = int(counts.max()) if counts.numel() else 0
+        self._buffer, self.length = _packed(slots, keep), size
+        self.holes = (0, size - int(counts.min()) if counts.numel() else 0)
+
     def batch(self, index: Tensor) -> Group:
         summary = None if self.summary is None else self.summary.batch(index)
-        return replace(self, slots=self.slots.batch(index), summary=summary)
+        return Group(self.heads, self.slots.batch(index), self.holes, summary)
 
 
-@dataclass(frozen=True, eq=False)
 class Store:
-    """All the slots of a layer, as groups of heads."""
+    """All the slots of a layer, as groups of heads.
 
-    groups: tuple[Group, ...]
-    n_heads: int
+    `padded` gives one tensor of all heads in order, padded to the longest; where heads hold equally many it is a view.
+    """
+
+    def __init__(self, groups: list[Group], n_heads: int) -> None:
+        self.groups, self.n_heads = groups, n_heads
 
     @classmethod
-    def empty(cls, k: Tensor, v: Tensor) -> Self:
+    def empty(cls, k: Tensor, v: Tensor) -> Store:
         """An empty store for tensors like these."""
-        none = torch.empty(*k.shape[:2], 0, dtype=torch.long, device=k.device)
-        heads = torch.arange(k.shape[1], device=k.device)
-        return cls((Group(heads, Slots(k[:, :, :0], v[:, :, :0], none)),), k.shape[1])
+        none = torch.empty(*k.shape[:2], 0, dtype=torch.int32, device=k.device)
+        slots = Slots(k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3]), none)
+        return cls([Group(torch.arange(k.shape[1], device=k.device), slots, (0, 0))], k.shape[1])
 
-    def append(self, k: Tensor, v: Tensor, first: int) -> Store:
-        return replace(
-            self,
-            groups=tuple(replace(g, slots=g.slots.append(k[:, g.heads], v[:, g.heads], first)) for g in self.groups),
-        )
+    def append(self, k: Tensor, v: Tensor, first: int) -> None:
+        if self.is_even:
+            self.groups[0].append(k, v, first)
+            return
+        for group in self.groups:
+            group.append(k[:, group.heads], v[:, group.heads], first)
 
     @property
     def stored(self) -> int:
@@ -115,13 +241,22 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values in memory."""
-        tensors = [x for g in self.groups for s in (g.slots, g.summary) if s is not None for x in (s.k, s.v)]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        return sum(group.nbytes for group in self.groups)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all heads hold equally many slots, in one tensor and without a summary."""
+        return len(self.groups) == 1 and self.groups[0].summary is None
 
     def is_whole(self, seen: int) -> bool:
         """Whether nothing was ever dropped: one group, every position once."""
-        (first, *others) = self.groups
-        return not others and first.slots.positions.shape[2] == seen and first.summary is None and not first.has_empty
+        first = self.groups[0]
+        return self.is_even and first.length == seen and not first.has_empty
+
+    def holds(self, n: int) -> bool:
+        """Whether every head of every sequence holds exactly `n` tokens, in one tensor and without a summary."""
+        least, most = self.groups[0].holes
+        return self.is_even and least == most and self.groups[0].length - most == n
 
     def padded(self, what: str) -> Tensor:
         """`"positions"`, `"k"`, `"v"` or `"count"` of all heads in order (summaries first), padded to the longest
@@ -142,23 +277,32 @@ class Store:
     def has_summary(self) -> bool:
         return any(group.summary is not None for group in self.groups)
 
-    def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None = None) -> Store:
-        """Drop slots; `keep` lies beside `padded("positions")`. Summaries stay; `fold` may add what is dropped to
-        them.
+    @property
+    def has_empty(self) -> bool:
+        """Whether `padded` has empty slots."""
+        return len(self.groups) > 1 or self.groups[0].has_empty
+
+    def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None = None) -> bool:
+        """Drop slots, and say whether any were; `keep` lies beside `padded("positions")`. Summaries stay; `fold` may
+        add what is dropped to them.
         """
-        parts = []
+        parts: list[Group] = []
+        any_dropped = False
         for group in self.groups:
             skip = 0 if group.summary is None else group.summary.positions.shape[2]
-            size = group.slots.positions.shape[2]
-            parts += _split(group, keep[:, group.heads, skip : skip + size], fold)
-        return replace(self, groups=tuple(parts))
+            mine = keep if len(self.groups) == 1 else keep[:, group.heads]
+            left, dropped = group.evict(mine[:, :, skip : skip + group.length], fold)
+            parts, any_dropped = parts + left, any_dropped or dropped
+        self.groups = parts
+        return any_dropped
+
+    def drop_after(self, end: int) -> None:
+        """Forget the tokens at positions from `end` on."""
+        for group in self.groups:
+            group.drop_after(end)
 
     def batch(self, index: Tensor) -> Store:
-        return replace(self, groups=tuple(group.batch(index) for group in self.groups))
-
-
-#: `fold(dropped, summary so far) -> new summary`, for the heads of a group.
-Fold = Callable[[Slots, Slots | None], Slots | None]
+        return Store([group.batch(index) for group in self.groups], self.n_heads)
 
 
 def _of(slots: Slots, what: str) -> Tensor:
@@ -167,26 +311,15 @@ def _of(slots: Slots, what: str) -> Tensor:
     return getattr(slots, what)
 
 
-def _split(group: Group, keep: Bool[Tensor, "b h s"], fold: Fold | None) -> list[Group]:
-    """A group after some of its slots are dropped, regrouped by how many are left."""
-    filled = group.slots.positions >= 0
-    keep = keep & filled
-    counts = keep.sum(-1)
-    if bool((keep == filled).all()):
-        return [group]
-    left, parts = counts.amax(0), []
-    for size in left.unique().tolist():
-        mine = (left == size).nonzero().squeeze(-1)
-        slots, kept = group.slots.heads(mine), keep[:, mine]
-        summary = None if group.summary is None else group.summary.heads(mine)
-        if fold is not None and bool((filled[:, mine] & ~kept).any()):
-            summary = fold(_packed(slots, filled[:, mine] & ~kept), summary)
-        parts.append(Group(group.heads[mine], _packed(slots, kept), bool((counts[:, mine] < size).any()), summary))
-    return parts
+def _grown(x: Tensor, room: int) -> Tensor:
+    """A copy with `room` more slots, which are not to be read before they are written."""
+    out = x.new_empty(*x.shape[:2], x.shape[2] + room, *x.shape[3:])
+    out[:, :, : x.shape[2]] = x
+    return out
 
 
 def _packed(slots: Slots, keep: Tensor) -> Slots:
     """The kept slots of each head in order, padded to the longest head with empty ones."""
-    size = int(keep.sum(-1).max())
+    size = int(keep.sum(-1).max()) if keep.numel() else 0
     order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
     return slots.take(order, keep.gather(2, order))

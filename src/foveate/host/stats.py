@@ -1,43 +1,119 @@
-"""What methods did to a model's attention, counted."""
+"""Statistics of a run: what methods did to a model's attention, counted."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+from transformers.cache_utils import Cache
 
 from foveate.host.site import Site
 
 
 @dataclass
-class Stats:
-    """What a run has done so far.
+class LayerStats:
+    """One layer of one sequence (or batch): what its cache holds now, and what its calls took.
 
     Args:
+        layer: the layer's number in the cache.
         calls: attention calls.
         seconds: time in attention.
-        kept: share of the full cache's slots that are stored, at the last call (1.0 where nothing is evicted).
-        read: mean share of the keys that decoding queries read.
-        cache_bytes: bytes of keys and values that are stored.
-        cache_peak: the most that were, those of the layer at work before it evicts included.
+        seen: slots that a full cache would hold, over batch and heads.
+        stored: slots that are stored.
+        bytes: bytes of keys and values that are stored.
+        read: sum over decoding calls of the share of keys that was read.
+        decodes: decoding calls.
     """
 
+    layer: int
     calls: int = 0
     seconds: float = 0.0
-    cache_peak: int = 0
-    _layers: dict[int, tuple[int, int, int]] = field(default_factory=dict, repr=False)
-    _reads: list[float] = field(default_factory=list, repr=False)
+    seen: int = 0
+    stored: int = 0
+    bytes: int = 0
+    read: float = 0.0
+    decodes: int = 0
 
     @property
     def kept(self) -> float:
-        full = sum(full for _, full, _ in self._layers.values())
-        return sum(stored for stored, _, _ in self._layers.values()) / full if full else 1.0
+        """Share of the full cache's slots that are stored."""
+        return self.stored / self.seen if self.seen else 1.0
+
+
+@dataclass
+class CacheStats:
+    """All layers of one cache, by number."""
+
+    layers: dict[int, LayerStats] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> float:
+        """Share of the full cache's slots that are stored, over all layers; 1.0 where nothing is evicted."""
+        full = sum(layer.seen for layer in self.layers.values())
+        return sum(layer.stored for layer in self.layers.values()) / full if full else 1.0
 
     @property
     def read(self) -> float:
-        return sum(self._reads) / len(self._reads) if self._reads else 1.0
+        """Mean share of the keys that decoding queries read."""
+        decodes = sum(layer.decodes for layer in self.layers.values())
+        return sum(layer.read for layer in self.layers.values()) / decodes if decodes else 1.0
 
     @property
     def cache_bytes(self) -> int:
-        return sum(size for _, _, size in self._layers.values())
+        """Bytes of keys and values that are stored."""
+        return sum(layer.bytes for layer in self.layers.values())
+
+
+class Stats:
+    """What a run has done so far; readable while it runs, from any thread.
+
+    `kept` and `cache_bytes` speak of the cache that was used last; `of(cache)` of any other. `read`, `calls` and
+    `seconds` are over all calls of the run.
+
+    Attributes:
+        calls: attention calls.
+        seconds: time in attention.
+        cache_peak: the most bytes that a cache held, those of the layer at work before it evicts included.
+    """
+
+    def __init__(self) -> None:
+        self.calls, self.seconds, self.cache_peak = 0, 0.0, 0
+        self._reads, self._decodes = 0.0, 0
+        self._caches: WeakKeyDictionary[Cache, CacheStats] = WeakKeyDictionary()
+        self._without, self._latest = CacheStats(), CacheStats()
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return (
+            f"Stats(calls={self.calls}, seconds={self.seconds:.3f}, kept={self.kept:.3f}, read={self.read:.3f}, "
+            f"cache_bytes={self.cache_bytes}, cache_peak={self.cache_peak})"
+        )
+
+    @property
+    def kept(self) -> float:
+        """Share of the full cache's slots that are stored, at the last call."""
+        return self._latest.kept
+
+    @property
+    def read(self) -> float:
+        """Mean share of the keys that decoding queries read."""
+        return self._reads / self._decodes if self._decodes else 1.0
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that are stored, at the last call."""
+        return self._latest.cache_bytes
+
+    @property
+    def layers(self) -> list[LayerStats]:
+        """The layers of the cache that was used last."""
+        return [self._latest.layers[number] for number in sorted(self._latest.layers)]
+
+    def of(self, cache: Cache) -> CacheStats:
+        """What is known of one cache; empty for one that the run has not seen."""
+        return self._caches.get(cache, CacheStats())
 
     def note(self, site: Site, density: float, held: int, seconds: float) -> None:
         """Count a call that is over.
@@ -48,20 +124,46 @@ class Stats:
             held: slots of this layer that attention ran over, before any were dropped.
             seconds: what it took.
         """
-        self.calls += 1
-        self.seconds += seconds
-        b, hkv, _, width = site.new_k.shape
-        full, stored = b * hkv * site.seen, slots_of(site)
-        size = site.new_k.element_size() * (width + site.new_v.shape[-1])
-        self._layers[id(site.module)] = (min(stored, full), full, stored * size)
-        self.cache_peak = max(self.cache_peak, self.cache_bytes + (held - stored) * size)
-        if site.phase == "decode":
-            self._reads.append(density * min(1.0, held / full))
+        with self._lock:
+            self.calls += 1
+            self.seconds += seconds
+            cache = site.cache if isinstance(site.cache, Cache) else None
+            found = self._without if cache is None else self._caches.setdefault(cache, CacheStats())
+            layer = found.layers.setdefault(site.layer, LayerStats(site.layer))
+            b, heads, size = stored_shape(site)
+            full, stored = b * heads * site.seen, slots_of(site)
+            layer.calls, layer.seconds = layer.calls + 1, layer.seconds + seconds
+            layer.seen, layer.stored, layer.bytes = full, min(stored, full), stored * size
+            self._latest = found
+            self.cache_peak = max(self.cache_peak, found.cache_bytes + (held - stored) * size)
+            if site.phase == "decode":
+                share = density * min(1.0, held / full)
+                layer.read, layer.decodes = layer.read + share, layer.decodes + 1
+                self._reads, self._decodes = self._reads + share, self._decodes + 1
+
+
+def _cached(site: Site) -> tuple[Tensor, Tensor]:
+    """Keys and values as the cache holds them; those of the call where there is no cache."""
+    if site.slots is not None and site.slots.store is not None:
+        slots = site.slots.store.groups[0].slots
+        return slots.k, slots.v
+    layers = getattr(site.cache, "layers", ())
+    keys = getattr(layers[site.layer], "keys", None) if site.layer < len(layers) else None
+    if isinstance(keys, Tensor) and keys.dim() == 4:
+        return keys, layers[site.layer].values
+    return site.new_k, site.new_v
+
+
+def stored_shape(site: Site) -> tuple[int, int, int]:
+    """Batch, heads and bytes of a slot, of what the cache holds."""
+    k, v = _cached(site)
+    heads = site.slots.store.n_heads if site.slots is not None and site.slots.store is not None else k.shape[1]
+    return k.shape[0], heads, k.element_size() * (k.shape[-1] + v.shape[-1])
 
 
 def slots_of(site: Site) -> int:
     """Slots that a layer stores, over batch and heads."""
     if site.slots is not None and site.slots.store is not None:
         return site.slots.store.stored
-    b, hkv, n, _ = site.new_k.shape
+    b, hkv, n, _ = _cached(site)[0].shape
     return b * hkv * n

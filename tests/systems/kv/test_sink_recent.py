@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from foveate.core import masks
 from foveate.core.errors import FoveateError
-from foveate.host import Method, apply
+from foveate.host import EMPTY, Method, apply
 from foveate.kv.sink_recent import SinkRecent
 from tests.conftest import ClaimFixture
 from tests.constructed import BOS, VOCAB, induction_lm
@@ -48,7 +48,9 @@ def test_what_is_stored() -> None:
         llama(tokens(2, 30), past_key_values=cache)
         llama(tokens(2, 1), past_key_values=cache)
         for layer in cache.layers:
-            assert layer.store.padded("positions").tolist() == [[[0, 1, 28, 29, 30]] * 2] * 2
+            positions = layer.store.padded("positions").sort(-1).values
+            assert positions[..., -5:].tolist() == [[[0, 1, 28, 29, 30]] * 2] * 2
+            assert bool((positions[..., :-5] == EMPTY).all()) and layer.store.stored == 2 * 2 * 5
         assert run.stats.kept == 5 / 31
     assert cache.get_seq_length() == 31
 

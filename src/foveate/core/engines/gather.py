@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks
+from foveate.core.engines import fused
 from foveate.core.problem import Problem
 from foveate.core.selection import Blocks, Indices
 
@@ -34,10 +35,35 @@ def attend(problem: Problem) -> Tensor:
     """The output `(B, Hq, Nq, Dv)`."""
     selection = problem.selection
     assert isinstance(selection, Blocks | Indices)
+    if isinstance(selection, Indices) and _is_one_list(problem, selection.own or selection):
+        return _one_list(problem, selection.own or selection)
     if problem.causal and isinstance(selection, Blocks):
         selection = selection.causal()
     out = [_slab(problem, selection, rows) for rows in _slabs(problem, selection)]
     return torch.cat(out, 2)[:, :, : problem.n_queries]
+
+
+def _is_one_list(problem: Problem, chosen: Indices) -> bool:
+    """Whether all queries, few as they are, share one list of keys for each key/value head, as in decoding."""
+    heads, rows = chosen.indices.shape[1:3]
+    plain = problem.mask is None or problem.mask.dim() < 4 or problem.mask.shape[1] == 1
+    return plain and rows == 1 and heads in (1, problem.k.shape[1]) and problem.n_queries <= fused.FEW
+
+
+def _one_list(problem: Problem, chosen: Indices) -> Tensor:
+    """Copy each key/value head's keys once, and attend to them with all its query heads."""
+    index, seen = chosen.gathered(slice(None))
+    b, heads = problem.k.shape[:2]
+    rows = index[:, :, 0].expand(b, heads, -1)
+    batch, head = torch.arange(b, device=rows.device)[:, None, None], torch.arange(heads, device=rows.device)[:, None]
+    mask = None
+    if chosen.valid is not None or problem.mask is not None or (problem.causal and problem.n_queries > 1):
+        mask = _mask(problem, index, seen[..., : problem.n_queries, :], 0)[:, :, 0]
+        if mask.shape[1] > 1:
+            mask = mask.repeat_interleave(problem.groups, 1)
+    return fused.attend(
+        Problem(problem.q, problem.k[batch, head, rows], problem.v[batch, head, rows], problem.scale, mask)
+    )
 
 
 def _slabs(problem: Problem, selection: Blocks | Indices) -> Iterator[slice]:

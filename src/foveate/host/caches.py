@@ -1,0 +1,110 @@
+"""The caches that a run works on: taken over while it lasts, then handed back; and what methods remember of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+
+from foveate.host.cache import CompressedLayer, SlotLayer, slot_layer
+from foveate.host.method import Method
+
+#: Memories of methods by cache, of every run that is open: `(id of the method, layer or None) -> what it noted`.
+Memories = WeakKeyDictionary[Cache, dict[Any, dict[str, Any]]]
+
+#: The memories of the runs that are open, so that beam search moves all of them along.
+_ALL: list[Memories] = []
+
+
+class Caches:
+    """What one run knows of caches.
+
+    Args:
+        evicts: whether some method drops tokens, so that layers have to store them slot by slot.
+        first: number of the first layer that attends.
+    """
+
+    def __init__(self, evicts: bool, first: int) -> None:
+        self.evicts, self.first, self.is_open = evicts, first, False
+        self.memories: Memories = WeakKeyDictionary()
+
+    def open(self) -> None:
+        self.is_open = True
+        _ALL.append(self.memories)
+
+    def meet(self, cache: Cache) -> None:
+        """Follow a cache's reorderings, and mark its layers as ours while the run lasts."""
+        if cache not in self.memories:
+            self.memories[cache] = {}
+            # a bound method, so that a deep copy of the cache reorders the copy
+            cache.reorder_cache = MethodType(_reorder_cache, cache)
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, CompressedLayer):
+                cache.layers[index] = layer = slot_layer(layer, cache)
+            if isinstance(layer, SlotLayer):
+                layer.attach(self)
+
+    def adopt(self, cache: Cache, index: int) -> None:
+        """Make a layer ready for a call: begin its memories with its sequence, and put slots in place of its tensors
+        where a method evicts.
+        """
+        if cache not in self.memories:
+            self.meet(cache)
+        if self.evicts:
+            while len(cache.layers) <= index:
+                cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        if layer is None or not _length(layer):
+            forget(self.memories[cache], lambda key: key[1] == index or (key[1] is None and index == self.first))
+        if self.evicts and not isinstance(layer, SlotLayer):
+            assert layer is not None
+            layer = cache.layers[index] = slot_layer(layer, cache)
+        if isinstance(layer, SlotLayer):
+            layer.attach(self)
+
+    def close(self, methods: Iterable[Method], others: Iterable[Caches]) -> None:
+        """Hand caches back, as ordinary layers where that can be; others will refuse to go on alone."""
+        self.is_open = False
+        _ALL[:] = [memories for memories in _ALL if memories is not self.memories]
+        mine = {id(method) for method in methods}
+        for cache in list(self.memories):
+            sharing = [other for other in others if cache in other.memories]
+            for other in sharing:  # it still works on this cache, with what our methods remembered
+                forget(other.memories[cache], lambda key: key[0] in mine)
+            if not sharing:
+                cache.__dict__.pop("reorder_cache", None)
+                cache.layers[:] = [x.released() if isinstance(x, SlotLayer) else x for x in cache.layers]
+        self.memories.clear()
+
+
+def cache_among(values: Iterable[Any]) -> Cache | None:
+    """The cache among a module's arguments, whatever it is called; an encoder-decoder's is that of its decoder."""
+    for value in values:
+        if isinstance(value, EncoderDecoderCache):
+            return value.self_attention_cache
+        if isinstance(value, Cache):
+            return value
+    return None
+
+
+def forget(memories: dict[Any, Any], gone: Callable[[Any], bool]) -> None:
+    for key in [key for key in memories if gone(key)]:
+        del memories[key]
+
+
+def _length(layer: CacheLayerMixin) -> int:
+    return int(layer.get_seq_length())
+
+
+def _reorder_cache(cache: Cache, index: Tensor) -> None:
+    """Beam search moves the batch: move the cache, and what the methods of every open run remember of it."""
+    type(cache).reorder_cache(cache, index)
+    for memories in _ALL:
+        for memory in memories.get(cache, {}).values():
+            for name, value in memory.items():
+                if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == index.shape[0]:
+                    memory[name] = value.index_select(0, index.to(value.device))

@@ -1,0 +1,79 @@
+"""Dispatch: from transformers' attention interface to the runs that are open on a module."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from foveate.core.errors import UnsupportedModel
+from foveate.host import attention
+from foveate.host.cache import LATEST, evict
+from foveate.host.mask import describe
+from foveate.host.model import native_attention, native_mask
+from foveate.host.stats import slots_of
+
+if TYPE_CHECKING:
+    from foveate.host.run import Run
+
+NAME = "foveate"
+
+#: The runs that are open on each attention module, outermost first.
+OPEN: WeakKeyDictionary[nn.Module, list[Run]] = WeakKeyDictionary()
+
+#: Keywords of an attention call that change its mathematics in ways a method's path does not know.
+_FOREIGN = ("s_aux", "position_bias", "cache")
+
+
+def attention_function(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The function that Foveate registers with transformers: `(B, N, H, D)` output and weights or None."""
+    runs = OPEN.get(module)
+    if runs is None:
+        return _native(_stranger(module), module, query, key, value, attention_mask, options)
+    outer, slots = runs[0], getattr(LATEST, "layer", None)
+    if not runs[0].covers(module):
+        return _native(outer.implementation(module), module, query, key, value, attention_mask, options)
+    methods = [method for run in runs for method in run.methods]
+    begun = time.perf_counter()
+    site = outer.site(module, query, key, value, attention_mask, options, slots)
+    site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
+    if methods and (foreign := [name for name in _FOREIGN if options.get(name) is not None]):
+        raise UnsupportedModel(f"{type(module).__name__} attends with {foreign[0]}, which methods cannot handle yet")
+    out, density = attention.run(
+        site, methods,
+        lambda: _native(outer.implementation(module), module, query, key, value, attention_mask, options),
+    )  # fmt: skip
+    held = slots_of(site)
+    if site.slots is not None:
+        evict(site, methods)
+    for run in runs:
+        run.stats.note(site, density, held, time.perf_counter() - begun)
+    return out.transpose(1, 2).contiguous(), site.weights
+
+
+def _native(
+    implementation: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+) -> Any:
+    """The model's own attention, on the model's own mask."""
+    function = native_attention(module, implementation)
+    return function(module, q, k, v, native_mask(mask, implementation), **options)
+
+
+def _stranger(module: nn.Module) -> str:
+    """The implementation of a module that calls the interface without being known as an attention module."""
+    for run in {run for runs in OPEN.values() for run in runs}:
+        if id(getattr(module, "config", None)) in run.implementations:
+            return run.implementations[id(module.config)]
+    raise UnsupportedModel(
+        f'attn_implementation="{NAME}" works inside foveate.apply(model, ...) only; a copy of a model that was made '
+        f"inside such a block needs set_attn_implementation first"
+    )
+
+
+AttentionInterface.register(NAME, attention_function)
+AttentionMaskInterface.register(NAME, describe)
