@@ -103,10 +103,8 @@ class SlotLayer(CacheLayerMixin):
         self.store.append(key_states, value_states, self.seen)
         self.seen += key_states.shape[2]
         LATEST.layer = self
-        if self.store.is_even:
-            out = self.store.padded("k"), self.store.padded("v")
-        else:
-            out = key_states, value_states
+        even = self.store.is_even
+        out = (self.store.padded("k"), self.store.padded("v")) if even else (key_states, value_states)
         self._returned = weakref.ref(out[0]), weakref.ref(out[1])
         return out
 
