@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import ClassVar, Self, final
 
 import torch
@@ -27,6 +29,7 @@ from foveate.host.run import apply
 from foveate.host.site import Site
 from foveate.kv.heads import check_heads, keep_window, split_at_budget
 from foveate.kv.policy import Policy, Progress
+from foveate.kv.unfinished import Unfinished
 
 
 @final
@@ -145,6 +148,7 @@ def duo_train(
     sink: int = 128,
     recent: int = 256,
     progress: Progress | None = None,
+    partial: Path | None = None,
 ) -> Float[Tensor, "l hkv"]:
     """Gates `(layers, kv_heads)` in 0..1 by distillation; the model's weights stay frozen.
 
@@ -156,17 +160,21 @@ def duo_train(
         reg: weight of the mean gate, which pushes heads towards streaming.
         sink, recent: the streaming heads' view in training.
         progress: called as `progress(step, steps, note)`.
+        partial: a file for what an interrupted training has reached; the same call goes on from there. It is gone once
+            the training is over.
     """
     here = host(model)
     validate.at_least("steps", steps, 1)
     gates = torch.ones(here.layers, here.kv_heads, requires_grad=True)
     optimiser = torch.optim.AdamW([gates], lr=rate, weight_decay=0.0)
-    backbone, stream = here.model.get_decoder(), iter(data)
+    kept = None if partial is None else Unfinished(partial, f"{steps} {rate} {reg} {sink} {recent}")
+    done = 0 if kept is None else kept.load(gates, optimiser)
+    backbone, stream = here.model.get_decoder(), islice(data, done, None)
     frozen = [p for p in here.model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        for step in range(steps):
+        for step in range(done, steps):
             ids, answers = (x.to(here.model.device) for x in next(stream))
             with torch.no_grad():
                 full = backbone(ids, use_cache=False).last_hidden_state[answers]
@@ -178,11 +186,15 @@ def duo_train(
             optimiser.step()
             optimiser.zero_grad()
             gates.data.clamp_(0.0, 1.0)
+            if kept is not None:
+                kept.save(step + 1, gates, optimiser)
             if progress is not None:
                 progress(step + 1, steps, f"distance {distance.item():.4f}, mean gate {gates.mean().item():.2f}")
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+    if kept is not None:
+        kept.file.unlink(missing_ok=True)
     return gates.detach()
 
 

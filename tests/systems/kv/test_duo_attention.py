@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,43 @@ def data(length: int = 96) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def gates(model: LlamaForCausalLM) -> torch.Tensor:
     return duo_train(model, data(), steps=60, rate=0.05, reg=0.05, sink=2, recent=8)
+
+
+def test_an_interrupted_training_goes_on(model: LlamaForCausalLM, gates: torch.Tensor, tmp_path: Path) -> None:
+    sizes, file = dict(steps=20, rate=0.05, reg=0.05, sink=2, recent=8), tmp_path / "partial.safetensors"
+    whole = duo_train(model, data(), **sizes)
+    seen: list[int] = []
+
+    def stop(step: int, steps: int, note: str) -> None:
+        seen.append(step)
+        if len(seen) in (7, 13):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            duo_train(model, data(), **sizes, partial=file, progress=stop)
+    resumed = duo_train(model, data(), **sizes, partial=file, progress=stop)
+    assert seen == list(range(1, 21))
+    assert torch.equal(resumed, whole)
+    assert not file.exists()
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_what_other_settings_left_is_passed_over(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    file, seen = tmp_path / "partial.safetensors", []
+
+    def stop(step: int, steps: int, note: str) -> None:
+        seen.append(step)
+        if step == 2 and len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        duo_train(model, data(), steps=4, sink=2, recent=8, partial=file, progress=stop)
+    duo_train(model, data(), steps=4, sink=2, recent=4, partial=file, progress=stop)
+    assert seen == [1, 2, 1, 2, 3, 4]
+    file.write_bytes(b"cut off")
+    duo_train(model, data(), steps=1, sink=2, recent=4, partial=file, progress=stop)
+    assert seen[6:] == [1]
 
 
 def generated(model: LlamaForCausalLM, ids: torch.Tensor, *methods: Method) -> torch.Tensor:
