@@ -48,10 +48,13 @@ def test_every_kind(name: str) -> None:
 def test_needles_by_reading_the_text(name: str, facts: int, owners: int, asked: int) -> None:
     for example in examples(name):
         text, question = example.prompt.rsplit("\n", 1)
+        shown, text = text.split(".\n\n", 1) if len(example.answers) > 1 else ("", text)
         found = re.findall(r" A pass key of (\w+) is (\d{5})\.", text)
         assert len(found) == facts and len({owner for owner, _ in found}) == owners
         wanted = re.sub("The pass keys? of | (is|are)$", "", question).replace(" and ", ", ").split(", ")
         assert len(wanted) == asked
+        assert not {owner for owner, _ in found} & set(re.findall(r"of (\w+) is", shown))
+        assert all(shown.count(digits) == 2 for digits in re.findall(r"is (\d{5})", shown))
         assert list(example.answers) == [digits for name in wanted for owner, digits in found if owner == name]
         assert re.findall(r"\d+", example.answer) == list(example.answers)
         for span, digits in zip(example.spans.values(), example.answers, strict=True):

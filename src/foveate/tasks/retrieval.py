@@ -20,7 +20,8 @@ from foveate.tasks.haystack import NAMES, hidden_in_order, listed
 class Retrieval(Task):
     """Facts ` A pass key of NAME is DIGITS.` in `length` characters of real text, and a question about some names.
 
-    The score is the share of the keys asked for that the answer holds.
+    Where several keys are asked for, a worked example stands before the text, so that a model without instruction
+    tuning knows what a list looks like. The score is the share of the keys asked for that the answer holds.
 
     Args:
         length: characters of the whole prompt. At least 512.
@@ -44,11 +45,13 @@ class Retrieval(Task):
     def __post_init__(self) -> None:
         for option, least in (("length", 512), ("count", 1), ("values", 1), ("digits", 1)):
             validate.at_least(option, getattr(self, option), least)
-        validate.between("keys", self.keys, 1, len(NAMES))
+        validate.between("keys", self.keys, 1, len(NAMES) // 2)
         validate.between("asked", self.asked, 1, self.keys)
         longest = [max(NAMES, key=len)]
-        facts = self.keys * self.values * len(_fact(longest[0], "0" * self.digits))
-        if self.length - facts - len(self._question(longest * self.asked)) < 128:
+        fact = len(_fact(longest[0], "0" * self.digits))
+        beside = self.keys * self.values * fact + len(self._question(longest * self.asked))
+        shown = self.asked * self.values * (2 * fact) + 64 if self._several else 0
+        if self.length - beside - shown < 128:
             raise OptionError(f"length={self.length} leaves no room for text beside {self.keys * self.values} facts")
 
     @property
@@ -64,22 +67,35 @@ class Retrieval(Task):
         return [self._example(draw) for _ in range(self.count)]
 
     def _question(self, asked: list[str]) -> str:
-        several = self.asked * self.values > 1
-        return f"\nThe pass key{'s' * several} of {listed(asked)} {'are' if several else 'is'}"
+        return f"\nThe pass key{'s' * self._several} of {listed(asked)} {'are' if self._several else 'is'}"
+
+    @property
+    def _several(self) -> bool:
+        return self.asked * self.values > 1
+
+    def _shown(self, draw: random.Random, names: list[str]) -> str:
+        """Facts about names that the text has nothing of, with their question and its answer."""
+        if not self._several:
+            return ""
+        secrets = ["".join(draw.choices("0123456789", k=self.digits)) for _ in range(len(names) * self.values)]
+        owners = [name for name in names for _ in range(self.values)]
+        facts = "".join(map(_fact, owners, secrets))
+        return f"{facts.lstrip()}{self._question(names)} {listed(secrets)}.\n\n"
 
     def _example(self, draw: random.Random) -> Example:
-        names = draw.sample(NAMES, self.keys)
+        names = draw.sample(NAMES, self.keys + (self.asked if self._several else 0))
+        before, names = self._shown(draw, names[self.keys :]), names[: self.keys]
         order = [name for name in names for _ in range(self.values)]
         draw.shuffle(order)
         secrets = ["".join(draw.choices("0123456789", k=self.digits)) for _ in order]
         facts = [_fact(name, digits) for name, digits in zip(order, secrets, strict=True)]
         asked = draw.sample(names, self.asked)
-        room = self.length - sum(map(len, facts)) - len(self._question(asked))
+        room = self.length - len(before) - sum(map(len, facts)) - len(self._question(asked))
         body, spans = hidden_in_order(draw, facts, room)
         wanted = [i for name in asked for i, owner in enumerate(order) if owner == name]
         answers = tuple(secrets[i] for i in wanted)
-        named = {f"needle {n}": spans[i] for n, i in enumerate(wanted)}
-        return Example(body + self._question(asked), f" {listed(answers)}", named, answers)
+        named = {f"needle {n}": (spans[i][0] + len(before), spans[i][1] + len(before)) for n, i in enumerate(wanted)}
+        return Example(before + body + self._question(asked), f" {listed(answers)}", named, answers)
 
 
 def _fact(name: str, digits: str) -> str:
