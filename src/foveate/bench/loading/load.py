@@ -16,6 +16,7 @@ from foveate.bench.loading.refusal import reading, refused
 from foveate.bench.loading.source import Source, find
 from foveate.bench.loading.trial import check_causal, check_words
 from foveate.core import validate
+from foveate.core.errors import FoveateError
 from foveate.models import pretrained  # noqa: F401  makes the model type "foveate" known
 from foveate.tasks.drill import Drill
 from foveate.train import checkpoint
@@ -63,6 +64,8 @@ def trained_on(model: str | None) -> Drill | None:
         return None
     try:
         return checkpoint.task_of(Path(model))
+    except FoveateError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise refused(model, f"has a {checkpoint.RECORD} that cannot be read ({why})") from None
@@ -83,7 +86,6 @@ def _base(
 
 
 def _config(source: Source, trust: bool) -> Any:
-    _refuse_code(source, trust)
     with reading(source.name):
         config = AutoConfig.from_pretrained(source.place, trust_remote_code=trust)
     own_code = trust and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -91,16 +93,6 @@ def _config(source: Source, trust: bool) -> Any:
     if not decoder or getattr(config, "is_encoder_decoder", False):
         raise refused(source.name, f"is a {config.model_type}; compare needs a decoder language model")
     return config
-
-
-def _refuse_code(source: Source, trust: bool) -> None:
-    """Say by name what asks for code of its own, which transformers says in several lines."""
-    if trust or source.folder is None:
-        return
-    held = files.read_object(source.name, source.folder / "config.json")
-    own = held.get("auto_map")
-    if own and held.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise refused(source.name, "runs code of its own; --trust-remote-code allows that (read the code first)")
 
 
 def _tokenizer(source: Source, trust: bool) -> Any:

@@ -13,6 +13,10 @@ from foveate.core.errors import FoveateError, UnsupportedModel
 
 _SHOWN = 3  # names in a message before it says how many more there are
 
+_LONGEST = 240  # characters of somebody else's message
+#: Errors that readers raise with a sentence about the file.
+_TELLING = (OSError, ValueError, ImportError, RuntimeError)
+
 
 def refused(name: str, why: str) -> UnsupportedModel:
     """The error for a model that cannot be run."""
@@ -20,9 +24,14 @@ def refused(name: str, why: str) -> UnsupportedModel:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the advice that follows it."""
+    """What an error says, without the advice that follows it; its type too where the words alone say little."""
+    if "trust_remote_code" in str(error):
+        return "it runs code of its own, which --trust-remote-code allows (read the code first)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    told = lines[0] if isinstance(error, _TELLING) else f"{type(error).__name__}: {lines[0]}"
+    return told if len(told) <= _LONGEST else told[:_LONGEST] + "..."
 
 
 def several(names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from foveate.bench.loading import files
 from foveate.bench.loading.refusal import reading, refused, several
@@ -34,6 +35,9 @@ def read(source: Source, config: Any, dtype: torch.dtype, where: torch.device, t
     if quantised is not None:
         options["device_map"] = {"": where}  # such weights are packed for a device when they are read
     names = [] if source.folder is None else tensor_names(source)
+    if quantised is not None and quantised not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+        raise refused(source.name, f"is quantised by {quantised}, which transformers does not know; it knows {known}")
     what = "cannot be loaded" if quantised is None else f"is quantised by {quantised} and cannot be loaded"
     with reading(source.name, what):
         model, info = _from_pretrained(source, config, {**options, "key_mapping": unwrapping(names)})
