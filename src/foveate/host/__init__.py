@@ -1,9 +1,25 @@
 """Hosts: methods on pretrained models, through transformers' own interfaces."""
 
+from foveate.host.layout import AttendingLayer, Layout, layout
 from foveate.host.method import Method
 from foveate.host.model import Host
+from foveate.host.packed import Packed
 from foveate.host.run import Run, Stats, apply
 from foveate.host.site import Site
 from foveate.host.slots import EMPTY, SUMMARY, Slots
 
-__all__ = ["EMPTY", "SUMMARY", "Host", "Method", "Run", "Site", "Slots", "Stats", "apply"]
+__all__ = [
+    "EMPTY",
+    "SUMMARY",
+    "AttendingLayer",
+    "Host",
+    "Layout",
+    "Method",
+    "Packed",
+    "Run",
+    "Site",
+    "Slots",
+    "Stats",
+    "apply",
+    "layout",
+]
