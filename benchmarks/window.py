@@ -1,13 +1,16 @@
 """What a sliding window saves: `SlidingWindow` at 512 of 8,192 causal tokens, float32.
 
-Goals: at least 6 times faster than fused dense attention (8 would be ideal), and not slower than FlexAttention compiled
-by hand with a block mask made beforehand. The engine that gathers keys, which needs no compiler, is shown beside them.
+Goals: at least half of the ideal speed-up over fused dense attention, which is 8, without compiling anything; the first
+call in well under a second; and not slower than FlexAttention compiled by hand with a block mask made beforehand, whose
+first call compiles. The engine that gathers keys is shown beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,10 +41,11 @@ def main() -> None:
     if flex.has_compiler():
         calls["FlexAttention"] = by_hand(q, k, v, window)
     with torch.inference_mode():
+        first = {name: once(call) for name, call in calls.items()}
         agree = {name: (call() - calls["foveate"]()).abs().max() for name, call in calls.items() if "dense" not in name}
         assert max(agree.values()) < 1e-4, agree
         seconds = interleaved(calls, options.repeats)
-    report(seconds, ours.plan(q, k, v, causal=True).engine, 0.5 * n * (n + 1) / (window * (n - (window - 1) / 2)))
+    report(seconds, first, ours.plan(q, k, v, causal=True).engine, 0.5 * n * (n + 1) / (window * (n - (window - 1) / 2)))
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int) -> functools.partial[Tensor]:
@@ -51,14 +55,23 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int) -> functools.partial[T
     return functools.partial(torch.compile(flex_attention, dynamic=False), q, k, v, block_mask=band)
 
 
-def report(seconds: dict[str, float], engine: str, ideal: float) -> None:
+def once(call: Callable[[], Tensor]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def report(seconds: dict[str, float], first: dict[str, float], engine: str, ideal: float) -> None:
     dense = seconds["fused dense"]
     rows = [
         {"call": f"foveate ({engine})" if name == "foveate" else name, "ms": taken * 1e3}
+        | {"first (ms)": first[name] * 1e3}
         | {"speed-up over dense": dense / taken, "of the ideal": dense / taken / ideal}
         for name, taken in seconds.items()
     ]
     ratios = {"speed-up over fused dense": dense / seconds["foveate"], "ideal speed-up": ideal}
+    ratios["achieved / ideal (goal 0.5)"] = dense / seconds["foveate"] / ideal
+    ratios["first call, in seconds"] = first["foveate"]
     ratios["gather: speed-up over fused dense"] = dense / seconds["foveate, gather"]
     if "FlexAttention" in seconds:
         ratios["foveate / FlexAttention by hand"] = seconds["foveate"] / seconds["FlexAttention"]

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
 from foveate.bench.memory import peak_bytes
 from foveate.core import engines, masks, oracle
-from foveate.core.engines import chunked, flex
+from foveate.core.engines import chunked, flex, gather, slices
 from foveate.core.errors import ShapeError, UnknownKey, UnsupportedEngine
 from foveate.core.problem import Problem
 from foveate.core.scoring import SOFTMAX, SoftmaxScoring, Tile
 from foveate.core.selection import Blocks, Indices, Selection
 from foveate.core.windows import window
 from tests.tensors import assert_near, gradients, qkv
+
+#: Engines that attend to what a selection chooses, and to nothing else.
+SPARSE = ("gather", "slices")
 
 
 class Capped(SoftmaxScoring):
@@ -79,8 +84,10 @@ def test_dense_engines_are_the_oracle(engine: str, kind: str | None, n_queries: 
         assert_near(ours, theirs, 1e-12)
 
 
-@pytest.mark.parametrize("engine", ["reference", "chunked", "gather"])
-@pytest.mark.parametrize("form", ["blocks", "indices"])
+@pytest.mark.parametrize(
+    ("engine", "form"),
+    [(e, f) for e in ("reference", "chunked", "gather") for f in ("blocks", "indices")] + [("slices", "blocks")],
+)
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n_queries", "n_keys", "causal"), SHAPES[:5])
@@ -204,12 +211,13 @@ def test_a_mask_of_any_rank(engine: str, shape: tuple[int, ...], dtype: torch.dt
     assert_near(out, oracle.attention(q, k, v, mask=mask, scale=1.0), 1e-12)
 
 
-@pytest.mark.parametrize("engine", ["reference", "chunked", "fused", "gather"])
+@pytest.mark.parametrize("engine", ["reference", "chunked", "fused", "gather", "slices"])
 @pytest.mark.parametrize(("batch", "n_queries", "n_keys"), [(2, 0, 4), (2, 3, 0), (0, 3, 4), (2, 0, 0)])
 def test_nothing_to_do(engine: str, batch: int, n_queries: int, n_keys: int) -> None:
     q, k, v = qkv(n_queries, n_keys, batch=batch, value_width=5)
     index = torch.zeros(1, 1, n_queries, 0 if n_keys == 0 else 1, dtype=torch.long)
-    selection = Indices(index, n_queries, n_keys) if engine == "gather" else None
+    tiles = Blocks(torch.ones(1, 1, -(-n_queries // 2), -(-n_keys // 2), dtype=torch.bool), (2, 2), n_queries, n_keys)
+    selection = {"gather": Indices(index, n_queries, n_keys), "slices": tiles}.get(engine)
     problem = Problem(q, k, v, 1.0, selection=selection)
     assert engines.plan(problem, engine).density <= 1
     out = engines.run(problem, engine)
@@ -217,7 +225,7 @@ def test_nothing_to_do(engine: str, batch: int, n_queries: int, n_keys: int) -> 
     assert n_keys or torch.equal(out, torch.zeros_like(out))
 
 
-@pytest.mark.parametrize("engine", ["auto", "reference", "chunked", "fused", "gather"])
+@pytest.mark.parametrize("engine", ["auto", "reference", "chunked", "fused", "gather", "slices"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_hidden_garbage_never_leaks(engine: str, grad: bool) -> None:
     q, k, v = qkv(9, grad=True)
@@ -225,7 +233,7 @@ def test_hidden_garbage_never_leaks(engine: str, grad: bool) -> None:
     seen[:, 3] = False
     dirty_k, dirty_v = k.detach().clone(), v.detach().clone()
     dirty_k[:, :, 3], dirty_v[:, :, 3] = float("nan"), float("inf")
-    selection = window(9, 9, 4, 0, q.device) if engine == "gather" else None
+    selection = window(9, 9, 4, 0, q.device) if engine in SPARSE else None
     clean = engines.run(Problem(q, k, v, 1.0, seen, selection=selection), "auto")
     dirty = Problem(q, dirty_k.requires_grad_(), dirty_v.requires_grad_(), 1.0, seen, selection=selection)
     out = engines.run(dirty, engine)
@@ -239,18 +247,18 @@ def test_hidden_garbage_never_leaks(engine: str, grad: bool) -> None:
         assert_near(ours, theirs, 1e-12)
 
 
-@pytest.mark.parametrize("engine", ["reference", "chunked", "fused", "gather"])
+@pytest.mark.parametrize("engine", ["reference", "chunked", "fused", "gather", "slices"])
 @pytest.mark.parametrize("where", ["k", "v"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_garbage_shows_to_those_who_see_it_alone(engine: str, where: str, grad: bool) -> None:
     clean = qkv(9, kv_heads=4, grad=True)
     q, k, v = (x.detach().clone() for x in clean)
     {"k": k, "v": v}[where][:, :, 4] = float("nan")
-    selection = window(9, 9, 3, 0, q.device) if engine == "gather" else None
+    selection = window(9, 9, 3, 0, q.device) if engine in SPARSE else None
     inputs = [x.requires_grad_(grad) for x in (q, k, v)]
     out = engines.run(Problem(*inputs, 1.0, causal=True, selection=selection), engine)
     expected = engines.run(Problem(*clean, 1.0, causal=True, selection=selection), "reference")
-    sees = slice(4, 7) if engine == "gather" else slice(4, None)
+    sees = slice(4, 7) if engine in SPARSE else slice(4, None)
     assert out[:, :, sees].isnan().all()
     blind = [i for i in range(9) if i not in range(9)[sees]]
     assert_near(out[:, :, blind], expected[:, :, blind], 1e-12)
@@ -275,21 +283,82 @@ def plain(n: int, device: str = "cpu", grad: bool = False) -> Problem:
     return Problem(x, x, x, 1.0, causal=True)
 
 
-def test_what_auto_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "has_compiler", lambda: True)
-    banded = replace(plain(8192), selection=window(8192, 8192, 64, 0, torch.device("cpu")))
+def by_head(n: int, heads: int = 4, tile: int = 64) -> Problem:
+    """Heads that choose blocks of their own, an eighth of them."""
+    random = torch.Generator().manual_seed(2)
+    chosen = torch.rand(1, heads, n // tile, n // tile, generator=random) < 1 / 8
+    q, k, v = qkv(n, batch=1, heads=heads, kv_heads=heads, width=4, dtype=torch.float32)
+    return Problem(q, k, v, 1.0, None, True, Blocks(chosen, (tile, tile), n, n))
+
+
+def test_what_auto_chooses() -> None:
+    device = torch.device("cpu")
+    banded = replace(plain(8192), selection=window(8192, 8192, 64, 0, device))
     listed = replace(plain(8192), selection=Indices(torch.zeros(1, 1, 8192, 1, dtype=torch.long), 8192, 8192))
-    short = replace(plain(64), selection=window(64, 64, 8, 0, torch.device("cpu")))
+    short = replace(plain(64), selection=window(64, 64, 8, 0, device))
     assert engines.choose(plain(64))[0] == engines.choose(plain(8192))[0] == "fused"
-    assert engines.choose(banded)[0] == "flex"
-    assert "too few" in engines.choose(short)[1]
-    assert engines.choose(short)[0] == engines.choose(listed)[0] == "gather"
-    assert engines.choose(replace(banded, mask=torch.ones(1, 8192)))[0] == "gather"
-    training = replace(banded, q=banded.q.clone().requires_grad_())
-    assert engines.choose(training)[0] == "gather"
-    assert "no backward pass" in engines.choose(training)[1]
+    assert engines.choose(banded)[0] == engines.choose(short)[0] == "slices"
+    assert "of which 9" in engines.choose(replace(banded, selection=window(8192, 8192, 1024, 0, device)))[1]
+    assert engines.choose(listed)[0] == engines.choose(by_head(512))[0] == "gather"
+    assert engines.choose(replace(short, q=short.q[:, :, -8:], selection=window(8, 64, 8, 0, device)))[0] == "gather"
+    assert engines.choose(replace(banded, mask=torch.ones(1, 8192)))[0] == "slices"
+    assert engines.choose(replace(banded, q=banded.q.clone().requires_grad_()))[0] == "slices"
     assert engines.choose(replace(plain(64), scoring=Capped()))[0] == "reference"
     assert engines.choose(replace(plain(2048), scoring=Capped()))[0] == "chunked"
+
+
+def test_flex_is_for_long_calls_that_keep_coming_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of another length may be of the same kind; plans are no calls, nor are those that gradients go through."""
+    monkeypatch.setattr(flex, "has_compiler", lambda: True)
+    monkeypatch.setattr(engines, "LONG", 256)
+    monkeypatch.setattr(engines, "_came", Counter())
+    ran: list[int] = []
+    monkeypatch.setattr(flex, "attend", lambda problem: ran.append(problem.n_queries) or gather.attend(problem))
+    for n in (320, 512, 448):
+        for _ in range(5):
+            assert engines.plan(by_head(n)).engine == "gather"
+        engines.run(by_head(128))
+        engines.run(by_head(n))
+    assert not ran
+    with pytest.warns(UserWarning, match="compiling FlexAttention, once, for calls with 4 heads"):
+        engines.run(by_head(384))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engines.run(by_head(512))
+    assert ran == [384, 512]
+    training = by_head(256)
+    training.q.requires_grad_()
+    assert engines.choose(training)[0] == "gather"
+    assert "no backward pass" in engines.choose(training)[1]
+
+
+def test_slices_hold_what_a_window_needs() -> None:
+    """The work and the memory of a window, forward and backward, are those of its keys."""
+    n, size = 2048, 128
+    q, k, v = qkv(n, batch=1, heads=1, kv_heads=1, width=4, dtype=torch.float32, grad=True)
+    problem = Problem(q, k, v, 1.0, None, True, window(n, n, size, 4, q.device))
+    assert n * size < slices.pairs(problem.selection, True) < 3 * n * size
+    assert peak_bytes(lambda: slices.attend(problem).sum().backward(), q.device) < 4 * n**2 / 4
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_slices_leave_keys_where_they_are(sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that sees one stretch of keys reads the caller's memory; sinks are a stretch of their own."""
+    seen: list[tuple[int, int]] = []
+    kernel = F.scaled_dot_product_attention
+
+    def spy(q, k, v, *args, **kwargs):
+        seen.append((k.untyped_storage().data_ptr(), k.shape[2]))
+        return kernel(q, k, v, *args, **kwargs)
+
+    q, k, v = qkv(1024, batch=1, heads=1, kv_heads=1, width=4, dtype=torch.float32)
+    problem = Problem(q, k, v, 1.0, None, True, window(1024, 1024, 100, sinks, q.device))
+    expected = engines.run(problem, "reference")
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    assert_near(slices.attend(problem), expected, 1e-5)
+    assert max(width for _, width in seen) == slices.TALL + 99 + sinks
+    copied = [where != k.untyped_storage().data_ptr() for where, _ in seen]
+    assert copied == [sinks > 0 and i > 0 for i in range(len(seen))]
 
 
 @pytest.mark.parametrize(
@@ -300,6 +369,8 @@ def test_what_auto_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gather", {}, "needs a selection"),
         ("gather", {"scoring": Capped()}, "softmax over dot products only"),
         ("flex", {}, "needs a selection of blocks"),
+        ("slices", {}, "needs a selection of blocks"),
+        ("slices", {"scoring": Capped()}, "softmax over dot products only"),
         ("flex", {"selection": window(64, 64, 8, 0, torch.device("cpu")), "mask": torch.ones(64)}, "no tensor mask"),
         ("chunked", {"dropout": 0.5}, "cannot drop any"),
     ],
@@ -335,45 +406,105 @@ def test_a_plan_counts_what_is_computed() -> None:
     assert "gather" in str(engines.plan(few))
 
 
-def test_gathering_never_makes_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("engine", "form"), [("gather", "blocks"), ("gather", "indices"), ("slices", "blocks")])
+def test_a_sparse_engine_never_makes_the_matrix(engine: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> Tensor:
         raise AssertionError("a sparse call made its dense mask")
 
     monkeypatch.setattr(Blocks, "dense", refuse)
     monkeypatch.setattr(Indices, "dense", refuse)
-    for form in ("blocks", "indices"):
-        q, k, v = qkv(9)
-        for mask in (None, a_mask("bias", 9, 9)):
-            engines.run(Problem(q, k, v, 1.0, mask, True, a_selection(form, 2, 9, 9)))
+    q, k, v = qkv(9)
+    for mask in (None, a_mask("bias", 9, 9)):
+        engines.run(Problem(q, k, v, 1.0, mask, True, a_selection(form, 2, 9, 9)), engine)
 
 
 def test_without_a_compiler_flex_is_skipped_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = replace(plain(8192), selection=window(8192, 8192, 64, 0, torch.device("cpu")))
+    """A window needs none, and says nothing."""
+    banded = replace(plain(8192), selection=window(8192, 8192, 64, 0, torch.device("cpu")))
+    monkeypatch.setattr(engines, "LONG", 256)
     monkeypatch.setattr(flex.shutil, "which", lambda name: None)
     flex.has_compiler.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):
-            assert engines.choose(problem)[0] == "gather"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert engines.choose(problem)[0] == "gather"
+            assert engines.choose(banded)[0] == "slices"
+        with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):
+            assert engines.choose(by_head(256))[0] == "gather"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert engines.choose(by_head(256))[0] == "gather"
         with pytest.raises(UnsupportedEngine, match="no C"):
-            engines.plan(problem, "flex")
+            engines.plan(banded, "flex")
     finally:
         flex.has_compiler.cache_clear()
 
 
-def test_flex_is_never_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uncompiled, it would attend to every key: `auto` gathers in its place, and the engine by name says no."""
-    q, k, v = qkv(40, dtype=torch.float32)
-    problem = Problem(q, k, v, 1.0, None, True, Blocks(torch.eye(10, dtype=torch.bool)[None, None], (4, 4), 40, 40))
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> Problem:
+    """A call that `auto` runs in FlexAttention."""
+    problem = by_head(256)
     monkeypatch.setattr(flex, "has_compiler", lambda: True)
-    monkeypatch.setattr(flex, "_compiled", lambda: flex._kernel)
+    monkeypatch.setattr(flex, "_failures", [])
     monkeypatch.setattr(engines, "LONG", 1)
+    monkeypatch.setattr(engines, "_came", Counter({engines._kind(problem): engines.OFTEN + 1}))
     assert engines.choose(problem)[0] == "flex"
-    assert_near(engines.run(problem), engines.run(problem, "reference"), 1e-5)
+    return problem
+
+
+def test_flex_is_never_run_uncompiled(repeated: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled, it would attend to every key: `auto` gathers in its place, and the engine by name says no."""
+    monkeypatch.setattr(flex, "_compiled", lambda: flex._kernel)
+    assert_near(engines.run(repeated), engines.run(repeated, "reference"), 1e-5)
     with pytest.raises(UnsupportedEngine, match="needs torch.compile"):
-        engines.run(problem, "flex")
+        engines.run(repeated, "flex")
+
+
+def test_a_broken_compiler_is_as_a_missing_one(repeated: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise TorchDynamoException("CppCompileError: C++ compile error\n\nCommand:\ng++ main.cpp")
+
+    monkeypatch.setattr(flex, "_compiled", lambda: fail)
+    expected = engines.run(repeated, "reference")
+    with pytest.warns(UserWarning, match=r"could not be compiled: CppCompileError.* error; the flex engine is skipped"):
+        assert_near(engines.run(repeated), expected, 1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert engines.choose(repeated)[0] == "gather"
+        assert_near(engines.run(repeated), expected, 1e-5)
+    with pytest.raises(UnsupportedEngine, match="could not be compiled") as caught:
+        engines.run(repeated, "flex")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not flex.has_compiler(), reason="needs a C++ compiler")
+def test_a_compiler_that_fails_is_noticed(repeated: Problem) -> None:
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    flex._compiled.cache_clear()
+    with (
+        config.patch({"cpp.cxx": ("/bin/false",), "fx_graph_cache": False}),
+        pytest.warns(UserWarning, match="skipped"),
+    ):
+        assert_near(engines.run(repeated), engines.run(repeated, "reference"), 1e-5)
+    flex._compiled.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not flex.has_compiler(), reason="needs a C++ compiler")
+def test_one_kernel_serves_many_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(flex, "_failures", [])
+    flex._compiled.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    for n in (300, 512, 333, 257):
+        q, k, v = qkv(n, batch=1, heads=2, kv_heads=2, width=16, dtype=torch.float32)
+        problem = Problem(q, k, v, 1.0, None, True, window(n, n, 40, 3, q.device))
+        assert_near(engines.run(problem, "flex"), engines.run(problem, "reference"), 1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow

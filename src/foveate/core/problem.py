@@ -146,7 +146,7 @@ def cost(problem: Problem, engine: str, why: str) -> Plan:
     selection = problem.selection
     if selection is not None and not problem.is_empty:
         if problem.causal and isinstance(selection, Blocks):
-            selection = selection.causal()
+            selection = selection.without_future
         per_query = selection.keys_read()
         pairs, read = min(nq * per_query, pairs), min(nq * per_query, read)
     numbers = problem.q.numel() + b * hq * nq * dv + b * problem.k.shape[1] * read * (d + dv)

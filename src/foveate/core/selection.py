@@ -114,6 +114,25 @@ class Blocks(Selection):
         )
 
     @cached_property
+    def without_future(self) -> Blocks:
+        """`causal()`, remembered: static selections are used again and again."""
+        return self.causal()
+
+    def seen(self, rows: slice, key: Int[Tensor, " n"]) -> Bool[Tensor, "b h q n"] | None:
+        """Which of some keys the queries of some block rows see, a ragged last row in full; None where they see all."""
+        column = key // self.size[1]
+        chosen = self.blocks[:, :, rows][..., column]
+        whole = self.whole if self.whole is not None or self.rule is not None else self.blocks
+        if bool(chosen.all()) and whole is not None and bool(whole[:, :, rows][..., column].all()):
+            return None
+        seen = chosen.repeat_interleave(self.size[0], 2)
+        if self.rule is None:
+            return seen
+        b, h = (torch.arange(n, device=key.device) for n in seen.shape[:2])
+        query = torch.arange(seen.shape[2], device=key.device) + (rows.start or 0) * self.size[0]
+        return seen & self.rule(b[:, None, None, None], h[:, None, None], query[:, None], key)
+
+    @cached_property
     def block_mask(self) -> BlockMask:
         """FlexAttention's form. Made once per selection, since it costs a sort of the tiles."""
         from torch.nn.attention.flex_attention import BlockMask

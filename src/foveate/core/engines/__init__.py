@@ -1,4 +1,4 @@
-"""Who computes an attention call: five engines, one choice, and what it costs.
+"""Who computes an attention call: six engines, one choice, and what it costs.
 
 `run(problem, "auto")` picks by what is asked, shape, device and dtype; `plan` says what would be picked and why. An
 engine named by the caller that cannot do the job raises `UnsupportedEngine`; nothing else is run in its place.
@@ -6,11 +6,13 @@ engine named by the caller that cannot do the job raises `UnsupportedEngine`; no
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from types import ModuleType
 
 from torch import Tensor
 
-from foveate.core.engines import chunked, flex, fused, gather, reference
+from foveate.core.engines import chunked, flex, fused, gather, reference, slices
 from foveate.core.errors import UnsupportedEngine, unknown
 from foveate.core.problem import Plan, Problem, cost
 from foveate.core.selection import Blocks
@@ -21,10 +23,18 @@ ENGINES: dict[str, ModuleType] = {
     "fused": fused,
     "flex": flex,
     "gather": gather,
+    "slices": slices,
 }
 
-#: Keys from which compiling FlexAttention repays on a CPU, and from which the whole matrix is not worth its memory.
-LONG, WHOLE = 4096, 1 << 20
+#: Queries from which compiling FlexAttention may repay on a CPU, and how often a call of the kind has to come before.
+LONG, OFTEN = 4096, 3
+#: Pairs of queries and keys from which the whole matrix is not worth its memory.
+WHOLE = 1 << 20
+#: Pairs that slices may hold for each one chosen: beyond, gathering the chosen keys is cheaper.
+SPREAD = 1.5
+
+#: How often long calls with blocks per head came, by kind: those that FlexAttention may serve.
+_came: Counter[tuple[object, ...]] = Counter()
 
 
 def run(problem: Problem, engine: str = "auto") -> Tensor:
@@ -32,6 +42,8 @@ def run(problem: Problem, engine: str = "auto") -> Tensor:
     name, _ = choose(problem, engine)
     if problem.is_empty:
         return problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1])
+    if engine == "auto" and name in ("gather", "flex") and _may_repay(problem):
+        _count(problem, name)
     if name in ("reference", "chunked") or not problem.hides_keys:
         return ENGINES[name].attend(problem)
     try:
@@ -84,9 +96,53 @@ def choose(problem: Problem, engine: str = "auto") -> tuple[str, str]:
 
 
 def _sparse(problem: Problem) -> tuple[str, str]:
-    reason = flex.refuses(problem)
-    if isinstance(problem.selection, Blocks) and reason is None:
-        if problem.n_queries >= LONG or problem.q.device.type == "cuda":
-            return "flex", f"blocks over {problem.n_queries} queries: long enough to repay compiling"
-        reason = f"{problem.n_queries} queries are too few to repay compiling FlexAttention"
-    return "gather", f"chosen keys gathered: {reason}" if reason else "chosen keys gathered"
+    selection = problem.selection
+    if not isinstance(selection, Blocks):
+        return "gather", "chosen keys gathered"
+    if problem.q.device.type != "cpu":
+        reason = flex.refuses(problem)
+        return ("flex", "blocks, compiled") if reason is None else ("gather", f"chosen keys gathered: {reason}")
+    if problem.n_queries < slices.FEW:
+        return "gather", "chosen keys gathered for a few queries"
+    held, chosen = slices.pairs(selection, problem.causal), _chosen(selection, problem.causal)
+    if held <= SPREAD * chosen:
+        return "slices", f"fused slices of keys, of which {chosen / max(held, 1):.0%} are chosen"
+    if _came[_kind(problem)] >= OFTEN and _may_repay(problem):
+        return "flex", f"blocks per head over {problem.n_queries} queries, in a call of a kind that keeps coming back"
+    return "gather", f"chosen keys gathered: {_against_flex(problem)}"
+
+
+def _against_flex(problem: Problem) -> str:
+    if problem.n_queries < LONG:
+        return f"{problem.n_queries} queries are too few to repay compiling FlexAttention"
+    return flex.refuses(problem) or f"FlexAttention is compiled for calls that have come {OFTEN} times"
+
+
+def _chosen(selection: Blocks, causal: bool) -> float:
+    """Pairs of one head that lie in chosen tiles."""
+    return (selection.without_future if causal else selection).keys_read() * selection.n_queries
+
+
+def _may_repay(problem: Problem) -> bool:
+    """Whether compiled FlexAttention would serve this call on a CPU."""
+    long = isinstance(problem.selection, Blocks) and problem.n_queries >= LONG
+    return long and problem.q.device.type == "cpu" and flex.refuses(problem) is None
+
+
+def _kind(problem: Problem) -> tuple[object, ...]:
+    """What one compiled kernel serves: many lengths."""
+    q, k, selection = problem.q, problem.k, problem.selection
+    assert isinstance(selection, Blocks)
+    shapes = *q.shape[:2], k.shape[1], q.shape[3], problem.v.shape[3], *flex.rounded_lengths(problem)
+    return shapes, q.dtype, selection.size, problem.causal
+
+
+def _count(problem: Problem, name: str) -> None:
+    kind = _kind(problem)
+    _came[kind] += 1
+    if name == "flex" and _came[kind] == OFTEN + 1:
+        warnings.warn(
+            f"compiling FlexAttention, once, for calls with {problem.q.shape[1]} heads over blocks of their own; "
+            'engine="gather" does without',
+            stacklevel=3,
+        )

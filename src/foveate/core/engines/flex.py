@@ -1,8 +1,10 @@
-"""Compiled FlexAttention over block masks: the fastest sparse engine where compiling repays.
+"""Compiled FlexAttention over block masks: the fastest engine where heads choose blocks of their own, call after call.
 
-The first call compiles (about 13 s on a CPU, 3 s and more for another shape), so that `auto` turns to it for long
-inputs only. Without a C++ compiler it is skipped, with one warning. It has no backward pass on a CPU. Uncompiled,
-FlexAttention would make the whole matrix and not look at the chosen tiles: that is refused, not run.
+The first call compiles (about 13 s on a CPU, more on a busy one). Lengths are rounded up to powers of two, so that a
+kernel serves many; what is added sees nothing, and costs next to nothing. `auto` turns to it on a CPU for long calls of
+a kind that keeps coming back. Without a C++ compiler, or with one that fails, it is skipped, with one warning. It has
+no backward pass on a CPU. Uncompiled, FlexAttention would make the whole matrix and not look at the chosen tiles: that
+is refused, not run.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foveate.core.errors import UnsupportedEngine
 from foveate.core.problem import Problem
@@ -42,6 +46,10 @@ def has_compiler() -> bool:
     return False
 
 
+#: Why compiling has failed in this process, if it has.
+_failures: list[str] = []
+
+
 def refuses(problem: Problem) -> str | None:
     if not problem.is_plain:
         return "flex computes softmax over dot products here"
@@ -58,22 +66,66 @@ def refuses(problem: Problem) -> str | None:
             return "FlexAttention has no backward pass on CPU"
         if not has_compiler():
             return "there is no C++ compiler"
-    return None
+    return _failures[0] if _failures else None
 
 
 def attend(problem: Problem) -> Tensor:
     """The output `(B, Hq, Nq, Dv)`."""
     selection = problem.selection
     assert isinstance(selection, Blocks)
-    mask = (_causal_twin(selection) if problem.causal else selection).block_mask
+    n_queries = problem.n_queries
+    q, k, v, selection = _rounded(problem, selection.without_future if problem.causal else selection)
     from torch._dynamo import config
-    from torch._dynamo.exc import FailOnRecompileLimitHit
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._inductor.exc import InductorError
 
     try:
         with config.patch(recompile_limit=COMPILED):
-            return _compiled()(problem.q, problem.k, problem.v, mask, problem.scale, problem.groups > 1)
+            out = _compiled()(q, k, v, selection.block_mask, problem.scale, problem.groups > 1)
     except FailOnRecompileLimitHit:
         raise NotCompiled(f"flex has compiled FlexAttention for {COMPILED} different calls already") from None
+    except (TorchDynamoException, InductorError) as error:
+        raise NotCompiled(_failed(error)) from error
+    return out[:, :, :n_queries]
+
+
+def _failed(error: Exception) -> str:
+    """Remembers that compiling fails here, and says so once."""
+    first = str(error).strip().splitlines()
+    _failures[:] = [f"FlexAttention could not be compiled: {first[0] if first else type(error).__name__}"]
+    warnings.warn(f"{_failures[0]}; the flex engine is skipped from here on", stacklevel=2)
+    return _failures[0]
+
+
+def rounded_lengths(problem: Problem) -> tuple[int, int]:
+    """Queries and keys of the kernel that serves a call."""
+    selection = problem.selection
+    assert isinstance(selection, Blocks)
+    if not problem.causal and problem.n_keys % selection.size[1]:
+        return problem.n_queries, problem.n_keys  # nothing would hide the keys that fill up the last tile
+    tiles = zip((problem.n_queries, problem.n_keys), selection.size, strict=True)
+    rounded = [size << max(-(-n // size) - 1, 0).bit_length() for n, size in tiles]
+    return rounded[0], rounded[1]
+
+
+def _rounded(problem: Problem, selection: Blocks) -> tuple[Tensor, Tensor, Tensor, Blocks]:
+    q, k, v, (n_queries, n_keys) = problem.q, problem.k, problem.v, rounded_lengths(problem)
+    if (n_queries, n_keys) == (problem.n_queries, problem.n_keys):
+        return q, k, v, selection
+    larger = selection.__dict__.get("_larger")
+    if larger is None:
+        larger = selection.__dict__["_larger"] = _larger(selection, n_queries, n_keys)
+    k, v = (F.pad(x, (0, 0, 0, n_keys - x.shape[2])) for x in (k, v))
+    return F.pad(q, (0, 0, 0, n_queries - q.shape[2])), k, v, larger
+
+
+def _larger(selection: Blocks, n_queries: int, n_keys: int) -> Blocks:
+    """The selection with further queries and keys, which see nothing and are not seen."""
+    have, size = selection.blocks.shape[2:], selection.size
+    more = (0, n_keys // size[1] - have[1], 0, n_queries // size[0] - have[0])
+    whole = None if selection.whole is None else F.pad(selection.whole, more)
+    blocks = F.pad(selection.blocks, more)
+    return replace(selection, blocks=blocks, whole=whole, n_queries=n_queries, n_keys=n_keys)
 
 
 @cache
@@ -89,11 +141,3 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, grou
     out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     assert isinstance(out, Tensor)
     return out
-
-
-def _causal_twin(selection: Blocks) -> Blocks:
-    """`selection.causal()`, remembered on the selection: static selections are used again and again."""
-    twin = selection.__dict__.get("_causal_twin")
-    if twin is None:
-        twin = selection.__dict__["_causal_twin"] = selection.causal()
-    return twin

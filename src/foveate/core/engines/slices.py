@@ -1,0 +1,228 @@
+"""Sparse attention by slices: the fused kernel on each run of query rows, and on the stretches of keys that it sees.
+
+A run's keys are views of the caller's where they lie in one stretch, as a window's do; several stretches are joined.
+All heads see what any of them does, and a bias hides the rest: `pairs` says what that comes to, and `auto` gathers
+instead where heads differ much. Nothing is compiled, and there is a backward pass everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core import masks
+from foveate.core.problem import Problem
+from foveate.core.selection import Blocks
+
+#: Queries that short tiles are joined up to, for one call of the kernel; and how few are left to gathering.
+TALL, FEW = 128, 16
+#: Unseen keys in a row that are rather read than left out.
+GAP = 16
+
+#: First and end of some neighbouring keys.
+Stretch = tuple[int, int]
+
+
+class Run(NamedTuple):
+    """Neighbouring block rows that go into one call.
+
+    Args:
+        rows, queries: which.
+        keys: the stretches that any of the queries sees.
+        seen: `(B or 1, H or 1, queries, keys)`, where the run before or after it has the same; None where it is to be
+            asked for, or every pair counts.
+    """
+
+    rows: slice
+    queries: slice
+    keys: tuple[Stretch, ...]
+    seen: Tensor | None = None
+
+
+def refuses(problem: Problem) -> str | None:
+    if not problem.is_plain:
+        return "slices computes softmax over dot products only"
+    if not isinstance(problem.selection, Blocks):
+        return "slices needs a selection of blocks"
+    if problem.dropout:
+        return "slices does not drop weights"
+    return None
+
+
+def pairs(selection: Blocks, causal: bool) -> int:
+    """The (query, key) pairs that the slices of one head hold."""
+    runs = _joined(selection.without_future if causal else selection)
+    return sum((run.queries.stop - run.queries.start) * _length(run.keys) for run in runs)
+
+
+def attend(problem: Problem) -> Tensor:
+    """The output `(B, Hq, Nq, Dv)`."""
+    assert isinstance(problem.selection, Blocks)
+    selection = problem.selection.without_future if problem.causal else problem.selection
+    runs = _runs(selection)
+    queries = problem.q.split([run.queries.stop - run.queries.start for run in runs], 2)
+    keys, values = _Cut(problem.k, runs, problem.wants_grad), _Cut(problem.v, runs, problem.wants_grad)
+    out, bias = [], _Bias(problem, selection)
+    for q, run in zip(queries, runs, strict=True):
+        if not run.keys:
+            out.append(q.new_zeros(*q.shape[:3], problem.v.shape[3]))
+            continue
+        added, sees = bias.of(run)
+        y = F.scaled_dot_product_attention(
+            q, keys.of(run), values.of(run), added, scale=problem.scale, enable_gqa=problem.groups > 1
+        )
+        out.append(y if sees is None else torch.where(sees, y, 0.0))
+    return torch.cat(out, 2)
+
+
+class _Cut:
+    """Keys or values, from which runs take their stretches."""
+
+    def __init__(self, x: Tensor, runs: Sequence[Run], wants_grad: bool) -> None:
+        self.x = x
+        self.pieces: Sequence[Tensor] | None = None
+        if wants_grad:
+            # cut once where stretches begin and end: a slice for each run would give back a gradient as large as x each
+            ends = sorted({0, x.shape[2], *(end for run in runs for stretch in run.keys for end in stretch)})
+            self.ends = {end: index for index, end in enumerate(ends)}
+            self.pieces, self.ends = (
+                x.split([b - a for a, b in pairwise(ends)], 2),
+                {end: i for i, end in enumerate(ends)},
+            )
+        else:  # fresh memory for each run would cost more than what is copied into it
+            longest = max((_length(run.keys) for run in runs if len(run.keys) > 1), default=0)
+            self.room = x.new_empty(*x.shape[:2], longest, x.shape[3])
+
+    def of(self, run: Run) -> Tensor:
+        if self.pieces is not None:
+            parts = [part for a, b in run.keys for part in self.pieces[self.ends[a] : self.ends[b]]]
+            return torch.cat(parts, 2)
+        parts = [self.x[:, :, first:end] for first, end in run.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2, out=self.room[:, :, : _length(run.keys)])
+
+
+def _runs(selection: Blocks) -> list[Run]:
+    """Remembered on the selection, since static ones are used again and again."""
+    found = selection.__dict__.get("_runs")
+    if found is None:
+        found = selection.__dict__["_runs"] = _with_shared(selection, _joined(selection))
+    return found
+
+
+def _with_shared(selection: Blocks, runs: list[Run]) -> list[Run]:
+    """The runs without the keys that none of their queries sees, and with what they see where neighbours agree."""
+    found: list[Run] = []
+    before: Tensor | None = None
+    for run in runs:
+        run, seen = _trimmed(selection, run)
+        if before is not None and seen is not None and seen.shape == before.shape and torch.equal(seen, before):
+            seen, found[-1], run = before, found[-1]._replace(seen=before), run._replace(seen=before)
+        found.append(run)
+        before = seen
+    return found
+
+
+def _trimmed(selection: Blocks, run: Run) -> tuple[Run, Tensor | None]:
+    """A run without keys at the ends of stretches, or long gaps in them, that no query sees; and which pairs count."""
+    if (seen := _seen(selection, run)) is None:
+        return run, None
+    places = _positions(run, seen.device)[seen.flatten(0, 2).any(0)]
+    gaps = (places.diff() > GAP).nonzero().flatten().tolist()
+    firsts, lasts = [0, *(gap + 1 for gap in gaps)], [*gaps, len(places) - 1]
+    keys = tuple((int(places[a]), int(places[b]) + 1) for a, b in zip(firsts, lasts, strict=True) if len(places))
+    if keys != run.keys:
+        run = run._replace(keys=keys)
+        seen = _seen(selection, run)
+    return run, seen
+
+
+def _seen(selection: Blocks, run: Run) -> Tensor | None:
+    if not run.keys:
+        return None
+    seen = selection.seen(run.rows, _positions(run, selection.blocks.device))
+    return None if seen is None else seen[:, :, : run.queries.stop - run.queries.start]
+
+
+def _positions(run: Run, device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(first, end, device=device) for first, end in run.keys])
+
+
+def _joined(selection: Blocks) -> list[Run]:
+    """Block rows one by one; short ones joined, and any that see the same keys. Remembered as well."""
+    if (remembered := selection.__dict__.get("_joined")) is not None:
+        return remembered
+    tall, first, seen = selection.size[0], 0, None
+    found: list[Run] = []
+    for row, stretches in enumerate(_stretches(selection)):
+        both = stretches if seen is None else _union(seen, stretches)
+        if seen is not None and (row + 1 - first) * tall > TALL and not seen == stretches == both:
+            found.append(_run(selection, first, row, seen))
+            first, both = row, stretches
+        seen = both
+    if seen is not None:
+        found.append(_run(selection, first, selection.blocks.shape[2], seen))
+    selection.__dict__["_joined"] = found
+    return found
+
+
+def _run(selection: Blocks, first: int, end: int, keys: tuple[Stretch, ...]) -> Run:
+    tall = selection.size[0]
+    return Run(slice(first, end), slice(first * tall, min(end * tall, selection.n_queries)), keys)
+
+
+def _stretches(selection: Blocks) -> list[tuple[Stretch, ...]]:
+    """For each block row, the stretches of keys that any head of any batch item sees."""
+    wide, n_keys = selection.size[1], selection.n_keys
+    change = F.pad(selection.blocks.flatten(0, 1).any(0).to(torch.int8), (1, 1)).diff(dim=1)
+    found: list[list[Stretch]] = [[] for _ in range(len(change))]
+    begins, ends = ((change == sign).nonzero().tolist() for sign in (1, -1))
+    for (row, begin), (_, end) in zip(begins, ends, strict=True):
+        found[row].append((begin * wide, min(end * wide, n_keys)))
+    return [tuple(row) for row in found]
+
+
+def _union(some: tuple[Stretch, ...], others: tuple[Stretch, ...]) -> tuple[Stretch, ...]:
+    joined: list[Stretch] = []
+    for first, end in sorted({*some, *others}):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((first, end))
+    return tuple(joined)
+
+
+def _length(keys: tuple[Stretch, ...]) -> int:
+    return sum(end - first for first, end in keys)
+
+
+class _Bias:
+    """What the kernel adds to the logits of a run; neighbours that see alike have the same."""
+
+    def __init__(self, problem: Problem, selection: Blocks) -> None:
+        self.problem, self.selection = problem, selection
+        self.seen: Tensor | None = None
+        self.made: tuple[Tensor | None, Tensor | None] = None, None
+
+    def of(self, run: Run) -> tuple[Tensor | None, Tensor | None]:
+        """The bias, None for nothing, and which queries see a key at all, None for all."""
+        if run.seen is None or self.problem.mask is not None:
+            return self._made(run)
+        if self.seen is not run.seen:
+            self.seen, self.made = run.seen, self._made(run)
+        return self.made
+
+    def _made(self, run: Run) -> tuple[Tensor | None, Tensor | None]:
+        mine = masks.rows_of(self.problem.mask, run.queries)
+        if mine is not None and mine.dim() and mine.shape[-1] > 1:
+            mine = mine[..., _positions(run, mine.device)]
+        mask = masks.combine(mine, run.seen if run.seen is not None else _seen(self.selection, run))
+        if mask is None:
+            return None, None
+        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+        sees = masks.allowed(mask).any(-1, keepdim=True)
+        return masks.as_bias(mask, self.problem.q.dtype), None if bool(sees.all()) else sees
