@@ -11,17 +11,19 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from foveate.bench.loading import files, weights
-from foveate.bench.loading.refusal import reading, refused
+from foveate.bench.loading.refusal import quiet, reading, refused, several
 from foveate.bench.loading.source import Source
 from foveate.bench.loading.trial import check_words
 
@@ -104,12 +106,39 @@ def _convert(name: str, file: Path, dtype: torch.dtype, note: Callable[[str], No
         tokenizer = AutoTokenizer.from_pretrained(**where)
     check_words(name, tokenizer)
     note(f"dequantising {file.name}, once")
-    with reading(name):
+    plain: dict[str, Any] = {"config": config, "dtype": dtype}
+    if hasattr(transformers, "GgufConfig"):  # releases that have it keep the blocks packed unless told otherwise
+        plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with reading(name), _silent_bar():
         model, info = AutoModelForCausalLM.from_pretrained(
-            **where, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            **where, **plain, output_loading_info=True, ignore_mismatched_sizes=True
         )
     weights.account(name, info)
-    return model, tokenizer
+    return _unmarked(name, model), tokenizer
+
+
+def _unmarked(name: str, model: PreTrainedModel) -> PreTrainedModel:
+    """The dequantised model without what says that it is quantised, which would keep it from being saved."""
+    if packed := [key for key, tensor in model.named_parameters() if not tensor.is_floating_point()]:
+        raise refused(name, f"cannot be loaded: {several(packed)} stayed packed")
+    for owner, mark in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, mark):
+            delattr(owner, mark)
+    model.is_quantized = False
+    return model
+
+
+@contextmanager
+def _silent_bar() -> Iterator[None]:
+    """Without the bar that transformers' reader of these files draws whatever its settings say."""
+    import transformers.modeling_gguf_pytorch_utils as reader
+
+    drawn = reader.tqdm
+    reader.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        reader.tqdm = drawn
 
 
 def _keep(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
@@ -120,11 +149,11 @@ def _keep(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder.parent).free < 2 * size:
             return
-        with reading(str(folder), "cannot be written"):
+        with quiet():
             tokenizer.save_pretrained(draft)
             model.save_pretrained(draft)
         draft.replace(folder)
-    except (OSError, ValueError, TypeError):
+    except (OSError, SafetensorError):  # the disk is full, or another process was first
         return
     finally:
         shutil.rmtree(draft, ignore_errors=True)

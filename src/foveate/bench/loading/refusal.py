@@ -49,7 +49,7 @@ def reading(name: str, what: str = "cannot be loaded") -> Iterator[None]:
     dozen subclasses and Rust panics for files that are broken, and nothing but their calls stands inside this block.
     """
     try:
-        with _quiet():
+        with quiet():
             yield
     except (FoveateError, MemoryError):
         raise
@@ -62,7 +62,7 @@ def reading(name: str, what: str = "cannot be loaded") -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars, which would run into ours, and its reports, which we make ourselves."""
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
