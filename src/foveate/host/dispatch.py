@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from foveate.core.errors import UnsupportedModel
 from foveate.host import attention
+from foveate.host.alias import NAME
 from foveate.host.cache import LATEST, evict
 from foveate.host.mask import describe
 from foveate.host.model import native_attention, native_mask
@@ -18,8 +19,6 @@ from foveate.host.stats import slots_of
 
 if TYPE_CHECKING:
     from foveate.host.run import Run
-
-NAME = "foveate"
 
 #: The runs that are open on each attention module, outermost first.
 OPEN: WeakKeyDictionary[nn.Module, list[Run]] = WeakKeyDictionary()

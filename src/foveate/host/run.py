@@ -15,9 +15,10 @@ from transformers.cache_utils import Cache
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel
+from foveate.host.alias import NAME, Alias
 from foveate.host.cache import LATEST, SlotLayer
 from foveate.host.caches import Caches, cache_among
-from foveate.host.dispatch import NAME, OPEN
+from foveate.host.dispatch import OPEN
 from foveate.host.mask import MaskPlan
 from foveate.host.method import Method, overrides
 from foveate.host.model import Host, host
@@ -108,7 +109,7 @@ class Run:
             known = (run.implementations.get(id(config)) for runs in OPEN.values() for run in runs)
             self.implementations[id(config)] = next(filter(None, known), before)  # an outer run has put ours there
             stack.callback(setattr, config, "_attn_implementation_internal", before)
-            config._attn_implementation_internal = NAME
+            config._attn_implementation_internal = Alias(self.implementations[id(config)] or "eager")
         self._caches.open()
         stack.callback(self._release)
 
