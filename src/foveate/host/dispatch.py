@@ -39,6 +39,11 @@ def attention_function(
         return _native(outer.implementation(module), module, query, key, value, attention_mask, options)
     methods = [method for run in runs for method in run.methods]
     begun = time.perf_counter()
+    if not methods and slots is None and not outer.holds_slots():
+        out, weights = _native(outer.implementation(module), module, query, key, value, attention_mask, options)
+        for run in runs:
+            run.stats.note_native(*run.called(module), query, key, value, time.perf_counter() - begun)
+        return out, weights
     site = outer.site(module, query, key, value, attention_mask, options, slots)
     site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
     if methods and (foreign := [name for name in _FOREIGN if options.get(name) is not None]):
