@@ -19,7 +19,7 @@ INSTALLED_DEV := $(VENV)/installed-dev-$(KEY)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo install install-dev test test-all parity lint format bench claims systems mutants picture docs clean
+.PHONY: demo install install-dev test test-all parity lint format bench claims systems mutants picture notebooks docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/foveate compare
@@ -92,7 +92,11 @@ picture: $(INSTALLED)
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=960,600 --screenshot=docs/recall.png \
 		file://$(CURDIR)/foveate-recall.html
 
-docs: claims systems picture
+# the tutorials, with the outputs of this run
+notebooks: $(INSTALLED_DEV)
+	$(ONE_THREAD) $(BIN)/python docs/notebooks/run.py
+
+docs: claims systems picture notebooks
 	$(BIN)/foveate compare
 	$(BIN)/python docs/fill.py
 

@@ -1,8 +1,8 @@
-"""Fill README.md's measured sections: `python docs/fill.py [compare's results.json]`.
+"""Fill the measured sections of README.md and docs/: `python docs/fill.py [compare's results.json]`.
 
-Each section lies between `<!-- name -->` and `<!-- /name -->`. The comparison's table comes from the results file (the
-one of the last demo where none is named), the recall figure from docs/measured/recall, the systems from the catalogue,
-and the speed ratios from the last lines that `make bench` left in docs/measured/.
+Each section has one file and lies there between `<!-- name -->` and `<!-- /name -->`. The comparison's table comes from
+the results file (the one of the last demo where none is named), the recall figure from docs/measured/recall, the
+systems from the catalogue, and the speed ratios from the last lines that `make bench` left in docs/measured/.
 """
 
 from __future__ import annotations
@@ -64,24 +64,22 @@ def recall() -> str:
     return "\n".join([*lines, "", made])
 
 
-def fill(text: str, name: str, content: str) -> str:
-    """`text` with the section `name` replaced; the marks stay."""
-    mark = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+def fill(file: Path, name: str, content: str) -> None:
+    """Replace the section `name` of a file; the marks stay."""
+    text, mark = file.read_text("utf-8"), re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
     if not mark.search(text):
-        raise SystemExit(f"README.md has no section {name}")
-    return mark.sub(lambda _: f"<!-- {name} -->\n{content}\n<!-- /{name} -->", text)
+        raise SystemExit(f"{file.name} has no section {name}")
+    file.write_text(mark.sub(lambda _: f"<!-- {name} -->\n{content}\n<!-- /{name} -->", text), "utf-8")
 
 
 def main() -> None:
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "foveate-compare" / "results.json"
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    sections = {"recall": recall(), "systems": catalogue(), "bench": speed()}
+    fill(readme, "systems", catalogue())
+    fill(ROOT / "docs" / "recall.md", "recall", recall())
+    fill(ROOT / "docs" / "benchmarks.md", "bench", speed())
     if results.is_file():  # else the comparison's table stays what it is
-        sections["demo"] = demo(results)
-    for name, content in sections.items():
-        text = fill(text, name, content)
-    readme.write_text(text)
+        fill(readme, "demo", demo(results))
 
 
 if __name__ == "__main__":
