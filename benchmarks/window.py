@@ -45,7 +45,9 @@ def main() -> None:
         agree = {name: (call() - calls["foveate"]()).abs().max() for name, call in calls.items() if "dense" not in name}
         assert max(agree.values()) < 1e-4, agree
         seconds = interleaved(calls, options.repeats)
-    report(seconds, first, ours.plan(q, k, v, causal=True).engine, 0.5 * n * (n + 1) / (window * (n - (window - 1) / 2)))
+    report(
+        seconds, first, ours.plan(q, k, v, causal=True).engine, 0.5 * n * (n + 1) / (window * (n - (window - 1) / 2))
+    )
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int) -> functools.partial[Tensor]:

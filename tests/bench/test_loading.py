@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from foveate.bench.loading import find, gguf, load
 from foveate.bench.loading.refusal import reading
+from foveate.bench.loading.stretch import stretch
 from foveate.bench.loading.weights import unwrapping
 from foveate.core.errors import UnsupportedModel
 from tests.corpus import adapters, checkpoints, gguf_files
@@ -93,6 +95,41 @@ def test_a_gguf_file_is_converted_once(
     assert same(text).input_ids == tokenizer(text).input_ids == [256, *text.encode()]
     assert len(list((tmp_path / "cache" / "gguf").iterdir())) == 1
     assert capfd.readouterr() == ("", "")
+
+
+STRETCHED = {
+    "linear": ({"rope_type": "linear", "factor": 4.0}, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
+    "yarn": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 512},
+    ),
+    "llama3": (
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8192},
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STRETCHED)
+def test_a_gguf_file_keeps_its_stretched_rotary_embedding(kind: str, tmp_path: Path) -> None:
+    rope, told = STRETCHED[kind]
+    rope = {**rope, "rope_theta": 1e6}
+    factors = {}
+    if kind == "llama3":
+        config = tiny(rope_parameters=dict(rope)).config
+        plain = 1e6 ** -(torch.arange(4) / 4)
+        factors["rope_freqs.weight"] = plain / ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
+    told = {"rope.freq_base": 1e6, **told}
+    made = gguf_files.write(tmp_path / "a.gguf", told=told, tensors=factors, rope_parameters=rope)
+    config = AutoConfig.from_pretrained(tmp_path, gguf_file="a.gguf")
+    assert config.rope_parameters["rope_type"] == "default"  # as transformers reads it
+    stretch("a", tmp_path / "a.gguf", config)
+    assert {name: config.rope_parameters[name] for name in rope} == pytest.approx(rope)
+    found = gguf._convert("a", tmp_path / "a.gguf", torch.float32, lambda text: None)[0]
+    assert torch.allclose(logits(found), logits(made), atol=1e-5)
+    plain = tiny(rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    assert not torch.allclose(logits(found), logits(plain), atol=1e-4)
 
 
 def test_another_gguf_file_of_the_same_name_is_converted_anew(gguf_file: tuple[Path, Any]) -> None:

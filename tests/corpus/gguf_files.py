@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -20,8 +21,14 @@ _NAMES = {
 }  # fmt: skip
 
 
-def write(file: Path, *, architecture: str = "llama", **changes: int) -> LlamaForCausalLM:
-    """A tiny Llama as a GGUF file in 32 bits, with the byte vocabulary; gives the model itself."""
+def write(
+    file: Path, *, architecture: str = "llama", told: dict[str, Any] | None = None,
+    tensors: dict[str, Any] | None = None, **changes: Any,
+) -> LlamaForCausalLM:  # fmt: skip
+    """A tiny Llama as a GGUF file in 32 bits, with the byte vocabulary; gives the model itself.
+
+    `told` and `tensors` are further metadata and tensors of the file; `changes` go to the model's configuration.
+    """
     model = tiny(**changes)
     config = model.config
     out = gguf.GGUFWriter(str(file), architecture)
@@ -36,6 +43,11 @@ def write(file: Path, *, architecture: str = "llama", **changes: int) -> LlamaFo
     out.add_rope_dimension_count(config.head_dim)
     out.add_vocab_size(VOCAB)
     _add_words(out)
+    for key, value in (told or {}).items():
+        kind = {str: out.add_string, int: out.add_uint32, float: out.add_float32}[type(value)]
+        kind(f"{architecture}.{key}", value)
+    for name, array in (tensors or {}).items():
+        out.add_tensor(name, np.asarray(array, dtype=np.float32))
     for name, tensor in model.state_dict().items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         count = next((heads[part] for part in heads if part in name), None)
@@ -122,4 +134,23 @@ def gguf_part(base: Path, folder: Path) -> Made:
 @case("mystery")
 def gguf_of_unknown_architecture(base: Path, folder: Path) -> Made:
     write(folder / "tiny.gguf", architecture="mystery")
+    return options(folder / "tiny.gguf", base / "prompts.jsonl")
+
+
+@case()
+def gguf_stretched_by_yarn(base: Path, folder: Path) -> Made:
+    told = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 512}
+    write(folder / "tiny.gguf", told=told)
+    return options(folder / "tiny.gguf", base / "prompts.jsonl")
+
+
+@case("factors that are not Llama 3's")
+def gguf_stretched_by_odd_factors(base: Path, folder: Path) -> Made:
+    write(folder / "tiny.gguf", tensors={"rope_freqs.weight": [1.0, 3.0, 2.0, 8.0]})
+    return options(folder / "tiny.gguf", base / "prompts.jsonl")
+
+
+@case("stretches its rotary embedding by 'mystery'")
+def gguf_stretched_by_something(base: Path, folder: Path) -> Made:
+    write(folder / "tiny.gguf", told={"rope.scaling.type": "mystery"})
     return options(folder / "tiny.gguf", base / "prompts.jsonl")

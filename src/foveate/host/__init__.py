@@ -9,6 +9,6 @@ from foveate.host.site import Site
 from foveate.host.slots import EMPTY, SUMMARY, Slots
 
 __all__ = [
-    "EMPTY", "SUMMARY", "AttendingLayer", "Host", "Layout", "Method", "Packed", "Run", "Site", "Slots", "Stats", "apply",
-    "layout",
+    "EMPTY", "SUMMARY", "AttendingLayer", "Host", "Layout", "Method", "Packed", "Run", "Site", "Slots", "Stats",
+    "apply", "layout",
 ]  # fmt: skip

@@ -129,7 +129,8 @@ def _group(site: Site, group: Group) -> Tensor:
         mask = plan.at(slots.positions).repeat_interleave(site.groups, 1)
     if slots.count is not None:
         mask = masks.combine(mask, slots.count.log().to(q.dtype).repeat_interleave(site.groups, 1)[:, :, None])
-    return engines.run(Problem(q, slots.k, slots.v, site.scale, mask, dropout=site.dropout), "fused")
+    problem = Problem(q, slots.k, slots.v, site.scale, mask, dropout=site.dropout)
+    return fused.attend(problem) if mask is None else engines.run(problem, "fused")
 
 
 def query_heads(kv_heads: Tensor, groups: int) -> Tensor:

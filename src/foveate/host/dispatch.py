@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from foveate.core.errors import UnsupportedModel
 from foveate.host import attention
+from foveate.host.alias import NAME
 from foveate.host.cache import LATEST, evict
 from foveate.host.mask import describe
 from foveate.host.model import native_attention, native_mask
@@ -18,8 +19,6 @@ from foveate.host.stats import slots_of
 
 if TYPE_CHECKING:
     from foveate.host.run import Run
-
-NAME = "foveate"
 
 #: The runs that are open on each attention module, outermost first.
 OPEN: WeakKeyDictionary[nn.Module, list[Run]] = WeakKeyDictionary()
@@ -40,6 +39,11 @@ def attention_function(
         return _native(outer.implementation(module), module, query, key, value, attention_mask, options)
     methods = [method for run in runs for method in run.methods]
     begun = time.perf_counter()
+    if not methods and slots is None and not outer.holds_slots():
+        out, weights = _native(outer.implementation(module), module, query, key, value, attention_mask, options)
+        for run in runs:
+            run.stats.note_native(*run.called(module), query, key, value, time.perf_counter() - begun)
+        return out, weights
     site = outer.site(module, query, key, value, attention_mask, options, slots)
     site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
     if methods and (foreign := [name for name in _FOREIGN if options.get(name) is not None]):

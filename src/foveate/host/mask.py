@@ -1,17 +1,19 @@
 """A mask described, not built: what transformers would mask, asked for at the positions that a layer really holds.
 
 The framework makes one mask for all layers of a kind before any of them runs. Layers that keep different tokens, per
-head, each need their own; so ours hands down the description, and every site reads from it what it needs.
+head, each need their own; so ours hands down the description, and every site reads from it what it needs. To a model's
+own code the description is a tensor.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     bidirectional_mask_function,
@@ -22,22 +24,73 @@ from transformers.masking_utils import (
 from foveate.core import masks
 from foveate.host.slots import EMPTY, SUMMARY
 
+_aten = torch.ops.aten
+#: Operations that give back the same mask.
+_SAME = (_aten.detach.default, _aten.alias.default, _aten.clone.default)
 
-class MaskPlan:
+
+class MaskPlan(Tensor):
     """The arguments of transformers' mask functions, kept until somebody asks.
 
     `native(implementation)` is what that implementation's mask function gives (None where the kernel needs no mask);
     `dense()` is the bool mask `(B, 1, Nq, kv_length)` over keys `kv_offset ...`, `rows` some rows of it;
-    `at(positions)` is that for any slots; `rule()` and `real()` say the same in words where that can be done.
+    `at(positions)` is that for any slots; `rule()` and `real_tokens()` say the same in words where that can be done.
+
+    A model may treat it as the tensor that it would have had: ask for its shape, type and device, index it, add to it.
+    What comes of a computation is an ordinary tensor. Taking the first keys, `mask[..., :n]`, gives a description
+    again, so that a kernel that needs no mask still gets none.
     """
+
+    arguments: dict[str, Any]
+
+    @staticmethod
+    def __new__(cls, **arguments: Any) -> Self:
+        size = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
+        eager = _implementation(arguments) == "eager"
+        dtype = arguments.get("dtype", torch.float32) if eager else torch.bool
+        return Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=arguments.get("device"))
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
         self.first_key = int(arguments.get("kv_offset", 0))
         self.n_keys = int(arguments["kv_length"])
+        #: The description that this one holds the first keys of: itself, if nothing was cut.
+        self.whole = self
         self._native: dict[str, Any] = {}
         self._dense: Tensor | None = None
         self._begins: Tensor | None = None
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        plan = args[0] if args else None
+        if isinstance(plan, MaskPlan):
+            if func in _SAME:
+                return plan.first(plan.n_keys)
+            if func is _aten.slice.Tensor and (keys := _first_keys(plan, *args[1:])) is not None:
+                return plan.first(keys)
+        args, kwargs = tree_map(_built, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        return f"MaskPlan({self.rule() or 'other'}, queries={self.arguments['q_length']}, keys={self.n_keys})"
+
+    def built(self) -> Tensor:
+        """The tensor that the model's own mask function would have given, had it not been allowed to leave it out."""
+        implementation = _implementation(self.arguments)
+        native = self.native(implementation) if implementation in ALL_MASK_ATTENTION_FUNCTIONS else None
+        return native if isinstance(native, Tensor) else self.dense()
+
+    def first(self, keys: int) -> MaskPlan:
+        """The description of the first keys alone."""
+        cut = MaskPlan(**{**self.arguments, "kv_length": keys})
+        cut.whole = self.whole
+        if keys == self.n_keys:
+            cut._native = self._native
+        return cut
 
     def native(self, implementation: str) -> Any:
         if implementation not in self._native:
@@ -62,7 +115,7 @@ class MaskPlan:
         """Whether a single query sees every key there is."""
         return self.arguments["q_length"] == 1 and self.native("sdpa") is None
 
-    def real(self) -> Bool[Tensor, "b n"] | None:
+    def real_tokens(self) -> Bool[Tensor, "b n"] | None:
         """Which tokens are no padding, from the start of the sequence to the last key; None where all are real."""
         real = self.arguments.get("attention_mask")
         if real is None:
@@ -109,7 +162,33 @@ class MaskPlan:
         """Which slots each query may see: an empty one none, a summary all."""
         if self.sees_all():
             return (positions != EMPTY)[:, :, None]
-        return at_positions(self.dense(), positions, self.first_key)
+        return at_positions(self.whole.dense(), positions, self.first_key)
+
+
+def is_given(mask: object) -> bool:
+    """Whether a mask is a tensor of the caller's (or made by the model), not a description."""
+    return isinstance(mask, Tensor) and not isinstance(mask, MaskPlan)
+
+
+def _implementation(arguments: dict[str, Any]) -> str:
+    """The attention implementation that the model's configuration stands for."""
+    name = getattr(arguments.get("config"), "_attn_implementation", None)
+    return getattr(name, "native", None) or "sdpa"
+
+
+def _built(thing: Any) -> Any:
+    return thing.built() if isinstance(thing, MaskPlan) else thing
+
+
+def _first_keys(
+    plan: MaskPlan, dim: int, start: int | None = None, stop: int | None = None, step: int = 1
+) -> int | None:
+    """How many keys a slice of a mask holds, if all it does is to take the first ones."""
+    size, by_key = plan.shape[dim], dim % 4 == 3
+    first, last, step = slice(start, stop, step).indices(size)
+    if first != 0 or step != 1 or last <= 0 or (last < size and not by_key):
+        return None
+    return last if by_key else plan.n_keys
 
 
 def at_positions(mask: Tensor, positions: Int[Tensor, "b h s"], first: int) -> Tensor:

@@ -15,9 +15,10 @@ from transformers.cache_utils import Cache
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel
+from foveate.host.alias import NAME, Alias
 from foveate.host.cache import LATEST, SlotLayer
 from foveate.host.caches import Caches, cache_among
-from foveate.host.dispatch import NAME, OPEN
+from foveate.host.dispatch import OPEN
 from foveate.host.mask import MaskPlan
 from foveate.host.method import Method, overrides
 from foveate.host.model import Host, host
@@ -55,6 +56,7 @@ class Run:
         self.evicts = any(method.evicts or overrides(method, "keep") for method in methods)
         self._exit, self._entered, self._thread = ExitStack(), False, 0
         self._layers: dict[nn.Module, tuple[int, int]] = {}
+        self._configs: list[Any] = []
         self._local = threading.local()
         self._caches = Caches(self.evicts, 0)
 
@@ -103,12 +105,13 @@ class Run:
         for module in {self.host.model, self.host.model.base_model}:
             stack.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(self._end, always_call=True).remove)
-        for config in self.host.configs():
+        self._configs = list(self.host.configs())
+        for config in self._configs:
             before = config._attn_implementation_internal
             known = (run.implementations.get(id(config)) for runs in OPEN.values() for run in runs)
             self.implementations[id(config)] = next(filter(None, known), before)  # an outer run has put ours there
             stack.callback(setattr, config, "_attn_implementation_internal", before)
-            config._attn_implementation_internal = NAME
+            config._attn_implementation_internal = Alias(self.implementations[id(config)] or "eager")
         self._caches.open()
         stack.callback(self._release)
 
@@ -130,6 +133,10 @@ class Run:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins: what methods note of it is new, and its cache is met before masks are asked for."""
         self._local.step = {}
+        if any(config._attn_implementation_internal != NAME for config in self._configs):
+            raise UnsupportedModel(
+                "set_attn_implementation() inside foveate.apply(model, ...) takes the methods off; call it before"
+            )
         cache = cache_among((*args, *kwargs.values()))
         if cache is not None:
             self._caches.meet(cache)
@@ -139,10 +146,6 @@ class Run:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember what the attention function will not be told: the cache and the hidden states."""
-        if getattr(module.config, "_attn_implementation_internal", NAME) != NAME:
-            raise UnsupportedModel(
-                "set_attn_implementation() inside foveate.apply(model, ...) takes the methods off; call it before"
-            )
         given = {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs} if args else kwargs
         cross = any(given.get(name) is not None for name in _CROSS)  # such keys have a cache that nothing is added to
         cache = None if cross else cache_among(given.values())
@@ -157,6 +160,18 @@ class Run:
         """The call is over: hold on to nothing of it."""
         self._local.call = None
         LATEST.layer = None
+
+    def called(self, module: nn.Module) -> tuple[Cache | None, int]:
+        """The cache and the layer number of the call at hand."""
+        cache, _, layer = getattr(self._local, "call", None) or (None, None, self._layers[module][0])
+        return cache, layer
+
+    def holds_slots(self) -> bool:
+        """Whether the call's layer stores its tokens slot by slot, from this run or an earlier one."""
+        call = getattr(self._local, "call", None)
+        if call is None or call[0] is None or len(call[0].layers) <= call[2]:
+            return False
+        return isinstance(call[0].layers[call[2]], SlotLayer)
 
     def site(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any],

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from foveate.core import masks
-from foveate.host.mask import MaskPlan, at_positions
+from foveate.host.mask import MaskPlan, at_positions, is_given
 
 if TYPE_CHECKING:
     from foveate.core.selection import Selection
@@ -117,7 +117,7 @@ class Site:
     @cached_property
     def real(self) -> Bool[Tensor, "b n"] | None:
         """Which tokens of the sequence so far are no padding; None where all are, or where nobody says."""
-        return self.attention_mask.real() if isinstance(self.attention_mask, MaskPlan) else None
+        return self.attention_mask.real_tokens() if isinstance(self.attention_mask, MaskPlan) else None
 
     @property
     def real_queries(self) -> Bool[Tensor, "b nq"] | None:
@@ -159,11 +159,11 @@ class Site:
         caller's.
         """
         plan = self.attention_mask
-        if self.softcap is not None or isinstance(plan, Tensor):
+        if self.softcap is not None or is_given(plan):
             return False
         if not self.is_whole or self.k.shape[2] != self.seen:
             return False
-        return plan is None or plan.is_plain_causal()
+        return plan is None or (isinstance(plan, MaskPlan) and plan.is_plain_causal())
 
     @cached_property
     def key_mask(self) -> Bool[Tensor, "b 1 1 s"] | None:

@@ -62,16 +62,15 @@ class Group:
     """
 
     def __init__(self, heads: Tensor, slots: Slots, holes: tuple[int, int], summary: Slots | None = None) -> None:
-        self.heads, self._buffer, self.length = heads, slots, slots.positions.shape[2]
-        self.holes, self.summary = holes, summary
+        self.heads, self.holes, self.summary = heads, holes, summary
+        self._use(slots, slots.positions.shape[2])
 
-    @property
-    def slots(self) -> Slots:
-        """The slots in use: views of the buffer."""
-        buffer, n = self._buffer, self.length
-        if n == buffer.positions.shape[2]:
-            return buffer
-        return Slots(buffer.k[:, :, :n], buffer.v[:, :, :n], buffer.positions[:, :, :n])
+    def _use(self, buffer: Slots, length: int) -> None:
+        self._buffer, self.length, n = buffer, length, length
+        #: the slots in use: views of the buffer
+        self.slots = buffer
+        if n < buffer.positions.shape[2]:
+            self.slots = Slots(buffer.k[:, :, :n], buffer.v[:, :, :n], buffer.positions[:, :, :n])
 
     @property
     def has_empty(self) -> bool:
@@ -122,7 +121,7 @@ class Group:
             buffer.k[:, :, end:new] = k[:, :, fill:]
             buffer.v[:, :, end:new] = v[:, :, fill:]
             buffer.positions[:, :, end:new] = positions[:, :, fill:]
-            self.length = new
+            self._use(buffer, new)
 
     def _fill(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Write over each row's first empty slots."""
@@ -141,43 +140,46 @@ class Group:
         buffer, end = self._buffer, self.length
         if n > buffer.positions.shape[2] - end:
             room = n if end == 0 else n + end // 32  # a prompt fits exactly; a growing cache is copied now and then
-            self._buffer = Slots(*(_grown(x[:, :, :end], room) for x in (buffer.k, buffer.v, buffer.positions)))
+            self._use(Slots(*(_grown(x[:, :, :end], room) for x in (buffer.k, buffer.v, buffer.positions))), end)
         elif buffer.k.is_inference() and not torch.is_inference_mode_enabled():
-            self._buffer = Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions.clone())
+            self._use(Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions.clone()), end)
         elif torch.is_grad_enabled() and (like.requires_grad or buffer.k.requires_grad):
             # what was computed from these tensors needs them as they are for its gradient
-            self._buffer = Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions)
+            self._use(Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions), end)
 
     def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None) -> tuple[list[Group], bool]:
         """Drop slots; the groups that are left, by how many slots their heads still hold, and whether any were dropped.
 
         A few dropped slots become empty in place. Many are taken out of the buffer, so that memory falls.
         """
-        slots = self.slots
-        filled = slots.positions >= 0
-        keep = keep & filled
-        counts = keep.sum(-1, dtype=torch.int32)
-        dropped = (filled & ~keep).any(2).any(0)
-        least, most, drops = torch.stack([counts.amin(0), counts.amax(0), dropped]).tolist()
-        if not any(drops):
+        full = not self.has_empty
+        filled = None if full else self.slots.positions >= 0
+        keep = keep if filled is None else keep & filled
+        counts = keep.sum(-1, dtype=torch.int32).tolist()  # the one time that the host waits for the device
+        before = [[self.length] * len(row) for row in counts] if filled is None else filled.sum(-1).tolist()
+        if counts == before:
             return [self], False
+        most = [max(column) for column in zip(*counts, strict=True)]
+        least = [min(column) for column in zip(*counts, strict=True)]
+        drops = [a != b for a, b in zip(zip(*counts, strict=True), zip(*before, strict=True), strict=True)]
         if min(most) == max(most) and self.length - most[0] <= max(1, most[0] // 32):
             if fold is not None:
-                self.summary = fold(_packed(slots, filled & ~keep), self.summary)
-            self._buffer = self._writable()
+                self.summary = fold(_packed(self.slots, ~keep if filled is None else filled & ~keep), self.summary)
+            self._own_positions()
             self.slots.positions.masked_fill_(~keep, EMPTY)
             self.holes = (self.length - most[0], self.length - min(least))
             return [self], True
+        filled = self.slots.positions >= 0 if filled is None else filled
         return [self._part(size, least, most, drops, keep, filled, fold) for size in sorted(set(most))], True
 
-    def _writable(self) -> Slots:
+    def _own_positions(self) -> None:
+        """Positions that may be written to."""
         buffer = self._buffer
         if buffer.positions.is_inference() and not torch.is_inference_mode_enabled():
-            return Slots(buffer.k, buffer.v, buffer.positions.clone())
-        return buffer
+            self._use(Slots(buffer.k, buffer.v, buffer.positions.clone()), self.length)
 
     def _part(
-        self, size: int, least: list[int], most: list[int], drops: list[int], keep: Tensor, filled: Tensor,
+        self, size: int, least: list[int], most: list[int], drops: list[bool], keep: Tensor, filled: Tensor,
         fold: Fold | None,
     ) -> Group:  # fmt: skip
         """The heads that hold `size` slots from now on, as a group of its own."""
@@ -203,7 +205,7 @@ class Group:
         keep = (slots.positions >= 0) & (slots.positions < end)
         counts = keep.sum(-1)
         size = int(counts.max()) if counts.numel() else 0
-        self._buffer, self.length = _packed(slots, keep), size
+        self._use(_packed(slots, keep), size)
         self.holes = (0, size - int(counts.min()) if counts.numel() else 0)
 
     def batch(self, index: Tensor) -> Group:

@@ -44,9 +44,15 @@ class LayerStats:
 
 @dataclass
 class CacheStats:
-    """All layers of one cache, by number."""
+    """All layers of one cache, by number.
+
+    Args:
+        layers: each layer's figures.
+        cache_bytes: bytes of keys and values that are stored.
+    """
 
     layers: dict[int, LayerStats] = field(default_factory=dict)
+    cache_bytes: int = 0
 
     @property
     def kept(self) -> float:
@@ -59,11 +65,6 @@ class CacheStats:
         """Mean share of the keys that decoding queries read."""
         decodes = sum(layer.decodes for layer in self.layers.values())
         return sum(layer.read for layer in self.layers.values()) / decodes if decodes else 1.0
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of keys and values that are stored."""
-        return sum(layer.bytes for layer in self.layers.values())
 
 
 class Stats:
@@ -124,22 +125,50 @@ class Stats:
             held: slots of this layer that attention ran over, before any were dropped.
             seconds: what it took.
         """
+        k, v = _cached(site)
+        rows, size = k.shape[0] * k.shape[1], k.element_size() * (k.shape[-1] + v.shape[-1])
+        if site.slots is not None and site.slots.store is not None:
+            rows, stored = k.shape[0] * site.slots.store.n_heads, site.slots.store.stored
+        else:
+            stored = rows * k.shape[2]
+        full = rows * site.seen
+        share = density * min(1.0, held / full) if site.phase == "decode" else None
+        self._note(site.cache, site.layer, full, stored, size, share, (held - stored) * size, seconds)
+
+    def note_native(self, cache: Cache | None, layer: int, q: Tensor, k: Tensor, v: Tensor, seconds: float) -> None:
+        """Count a call that no method took part in."""
+        rows, size, seen = k.shape[0] * k.shape[1], k.element_size() * (k.shape[-1] + v.shape[-1]), k.shape[2]
+        if cache is not None and layer < len(cache.layers):
+            seen = max(seen, int(cache.layers[layer].get_seq_length()))
+        share = min(1.0, k.shape[2] / seen) if q.shape[2] == 1 and seen > 1 else None
+        self._note(cache, layer, rows * seen, rows * k.shape[2], size, share, 0, seconds)
+
+    def _note(
+        self, cache: object, number: int, full: int, stored: int, size: int, share: float | None, extra: int,
+        seconds: float,
+    ) -> None:  # fmt: skip
         with self._lock:
-            self.calls += 1
-            self.seconds += seconds
-            cache = site.cache if isinstance(site.cache, Cache) else None
-            found = self._without if cache is None else self._caches.setdefault(cache, CacheStats())
-            layer = found.layers.setdefault(site.layer, LayerStats(site.layer))
-            b, heads, size = stored_shape(site)
-            full, stored = b * heads * site.seen, slots_of(site)
+            self.calls, self.seconds = self.calls + 1, self.seconds + seconds
+            found = self._found(cache)
+            layer = found.layers.get(number)
+            if layer is None:
+                layer = found.layers[number] = LayerStats(number)
             layer.calls, layer.seconds = layer.calls + 1, layer.seconds + seconds
+            found.cache_bytes += stored * size - layer.bytes
             layer.seen, layer.stored, layer.bytes = full, min(stored, full), stored * size
             self._latest = found
-            self.cache_peak = max(self.cache_peak, found.cache_bytes + (held - stored) * size)
-            if site.phase == "decode":
-                share = density * min(1.0, held / full)
+            self.cache_peak = max(self.cache_peak, found.cache_bytes + extra)
+            if share is not None:
                 layer.read, layer.decodes = layer.read + share, layer.decodes + 1
                 self._reads, self._decodes = self._reads + share, self._decodes + 1
+
+    def _found(self, cache: object) -> CacheStats:
+        if not isinstance(cache, Cache):
+            return self._without
+        found = self._caches.get(cache)
+        if found is None:
+            found = self._caches[cache] = CacheStats()
+        return found
 
 
 def _cached(site: Site) -> tuple[Tensor, Tensor]:
@@ -152,13 +181,6 @@ def _cached(site: Site) -> tuple[Tensor, Tensor]:
     if isinstance(keys, Tensor) and keys.dim() == 4:
         return keys, layers[site.layer].values
     return site.new_k, site.new_v
-
-
-def stored_shape(site: Site) -> tuple[int, int, int]:
-    """Batch, heads and bytes of a slot, of what the cache holds."""
-    k, v = _cached(site)
-    heads = site.slots.store.n_heads if site.slots is not None and site.slots.store is not None else k.shape[1]
-    return k.shape[0], heads, k.element_size() * (k.shape[-1] + v.shape[-1])
 
 
 def slots_of(site: Site) -> int:

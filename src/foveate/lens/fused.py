@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.host.mask import MaskPlan
+from foveate.host.mask import MaskPlan, is_given
 from foveate.host.site import Site
 
 #: A bias that hides a key. Finite, since kernels disagree on rows of -inf alone; no logit comes near half of it.
@@ -98,7 +98,7 @@ class Statistics:
         if touched or not site.is_whole or not _runs_on(site.q):
             return None
         plan, real, n = site.attention_mask, site.real, site.k.shape[2]
-        if isinstance(plan, Tensor):
+        if is_given(plan):
             return None
         rule = ("causal" if site.is_causal else "full") if plan is None else plan.rule()
         if rule is None or (rule == "causal" and n < site.q.shape[2]):

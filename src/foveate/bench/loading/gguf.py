@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from foveate.bench.loading import files, weights
 from foveate.bench.loading.refusal import quiet, reading, refused, several
 from foveate.bench.loading.source import Source
+from foveate.bench.loading.stretch import stretch
 from foveate.bench.loading.trial import check_words
 
 _LAYOUT = "1"  # changes when what is kept would be read differently
@@ -105,6 +106,8 @@ def _convert(name: str, file: Path, dtype: torch.dtype, note: Callable[[str], No
     with reading(name, "has a tokenizer that cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(**where)
     check_words(name, tokenizer)
+    with reading(name):
+        stretch(name, file, config)
     note(f"dequantising {file.name}, once")
     plain: dict[str, Any] = {"config": config, "dtype": dtype}
     if hasattr(transformers, "GgufConfig"):  # releases that have it keep the blocks packed unless told otherwise

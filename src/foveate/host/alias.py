@@ -1,0 +1,30 @@
+"""The name under which a configuration finds Foveate, while a model's own code reads the name that it knows."""
+
+from __future__ import annotations
+
+NAME = "foveate"
+
+
+class Alias(str):
+    """An attention implementation's name, such as "sdpa", that looks up Foveate's functions.
+
+    Models branch on the name of their implementation: sparse attention builds its mask for "eager" and "sdpa" only. So
+    the name compares as the one that the model was loaded with. transformers' tables of functions look a name up by
+    its hash first, and there it is ours.
+    """
+
+    __slots__ = ()
+
+    @property
+    def native(self) -> str:
+        """The plain name of the implementation that this stands for."""
+        return str.__str__(self)
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or (isinstance(other, str) and str.__eq__(NAME, other) is True)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(NAME)
