@@ -6,21 +6,30 @@ import platform
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import foveate
-from foveate.bench.encoding import Prompt, check_context, prompts
+from foveate.bench import digest, known, timing
+from foveate.bench.calibration import Learnt
+from foveate.bench.encoding import Prompt, prompts
+from foveate.bench.folder import claimed
+from foveate.bench.journal import Journal
+from foveate.bench.known import DEFAULT, FULL
+from foveate.bench.lanes import Lane
 from foveate.bench.loading import load, trained_on
-from foveate.bench.measure import measure
-from foveate.bench.methods import DEFAULT, FULL, Learnt, candidate, check
-from foveate.bench.results import Comparison
+from foveate.bench.plaindata import version_of
+from foveate.bench.question import Question, ends
+from foveate.bench.results import FORMAT, Comparison
+from foveate.bench.turns import Progress, Turns
 from foveate.core import validate
 from foveate.core.errors import OptionError, TaskError
 from foveate.host.model import Host, host
+from foveate.tasks import scores
 from foveate.tasks.base import Task
 from foveate.tasks.drill import Drill
 from foveate.tasks.named import TASKS, named
@@ -30,16 +39,8 @@ from foveate.tasks.prompts import Prompts
 from foveate.tasks.recited import Recited
 from foveate.tasks.records import READERS, kind
 
-RESULTS = "results.json"
+RESULTS, JOURNAL = "results.json", "answers.jsonl"
 EXAMPLES, LENGTH = 20, 1024
-
-
-class Progress(Protocol):
-    """Where progress goes."""
-
-    def start(self, total: int) -> None: ...
-    def advance(self, label: str) -> None: ...
-    def say(self, label: str) -> None: ...
 
 
 class Silent:
@@ -58,6 +59,8 @@ def compare(
     budget: float = 0.35,
     examples: int | None = None,
     length: int | None = None,
+    score: str | None = None,
+    batch: int = 1,
     out: Path | str = Path("foveate-compare"),
     seed: int = 0,
     device: str = "cpu",
@@ -70,7 +73,7 @@ def compare(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Run a model on a task under several methods; saves `results.json` into `out` after each.
+    """Run a model on a task under several methods; saves each prompt's answers into `out`, and at the end a table.
 
     Args:
         model: folder, GGUF file, adapter's folder or hub id of a decoder; None is the lab model.
@@ -78,10 +81,13 @@ def compare(
             `foveate.tasks.prompts`). None is needle, or what a model of `foveate train` was trained on.
         methods: keys of the catalogue (cache policies, or operators to read the prompt with); the full cache always
             runs.
-        budget: share of the full cache that each method may keep, or read, in (0, 1].
+        budget: share of each prompt's full cache that a method may keep, or read, in (0, 1].
         examples: how many prompts.
         length: length of needle prompts in characters.
-        out: folder; what an earlier run with the same settings left there is kept, unless `fresh`.
+        score: one of `foveate.tasks.scores.SCORES`, or "loss"; None is the task's own.
+        batch: prompts of like length that run together.
+        out: folder. What an earlier run left there is used again where the model's weights, the prompt and all options
+            that matter are the same, unless `fresh`.
         seed: of the task.
         device, dtype: where and in what the model runs.
         trust_remote_code: whether code that lies beside the model's weights may run.
@@ -90,50 +96,56 @@ def compare(
         new_tokens: how many tokens to answer with; None is by the accepted answers.
         progress: told about every example.
 
+    A method that fails is a row that says why.
+
     Raises:
         FoveateError: for anything that cannot be run, before anything is written.
-        KeyboardInterrupt: with `(methods done, methods in all)`, after what is measured was saved.
+        KeyboardInterrupt: with `(answers found, answers in all)`, after what is measured was saved.
     """
     keys = [FULL, *(key for key in (methods or DEFAULT) if key != FULL)]
-    check(keys)
+    known.check(keys)
     if not 0 < budget <= 1:
         raise OptionError(f"budget={budget} must be above 0 and at most 1, a share of the full cache")
+    validate.at_least("batch", batch, 1)
     drilled = trained_on(model)
     chosen = _task(task or (drilled.name if drilled else None), examples, length, seed, drilled)
     if isinstance(chosen, Prompts):
         chosen = replace(chosen, prompt_field=prompt_field, answer_field=answer_field)
     elif prompt_field or answer_field:
         raise OptionError("prompt_field and answer_field go with a file of prompts as the task")
-    loaded, tokenizer, folder = load(
-        model, device, dtype, trust_remote_code=trust_remote_code, note=(progress or Silent()).say
-    )
-    here, batch = Host(loaded), prompts(chosen, tokenizer, loaded, chat=chat, new_tokens=new_tokens)
-    check_context(chosen, batch)
-    if methods is None and not here.attention_modules():
-        keys = [FULL]  # nothing to put a method on: the model's layers keep states of their own
-    elif keys != [FULL]:
-        host(loaded)
-    out = Path(out)
-    settings = Comparison(
-        model=model or "lab lm", task=chosen.name, seed=seed, device=device, dtype=dtype, budget=budget,
-        examples=len(batch), length=getattr(chosen, "length", None), versions=_versions(), rows=[],
-    )  # fmt: skip
-    result = _resumed(settings, out, keys, fresh)
-    todo, watch = [key for key in keys if key not in {row.method for row in result.rows}], progress or Silent()
-    watch.start(len(todo) * len(batch))
-    folders = [path for path in (folder, out) if path is not None]
-    learnt = Learnt(here, lambda: _passkeys(tokenizer, here, batch, seed), folders, watch.say)
-    longest = max(prompt.ids.shape[1] for prompt in batch)
-    try:
-        for key in todo:
-            ready = candidate(key, here, budget, longest, learnt)
-            result.rows.append(measure(ready, chosen, batch, loaded, tokenizer, lambda label=key: watch.advance(label)))
-            result.save(out / RESULTS)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(len(result.rows), len(keys)) from None
-    result.rows.sort(key=lambda row: keys.index(row.method))
-    result.save(out / RESULTS)
-    return result
+    with claimed(Path(out)) as folder, timing.threads() as threads:
+        earlier = None if fresh else _earlier(folder / RESULTS)
+        watch = progress or Silent()
+        loaded, tokenizer, source = load(
+            model, device, dtype, trust_remote_code=trust_remote_code, note=watch.say
+        )
+        if methods is None and not Host(loaded).attention_modules():
+            keys = [FULL]  # nothing to put a method on: the model's layers keep states of their own
+        elif keys != [FULL]:
+            host(loaded)
+        asked = prompts(chosen, tokenizer, loaded, chat=chat, new_tokens=new_tokens)
+        question = _question(chosen, score, asked, tokenizer, loaded, batch)
+        versions = _versions()
+        world = digest.of(digest.of_model(loaded), device, dtype, versions, digest.of_code())
+        result = Comparison(
+            model=model or "lab lm", task=chosen.name, seed=seed, device=device, dtype=dtype, budget=budget,
+            examples=len(question.prompts), length=getattr(chosen, "length", None), batch=batch,
+            versions={**versions, "threads": str(threads)}, metric=question.metric,
+            digest=digest.of(world, budget, question.identity), rows=[],
+        )  # fmt: skip
+        turns = Turns(loaded, world, Journal(folder / JOURNAL, fresh), watch)
+        folders = [path for path in (source, folder) if path is not None]
+        learnt = Learnt(Host(loaded), lambda: _passkeys(tokenizer, loaded, question, seed), folders, watch.say)
+        lanes = [Lane.of(key, Host(loaded), budget, learnt) for key in keys]
+        turns.run(lanes, question)
+        result.rows.extend(question.row(lane) for lane in lanes)
+        if not any(row.answers for row in result.rows):
+            raise TaskError(f"no method ran: {result.rows[0].error}")
+        if earlier is not None and earlier.digest == result.digest:
+            there = {row.method for row in result.rows}
+            result.rows.extend(row for row in earlier.rows if row.method not in there and row.answers)
+        result.save(folder / RESULTS)
+        return result
 
 
 def _task(task: str | None, examples: int | None, length: int | None, seed: int, drilled: Drill | None) -> Task:
@@ -157,22 +169,34 @@ def _task(task: str | None, examples: int | None, length: int | None, seed: int,
     return Prompts(Path(task), examples)
 
 
-def _resumed(settings: Comparison, out: Path, keys: list[str], fresh: bool) -> Comparison:
-    """What an earlier run with the same settings measured, less what is not asked for now."""
-    file = out / RESULTS
-    if fresh or not file.exists():
-        return settings
-    earlier = Comparison.load(file)
-    if earlier.settings() != settings.settings():
-        return settings
-    settings.rows.extend(row for row in earlier.rows if row.method in keys)
-    return settings
+def _question(
+    task: Task, score: str | None, asked: list[Prompt], tokenizer: Any, model: PreTrainedModel, size: int
+) -> Question:
+    """What every method is asked, and how its answers are read and scored."""
+    metric = score or task.metric
+    scores.check(metric, (prompt.example.answers for prompt in asked))
+    forced = None
+    if metric == scores.LOSS:
+        forced = [tokenizer(prompt.example.answer, add_special_tokens=False).input_ids for prompt in asked]
+    named = scores.SCORES.get(metric)
+    rule = task.score if score is None or named is None else lambda example, said: named(said, example.answers)
+    return Question(asked, metric, rule, forced, size, *ends(tokenizer, model), tokenizer)
 
 
-def _passkeys(tokenizer: Any, here: Host, batch: list[Prompt], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _earlier(file: Path) -> Comparison | None:
+    """What an earlier run left, unless that was one of another version, which nothing can be taken from."""
+    if not file.exists() or version_of(file) not in (None, FORMAT):
+        return None
+    try:
+        return Comparison.load(file)
+    except OptionError as error:
+        raise OptionError(f"{error}; add --fresh to measure anew, or name another folder") from None
+
+
+def _passkeys(tokenizer: Any, model: PreTrainedModel, question: Question, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Text with keys to retrieve, about as long as the prompts, for policies that have to learn about the model."""
     begin = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    length = max(64, max(prompt.ids.shape[1] for prompt in batch) // 2)
+    length = max(64, max(prompt.ids.shape[1] for prompt in question.prompts) // 2)
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False).input_ids)

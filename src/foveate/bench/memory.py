@@ -1,10 +1,12 @@
-"""Peak memory of a piece of work, in bytes of tensors."""
+"""Memory of a piece of work, in bytes of tensors: what is alive at a moment, and the most that was at once."""
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,21 +14,54 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes of tensors alive at once that `work` made.
+    """Most bytes of tensors alive at once that `work` made."""
+    with Memory(device) as memory:
+        work()
+    return memory.peak
 
-    On CUDA the allocator's own count. On a CPU every operation's results are followed until they are freed, which sees
-    what Python sees and not the scratch space inside a kernel; that is slow, so it is never timed.
+
+class Memory:
+    """Counts the tensors made since it was entered: `now` those alive, `peak` the most of them at once, in bytes.
+
+    On CUDA by the allocator's own count. Elsewhere every operation's results are followed until they are freed, which
+    sees what Python sees and not the scratch space inside a kernel; that is slow, so it is never timed. Whatever
+    somebody still holds is counted, whoever it is: a cache, a method's memory, or what a model's buffers became.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _Alive() as alive:
-        work()
-    return alive.peak
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._alive = None if device.type == "cuda" else _Alive()
+        self._before = 0
+
+    def __enter__(self) -> Self:
+        if self._alive is not None:
+            self._alive.__enter__()
+        else:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._alive is not None:
+            self._alive.__exit__(kind, error, trace)
+
+    @property
+    def now(self) -> int:
+        gc.collect()  # what only a cycle holds is no use of memory
+        if self._alive is not None:
+            return self._alive.now
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.memory_allocated(self._device) - self._before
+
+    @property
+    def peak(self) -> int:
+        if self._alive is not None:
+            return self._alive.peak
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - self._before
 
 
 class _Alive(TorchDispatchMode):

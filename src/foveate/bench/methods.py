@@ -2,109 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foveate.core.catalog import System, system, systems
-from foveate.core.errors import OptionError, unknown
+from foveate.bench import digest
+from foveate.bench.known import FULL
+from foveate.core.catalog import system
 from foveate.host import Host, Method
 from foveate.host.method import describe
 from foveate.kv.policy import Policy
 from foveate.kv.prefill import PrefillSwap
 from foveate.ops.operator import Operator
 
-FULL = "full"
-DEFAULT = (
-    FULL, "sink_recent", "duo_attention", "razor_attention", "token_select", "tidal_decode", "recycled_attention",
-    "hip",
-)  # fmt: skip
+#: A policy's class and key to what it learnt about the model.
+Lessons = Callable[[type[Policy], str], dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One line of a comparison: `methods` to apply (none for the full cache), and how to call it."""
+class Contender:
+    """One line of a comparison: the methods of a key (none for the full cache), set to each prompt's own budget.
 
-    key: str
-    title: str
-    methods: tuple[Method, ...]
-    options: dict[str, Any]
+    Args:
+        key: of the catalogue, or "full".
+        host: the model.
+        budget: share of each prompt's cache.
+    """
+
+    def __init__(self, key: str, host: Host, budget: float) -> None:
+        self.key, self.host, self.budget = key, host, budget
+        self.title, self.arxiv = "full cache", ""
+        self._class: type | None = None
+        self._learnt: dict[str, Tensor] = {}
+        self._made: dict[int, tuple[Method, ...]] = {}
+        if key != FULL:
+            row = system(key)
+            self.title, self.arxiv, self._class = row.title, row.arxiv, row.load()
+
+    def learn(self, lessons: Lessons) -> None:
+        """Take what the policy has to know about the model, before anything else is asked of it."""
+        if self._class is not None and issubclass(self._class, Policy):
+            self._learnt = lessons(self._class, self.key)
+
+    @property
+    def identity(self) -> str:
+        """The digest of all that tells two contenders for the same prompt apart."""
+        return digest.of(self.key, self.budget, digest.of_tensors(self._learnt))
+
+    def at(self, length: int) -> tuple[Method, ...]:
+        """The methods for a prompt of `length` tokens."""
+        if length not in self._made:
+            self._made[length] = () if self._class is None else (self._make(self._class, length),)
+        return self._made[length]
+
+    def options(self, lengths: Iterable[int]) -> dict[str, Any]:
+        """What the methods for prompts of these lengths are set to; `from a to b` where that differs."""
+        each = [_options(method) for length in sorted(set(lengths)) for method in self.at(length)]
+        found = {name: _span([options[name] for options in each if name in options]) for name in (each or [{}])[0]}
+        return {**found, **({"arxiv": self.arxiv} if self.arxiv else {})}
+
+    def _make(self, cls: type, length: int) -> Method:
+        if issubclass(cls, Policy):
+            return cls.at_budget(self.budget, self.host, length, **self._learnt)
+        if issubclass(cls, Operator):
+            return PrefillSwap(_operator(cls, self.host, self.budget, length))
+        return cls()
 
 
-def known() -> list[str]:
-    """Keys that `compare` takes: the full cache, cache policies, and operators that can read a prompt."""
-    return [FULL, *(row.key for room in ("kv", "steer", "ops") for row in systems(room=room))]
+def _operator(cls: type[Operator], host: Host, budget: float, length: int) -> Operator:
+    """The operator for this model: one that has to know sizes gets the model's, and parameters of a fixed seed."""
+    sizes = {"heads": host.heads, "head_dim": head_dim(host)}
+    asked = inspect.signature(cls.__init__).parameters
+    needed = {name: size for name, size in sizes.items() if name in asked and asked[name].default is asked[name].empty}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = cls(**needed) if needed else cls.at_budget(budget, length)
+    return made.to(host.model.device, host.model.dtype).eval()
 
 
-def check(keys: list[str]) -> None:
-    """Refuse unknown or repeated keys before anything is loaded."""
-    for key in keys:
-        if key not in known():
-            raise unknown("method", key, known())
-    if len(set(keys)) < len(keys):
-        raise OptionError(f"methods={','.join(keys)} names one twice")
+def head_dim(host: Host) -> int:
+    """Channels of each head's queries and keys."""
+    return int(getattr(host.config, "head_dim", None) or host.config.hidden_size // host.heads)
 
 
-def candidate(
-    key: str, host: Host, budget: float, length: int, learnt: Callable[[type[Policy], str], dict[str, Tensor]]
-) -> Candidate:
-    """The method of this key, set to the budget for prompts of `length` tokens."""
-    if key == FULL:
-        return Candidate(key, "full cache", (), {})
-    row = system(key)
-    cls = row.load()
-    if issubclass(cls, Policy):
-        method: Method = cls.at_budget(budget, host, length, **learnt(cls, key))
-    elif issubclass(cls, Operator):
-        method = PrefillSwap(cls.at_budget(budget, length))
-    else:
-        method = cls()
-    return Candidate(key, row.title, (method,), _options(row, method))
-
-
-def _options(row: System, method: Method) -> dict[str, Any]:
+def _options(method: Method) -> dict[str, Any]:
+    swapped = isinstance(method, PrefillSwap)
     shown = vars(method.operator) if isinstance(method, PrefillSwap) else describe(method)
     plain = {name: value for name, value in shown.items() if isinstance(value, int | float | str | tuple)}
     options = {name: value for name, value in plain.items() if not name.startswith("_") and name != "training"}
     for name, value in shown.items():
         if isinstance(value, Tensor) and value.dtype == torch.bool:
             options[name] = f"{int(value.sum())} of {value.numel()}"
-    if isinstance(method, PrefillSwap):
+    if swapped:
         options["while"] = "reading the prompt"
-    return {**options, **({"arxiv": row.arxiv} if row.arxiv else {})}
+    if isinstance(method, PrefillSwap) and (count := sum(x.numel() for x in method.operator.parameters())):
+        options["parameters"] = f"{count:,}, untrained"
+    return options
 
 
-class Learnt:
-    """What policies learnt about a model: found beside its checkpoint, or in the output folder, or learnt now and
-    kept.
-    """
-
-    def __init__(
-        self,
-        host: Host,
-        data: Callable[[], Iterator[tuple[Tensor, Tensor]]],
-        folders: list[Path],
-        note: Callable[[str], None],
-    ) -> None:
-        self.host, self.data, self.folders, self.note = host, data, folders, note
-
-    def __call__(self, cls: type[Policy], key: str) -> dict[str, Tensor]:
-        if cls.calibrate.__func__ is Policy.calibrate.__func__:  # type: ignore[attr-defined]
-            return {}
-        for folder in self.folders:
-            file = folder / f"{key}.safetensors"
-            if file.exists():
-                return load_file(file)
-        found = cls.calibrate(
-            self.host, self.data(), lambda step, steps, text: self.note(f"{key}: {step}/{steps} {text}")
-        )
-        self.folders[-1].mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in found.items()}, self.folders[-1] / f"{key}.safetensors"
-        )
-        return found
+def _span(values: list[Any]) -> Any:
+    if all(value == values[0] for value in values):
+        return values[0]
+    if all(isinstance(value, int | float) for value in values):
+        return f"{min(values):.4g} to {max(values):.4g}"
+    return f"{values[0]} to {values[-1]}"

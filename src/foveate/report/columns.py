@@ -7,9 +7,10 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from foveate.bench.results import Comparison, Row
+from foveate.bench.results import LOSS, TIMES, Comparison, Row
 
 NOTHING = "–"
+VARIES = "varies"
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,31 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number as text; `ratio` to the baseline is empty for the baseline itself and where there is none."""
+    """One number as text.
+
+    Args:
+        text: the number.
+        interval: where the number may lie, for scores; else empty.
+        ratio: to the baseline; empty for the baseline itself and where there is none, `VARIES` where it is too unsure.
+        spread: where the ratio may lie, for times; else empty.
+        best: whether none in the column is better.
+    """
 
     text: str
+    interval: str
     ratio: str
+    spread: str
     best: bool
+
+    @property
+    def remark(self) -> str:
+        """All but the number, in one piece."""
+        return (
+            self.interval
+            + " " * bool(self.interval and self.ratio)
+            + self.ratio
+            + f" ({self.spread})" * bool(self.spread)
+        )
 
 
 def percent(share: float) -> str:
@@ -69,13 +90,34 @@ def megabytes(value: float) -> str:
     return number(value, "MB")
 
 
-COLUMNS = (
-    Column("score", "score", percent, "mean score of the answers", higher_is_better=True),
-    Column("cache_kept", "cache kept", percent, "share of the full cache’s slots that were stored"),
+def plain_number(value: float) -> str:
+    """A loss: `2.314`."""
+    return f"{value:.3f}" if math.isfinite(value) else NOTHING
+
+
+def columns(comparison: Comparison) -> tuple[Column, ...]:
+    """What the comparison's table has; the score is a share of right answers, or the loss."""
+    return (_score(comparison), *_COSTS)
+
+
+def column(comparison: Comparison, measure: str) -> Column:
+    """The column of a measure."""
+    return next(found for found in columns(comparison) if found.measure == measure)
+
+
+def _score(comparison: Comparison) -> Column:
+    if comparison.metric == LOSS:
+        return Column("score", "loss", plain_number, "mean next-token loss of the answers, in nats; 95 % interval")
+    meaning = f"mean score of the answers by the rule “{visible(comparison.metric)}”; 95 % interval"
+    return Column("score", "score", percent, meaning, higher_is_better=True)
+
+
+_COSTS = (
+    Column("cache_kept", "cache kept", percent, "share of each prompt’s full cache that was stored"),
     Column("keys_read", "keys read", percent, "share of the visible keys read while decoding"),
-    Column("prefill_ms", "prefill", milliseconds, "time to read one prompt"),
-    Column("decode_ms", "decode / token", milliseconds, "time for each generated token"),
-    Column("peak_mb", "peak memory", megabytes, "most memory in use at any time"),
+    Column("prefill_ms", "prefill", milliseconds, "time to read one prompt; ratios prompt by prompt, 95 % interval"),
+    Column("decode_ms", "decode / token", milliseconds, "time for each generated token; ratios as for prefill"),
+    Column("memory_mb", "memory", megabytes, "tensors alive between calls, beyond the weights, at the longest prompt"),
 )
 
 
@@ -87,8 +129,8 @@ def ordered(comparison: Comparison) -> list[Row]:
 def cells(comparison: Comparison) -> list[list[Cell]]:
     """One list of cells for each of the `ordered` rows."""
     rows = ordered(comparison)
-    columns = [_column_cells(comparison, rows, column) for column in COLUMNS]
-    return [list(line) for line in zip(*columns, strict=True)]
+    found = [_column_cells(comparison, rows, column) for column in columns(comparison)]
+    return [list(line) for line in zip(*found, strict=True)]
 
 
 def visible(text: str, lines: bool = False) -> str:
@@ -117,15 +159,37 @@ def _column_cells(comparison: Comparison, rows: list[Row], column: Column) -> li
     texts = [column.show(getattr(row, column.measure)) for row in rows]
     best = _best(rows, column)
     # Where everyone reads alike, nobody stands out.
-    mark = {column.show(best)} if best is not None and len(set(texts)) > 1 else set()
-    return [
-        Cell(
-            text,
-            "" if row.method == comparison.baseline else times(comparison.ratio(row, column.measure)),
-            text in mark,
-        )
-        for row, text in zip(rows, texts, strict=True)
-    ]
+    mark = {column.show(best)} if best is not None and len(set(texts) - {NOTHING}) > 1 else set()
+    found = []
+    for row, text in zip(rows, texts, strict=True):
+        known = row.score_interval if column.measure == "score" and text != NOTHING else None
+        ratio, spread = ("", "") if row.method == comparison.baseline else _ratio(comparison, row, column.measure)
+        found.append(Cell(text, between(known, column.show), ratio, spread, text in mark))
+    return found
+
+
+def _ratio(comparison: Comparison, row: Row, measure: str) -> tuple[str, str]:
+    if measure == "score" and comparison.metric == LOSS:
+        return "", ""  # a loss of half as many nats is not half of anything
+    found = comparison.paired(row, measure)
+    if found is None:
+        return "", ""
+    if not found.is_certain:
+        return VARIES, ""
+    return times(found.value), between((found.low, found.high), times) if measure in TIMES else ""
+
+
+def between(interval: tuple[float, float] | None, show: Callable[[float], str]) -> str:
+    """`(0.76, 0.99)` as `76–99 %`: the unit stands once. Empty for None."""
+    if interval is None or not all(map(math.isfinite, interval)):
+        return ""
+    low, high = map(show, interval)
+    head, gap, unit = low.rpartition("\N{NO-BREAK SPACE}")
+    if gap and high.endswith(gap + unit):
+        low = head
+    elif low.endswith("×") and high.endswith("×"):
+        low, high = low[:-1], high[:-1]
+    return f"{low}–{high}"
 
 
 def _best(rows: list[Row], column: Column) -> float | None:

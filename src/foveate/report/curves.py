@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.bench.results import write_atomic
+from foveate.bench.plaindata import write_atomic
 
 if TYPE_CHECKING:
     from foveate.bench.recall import Point

@@ -9,12 +9,12 @@ import html
 import math
 from typing import Any
 
-from foveate.bench.results import Comparison, Row
-from foveate.report.columns import COLUMNS, ordered, times, visible
+from foveate.bench.results import LOSS, Comparison, Row
+from foveate.report.columns import between, column, ordered, times, visible
 from foveate.report.headline import headliner
 
 SHARES = ("cache_kept", "keys_read")
-COSTS = ("prefill_ms", "decode_ms", "peak_mb")
+COSTS = ("prefill_ms", "decode_ms", "memory_mb")
 LONGEST = 26  # characters of a name beside a mark; the table has it whole
 
 
@@ -30,60 +30,71 @@ def label(text: str) -> str:
 
 
 def _quality(comparison: Comparison) -> dict[str, Any]:
-    base = comparison.base()
+    base, loss = comparison.base(), comparison.metric == LOSS
     drawn = math.isfinite(base.score) if base else False
     panels = []
     for measure in SHARES:
         rows = [row for row in ordered(comparison) if _finite(row.score, getattr(row, measure))]
         if rows:
             points = [_point(comparison, row, measure) for row in rows]
-            panels.append({"id": measure, "heading": _column(measure).heading, "points": points})
+            panels.append({"id": measure, "heading": column(comparison, measure).heading, "points": points})
     return {
         "panels": panels,
-        "line": 100 * base.score if base and drawn else None,
+        "line": _height(comparison, base.score) if base and drawn else None,
         "baseline": label(comparison.baseline),
+        "unit": "" if loss else " %",
+        "score": column(comparison, "score").heading,
+        "better": "lower" if loss else "higher",
     }
 
 
+def _height(comparison: Comparison, score: float) -> float:
+    return score if comparison.metric == LOSS else 100 * score
+
+
 def _point(comparison: Comparison, row: Row, measure: str) -> dict[str, Any]:
-    share, score = _column(measure), _column("score")
-    texts = [f"{column.heading} {column.show(getattr(row, column.measure))}" for column in (score, share)]
+    share, score = column(comparison, measure), column(comparison, "score")
+    known = row.score_interval
+    texts = [f"{each.heading} {each.show(getattr(row, each.measure))}" for each in (score, share)]
+    texts[0] += f" ({between(known, score.show)})" if known else ""
+    low, high = known or (row.score, row.score)
     return {
         "name": label(row.method),
         "x": 100 * getattr(row, measure),
-        "y": 100 * row.score,
+        "y": _height(comparison, row.score),
+        "below": _height(comparison, row.score - low),
+        "above": _height(comparison, high - row.score),
         "hover": f"<b>{label(row.method)}</b><br>" + "<br>".join(texts),
         "role": _role(comparison, row),
     }
 
 
 def _cost(comparison: Comparison) -> dict[str, Any]:
-    rows = [row for row in ordered(comparison) if row.method != comparison.baseline]
+    rows = [row for row in ordered(comparison) if row.method != comparison.baseline and row.answers]
     panels = []
     for measure in COSTS:
         ratios = [comparison.ratio(row, measure) for row in rows]
         if any(ratio is not None for ratio in ratios):
-            hovers = [_hover(row, measure, ratio) for row, ratio in zip(rows, ratios, strict=True)]
-            heading = _column(measure).heading
+            hovers = [_hover(comparison, row, measure) for row in rows]
+            heading = column(comparison, measure).heading
             panels.append({"heading": heading, "values": ratios, "texts": [*map(times, ratios)], "hovers": hovers})
     names = [label(row.method) for row in rows]
     roles = [_role(comparison, row) for row in rows]
     return {"panels": panels, "names": names, "roles": roles, "baseline": label(comparison.baseline)}
 
 
-def _hover(row: Row, measure: str, ratio: float | None) -> str:
-    column = _column(measure)
-    return f"<b>{label(row.method)}</b><br>{column.heading} {column.show(getattr(row, measure))}<br>{times(ratio)}"
+def _hover(comparison: Comparison, row: Row, measure: str) -> str:
+    shown, ratio = column(comparison, measure), comparison.ratio(row, measure)
+    found = comparison.paired(row, measure)
+    spread = f" ({between((found.low, found.high), times)})" if found and ratio is not None else ""
+    text = f"{shown.heading} {shown.show(getattr(row, measure))}"
+    return f"<b>{label(row.method)}</b><br>{text}<br>{times(ratio)}{spread}"
 
 
 def _role(comparison: Comparison, row: Row) -> str:
     if row.method == comparison.baseline:
         return "baseline"
     return "lead" if row is headliner(comparison) else "other"
-
-
-def _column(measure: str) -> Any:
-    return next(column for column in COLUMNS if column.measure == measure)
 
 
 def _finite(*values: float) -> bool:

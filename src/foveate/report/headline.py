@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from foveate.bench.results import Comparison, Row
-from foveate.report.columns import percent, visible
+from foveate.bench.results import LOSS, PAIRS, TIMES, Comparison, Row
+from foveate.report.columns import column, percent, visible
 
 KEEPS = 0.95  # of the baseline's score: what the headline counts as having kept it
 WHOLE = 0.995  # a share from here on is no saving worth a headline
+_SLACK = 1.1  # used beyond the budget: what is worth a note
 
 
 def headliner(comparison: Comparison) -> Row | None:
@@ -17,30 +18,32 @@ def headliner(comparison: Comparison) -> Row | None:
 
     Cheapest means the smallest cache; among methods that all store it whole, the fewest keys read.
     """
-    scored = [(kept, row) for row in comparison.rows if (kept := _kept(comparison, row)) is not None]
+    scored = [(kept, row) for row in comparison.rows if (kept := share_kept(comparison, row)) is not None]
     if not scored:
         return None
     good = [row for kept, row in scored if kept >= KEEPS]
     if not good:
         return max(scored, key=lambda pair: pair[0])[1]
-    return min(good, key=lambda row: (*_costs(row), -row.score))
+    return min(good, key=lambda row: (*_costs(row), -(share_kept(comparison, row) or 0.0)))
 
 
 def headline(comparison: Comparison) -> str:
     """For instance `At 31 % of the cache, duo_attention keeps 100 % of the full score`."""
     row, base = headliner(comparison), comparison.base()
-    name = visible(comparison.baseline)
-    if base is None:
-        return f"{_count(len(comparison.rows), 'method')} measured, without {name} to compare with"
-    kept = _kept(comparison, row) if row else None
+    name, score = visible(comparison.baseline), column(comparison, "score")
+    measured = sum(bool(row.answers) for row in comparison.rows)
+    if base is None or not base.answers:
+        return f"{_count(measured, 'method')} measured, without {name} to compare with"
+    kept = share_kept(comparison, row) if row else None
     if row is None or kept is None:
-        return f"{name} scores {percent(base.score)}; no other method can be compared with it"
-    where = _where(row)
+        said = "has a loss of" if comparison.metric == LOSS else "scores"
+        return f"{name} {said} {score.show(base.score)}; no other method can be compared with it"
+    where, what = _where(row), "likelihood per token" if comparison.metric == LOSS else "score"
     if kept < KEEPS:
         return (
-            f"No method keeps {percent(KEEPS)} of the {name} score; {visible(row.method)} keeps {percent(kept)}{where}"
+            f"No method keeps {percent(KEEPS)} of the {name} {what}; {visible(row.method)} keeps {percent(kept)}{where}"
         )
-    sentence = f"{visible(row.method)} keeps {percent(kept)} of the {name} score"
+    sentence = f"{visible(row.method)} keeps {percent(kept)} of the {name} {what}"
     return f"{where.strip().capitalize()}, {sentence}" if where else sentence
 
 
@@ -48,7 +51,9 @@ def about(comparison: Comparison) -> str:
     """What ran: model, task, how many prompts, which methods, under which budget."""
     others = sum(row.method != comparison.baseline for row in comparison.rows)
     length = f" of length {comparison.length:,}" if comparison.length is not None else ""
-    rivals = f"under {_count(others, 'other method')} at a cache budget of {percent(comparison.budget)}"
+    rivals = (
+        f"under {_count(others, 'other method')} at a budget of {percent(comparison.budget)} of each prompt’s cache"
+    )
     beside = f"under {visible(comparison.baseline)} and {rivals}" if comparison.base() else rivals
     prompts = f"{_count(comparison.examples, 'prompt')}{length} from the task {visible(comparison.task)}"
     return f"{visible(comparison.model)} answered {prompts}, {beside}."
@@ -56,14 +61,62 @@ def about(comparison: Comparison) -> str:
 
 def notes(comparison: Comparison) -> Sequence[str]:
     """Notes without which the numbers would be misread."""
-    if comparison.base() is None:
-        return (f"{visible(comparison.baseline)} was not measured, so there are no ratios.",)
-    return ()
+    found = []
+    base = comparison.base()
+    if base is None or not base.answers:
+        found.append(f"{visible(comparison.baseline)} was not measured, so there are no ratios.")
+    for row in comparison.rows:
+        if row.error:
+            said = "failed on" if row.answers else "did not run:"
+            found.append(f"{visible(row.method)} {said} {visible(row.error)}")
+    return (*found, *_over_budget(comparison), *_withheld(comparison))
 
 
-def _kept(comparison: Comparison, row: Row) -> float | None:
-    """The share of the baseline's score; None for the baseline itself and where there is no such share."""
-    return None if row.method == comparison.baseline else comparison.ratio(row, "score")
+def _over_budget(comparison: Comparison) -> list[str]:
+    """Who saved something, but less than was asked for: short prompts leave room for little beside the sinks."""
+    over = []
+    for row in comparison.rows:
+        used = min(row.cache_kept, row.keys_read)
+        if row.method != comparison.baseline and _SLACK * comparison.budget < used < WHOLE:
+            over.append(f"{visible(row.method)} {percent(used)}")
+    return [f"Used more than the budget of {percent(comparison.budget)}: {', '.join(over)}."] if over else []
+
+
+def _withheld(comparison: Comparison) -> list[str]:
+    """Which times cannot be compared."""
+    few, wide = False, []
+    for row in comparison.rows:
+        if row.method == comparison.baseline or not row.answers:
+            continue
+        ratios = {measure: comparison.paired(row, measure) for measure in TIMES}
+        few = few or any(ratio is None for ratio in ratios.values())
+        unsure = [name for name, ratio in ratios.items() if ratio is not None and not ratio.is_certain]
+        if unsure:
+            named = " and ".join(column(comparison, name).heading for name in unsure)
+            wide.append(f"{visible(row.method)} ({named})")
+    found = []
+    if wide:
+        found.append(
+            f"The times of single prompts vary too much for a ratio: {', '.join(wide)}. A quieter machine or more "
+            "prompts would tell."
+        )
+    if few:
+        found.append(f"Ratios of times need at least {PAIRS} prompts that {visible(comparison.baseline)} has read too.")
+    return found
+
+
+def share_kept(comparison: Comparison, row: Row) -> float | None:
+    """The share of the baseline's score; None for the baseline itself and where there is no such share.
+
+    Of a loss, the share of the likelihood that each token of the answers has under the baseline.
+    """
+    base = comparison.base()
+    if row.method == comparison.baseline or not row.answers or base is None:
+        return None
+    if comparison.metric == LOSS:
+        kept = math.exp(min(base.score - row.score, 700.0)) if math.isfinite(row.score) else math.nan
+        return kept if math.isfinite(kept) else None
+    return comparison.ratio(row, "score")
 
 
 def _costs(row: Row) -> tuple[float, float]:

@@ -14,10 +14,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from foveate.bench.results import Comparison, Row, plain, write_atomic
-from foveate.report.columns import COLUMNS, cells, ordered, percent, visible
+from foveate.bench.plaindata import plain, write_atomic
+from foveate.bench.results import LOSS, Comparison, Row
+from foveate.report.columns import cells, columns, megabytes, ordered, percent, visible
 from foveate.report.figures import COSTS, figures
-from foveate.report.headline import about, headline, headliner, notes
+from foveate.report.headline import about, headline, headliner, notes, share_kept
 from foveate.report.samples import by_example, choose, trim
 
 ARXIV = re.compile(r"(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v\d+)?")
@@ -61,7 +62,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
         "notes": notes(comparison),
         "lead": row.method if (row := headliner(comparison)) else "",
         "highlights": _highlights(comparison),
-        "columns": COLUMNS,
+        "columns": columns(comparison),
         "rows": [_row(comparison, row, line) for row, line in zip(ordered(comparison), cells(comparison), strict=True)],
         "figures": figures(comparison),
         "samples": samples,
@@ -84,9 +85,22 @@ def _row(comparison: Comparison, row: Row, line: list) -> dict[str, Any]:
         if row is headliner(comparison)
         else "other",
         "cells": line,
+        "error": visible(row.error),
+        "ran": bool(row.answers),
         "paper": paper if linked else None,
-        "options": [option for option in options if not (linked and option[0] == "arxiv")],
+        "options": [option for option in options if not (linked and option[0] == "arxiv")] + _further(row),
     }
+
+
+def _further(row: Row) -> list[tuple[str, Any]]:
+    """What was measured and has no column: how the share kept differs by prompt, and the highest memory."""
+    found = []
+    kept = [answer.cache_kept for answer in row.answers if math.isfinite(answer.cache_kept)]
+    if kept and percent(min(kept)) != percent(max(kept)):
+        found.append(("cache kept", trim(f"{percent(min(kept))} to {percent(max(kept))} of a prompt’s")))
+    if math.isfinite(row.peak_mb):
+        found.append(("peak memory", trim(megabytes(row.peak_mb))))
+    return found
 
 
 def _highlights(comparison: Comparison) -> list[tuple[str, str]]:
@@ -94,8 +108,9 @@ def _highlights(comparison: Comparison) -> list[tuple[str, str]]:
     row = headliner(comparison)
     if row is None:
         return []
-    shares = [("of the score", comparison.ratio(row, "score")), ("of the cache", row.cache_kept)]
-    words = {"prefill_ms": "of the prefill time", "decode_ms": "of the decode time", "peak_mb": "of the peak memory"}
+    what = "of the likelihood" if comparison.metric == LOSS else "of the score"
+    shares = [(what, share_kept(comparison, row)), ("of the cache", row.cache_kept)]
+    words = {"prefill_ms": "of the prefill time", "decode_ms": "of the decode time", "memory_mb": "of the memory"}
     shares += [(words[measure], comparison.ratio(row, measure)) for measure in COSTS]
     return [(percent(share), text) for text, share in shares if share is not None and math.isfinite(share)]
 

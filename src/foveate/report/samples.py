@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from foveate.bench.results import Answer, Comparison, Row
+from foveate.bench.results import LOSS, Answer, Comparison, Row
 from foveate.report.columns import ordered, percent, visible
 
 SHOWN = 4  # examples on the page
@@ -58,11 +58,11 @@ def choose(comparison: Comparison, shown: int = SHOWN) -> list[Sample]:
     seen: Counter[tuple[str, ...]] = Counter()
     ranked = []
     for number, pairs in enumerate(by_example(comparison), start=1):
-        pattern = tuple(_verdict(answer.score)[1] for _, answer in pairs)
+        pattern = tuple(_verdict(comparison, answer)[1] for _, answer in pairs)
         ranked.append((len(set(pattern)) == 1, seen[pattern], number, pairs))
         seen[pattern] += 1
     ranked.sort(key=lambda item: item[:3])
-    return [_sample(number, pairs) for _, _, number, pairs in ranked[:shown]]
+    return [_sample(comparison, number, pairs) for _, _, number, pairs in ranked[:shown]]
 
 
 def trim(text: str, answer: str = "") -> list[Piece]:
@@ -109,15 +109,22 @@ def _marked(text: str, start: int, stop: int, found: tuple[int, int] | None) -> 
     return [Piece(kind, visible(text[left:right], lines=True)) for kind, left, right in cuts if left < right]
 
 
-def _sample(number: int, pairs: list[tuple[Row, Answer]]) -> Sample:
+def _sample(comparison: Comparison, number: int, pairs: list[tuple[Row, Answer]]) -> Sample:
     first = pairs[0][1]
-    lines = [Line(visible(row.method), trim(answer.output), *_verdict(answer.score)) for row, answer in pairs]
+    lines = [
+        Line(visible(row.method), trim(answer.error or answer.output), *_verdict(comparison, answer))
+        for row, answer in pairs
+    ]
     return Sample(number, len(first.prompt), trim(first.prompt, first.expected), trim(first.expected), lines)
 
 
-def _verdict(score: float) -> tuple[str, str]:
-    if not math.isfinite(score):
+def _verdict(comparison: Comparison, answer: Answer) -> tuple[str, str]:
+    if answer.error:
+        return "wrong", "failed"
+    if not math.isfinite(answer.score):
         return "unscored", "not scored"
-    if score >= 1 - 1e-9:
+    if comparison.metric == LOSS:
+        return "unscored", f"loss {answer.score:.2f}"
+    if answer.score >= 1 - 1e-9:
         return "right", "right"
-    return ("wrong", "wrong") if score <= 0 else ("partly", f"partly, {percent(score)}")
+    return ("wrong", "wrong") if answer.score <= 0 else ("partly", f"partly, {percent(answer.score)}")

@@ -9,42 +9,47 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.bench.results import Comparison
-from foveate.report.columns import COLUMNS, Cell, cells, ordered, visible
+from foveate.report.columns import Cell, cells, columns, ordered, visible
 
 
 def render(comparison: Comparison) -> Table:
-    """One line per method, the baseline first; ratios to it are dim, the best of each column is bold.
+    """Two lines per method, the baseline first: numbers, and under them, dim, intervals and ratios to the baseline.
 
-    `rich.print(render(comparison))` shows it. Names are shown as they are: markup and control codes in them do nothing.
+    The best of each column is bold. `rich.print(render(comparison))` shows it. Names are shown as they are: markup and
+    control codes in them do nothing.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("method", no_wrap=True)
-    for column in COLUMNS:
-        # Wide enough for any number: where the terminal is narrow, only the ratio moves to a second line.
+    for column in columns(comparison):
+        # Wide enough for any number: where the terminal is narrow, only the remarks break.
         table.add_column(column.heading, justify="right", min_width=7)
     for row, line in zip(ordered(comparison), cells(comparison), strict=True):
         name = Text(visible(row.method), style="bold" if row.method == comparison.baseline else "")
+        if row.error:
+            name.append("\nfailed" if not row.answers else "\nfailed in part", style="not bold red")
         table.add_row(name, *map(_rich_cell, line))
     return table
 
 
 def markdown(comparison: Comparison) -> str:
-    """The same table for a README; the best of each column is bold, ratios stand in brackets."""
-    heads = ["method", *(column.heading for column in COLUMNS)]
-    lines = [_line(heads), _line(["---", *("---:" for _ in COLUMNS)])]
+    """The same table for a README; the best of each column is bold, intervals and ratios stand in brackets."""
+    heads = ["method", *(column.heading for column in columns(comparison))]
+    lines = [_line(heads), _line(["---", *("---:" for _ in heads[1:])])]
     for row, line in zip(ordered(comparison), cells(comparison), strict=True):
-        lines.append(_line([_escape(visible(row.method)), *map(_markdown_cell, line)]))
+        name = _escape(visible(row.method)) + (f" (failed: {_escape(visible(row.error))})" if row.error else "")
+        lines.append(_line([name, *map(_markdown_cell, line)]))
     return "\n".join(lines) + "\n"
 
 
 def _rich_cell(cell: Cell) -> Text:
     text = Text(cell.text, style="bold green" if cell.best else "")
-    return text.append(f" ({cell.ratio})", style="not bold dim default") if cell.ratio else text
+    return text.append(f"\n{cell.remark}", style="not bold dim default") if cell.remark else text
 
 
 def _markdown_cell(cell: Cell) -> str:
     text = f"**{cell.text}**" if cell.best else cell.text
-    return f"{text} ({cell.ratio})" if cell.ratio else text
+    remarks = ", ".join(filter(None, [cell.interval, cell.ratio, cell.spread]))
+    return f"{text} ({remarks})" if remarks else text
 
 
 def _line(parts: list[str]) -> str:
