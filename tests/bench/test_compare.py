@@ -1,64 +1,26 @@
-"""`compare`: what it measures, what it keeps when interrupted, and what it refuses before writing anything."""
+"""`compare`: what it measures, and what it refuses before writing anything."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
+from foveate.bench import known
 from foveate.bench.compare import compare
-from foveate.bench.memory import peak_bytes
 from foveate.core.errors import FoveateError, OptionError, TaskError, UnknownKey, UnsupportedModel
 from foveate.models import byte_tokenizer as bytes_
+from tests.bench.conftest import write_prompts
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random decoder with the byte tokenizer, as a checkpoint."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=bytes_.VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=768,
-        bos_token_id=bytes_.BOS, eos_token_id=bytes_.EOS, pad_token_id=bytes_.PAD,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(path)
-    bytes_.build(768).save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    file = tmp_path / "mine.jsonl"
-    rows = [{"prompt": f"{'word ' * 30}and the key is {n}", "answer": " ab"} for n in range(2)]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
-
-
-class Watch:
-    """Counts progress, and stops the run after some steps where asked to."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.total, self.steps, self.stop_at = 0, 0, stop_at
-
-    def start(self, total: int) -> None:
-        self.total = total
-
-    def say(self, label: str) -> None: ...
-
-    def advance(self, label: str) -> None:
-        self.steps += 1
-        if self.steps == self.stop_at:
-            raise KeyboardInterrupt
-
-
-def test_a_persons_own_model_and_prompts(folder: Path, prompts: Path, tmp_path: Path) -> None:
-    watch, out = Watch(), tmp_path / "out"
+def test_a_persons_own_model_and_prompts(decoder: Path, prompts: Path, tmp_path: Path, watching: type) -> None:
+    watch, out = watching(), tmp_path / "out"
     found = compare(
-        model=str(folder), task=str(prompts), methods=["sink_recent", "razor_attention", "sliding_window"], budget=0.4,
+        model=str(decoder), task=str(prompts), methods=["sink_recent", "razor_attention", "sliding_window"], budget=0.4,
         out=out, progress=watch,
     )  # fmt: skip
     assert [row.method for row in found.rows] == ["full", "sink_recent", "razor_attention", "sliding_window"]
@@ -66,49 +28,103 @@ def test_a_persons_own_model_and_prompts(folder: Path, prompts: Path, tmp_path: 
     assert (full.cache_kept, full.keys_read) == (1.0, 1.0) and (window.cache_kept, window.keys_read) == (1.0, 1.0)
     assert 0.3 < sink.cache_kept < 0.45 and sink.keys_read < 0.5 and razor.cache_kept < 0.45
     assert sink.options["recent"] > 4 and razor.options["heads"].endswith("of 6")
-    assert all(row.prefill_ms > 0 and row.decode_ms > 0 and row.peak_mb > 0 for row in found.rows)
-    assert [a.expected for a in full.answers] == [" ab", " ab"] and watch.steps == watch.total == 8
+    assert all(row.prefill_ms > 0 and row.decode_ms > 0 and row.peak_mb >= row.memory_mb > 0 for row in found.rows)
+    assert sink.memory_mb < full.memory_mb
+    assert [a.expected for a in full.answers] == [" ab"] * 3 and len(watch.labels) == watch.total == 12
     assert json.loads((out / "results.json").read_text())["rows"][1]["method"] == "sink_recent"
 
 
-def test_ctrl_c_keeps_what_is_measured_and_a_second_run_resumes(folder: Path, tmp_path: Path) -> None:
-    settings = {
-        "model": str(folder),
-        "methods": ["sink_recent", "sliding_window"],
-        "length": 400,
-        "examples": 2,
-        "out": tmp_path,
-    }
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        compare(**settings, progress=Watch(stop_at=5))
-    assert stopped.value.args == (2, 3)
-    kept = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["method"] for row in kept] == ["full", "sink_recent"]
-    again = Watch()
-    found = compare(**settings, progress=again)
-    assert again.total == 2 and [row.method for row in found.rows] == ["full", "sink_recent", "sliding_window"]
-    assert found.rows[0].prefill_ms == kept[0]["prefill_ms"]
-    other = Watch()
-    compare(**{**settings, "budget": 0.5}, progress=other)
-    assert other.total == 6  # other settings: nothing of it can be reused
+def test_methods_take_turns_prompt_by_prompt(decoder: Path, prompts: Path, tmp_path: Path, watching: type) -> None:
+    """All on the first prompt before the second; another begins each time; each time has the full cache's beside it."""
+    watch, keys = watching(), ["full", "sink_recent", "sliding_window"]
+    found = compare(model=str(decoder), task=str(prompts), methods=keys, out=tmp_path / "out", progress=watch)
+    assert [watch.labels[at : at + 3] for at in (0, 3, 6)] == [keys, keys[1:] + keys[:1], keys[2:] + keys[:2]]
+    full, sink, _ = found.rows
+    assert [answer.base_decode_ms for answer in sink.answers] == [answer.decode_ms for answer in full.answers]
+    assert [answer.base_prefill_ms for answer in sink.answers] == [answer.prefill_ms for answer in full.answers]
+    ratios = sorted(a.decode_ms / a.base_decode_ms for a in sink.answers)
+    assert found.paired(sink, "decode_ms") == (ratios[1], ratios[0], ratios[2])
 
 
-def test_learnt_gates_are_kept_beside_the_results(
-    folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_budget_is_each_prompts_own(decoder: Path, tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "lengths.jsonl", ["x" * 60, "y " * 250, "z" * 200])
+    methods = ["sink_recent", "sliding_window"]
+    found = compare(model=str(decoder), task=str(file), methods=methods, budget=0.25, out=tmp_path / "out")
+    for answer in found.rows[1].answers:
+        assert answer.cache_kept == pytest.approx(0.25, abs=0.02), answer.tokens
+    assert [answer.tokens for answer in found.rows[1].answers] == [61, 501, 201]
+    assert found.rows[1].options["recent"] == "11 to 121" and found.rows[1].options["sink"] == 4
+    assert found.rows[2].options["window"] == "11 to 121"
+
+
+def test_one_method_that_fails_is_a_row_with_its_reason(
+    decoder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from foveate.kv import duo_attention
+    from foveate.kv.recycled_attention import RecycledAttention
+    from foveate.kv.sink_recent import SinkRecent
+    from foveate.kv.token_select import TokenSelect
 
-    calls = []
+    def refuse(*_: object, **__: object) -> None:
+        raise OptionError("budget=0.35 leaves no room")
 
-    def train(model: object, data: object, **options: object) -> torch.Tensor:
-        calls.append(next(iter(data))[0].shape)  # type: ignore[call-overload]
-        return torch.rand(3, 2)
+    monkeypatch.setattr(SinkRecent, "at_budget", refuse)
+    monkeypatch.setattr(RecycledAttention, "calibrate", classmethod(refuse))
+    monkeypatch.setattr(TokenSelect, "bind", lambda *_: [].pop())
+    methods = ["sink_recent", "recycled_attention", "token_select", "sliding_window"]
+    found = compare(model=str(decoder), task=str(prompts), methods=methods, out=tmp_path / "out")
+    assert [row.error for row in found.rows] == [
+        "", "budget=0.35 leaves no room", "budget=0.35 leaves no room", "IndexError: pop from empty list", "",
+    ]  # fmt: skip
+    assert [len(row.answers) for row in found.rows] == [3, 0, 0, 0, 3]
 
-    monkeypatch.setattr(duo_attention, "duo_train", train)
-    settings = {"model": str(folder), "task": str(prompts), "methods": ["duo_attention"], "out": tmp_path}
-    compare(**settings)
-    compare(**settings, fresh=True)
-    assert len(calls) == 1 and (tmp_path / "duo_attention.safetensors").exists()
+
+def test_a_prompt_on_which_a_method_fails_counts_as_a_wrong_answer(
+    decoder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foveate.kv.sink_recent import SinkRecent
+
+    honest = SinkRecent.at_budget.__func__  # type: ignore[attr-defined]
+
+    def only_short(cls: type, budget: float, host: object, length: int) -> object:
+        if length > 200:
+            raise RuntimeError("out of\nmemory")
+        return honest(cls, budget, host, length)
+
+    monkeypatch.setattr(SinkRecent, "at_budget", classmethod(only_short))
+    file = write_prompts(tmp_path / "lengths.jsonl", ["x" * 60, "y" * 300, "z" * 100])
+    settings = {"model": str(decoder), "task": str(file), "methods": ["sink_recent"], "out": tmp_path / "out"}
+    row = compare(**settings).rows[1]
+    assert row.error == "1 of 3 prompts: RuntimeError: out of memory"
+    assert [answer.error for answer in row.answers] == ["", "RuntimeError: out of memory", ""]
+    assert row.answers[1].score == 0.0 and len([a for a in row.answers if a.cache_kept > 0]) == 2
+    monkeypatch.undo()
+    again = compare(**settings).rows[1]  # what failed is tried again; what did not is there
+    assert again.error == "" and again.answers[0] == row.answers[0]
+
+
+def test_a_prompt_past_the_context_is_refused_for_the_full_cache_only(decoder: Path, tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "long.jsonl", ["x" * 60, "y" * 900])
+    found = compare(model=str(decoder), task=str(file), methods=["sink_recent"], budget=0.2, out=tmp_path / "out")
+    full, sink = found.rows
+    assert full.error == (
+        "1 of 2 prompts: the prompt and its answer take 901 + 5 tokens; the model's context holds 768"
+    )
+    assert sink.error == "" and [len(row.answers) for row in found.rows] == [2, 2]
+    assert math.isnan(sink.answers[1].base_prefill_ms) and sink.answers[1].prefill_ms > 0
+    assert full.memory_mb > sink.memory_mb > 0  # measured on the prompt that both can read
+
+
+@pytest.mark.parametrize("key", [key for key in known.methods() if key not in known.policies()])
+def test_every_operator_on_offer_can_read_a_prompt(decoder: Path, prompts: Path, tmp_path: Path, key: str) -> None:
+    settings = {"model": str(decoder), "task": str(prompts), "examples": 1, "out": tmp_path / "out"}
+    rows = compare(methods=[key], **settings).rows
+    assert [row.error for row in rows] == [""] * len(rows)
+
+
+def test_what_cannot_read_a_prompt_is_not_on_offer() -> None:
+    assert "efficient_attention" not in known.methods()
+    with pytest.raises(UnknownKey, match="efficient_attention"):
+        known.check(["full", "efficient_attention"])
 
 
 @pytest.mark.parametrize(
@@ -121,6 +137,8 @@ def test_learnt_gates_are_kept_beside_the_results(
         ({"dtype": "float31"}, OptionError, "dtype"),
         ({"device": "warp"}, OptionError, "device"),
         ({"examples": 0}, OptionError, "examples"),
+        ({"batch": 0}, OptionError, "batch"),
+        ({"score": "exat"}, UnknownKey, 'did you mean "exact"'),
         ({"length": 12}, OptionError, "length"),
         ({"length": 900}, TaskError, "context holds 768"),
         ({"task": "poetry"}, TaskError, "poetry"),
@@ -130,15 +148,15 @@ def test_learnt_gates_are_kept_beside_the_results(
     ],
 )  # fmt: skip
 def test_refuses_in_one_line_and_writes_nothing(
-    folder: Path, tmp_path: Path, options: dict[str, object], error: type[FoveateError], says: str
+    decoder: Path, tmp_path: Path, options: dict[str, object], error: type[FoveateError], says: str
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(error, match=says) as raised:
-        compare(**{"model": str(folder), "out": out, "examples": 1, "length": 500, **options})  # type: ignore[arg-type]
+        compare(**{"model": str(decoder), "methods": ["full"], "out": out, "examples": 1, "length": 500, **options})  # type: ignore[arg-type]
     assert "\n" not in str(raised.value) and not out.exists()
 
 
-def test_refuses_encoders_and_pickles(folder: Path, tmp_path: Path) -> None:
+def test_refuses_encoders_and_pickles(decoder: Path, tmp_path: Path) -> None:
     encoder = tmp_path / "encoder"
     BertLMHeadModel(
         BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
@@ -147,20 +165,9 @@ def test_refuses_encoders_and_pickles(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="decoder"):
         compare(model=str(encoder), out=tmp_path / "out")
     pickled = tmp_path / "pickled"
-    LlamaForCausalLM.from_pretrained(folder).config.save_pretrained(pickled)
+    LlamaForCausalLM.from_pretrained(decoder).config.save_pretrained(pickled)
     bytes_.build(768).save_pretrained(pickled)
     torch.save({}, pickled / "pytorch_model.bin")
     with pytest.raises(UnsupportedModel, match="safetensors"):
         compare(model=str(pickled), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_peak_bytes_counts_what_is_alive_at_once() -> None:
-    def work() -> None:
-        a = torch.zeros(1000)
-        b = a + 1  # both alive: 8,000 bytes
-        del a
-        c = b.view(10, 100)  # a view costs nothing
-        c + 1
-
-    assert peak_bytes(work, torch.device("cpu")) == 8000

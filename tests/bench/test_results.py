@@ -14,9 +14,15 @@ from foveate.core.errors import FoveateError, OptionError
 
 
 def make_row(method: str = "full", **values) -> Row:
-    numbers = dict(score=0.5, cache_kept=1.0, keys_read=1.0, prefill_ms=20.0, decode_ms=4.0, peak_mb=80.0)
+    numbers = dict(score=0.5, cache_kept=1.0, keys_read=1.0, prefill_ms=20.0, decode_ms=4.0)
+    megabytes = dict(prompt_mb=60.0, answer_mb=64.0, peak_mb=80.0)
     answers = [Answer("where is it?", "here", "there", 0.0), Answer("2 + 2 =", "4", "4", 1.0)]
-    return Row(method, method.title(), {"sink": 4}, **(numbers | values), answers=answers)
+    return Row(method, method.title(), {"sink": 4}, **({"answers": answers} | numbers | megabytes | values))
+
+
+def timed(*pairs: tuple[float, float]) -> list[Answer]:
+    """Answers that took so long to decode, beside the baseline."""
+    return [Answer("p", "e", "e", 1.0, decode_ms=own, base_decode_ms=base) for own, base in pairs]
 
 
 def make_comparison(*rows: Row, **values) -> Comparison:
@@ -25,11 +31,54 @@ def make_comparison(*rows: Row, **values) -> Comparison:
 
 
 def test_ratio_is_to_the_baseline():
-    duo = make_row("duo", prefill_ms=10.0, score=0.25)
+    duo = make_row("duo", prompt_mb=32.0, answer_mb=8.0, score=0.25)
     comparison = make_comparison(make_row(), duo)
-    assert comparison.ratio(duo, "prefill_ms") == 0.5
+    assert comparison.ratio(duo, "memory_mb") == 0.5
     assert comparison.ratio(duo, "score") == 0.5
     assert comparison.ratio(comparison.rows[0], "peak_mb") == 1.0
+
+
+def test_ratios_of_times_are_paired_prompt_by_prompt():
+    """A machine that becomes ten times as slow halfway changes nothing."""
+    duo = make_row("duo", answers=timed((2, 4), (2.2, 4), (30, 60), (19, 40)), decode_ms=1000.0)
+    comparison = make_comparison(make_row(), duo)
+    assert comparison.paired(duo, "decode_ms") == (0.5, 0.475, 0.55)
+    assert comparison.ratio(duo, "decode_ms") == 0.5
+    assert comparison.ratio(duo, "prefill_ms") is None
+
+
+@pytest.mark.parametrize("ratios, is_certain", [
+    ([0.5, 0.5, 0.5], True), ([4.0, 6.0, 7.9], True), ([0.9, 1.0, 1.1], True), ([0.08, 0.5, 1.5], False),
+    ([0.7, 1.0, 1.2], False), ([3.0, 5.0, 6.1], False),
+])  # fmt: skip
+def test_a_ratio_is_withheld_where_its_spread_makes_it_meaningless(ratios, is_certain):
+    duo = make_row("duo", answers=timed(*[(ratio, 1.0) for ratio in ratios]))
+    comparison = make_comparison(make_row(), duo)
+    assert comparison.paired(duo, "decode_ms").is_certain == is_certain
+    assert (comparison.ratio(duo, "decode_ms") is not None) == is_certain
+    derived = json.loads(comparison.to_json())["rows"][1]["derived"]
+    assert derived["withheld"] == ([] if is_certain else ["decode_ms"])
+    assert derived["ratios"]["decode_ms"]["high"] == max(ratios)
+
+
+def test_two_prompts_give_no_ratio_of_times():
+    duo = make_row("duo", answers=timed((1, 2), (1, 2), (math.nan, 2), (1, math.nan)))
+    assert make_comparison(make_row(), duo).paired(duo, "decode_ms") is None
+
+
+def test_a_row_sums_up_its_answers():
+    answers = [
+        Answer("p", "e", "e", 1.0, 9, 0.4, 0.3, 10.0, 2.0),
+        Answer("p", "e", "e", 0.0, 9, 0.2, 0.1, 30.0, 4.0),
+        Answer("p", "e", "", 0.0, 9, error="too long"),
+    ]
+    row = Row.summing("duo", "Duo", {}, answers, [1.0, 2.0, 3.0], "1 of 3 prompts: too long")
+    assert (row.score, row.cache_kept, row.keys_read) == (1 / 3, pytest.approx(0.3), pytest.approx(0.2))
+    assert (row.prefill_ms, row.decode_ms, row.memory_mb, row.peak_mb) == (20.0, 3.0, 2.0, 3.0)
+    assert row.score_interval == pytest.approx((0.0615, 0.7923), abs=1e-4)
+    failed = Row.failed("gta", "GTA", "no")
+    assert math.isnan(failed.score) and failed.score_interval is None and failed.error == "no"
+    assert make_comparison(failed).to_json() == Comparison.from_json(make_comparison(failed).to_json()).to_json()
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
@@ -50,7 +99,12 @@ def test_ratio_refuses_what_is_not_measured():
 
 
 def test_json_round_trip_is_lossless(tmp_path):
-    comparison = make_comparison(make_row(), make_row("duo", score=1 / 3))
+    numbers = dict(
+        cache_kept=0.5, keys_read=0.4, prefill_ms=1.5, decode_ms=0.1, base_prefill_ms=3.0, base_decode_ms=1.0
+    )
+    answers = [Answer("p", "e", "o", 1 / 3, 7, **numbers, error="x")]
+    row = make_row("duo", score=1 / 3, answers=answers, error="1 of 2 prompts: x")
+    comparison = make_comparison(make_row(answers=answers), row, metric="loss", batch=4, digest="abc")
     assert Comparison.from_json(comparison.to_json()) == comparison
     path = comparison.save(tmp_path / "new folder" / "results.json")
     assert Comparison.load(path) == comparison
@@ -66,9 +120,12 @@ def test_any_text_survives_the_file(tmp_path):
         "\u2028",
     ]
     row = make_row()
-    row.answers[:] = [Answer(text, text, text, 1.0) for text in texts]
+    row.answers[:] = [Answer(text, text, text, 1.0, error=text) for text in texts]
     comparison = make_comparison(row)
-    assert Comparison.load(comparison.save(tmp_path / "results.json")) == comparison
+    said = Comparison.load(comparison.save(tmp_path / "results.json")).rows[0].answers
+    assert [(answer.prompt, answer.expected, answer.output, answer.error) for answer in said] == [
+        (text,) * 4 for text in texts
+    ]
 
 
 def test_numbers_that_json_lacks_become_null_and_read_as_nan():
@@ -98,7 +155,9 @@ def test_settings_identify_the_run_whatever_was_measured_yet():
     assert Comparison.from_json(full.to_json()).settings() == full.settings()
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"model": "other"}, {"budget": 0.5}, {"examples": 3}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"model": "other"}, {"budget": 0.5}, {"examples": 3}, {"digest": "0"}, {"metric": "exact"}]
+)
 def test_settings_differ_where_runs_do(change):
     assert make_comparison(**change).settings() != make_comparison().settings()
 
@@ -115,7 +174,7 @@ def broken(change) -> str:
         ("", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ("{", "not valid JSON"),
-        ("[]", 'not a comparison: "format" must be "foveate.comparison/1"'),
+        ("[]", 'not a comparison: "format" must be "foveate.comparison/2"'),
         (broken(lambda it: it.update(format="foveate.comparison/9")), "not a comparison"),
         (broken(lambda it: it.pop("seed")), "seed is missing"),
         (broken(lambda it: it.update(extra=1)), "'extra' is unknown"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +29,8 @@ def run(*args: object):
 
 def comparison() -> Comparison:
     def row(method: str, score: float, kept: float) -> Row:
-        answers = [Answer("Where?", "here", "here", score)]
-        return Row(method, method.title(), {}, score, kept, kept, 12.0, 3.0, 40.0, answers)
+        answers = [Answer("Where?", "here", "here", score, 9, kept, kept, 12.0, 3.0, 12.0, 3.0)]
+        return Row(method, method.title(), {}, score, kept, kept, 12.0, 3.0, 40.0, 30.0, 50.0, answers)
 
     run = {"model": "lab", "task": "needle", "seed": 0, "device": "cpu", "dtype": "float32", "versions": {"torch": "2"}}
     rows = [row("full", 1.0, 1.0), row("duo_attention", 0.5, 0.35)]
@@ -100,7 +103,7 @@ def test_wrong_usage_exits_with_2(args: list[str]) -> None:
 def test_compare_passes_everything_on(compare: FakeCompare, tmp_path: Path) -> None:
     options = (
         "--model some/model --task t.jsonl --methods full,duo_attention,,  --budget 0.2 --examples 3 --length 300 "
-        "--seed 7 --device cuda --dtype bfloat16 --fresh --trust-remote-code "
+        "--seed 7 --device cuda --dtype bfloat16 --fresh --trust-remote-code --score exact --batch 2 "
         "--prompt-field doc.q --answer-field a --chat --new-tokens 9"
     ).split()
     result = run("compare", *options, "--out", tmp_path)
@@ -112,6 +115,8 @@ def test_compare_passes_everything_on(compare: FakeCompare, tmp_path: Path) -> N
         "budget": 0.2,
         "examples": 3,
         "length": 300,
+        "score": "exact",
+        "batch": 2,
         "seed": 7,
         "device": "cuda",
         "dtype": "bfloat16",
@@ -131,7 +136,9 @@ def test_compare_defaults(compare: FakeCompare, tmp_path: Path, monkeypatch: pyt
     assert compare.given["out"] == Path("foveate-compare")
     assert compare.given["budget"] == 0.35
     left = [name for name, value in compare.given.items() if value is None]
-    assert left == ["model", "task", "methods", "examples", "length", "prompt_field", "answer_field", "new_tokens"]
+    assert left == [
+        "model", "task", "methods", "examples", "length", "score", "prompt_field", "answer_field", "new_tokens",
+    ]  # fmt: skip
 
 
 def test_compare_prints_a_table_and_where_the_files_are(compare: FakeCompare, tmp_path: Path) -> None:
@@ -154,9 +161,32 @@ def test_compare_interrupted(compare: FakeCompare, tmp_path: Path) -> None:
     result = run("compare", "--out", tmp_path)
     assert result.exit_code == 1
     assert result.stderr.strip().endswith(
-        f"interrupted: 3 of 7 methods measured are kept in {tmp_path}; run the same command to resume"
+        f"interrupted: 3 of 7 answers are kept in {tmp_path}; run the same command to resume"
     )
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_request_to_terminate_is_handled_as_ctrl_c(compare: FakeCompare, tmp_path: Path) -> None:
+    class Terminates(FakeCompare):
+        def __call__(self, **given: object) -> Comparison:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(1, 2) from None
+            raise AssertionError("went on")
+
+    sys.modules["foveate.bench.compare"].compare = Terminates()  # type: ignore[attr-defined]
+    before = signal.getsignal(signal.SIGTERM)
+    result = run("compare", "--out", tmp_path)
+    assert (result.exit_code, signal.getsignal(signal.SIGTERM)) == (1, before)
+    assert "interrupted: 1 of 2 answers are kept" in result.stderr
+
+
+def test_help_lists_methods_tasks_and_scores() -> None:
+    shown = " ".join(run("compare", "--help").output.replace("│", " ").split())
+    for name in ("sink_recent", "act_calibration", "sliding_window", "needle", "mqar", "first-number", "rouge", "loss"):
+        assert name in shown
+    assert not re.search(r"(?<![a-z_])efficient_attention", shown)  # reads no prompt: it is not causal
 
 
 def test_compare_interrupted_while_loading(compare: FakeCompare, tmp_path: Path) -> None:
@@ -248,7 +278,7 @@ def test_systems_card() -> None:
         "https://arxiv.org/abs/2405.12345",
         "foveate.cli.console:Bar",
         "policy, cheap",
-        "A progress bar on stderr",
+        "Progress on stderr",
         "label: str",
         "    bar.start(3)",
     ):

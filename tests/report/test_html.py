@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from foveate.bench.results import Answer, Comparison
+from foveate.bench.results import Answer, Comparison, Row
 from foveate.core.errors import OptionError
 from foveate.report.figures import figures, label
 from foveate.report.html import render, write
@@ -104,6 +104,7 @@ def test_labels_hold_no_markup_for_plotly(hostile):
 def test_numbers_that_are_not_finite_stay_out_of_the_figures(hostile):
     data = figures(hostile)
     assert [len(panel["points"]) for panel in data["quality"]["panels"]] == [3, 3]
+    assert len(data["cost"]["names"]) == 3  # a method that failed has no bars
     assert json.loads(json.dumps(data, allow_nan=False)) == data
 
 
@@ -159,10 +160,29 @@ def test_partial_and_missing_scores_are_said_in_words(comparison):
     assert [line.verdict.replace("\N{NO-BREAK SPACE}", " ") for line in sample.lines] == ["partly, 25 %", "not scored"]
 
 
+def test_a_method_that_failed_has_a_row_with_the_reason(comparison):
+    rows = [*comparison.rows, Row.failed("gta", "GTA", "head_dim=<b>7</b>")]
+    page = Page(render(replace(comparison, rows=rows)))
+    (cell,) = [cell for cell in page.all("td") if "colspan" in cell]
+    assert cell == {"class": "reason", "colspan": "6"} and page.text.count("head_dim=<b>7</b>") == 3
+    assert "gta" not in figures(replace(comparison, rows=rows))["cost"]["names"]
+
+
+def test_a_loss_has_figures_without_per_cent(comparison):
+    losses = replace(comparison, metric="loss", rows=[replace(row, score=2 + row.score) for row in comparison.rows])
+    data = figures(losses)["quality"]
+    assert (data["unit"], data["better"], data["line"]) == ("", "lower", 3.0)
+    assert (
+        "loss 0.00" in Page(render(losses)).text
+        and "further left is cheaper,\n      lower" in Page(render(losses)).text
+    )
+
+
 @pytest.mark.parametrize("keep", [0, 1, 2])
 def test_an_interrupted_run_has_a_page_too(comparison, keep):
     early = replace(comparison, rows=comparison.rows[:keep])
     page = Page(render(early))
+    assert "0 methods measured" in page.text or keep
     assert len([row for row in page.all("tr") if row.get("class") in ("baseline", "lead", "other")]) == keep
     assert ("full was not measured" in page.text) == (keep < 2)
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from foveate.bench.results import Comparison
-from foveate.report.columns import cells, number, percent, times, visible
+from foveate.bench.results import Comparison, Row
+from foveate.report.columns import VARIES, between, cells, number, percent, plain_number, times, visible
 from foveate.report.headline import about, headline, notes
 from foveate.report.table import markdown, render
 
@@ -50,34 +50,88 @@ def test_times(ratio, text):
 
 def test_one_line_per_method_and_the_baseline_first(comparison):
     lines = shown(comparison).rstrip().splitlines()
-    assert lines[0].split() == "method score cache kept keys read prefill decode / token peak memory".split()
-    names = [line.split()[0] for line in lines[2:]]
+    assert lines[0].split() == "method score cache kept keys read prefill decode / token memory".split()
+    names = [line.split()[0] for line in lines[2:] if not line.startswith(" ")]
     assert names == ["full", "sink_recent", "duo_attention", "token_select", "act_calibration"]
 
 
-def test_every_number_has_its_ratio_to_the_baseline(comparison):
-    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in shown(comparison).splitlines()[2:]}
-    assert lines["full"] == "100 % 100 % 100 % 82.1 ms 4.13 ms 98.2 MB"
-    ratios = "100 % (1.00×) 31 % (0.31×) 30 % (0.30×) 84.4 ms (1.03×) 3.05 ms (0.74×) 69.0 MB (0.70×)"
-    assert lines["duo_attention"] == ratios
+def test_every_number_has_its_interval_or_its_ratio_to_the_baseline(comparison):
+    lines = shown(comparison).splitlines()
+    at = {line.split()[0]: index for index, line in enumerate(lines) if line and not line.startswith(" ")}
+    numbers, remarks = (" ".join(lines[at["full"] + more].split()) for more in (0, 1))
+    assert (numbers, remarks) == ("full 100 % 100 % 100 % 82.1 ms 4.13 ms 98.2 MB", "51–100 %")
+    numbers, remarks = (" ".join(lines[at["duo_attention"] + more].split()) for more in (0, 1))
+    assert numbers == "duo_attention 100 % 31 % 30 % 84.4 ms 3.05 ms 69.0 MB"
+    assert remarks == "51–100 % 1.00× 0.31× 0.30× 1.03× (1.00–1.06) 0.74× (0.72–0.76) 0.70×"
+
+
+def test_a_ratio_that_is_too_unsure_is_withheld_and_a_note_says_so(comparison):
+    answers = comparison.rows[2].answers
+    wild = [replace(answer, decode_ms=time) for answer, time in zip(answers, (1, 3, 5, 7), strict=True)]
+    unsure = alter(comparison, "duo_attention", answers=wild)
+    assert cells(unsure)[2][4].ratio == VARIES and cells(unsure)[2][3].ratio == "1.03×"
+    assert "varies" in shown(unsure)
+    (note,) = notes(unsure)
+    assert "vary too much for a ratio: duo_attention (decode / token)." in note
+    few = replace(comparison, rows=[replace(row, answers=row.answers[:2]) for row in comparison.rows])
+    assert notes(few) == ("Ratios of times need at least 3 prompts that full has read too.",)
+    assert cells(few)[2][4].ratio == ""
+
+
+def test_a_method_that_fails_is_a_row_with_its_reason(comparison):
+    failed = replace(comparison, rows=[*comparison.rows, Row.failed("gta", "GTA", "head_dim=7 must be even")])
+    part = alter(failed, "full", error="1 of 4 prompts: too long")
+    lines = shown(part).splitlines()
+    assert [line.split() for line in lines if line.startswith("gta")] == [["gta", *["–"] * 6]]
+    assert any(line.startswith("failed ") for line in lines) and any(
+        line.startswith("failed in part") for line in lines
+    )
+    assert notes(part) == ("full failed on 1 of 4 prompts: too long", "gta did not run: head_dim=7 must be even")
+    assert markdown(part).splitlines()[-1].startswith("| gta (failed: head\\_dim=7 must be even) | – | – |")
+    assert words(headline(part)) == words(headline(comparison))
+    assert headline(replace(failed, rows=failed.rows[-1:])) == "0 methods measured, without full to compare with"
+
+
+def test_who_used_more_than_the_budget_is_named(comparison):
+    over = alter(comparison, "token_select", keys_read=0.6)
+    assert [words(note) for note in notes(over)] == ["Used more than the budget of 40 %: token_select 60 %."]
+
+
+def test_a_loss_is_better_the_lower_it_is(comparison):
+    losses = {"full": 2.0, "sink_recent": 2.6, "duo_attention": 2.01}
+    rows = [replace(row, score=losses[row.method]) for row in comparison.rows if row.method in losses]
+    found = replace(comparison, rows=rows, metric="loss")
+    assert [line[0].text for line in cells(found)] == ["2.000", "2.600", "2.010"]
+    assert [line[0].best for line in cells(found)] == [True, False, False]
+    assert not any(line[0].ratio for line in cells(found))
+    assert words(headline(found)) == "At 31 % of the cache, duo_attention keeps 99.0 % of the full likelihood per token"
+    assert "loss" in shown(found).splitlines()[0]
+
+
+@pytest.mark.parametrize("interval, show, text", [
+    ((0.76, 1.0), percent, "76–100 %"), ((0.72, 0.764), times, "0.72–0.76"), ((80.0, 120.0), times, "80.0–120"),
+    (None, percent, ""), ((1.2345, 2.3), plain_number, "1.234–2.300"),
+])  # fmt: skip
+def test_intervals_say_their_unit_once(interval, show, text):
+    assert words(between(interval, show)) == text
 
 
 def test_a_narrow_terminal_moves_ratios_down_but_breaks_no_number(comparison):
     text = shown(comparison, width=80)
     assert max(map(len, text.splitlines())) <= 80
-    for part in ("sink_recent", "act_calibration", "84.4 ms", "(0.74×)", "1,310 MB", "(13.3×)"):
+    for part in ("sink_recent", "act_calibration", "84.4 ms", "0.74×", "1,310 MB", "13.3×"):
         assert part in text
 
 
 def test_ratios_are_dim_and_the_best_stands_out(comparison):
     line = next(line for line in shown(comparison, colour=True).splitlines() if "duo_attention" in line)
     assert "\x1b[1;32m3.05 ms\x1b[0m" in line
-    assert "2;39m (0.74×)" in line
+    assert "\x1b[2m0.74× (0.72–0.76)" in shown(comparison, colour=True)
     assert "\x1b[1;32m84.4 ms" not in line
 
 
 def test_nobody_is_best_where_all_are_alike(comparison):
-    same = replace(comparison, rows=[replace(row, peak_mb=98.24) for row in comparison.rows])
+    same = replace(comparison, rows=[replace(row, prompt_mb=98.24, answer_mb=98.24) for row in comparison.rows])
     assert not any(line[-1].best for line in cells(same))
     assert sum(line[1].best for line in cells(same)) == 1
 
@@ -98,9 +152,9 @@ def test_names_cannot_steer_the_terminal(comparison, hostile):
 
 def test_markdown_is_a_table_with_the_same_cells(comparison):
     lines = markdown(comparison).replace("\N{NO-BREAK SPACE}", " ").splitlines()
-    assert lines[0] == "| method | score | cache kept | keys read | prefill | decode / token | peak memory |"
+    assert lines[0] == "| method | score | cache kept | keys read | prefill | decode / token | memory |"
     assert lines[1].count("---:") == 6
-    assert lines[4].startswith(r"| duo\_attention | **100 %** (1.00×) | **31 %** (0.31×) |")
+    assert lines[4].startswith(r"| duo\_attention | **100 %** (51–100 %, 1.00×) | **31 %** (0.31×) |")
 
 
 def test_markdown_keeps_names_literal(comparison):
@@ -144,6 +198,6 @@ def test_headline_without_a_baseline_or_with_a_score_of_zero(comparison):
 def test_about_says_what_ran(comparison):
     expected = (
         "labs/lm answered 4 prompts of length 2,048 from the task needle, "
-        "under full and under 4 other methods at a cache budget of 40 %."
+        "under full and under 4 other methods at a budget of 40 % of each prompt’s cache."
     )
     assert words(about(comparison)) == expected

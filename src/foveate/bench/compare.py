@@ -116,14 +116,12 @@ def compare(
     with claimed(Path(out)) as folder, timing.threads() as threads:
         earlier = None if fresh else _earlier(folder / RESULTS)
         watch = progress or Silent()
-        loaded, tokenizer, source = load(
-            model, device, dtype, trust_remote_code=trust_remote_code, note=watch.say
-        )
+        loaded, tokenizer, source = load(model, device, dtype, trust_remote_code=trust_remote_code, note=watch.say)
         if methods is None and not Host(loaded).attention_modules():
             keys = [FULL]  # nothing to put a method on: the model's layers keep states of their own
         elif keys != [FULL]:
             host(loaded)
-        asked = prompts(chosen, tokenizer, loaded, chat=chat, new_tokens=new_tokens)
+        asked = prompts(chosen, tokenizer, loaded, chat=chat, new_tokens=new_tokens, score=score)
         question = _question(chosen, score, asked, tokenizer, loaded, batch)
         versions = _versions()
         world = digest.of(digest.of_model(loaded), device, dtype, versions, digest.of_code())
@@ -177,7 +175,9 @@ def _question(
     scores.check(metric, (prompt.example.answers for prompt in asked))
     forced = None
     if metric == scores.LOSS:
-        forced = [tokenizer(prompt.example.answer, add_special_tokens=False).input_ids for prompt in asked]
+        forced = [[] if prompt.answer_ids is None else prompt.answer_ids[0].tolist() for prompt in asked]
+        if not all(forced):
+            raise TaskError(f"example {forced.index([]) + 1} of {task.name} has an empty answer, which has no loss")
     named = scores.SCORES.get(metric)
     rule = task.score if score is None or named is None else lambda example, said: named(said, example.answers)
     return Question(asked, metric, rule, forced, size, *ends(tokenizer, model), tokenizer)

@@ -29,6 +29,8 @@ class Journal:
 
     def add(self, records: dict[str, dict[str, Any]]) -> None:
         """Write records down, all in one piece."""
+        if not records:
+            return
         self._records |= records
         lines = "".join(json.dumps({"key": key, **record}) + "\n" for key, record in records.items())
         try:

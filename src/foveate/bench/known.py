@@ -11,7 +11,8 @@ DEFAULT = (
     FULL, "sink_recent", "duo_attention", "razor_attention", "token_select", "tidal_decode", "recycled_attention",
     "hip",
 )  # fmt: skip
-TASKS = ("needle", "mqar", "copy")
+#: Causal operators that cannot stand in for a model's attention: Aaren asks one question, a model's tokens many.
+_ASK_OTHERWISE = ("aaren",)
 
 
 def policies() -> list[str]:
@@ -21,7 +22,8 @@ def policies() -> list[str]:
 
 def readers() -> list[str]:
     """Keys of the operators that can read a prompt in the place of a decoder's attention: the causal ones."""
-    return [row.key for row in systems(room="ops") if "causal self" in catalog.capabilities(row.key)["patterns"]]
+    causal = [row.key for row in systems(room="ops") if "causal self" in catalog.capabilities(row.key)["patterns"]]
+    return [key for key in causal if key not in _ASK_OTHERWISE]
 
 
 def methods() -> list[str]:

@@ -175,7 +175,7 @@ def answer(
 
 def memory(model: PreTrainedModel, methods: tuple[Method, ...], batch: Batch) -> list[float]:
     """Megabytes of tensors beyond the weights: alive after the prompt, alive after the answer, and most at any time."""
-    last, marks = batch.steps - 1, {}
+    last, marks, _ = batch.steps - 1, {}, batch.ids  # the prompt itself is made before anything is counted
     with Memory(model.device) as counted:
 
         def look(step: int) -> None:

@@ -34,6 +34,7 @@ class Memory:
         self._before = 0
 
     def __enter__(self) -> Self:
+        gc.freeze()  # what is there already need not be searched each time
         if self._alive is not None:
             self._alive.__enter__()
         else:
@@ -45,6 +46,7 @@ class Memory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        gc.unfreeze()
         if self._alive is not None:
             self._alive.__exit__(kind, error, trace)
 

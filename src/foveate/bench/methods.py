@@ -14,6 +14,7 @@ from foveate.bench.known import FULL
 from foveate.core.catalog import system
 from foveate.host import Host, Method
 from foveate.host.method import describe
+from foveate.kv.learnt import digest as tensors_digest
 from foveate.kv.policy import Policy
 from foveate.kv.prefill import PrefillSwap
 from foveate.ops.operator import Operator
@@ -49,7 +50,7 @@ class Contender:
     @property
     def identity(self) -> str:
         """The digest of all that tells two contenders for the same prompt apart."""
-        return digest.of(self.key, self.budget, digest.of_tensors(self._learnt))
+        return digest.of(self.key, self.budget, tensors_digest(self._learnt))
 
     def at(self, length: int) -> tuple[Method, ...]:
         """The methods for a prompt of `length` tokens."""
@@ -73,9 +74,12 @@ class Contender:
 
 def _operator(cls: type[Operator], host: Host, budget: float, length: int) -> Operator:
     """The operator for this model: one that has to know sizes gets the model's, and parameters of a fixed seed."""
-    sizes = {"heads": host.heads, "head_dim": head_dim(host)}
+    sizes = {"heads": host.heads, "kv_heads": host.kv_heads, "head_dim": head_dim(host)}
     asked = inspect.signature(cls.__init__).parameters
-    needed = {name: size for name, size in sizes.items() if name in asked and asked[name].default is asked[name].empty}
+    needs_sizes = any(name in sizes and option.default is option.empty for name, option in asked.items())
+    needed: dict[str, Any] = {name: size for name, size in sizes.items() if name in asked} if needs_sizes else {}
+    if "learned" in asked:  # where gates would come from a layer, the operator can learn its own
+        needed["learned"] = (host.heads, head_dim(host))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = cls(**needed) if needed else cls.at_budget(budget, length)

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from foveate.bench import known
 from foveate.cli.console import Bar, show
 from foveate.core.errors import OptionError
+from foveate.tasks.named import TASKS
+from foveate.tasks.scores import LOSS, SCORES
 
 Model = Annotated[
     str | None,
@@ -20,15 +23,25 @@ TaskName = Annotated[
     str | None,
     typer.Option(
         "--task",
-        help="A task's name, or prompts and answers: .jsonl, .json, .csv, .tsv, .parquet or a dataset's folder. "
-        "Default: needle.",
+        help=f"{', '.join([*TASKS, 'mqar', 'copy'])}; or a file of prompts and answers: .jsonl, .json, .csv, .tsv, "
+        ".parquet or a dataset's folder. Default: needle, or what the model was trained on.",
     ),
 ]
-Methods = Annotated[str | None, typer.Option(help="Keys from `foveate systems`, between commas. Default: a selection.")]
-Budget = Annotated[float, typer.Option(help="Share of the full cache that each method may use, in (0, 1].")]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Keys between commas. Policies: {', '.join(known.policies())}. Operators that read the prompt: "
+        f"{', '.join(known.readers())}. The full cache always runs. Default: {', '.join(known.DEFAULT[1:])}."
+    ),
+]
+Budget = Annotated[float, typer.Option(help="Share of each prompt's full cache that a method may use, in (0, 1].")]
 Examples = Annotated[int | None, typer.Option(help="How many prompts. Default: the task's own number.")]
 Length = Annotated[int | None, typer.Option(help="Length of the prompts, where the task makes them.")]
-Out = Annotated[Path, typer.Option(help="Folder for report.html and results.json.")]
+Score = Annotated[
+    str | None, typer.Option(help=f"How answers are scored: {', '.join([*SCORES, LOSS])}. Default: the task's own way.")
+]
+Batch = Annotated[int, typer.Option(help="Prompts of like length that run together, padded on the left.")]
+Out = Annotated[Path, typer.Option(help="Folder for report.html, results.json and the answers found so far.")]
 Seed = Annotated[int, typer.Option(help="Seed of the task.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="What it computes in: float32, bfloat16, float16.")]
@@ -52,6 +65,8 @@ def command(
     budget: Budget = 0.35,
     examples: Examples = None,
     length: Length = None,
+    score: Score = None,
+    batch: Batch = 1,
     out: Out = Path("foveate-compare"),
     seed: Seed = 0,
     device: Device = "cpu",
@@ -67,8 +82,9 @@ def command(
     """Run a model on a task under several methods: score, cache kept, time and memory, each beside the full cache.
 
     Without options the lab model looks for needles in real text.
-    That takes about a minute. Results are saved after every method:
+    That takes about a minute. Each prompt's answers are saved at once:
     the same command again takes up where an interrupted one stopped.
+    A method that fails is a line that says why.
     """
     keys = _keys(methods)
     try:
@@ -82,6 +98,8 @@ def command(
                 budget=budget,
                 examples=examples,
                 length=length,
+                score=score,
+                batch=batch,
                 out=out,
                 seed=seed,
                 device=device,
@@ -97,13 +115,13 @@ def command(
     except KeyboardInterrupt as interrupt:
         typer.echo(_kept(interrupt.args, out), err=True)
         raise typer.Exit(1) from None
-    from foveate.report import html, table
+    from foveate.report import headline, html, table
 
     page = html.write(found, out / "report.html")
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:
-        show(table.render(found), f"report   {page}", f"results  {out / 'results.json'}")
+        show(table.render(found), *headline.notes(found), "", f"report   {page}", f"results  {out / 'results.json'}")
 
 
 def _keys(methods: str | None) -> list[str] | None:
@@ -116,8 +134,8 @@ def _keys(methods: str | None) -> list[str] | None:
 
 
 def _kept(counts: tuple[object, ...], out: Path) -> str:
-    """What an interrupted run leaves. `compare` says (done, total); without that it had not begun to measure."""
+    """What an interrupted run leaves. `compare` says (answers, all of them); without that it had not begun to ask."""
     if len(counts) != 2:
         return "interrupted before anything was measured"
     done, total = counts
-    return f"interrupted: {done} of {total} methods measured are kept in {out}; run the same command to resume"
+    return f"interrupted: {done} of {total} answers are kept in {out}; run the same command to resume"

@@ -42,8 +42,8 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _rich_cell(cell: Cell) -> Text:
-    text = Text(cell.text, style="bold green" if cell.best else "")
-    return text.append(f"\n{cell.remark}", style="not bold dim default") if cell.remark else text
+    text = Text().append(cell.text, style="bold green" if cell.best else "")
+    return text.append(f"\n{cell.remark}", style="dim") if cell.remark else text
 
 
 def _markdown_cell(cell: Cell) -> str:

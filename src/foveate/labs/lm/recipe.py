@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foveate.host.model import host
+from foveate.kv import learnt
 from foveate.kv.duo_attention import DuoAttention
 from foveate.labs.lm.data import batch
 from foveate.models import byte_tokenizer as tokenizer
@@ -172,7 +172,8 @@ def needle_accuracy(model: LlamaForCausalLM, length: int, count: int, seed: int 
 def learn_heads(model: LlamaForCausalLM, out: Path, progress: Progress | None = None) -> None:
     """Train DuoAttention's gates on the finished lab and save them beside it, where `compare` looks for them."""
     data = Passkeys(lambda text: list(text.encode()), length=768, count=3, words=6, begin=(tokenizer.BOS,))
-    save_file(DuoAttention.calibrate(host(model), data, progress), out / "duo_attention.safetensors")
+    gates = DuoAttention.calibrate(host(model), data, progress)
+    learnt.save(gates, out / "duo_attention.safetensors", learnt.model_digest(model))
 
 
 def save(model: LlamaForCausalLM, recipe: Recipe, out: Path, measured: dict[str, object]) -> None:

@@ -50,6 +50,10 @@ function marks(points, tones) {
   const edge = { baseline: tones.ink, lead: tones.paper, other: tones.paper };
   return {
     type: "scatter", mode: "markers", x: points.map((p) => p.x), y: points.map((p) => p.y), cliponaxis: false,
+    error_y: {
+      type: "data", symmetric: false, array: points.map((p) => p.above), arrayminus: points.map((p) => p.below),
+      thickness: 1, width: 0, color: tones.other,
+    },
     customdata: points.map((p) => p.hover), hovertemplate: "%{customdata}<extra></extra>",
     marker: {
       opacity: 1, size: points.map((p) => size[p.role]), color: points.map((p) => tones[p.role]),
@@ -59,20 +63,22 @@ function marks(points, tones) {
   };
 }
 
-function drawQuality(panel, line, tones) {
+function drawQuality(panel, { line, unit }, tones) {
   const node = document.getElementById(`plot-${panel.id}`);
   const margin = { l: 46, r: 20, t: 4, b: 44 }, height = 350, width = node.clientWidth;
   const area = { width: width - margin.l - margin.r, height: height - margin.t - margin.b };
-  const most = (values) => Math.max(100, ...values);
-  const right = most(panel.points.map((p) => p.x)) * 1.03, top = most(panel.points.map((p) => p.y)) * 1.2;
-  const across = (x) => ((x + 3) / (right + 3)) * area.width, down = (y) => ((top - y) / (top + 4)) * area.height;
+  const right = Math.max(100, ...panel.points.map((p) => p.x)) * 1.03;
+  const highest = Math.max(unit ? 100 : 0, ...panel.points.map((p) => p.y + p.above));
+  const top = highest * 1.2, foot = -highest * 0.04;
+  const across = (x) => ((x + 3) / (right + 3)) * area.width;
+  const down = (y) => ((top - y) / (top - foot)) * area.height;
   // The baseline's hollow mark goes on top of what it coincides with.
   const points = panel.points.map((p) => ({ ...p, px: across(p.x), py: down(p.y) })).reverse();
   const title = { text: panel.heading, standoff: 10, font: { size: FONT } };
   const layout = {
     ...frame(tones, height, margin), width,
     xaxis: axis(tones, { range: [-3, right], ticksuffix: " %", nticks: 6, title, showgrid: false, showline: true }),
-    yaxis: axis(tones, { range: [-4, top], ticksuffix: " %", nticks: 7 }),
+    yaxis: axis(tones, { range: [foot, top], ticksuffix: unit, nticks: 7 }),
     annotations: nameMarks(points.toReversed(), line === null ? null : down(line), area, tones),
   };
   const level = {
@@ -147,7 +153,7 @@ function drawCost(cost, tones) {
 
 function draw() {
   const tones = theme();
-  for (const panel of data.quality.panels) drawQuality(panel, data.quality.line, tones);
+  for (const panel of data.quality.panels) drawQuality(panel, data.quality, tones);
   if (data.cost.panels.length) drawCost(data.cost, tones);
 }
 
@@ -158,4 +164,5 @@ addEventListener("resize", () => {
   draw();
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+matchMedia("print").addEventListener("change", draw); // a sheet of paper has its own width, and is always light
 draw();

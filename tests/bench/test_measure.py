@@ -1,0 +1,142 @@
+"""One batch under one method: what is said, its loss, its memory; and how prompts come together in batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from foveate.bench.compare import compare
+from foveate.bench.encoding import Prompt
+from foveate.bench.measure import answer, batches, memory
+from foveate.bench.memory import Memory, peak_bytes
+from foveate.host import Method
+from foveate.kv.sink_recent import SinkRecent
+from foveate.tasks.base import Example
+from tests.bench.conftest import write_prompts
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(decoder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(decoder).eval()
+
+
+def asked(*lengths: int, new: int = 6, context: int = 768) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(97, 120, (1, length), generator=generator) for length in lengths]
+    return [Prompt(Example(f"p{index}", "a"), row, new, context) for index, row in enumerate(ids)]
+
+
+def test_greedy_answers_are_the_models_own(model: PreTrainedModel) -> None:
+    (batch,) = batches(asked(40), 1, None, 0)
+    said = answer(model, (), batch)
+    expected = model.generate(batch.ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert said.ids == [expected[0, 40:].tolist()] and said.losses is None
+    assert (said.kept, said.read) == (1.0, 1.0) and said.prefill_ms > 0 and said.decode_ms > 0
+
+
+@pytest.mark.parametrize("methods", [(), (SinkRecent(sink=4, recent=16),)], ids=["full", "sink_recent"])
+def test_a_batch_gives_what_each_prompt_gives_alone(model: PreTrainedModel, methods: tuple[Method, ...]) -> None:
+    prompts = asked(40, 43, 41, 44)
+    (batch,) = batches(prompts, 4, None, 0)
+    assert batch.places == (0, 2, 1, 3) and batch.length == 40 and batch.ids.shape == (4, 44)
+    together = answer(model, methods, batch)
+    for place, ids in zip(batch.places, together.ids, strict=True):
+        (alone,) = batches([prompts[place]], 1, None, 0)
+        assert answer(model, methods, alone).ids == [ids]
+
+
+def test_batches_are_of_like_length_and_within_their_size() -> None:
+    made = batches(asked(100, 50, 105, 52, 760, 51, 104), 3, None, 0)
+    assert [batch.places for batch in made] == [(1, 5, 3), (0, 6, 2), (4,)]
+    assert [batch.places for batch in batches(asked(9, 5, 7), 1, None, 0)] == [(0,), (1,), (2,)]
+    assert len(batches(asked(761, 763), 2, None, 0)) == 2  # one of them runs past the context
+
+
+def test_the_loss_is_that_of_the_answer_after_the_prompt(model: PreTrainedModel) -> None:
+    prompts, answers = asked(40, 42), [[100, 101, 102], [99]]
+    (batch,) = batches(prompts, 2, answers, 0)
+    found = answer(model, (), batch).losses
+    for prompt, ids, loss in zip(prompts, answers, found or [], strict=True):
+        whole = torch.cat([prompt.ids, torch.tensor([ids])], 1)
+        with torch.inference_mode():
+            logits = model(whole).logits[0, prompt.ids.shape[1] - 1 : -1].log_softmax(-1)
+        expected = -logits.gather(1, torch.tensor(ids)[:, None]).mean().item()
+        assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_loss_in_a_comparison(decoder: Path, prompts: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"model": str(decoder), "task": str(prompts), "methods": ["sink_recent"], "budget": 0.1}
+    found = compare(**settings, score="loss", out=tmp_path / "alone")
+    together = compare(**settings, score="loss", batch=3, out=tmp_path / "together")
+    assert found.metric == "loss" and all(3 < row.score < 8 for row in found.rows)
+    assert found.rows[0].score != found.rows[1].score
+    for one, other in zip(found.rows, together.rows, strict=True):
+        assert [a.score for a in one.answers] == pytest.approx([a.score for a in other.answers], abs=1e-4)
+
+
+def test_an_answer_ends_where_the_model_ends_it(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    file = write_prompts(tmp_path / "one.jsonl", ["abc"], answer="hi")
+    said = [*tokenizer("hi", add_special_tokens=False).input_ids, tokenizer.eos_token_id, 100]
+    honest = answer
+
+    def ends(*args: Any, **more: Any) -> Any:
+        found = honest(*args, **more)
+        found.ids[0][:] = said
+        return found
+
+    monkeypatch.setattr("foveate.bench.turns.answer", ends)
+    rows = compare(model=str(decoder), task=str(file), methods=["full"], score="exact", out=tmp_path / "out").rows
+    assert (rows[0].answers[0].output, rows[0].score) == ("hi", 1.0)
+
+
+@torch.inference_mode()
+def test_live_memory_is_the_cache_and_nothing_else(model: PreTrainedModel) -> None:
+    """After the answer the full cache is alive, to the byte, beside the few bytes of the last token."""
+    (batch,) = batches(asked(200), 1, None, 0)
+    cache = 2 * 3 * 2 * 8 * 4 * (200 + 5)  # keys and values, layers, heads, channels, bytes, tokens read
+    _, after, peak = (1e6 * value for value in memory(model, (), batch))
+    assert cache <= after <= cache + 600 and peak > after
+    _, evicted, _ = (1e6 * value for value in memory(model, (SinkRecent(sink=4, recent=36),), batch))
+    assert evicted < 0.35 * cache
+
+
+@torch.inference_mode()
+def test_what_a_method_holds_on_to_is_counted(model: PreTrainedModel) -> None:
+    class Hoards(Method):
+        def __init__(self) -> None:
+            self.held: list[torch.Tensor] = []
+
+        def read(self, site: object, out: torch.Tensor) -> None:
+            self.held.append(torch.zeros(1000))
+
+    (batch,) = batches(asked(50, new=3), 1, None, 0)
+    plain, hoarded = memory(model, (), batch), memory(model, (Hoards(),), batch)
+    assert 1e6 * (hoarded[0] - plain[0]) == pytest.approx(3 * 4000, abs=200)
+    assert 1e6 * (hoarded[1] - plain[1]) == pytest.approx(9 * 4000, abs=200)
+
+
+def test_peak_and_live_bytes_count_what_is_alive() -> None:
+    def work() -> None:
+        a = torch.zeros(1000)
+        b = a + 1  # both alive: 8,000 bytes
+        del a
+        c = b.view(10, 100)  # a view costs nothing
+        c + 1
+
+    assert peak_bytes(work, CPU) == 8000
+    with Memory(CPU) as counted:
+        kept = torch.zeros(500)
+        cycle: list[Any] = [torch.zeros(700)]
+        cycle.append(cycle)
+        del cycle
+        assert (counted.now, counted.peak) == (2000, 4800)
+        part = kept[:10]
+        del kept
+        assert counted.now == 2000 and part.numel() == 10  # a view keeps all of what it looks at
