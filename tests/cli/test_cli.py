@@ -278,7 +278,7 @@ def test_systems_card() -> None:
         "https://arxiv.org/abs/2405.12345",
         "foveate.cli.console:Bar",
         "policy, cheap",
-        "Progress on stderr",
+        "A progress bar on stderr",
         "label: str",
         "    bar.start(3)",
     ):

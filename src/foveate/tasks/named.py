@@ -1,12 +1,9 @@
-"""Tasks that a name stands for, as `foveate compare --task NAME` takes them."""
+"""Tasks that a name stands for, as `foveate compare --task NAME` takes them; the names need no torch."""
 
 from __future__ import annotations
 
 from foveate.core.errors import unknown
 from foveate.tasks.base import Task
-from foveate.tasks.continuation import Continuation
-from foveate.tasks.needle import Needle
-from foveate.tasks.ruler import KINDS, Ruler, kind
 
 #: What each name stands for, in a line.
 TASKS = {
@@ -30,6 +27,10 @@ def named(name: str, length: int | None = None, count: int | None = None, seed: 
         length, count: characters of a prompt, and how many examples; None is the task's own.
         seed: of the examples.
     """
+    from foveate.tasks.continuation import Continuation
+    from foveate.tasks.needle import Needle
+    from foveate.tasks.ruler import KINDS, Ruler, kind
+
     if name not in TASKS:
         raise unknown("task", name, TASKS)
     given = {option: value for option, value in (("length", length), ("count", count)) if value is not None}
