@@ -1,0 +1,157 @@
+"""Decoding a pretrained model: what each cache policy saves of the time per token, next to the ideal and to kvpress.
+
+The contenders take turns, block by block, each on its own copy of one densely read prompt. The ideal is the model on a
+plain cache of the kept length with packed heads; a policy's figure is the share of the ideal saving that it reaches,
+from `(plain - policy) / (plain - ideal)`. Goals: at least 0.85 at 4,096 tokens and more, never slower than plain, and
+ahead of kvpress' same method. `apply` without a method stays within 1 %.
+
+kvpress needs transformers before 5.3, so that it runs in a process of its own and in the same turns:
+
+    python3 -m venv OTHER && OTHER/bin/pip install torch==2.13.0 kvpress 'transformers<5.3'
+    python benchmarks/decode_real.py --kvpress OTHER/bin/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).parent))
+import foveate
+from _kvpress_worker import Worker
+from _report import finish
+from foveate.core.catalog import system
+from foveate.host import Host, Method
+from foveate.tasks.corpus import text
+from real.fetch import MODELS
+
+POLICIES = ("sink_recent", "razor_attention", "duo_attention", "token_select", "tidal_decode", "recycled_attention")
+Block = Callable[[], list[float]]
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    folder = Path(options.model) if options.model else MODELS["qwen2.5-coder-0.5b-instruct"].converted
+    rows, ratios = [], {}
+    for dtype in options.dtypes:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        prompt = AutoTokenizer.from_pretrained(folder)(text("heldout"), return_tensors="pt").input_ids
+        for length in options.lengths:
+            for budget in options.budgets:
+                blocks = _contenders(model, prompt[:, :length], budget, options)
+                times = _in_turns(blocks, options.rounds)
+                more, figures = _figures(times, f"{dtype} {length} at {budget}")
+                rows += more
+                ratios |= figures
+                print(f"done: {dtype}, {length} tokens, budget {budget}", file=sys.stderr)
+        del model
+    finish(rows, ratios)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of a decoder; default: Qwen2.5-Coder 0.5B as `make real` keeps it")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.1])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES))
+    parser.add_argument("--steps", type=int, default=12, help="timed tokens in a block")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--kvpress", help="a Python that has kvpress")
+    return parser.parse_args()
+
+
+def _contenders(model: PreTrainedModel, ids: Tensor, budget: float, options: argparse.Namespace) -> dict[str, Block]:
+    """What takes turns: a name, and a function that decodes a block and gives its seconds per token."""
+    length, kept = ids.shape[1], max(1, round(budget * ids.shape[1]))
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        short = copy.deepcopy(cache)
+        for layer in short.layers:
+            layer.keys, layer.values = layer.keys[:, :, :kept].clone(), layer.values[:, :, :kept].clone()
+    run = lambda methods, past: lambda: _block(model, ids, past, methods, options.steps)  # noqa: E731
+    blocks = {
+        "plain": run(None, cache),
+        "apply": run((), cache),
+        "packed": run((foveate.Packed(),), cache),
+        "ideal": run((foveate.Packed(),), short),
+    }
+    for key in options.policies:
+        blocks[key] = run((foveate.Packed(), _policy(key, model, budget, length)), cache)
+    if options.kvpress:
+        folder = model.config._name_or_path
+        worker = Worker(options.kvpress, folder, str(model.dtype).removeprefix("torch."), ids, budget, options)
+        blocks["kvpress StreamingLLM"] = worker.block
+    return blocks
+
+
+def _policy(key: str, model: PreTrainedModel, budget: float, length: int) -> Method:
+    """A policy at its budget. Speed hangs on how many heads keep all, not on which: gates are drawn by number."""
+    cls, host = system(key).load(), Host(model)
+    learnt = {}
+    if key == "duo_attention":
+        shape = (host.layers, host.kv_heads)
+        learnt = {"gates": torch.rand(shape, generator=torch.Generator().manual_seed(0))}
+    if key == "razor_attention":
+        shape = (host.layers, host.heads)
+        draw = torch.Generator().manual_seed(0)
+        learnt = {kind: torch.rand(shape, generator=draw) for kind in ("echo", "induction")}
+    return cls.at_budget(budget, host, length, **learnt)
+
+
+@torch.inference_mode()
+def _block(
+    model: PreTrainedModel, ids: Tensor, past: DynamicCache, methods: tuple[Method, ...] | None, steps: int
+) -> list[float]:
+    """Decode on a copy of the cache: seconds of each step after the first three, in which methods evict and choose."""
+    cache, token, seconds = copy.deepcopy(past), ids[:, -1:], []
+    with nullcontext() if methods is None else foveate.apply(model, *methods):
+        for _ in range(steps + 3):
+            begun = time.perf_counter()
+            logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            seconds.append(time.perf_counter() - begun)
+    return seconds[3:]
+
+
+def _in_turns(blocks: dict[str, Block], rounds: int) -> dict[str, list[float]]:
+    """Each contender's seconds per token, one median a round; the order turns with every round."""
+    names, times = list(blocks), {name: [] for name in blocks}
+    for turn in range(rounds):
+        for name in names[:: 1 if turn % 2 else -1]:
+            times[name].append(statistics.median(blocks[name]()))
+    return times
+
+
+def _figures(times: dict[str, list[float]], where: str) -> tuple[list[dict[str, object]], dict[str, float]]:
+    middle = {name: statistics.median(found) for name, found in times.items()}
+    plain, ideal = middle["plain"], middle["ideal"]
+    rows, ratios = [], {}
+    for name, found in times.items():
+        paired = [mine / other for mine, other in zip(found, times["plain"], strict=True)]
+        share = (plain - middle[name]) / (plain - ideal) if plain > ideal else float("nan")
+        rows.append(
+            {"setting": where, "contender": name, "ms": middle[name] * 1e3, "of plain": statistics.median(paired)}
+            | {"least": min(paired), "most": max(paired), "of the ideal saving": share}
+        )
+        ratios[f"{where}: {name} / plain"] = statistics.median(paired)
+        if name not in ("plain", "apply", "packed", "ideal") and plain > ideal:
+            ratios[f"{where}: {name}, share of the ideal saving"] = share
+    return rows, ratios
+
+
+if __name__ == "__main__":
+    main()
