@@ -71,17 +71,45 @@ def test_a_run_can_be_taken_up_again(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / figure.RESULTS).read_text())
     assert kept["task"] == {"name": "mqar", **vars(TASK)}
     assert {(point.label, point.rate) for point in Recall.load(tmp_path / figure.RESULTS).points} == set(runs)
-    other = recall(**{**settings, "schedule": Schedule(steps=3, batch=4, seed=1)}, rates=[1e-2], only=["softmax"])
+    changed = {**settings, "schedule": Schedule(steps=3, batch=4, seed=1), "rates": [1e-2], "only": ["softmax"]}
+    with pytest.raises(OptionError, match=r"holds results with other settings \(seed was 0, is 1\); --fresh replaces"):
+        recall(**changed)
+    assert {(point.label, point.rate) for point in Recall.load(tmp_path / figure.RESULTS).points} == set(runs)
+    other = recall(**changed, fresh=True)
     assert len(other.points) == 1
     assert other.points[0].scores != first.points[0].scores or other.points[0].seconds != first.points[0].seconds
 
 
-def test_results_of_another_version_are_made_anew(tmp_path: Path) -> None:
-    (tmp_path / figure.RESULTS).write_text('{"task": {}, "schedule": {}, "points": [{"label": "softmax"}]}')
-    found = recall(
-        drill=TASK, schedule=Schedule(steps=1, batch=2), rates=[1e-2], only=["softmax"], dim=16, out=tmp_path
-    )
-    assert found.points[0].parameters > 0
+@pytest.mark.parametrize("content", ['{"task": {}, "schedule": {}, "points": [{"label": "softmax"}]}', "", "[]"])
+def test_results_that_cannot_be_read_are_replaced_on_demand(tmp_path: Path, content: str) -> None:
+    (tmp_path / figure.RESULTS).write_text(content)
+    asked = dict(drill=TASK, schedule=Schedule(steps=1, batch=2), rates=[1e-2], only=["softmax"], dim=16, out=tmp_path)
+    with pytest.raises(OptionError, match=r"recall.json cannot be read .*; --fresh replaces it"):
+        recall(**asked)
+    assert (tmp_path / figure.RESULTS).read_text() == content
+    assert recall(**asked, fresh=True).points[0].parameters > 0
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(OptionError, match="out=.*(is a file|cannot be written)"):
+            recall(drill=TASK, out=out, progress=lambda *at: pytest.fail("it trains"))
+    with pytest.raises(OptionError, match="only=nobody"):
+        recall(drill=TASK, only=["nobody"], out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_stop_says_how_many_are_done(tmp_path: Path) -> None:
+    def watch(step: int, steps: int, note: str) -> None:
+        if step > 3:
+            raise KeyboardInterrupt
+
+    asked = dict(drill=TASK, schedule=Schedule(steps=3, batch=4), rates=[1e-3, 1e-2], only=["softmax"], dim=16)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        recall(**asked, out=tmp_path, progress=watch)
+    assert stopped.value.args == (1, 2)
+    assert len(Recall.load(tmp_path / figure.RESULTS).points) == 1
 
 
 def test_each_network_stands_at_the_rate_that_suits_it_on_examples_of_their_own() -> None:

@@ -17,7 +17,7 @@ from foveate.models.spec import Mixer, Spec
 from foveate.ops import states
 from foveate.tasks.drill import Drill
 from foveate.tasks.mqar import MQAR
-from foveate.train import network
+from foveate.train import checkpoint, network
 from foveate.train.loop import Schedule, evaluate, fit
 
 RESULTS = "recall.json"
@@ -126,7 +126,7 @@ class Recall:
 def recall(
     *, drill: Drill | None = None, schedule: Schedule | None = None, rates: Sequence[float] = RATES,
     only: list[str] | None = None, dim: int = DIM, heads: int = HEADS, out: Path = Path("foveate-recall"),
-    progress: Callable[[int, int, str], None] | None = None,
+    fresh: bool = False, progress: Callable[[int, int, str], None] | None = None,
 ) -> Recall:  # fmt: skip
     """Train every contender on the same recall task with as many parameters, and measure what it keeps per sequence.
 
@@ -137,6 +137,12 @@ def recall(
         only: labels of contenders; all where None.
         dim, heads: of every network.
         out: folder of `recall.json`; what an earlier run with the same settings left there is kept.
+        fresh: put the results in the place of whatever an earlier run left there.
+        progress: called as `progress(step, steps, note)`, over all trainings.
+
+    Raises:
+        OptionError: `out` cannot be written, or holds results with other settings.
+        KeyboardInterrupt: with `(trainings done, trainings in all)`.
     """
     drill = drill or MQAR(**TASK)
     schedule = schedule or Schedule(**SCHEDULE)
@@ -148,7 +154,8 @@ def recall(
         labels = ", ".join(contender.label for contender in CONTENDERS)
         raise OptionError(f"only={', '.join(sorted(missing))} names no contender; they are {labels}")
     settings = Recall({"name": drill.name, **vars(drill)}, {**asdict(schedule), "rate": None}, [])
-    found = _resumed(settings, out / RESULTS)
+    checkpoint.writable(out)
+    found = settings if fresh else _resumed(settings, out / RESULTS)
     budget = parameters(spec(CONTENDERS[0], drill, dim, heads))
     runs = [(contender, at) for contender in chosen for at in tried]
     done = {(point.label, point.rate) for point in found.points}
@@ -159,7 +166,10 @@ def recall(
             if progress is not None:
                 progress(first * steps + step, len(todo) * steps, f"{run}: {note}")
 
-        found.points.append(_point(contender, drill, at, dim, heads, budget, watch))
+        try:
+            found.points.append(_point(contender, drill, at, dim, heads, budget, watch))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(len(runs) - len(todo) + number, len(runs)) from None
         found.save(out / RESULTS)
     order = [(contender.label, at.rate) for contender, at in runs]
     asked = [point for point in found.points if (point.label, point.rate) in order]
@@ -215,11 +225,15 @@ def _point(
 
 
 def _resumed(settings: Recall, path: Path) -> Recall:
-    """What an earlier run with the same settings measured."""
+    """What an earlier run with the same settings measured; results with other settings are not written over."""
     if not path.is_file():
         return settings
     try:
         kept = Recall.load(path)
-    except (TypeError, KeyError, ValueError):  # of another version: nothing in it can be used
-        return settings
-    return kept if (kept.task, kept.schedule) == (settings.task, settings.schedule) else settings
+    except (OSError, TypeError, KeyError, ValueError) as error:
+        raise OptionError(f"{path} cannot be read ({type(error).__name__}); --fresh replaces it") from None
+    for there, here in ((kept.task, settings.task), (kept.schedule, settings.schedule)):
+        if other := [name for name in here if there.get(name) != here[name]]:
+            changed = ", ".join(f"{name} was {there.get(name)!r}, is {here[name]!r}" for name in other)
+            raise OptionError(f"{path} holds results with other settings ({changed}); --fresh replaces them")
+    return kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,6 +117,24 @@ def writing(folder: Path) -> Iterator[None]:
         raise OptionError(f"out={str(folder)!r} cannot be written: {error.strerror or error}") from None
     except SafetensorError as error:
         raise OptionError(f"out={str(folder)!r} cannot be written: {error}") from None
+
+
+def writable(folder: Path) -> None:
+    """Try to write to a folder, and leave nothing there.
+
+    Raises:
+        OptionError: it is a file, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"out={str(folder)!r} is a file; it must be a folder")
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".trial-{os.getpid()}"
+        trial.touch()
+        trial.unlink()
+        for path in missing:
+            path.rmdir()
 
 
 def _move(draft: Path, folder: Path) -> None:

@@ -62,14 +62,7 @@ class Job:
         stage = self._stage(fresh)
         if stage != "finished":
             self._try()
-            made = not self.folder.exists()
-            with checkpoint.writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                trial = self.folder / f".trial-{os.getpid()}"
-                trial.touch()
-                trial.unlink()
-                if made:
-                    self.folder.rmdir()
+            checkpoint.writable(self.folder)
         return stage
 
     def run(
