@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from tests.readme import LONG, ROOT, Piece, pieces, shortened
+from foveate.cli import app
+from tests.readme import LONG, ROOT, SHORT, Piece, pieces, shortened
 
 README = (ROOT / "README.md").read_text("utf-8")
 PIECES = pieces(README)
@@ -42,6 +44,26 @@ def test_it_is_read_on_one_page() -> None:
 def test_its_lines_are_of_known_programs() -> None:
     known = {"git", "cd", "make", "foveate", "echo", "pip"}
     assert {shlex.split(piece.text)[0] for piece in PIECES if piece.kind == "shell"} <= known
+
+
+def test_every_line_in_order_in_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With few steps and examples: that one line's files do not disturb the next one's."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "readme"}
+    for piece in PIECES:
+        if piece.kind == "python":  # what a session prints is looked at below
+            exec(compile(piece.text, "README.md", "exec"), names)
+        elif piece.text.startswith("echo"):
+            subprocess.run(piece.text, shell=True, check=True)
+        elif (given := arguments(piece)) is not None:
+            result = CliRunner().invoke(app, shortened(given, SHORT))
+            assert result.exit_code == 0, f"{piece.text}: {result.output} {result.exception!r}"
+            assert "report" in result.stdout or "network" in result.stdout
+    printed = capsys.readouterr().out
+    assert "of the cache" in printed
+    assert "GFLOP" in printed
 
 
 @pytest.mark.slow
