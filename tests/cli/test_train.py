@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from foveate.bench.folder import claimed
 from foveate.cli import app
 from foveate.cli.train import TASKS, listing, parsed
 from foveate.core.errors import OptionError
@@ -170,6 +171,15 @@ def test_a_stop_keeps_the_steps_and_the_same_command_goes_on(
     whole = run("train", *SMALL, "--out", tmp_path / "whole", "--json")
     record = json.loads((tmp_path / "net" / "training.json").read_text())
     assert record["scores"]["4"] == json.loads(whole.stdout)["accuracy"]
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    with claimed(tmp_path / "net"):
+        for args in (["train", *SMALL], ["bench", "recall", "--steps", 1]):
+            second = run(*args, "--out", tmp_path / "net")
+            assert second.exit_code == 2
+            assert "is in use by another run" in second.stderr
+    assert run("train", *SMALL, "--out", tmp_path / "net").exit_code == 0
 
 
 def test_the_help_lists_what_can_be_trained() -> None:

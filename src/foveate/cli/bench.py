@@ -56,6 +56,7 @@ def recall(
     """
     with Bar("loading") as bar:
         from foveate.bench import recall as figure
+        from foveate.bench.folder import claimed
         from foveate.report import curves
         from foveate.tasks.mqar import MQAR
         from foveate.train.loop import Schedule
@@ -64,10 +65,11 @@ def recall(
         drill = MQAR(vocabulary=vocabulary, length=length, pairs=pairs)
         schedule = Schedule(steps=steps, batch=batch, seed=seed)
         try:
-            found = figure.recall(
-                drill=drill, schedule=schedule, rates=_numbers(rates), only=labels, out=out, fresh=fresh,
-                progress=bar.at,
-            )  # fmt: skip
+            with claimed(out):
+                found = figure.recall(
+                    drill=drill, schedule=schedule, rates=_numbers(rates), only=labels, out=out, fresh=fresh,
+                    progress=bar.at,
+                )  # fmt: skip
         except KeyboardInterrupt as interrupt:
             typer.echo(_kept(interrupt.args, out), err=True)
             raise typer.Exit(1) from None

@@ -96,6 +96,7 @@ def command(
         raise OptionError(f"seed={seed} and seeds={seeds!r} exclude each other")
     folder = out or Path("foveate-train") / f"{op}-{task}"
     with Bar("loading") as bar:
+        from foveate.bench.folder import claimed
         from foveate.bench.loading import torch_device
         from foveate.train import network
         from foveate.train.loop import Schedule
@@ -106,7 +107,7 @@ def command(
         schedule = Schedule(steps=steps, batch=batch, rate=rate, seed=seed)
         planned = Trainings(spec, drill, schedule, folder, torch_device(device), _numbers(seeds))
         try:
-            with Stop() as stop:
+            with claimed(folder), Stop() as stop:
                 found = planned.run(fresh=fresh, stop=stop, progress=bar.at)
         except KeyboardInterrupt as interrupt:
             typer.echo(_kept(interrupt.args), err=True)

@@ -22,6 +22,8 @@ from foveate.train import checkpoint
 from foveate.train.loop import History, Progress, Schedule, Training, loss_of
 
 UNFINISHED = "unfinished.safetensors"
+#: What a command that holds the folder puts there.
+LOCK = ".lock"
 #: Seconds between two copies of a training under way, for the case that it is killed.
 KEEP_EVERY = 60.0
 
@@ -125,7 +127,7 @@ class Job:
             raise OptionError(f"out={str(folder)!r} is a file; it must be a folder")
         finished, unfinished = (folder / checkpoint.RECORD).exists(), (folder / UNFINISHED).exists()
         if not (finished or unfinished):
-            held = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+            held = sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.exists() else []
             if held:
                 raise OptionError(f"out={str(folder)!r} holds other files ({held[0]}); name a folder of its own")
             return "new"

@@ -14,7 +14,7 @@ from foveate.core.errors import OptionError
 from foveate.models.spec import Spec
 from foveate.tasks.drill import Drill
 from foveate.train import checkpoint
-from foveate.train.job import UNFINISHED, Job, Outcome
+from foveate.train.job import LOCK, UNFINISHED, Job, Outcome
 from foveate.train.loop import Progress, Schedule
 
 SEEDS = "seeds.json"
@@ -83,7 +83,7 @@ class Trainings:
         if any((self.folder / name).exists() for name in (checkpoint.RECORD, UNFINISHED)):
             raise OptionError(f"out={str(self.folder)!r} holds a training of one seed; name a folder of its own")
         for path in sorted(self.folder.iterdir()):
-            if path.name not in (SEEDS, "loss.html") and not path.name.startswith("seed-"):
+            if path.name not in (SEEDS, "loss.html", LOCK) and not path.name.startswith("seed-"):
                 raise OptionError(f"out={str(self.folder)!r} holds other files ({path.name}); name a folder of its own")
 
 
