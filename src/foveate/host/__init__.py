@@ -1,6 +1,6 @@
 """Hosts: methods on pretrained models, through transformers' own interfaces."""
 
-from foveate.host.layout import AttendingLayer, Layout, layout
+from foveate.host.layout import AttendingLayer, Layout, decoder_inputs, layout
 from foveate.host.method import Method
 from foveate.host.model import Host
 from foveate.host.packed import Packed
@@ -10,5 +10,5 @@ from foveate.host.slots import EMPTY, SUMMARY, Slots
 
 __all__ = [
     "EMPTY", "SUMMARY", "AttendingLayer", "Host", "Layout", "Method", "Packed", "Run", "Site", "Slots", "Stats",
-    "apply", "layout",
+    "apply", "decoder_inputs", "layout",
 ]  # fmt: skip

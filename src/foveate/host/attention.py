@@ -43,7 +43,7 @@ def _attend(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, 
     if any(overrides(m, "edit_logits") or overrides(m, "edit_weights") for m in methods):
         return _whole_matrix(site, methods, selections), 1.0
     if selections:
-        return _selected(site, selections)
+        return selected(site, selections)
     if site.is_whole:
         if _packs(site, methods):
             return engines.run(Problem(site.q, site.k, site.v, site.scale, site.mask), "fused"), 1.0
@@ -58,8 +58,10 @@ def _packs(site: Site, methods: list[Method]) -> bool:
     return few and site.groups > 1 and any(method.packs for method in methods)
 
 
-def _selected(site: Site, selections: list[Selection]) -> tuple[Tensor, float]:
+def selected(site: Site, selections: list[Selection]) -> tuple[Tensor, float]:
     """Attention to chosen keys. Several selections, or a soft cap, meet as masks; a single one is gathered."""
+    if not selections:
+        return _softmax(site, [], None), 1.0
     (first, *others) = selections
     density = min(1.0, first.keys_read() / max(site.k.shape[2], 1))
     if site.softcap is not None or site.dropout or others or not isinstance(first, Blocks | Indices):

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from foveate.core.errors import UnsupportedModel
+from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import attention
 from foveate.host.alias import NAME
 from foveate.host.cache import LATEST, evict
@@ -48,6 +48,11 @@ def attention_function(
     site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
     if methods and (foreign := [name for name in _FOREIGN if options.get(name) is not None]):
         raise UnsupportedModel(f"{type(module).__name__} attends with {foreign[0]}, which methods cannot handle yet")
+    if site.cache is None and site.is_causal and (needing := [m for m in methods if m.needs_cache]):
+        raise OptionError(
+            f"{type(needing[0]).__name__} acts on the cache, and this call has none: leave use_cache=True, and "
+            f"gradient checkpointing off"
+        )
     out, density = attention.run(
         site, methods,
         lambda: _native(outer.implementation(module), module, query, key, value, attention_mask, options),

@@ -110,7 +110,8 @@ def _probe(host: Host) -> Layout:
     looks = _Looks()
     try:
         with torch.no_grad(), _quiet(host.model), apply(host.model, looks, on="decoder"):
-            decoder(**_two_tokens(host, decoder), use_cache=True)
+            two = torch.ones(1, 2, dtype=torch.long)
+            decoder(**decoder_inputs(host, two), use_cache=True)
     except FoveateError:
         raise
     except Exception as error:  # noqa: BLE001  whatever the model's own code raises
@@ -121,12 +122,14 @@ def _probe(host: Host) -> Layout:
     return Layout(tuple(looks.found))
 
 
-def _two_tokens(host: Host, decoder: nn.Module) -> dict[str, Any]:
-    device = next(decoder.parameters()).device
-    inputs: dict[str, Any] = {"input_ids": torch.ones(1, 2, dtype=torch.long, device=device)}
+def decoder_inputs(host: Host, ids: Tensor) -> dict[str, Any]:
+    """What a model's decoder takes to read these tokens by itself, on its own device."""
+    assert host.decoder is not None
+    first = next(host.decoder.parameters())
+    inputs: dict[str, Any] = {"input_ids": ids.to(first.device)}
     if host.config.is_encoder_decoder:
-        width, dtype = host.config.hidden_size, next(decoder.parameters()).dtype
-        inputs["encoder_hidden_states"] = torch.zeros(1, 2, width, device=device, dtype=dtype)
+        width = host.config.hidden_size
+        inputs["encoder_hidden_states"] = torch.zeros(ids.shape[0], 2, width, device=first.device, dtype=first.dtype)
     return inputs
 
 

@@ -59,6 +59,8 @@ class MaskPlan(Tensor):
         self._native: dict[str, Any] = {}
         self._dense: Tensor | None = None
         self._begins: Tensor | None = None
+        self._real: Tensor | None = None
+        self._asked = False
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -118,11 +120,12 @@ class MaskPlan(Tensor):
     def real_tokens(self) -> Bool[Tensor, "b n"] | None:
         """Which tokens are no padding, from the start of the sequence to the last key; None where all are real."""
         real = self.arguments.get("attention_mask")
-        if real is None:
-            return None
-        end = self.first_key + self.n_keys
-        real = F.pad(real.bool(), (0, max(0, end - real.shape[1])))[:, :end]
-        return None if bool(real.all()) else real
+        if not self._asked and real is not None:
+            end = self.first_key + self.n_keys
+            real = F.pad(real.bool(), (0, max(0, end - real.shape[1])))[:, :end]
+            self._real = None if bool(real.all()) else real
+        self._asked = True
+        return self._real
 
     def begins(self, batch: int, device: torch.device) -> Int[Tensor, " b"]:
         """Where each sequence starts: the position of its first token that is not padding."""

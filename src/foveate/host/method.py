@@ -25,6 +25,9 @@ class Method:
     #: Whether the method keeps its own record of a layer's slots, so that the host has to store them one by one.
     evicts: ClassVar[bool] = False
 
+    #: Whether the method acts on a cache, so that causal calls without one are refused.
+    needs_cache: ClassVar[bool] = False
+
     #: Whether calls of few queries go to the kernel with a group's query heads side by side; see `foveate.Packed`.
     packs: ClassVar[bool] = False
 

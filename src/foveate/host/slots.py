@@ -101,8 +101,8 @@ class Group:
         ones = torch.ones(slots.positions.shape, dtype=torch.float32, device=slots.k.device)
         count = ones[..., :0] if summary.count is None else summary.count
         return Slots(
-            torch.cat([summary.k, slots.k], 2),
-            torch.cat([summary.v, slots.v], 2),
+            torch.cat([summary.k.to(slots.k.dtype), slots.k], 2),
+            torch.cat([summary.v.to(slots.v.dtype), slots.v], 2),
             torch.cat([torch.full_like(summary.positions, SUMMARY, dtype=torch.int32), slots.positions], 2),
             torch.cat([count.float(), ones], 2),
         )

@@ -18,16 +18,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from foveate.core import engines, validate
+from foveate.core import validate
 from foveate.core.errors import OptionError
-from foveate.core.problem import Problem
 from foveate.core.selection import Blocks, Selection
 from foveate.core.windows import window
+from foveate.host import Host, apply, decoder_inputs, layout
+from foveate.host.attention import selected
 from foveate.host.method import Method
-from foveate.host.model import Host, host
-from foveate.host.run import apply
+from foveate.host.model import host
 from foveate.host.site import Site
-from foveate.kv.heads import check_heads, keep_window, split_at_budget
+from foveate.kv.heads import HeadTable, check_heads, keep_window, split_at_budget
+from foveate.kv.padding import tokens
 from foveate.kv.policy import Policy, Progress
 from foveate.kv.unfinished import Unfinished
 
@@ -56,7 +57,7 @@ class DuoAttention(Policy):
     recent: int = 256
     prefill_chunk: int | None = None
     evicts: ClassVar[bool] = True
-    _full: Tensor = field(init=False, repr=False)
+    _full: HeadTable | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.gates, Tensor) or self.gates.dim() != 2:
@@ -68,24 +69,28 @@ class DuoAttention(Policy):
         validate.at_least("recent", self.recent, 1)
         if self.prefill_chunk is not None:
             validate.at_least("prefill_chunk", self.prefill_chunk, 1)
-        self._full = full_heads(self.gates, self.sparsity)
 
     def bind(self, host: Host) -> None:
         check_heads("gates", self.gates, host)
+        found = layout(host)
+        self._full = HeadTable(full_heads(self.gates.cpu(), self.sparsity, found.table), found)
 
     def at(self, site: Site) -> bool:
-        return not bool(self._full[site.layer].all())
+        assert self._full is not None
+        return not self._full.holds_all(site)
 
     def select(self, site: Site) -> Selection | None:
         chunk, n = self.prefill_chunk, site.q.shape[2]
-        if chunk is None or n <= chunk:
+        if chunk is None or n <= chunk or not site.is_causal:
             return None
-        return _chunked(self._full[site.layer], site, self.sink, self.recent, chunk)
+        assert self._full is not None
+        return _chunked(self._full.of(site), site, self.sink, self.recent, chunk)
 
     def keep(self, site: Site) -> Tensor | None:
         if site.seen <= self.sink + self.recent:
             return None
-        return keep_window(site, self._full[site.layer], self.sink, self.recent)
+        assert self._full is not None
+        return keep_window(site, self._full.of(site), self.sink, self.recent)
 
     @classmethod
     def calibrate(
@@ -97,45 +102,77 @@ class DuoAttention(Policy):
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
         if "gates" not in learnt:
             raise OptionError("duo_attention needs gates for this model: train them with DuoAttention.calibrate")
-        full, tokens = split_at_budget(budget, host, length)
-        sink, gates = min(4, tokens - 1), learnt["gates"]
-        return cls(gates, sparsity=1 - full / gates.numel(), sink=sink, recent=tokens - sink)
+        may, full, window = split_at_budget(budget, host, length)
+        check_heads("gates", learnt["gates"], host)
+        gates, sink = learnt["gates"].cpu().masked_fill(~may, -1.0), min(4, window - 1)
+        return cls(gates, sparsity=1 - full / int(layout(host).table.sum()), sink=sink, recent=window - sink)
 
 
-def full_heads(gates: Float[Tensor, "l h"], sparsity: float) -> Bool[Tensor, "l h"]:
-    """The heads that keep everything: all but the `sparsity` share with the lowest gates."""
-    streaming = round(sparsity * gates.numel())
-    chosen = torch.ones(gates.numel(), dtype=torch.bool)
-    chosen[gates.flatten().argsort(stable=True)[:streaming]] = False
-    return chosen.view_as(gates)
+def full_heads(
+    gates: Float[Tensor, "l h"], sparsity: float, table: Bool[Tensor, "l h"] | None = None
+) -> Bool[Tensor, "l h"]:
+    """The heads that keep everything: all but the `sparsity` share with the lowest gates.
+
+    Args:
+        gates: one a head.
+        sparsity: share of heads that become streaming.
+        table: which entries stand for a head; None is all.
+    """
+    chosen = torch.ones_like(gates, dtype=torch.bool) if table is None else table.clone()
+    some = chosen.flatten().nonzero()[:, 0]
+    lowest = gates.flatten()[some].argsort(stable=True)[: round(sparsity * some.numel())]
+    chosen.view(-1)[some[lowest]] = False
+    return chosen
 
 
-def _chunked(full: Tensor, site: Site, sink: int, recent: int, chunk: int) -> Selection:
-    """Full heads see everything; streaming heads the sinks, the window before their chunk, and their chunk."""
-    n, total = site.q.shape[2], site.k.shape[2]
-    shift = total - n
-    heads = full.repeat_interleave(site.groups)
+def _chunked(full: Bool[Tensor, " hkv"], site: Site, sink: int, recent: int, chunk: int) -> Selection:
+    """Full heads see everything; streaming heads the sinks, the window before their chunk, and their chunk.
+
+    Tokens are counted from each sequence's own first one, wherever the slots lie that hold them.
+    """
+    n, total, found = site.q.shape[2], site.k.shape[2], tokens(site)
+    heads, first = full.repeat_interleave(site.groups), site.seen - n
+    if found is None:
+        own = site.positions
+        query = torch.arange(first, site.seen, device=site.q.device)[None]
+        before = query[:, :1]
+    else:
+        own, query, before = found.own(site.positions), found.rank[:, first:], found.before(first)[:, None]
+    begin = (query - before).clamp_min(0) // chunk * chunk + before
+    own, begin = own.repeat_interleave(site.groups, 1), begin.expand(site.q.shape[0], -1)
+    own = torch.where(heads[:, None], site.seen, own)  # as if everything had just been
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        begin = q // chunk * chunk + shift
-        return heads[h] | (k < sink) | (k >= begin - recent)
+        where = own[b, h, k]
+        return (where >= 0) & (where < sink) | (where >= begin[b, q.clamp_max(n - 1)] - recent)
 
     blocks = torch.ones(1, heads.numel(), -(-n // chunk), 1, dtype=torch.bool, device=site.q.device)
-    return Blocks(blocks, (chunk, total), n, total, rule)
+    return Blocks(blocks.expand(site.q.shape[0], -1, -1, -1), (chunk, total), n, total, rule)
 
 
 class Mixed(Method):
-    """Training: each head's output is `gate · full + (1 - gate) · streaming`, on its own queries, keys and values."""
+    """Training: each head's output is `gate · full + (1 - gate) · streaming`, on its own queries, keys and values.
+
+    The full output is the model's own, so that with all gates at 1 nothing changes.
+    """
 
     def __init__(self, gates: Tensor, sink: int, recent: int) -> None:
         self.gates, self.sink, self.recent = gates, sink, recent
+        self.rows: dict[int, tuple[int, int]] = {}
 
-    def attend(self, site: Site) -> Tensor:
-        problem = Problem(site.q, site.k, site.v, site.scale, causal=True)
+    def bind(self, host: Host) -> None:
+        check_heads("gates", self.gates, host)
+        self.rows = {layer.layer: (row, layer.kv_heads) for row, layer in enumerate(layout(host).layers)}
+
+    def at(self, site: Site) -> bool:
+        return site.is_causal and site.layer in self.rows
+
+    def edit_output(self, site: Site, out: Tensor) -> Tensor:
         near = window(site.q.shape[2], site.k.shape[2], self.recent, self.sink, site.q.device)
-        streamed = engines.run(Problem(site.q, site.k, site.v, site.scale, causal=True, selection=near))
-        gate = self.gates[site.layer].repeat_interleave(site.groups)[:, None, None].to(site.q.dtype)
-        return gate * engines.run(problem) + (1 - gate) * streamed
+        streamed, _ = selected(site, [near])
+        row, heads = self.rows[site.layer]
+        gate = self.gates[row, :heads].to(out.device, out.dtype).repeat_interleave(site.groups)[:, None, None]
+        return gate * out + (1 - gate) * streamed
 
 
 def duo_train(
@@ -165,24 +202,26 @@ def duo_train(
     """
     here = host(model)
     validate.at_least("steps", steps, 1)
-    gates = torch.ones(here.layers, here.kv_heads, requires_grad=True)
+    found = layout(here)
+    check_heads("gates", found.table, here)
+    gates = torch.ones(found.table.shape, requires_grad=True)
     optimiser = torch.optim.AdamW([gates], lr=rate, weight_decay=0.0)
     kept = None if partial is None else Unfinished(partial, f"{steps} {rate} {reg} {sink} {recent}")
     done = 0 if kept is None else kept.load(gates, optimiser)
-    backbone, stream = here.model.get_decoder(), islice(data, done, None)
+    stream = islice(data, done, None)
     frozen = [p for p in here.model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
         for step in range(done, steps):
-            ids, answers = (x.to(here.model.device) for x in next(stream))
+            ids, answers = next(stream)
             with torch.no_grad():
-                full = backbone(ids, use_cache=False).last_hidden_state[answers]
-            with apply(here.model, Mixed(gates, sink, recent)):
-                mixed = backbone(ids, use_cache=False).last_hidden_state[answers]
-            distance = (mixed - full).square().mean()
+                full = _states(here, ids, answers)
+            with apply(here.model, Mixed(gates, sink, recent), on="decoder"):
+                mixed = _states(here, ids, answers)
+            distance = (mixed - full).float().square().mean().cpu()
             optimiser.param_groups[0]["lr"] = rate * _schedule(step, steps)
-            (distance + reg * gates.abs().mean()).backward()
+            (distance + reg * gates[found.table].abs().mean()).backward()
             optimiser.step()
             optimiser.zero_grad()
             gates.data.clamp_(0.0, 1.0)
@@ -196,6 +235,15 @@ def duo_train(
     if kept is not None:
         kept.file.unlink(missing_ok=True)
     return gates.detach()
+
+
+def _states(here: Host, ids: Tensor, answers: Tensor) -> Float[Tensor, "n c"]:
+    """The decoder's last hidden states at the answers."""
+    assert here.decoder is not None
+    whole = here.decoder is here.model  # then it gives logits, and its states on request
+    out = here.decoder(**decoder_inputs(here, ids), use_cache=False, output_hidden_states=whole)
+    states = out.hidden_states[-1] if whole else out.last_hidden_state
+    return states[answers.to(states.device)]
 
 
 def _schedule(step: int, steps: int) -> float:

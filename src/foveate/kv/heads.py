@@ -6,34 +6,82 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from foveate.core.errors import ShapeError
-from foveate.host.model import Host
+from foveate.core.errors import ShapeError, UnsupportedModel
+from foveate.host import AttendingLayer, Host, Layout, layout
 from foveate.host.site import Site
+from foveate.kv.padding import tokens
 
 
-def keep_ends(site: Site, sink: int, recent: int) -> Bool[Tensor, "b hkv s"]:
-    """Slots of the first `sink` tokens, counted from where each sequence begins, and of the last `recent`."""
-    own = site.positions - site.begins[:, None, None]
-    return ((own >= 0) & (own < sink)) | (site.positions >= site.seen - recent)
+def far_layers(found: Layout) -> tuple[AttendingLayer, ...]:
+    """The layers that see furthest: those without a window, or, where all have one, those with the widest."""
+    if any(layer.window is None for layer in found.layers):
+        return tuple(layer for layer in found.layers if layer.window is None)
+    widest = max(layer.window or 0 for layer in found.layers)
+    return tuple(layer for layer in found.layers if layer.window == widest)
 
 
-def keep_window(site: Site, full: Bool[Tensor, " hkv"], sink: int, recent: int) -> Bool[Tensor, "b hkv s"]:
+def check_reach(name: str, reads: int, host: Host) -> None:
+    """Refuse a policy that reads as many tokens as the widest window of a model has: it would never leave one out."""
+    window = far_layers(layout(host))[0].window
+    if window is not None and reads >= window:
+        raise UnsupportedModel(
+            f"{name} reads {reads} tokens, but no layer of {type(host.model).__name__} sees more than {window}: "
+            f"it would change nothing"
+        )
+
+
+class HeadTable:
+    """A table of heads `(layers, kv_heads)` as sites look it up: by their layer, on their device."""
+
+    def __init__(self, heads: Bool[Tensor, "l hkv"], found: Layout) -> None:
+        self._rows = {layer.layer: row[: layer.kv_heads] for layer, row in zip(found.layers, heads, strict=True)}
+        self._all = {number: bool(row.all()) for number, row in self._rows.items()}
+        self._placed: dict[tuple[int, torch.device], Tensor] = {}
+
+    def holds_all(self, site: Site) -> bool:
+        """Whether every head of this layer is in the table; a layer that it says nothing of counts so too."""
+        return self._all.get(site.layer, True)
+
+    def of(self, site: Site) -> Bool[Tensor, " hkv"]:
+        key = (site.layer, site.q.device)
+        if key not in self._placed:
+            self._placed[key] = self._rows[site.layer].to(site.q.device)
+        return self._placed[key]
+
+
+def keep_ends(site: Site, sink: int, recent: int | Tensor) -> Bool[Tensor, "b hkv s"]:
+    """Slots of the first `sink` and the last `recent` tokens of each sequence (a number, or one for each sequence)."""
+    recent = recent[:, None, None] if isinstance(recent, Tensor) else recent
+    found = tokens(site)
+    own = site.positions if found is None else found.own(site.positions)
+    seen = site.seen if found is None else found.count[:, None, None]
+    return (own >= 0) & ((own < sink) | (own >= seen - recent))
+
+
+def keep_window(site: Site, full: Bool[Tensor, " hkv"], sink: int, recent: int | Tensor) -> Bool[Tensor, "b hkv s"]:
     """Slots that survive: all of the `full` heads; of the others the first `sink` and the last `recent` tokens."""
-    near = keep_ends(site, sink, recent)
-    return near | full.to(near.device)[:, None]
+    return keep_ends(site, sink, recent) | full[:, None]
 
 
-def split_at_budget(budget: float, host: Host, length: int) -> tuple[int, int]:
-    """How to spend a budget on a head split: `(number of full KV heads, tokens of the other heads' window)`.
+def own_lengths(site: Site) -> int | Tensor:
+    """Tokens of the sequence so far; one number for each sequence `(B,)` where some are padded."""
+    found = tokens(site)
+    return site.seen if found is None else found.count
+
+
+def split_at_budget(budget: float, host: Host, length: int) -> tuple[Bool[Tensor, "l hkv"], int, int]:
+    """How to spend a budget on a head split: `(heads that may be full, how many of them, tokens of the others)`.
 
     The window is a sixteenth of the prompt, so that most of the budget buys whole heads: those are what retrieval
-    needs.
+    needs. Heads of layers with a window of their own cannot look back further, and keep the short one.
     """
-    heads = host.layers * host.kv_heads
+    found = layout(host)
+    far = torch.tensor([layer.window is None or layer.window > length for layer in found.layers])
+    may, heads = found.table & far[:, None], int(found.table.sum())
     window = max(8, length // 16)
     share = min(1.0, window / length)
     full = int(max(0.0, (budget - share) / (1 - share)) * heads + 1e-6) if share < 1 else heads
-    return full, min(window, max(1, round(budget * length)))
+    return may, min(full, int(may.sum())), min(window, max(1, round(budget * length)))
 
 
 def top(scores: Float[Tensor, "l h"], count: int) -> Bool[Tensor, "l h"]:
@@ -43,13 +91,22 @@ def top(scores: Float[Tensor, "l h"], count: int) -> Bool[Tensor, "l h"]:
     return chosen.view_as(scores)
 
 
-def per_kv_head(scores: Float[Tensor, "l hq"], kv_heads: int) -> Float[Tensor, "l hkv"]:
+def per_kv_head(scores: Float[Tensor, "l hq"], found: Layout) -> Float[Tensor, "l hkv"]:
     """Scores of query heads as scores of key/value heads: a group is worth its best member."""
-    return scores.unflatten(1, (kv_heads, -1)).amax(-1)
+    out = scores.new_full((len(found), found.kv_heads), float("-inf"))
+    for row, layer in enumerate(found.layers):
+        out[row, : layer.kv_heads] = scores[row, : layer.heads].unflatten(0, (layer.kv_heads, -1)).amax(-1)
+    return out
 
 
 def check_heads(name: str, heads: Tensor, host: Host) -> None:
-    """Refuse a table of heads that is not `(layers, kv_heads)`."""
-    expected = (host.layers, host.kv_heads)
+    """Refuse a table of heads that is not `(layers, kv_heads)`, and models whose heads share what the cache holds."""
+    found, model = layout(host), type(host.model).__name__
+    if found.expands:
+        raise UnsupportedModel(
+            f"{name}: the heads of {model} share one latent in the cache, so that they cannot keep different tokens; "
+            f"use a policy that keeps the same for every head, such as sink_recent"
+        )
+    expected = (len(found), found.kv_heads)
     if tuple(heads.shape) != expected:
         raise ShapeError(f"{name} must be (layers, kv_heads)={expected} for this model; got {tuple(heads.shape)}")

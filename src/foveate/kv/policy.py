@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
 from foveate.core import validate
+from foveate.host import Host, layout
 from foveate.host.method import Method
-from foveate.host.model import Host
 
 #: `progress(step, steps, note)`.
 Progress = Callable[[int, int, str], None]
@@ -18,6 +18,12 @@ Progress = Callable[[int, int, str], None]
 
 class Policy(Method):
     """A method that keeps, or reads while decoding, only part of the cache."""
+
+    needs_cache: ClassVar[bool] = True
+
+    def bind(self, host: Host) -> None:
+        """Refuse models without layers that attend through a cache."""
+        layout(host)
 
     @classmethod
     def calibrate(

@@ -10,6 +10,7 @@ from torch import Tensor
 from foveate.core.errors import OptionError
 from foveate.host.method import Method
 from foveate.host.site import Site
+from foveate.kv.padding import each_alone, tokens
 from foveate.ops.operator import Operator
 
 
@@ -18,12 +19,13 @@ from foveate.ops.operator import Operator
 class PrefillSwap(Method):
     """Attend to the prompt with any operator; decoding stays the model's own, over the full cache.
 
-    Time to the first token falls with the operator's cost. Sequences with padding need an operator that takes masks
-    over keys. Layers with a sliding window, a soft cap or a mask of the caller's own keep the model's attention.
+    Time to the first token falls with the operator's cost. Sequences with padding are read one by one, so that the
+    operator sees each as if it stood alone. Layers with a sliding window, a soft cap or a mask of the caller's own keep
+    the model's attention.
 
     Args:
         operator: defines "causal self", and "causal cross" for prompts that come in several calls.
-        layers: which layers; None is all. Papers often leave the first few dense.
+        layers: which layers, by their number in the cache; None is all. Papers often leave the first few dense.
     """
 
     operator: Operator
@@ -40,6 +42,9 @@ class PrefillSwap(Method):
         return chosen and site.phase == "prefill" and site.is_causal and site.is_plain_causal
 
     def attend(self, site: Site) -> Tensor:
-        out = self.operator(site.q, site.k, site.v, mask=site.key_mask, causal=True, scale=site.scale)
+        return self._read(site) if tokens(site) is None else each_alone(site, lambda part, rows: self._read(part))
+
+    def _read(self, site: Site) -> Tensor:
+        out = self.operator(site.q, site.k, site.v, causal=True, scale=site.scale)
         assert isinstance(out, Tensor)
         return out

@@ -9,7 +9,7 @@ off weights, is not needed for rotary models and is not here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self, final
 
 import torch
@@ -17,14 +17,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.core.scoring import dot_product
+from foveate.core.errors import ShapeError
+from foveate.core.scoring import safe_softmax
+from foveate.host import SUMMARY, Host, Layout, Slots, layout
 from foveate.host.method import Method
-from foveate.host.model import Host
-from foveate.host.run import apply
 from foveate.host.site import Site
-from foveate.host.slots import Slots
-from foveate.kv.heads import check_heads, keep_window, per_kv_head, split_at_budget, top
+from foveate.kv.heads import HeadTable, check_heads, keep_window, own_lengths, per_kv_head, split_at_budget, top
+from foveate.kv.padding import tokens
 from foveate.kv.policy import Policy, Progress
+from foveate.kv.probing import kept, logits_of, read
 
 _ROWS = 256
 
@@ -57,7 +58,7 @@ class RazorAttention(Policy):
     ratio: float = 5.0
     compensate: bool = True
     evicts: ClassVar[bool] = True
-    _found: Tensor | None = field(default=None, repr=False)
+    _full: HeadTable | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         validate.between("echo", self.echo, 0.0, 1.0)
@@ -67,21 +68,33 @@ class RazorAttention(Policy):
         validate.at_least("ratio", self.ratio, 1.0)
 
     def bind(self, host: Host) -> None:
-        if self.heads is not None:
-            check_heads("heads", self.heads, host)
-        self._found = (
-            self.heads if self.heads is not None else razor_heads(host, echo=self.echo, induction=self.induction)
-        )
+        found = layout(host)
+        check_heads("heads", self.heads if self.heads is not None else found.table, host)
+        heads = razor_heads(host, echo=self.echo, induction=self.induction) if self.heads is None else self.heads
+        self._full = HeadTable(heads.bool() & found.table, found)
+
+    def at(self, site: Site) -> bool:
+        assert self._full is not None
+        return not self._full.holds_all(site)
 
     def keep(self, site: Site) -> Tensor | None:
-        assert self._found is not None
-        recent = max(self.min_window, int(site.seen / self.ratio))
-        if site.seen <= self.sink + recent:
+        assert self._full is not None
+        if site.seen <= self.sink + self.min_window:
             return None
-        return keep_window(site, self._found[site.layer], self.sink, recent)
+        lengths = own_lengths(site)
+        recent: int | Tensor
+        if isinstance(lengths, Tensor):
+            recent = (lengths / self.ratio).to(lengths.dtype).clamp_min(self.min_window)
+        else:
+            recent = max(self.min_window, int(lengths / self.ratio))
+        return keep_window(site, self._full.of(site), self.sink, recent)
 
     def fold(self, site: Site, dropped: Slots, summary: Slots | None) -> Slots | None:
-        return compensation(dropped, summary) if self.compensate else None
+        if not self.compensate:
+            return None
+        if (found := tokens(site)) is not None:  # padding is no loss
+            dropped = replace(dropped, positions=found.own(dropped.positions))
+        return compensation(dropped, summary)
 
     @classmethod
     def calibrate(
@@ -94,24 +107,43 @@ class RazorAttention(Policy):
         """See `Policy.at_budget`. Heads are protected in the paper's proportion, one by echo to fourteen by
         induction.
         """
-        full, window = split_at_budget(budget, host, length)
-        scores = learnt or head_scores(host)
-        echo, induction = (per_kv_head(scores[kind], host.kv_heads) for kind in ("echo", "induction"))
-        found = top(echo, -(-full // 15))
-        found = found | top(induction.masked_fill(found, -1.0), full - int(found.sum()))
+        may, full, window = split_at_budget(budget, host, length)
+        scores, found = learnt or head_scores(host), layout(host)
+        for kind in ("echo", "induction"):
+            check_scores(kind, scores[kind], found)
+        echo, induction = (per_kv_head(scores[kind], found).masked_fill(~may, -1.0) for kind in ("echo", "induction"))
+        chosen = top(echo, -(-full // 15))
+        chosen = chosen | top(induction.masked_fill(chosen, -1.0), full - int(chosen.sum()))
         sink = min(4, window - 1)
-        return cls(heads=found, sink=sink, min_window=max(1, window - sink - 1), ratio=float(length))
+        return cls(heads=chosen & may, sink=sink, min_window=max(1, window - sink - 1), ratio=float(length))
 
 
 def compensation(dropped: Slots, summary: Slots | None) -> Slots | None:
-    """One slot a head that stands for everything dropped so far: running means of keys and values, and their count."""
-    real = (dropped.positions >= 0).to(dropped.k.dtype)[..., None]
-    k, v, count = (dropped.k * real).sum(2, keepdim=True), (dropped.v * real).sum(2, keepdim=True), real.sum(2)
+    """One slot a head that stands for everything dropped so far: running means of keys and values, and their count.
+
+    Means are kept in float32: in a shorter type they would not move any more once many tokens are counted.
+    """
+    real = (dropped.positions >= 0).float()[..., None]
+    count = real.sum(2)
+    k, v = (_total(x, real) for x in (dropped.k, dropped.v))
     if summary is not None and summary.count is not None:
-        before = summary.count.to(k.dtype)
-        k, v, count = k + summary.k * before[..., None], v + summary.v * before[..., None], count + before
+        before = summary.count[..., None]
+        k, v, count = k + summary.k * before, v + summary.v * before, count + summary.count
     share = count[..., None].clamp_min(1.0)
-    return Slots(k / share, v / share, dropped.positions.new_full((*count.shape[:2], 1), -2), count.float())
+    positions = dropped.positions.new_full((*count.shape[:2], 1), SUMMARY)
+    return Slots(k / share, v / share, positions, count)
+
+
+def _total(x: Tensor, real: Tensor) -> Float[Tensor, "b h 1 d"]:
+    """The sum of some slots, in float32 whatever their type; what is hidden may be anything."""
+    return torch.where(real > 0, x, 0.0).sum(2, keepdim=True, dtype=torch.float32)
+
+
+def check_scores(name: str, scores: Tensor, found: Layout) -> None:
+    """Refuse a table of query heads that is not `(layers, heads)`."""
+    expected = (len(found), found.heads)
+    if tuple(scores.shape) != expected:
+        raise ShapeError(f"{name} must be (layers, heads)={expected} for this model; got {tuple(scores.shape)}")
 
 
 def razor_heads(
@@ -126,13 +158,12 @@ def razor_heads(
     """Key/value heads to protect: the union of the best query heads by echo and by induction score, as shares of
     all.
     """
-    scores = head_scores(host, length=length, repeats=repeats, seed=seed)
-    total = host.layers * host.heads
+    scores, found = head_scores(host, length=length, repeats=repeats, seed=seed), layout(host)
+    total = sum(layer.heads for layer in found.layers)
     best = top(scores["echo"], max(1, round(echo * total))) | top(scores["induction"], max(1, round(induction * total)))
-    return per_kv_head(best.float(), host.kv_heads) > 0
+    return per_kv_head(best.float(), found) > 0
 
 
-@torch.no_grad()
 def head_scores(
     host: Host,
     *,
@@ -142,6 +173,9 @@ def head_scores(
     occurrences: Literal["sum", "mean"] = "sum",
 ) -> dict[str, Float[Tensor, "l hq"]]:
     """Each query head's `"echo"` and `"induction"` score on `length` random tokens repeated `repeats` times.
+
+    Heads of layers whose window ends before the last occurrence score 0. What was found is kept for as long as the
+    model lives and its weights stay what they are.
 
     Args:
         host: the model.
@@ -154,37 +188,43 @@ def head_scores(
     length = min(2500, context // (4 * repeats)) if length is None else length
     validate.at_least("length", length, 2)
     validate.at_least("repeats", repeats, 2)
+    validate.one_of("occurrences", occurrences, ("sum", "mean"))
+    options = ("head_scores", length, repeats, seed, occurrences)
+    return kept(host, options, lambda: _probe(host, length, repeats, seed, occurrences))
+
+
+def _probe(host: Host, length: int, repeats: int, seed: int, occurrences: str) -> dict[str, Float[Tensor, "l hq"]]:
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, host.vocabulary, (length,), generator=draw).repeat(repeats)[None]
-    probe = _Probe(length, occurrences)
-    with apply(host.model, probe):
-        host.model(tokens.to(host.model.device), use_cache=False)
-    layers = range(host.layers)
-    return {
-        "echo": torch.stack([probe.echo[i] for i in layers]),
-        "induction": torch.stack([probe.induction[i] for i in layers]),
-    }
+    found = layout(host)
+    probe = _Probe(length, occurrences, [x.layer for x in found.layers if x.window is None or x.window > length])
+    read(host, tokens, probe)
+    scores = {"echo": torch.zeros(len(found), found.heads), "induction": torch.zeros(len(found), found.heads)}
+    for row, layer in enumerate(found.layers):
+        if layer.layer in probe.found:
+            for kind, score in zip(("echo", "induction"), probe.found[layer.layer], strict=True):
+                scores[kind][row, : layer.heads] = score
+    return scores
 
 
 class _Probe(Method):
     """Reads the weights at whole periods back (echo) and one after that (induction), a few rows at a time."""
 
-    def __init__(self, period: int, occurrences: str) -> None:
-        self.period, self.occurrences = period, occurrences
-        self.echo: dict[int, Tensor] = {}
-        self.induction: dict[int, Tensor] = {}
+    def __init__(self, period: int, occurrences: str, layers: list[int]) -> None:
+        self.period, self.occurrences, self.layers = period, occurrences, layers
+        self.found: dict[int, Float[Tensor, "2 hq"]] = {}
+
+    def at(self, site: Site) -> bool:
+        return site.is_causal and site.layer in self.layers
 
     def read(self, site: Site, out: Tensor) -> None:
-        k, n = site.k.repeat_interleave(site.groups, 1), site.q.shape[2]
-        totals = torch.zeros(2, site.q.shape[1])
+        n, device = site.q.shape[2], site.q.device
+        totals = torch.zeros(2, site.q.shape[1], device=device)
         for start in range(self.period, n, _ROWS):
-            rows = torch.arange(start, min(start + _ROWS, n), device=k.device)
-            logits = dot_product(site.q[:, :, rows], k[:, :, : int(rows[-1]) + 1], site.scale).float()
-            future = torch.arange(logits.shape[-1], device=k.device) > rows[:, None]
-            weights = logits.masked_fill(future, float("-inf")).softmax(-1)
-            totals += torch.stack([self._at(weights, rows, shift).sum((0, 2)).cpu() for shift in (0, 1)])
-        totals /= site.q.shape[0] * (n - self.period)
-        self.echo[site.layer], self.induction[site.layer] = totals[0], totals[1]
+            rows = torch.arange(start, min(start + _ROWS, n), device=device)
+            weights = safe_softmax(logits_of(site, rows))
+            totals += torch.stack([self._at(weights, rows, shift).sum((0, 2)) for shift in (0, 1)])
+        self.found[site.layer] = (totals / (site.q.shape[0] * (n - self.period))).cpu()
 
     def _at(self, weights: Tensor, rows: Tensor, shift: int) -> Tensor:
         """`(B, H, rows)` weight on `shift` after each earlier occurrence of the query's token."""

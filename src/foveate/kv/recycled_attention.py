@@ -16,17 +16,21 @@ from typing import Literal, NamedTuple, Self, final
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
-from foveate.core.scoring import dot_product, safe_softmax
+from foveate.core.scoring import safe_softmax
 from foveate.core.selection import Indices, Selection
+from foveate.host import Host, layout
 from foveate.host.method import Method
-from foveate.host.model import Host, host
-from foveate.host.run import apply
+from foveate.host.model import host
 from foveate.host.site import Site
+from foveate.kv.heads import check_reach, far_layers
+from foveate.kv.padding import last_query, tokens
 from foveate.kv.policy import Policy
-from foveate.kv.reading import cosine, has_everything, last_logits, max_pooled
+from foveate.kv.probing import logits_of, read
+from foveate.kv.reading import cosine, has_everything, last_logits, most
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,10 @@ class RecycledAttention(Policy):
         if self.dynamic is not None and not isinstance(self.dynamic, Dynamic):
             raise OptionError(f"dynamic must be a Dynamic(threshold, every) or None; got {type(self.dynamic).__name__}")
 
+    def bind(self, host: Host) -> None:
+        super().bind(host)
+        check_reach("k: recycled_attention", self.k, host)
+
     def at(self, site: Site) -> bool:
         return has_everything(site)
 
@@ -96,11 +104,15 @@ class RecycledAttention(Policy):
         return Indices(index, 1, total) if index.shape[-1] < total else None
 
     def read(self, site: Site, out: Tensor) -> None:
-        memory, shared, query = site.memory(self), site.memory(self, all_layers=True), site.q[:, :, -1]
+        memory = site.memory(self)
         if self._is_full(site):
-            memory.update(chosen=self._choose(site), seen=site.seen, query=query)
-        elif self.dynamic is not None and shared["step"] % self.dynamic.every == 0 and "query" in memory:
-            shared["cosines"].append(cosine(query, memory["query"]).mean().item())
+            memory.update(chosen=self._choose(site), seen=site.seen)
+            if self.dynamic is not None:
+                memory["query"] = last_query(site)[0].clone()
+            return
+        shared = site.memory(self, all_layers=True)
+        if self.dynamic is not None and shared["step"] % self.dynamic.every == 0 and "query" in memory:
+            shared["cosines"].append(cosine(site.q[:, :, -1], memory["query"]).mean().item())
 
     def _is_full(self, site: Site) -> bool:
         """Whether this is a full step; the first layer of a pass decides for all."""
@@ -121,8 +133,15 @@ class RecycledAttention(Policy):
         return bool(cosines) and sum(cosines) / len(cosines) < self.dynamic.threshold
 
     def _choose(self, site: Site) -> Int[Tensor, "b hkv k"]:
+        """What each sequence's last token attends to; where a call brings it none, what it chose before stays."""
         weights = safe_softmax(last_logits(site)).unflatten(1, (site.k.shape[1], -1))
-        return strongest(weights, self.k, self.group_reduce, self.pool)
+        scores = weights.amax(2) if self.group_reduce == "max" else weights.mean(2)
+        has, before = last_query(site)[1], site.memory(self).get("chosen")
+        if has is not None and (before is None or before.shape[2] < self.k):
+            real = tokens(site).real[:, None].to(scores.dtype)  # type: ignore[union-attr]
+            return most(torch.where(has[:, None, None], scores, real), self.k, site, self.pool)
+        chosen = most(scores, self.k, site, self.pool)
+        return chosen if has is None or before is None else torch.where(has[:, None, None], chosen, before)
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
@@ -137,14 +156,6 @@ class RecycledAttention(Policy):
         return cls(max(1, round(sparse * length - stride / 2)), stride, pool=13)
 
 
-def strongest(
-    weights: Float[Tensor, "b hkv g s"], k: int, reduce: Literal["max", "mean"] = "max", pool: int = 0
-) -> Int[Tensor, "b hkv k"]:
-    """The `k` keys that a group's query heads attend to most, the strongest first."""
-    scores = weights.amax(2) if reduce == "max" else weights.mean(2)
-    return max_pooled(scores, pool).topk(min(k, scores.shape[-1])).indices
-
-
 class Overlap(NamedTuple):
     """Share of the attention mass that is recovered, per lag: by an earlier step's choice; by sinks and a window."""
 
@@ -157,7 +168,8 @@ def attention_overlap(model: object, ids: Int[Tensor, "b n"], k: int, lags: Sequ
     """How well a step's `k` strongest keys serve later steps.
 
     That is the weight which queries some tokens later give to them and to the tokens since, next to what they give to
-    the same number of sinks (4) and recent tokens. Mean over layers, heads and sequences.
+    the same number of sinks (4) and recent tokens. Mean over heads, sequences, and the layers that attend to all
+    tokens.
 
     Args:
         model: a decoder.
@@ -170,30 +182,33 @@ def attention_overlap(model: object, ids: Int[Tensor, "b n"], k: int, lags: Sequ
     start = ids.shape[1] - 1 - max(lags)
     if start < 0 or min(lags) < 0:
         raise OptionError(f"lags={tuple(lags)} must be in 0..{ids.shape[1] - 1} for {ids.shape[1]} tokens")
-    recovery = _Recovery(k, start, [start + lag for lag in lags])
-    with apply(here.model, recovery):
-        here.model(ids, use_cache=False)
+    recovery = _Recovery(k, start, [start + lag for lag in lags], [x.layer for x in far_layers(layout(here))])
+    read(here, ids, recovery)
     return Overlap(*torch.stack(recovery.found).mean(0))
 
 
 class _Recovery(Method):
     """Reads, layer by layer, the mass on a set chosen at row `start` when later rows attend."""
 
-    def __init__(self, k: int, start: int, rows: list[int]) -> None:
-        self.k, self.start, self.rows = k, start, rows
+    def __init__(self, k: int, start: int, rows: list[int], layers: list[int]) -> None:
+        self.k, self.start, self.rows, self.layers = k, start, rows, layers
         self.found: list[Tensor] = []
 
+    def at(self, site: Site) -> bool:
+        return site.is_causal and site.layer in self.layers
+
     def read(self, site: Site, out: Tensor) -> None:
-        k = site.k.repeat_interleave(site.groups, 1)
-        rows = torch.tensor([self.start, *self.rows], device=k.device)
-        key = torch.arange(k.shape[2], device=k.device)
-        logits = dot_product(site.q[:, :, rows], k, site.scale).masked_fill(key > rows[:, None], float("-inf"))
-        weights = safe_softmax(logits.float())
-        groups = weights[:, :, 0].unflatten(1, (site.k.shape[1], -1))[..., : self.start + 1]
-        chosen = strongest(groups, self.k).repeat_interleave(site.groups, 1)
+        weights = torch.cat([self._row(site, row) for row in (self.start, *self.rows)], 2)
+        key = torch.arange(weights.shape[-1], device=weights.device)
+        scores = weights[:, :, 0].unflatten(1, (site.k.shape[1], -1)).amax(2)[..., : self.start + 1]
+        chosen = scores.topk(min(self.k, scores.shape[-1])).indices.repeat_interleave(site.groups, 1)
         top = torch.zeros_like(weights[:, :, 0], dtype=torch.bool).scatter_(2, chosen, True)
         sinks = min(4, self.k)
         near = (key < sinks) | (key > self.start - (self.k - sinks))
         since = key > self.start
-        kept = torch.stack([top, near.expand_as(top)]) | since
-        self.found.append((weights[:, :, 1:] * kept[..., None, :]).sum(-1).mean((1, 2)))
+        both = torch.stack([top, near.expand_as(top)]) | since
+        self.found.append((weights[:, :, 1:] * both[..., None, :]).sum(-1).mean((1, 2)).cpu())
+
+    def _row(self, site: Site, row: int) -> Float[Tensor, "b hq 1 s"]:
+        weights = safe_softmax(logits_of(site, torch.tensor([row], device=site.q.device)))
+        return F.pad(weights, (0, site.k.shape[2] - weights.shape[-1]))

@@ -24,8 +24,7 @@ class SinkRecent(Policy):
 
     Memory and time per token are constant. The prompt is read densely, in one piece or in the pieces it comes in. Keys
     keep their original positions (the paper renumbers them; within the trained length that changes little). Whatever
-    lies
-    between the sinks and the window is gone: the wrong choice for retrieval.
+    lies between the sinks and the window is gone: the wrong choice for retrieval.
 
     Args:
         sink: first tokens kept (the paper's 4).

@@ -8,7 +8,7 @@ of the model, which a method cannot start from within an attention call. The rel
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Self, final
 
 import torch
@@ -16,14 +16,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate.core import masks, validate
-from foveate.core.errors import OptionError
-from foveate.core.scoring import dot_product
+from foveate.core.errors import OptionError, ShapeError, UnsupportedModel
 from foveate.core.selection import Indices, Selection
+from foveate.host import Host, layout
 from foveate.host.method import Method
-from foveate.host.model import Host, host
-from foveate.host.run import apply
+from foveate.host.model import host
 from foveate.host.site import Site
+from foveate.kv.heads import check_reach, far_layers
 from foveate.kv.policy import Policy, Progress
+from foveate.kv.probing import logits_of, read
 from foveate.kv.reading import has_everything, last_logits
 
 Per = Literal["head", "group", "layer"]
@@ -37,21 +38,25 @@ class TidalDecode(Policy):
     Nothing is evicted and prefill is dense; a step makes `dense_layers + 1 + len(reselect_layers)` full reads in place
     of one a layer. The set lives for one step. The wrong choice for shallow models, where the full reads are most of
     the work, and with a re-selection layer that does not know yet what the later ones look for: `calibrate` measures
-    which one does. Layers with a window of their own, or that another method evicts from, read all they have.
+    which one does. Layers with a window of their own, or that another method evicts from, read all they have. Layers
+    are counted among those that attend to all tokens (where none does, among those with the widest window): a hybrid
+    model's others are left out.
 
     Args:
         top_k: tokens that a sparse layer reads.
         dense_layers: layers before the first selection, which read everything; the layer of that number selects.
         reselect_layers: further layers that read everything and select anew.
-        per: whose set it is: each query "head" has its own, a "group" of heads on one key/value head, or the "layer".
+        per: whose set it is: each query "head" has its own, a "group" of heads on one key/value head (then each key is
+            read once for all of them), or the "layer".
         reduce: how a group's or a layer's heads are taken together: the largest logit, or their sum.
     """
 
     top_k: int = 256
     dense_layers: int = 2
     reselect_layers: tuple[int, ...] = (13,)
-    per: Per = "head"
+    per: Per = "group"
     reduce: Literal["max", "sum"] = "max"
+    _order: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         validate.at_least("top_k", self.top_k, 1)
@@ -62,24 +67,36 @@ class TidalDecode(Policy):
             validate.at_least("reselect_layers", layer, 0)
 
     def bind(self, host: Host) -> None:
+        far = far_layers(layout(host))
+        if len(far) < 2:
+            raise UnsupportedModel(
+                f"tidal_decode needs two layers that attend to all tokens, one to select and one to read; "
+                f"{type(host.model).__name__} has {len(far)}"
+            )
+        check_reach("top_k: tidal_decode", self.top_k, host)
         for layer in self.reselect_layers:
-            if layer >= host.layers:
+            if layer >= len(far):
                 raise OptionError(
-                    f"reselect_layers={self.reselect_layers} must be under the model's {host.layers} layers"
+                    f"reselect_layers={self.reselect_layers} must be under the {len(far)} layers of this model that "
+                    f"attend to all tokens"
                 )
+        self._order = {layer.layer: order for order, layer in enumerate(far)}
 
     def at(self, site: Site) -> bool:
-        return site.layer >= self.dense_layers and site.phase == "decode" and has_everything(site)
+        if site.phase != "decode" or self._order.get(site.layer, -1) < self.dense_layers:
+            return False
+        return has_everything(site)
 
     def select(self, site: Site) -> Selection | None:
         if site.k.shape[2] <= self.top_k:
             return None
-        if site.layer == self.dense_layers or site.layer in self.reselect_layers:
+        order = self._order[site.layer]
+        if order == self.dense_layers or order in self.reselect_layers:
             site.step[id(self)] = self._choose(site)
             return None
         if id(self) not in site.step:
             return None
-        return Indices(site.step[id(self)], 1, site.k.shape[2])
+        return Indices(site.step[id(self)].to(site.q.device), 1, site.k.shape[2])
 
     def _choose(self, site: Site) -> Int[Tensor, "b h 1 k"]:
         logits = last_logits(site)
@@ -94,7 +111,7 @@ class TidalDecode(Policy):
     ) -> dict[str, Tensor]:
         """The layers' overlap where one example answers: `at_budget` puts the re-selection where it serves best."""
         ids, answers = next(iter(data))
-        overlap = topk_overlap(host.model, ids.to(host.model.device), max(1, ids.shape[1] // 16), answers)
+        overlap = topk_overlap(host.model, ids, max(1, ids.shape[1] // 16), answers)
         if progress is not None:
             progress(1, 1, "overlap of the layers' choices")
         return {"overlap": overlap}
@@ -107,15 +124,23 @@ class TidalDecode(Policy):
         where `calibrate` has measured it, else the one at 13/32 of the depth. `top_k` spends what the full reads leave.
         Where they leave nothing, the model is too shallow for its budget: it reads more, and sparse layers that share.
         """
-        dense = min(2, host.layers // 4)
-        later = range(dense + 1, host.layers)
-        if not later:
-            return cls(cls.tokens(budget, length), dense, ())
-        middle = min(max(round(host.layers * 13 / 32), later[0]), later[-1])
-        again = _best_layer(learnt["overlap"], dense) if "overlap" in learnt else middle
-        full = dense + 2
-        left = (budget * host.layers - full) / max(1, host.layers - full)
-        return cls(cls.tokens(left if left > 0 else budget, length), dense, (again,))
+        return cls(*spent(budget, len(far_layers(layout(host))), length, learnt.get("overlap")))
+
+
+def spent(budget: float, layers: int, length: int, overlap: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
+    """A budget as `(top_k, dense_layers, reselect_layers)` for so many layers; see `TidalDecode.at_budget`."""
+    dense = min(2, layers // 4)
+    later = range(dense + 1, layers)
+    if not later:
+        return Policy.tokens(budget, length), dense, ()
+    again = min(max(round(layers * 13 / 32), later[0]), later[-1])
+    if overlap is not None:
+        if tuple(overlap.shape) != (layers, layers):
+            raise ShapeError(f"overlap must be ({layers}, {layers}) for this model; got {tuple(overlap.shape)}")
+        again = _best_layer(overlap, dense)
+    full = dense + 2
+    left = (budget * layers - full) / max(1, layers - full)
+    return Policy.tokens(left if left > 0 else budget, length), dense, (again,)
 
 
 def _best_layer(overlap: Float[Tensor, "l l"], first: int) -> int:
@@ -130,7 +155,7 @@ def topk_overlap(
     model: object, ids: Int[Tensor, "b n"], k: int, queries: Bool[Tensor, "b n"] | None = None
 ) -> Float[Tensor, "l l"]:
     """How far layers agree on what matters: mean share of the `k` keys with the largest logits that two layers have in
-    common, head by head.
+    common, head by head. Of the layers that attend to all tokens; see `TidalDecode`.
 
     Args:
         model: a decoder.
@@ -143,25 +168,29 @@ def topk_overlap(
     if queries is None:
         queries = torch.zeros_like(ids, dtype=torch.bool)
         queries[:, -1] = True
-    sets = _Sets(k, queries)
-    with apply(here.model, sets):
-        here.model(ids, use_cache=False)
-    chosen = torch.stack([sets.found[layer] for layer in range(here.layers)]).double()
+    sets = _Sets(k, queries, [layer.layer for layer in far_layers(layout(here))])
+    read(here, ids, sets)
+    chosen = torch.stack([sets.found[layer] for layer in sets.layers]).double()
     return torch.einsum("lrs,mrs->lmr", chosen, chosen).div(chosen[0].sum(-1)).mean(-1).float()
 
 
 class _Sets(Method):
     """Reads which keys each chosen query holds largest: `(rows, S)` a layer."""
 
-    def __init__(self, k: int, queries: Tensor) -> None:
-        self.k, self.found = k, {}  # type: ignore[var-annotated]
-        self.found: dict[int, Tensor]
-        self.batch, self.at_query = queries.nonzero(as_tuple=True)
+    def __init__(self, k: int, queries: Tensor, layers: list[int]) -> None:
+        self.k, self.layers = k, layers
+        self.rows = [row.nonzero()[:, 0] for row in queries.cpu()]
+        self.found: dict[int, Tensor] = {}
+
+    def at(self, site: Site) -> bool:
+        return site.is_causal and site.layer in self.layers
 
     def read(self, site: Site, out: Tensor) -> None:
-        k = site.k.repeat_interleave(site.groups, 1)[self.batch]
-        logits = dot_product(site.q[self.batch, :, self.at_query][:, :, None], k, site.scale)[:, :, 0]
-        future = torch.arange(logits.shape[-1], device=k.device) > self.at_query[:, None, None]
-        best = logits.masked_fill(future, masks.NEVER).topk(min(self.k, logits.shape[-1]))
+        parts = [self._sets(site, batch, rows) for batch, rows in enumerate(self.rows) if rows.numel()]
+        self.found[site.layer] = torch.cat(parts).cpu()
+
+    def _sets(self, site: Site, batch: int, rows: Tensor) -> Bool[Tensor, "rh s"]:
+        logits = logits_of(site, rows.to(site.q.device), batch)[0].transpose(0, 1)
+        best = logits.topk(min(self.k, logits.shape[-1]))
         sets = torch.zeros_like(logits, dtype=torch.bool).scatter_(2, best.indices, best.values > masks.NEVER)
-        self.found[site.layer] = sets.flatten(0, 1)
+        return sets.flatten(0, 1)

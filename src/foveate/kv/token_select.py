@@ -10,7 +10,7 @@ cache off (here: a `sim_threshold` over 1).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self, final
+from typing import Any, Self, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,10 +21,13 @@ from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.core.scoring import dot_product, safe_softmax
 from foveate.core.selection import Indices, Selection
+from foveate.host.attention import selected
 from foveate.host.model import Host
 from foveate.host.site import Site
+from foveate.kv.heads import check_reach
+from foveate.kv.padding import each_alone, tokens
 from foveate.kv.policy import Policy
-from foveate.kv.reading import cosine, has_everything, max_pooled, visible
+from foveate.kv.reading import cosine, has_everything, max_pooled, most, visible
 
 
 @final
@@ -60,56 +63,117 @@ class TokenSelect(Policy):
         if self.pool and self.pool % 2 == 0:
             raise OptionError(f"pool={self.pool} must be odd, or 0 for none")
 
+    @property
+    def reads(self) -> int:
+        """Tokens that a step reads beside its own."""
+        return self.sink + self.local + self.k
+
+    def bind(self, host: Host) -> None:
+        super().bind(host)
+        check_reach("sink, local, k: token_select", self.reads, host)
+
     def at(self, site: Site) -> bool:
-        return site.seen - 1 > self.sink + self.local + self.k and has_everything(site)
+        return site.seen - 1 > self.reads and has_everything(site)
+
+    def attend(self, site: Site) -> Tensor | None:
+        """A padded prompt of several pieces, sequence by sequence: each is cut from its own first token."""
+        if site.q.shape[2] <= self.chunk or tokens(site) is None:
+            return None
+        return each_alone(site, lambda part, rows: self._alone(site, part, rows))
+
+    def _alone(self, site: Site, part: Site, rows: Tensor) -> Tensor:
+        found, memory = tokens(site), site.memory(self)
+        assert found is not None
+        memory.update({**self._nothing(site), **memory})
+        mine = {name: x[rows] if isinstance(x, Tensor) else x for name, x in memory.items()}
+        mine["chosen"] = found.rank[rows].gather(1, mine["chosen"]).clamp_min(0).long()
+        part.memories[id(self), part.layer] = mine
+        selection = self.select(part) if self.at(part) else None
+        out, _ = selected(part, [] if selection is None else [selection.for_heads(part.q.shape[1])])
+        mine["chosen"] = found.order[rows].gather(1, mine["chosen"])
+        memory["whole"] = False
+        for name in ("query", "chosen", "real", "past"):
+            memory[name] = memory[name].index_copy(0, rows, mine[name])
+        return out
 
     def select(self, site: Site) -> Selection | None:
         n, total = site.q.shape[2], site.k.shape[2]
         starts = range(0, n, self.chunk)
-        if total - n + starts[-1] <= self.sink + self.local + self.k:
+        if total - n + starts[-1] <= self.reads:
             return None
         lists = [self._working_set(site, start, min(start + self.chunk, n)) for start in starts]
+        if len(lists) == 1:
+            (index, valid), group = lists[0], n
+            return Indices(index[:, None, None], n, total, None if valid is None else valid[:, None, None], group)
         longest = max(index.shape[1] for index, _ in lists)
+        real = [torch.ones_like(index, dtype=torch.bool) if valid is None else valid for index, valid in lists]
         index = torch.stack([F.pad(index, (0, longest - index.shape[1])) for index, _ in lists], 1)
-        valid = torch.stack([F.pad(real, (0, longest - real.shape[1])) for _, real in lists], 1)
-        return Indices(index[:, None], n, total, valid[:, None], min(self.chunk, n))
+        valid = torch.stack([F.pad(x, (0, longest - x.shape[1])) for x in real], 1)
+        return Indices(index[:, None], n, total, valid[:, None], self.chunk)
 
-    def _working_set(self, site: Site, start: int, stop: int) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
-        """The keys that a piece of the queries reads, in order, and which of them count."""
+    def _working_set(self, site: Site, start: int, stop: int) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"] | None]:
+        """The keys that a piece of the queries reads, and which of them count; None where all do."""
         batch, device = site.q.shape[0], site.q.device
-        past = site.k.shape[2] - site.q.shape[2] + start
-        near = torch.arange(past + stop - start, device=device)
-        if past <= self.sink + self.local + self.k:
-            return near.expand(batch, -1), torch.ones(batch, near.numel(), dtype=torch.bool, device=device)
-        near = near[past - self.local :].expand(batch, -1)
-        sinks = site.begins[:, None] + torch.arange(self.sink, device=device)
+        past, end = (site.k.shape[2] - site.q.shape[2] + x for x in (start, stop))
+        if past <= self.reads:
+            return torch.arange(end, device=device).expand(batch, -1), None
         chosen, real = self._vote(site, start, stop, past)
-        index = torch.cat([sinks, chosen, near], 1)
-        valid = torch.cat([sinks < past - self.local, real, torch.ones_like(near, dtype=torch.bool)], 1)
-        return index.clamp_max(site.k.shape[2] - 1), valid
+        sinks = torch.arange(self.sink, device=device).expand(batch, -1)
+        found = tokens(site)
+        if found is None:
+            near = torch.arange(past - self.local, end, device=device).expand(batch, -1)
+            index = torch.cat([sinks, chosen, near], 1)
+            return index, None if real is None else F.pad(real, (self.sink, near.shape[1]), value=True)
+        before = found.before(past)[:, None]
+        near = before - self.local + torch.arange(self.local, device=device)
+        new = torch.arange(past, end, device=device).expand(batch, -1)
+        real = torch.ones_like(chosen, dtype=torch.bool) if real is None else real
+        valid = torch.cat([sinks < before - self.local, real, near >= 0, found.real[:, past:end]], 1)
+        return torch.cat([found.at(sinks), chosen, found.at(near), new], 1), valid
 
-    def _vote(self, site: Site, start: int, stop: int, past: int) -> tuple[Tensor, Tensor]:
+    def _vote(self, site: Site, start: int, stop: int, past: int) -> tuple[Tensor, Tensor | None]:
         """`(B, k)` tokens and which of them count: this piece's vote, or the last one where queries are alike."""
-        memory, query = site.memory(self), site.q[:, :, start:stop].mean(2)
-        alike = torch.zeros_like(site.begins, dtype=torch.bool)
-        if memory.get("past", past + 1) <= past:  # else there was no vote, or the cache was cropped to before it
-            alike = memory["final"] & (cosine(query, memory["query"]) >= self.sim_threshold)
-        memory["past"] = past
-        if bool(alike.all()):
-            return memory["chosen"], memory["real"]
-        key = torch.arange(past, device=query.device)
-        candidate = (key >= site.begins[:, None] + self.sink) & (key < past - self.local)
-        seen = visible(site, slice(start, stop))
-        candidate = candidate if seen is None else candidate & seen[:, :past]
-        votes = soft_vote(query, site.k[:, :, :past], self.pool, site.scale, candidate)
-        chosen = votes.masked_fill(~candidate, -1.0).topk(self.k).indices.sort().values
+        memory, found = site.memory(self), tokens(site)
+        query, has = _mean_query(site, start, stop)
+        own = torch.full_like(site.begins, past) if found is None else found.before(past).long()
+        alike = torch.zeros_like(has)
+        if "past" in memory:  # that is -1 without a vote, and larger where the cache was cropped since
+            held = (memory["past"] >= 0) & (memory["past"] <= own)
+            alike = held & ((cosine(query, memory["query"]) >= self.sim_threshold) | ~has)
+        if not bool(alike.all()):
+            memory.update(self._fresh(site, query, past, alike, slice(start, stop)))
         # a sequence that padding makes short reads all it has: no vote to hold on to
-        final = past - site.begins > self.sink + self.local + self.k
-        fresh = {"query": query, "chosen": chosen, "real": candidate.gather(1, chosen), "final": final}
+        held = alike | (own > self.reads)
+        before = memory.get("past", torch.full_like(own, -1))
+        memory["past"] = torch.where(has, own.masked_fill(~held, -1), before)
+        return memory["chosen"], None if memory["whole"] else memory["real"]
+
+    def _fresh(self, site: Site, query: Tensor, past: int, alike: Tensor, rows: slice) -> dict[str, Any]:
+        """What there is to remember of a vote now; of sequences that are `alike`, of their last one."""
+        found, seen, memory = tokens(site), visible(site, rows), site.memory(self)
+        if found is None:
+            key = torch.arange(past, device=query.device)
+            candidate = ((key >= self.sink) & (key < past - self.local)).expand(query.shape[0], -1)
+        else:
+            rank = found.rank[:, :past]
+            candidate = (rank >= self.sink) & (rank < found.before(past)[:, None] - self.local)
+        candidate = candidate if seen is None else candidate & seen[:, :past]
+        votes = soft_vote(query, site.k[:, :, :past], 0, site.scale, candidate)
+        chosen = most(votes, self.k, site, self.pool, candidate).sort().values
+        fresh: dict[str, Any] = {"query": query, "chosen": chosen, "real": candidate.gather(1, chosen)}
         for name, value in fresh.items():
             old = alike.view(-1, *[1] * (value.dim() - 1))
-            memory[name] = torch.where(old, memory.get(name, value), value)
-        return memory["chosen"], memory["real"]
+            fresh[name] = torch.where(old, memory.get(name, value), value)
+        return {**fresh, "whole": seen is None and found is None and memory.get("whole", True)}
+
+    def _nothing(self, site: Site) -> dict[str, Any]:
+        """What is remembered of sequences that have not voted yet."""
+        b, hq, _, d = site.q.shape
+        chosen = torch.zeros(b, self.k, dtype=torch.long, device=site.q.device)
+        past = torch.full_like(site.begins, -1)
+        return {
+            "query": site.q.new_zeros(b, hq, d), "chosen": chosen, "real": chosen > 0, "past": past, "whole": False,
+        }  # fmt: skip
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
@@ -117,6 +181,17 @@ class TokenSelect(Policy):
         total = cls.tokens(budget, length)
         sink, local = min(128, max(min(4, total // 4), total // 21)), min(512, 4 * total // 21)
         return cls(sink, local, max(1, total - sink - local - 1))
+
+
+def _mean_query(site: Site, start: int, stop: int) -> tuple[Float[Tensor, "b hq d"], Bool[Tensor, " b"]]:
+    """The mean of some queries that are tokens, and which sequences have any."""
+    real = site.real_queries if tokens(site) is not None else None
+    if real is None:
+        return site.q[:, :, start:stop].mean(2), torch.ones_like(site.begins, dtype=torch.bool)
+    real = real[:, start:stop].to(site.q.device)
+    count = real.sum(-1)
+    total = site.q[:, :, start:stop].masked_fill(~real[:, None, :, None], 0.0).sum(2)
+    return total / count.clamp_min(1)[:, None, None].to(total.dtype), count > 0
 
 
 def soft_vote(

@@ -12,11 +12,12 @@ from transformers import DynamicCache, LlamaForCausalLM
 from foveate.core.errors import FoveateError
 from foveate.host import Method, Site, apply
 from foveate.host.model import host
-from foveate.kv.recycled_attention import Dynamic, RecycledAttention, attention_overlap, strongest
+from foveate.kv.reading import most
+from foveate.kv.recycled_attention import Dynamic, RecycledAttention, attention_overlap
 from foveate.kv.sink_recent import SinkRecent
 from tests.conftest import ClaimFixture
 from tests.constructed import BOS, HEAD, KEYS, SLOW, TOKEN, VALUES, accuracy, induction_lm, recall
-from tests.host_models import DECODERS, feed, model, padded, tokens
+from tests.host_models import DECODERS, Reads, feed, model, padded, tokens
 
 DECODING = [20, *[1] * 10]
 
@@ -24,7 +25,7 @@ DECODING = [20, *[1] * 10]
 # -- exact limits ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "mistral"])
 @torch.no_grad()
 def test_full_steps_and_a_full_budget_are_dense(name: str) -> None:
     ids, mask = padded(tokens(2, 30), "left")
@@ -115,14 +116,16 @@ def test_a_cache_that_was_cropped_is_read_whole_once() -> None:
     assert run.stats.read == pytest.approx((4 / 21 + 5 / 22 + 1 + 4 / 17) / 4)
 
 
-@torch.no_grad()
 def test_neighbours_come_along() -> None:
-    weights = torch.zeros(1, 1, 2, 9)
-    weights[0, 0, 1, 4] = 1.0
-    assert strongest(weights, 3, pool=3).sort().values.tolist() == [[[3, 4, 5]]]
-    weights[0, 0, :, 7] = 0.6
-    assert strongest(weights, 1, "max").tolist() == [[[4]]]
-    assert strongest(weights, 1, "mean").tolist() == [[[7]]]
+    """The pool's plateau, its later tokens first; a group's heads by their largest weight, or by the mean of it."""
+    weights = torch.zeros(1, 1, 9)
+    weights[0, 0, 4] = 1.0
+    reads = Reads(lambda site: site)
+    with torch.no_grad(), apply(model("llama"), reads):
+        model("llama")(tokens(1, 9))
+    site = reads.seen[0]
+    assert most(weights, 3, site, pool=3).tolist() == [[[5, 4, 3]]]
+    assert most(weights, 1, site).tolist() == [[[4]]]
 
 
 # -- what the paper claims ---------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
@@ -13,10 +15,10 @@ from foveate.core.errors import FoveateError
 from foveate.host import Method, Site, apply
 from foveate.host.model import host
 from foveate.kv.sink_recent import SinkRecent
-from foveate.kv.tidal_decode import TidalDecode, topk_overlap
+from foveate.kv.tidal_decode import TidalDecode, spent, topk_overlap
 from tests.conftest import ClaimFixture
 from tests.constructed import accuracy, induction_lm, recall
-from tests.host_models import DECODERS, SLIDING, WINDOW, feed, model, padded, tokens
+from tests.host_models import WINDOW, Reads, feed, model, padded, tokens
 
 DECODING = [20, *[1] * 10]
 
@@ -29,7 +31,7 @@ def deep() -> LlamaForCausalLM:
 # -- exact limits ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
 @torch.no_grad()
 def test_a_full_budget_is_dense(name: str) -> None:
     ids, mask = padded(tokens(2, 30), "left")
@@ -110,27 +112,51 @@ def test_prefill_is_dense_and_nothing_is_evicted() -> None:
     assert all(layer.keys.shape[2] == 31 for layer in cache.layers)
 
 
-@pytest.mark.parametrize("name", SLIDING)
+@cache
+def hybrid() -> hf.PreTrainedModel:
+    """Five layers, of which the second, fourth and fifth see all tokens, through a soft cap."""
+    kinds = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
+    torch.manual_seed(0)
+    config = hf.Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, sliding_window=WINDOW,
+        layer_types=kinds, attn_logit_softcapping=2.0,
+    )  # fmt: skip
+    return hf.Gemma2ForCausalLM(config).eval()
+
+
 @torch.no_grad()
-def test_layers_with_a_window_read_all_of_it(name: str) -> None:
-    """A set that was chosen over the whole sequence says nothing about a window's few keys."""
+def test_layers_are_counted_among_those_that_see_all_tokens() -> None:
+    """The others read all of their window: a set that was chosen over the whole sequence says nothing about it."""
+    shares: dict[int, list[float]] = {}
 
-    class Lengths(Method):
-        seen: list[tuple[int, int]] = []  # noqa: RUF012
+    def share(site: Site) -> None:
+        if site.phase == "decode":
+            chosen = site.selections[0].keys_read() if site.selections else site.k.shape[2]
+            shares.setdefault(site.layer, []).append(chosen / site.k.shape[2])
+            if site.k.shape[2] == WINDOW:
+                assert site.layer in (0, 2) and not site.selections
 
-        def read(self, site: Site, out: Tensor) -> None:
-            if site.phase == "decode" and site.k.shape[2] == WINDOW:
-                k, v = (x.repeat_interleave(site.groups, 1) for x in (site.k, site.v))
-                logits = (site.q @ k.mT) * site.scale
-                if site.softcap is not None:
-                    logits = (logits / site.softcap).tanh() * site.softcap
-                torch.testing.assert_close(out, logits.softmax(-1) @ v, atol=1e-5, rtol=1e-4)
-                self.seen.append((site.layer, site.seen))
+    with apply(hybrid(), TidalDecode(5, 1, (2,)), Reads(share)):
+        hybrid().generate(tokens(2, 20), max_new_tokens=3, do_sample=False)
+    assert shares == {layer: [1.0, 1.0] for layer in range(5)}
+    shares.clear()
+    with apply(hybrid(), TidalDecode(5, 0, (1,)), Reads(share)):
+        hybrid().generate(tokens(2, 20), max_new_tokens=3, do_sample=False)
+    assert shares == {**{layer: [1.0, 1.0] for layer in range(4)}, 4: [5 / 21, 5 / 22]}
+    assert topk_overlap(hybrid(), tokens(2, 20), 5).shape == (3, 3)
 
-    Lengths.seen.clear()
-    with apply(model(name), TidalDecode(3, 0, ()), Lengths()):
-        model(name).generate(tokens(2, 30), max_new_tokens=5, do_sample=False)
-    assert len(Lengths.seen) == 4 * {"mistral": 3, "gemma2": 2, "gemma3": 2}[name]
+
+@pytest.mark.parametrize("name, layers", [("gemma2", 1), ("gemma3", 1)])
+def test_one_layer_that_sees_all_tokens_is_too_few(name: str, layers: int) -> None:
+    message = f"needs two layers that attend to all tokens.* has {layers}"
+    with pytest.raises(FoveateError, match=message), apply(model(name), TidalDecode(5, 0, ())):
+        pass
+
+
+def test_a_window_as_short_as_what_is_read_is_refused() -> None:
+    with pytest.raises(FoveateError, match=r"top_k.*reads 8 tokens, but no layer .* sees more than 8"):
+        apply(model("mistral"), TidalDecode(8, 0, ())).__enter__()
 
 
 # -- what the paper claims ---------------------------------------------------------------------------------------------
@@ -220,14 +246,7 @@ def test_calibration_finds_the_layer() -> None:
 )
 def test_budget(layers: int, budget: float, dense: int, again: int, top_k: int) -> None:
     """Two dense layers where there are eight, a selection and one more; the others spend what is left."""
-
-    class Sized:
-        pass
-
-    sized = Sized()
-    sized.layers = layers  # type: ignore[attr-defined]
-    policy = TidalDecode.at_budget(budget, sized, 1000)  # type: ignore[arg-type]
-    assert (policy.dense_layers, policy.reselect_layers, policy.top_k) == (dense, (again,), top_k)
+    assert spent(budget, layers, 1000, None) == (top_k, dense, (again,))
 
 
 def test_budget_is_what_is_read() -> None:
@@ -239,12 +258,15 @@ def test_budget_is_what_is_read() -> None:
 
 
 def test_shallow_models() -> None:
-    for layers, dense, again in ((1, 0, ()), (2, 0, (1,)), (3, 0, (1,))):
+    for layers, dense, again in ((2, 0, (1,)), (3, 0, (1,))):
         lm = induction_lm(layers, heads=2, kv_heads=2, matching=[])
         policy = TidalDecode.at_budget(0.5, host(lm), 64)
         assert (policy.dense_layers, policy.reselect_layers) == (dense, again)
         with torch.no_grad(), apply(lm, policy):
             lm.generate(recall(1, 64)[0], max_new_tokens=2, do_sample=False)
+    lm = induction_lm(1, heads=2, kv_heads=2, matching=[])
+    with pytest.raises(FoveateError, match="two layers that attend to all tokens.* has 1"), apply(lm, TidalDecode(4)):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -255,7 +277,7 @@ def test_shallow_models() -> None:
         ({"reselect_layers": (-1,)}, "reselect_layers=-1 must be at least 0"),
         ({"per": "token"}, "per='token' must be one of 'head', 'group', 'layer'"),
         ({"reduce": "mean"}, "reduce='mean' must be one of 'max', 'sum'"),
-        ({"reselect_layers": (3,)}, "must be under the model's 3 layers"),
+        ({"reselect_layers": (3,)}, "must be under the 3 layers of this model"),
     ],
 )
 def test_bad_options(bad: dict[str, Any], message: str) -> None:
