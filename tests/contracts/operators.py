@@ -159,6 +159,18 @@ def each_engine(*, at_limit: bool) -> pytest.MarkDecorator:
     return over(found)
 
 
+def each_causal_engine() -> pytest.MarkDecorator:
+    """Every causal pattern, with and without a mask of keys, on every engine that takes it."""
+    found = []
+    for key, cls in CLASSES.items():
+        for call in calls(key):
+            for engine in ("auto", *cls.engines) if call.causal and call.mask_kind in (None, "keys") else ():
+                named = Call(key, call.pattern, call.mask_kind, engine)
+                if named.is_accepted(example(key)):
+                    found.append(named)
+    return over(found)
+
+
 def on_flex() -> pytest.MarkDecorator:
     """Calls that compiled FlexAttention takes: float32 only, so that they are apart from the rest."""
     keys = [key for key, cls in CLASSES.items() if "flex" in cls.engines]

@@ -44,6 +44,17 @@ def test_the_future_does_not_reach_back(call: Call) -> None:
         assert_near(call(layer, changed)[:, :at], out[:, :at], 1e-12)
 
 
+@calls(causal=True)
+def test_garbage_in_the_future_does_not_reach_back(call: Call) -> None:
+    layer, (x, _) = example(call.key), call.tokens()
+    out = call(layer, x)
+    for garbage in (float("nan"), float("inf")):
+        for at in (LENGTH // 2, LENGTH - 1):
+            changed = x.clone()
+            changed[:, at:] = garbage
+            assert_near(call(layer, changed)[:, :at], out[:, :at], 1e-12)
+
+
 def hiding(call: Call, keys: slice) -> torch.Tensor:
     """A mask of the call's kind that hides these keys from everybody."""
     shape = (BATCH, 1, 1, call.n_keys) if call.mask_kind == "keys" else (BATCH, HEADS, LENGTH, call.n_keys)

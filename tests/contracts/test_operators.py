@@ -20,6 +20,7 @@ from tests.contracts.operators import (
     Call,
     a_mask,
     each_call,
+    each_causal_engine,
     each_engine,
     each_operator,
     each_pattern,
@@ -121,6 +122,38 @@ def test_the_future_does_not_reach_back(call: Call) -> None:
     for x, other, first in zip(changed, call.tensors(seed=9), firsts, strict=True):
         x[:, :, first:] = 3 * other[:, :, first:]
     assert_near(call(op, *changed)[:, :, :at], out, 1e-12)
+
+
+@each_causal_engine()
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
+def test_garbage_in_the_future_does_not_reach_back(call: Call, garbage: float) -> None:
+    """Later queries, keys and values may hold anything: nothing of it is in an earlier output."""
+    op = example(call.key)
+    at = op.grain * (call.lengths[0] // 2 // op.grain)
+    clean = call.tensors()
+    dirty = with_garbage(clean, (at, at + call.shift, at + call.shift), garbage)
+    assert_near(call(op, *dirty)[:, :, :at], call(op, *clean)[:, :, :at], 1e-12)
+
+
+@each_operator(lambda cls: cls.steps == "exact")
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
+def test_a_stream_with_garbage_is_the_call_with_garbage(key: str, garbage: float) -> None:
+    """A prompt and a stream give what they give without the garbage, up to it."""
+    op, at = example(key), 7
+    clean = qkv(12, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
+    dirty = with_garbage(clean, (at, at, at), garbage)
+    expected = op(*clean, causal=True)[:, :, :at]
+    assert_near(op.prefill(*dirty)[0][:, :, :at], expected, 1e-10)
+    assert_near(stream(op, *dirty)[:, :, :at], expected, 1e-10)
+
+
+def with_garbage(tensors: tuple[torch.Tensor, ...], firsts: tuple[int, ...], garbage: float) -> list[torch.Tensor]:
+    """The tensors with garbage of both signs from some place on."""
+    found = [x.clone() for x in tensors]
+    for x, first in zip(found, firsts, strict=True):
+        x[:, :, first:] = garbage
+        x[:, :, first + 1 :, ::2] = -garbage
+    return found
 
 
 @each_call(masked=True)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import types
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -92,3 +97,53 @@ def scale(value: float | None, width: int) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise OptionError(f"scale={value!r} must be a finite number or None (then D ** -0.5 = {width**-0.5:.4g})")
     return float(value)
+
+
+class Kind(NamedTuple):
+    """What an option may be: a test, and the same in words."""
+
+    fits: Callable[[Any], bool]
+    words: str
+
+
+_KINDS: dict[object, Kind] = {
+    int: Kind(lambda x: isinstance(x, int) and not isinstance(x, bool), "a whole number"),
+    float: Kind(lambda x: isinstance(x, int | float) and not isinstance(x, bool), "a number"),
+    bool: Kind(lambda x: isinstance(x, bool), "True or False"),
+    torch.Generator: Kind(lambda x: isinstance(x, torch.Generator), "a torch.Generator"),
+}
+
+
+def options(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+    """Refuse an option that is not what the constructor's annotation says, by name: `k=2.5`, `generator=0`.
+
+    Whole numbers, numbers, booleans, generators and lists of words are looked at, each also with None. What is missing
+    or not known is left to Python, and ranges to the constructor.
+    """
+    signature, kinds = _constructor(cls)
+    try:
+        bound = signature.bind_partial(None, *args, **given).arguments
+    except TypeError:
+        return
+    for name, value in bound.items():
+        kind = kinds.get(name)
+        if kind is not None and not kind.fits(value):
+            raise OptionError(f"{name}={value!r} must be {kind.words}")
+
+
+@cache
+def _constructor(cls: type) -> tuple[inspect.Signature, dict[str, Kind]]:
+    init = cls.__init__  # type: ignore[misc]
+    kinds = {name: _kind(annotation) for name, annotation in get_type_hints(init).items()}
+    return inspect.signature(init), {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def _kind(annotation: Any) -> Kind | None:
+    if get_origin(annotation) is Literal:
+        words = get_args(annotation)
+        return Kind(lambda x: isinstance(x, str | int | None) and x in words, "one of " + ", ".join(map(repr, words)))
+    if get_origin(annotation) in (Union, types.UnionType):
+        inner = [each for each in get_args(annotation) if each is not type(None)]
+        kind = _kind(inner[0]) if len(inner) == 1 and len(inner) < len(get_args(annotation)) else None
+        return None if kind is None else Kind(lambda x: x is None or kind.fits(x), f"{kind.words} or None")
+    return _KINDS.get(annotation) if isinstance(annotation, type) else None

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
+from foveate.core.known import is_clean
+from foveate.ops import causal
 from foveate.ops.prepare import accumulating
 
 
@@ -22,7 +24,7 @@ class DampedEMA(nn.Module):
 
     Forms, equal up to rounding: "fft", a convolution with the kernel `sum_n gamma p beta q^lag / sqrt(n)`, in
     O(B C N log N) and O(C n N) for the kernel; "recurrent", token by token. Through the transform, rounding errors of a
-    late token reach early outputs, and so does a NaN.
+    late token reach early outputs; NaN and inf do not.
 
     Args:
         dim: C.
@@ -88,6 +90,9 @@ class DampedEMA(nn.Module):
         n = x.shape[1]
         if n == 0:
             return x
+        if not is_clean(x):  # the transform would spread it over all tokens
+            bad = ~torch.isfinite(x)
+            return self._convolved(x.masked_fill(bad, 0.0), way) + causal.poison(bad).to(x.dtype)
         # twice the length: the convolution must not wrap around
         spectrum = torch.fft.rfft(x, 2 * n, dim=1) * torch.fft.rfft(self.kernel(n, way).mT, 2 * n, dim=0)
         return torch.fft.irfft(spectrum, 2 * n, dim=1)[:, :n]

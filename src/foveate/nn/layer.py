@@ -39,6 +39,11 @@ class Layer(nn.Module, ABC):
     inputs: ClassVar[frozenset[str]] = frozenset()
     growth: ClassVar[Growth] = "N²"
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuses an option of the wrong type before anything is made."""
+        validate.options(cls, args, options)
+        return super().__new__(cls)
+
     def __init__(self, dim: int, heads: int = 1) -> None:
         """`dim` is C, the width of tokens in and out; it is a multiple of `heads` unless a layer says otherwise."""
         super().__init__()

@@ -20,7 +20,7 @@ from foveate.core.scoring import safe_softmax
 from foveate.nn.ema import DampedEMA
 from foveate.nn.layer import Layer
 from foveate.nn.positions import Position, RelativeBias
-from foveate.ops import rotary
+from foveate.ops import causal as past, rotary
 from foveate.ops.operator import MaskKind
 
 
@@ -123,7 +123,8 @@ class Mega(Layer):
         if causal:
             visible = visible & masks.causal(size, size, device=q.device)
         at = torch.arange(size, device=q.device)
-        return (self._weights(q, k, visible, at, at) @ v).flatten(1, 2)[:, :n]
+        weights = self._weights(q, k, visible, at, at)
+        return (past.product(weights, v) if causal else weights @ v).flatten(1, 2)[:, :n]
 
     def _weights(self, q: Tensor, k: Tensor, visible: Tensor, at: Tensor, place: Tensor) -> Tensor:
         """A of queries at places `at` for keys at places `place`, 0 where a key is not `visible`."""

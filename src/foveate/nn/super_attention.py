@@ -17,6 +17,7 @@ from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.heads import HeadScheme, HeadState, split
 from foveate.nn.layer import Layer
 from foveate.nn.positions import Position
+from foveate.ops import causal as past
 from foveate.ops.operator import Operator
 
 
@@ -126,7 +127,7 @@ class SuperAttention(Layer):
         length = source.shape[1]
         self._check_length(length)
         mixing = self.alignment[:length, :length]
-        return (mixing.tril() if causal else mixing) @ source
+        return past.product(mixing.tril(), source) if causal else mixing @ source
 
     def _check_length(self, length: int) -> None:
         if length > self.context_len:
@@ -135,16 +136,16 @@ class SuperAttention(Layer):
     # -- a stream ------------------------------------------------------------------------------------------------------
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> SuperState:
-        past = torch.zeros(batch, 0, self.dim, dtype=dtype, device=device)
-        return SuperState(self.slim.init_state(batch, dtype=dtype, device=device), past)
+        tokens = torch.zeros(batch, 0, self.dim, dtype=dtype, device=device)
+        return SuperState(self.slim.init_state(batch, dtype=dtype, device=device), tokens)
 
     def _step(self, x: Tensor, state: SuperState, **inputs: Tensor) -> tuple[Tensor, SuperState]:
-        past = torch.cat([state.past, x], 1)
-        self._check_length(past.shape[1])
-        value = self.alignment[past.shape[1] - 1, : past.shape[1]] @ past
+        tokens = torch.cat([state.past, x], 1)
+        self._check_length(tokens.shape[1])
+        value = self.alignment[tokens.shape[1] - 1, : tokens.shape[1]] @ tokens
         q, k, _ = self.slim.project(x, x, None)
         out, heads = self.slim.attend_next(q, k, split(value[:, None], self.heads), x, state.heads, **inputs)
-        return out, SuperState(heads, past)
+        return out, SuperState(heads, tokens)
 
     def _prefill(self, x: Tensor, **inputs: Tensor) -> tuple[Tensor, SuperState]:
         q, k, _ = self.slim.project(x, x, None)

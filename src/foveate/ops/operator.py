@@ -74,6 +74,11 @@ class Operator(nn.Module, ABC):
     grain: int = 1
     growth: ClassVar[Growth] = "N²"
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuses an option of the wrong type before anything is made."""
+        validate.options(cls, args, options)
+        return super().__new__(cls)
+
     # -- what a user calls ---------------------------------------------------------------------------------------------
 
     def forward(

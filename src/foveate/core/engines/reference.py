@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import masks
+from foveate.core.known import is_clean, known
 from foveate.core.problem import Problem
 
 
@@ -56,7 +57,7 @@ def apply_weights(w: Tensor, values: Tensor) -> Tensor:
 
 def _finite(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """`x` with NaN and inf as zeros, and where they were (None: nowhere)."""
-    if torch.compiler.is_compiling() or bool(torch.isfinite(x.detach().sum(dtype=torch.float32))):
+    if is_clean(x):
         return x, None
     bad = ~torch.isfinite(x)
-    return x.masked_fill(bad, 0.0), bad if bool(bad.any()) else None
+    return x.masked_fill(bad, 0.0), bad if known(bad.any()) else None

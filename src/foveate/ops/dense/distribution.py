@@ -129,7 +129,7 @@ def _tau_two(x: Tensor, alpha: float) -> Tensor:
     top = x.sort(-1, descending=True).values
     count = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
     tau = (top.cumsum(-1) - 1) / count
-    return tau.gather(-1, (tau < top).sum(-1, keepdim=True) - 1)
+    return _last(tau, tau < top)
 
 
 def _tau_one_and_a_half(x: Tensor, alpha: float) -> Tensor:
@@ -138,7 +138,12 @@ def _tau_one_and_a_half(x: Tensor, alpha: float) -> Tensor:
     count = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
     mean, square = top.cumsum(-1) / count, (top**2).cumsum(-1) / count
     tau = mean - (1 / count - (square - mean**2)).clamp(min=0.0).sqrt()
-    return tau.gather(-1, (tau <= top).sum(-1, keepdim=True) - 1)
+    return _last(tau, tau <= top)
+
+
+def _last(tau: Tensor, above: Tensor) -> Tensor:
+    """The threshold of the longest run; in a row that holds NaN none is above anything, and NaN is what comes out."""
+    return tau.gather(-1, (above.sum(-1, keepdim=True) - 1).clamp(min=0))
 
 
 def _tau_bisected(x: Tensor, alpha: float) -> Tensor:

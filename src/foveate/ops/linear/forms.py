@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks
+from foveate.core.known import is_clean
+from foveate.ops import causal
 
 #: Tokens whose pairs are written out feature by feature, where each feature has a decay of its own.
 TILE = 8
@@ -25,14 +27,14 @@ TILE = 8
 SPAN = 1024
 
 
-def matrix(fq: Tensor, fk: Tensor, causal: bool, log_decay: Tensor | None) -> Tensor:
+def matrix(fq: Tensor, fk: Tensor, is_causal: bool, log_decay: Tensor | None) -> Tensor:
     """The weights `(..., Nq, Nk)` themselves: O(Nq Nk) time and memory. Decays act in the causal form only."""
-    if causal and log_decay is not None and log_decay.dim() == fk.dim():
+    if is_causal and log_decay is not None and log_decay.dim() == fk.dim():
         if log_decay.shape[-1] > 1:
             return _matrix_by_feature(fq, fk, log_decay)
         log_decay = log_decay.squeeze(-1)
     products = fq @ fk.mT
-    if not causal:
+    if not is_causal:
         return products
     past = products.shape[-1] - products.shape[-2]
     if log_decay is not None:
@@ -55,11 +57,14 @@ def _matrix_by_feature(fq: Tensor, fk: Tensor, log_decay: Tensor) -> Tensor:
         F.pad(x, (0, 0, before, short)) for x, before in ((fq, n - n_queries), (fk, 0), (log_decay, 0))
     )
     future = ~masks.causal(TILE, TILE, device=fk.device)[..., None]
-    faded, rows = fk[..., :0, :], []
+    faded, rows, clean = fk[..., :0, :], [], is_clean(fk)
     for q, k, decay in zip(*(x.split(TILE, -2) for x in (fq, fk, log_decay)), strict=True):
         fade = decay.cumsum(-2)
         gap = (fade[..., :, None, :] - fade[..., None, :, :]).masked_fill(future, masks.NEVER)
-        inside = ((torch.exp(gap) * k[..., None, :, :]) @ q[..., None]).squeeze(-1)
+        faded_keys = torch.exp(gap) * k[..., None, :, :]
+        if not clean:
+            faded_keys = faded_keys.masked_fill(future, 0.0)
+        inside = (faded_keys @ q[..., None]).squeeze(-1)
         row = torch.cat([(q * torch.exp(fade)) @ faded.mT, inside], -1)
         rows.append(F.pad(row, (0, fk.shape[-2] - row.shape[-1])))
         faded = torch.cat([faded * torch.exp(fade[..., -1:, :]), k * torch.exp(_until_the_end(decay))], -2)
@@ -93,7 +98,7 @@ def _span(fq: Tensor, fk: Tensor, v: Tensor, decay: Tensor | None, state: Tensor
     n = fq.shape[-2]
     fq, fk, v = (_blocks(x, block) for x in (fq, fk, v))
     decay = None if decay is None else _blocks(decay, block)
-    out = matrix(fq, fk, True, decay) @ v
+    out = causal.product(matrix(fq, fk, True, decay), v)
     before, state = _states(absorb(fk, v, decay), decay, state)
     if decay is not None:
         fq = fq * torch.exp(decay.cumsum(-2))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from foveate.core import masks as mask_algebra
 from foveate.core.errors import ShapeError
 from foveate.core.problem import Plan
+from foveate.ops import causal as past
 from foveate.ops.linear import forms
 from foveate.ops.operator import Growth, MaskKind, Operator
 from foveate.ops.prepare import accumulating, engine_of, per_query_head
@@ -142,7 +143,8 @@ class Linear(Operator):
             return q.new_zeros(*q.shape[:3], v.shape[3])
         fq, fk, v, decay = self.encoded(q, k, v, mask, causal, scale, inputs)
         if engine == "reference":
-            out = forms.matrix(fq, fk, causal, decay) @ v
+            weights = forms.matrix(fq, fk, causal, decay)
+            out = past.product(weights, v) if causal else weights @ v
         elif causal:
             out = self._causal(fq, fk, v, decay, engine)
         else:
@@ -150,12 +152,12 @@ class Linear(Operator):
         return self.normalise(out).to(q.dtype)
 
     def _causal(self, fq: Tensor, fk: Tensor, v: Tensor, decay: Tensor | None, engine: str) -> Tensor:
-        past = fk.shape[2] - fq.shape[2]
-        if not past:  # a cut would give back a gradient as large as the whole, filled up with zeros
+        earlier = fk.shape[2] - fq.shape[2]
+        if not earlier:  # a cut would give back a gradient as large as the whole, filled up with zeros
             state = fk.new_zeros(*fk.shape[:2], fk.shape[3], v.shape[3])
         else:
-            (old_k, fk), (old_v, v) = (x.tensor_split([past], 2) for x in (fk, v))
-            old, decay = (None, None) if decay is None else decay.tensor_split([past], 2)
+            (old_k, fk), (old_v, v) = (x.tensor_split([earlier], 2) for x in (fk, v))
+            old, decay = (None, None) if decay is None else decay.tensor_split([earlier], 2)
             state = _written(old_k, old_v, old, engine)
         if not fq.shape[2]:
             return fq @ state

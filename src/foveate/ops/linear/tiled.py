@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
-from foveate.ops import alibi
+from foveate.core.known import is_clean
+from foveate.ops import alibi, causal
 from foveate.ops.linear.linear import Linear
 from foveate.ops.operator import Pattern
 
@@ -107,10 +108,11 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor, rate: Tensor, block: int) -> Tensor:
         ctx.save_for_backward(q, k, v, state, rate)
         ctx.block = block
-        out = torch.empty_like(v[:, :, : q.shape[2]])
+        out, clean = torch.empty_like(v[:, :, : q.shape[2]]), is_clean(v)
         for at, tile in _tiles(q.shape[2], block, rate):
-            inside = (q[:, :, at] @ k[:, :, at].mT) * tile.inside
-            out[:, :, at] = inside @ v[:, :, at] + tile.since * (q[:, :, at] @ state)
+            inside = tile.weigh(q[:, :, at] @ k[:, :, at].mT)
+            own = inside @ v[:, :, at] if clean else causal.product(inside, v[:, :, at])
+            out[:, :, at] = own + tile.since * (q[:, :, at] @ state)
             state = tile.whole * state + (tile.until * k[:, :, at]).mT @ v[:, :, at]
         return out
 
@@ -121,13 +123,13 @@ class _Tiled(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         tiles = list(_tiles(q.shape[2], ctx.block, rate))
         for at, tile in tiles:
-            inside = (grad[:, :, at] @ v[:, :, at].mT) * tile.inside
+            inside = tile.weigh(grad[:, :, at] @ v[:, :, at].mT)
             dq[:, :, at] = inside @ k[:, :, at] + tile.since * (grad[:, :, at] @ state.mT)
             state = tile.whole * state + (tile.until * k[:, :, at]).mT @ v[:, :, at]
         d_state = torch.zeros_like(state)
         for at, tile in reversed(tiles):
-            inside = (grad[:, :, at] @ v[:, :, at].mT) * tile.inside
-            weights = (q[:, :, at] @ k[:, :, at].mT) * tile.inside
+            inside = tile.weigh(grad[:, :, at] @ v[:, :, at].mT)
+            weights = tile.weigh(q[:, :, at] @ k[:, :, at].mT)
             dk[:, :, at] = inside.mT @ q[:, :, at] + tile.until * (v[:, :, at] @ d_state.mT)
             dv[:, :, at] = weights.mT @ grad[:, :, at] + tile.until * (k[:, :, at] @ d_state)
             d_state = tile.whole * d_state + (tile.since * q[:, :, at]).mT @ grad[:, :, at]
@@ -145,6 +147,10 @@ class _Tile:
         self.since = torch.exp(rate * (place[:, None] + 1))  # from the state before the block to a query
         self.until = torch.exp(rate * (n - 1 - place[:, None]))  # from a key to the end of the block
         self.whole = torch.exp(rate * n)
+
+    def weigh(self, products: Tensor) -> Tensor:
+        """Products of queries and keys as weights: later keys have none, whatever they hold. In place."""
+        return products.mul_(self.inside).tril_()
 
 
 def _tiles(n: int, block: int, rate: Tensor) -> list[tuple[slice, _Tile]]:

@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from foveate.core.known import is_clean
+from foveate.ops import causal
 from foveate.ops.memory.recurrence import linear_recurrence
 
 #: The matrices `(B, H, out, in)` of a learner, one for each layer.
@@ -68,14 +70,24 @@ class Path:
         """Token t's `x` through the memory as it is after token t."""
         share, (left, right) = self.shares.memory, self.gradient
         old = share[..., :1] * (x @ self.memory.mT) + share[..., 1:2] * (x @ self.momentum.mT)
-        return old - (share[..., 2:] * (x @ right.mT)) @ left
+        return old - causal.product((share[..., 2:] * (x @ right.mT)).tril(), left)
 
     def written_out(self) -> Float[Tensor, "b h c o i"]:
         """The memory after each token, one matrix each: C times the memory of the chunk."""
         share, (left, right) = self.shares.memory[..., None], self.gradient
-        new = torch.einsum("bhts,bhso,bhsi->bhtoi", self.shares.memory[..., 2:], left, right)
+        new = self._sums(self.shares.memory[..., 2:], left, right)
         first, push = share[..., :1, :], share[..., 1:2, :]
         return first * self.memory[:, :, None] + push * self.momentum[:, :, None] - new
+
+    @staticmethod
+    def _sums(share: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """The sum of the tokens' gradients so far, each with its share; what later ones hold does not matter."""
+        if is_clean(left, right):
+            return torch.einsum("bhts,bhso,bhsi->bhtoi", share, left, right)
+        bad = [~torch.isfinite(x) for x in (left, right)]
+        left, right = (x.masked_fill(where, 0.0) for x, where in zip((left, right), bad, strict=True))
+        poisoned = causal.poison(bad[0])[..., :, None] + causal.poison(bad[1])[..., None, :]
+        return torch.einsum("bhts,bhso,bhsi->bhtoi", share, left, right) + poisoned.to(left.dtype)
 
     def end(self) -> tuple[Tensor, Tensor]:
         """Memory and momentum after the last token."""

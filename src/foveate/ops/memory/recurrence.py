@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.ops import causal
+
 
 def decay_matrix(factors: Float[Tensor, "... c"]) -> Float[Tensor, "... c c"]:
     """How much of what comes in at s is left at t: the product of `factors` over s+1..t, and 0 above the diagonal.
@@ -21,7 +23,7 @@ def linear_recurrence(
     factors: Float[Tensor, "... c"], x: Float[Tensor, "... c e"], initial: Float[Tensor, "... e"] | None = None
 ) -> Float[Tensor, "... c e"]:
     """All of `y_t = factors_t y_{t-1} + x_t`, from `y_{-1} = initial` (zeros where None). O(c² e)."""
-    out = decay_matrix(factors) @ x
+    out = causal.product(decay_matrix(factors), x)
     if initial is None:
         return out
     return out + factors.cumprod(-1)[..., None] * initial[..., None, :]

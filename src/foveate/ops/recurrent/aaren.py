@@ -18,6 +18,7 @@ from foveate.core.errors import OptionError
 from foveate.core.online import Partial
 from foveate.core.problem import Plan
 from foveate.core.scoring import safe_softmax
+from foveate.ops import causal
 from foveate.ops.operator import Growth, MaskKind, Operator, Pattern
 from foveate.ops.prepare import accumulating, engine_of, per_query_head
 
@@ -159,7 +160,7 @@ def prefix_attention(
     """
     validate.one_of("form", form, ("scan", "recurrent", "reference"))
     if form == "reference":
-        return _matrix(scores) @ values
+        return causal.product(_matrix(scores), values)
     leaves = online.partial(scores[..., None, None], values[..., None, :])  # one key each: (B, H, N, 1, ·)
     run = _scanned if form == "scan" else _folded
     return online.finish(run(leaves)).squeeze(-2)

@@ -1,0 +1,55 @@
+"""What every operator and layer refuses to be built with: an option of the wrong type, by name and on one line."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+
+from foveate.core.errors import OptionError
+from foveate.nn import MultiHeadAttention
+from tests.contracts.layers import SYSTEMS
+from tests.contracts.operators import CLASSES
+
+BUILT: dict[str, type] = {**CLASSES, **SYSTEMS, "multi_head": MultiHeadAttention}
+
+#: Values that an annotation excludes.
+WRONG: dict[object, tuple[Any, ...]] = {
+    int: (2.5, "2", True, None),
+    float: ("half", True, None),
+    bool: (1, "yes", None),
+    torch.Generator: (0, "seed"),
+}
+
+
+def wrong_options() -> list[Any]:
+    found = []
+    for key, cls in BUILT.items():
+        hints = get_type_hints(cls.__init__)
+        for name in inspect.signature(cls).parameters:
+            parts = get_args(hints.get(name)) or (hints.get(name),)
+            if get_origin(hints.get(name)) is Literal:
+                values: tuple[Any, ...] = ("nonsense", 2.5, [])
+            elif len(parts) == 1 or (len(parts) == 2 and type(None) in parts):
+                values = tuple(x for x in WRONG.get(parts[0], ()) if x is not None or len(parts) == 1)
+            else:
+                continue
+            found += [pytest.param(cls, name, value, id=f"{key}-{name}-{value}") for value in values]
+    return found
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), wrong_options())
+def test_an_option_of_the_wrong_type_is_refused_by_name(cls: type, name: str, value: object) -> None:
+    with pytest.raises(OptionError) as caught:
+        cls(**{name: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name}={value!r} must be ")
+    assert "\n" not in message
+
+
+def test_all_systems_are_looked_at() -> None:
+    seen = {case.values[0] for case in wrong_options()}
+    assert len(seen) > 35
+    assert sum(case.values[1] == "generator" for case in wrong_options()) >= 14
