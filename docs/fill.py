@@ -1,8 +1,8 @@
 """Fill the measured sections of README.md and docs/: `python docs/fill.py [compare's results.json]`.
 
 Each section has one file and lies there between `<!-- name -->` and `<!-- /name -->`. The comparison's table comes from
-the results file (the one of the last demo where none is named), the recall figure from docs/measured/recall, the
-systems from the catalogue, and the speed ratios from the last lines that `make bench` left in docs/measured/.
+the results file (the one of the last demo where none is named), the recall figure from docs/measured/recall, and the
+speed ratios from the last lines that `make bench` left in docs/measured/.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 
 from foveate.bench.recall import Recall
 from foveate.bench.results import Comparison
-from foveate.core.catalog import ROOMS, systems
 from foveate.report.table import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -27,16 +26,6 @@ def demo(results: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     made = f"{found.examples} prompts of {found.length} bytes, budget {found.budget:.0%}; {versions}."
     return f"{markdown(found)}\n{made}"
-
-
-def catalogue() -> str:
-    """The systems by room."""
-    lines = []
-    for room in ROOMS:
-        keys = [f"`{row.key}`" for row in systems(room=room)]
-        if keys:
-            lines.append(f"- **{room}**: {', '.join(keys)}")
-    return "\n".join(lines)
 
 
 def speed() -> str:
@@ -75,7 +64,6 @@ def fill(file: Path, name: str, content: str) -> None:
 def main() -> None:
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "foveate-compare" / "results.json"
     readme = ROOT / "README.md"
-    fill(readme, "systems", catalogue())
     fill(ROOT / "docs" / "recall.md", "recall", recall())
     fill(ROOT / "docs" / "benchmarks.md", "bench", speed())
     if results.is_file():  # else the comparison's table stays what it is
