@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from foveate.core.catalog import capabilities, systems
 from foveate.core.errors import FoveateError, OptionError
 from foveate.train import checkpoint, job as jobs, network
 from foveate.train.job import UNFINISHED, Job
-from foveate.train.loop import Schedule, evaluate, fit, loss_of
+from foveate.train.loop import History, Schedule, Training, evaluate, fit, loss_of
 from foveate.train.seeds import Trainings, summary
 
 
@@ -56,6 +57,31 @@ def test_put_down_and_taken_up_it_is_the_same_training(tmp_path: Path, key: str,
         assert torch.equal(weights(tmp_path / "parts")[name], value), name
     assert not (tmp_path / "parts" / UNFINISHED).exists()
     assert found.seconds > 0
+
+
+def test_what_a_layer_draws_by_itself_is_taken_up_too() -> None:
+    """Dropout draws from torch's own generator."""
+    drill, schedule = network.drill("copy", vocabulary=8, length=12), Schedule(steps=6, batch=4)
+
+    def begun() -> Training:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(8, 16), nn.Dropout(0.5), nn.Linear(16, 8))
+        return Training(net, drill, schedule)
+
+    whole = begun()
+    while not whole.done:
+        whole.advance()
+    first = begun()
+    for _ in range(3):
+        first.advance()
+    state = first.state()
+    first.advance()  # what is put down does not go on with the training
+    second = begun()
+    torch.manual_seed(99)
+    second.restore(state, History(whole.history.losses[:3], {}))
+    while not second.done:
+        second.advance()
+    assert second.history.losses == whole.history.losses
 
 
 def test_it_is_what_fit_gives(tmp_path: Path) -> None:
