@@ -1,6 +1,8 @@
 # make demo   the first thing to run: installs into .venv, then `foveate compare`
 # make test   the tests; make test-all adds the slow ones; make lint checks style, types and the floors
 # make parity compares with implementations by others: installs all of these, also those that `make test` skips
+# make real   fetches two pretrained models (740 MB, once), compares all cache policies on them and runs the tests marked
+#             `real`; FULL=1 measures everything for docs/real.md
 # make bench  every benchmark; make claims / systems / docs rewrite what is generated under docs/
 #
 # PYTHON=python3.12 chooses the interpreter. On a machine without a GPU, PyPI's torch for Linux brings CUDA along;
@@ -19,7 +21,7 @@ INSTALLED_DEV := $(VENV)/installed-dev-$(KEY)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo install install-dev test test-all parity lint format bench claims systems mutants picture notebooks docs clean
+.PHONY: demo install install-dev test test-all real parity lint format bench claims systems mutants picture notebooks docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/foveate compare
@@ -55,6 +57,11 @@ parity: $(INSTALLED_DEV)
 	$(PIP) install -c constraints.txt -e '.[parity]'
 	$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/peers timm
 	PYTHONPATH=$(VENV)/peers $(PYTEST) tests/parity
+
+# two pretrained models without a hub: fetched once, all cache policies compared, and the tests that need them
+real: $(INSTALLED_DEV)
+	PYTHONPATH=. $(BIN)/python benchmarks/real/reference.py $(if $(FULL),,--quick)
+	$(BIN)/python -m pytest -m real tests/real
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from foveate.cli import policies
 from foveate.cli.console import Bar, show
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, a
 @app.callback()
 def _benches() -> None:
     """Operators beside each other."""
+
+
+app.command("policies")(policies.command)
 
 
 @app.command("recall")

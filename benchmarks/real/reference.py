@@ -1,0 +1,60 @@
+"""The reference run of docs/real.md: two pretrained decoders under every cache policy. `make real` calls it.
+
+`--quick` takes a few minutes and only shows its table. Without it everything is measured, which takes most of an hour
+on two cores, and docs/real.md and docs/measured/real.json are written. Either takes up where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.real.fetch import MODELS, cache, fetch
+from foveate.bench.policies import plan
+from foveate.bench.policies.run import run
+from foveate.cli.console import Bar
+from foveate.core.errors import FoveateError
+from foveate.report import policies
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def out() -> Path:
+    """Where the journal is kept: beside the models, outside the repository."""
+    return cache() / "real" / "policies"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few minutes' worth; writes nothing under docs/")
+    parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run has left")
+    parser.add_argument("--dtype", default="float32", help="what the models compute in (default: float32)")
+    parser.add_argument("--model", action="append", choices=list(MODELS), help="one of them; both by default")
+    chosen = parser.parse_args()
+    sizes, begun = plan.quick() if chosen.quick else plan.whole(), time.perf_counter()
+    try:
+        folders = [str(fetch(MODELS[key], say)) for key in chosen.model or MODELS]
+        with Bar("loading") as bar:
+            found = run(folders, sizes, out(), bar, dtype=chosen.dtype, fresh=chosen.fresh)
+    except FoveateError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"interrupted: what is measured is kept in {out()}; run the same command to resume", file=sys.stderr)
+        raise SystemExit(1) from None
+    print(policies.short(found))
+    if not chosen.quick:
+        (DOCS / "measured" / "real.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        (DOCS / "real.md").write_text(policies.page(found), "utf-8")
+    print(f"\n{time.perf_counter() - begun:.0f} s; {'kept in ' + str(out()) if chosen.quick else 'written to docs/'}")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

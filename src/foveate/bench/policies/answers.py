@@ -1,0 +1,77 @@
+"""Retrieval tasks: each prompt is read once, and answered under every policy and budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from foveate.bench import digest
+from foveate.bench.methods import Contender
+from foveate.bench.policies.desk import Desk
+from foveate.bench.policies.shared import Continued, go_on, read
+from foveate.core.errors import TaskError
+from foveate.tasks.base import Example, Task
+from foveate.tasks.named import named
+
+_SPARE = 3  # tokens beyond the expected answer's, so that an answer is seen to end or to run on
+
+
+def steps(desk: Desk) -> int:
+    """How many contenders are to answer how many batches."""
+    return len(desk.contenders) * len(desk.plan.tasks) * -(-desk.plan.examples // desk.plan.batch)
+
+
+def answer(desk: Desk) -> None:
+    """Write down every answer that the journal does not have."""
+    for name in desk.plan.tasks:
+        task, (ids, new) = _task(desk, name), prompts(desk, name)
+        examples, size = task.examples(), desk.plan.batch
+        for start in range(0, len(examples), size):
+            _answer(desk, task, examples[start : start + size], ids[start : start + size], new)
+
+
+def prompts(desk: Desk, name: str) -> tuple[Tensor, int]:
+    """A task's prompts as ids of one length, and how many tokens to answer with."""
+    examples = _task(desk, name).examples()
+    longest = max(len(desk.tokenizer(e.answer, add_special_tokens=False).input_ids) for e in examples)
+    ids, context = desk.level([desk.encode(example.prompt) for example in examples]), desk.context
+    if context is not None and ids.shape[1] + longest + _SPARE > context:
+        raise TaskError(f"{name} takes {ids.shape[1]} + {longest + _SPARE} tokens; the model's context holds {context}")
+    return ids, longest + _SPARE
+
+
+def _task(desk: Desk, name: str) -> Task:
+    return named(name, desk.plan.characters, desk.plan.examples, desk.plan.seed)
+
+
+def what(task: str, ids: Tensor, new: int) -> tuple[str, str, int]:
+    """What tells one prompt's record from another's."""
+    return f"answer to {task}", digest.of(ids.tolist()), new
+
+
+def _answer(desk: Desk, task: Task, examples: list[Example], ids: Tensor, new: int) -> None:
+    def missing(contender: Contender) -> bool:
+        return any(desk.known(contender, *what(task.name, row, new)) is None for row in ids)
+
+    reading = None
+    for contender in desk.able():
+        if missing(contender):
+            reading = reading or read(desk.model, ids)
+            methods, source = contender.at(ids.shape[1]), reading
+            said = desk.attempt(contender, lambda: go_on(desk.model, methods, source, new))  # noqa: B023
+            if said is not None:
+                found = _records(desk, task, examples, said)
+                desk.journal.add(
+                    {desk.key(contender, *what(task.name, row, new)): one for row, one in zip(ids, found, strict=True)}
+                )
+        desk.watch.advance(f"{task.name}: {contender.key} at {contender.budget:.0%}")
+
+
+def _records(desk: Desk, task: Task, examples: list[Example], said: Continued) -> list[dict[str, Any]]:
+    found = []
+    for example, ids in zip(examples, said.ids.tolist(), strict=True):
+        output = desk.tokenizer.decode(ids, skip_special_tokens=True)
+        score = task.score(example, output)
+        found.append({"score": score, "output": output, "kept": said.kept, "read": said.read})
+    return found

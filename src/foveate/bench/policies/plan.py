@@ -1,0 +1,89 @@
+"""What a reference run measures, and how much of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from foveate.bench.known import FULL
+from foveate.core import validate
+from foveate.core.catalog import systems
+from foveate.core.errors import OptionError, unknown
+from foveate.tasks.ruler import KINDS
+
+#: All kinds but the common words: models of half a billion parameters do not find them, whatever they keep.
+TASKS = tuple(name for name in KINDS if name != "common_words")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a run.
+
+    Args:
+        methods: keys of cache policies.
+        budgets: shares of the full cache.
+        tasks: names of retrieval tasks, see `foveate.tasks.named`.
+        examples: prompts of each task.
+        characters: length of a retrieval prompt.
+        batch: retrieval prompts that are answered together.
+        losses: tokens of context at which the next-token loss is measured.
+        texts: texts at each of these lengths.
+        horizon: tokens of each text whose loss is taken.
+        times: tokens of the prompts that are timed.
+        rounds: how often each decoding time is taken, in turns.
+        steps: tokens of each such turn.
+        seed: of the prompts.
+    """
+
+    methods: tuple[str, ...]
+    budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
+    tasks: tuple[str, ...] = TASKS
+    examples: int = 16
+    characters: int = 4096
+    batch: int = 8
+    losses: tuple[int, ...] = (4096, 8192)
+    texts: int = 2
+    horizon: int = 64
+    times: tuple[int, ...] = (1024, 4096)
+    rounds: int = 5
+    steps: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in self.methods:
+            if key not in policies():
+                raise unknown("method", key, policies())
+        for name in self.tasks:
+            if name not in KINDS:
+                raise unknown("task", name, KINDS)
+        for option in ("examples", "characters", "batch", "texts", "horizon", "rounds", "steps"):
+            validate.at_least(option, getattr(self, option), 1)
+        if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):
+            raise OptionError(f"budgets={self.budgets} must be shares of the full cache, above 0 and at most 1")
+
+    @property
+    def contenders(self) -> list[tuple[str, float]]:
+        """The full cache, and every policy at every budget."""
+        return [(FULL, 1.0), *((key, budget) for budget in self.budgets for key in self.methods)]
+
+    @property
+    def typical(self) -> float:
+        """The budget nearest to a quarter. Reading the prompt is dense under every policy, and timed at this one."""
+        return min(self.budgets, key=lambda budget: abs(budget - 0.25))
+
+
+def policies() -> tuple[str, ...]:
+    """The cache policies of the catalogue."""
+    return tuple(row.key for row in systems(room="kv"))
+
+
+def whole() -> Plan:
+    """The run behind the published table."""
+    return Plan(policies())
+
+
+def quick() -> Plan:
+    """A few minutes' worth of it: one budget, fewer prompts, shorter texts."""
+    return replace(
+        whole(), budgets=(0.25,), tasks=("niah_single", "niah_multikey", "niah_multivalue"), examples=8,
+        losses=(4096,), texts=1, horizon=48, times=(1024,), rounds=3, steps=8,
+    )  # fmt: skip

@@ -1,0 +1,88 @@
+"""`foveate bench policies`: every cache policy on a person's own decoders, at several budgets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from foveate.cli.console import Bar, show
+from foveate.core.errors import OptionError
+
+Model = Annotated[list[Path], typer.Option(help="Folder of a Hugging Face decoder; may be given several times.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A few minutes' worth: one budget, fewer and shorter prompts.")]
+Methods = Annotated[str | None, typer.Option(help="Keys of cache policies, between commas. Default: all.")]
+Budgets = Annotated[str | None, typer.Option(help="Shares of the full cache, between commas. Default: 0.1,0.25,0.5.")]
+Tasks = Annotated[str | None, typer.Option(help="Retrieval tasks, between commas. Default: all kinds of RULER.")]
+Examples = Annotated[int | None, typer.Option(help="Prompts of each task.")]
+Characters = Annotated[int | None, typer.Option(help="Characters of each retrieval prompt.")]
+Losses = Annotated[str | None, typer.Option(help="Tokens behind which the loss is measured, between commas.")]
+Times = Annotated[str | None, typer.Option(help="Tokens of the prompts that are timed, between commas.")]
+Out = Annotated[Path, typer.Option(help="Folder for the journal, policies.json and policies.md.")]
+Device = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="What they compute in: float32, bfloat16, float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has left in --out.")]
+
+
+def command(
+    model: Model,
+    quick: Quick = False,
+    methods: Methods = None,
+    budgets: Budgets = None,
+    tasks: Tasks = None,
+    examples: Examples = None,
+    characters: Characters = None,
+    losses: Losses = None,
+    times: Times = None,
+    out: Out = Path("foveate-policies"),
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    fresh: Fresh = False,
+) -> None:
+    """Every cache policy on your decoders at several budgets: retrieval, loss on long text, memory and time.
+
+    Scores come with intervals, times as ratios between neighbours in one round.
+    What is measured is written down at once: the same command again
+    takes up where an interrupted one stopped.
+    """
+    given: dict[str, Any] = {
+        "methods": _words(methods), "budgets": _numbers("budgets", budgets, float), "tasks": _words(tasks),
+        "examples": examples, "characters": characters,
+        "losses": _numbers("losses", losses, int), "times": _numbers("times", times, int),
+    }  # fmt: skip
+    try:
+        with Bar("loading") as bar:
+            from foveate.bench.policies import plan
+            from foveate.bench.policies.run import RESULTS, run
+
+            sizes = replace(
+                plan.quick() if quick else plan.whole(), **{k: v for k, v in given.items() if v is not None}
+            )
+            found = run([str(path) for path in model], sizes, out, bar, dtype=dtype, device=device, fresh=fresh)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: what is measured is kept in {out}; run the same command to resume", err=True)
+        raise typer.Exit(1) from None
+    from foveate.report import policies
+
+    page = out / "policies.md"
+    page.write_text(policies.page(found), "utf-8")
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        show(policies.short(found), f"page     {page}", f"results  {out / RESULTS}")
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(option: str, text: str | None, kind: type) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(kind(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        raise OptionError(f"{option}={text!r} must be numbers, between commas") from None

@@ -1,0 +1,160 @@
+"""The reference run as a page of Markdown, and as one small table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Record = dict[str, Any]
+_MISSING = "–"
+_INTRODUCTION = """\
+# Cache policies on real models
+
+Every cache policy of the catalogue on pretrained decoders, at several budgets, beside the full cache.
+`make real` makes this page; [measured/real.json](measured/real.json) holds its figures.
+
+- **Retrieval**: tasks as in RULER on real text, {examples} prompts each. A score is the share of what was asked for
+  that the greedy answer holds, with its 95 % interval (Wilson's where every answer is right or wrong, else a bootstrap
+  over prompts). The prompts are few: mind the intervals.
+- **Loss**: of {horizon} tokens after {texts} texts of each length, and how much more it is than under the full cache,
+  token by token, with a bootstrap over tokens.
+- **Kept** and **read**: shares of the full cache's slots that are stored, and that decoding queries read.
+- **Memory**: all tensors alive beyond the weights, in megabytes.
+- **Times**: medians over rounds in which all take turns ({threads} threads, {device}). A ratio is to the full cache in
+  the same round, with the interval of its median over rounds.
+
+Every policy reads the prompt densely. For scores and losses the reading is shared, and a policy comes in with the
+prompt's last token. {versions}, {machine}.
+"""
+
+
+def page(found: Record) -> str:
+    """The whole result; see `foveate.bench.policies.run`."""
+    made, plan = found["made"], found["plan"]
+    versions = ", ".join(f"{name} {made[name]}" for name in ("foveate", "torch", "transformers", "python"))
+    lines = _INTRODUCTION.format(versions=versions, **made, **plan).splitlines()
+    for model in found["models"]:
+        lines += ["", *_model(model)]
+    return "\n".join(lines) + "\n"
+
+
+def short(found: Record, budget: float | None = None) -> str:
+    """One row a policy at one budget (the one nearest to a quarter), for each model: for a first page."""
+    lines, known = [], found["plan"]["budgets"]
+    budget = budget or min(known, key=lambda share: abs(share - 0.25))
+    for model in found["models"]:
+        tokens = max(map(int, model["rows"][0]["times"]))
+        rows = [row for row in model["rows"] if "error" not in row and row["budget"] in (1.0, budget)]
+        columns: list[tuple[str, Callable[[Record], str]]] = [
+            ("method", _name),
+            ("retrieval", lambda row: _score(row["scores"]["all"])),
+            ("cache kept", lambda row: _percent(row["kept"])),
+            ("keys read", lambda row: _percent(row["read"])),
+            (f"MB at {tokens:,}", _at(str(tokens), lambda times: _number(times.get("decode_live_mb"), "{:.1f}"))),
+            ("decode / token", _at(str(tokens), lambda times: _timed(times, "decode"))),
+        ]
+        lines += [f"**{model['name']}**, budget {budget:.0%}:", "", *_table(columns, rows), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _model(model: Record) -> list[str]:
+    facts = (
+        f"{model['parameters'] / 1e6:,.0f} million parameters, {model['layers']} layers, {model['heads']} query and "
+        f"{model['kv_heads']} key/value heads, {model['dtype']}."
+    )
+    learnt = ", ".join(f"`{key}` {seconds:,.0f} s" for key, seconds in model["learnt_seconds"].items())
+    rows = model["rows"]
+    good = [row for row in rows if "error" not in row]
+    lines = [f"## {model['name']}", "", facts, *([f"Learnt about it once: {learnt}."] if learnt else [])]
+    lines += ["", "### Retrieval", "", _sizes(model), "", *_table(_retrieval(model), good)]
+    lines += ["", "### Next-token loss", "", *_table(_losses(rows[0]), good)]
+    for tokens in rows[0].get("times", {}):
+        lines += ["", f"### Time and memory after {int(tokens):,} tokens", "", *_table(_costs(tokens), good)]
+    failed = [row for row in rows if "error" in row]
+    if failed:
+        lines += ["", "Not run:", "", *(f"- {_name(row)} at {row['budget']:.0%}: {row['error']}" for row in failed)]
+    return lines
+
+
+def _sizes(model: Record) -> str:
+    each = ", ".join(f"{name} {about['tokens']:,}" for name, about in model["tasks"].items())
+    return f"Tokens of a prompt: {each}."
+
+
+Columns = list[tuple[str, Callable[[Record], str]]]
+
+
+def _retrieval(model: Record) -> Columns:
+    tasks: Columns = [(task, lambda row, task=task: _score(row["scores"][task])) for task in model["tasks"]]  # type: ignore[misc]
+    return [
+        ("budget", _budget), ("method", _name), ("all", lambda row: _score(row["scores"]["all"])), *tasks,
+        ("kept", lambda row: _percent(row["kept"])), ("read", lambda row: _percent(row["read"])),
+    ]  # fmt: skip
+
+
+def _losses(full: Record) -> Columns:
+    def cell(row: Record, tokens: str) -> str:
+        loss = row["losses"][tokens]
+        if "more" in loss:
+            return f"{loss['more']:+.3f} ({loss['low']:+.3f} to {loss['high']:+.3f})"
+        return _number(loss["mean"], "{:.3f}")
+
+    each: Columns = [
+        (f"after {int(tokens):,} tokens", lambda row, tokens=tokens: cell(row, tokens))  # type: ignore[misc]
+        for tokens in full.get("losses", {})
+    ]
+    return [("budget", _budget), ("method", _name), *each]
+
+
+def _costs(tokens: str) -> Columns:
+    def figure(name: str) -> Callable[[Record], str]:
+        return lambda row: _number(row["times"][tokens].get(name), "{:.1f}")
+
+    return [
+        ("budget", _budget), ("method", _name),
+        ("stored MB", figure("decode_cache_mb")), ("alive MB", figure("decode_live_mb")),
+        ("alive after the prompt", figure("read_live_mb")),
+        ("reading", lambda row: _timed(row["times"][tokens], "read")),
+        ("decoding a token", lambda row: _timed(row["times"][tokens], "decode")),
+    ]  # fmt: skip
+
+
+def _table(columns: Columns, rows: Sequence[Record]) -> list[str]:
+    lines = ["| " + " | ".join(head for head, _ in columns) + " |"]
+    lines.append("|" + "|".join("---" if head in ("method", "budget") else "---:" for head, _ in columns) + "|")
+    return lines + ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
+
+
+def _at(tokens: str, cell: Callable[[Record], str]) -> Callable[[Record], str]:
+    return lambda row: cell(row["times"][tokens])
+
+
+def _name(row: Record) -> str:
+    return f"`{row['method']}`"
+
+
+def _budget(row: Record) -> str:
+    return "" if row["method"] == "full" else f"{row['budget']:.0%}"
+
+
+def _score(score: Record) -> str:
+    if score["mean"] is None:
+        return _MISSING
+    span = "" if score["low"] is None else f" ({100 * score['low']:.0f}–{100 * score['high']:.0f})"
+    return f"{score['mean']:.0%}{span}"
+
+
+def _timed(times: Record, kind: str) -> str:
+    taken, ratio = times.get(f"{kind}_ms"), times.get(f"{kind}_ratio")
+    if taken is None:
+        return _MISSING
+    shown = f"{taken / 1e3:.2f} s" if taken >= 1000 else f"{taken:.1f} ms"
+    return shown if ratio is None else f"{shown}, {ratio[0]:.2f}× ({ratio[1]:.2f}–{ratio[2]:.2f})"
+
+
+def _percent(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:.0%}"
+
+
+def _number(value: float | None, pattern: str) -> str:
+    return _MISSING if value is None else pattern.format(value)

@@ -1,0 +1,287 @@
+"""The reference run, on the lab: a shared reading changes no answer, what is known is not measured again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from foveate.bench.known import FULL
+from foveate.bench.methods import Contender
+from foveate.bench.policies import shared, times
+from foveate.bench.policies.plan import Plan, policies, quick, whole
+from foveate.bench.policies.run import JOURNAL, RESULTS, run
+from foveate.bench.policies.shared import alive, copied, go_on, read
+from foveate.cli import app
+from foveate.core.errors import FoveateError
+from foveate.host import apply
+from foveate.labs import LABS
+from foveate.report import policies as report
+from foveate.tasks.ruler import kind
+from tests.lab import lab, lab_gates, lab_host
+
+TINY = Plan(
+    ("sink_recent", "razor_attention"), budgets=(0.3,), tasks=("niah_multikey",), examples=3, characters=900, batch=2,
+    losses=(160,), texts=2, horizon=6, times=(128,), rounds=2, steps=3,
+)  # fmt: skip
+
+
+class Watch:
+    """Progress that is counted, and that can pull the plug."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.labels: list[str] = []
+        self.total, self.stop_at = 0, stop_at
+
+    def start(self, total: int) -> None:
+        self.total += total
+
+    def advance(self, label: str) -> None:
+        self.labels.append(label)
+        if len(self.labels) == self.stop_at:
+            raise KeyboardInterrupt
+
+    def say(self, label: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lab as somebody's own folder, so that nothing is written beside the package's."""
+    to = tmp_path_factory.mktemp("models") / "lab"
+    shutil.copytree(LABS["lm"].path, to)
+    (to / "duo_attention.safetensors").unlink()
+    return to
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("out")
+    watch = Watch()
+    result = run([str(folder)], TINY, out, watch)
+    assert len(watch.labels) == watch.total
+    return result, out
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each continuation of a reading had."""
+    seen: list[int] = []
+    original = shared.go_on
+
+    def counted(model: Any, methods: Any, reading: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(reading.ids))
+        return original(model, methods, reading, *args, **kwargs)
+
+    for module in ("answers", "losses", "times"):
+        monkeypatch.setattr(f"foveate.bench.policies.{module}.go_on", counted)
+    return seen
+
+
+def prompts(count: int = 3, length: int = 900) -> torch.Tensor:
+    _, tokenizer = lab()
+    return torch.cat(
+        [tokenizer(e.prompt, return_tensors="pt").input_ids for e in kind("niah_multikey", length, count).examples()]
+    )
+
+
+@pytest.mark.parametrize("key", ["full", "sink_recent", "duo_attention", "razor_attention", "recycled_attention"])
+def test_a_shared_reading_changes_no_answer(key: str) -> None:
+    model, _ = lab()
+    ids, new = prompts(), 7
+    contender = Contender(key, lab_host(), 0.3)
+    contender.learn(lambda cls, key: {"gates": lab_gates()} if key == "duo_attention" else {})
+    said = go_on(model, contender.at(ids.shape[1]), read(model, ids), new)
+    with torch.no_grad(), apply(model, *contender.at(ids.shape[1])) as alone:
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    assert torch.equal(said.ids, whole[:, ids.shape[1] :])
+    assert said.kept == pytest.approx(alone.stats.kept, abs=1e-3)
+    assert said.losses is None and len(said.seconds) == new
+
+
+def test_forced_losses_are_the_model_s_own() -> None:
+    model, _ = lab()
+    ids = prompts(2)
+    cut = ids.shape[1] - 9
+    said = go_on(model, (), read(model, ids[:, :cut]), 9, ids[:, cut:])
+    with torch.no_grad():
+        logits = model(ids).logits[:, cut - 1 : -1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, cut:].flatten(), reduction="none")
+    torch.testing.assert_close(said.losses.flatten(), expected, rtol=1e-3, atol=1e-4)
+    assert (said.kept, said.read) == (1.0, 1.0)
+
+
+def test_a_reading_serves_many() -> None:
+    model, _ = lab()
+    reading = read(model, prompts(1))
+    before = [layer.keys.clone() for layer in reading.cache.layers]
+    contender = Contender("sink_recent", lab_host(), 0.3)
+    first = go_on(model, contender.at(900), reading, 4)
+    again = go_on(model, contender.at(900), reading, 4)
+    assert torch.equal(first.ids, again.ids)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(reading.cache.layers, before, strict=True))
+    own = copied(reading.cache)
+    own.layers[0].keys.zero_()
+    assert torch.equal(reading.cache.layers[0].keys, before[0])
+
+
+def test_what_is_read_is_counted_after_the_prompt() -> None:
+    model, _ = lab()
+    contender = Contender("sink_recent", lab_host(), 0.25)
+    said = go_on(model, contender.at(900), read(model, prompts(1)), 4)
+    assert 0.24 < said.kept < 0.27 and 0.24 < said.read < 0.27
+
+
+def test_live_memory_is_that_of_tensors() -> None:
+    device = torch.device("cpu")
+    before = alive(device)
+    kept = torch.zeros(1000, 256)
+    views = [kept[i] for i in range(10)]
+    gone = torch.zeros(1000, 256)
+    del gone
+    assert alive(device) - before == 1000 * 256 * 4
+    del kept
+    assert alive(device) - before == 1000 * 256 * 4, "a view holds it all"
+    del views
+    assert alive(device) == before
+
+
+def test_every_figure_is_there(found: tuple[dict[str, Any], Path]) -> None:
+    result, out = found
+    assert json.loads((out / RESULTS).read_text()) == json.loads(json.dumps(result))
+    (model,) = result["models"]
+    assert (model["layers"], model["kv_heads"], model["type"]) == (4, 4, "llama")
+    full, sink, razor = model["rows"]
+    assert [row["method"] for row in model["rows"]] == [FULL, *TINY.methods]
+    assert full["scores"]["all"] == full["scores"]["niah_multikey"]
+    assert full["scores"]["all"]["count"] == 3 and full["scores"]["all"]["mean"] > sink["scores"]["all"]["mean"]
+    assert full["kept"] == full["read"] == 1.0 and sink["kept"] == pytest.approx(0.3, abs=0.02)
+    assert "more" not in full["losses"]["160"] and full["losses"]["160"]["tokens"] == 12
+    for row in (sink, razor):
+        loss = row["losses"]["160"]
+        assert loss["more"] == pytest.approx(loss["mean"] - full["losses"]["160"]["mean"], abs=1e-6)
+        assert loss["low"] <= loss["more"] <= loss["high"]
+        timed = row["times"]["128"]
+        assert timed["decode_ratio"][0] > 0 and timed["read_ratio"][0] > 0
+        assert timed["decode_live_mb"] < full["times"]["128"]["decode_live_mb"]
+        assert timed["decode_cache_mb"] < 0.5 * full["times"]["128"]["decode_cache_mb"]
+    assert full["times"]["128"]["decode_ratio"] == (1.0, 1.0, 1.0)
+    assert model["learnt_seconds"].keys() == {"razor_attention"}
+
+
+def test_nothing_is_measured_twice(
+    found: tuple[dict[str, Any], Path], folder: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, out = found
+
+    def not_again(*args: Any) -> None:
+        raise AssertionError("read again")
+
+    for module in ("answers", "losses", "times"):
+        monkeypatch.setattr(f"foveate.bench.policies.{module}.read", not_again)
+    again = run([str(folder)], TINY, out, Watch())
+    assert measured == [] and json.dumps(again) == json.dumps(result)
+
+
+def test_more_budgets_and_examples_add_to_what_is_known(
+    found: tuple[dict[str, Any], Path], folder: Path, measured: list[int], tmp_path: Path
+) -> None:
+    shutil.copy(found[1] / JOURNAL, tmp_path / JOURNAL)
+    only = replace(TINY, losses=(), times=())
+    run([str(folder)], replace(only, examples=4), tmp_path, Watch())
+    assert measured == [2, 2, 2], "the second batch alone, under each of three"
+
+
+def test_an_interrupted_run_goes_on(folder: Path, measured: list[int], tmp_path: Path) -> None:
+    only = replace(TINY, losses=(), times=())
+    with pytest.raises(KeyboardInterrupt):
+        run([str(folder)], only, tmp_path, Watch(stop_at=2))
+    assert measured == [2, 2]
+    run([str(folder)], only, tmp_path, Watch())
+    assert measured == [2, 2, 2, 1, 1, 1]
+    run([str(folder)], only, tmp_path, Watch(), fresh=True)
+    assert len(measured) == 12
+
+
+def test_other_weights_have_no_old_answers(
+    found: tuple[dict[str, Any], Path], folder: Path, measured: list[int], tmp_path: Path
+) -> None:
+    shutil.copy(found[1] / JOURNAL, tmp_path / JOURNAL)
+    only = replace(TINY, methods=(), losses=(), times=())
+    run([str(folder)], only, tmp_path, Watch(), dtype="bfloat16")
+    assert measured == [2, 1]
+
+
+def test_a_policy_that_fails_is_a_row(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Contender.at
+
+    def at(self: Contender, length: int) -> Any:
+        if self.key == "sink_recent":
+            raise RuntimeError("out of order")
+        return original(self, length)
+
+    monkeypatch.setattr(Contender, "at", at)
+    result = run([str(folder)], replace(TINY, losses=(), rounds=1), tmp_path, Watch())
+    _, sink, razor = result["models"][0]["rows"]
+    assert sink["error"] == "RuntimeError: out of order" and "error" not in razor
+    page = report.page(result)
+    assert "- `sink_recent` at 30%: RuntimeError: out of order" in page
+    assert "sink_recent" not in report.short(result)
+
+
+def test_the_page_shows_what_was_found(found: tuple[dict[str, Any], Path]) -> None:
+    result, _ = found
+    page, short = report.page(result), report.short(result)
+    sink = result["models"][0]["rows"][1]
+    assert f"{sink['losses']['160']['more']:+.3f}" in page
+    for row in result["models"][0]["rows"]:
+        assert page.count(f"`{row['method']}`") >= 3 and f"| `{row['method']}` |" in short
+        assert f"{row['scores']['all']['mean']:.0%} (" in short
+    widths = {line.count("|") for line in short.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+
+
+def test_the_catalogue_s_policies_all_take_part() -> None:
+    assert {"sink_recent", "duo_attention", "razor_attention", "token_select", "tidal_decode"} < set(policies())
+    assert whole().methods == quick().methods == policies()
+    assert len(whole().contenders) == 1 + 3 * len(policies()) and len(quick().contenders) == 1 + len(policies())
+    assert times.READINGS > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(methods=("sinks",)), 'unknown method "sinks"'),
+        (dict(tasks=("needle in hay",)), "unknown task"),
+        (dict(budgets=(0.0,)), "budgets=(0.0,)"),
+        (dict(budgets=()), "budgets=()"),
+        (dict(examples=0), "examples=0"),
+        (dict(horizon=0), "horizon=0"),
+    ],
+)
+def test_bad_plans_are_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(FoveateError) as caught:
+        replace(TINY, **change)
+    assert says in str(caught.value)
+
+
+def test_prompts_past_the_context_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FoveateError, match="the model's context holds 4096"):
+        run([str(folder)], replace(TINY, characters=5000, losses=(), times=()), tmp_path, Watch())
+
+
+def test_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    sizes = "--methods sink_recent --budgets 0.3 --tasks niah_single --examples 1 --characters 600 --losses 96"
+    out = tmp_path / "out"
+    command = ["bench", "policies", "--model", str(folder), "--out", str(out)]
+    done = CliRunner().invoke(app, [*command, *sizes.split(), "--times", "64"])
+    assert done.exit_code == 0, done.output
+    assert "`sink_recent`" in done.output and (out / "policies.md").is_file()
+    for bad in (["--budgets", "lots"], ["--tasks", "hay"], ["--model", str(tmp_path / "none")]):
+        done = CliRunner().invoke(app, [*command, *bad])
+        assert done.exit_code == 2 and done.output.count("\n") <= 2, done.output
