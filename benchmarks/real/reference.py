@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.real.fetch import MODELS, cache, fetch
+from benchmarks.real.fetch import MODELS, fetch
+from foveate.bench.loading.gguf import cache
 from foveate.bench.policies import plan
 from foveate.bench.policies.run import run
 from foveate.cli.console import Bar

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.real.fetch import MODELS, fetched
+from benchmarks.real.fetch import MODELS
 from benchmarks.real.reference import out
 from foveate.bench.loading import load
 from foveate.bench.methods import Contender
@@ -58,9 +58,9 @@ class Real:
 
 @pytest.fixture(scope="session", params=list(MODELS))
 def real(request: pytest.FixtureRequest) -> Iterator[Real]:
-    folder = _folder(request.param)
-    model, tokenizer, _ = load(str(folder), "cpu", "float32")
-    yield Real(request.param, model, tokenizer, Lessons(host(model), tokenizer, folder, lambda *_: None))
+    file = _file(request.param)
+    model, tokenizer, _ = load(str(file), "cpu", "float32")
+    yield Real(request.param, model, tokenizer, Lessons(host(model), tokenizer, file.parent, lambda *_: None))
     del model
     gc.collect()
 
@@ -68,11 +68,10 @@ def real(request: pytest.FixtureRequest) -> Iterator[Real]:
 @pytest.fixture(scope="session")
 def found() -> dict[str, Any]:
     """The quick reference run over both models: what `make real` measured just now, or measured here."""
-    return run([str(_folder(key)) for key in MODELS], plan.quick(), out(), Quiet())
+    return run([str(_file(key)) for key in MODELS], plan.quick(), out(), Quiet())
 
 
-def _folder(key: str) -> Path:
-    folder = fetched(key)
-    if folder is None:
+def _file(key: str) -> Path:
+    if not MODELS[key].file.is_file():
         pytest.fail(f"{MODELS[key].title} is not there: `make real` fetches it", pytrace=False)
-    return folder
+    return MODELS[key].file

@@ -12,7 +12,7 @@ import typer
 from foveate.cli.console import Bar, show
 from foveate.core.errors import OptionError
 
-Model = Annotated[list[Path], typer.Option(help="Folder of a Hugging Face decoder; may be given several times.")]
+Model = Annotated[list[str], typer.Option(help="Folder, GGUF file or hub id of a decoder; may be given several times.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A few minutes' worth: one budget, fewer and shorter prompts.")]
 Methods = Annotated[str | None, typer.Option(help="Keys of cache policies, between commas. Default: all.")]
 Budgets = Annotated[str | None, typer.Option(help="Shares of the full cache, between commas. Default: 0.1,0.25,0.5.")]
@@ -63,7 +63,7 @@ def command(
             sizes = replace(
                 plan.quick() if quick else plan.whole(), **{k: v for k, v in given.items() if v is not None}
             )
-            found = run([str(path) for path in model], sizes, out, bar, dtype=dtype, device=device, fresh=fresh)
+            found = run(model, sizes, out, bar, dtype=dtype, device=device, fresh=fresh)
     except KeyboardInterrupt:
         typer.echo(f"interrupted: what is measured is kept in {out}; run the same command to resume", err=True)
         raise typer.Exit(1) from None

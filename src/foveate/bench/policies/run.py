@@ -16,7 +16,7 @@ import foveate
 from foveate.bench import digest
 from foveate.bench.folder import claimed
 from foveate.bench.journal import Journal
-from foveate.bench.loading import load
+from foveate.bench.loading import find, load
 from foveate.bench.methods import Contender
 from foveate.bench.plaindata import write_atomic
 from foveate.bench.policies import answers, losses, times
@@ -26,7 +26,6 @@ from foveate.bench.policies.plan import Plan
 from foveate.bench.policies.summary import Summary
 from foveate.bench.timing import threads
 from foveate.bench.turns import Progress
-from foveate.core.errors import UnsupportedModel
 from foveate.host.model import host
 
 FORMAT = "foveate.policies/1"
@@ -46,7 +45,7 @@ def run(
     """Measure what is not known yet, and return the summary that is also written to `out / RESULTS`.
 
     Args:
-        models: folders of decoders.
+        models: folders, GGUF files or hub ids of decoders.
         plan: what to measure.
         out: folder of the journal and the results. Every answer, loss and round of times is written down once it is
             there; the same call again takes up where an interrupted one stopped.
@@ -55,23 +54,24 @@ def run(
             several times faster in float32.
         fresh: whether to measure again what the journal knows.
     """
-    for folder in models:
-        if not Path(folder).is_dir():
-            raise UnsupportedModel(f"model={folder!r} is no folder")
+    for model in models:
+        find(model)  # what is not there is refused before the first model has worked for an hour
     with claimed(out), threads() as count:
         journal = Journal(out / JOURNAL, fresh)
-        found = [_one(folder, plan, journal, watch, dtype, device) for folder in models]
+        found = [_one(model, plan, journal, watch, dtype, device) for model in models]
         made = {**versions(), "threads": count, "device": device}
         result = {"format": FORMAT, "made": made, "plan": asdict(plan), "models": found}
         write_atomic(out / RESULTS, json.dumps(result, indent=1) + "\n")
         return result
 
 
-def _one(folder: str, plan: Plan, journal: Journal, watch: Progress, dtype: str, device: str) -> dict[str, Any]:
-    watch.say(f"loading {folder}")
-    model, tokenizer, _ = load(folder, device, dtype)
+def _one(named: str, plan: Plan, journal: Journal, watch: Progress, dtype: str, device: str) -> dict[str, Any]:
+    watch.say(f"loading {named}")
+    model, tokenizer, folder = load(named, device, dtype, note=watch.say)
     here = host(model)
-    lessons = Lessons(here, tokenizer, Path(folder), lambda at, of, note: watch.say(f"{at} of {of}: {note}"))
+    lessons = Lessons(
+        here, tokenizer, _beside(named, folder, journal), lambda at, of, note: watch.say(f"{at} of {of}: {note}")
+    )
     contenders = [Contender(key, here, budget) for key, budget in plan.contenders]
     world = digest.of(digest.of_model(model), digest.of_code(), versions(), dtype, device)
     desk = Desk(model, tokenizer, plan, journal, contenders, watch, world)
@@ -81,8 +81,16 @@ def _one(folder: str, plan: Plan, journal: Journal, watch: Progress, dtype: str,
     times.measure(desk)
     answers.answer(desk)
     losses.measure(desk)
-    path = Path(folder).resolve()
-    return Summary(desk).model(path.parent.name if path.name == "converted" else path.name, lessons.seconds())
+    return Summary(desk).model(
+        Path(named).resolve().stem if folder is None else folder.resolve().name, lessons.seconds()
+    )
+
+
+def _beside(named: str, folder: Path | None, journal: Journal) -> Path:
+    """Where what is learnt about a model is kept: beside it, or beside the journal for one from a hub."""
+    if folder is None and Path(named).is_file():
+        return Path(named).parent
+    return folder or journal.file.parent / named.replace("/", "--")
 
 
 def versions() -> dict[str, str]:
