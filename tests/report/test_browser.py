@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from foveate.bench.results import Comparison
+from foveate.bench.results import Comparison, Row
 from foveate.report.html import write
 
 pytestmark = pytest.mark.browser
@@ -150,6 +150,27 @@ def test_prompts_open_and_the_answer_in_them_is_marked(visit, comparison):
     assert view.page.locator("details pre").first.is_visible()
     assert view.page.locator("details pre mark").first.inner_text() == "47111"
     assert "characters left out" in view.page.locator("details pre").first.inner_text()
+
+
+@pytest.mark.parametrize("which", ["comparison", "hostile"])
+def test_it_prints_well_on_paper(visit, which, request):
+    """On A4, whatever the screen's colours: light, every column whole and within the margins, figures too."""
+    found = request.getfixturevalue(which)
+    found.rows.append(Row.failed("gta", "GTA", "head_dim=7 must be even"))
+    view = visit(found, 1280, 900, "dark")
+    width = round((210 - 2 * 12) / 25.4 * 96)  # within the margins
+    view.page.set_viewport_size({"width": width, "height": 1000})
+    view.page.emulate_media(media="print")
+    view.wait("[...document.querySelectorAll('.plot svg.main-svg')].every(svg => svg.clientWidth <= innerWidth)")
+    assert view("getComputedStyle(document.documentElement).getPropertyValue('--paper').trim()") == "#fdfdfc"
+    assert view("getComputedStyle(document.body).color") == "rgb(27, 29, 33)"
+    assert view("document.scrollingElement.scrollWidth <= innerWidth")
+    cells = "[...document.querySelectorAll('table.results tr > *')]"
+    assert view(f"{cells}.every(cell => cell.getBoundingClientRect().right <= innerWidth + 1)")
+    assert view(f"{cells}.every(cell => cell.scrollWidth <= cell.clientWidth + 1)")
+    assert view("document.querySelectorAll('table.results thead th').length") == 7
+    pages = view.page.pdf(format="A4").count(b"/Type /Page\n")
+    assert 1 <= pages <= (6 if which == "comparison" else 60)
 
 
 def test_figures_follow_the_colour_scheme_and_the_width(visit, comparison):

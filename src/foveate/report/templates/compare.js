@@ -39,7 +39,7 @@ function nameMarks(points, line, area, tones) {
     return {
       x: group.points[0].x, y: group.points[0].y, ax: box.dx, ay: box.dy, align: box.anchor, xanchor: box.anchor,
       yanchor: "middle", text: box.shape.text(tones), font: { color: tones.ink, size: FONT }, borderpad: 0,
-      showarrow: true, arrowhead: 0, arrowwidth: 0.8, standoff: 6, captureevents: false,
+      bgcolor: tones.paper, showarrow: true, arrowhead: 0, arrowwidth: 0.8, standoff: 6, captureevents: false,
       arrowcolor: box.reach > 20 ? tones.other : "rgba(0,0,0,0)",
     };
   });
