@@ -18,7 +18,7 @@ from foveate.host.method import Method, overrides
 from foveate.host.site import Site
 from foveate.host.slots import Group
 
-Native = Callable[[], tuple[Tensor, Tensor | None]]
+Native = Callable[[Site], tuple[Tensor, Tensor | None]]
 
 
 def run(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, float]:
@@ -44,10 +44,12 @@ def _attend(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, 
         return _whole_matrix(site, methods, selections), 1.0
     if selections:
         return selected(site, selections)
+    if site.hidden_keys is not None:
+        return _softmax(site, [], None), 1.0
     if site.is_whole:
         if _packs(site, methods):
             return engines.run(Problem(site.q, site.k, site.v, site.scale, site.mask), "fused"), 1.0
-        out, site.weights = native()
+        out, site.weights = native(site)
         return out.transpose(1, 2), 1.0
     return _slots(site), 1.0
 

@@ -48,7 +48,7 @@ class SlotLayer(CacheLayerMixin):
         self.window: int | None = native.sliding_window if isinstance(native, DynamicSlidingWindowLayer) else None
         self.seen = int(native.get_seq_length())
         self.store: Store | None = None
-        self.padded, self.record_past = False, False
+        self.padded, self.record_past = False, bool(getattr(native, "record_past", False))
         self._runs: list[weakref.ref[Any]] = []
         self._dropped_at = 0  # tokens seen when something was dropped last
         self._returned: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
@@ -276,14 +276,13 @@ def slot_layer(layer: CacheLayerMixin, cache: Cache) -> SlotLayer:
 def evict(site: Site, methods: list[Method]) -> None:
     """After the call: drop what some method drops, and what has left a sliding layer's window.
 
-    While assisted decoding may take tokens back, only the call's first token counts as there to stay.
+    The call's tentative tokens, which will be taken back, stay and do not count.
     """
     layer = site.slots
     assert layer is not None and layer.store is not None
     layer.padded = layer.padded or site.real is not None
-    settled = layer.seen
-    if layer.record_past and site.q.shape[2] > 1:
-        settled -= site.q.shape[2] - 1
+    settled = layer.seen - site.tentative
+    if site.tentative:
         site = site.as_of(settled)
     keeping = [(m, kept) for m in methods if overrides(m, "keep") and m.at(site) and (kept := m.keep(site)) is not None]
     keep: Tensor | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
@@ -18,6 +18,14 @@ Memories = WeakKeyDictionary[Cache, dict[Any, dict[str, Any]]]
 
 #: The memories of the runs that are open, so that beam search moves all of them along.
 _ALL: list[Memories] = []
+
+#: Caches of assisted decoding, from which drafted tokens are taken back.
+_RECORDING: WeakSet[Cache] = WeakSet()
+
+#: Tokens of each cache's prompt by layer (None: of every layer), once it was read: what comes later is no prompt.
+_PROMPTS: WeakKeyDictionary[Cache, dict[int | None, int]] = WeakKeyDictionary()
+
+_activate_past_recording = Cache.activate_past_recording
 
 
 class Caches:
@@ -35,11 +43,15 @@ class Caches:
     def open(self) -> None:
         self.is_open = True
         _ALL.append(self.memories)
+        # a plain layer leaves no trace of assisted decoding's announcement, so that it has to be overheard
+        Cache.activate_past_recording = _overheard  # type: ignore[method-assign]
 
     def meet(self, cache: Cache) -> None:
         """Follow a cache's reorderings, and mark its layers as ours while the run lasts."""
         if cache not in self.memories:
             self.memories[cache] = {}
+            if cache not in _PROMPTS:
+                _PROMPTS[cache] = {None: cache.get_seq_length()} if _is_compressed(cache) else {}
             # a bound method, so that a deep copy of the cache reorders the copy
             cache.reorder_cache = MethodType(_reorder_cache, cache)
         for index, layer in enumerate(cache.layers):
@@ -60,6 +72,8 @@ class Caches:
         layer = cache.layers[index] if index < len(cache.layers) else None
         if layer is None or not _length(layer):
             forget(self.memories[cache], lambda key: key[1] == index or (key[1] is None and index == self.first))
+            for begun in (index, *[None] * (index == self.first)):
+                _PROMPTS.setdefault(cache, {}).pop(begun, None)
         if self.evicts and not isinstance(layer, SlotLayer):
             assert layer is not None
             layer = cache.layers[index] = slot_layer(layer, cache)
@@ -70,6 +84,8 @@ class Caches:
         """Hand caches back, as ordinary layers where that can be; others will refuse to go on alone."""
         self.is_open = False
         _ALL[:] = [memories for memories in _ALL if memories is not self.memories]
+        if not _ALL:
+            Cache.activate_past_recording = _activate_past_recording  # type: ignore[method-assign]
         mine = {id(method) for method in methods}
         for cache in list(self.memories):
             sharing = [other for other in others if cache in other.memories]
@@ -89,6 +105,37 @@ def cache_among(values: Iterable[Any]) -> Cache | None:
         if isinstance(value, Cache):
             return value
     return None
+
+
+def is_recording(cache: Cache) -> bool:
+    """Whether assisted decoding may take tokens of this cache back."""
+    return cache in _RECORDING
+
+
+def prompt_of(cache: Cache, layer: int, past: int) -> int | None:
+    """Tokens of the prompt, where a layer has read it; None while it reads. A cache that is cropped to before the end
+    of its prompt reads again.
+    """
+    known = _PROMPTS.get(cache, {})
+    prompt = known.get(layer, known.get(None))
+    return prompt if prompt is not None and prompt <= past else None
+
+
+def end_prompt(cache: Cache, layer: int | None, prompt: int) -> None:
+    """From here on tokens count as decoded, or as a further turn."""
+    _PROMPTS.setdefault(cache, {})[layer] = prompt
+
+
+def _overheard(cache: Cache) -> None:
+    _RECORDING.add(cache)
+    _activate_past_recording(cache)
+
+
+def _is_compressed(cache: Cache) -> bool:
+    return any(
+        isinstance(layer, CompressedLayer) or (isinstance(layer, SlotLayer) and not layer.is_whole)
+        for layer in cache.layers
+    )
 
 
 def forget(memories: dict[Any, Any], gone: Callable[[Any], bool]) -> None:

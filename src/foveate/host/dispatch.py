@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from foveate.core.errors import OptionError, UnsupportedModel
-from foveate.host import attention
+from foveate.host import pieces
 from foveate.host.alias import NAME
 from foveate.host.cache import LATEST, evict
 from foveate.host.mask import describe
@@ -19,6 +19,7 @@ from foveate.host.stats import slots_of
 
 if TYPE_CHECKING:
     from foveate.host.run import Run
+    from foveate.host.site import Site
 
 #: The runs that are open on each attention module, outermost first.
 OPEN: WeakKeyDictionary[nn.Module, list[Run]] = WeakKeyDictionary()
@@ -53,13 +54,16 @@ def attention_function(
             f"{type(needing[0]).__name__} acts on the cache, and this call has none: leave use_cache=True, and "
             f"gradient checkpointing off"
         )
-    out, density = attention.run(
-        site, methods,
-        lambda: _native(outer.implementation(module), module, query, key, value, attention_mask, options),
-    )  # fmt: skip
+
+    def native(part: Site) -> Any:
+        given = (query, key, value, attention_mask)
+        given = given if part is site else (part.q, part.new_k, part.new_v, part.attention_mask)
+        return _native(outer.implementation(module), module, *given, options)
+
+    out, density = pieces.run(site, methods, native)
     held = slots_of(site)
     if site.slots is not None:
-        evict(site, methods)
+        evict(site, [method for run in runs for method in run.methods if run.drops_at(site)])
     for run in runs:
         run.stats.note(site, density, held, time.perf_counter() - begun)
     return out.transpose(1, 2).contiguous(), site.weights

@@ -206,6 +206,15 @@ def at_positions(mask: Tensor, positions: Int[Tensor, "b h s"], first: int) -> T
     return picked.masked_fill((positions == SUMMARY)[:, :, None], seen)
 
 
+def masked_part(mask: Any, start: int, stop: int, later: int) -> Any:
+    """What some queries may see of a mask, without its last `later` keys."""
+    if isinstance(mask, MaskPlan):
+        whole = mask.whole
+        some = {"q_length": stop - start, "q_offset": whole.arguments.get("q_offset", 0) + start}
+        return MaskPlan(**{**whole.arguments, **some, "kv_length": whole.n_keys - later})
+    return None if mask is None else mask[..., start:stop, : mask.shape[-1] - later]
+
+
 def describe(**arguments: Any) -> MaskPlan:
     """The mask function that Foveate registers with transformers."""
     return MaskPlan(**arguments)

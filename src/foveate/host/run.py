@@ -17,7 +17,7 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host.alias import NAME, Alias
 from foveate.host.cache import LATEST, SlotLayer
-from foveate.host.caches import Caches, cache_among
+from foveate.host.caches import Caches, cache_among, end_prompt, is_recording, prompt_of
 from foveate.host.dispatch import OPEN
 from foveate.host.mask import MaskPlan
 from foveate.host.method import Method, overrides
@@ -27,6 +27,9 @@ from foveate.host.stats import Stats
 
 #: The part of a model that methods act on.
 Part = Literal["auto", "decoder", "all"]
+
+#: When methods drop tokens.
+Evict = Literal["always", "after prompt"]
 
 #: Arguments of an attention module that bring in another sequence.
 _CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
@@ -41,16 +44,22 @@ class Run:
         methods: what is applied, in order.
         stats: what happened so far.
         spans: named token positions (`image`, `text`, `system` …) that methods may ask sites for; set by the caller.
+        evict: when methods drop tokens.
+        tentative: how many tokens at the end of each prompt will be taken back; see `foveate.Context`.
         implementations: each configuration's own attention implementation, by the configuration's id.
     """
 
-    def __init__(self, model: object, methods: tuple[Method, ...], on: Part = "auto") -> None:
+    def __init__(
+        self, model: object, methods: tuple[Method, ...], on: Part = "auto", evict: Evict = "always"
+    ) -> None:
         for method in methods:
             if not isinstance(method, Method):
                 raise OptionError(f"apply() takes Method objects; got {type(method).__name__}")
         validate.one_of("on", on, ("auto", "decoder", "all"))
+        validate.one_of("evict", evict, ("always", "after prompt"))
         self.host: Host = host(model)
         self.methods, self.stats, self.on = list(methods), Stats(), on
+        self.evict, self.tentative = evict, 0
         self.spans: dict[str, Tensor] = {}
         self.implementations: dict[int, str] = {}
         self.evicts = any(method.evicts or overrides(method, "keep") for method in methods)
@@ -126,6 +135,10 @@ class Run:
         """Whether the methods act on this module."""
         return module in self._layers
 
+    def drops_at(self, site: Site) -> bool:
+        """Whether the methods may drop tokens after this call."""
+        return self.evict == "always" or site.reads_prompt
+
     def implementation(self, module: nn.Module) -> str:
         """The attention implementation that this module would use by itself."""
         return self.implementations[id(module.config)]
@@ -137,6 +150,8 @@ class Run:
             raise UnsupportedModel(
                 "set_attn_implementation() inside foveate.apply(model, ...) takes the methods off; call it before"
             )
+        if module is self.host.model:
+            self._local.asked = kwargs.get("logits_to_keep")
         cache = cache_among((*args, *kwargs.values()))
         if cache is not None:
             self._caches.meet(cache)
@@ -198,7 +213,30 @@ class Run:
         if site.slots is not None and not site.slots.handed_over(k, v):
             _check_expanded(site)
             site.expanded = True
+        if isinstance(cache, Cache):
+            first = mask.first_key if isinstance(mask, MaskPlan) else 0
+            if site.slots is None and (surplus := first + k.shape[2] - site.seen) > 0:
+                site.cut(surplus)
+            self._place(site, cache)
         return site
+
+    def _place(self, site: Site, cache: Cache) -> None:
+        """Where in its sequence a call stands: within its prompt or later, and with how many tokens to be taken back.
+
+        Assisted decoding asks for the logits of the token before its drafts and of each of them.
+        """
+        n, past = site.q.shape[2], site.seen - site.q.shape[2]
+        site.prompt, site.drafts = prompt_of(cache, site.layer, past), is_recording(cache)
+        asked = getattr(self._local, "asked", None)
+        is_told = isinstance(asked, int) and asked > 0
+        if site.drafts:
+            site.tentative = (min(n, asked) if is_told else n) - 1
+        elif site.prompt is None:
+            site.tentative = min(n, self.tentative)
+        # a model that cannot be told has read its prompt as nothing but drafts: it is dropped from one call later
+        site.reads_prompt = site.prompt is None and (site.phase == "prefill" or (site.drafts and not is_told))
+        if site.phase == "decode" and site.prompt is None:
+            end_prompt(cache, site.layer, past)
 
     def _step(self) -> dict[Any, Any]:
         if not hasattr(self._local, "step"):
@@ -206,7 +244,7 @@ class Run:
         return self._local.step
 
 
-def apply(model: object, *methods: Method, on: Part = "auto") -> Run:
+def apply(model: object, *methods: Method, on: Part = "auto", evict: Evict = "always") -> Run:
     """Apply methods to a pretrained model: `with foveate.apply(model, method, ...) as run:`.
 
     Args:
@@ -214,6 +252,9 @@ def apply(model: object, *methods: Method, on: Part = "auto") -> Run:
         methods: applied in order; hooks of several compose, the later seeing what the earlier left.
         on: the part that they act on: "decoder", "all", or "auto", the decoder of a model that has one and all of any
             other. A vision tower or an encoder in front of a decoder attends natively unless "all" is asked for.
+        evict: "always" drops tokens after every call, as a method says; "after prompt" only while the prompt is read,
+            in one call or in several. It ends with the first call that decodes (see `Site.phase`). Later tokens all
+            stay, so that the cache can be cropped back to the prompt.
 
     Within the block the model is used as always (`model(...)`, `model.generate(...)`), also from several threads; runs
     nest. After it, also after an exception, weights, configuration and hooks are what they were. A cache whose heads
@@ -222,7 +263,7 @@ def apply(model: object, *methods: Method, on: Part = "auto") -> Run:
     Raises:
         UnsupportedModel: for a model that does not dispatch its attention.
     """
-    return Run(model, methods, on)
+    return Run(model, methods, on, evict)
 
 
 def _check_expanded(site: Site) -> None:

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from foveate.core import masks
-from foveate.host.mask import MaskPlan, at_positions, is_given
+from foveate.core.engines import fused
+from foveate.host.mask import MaskPlan, at_positions, is_given, masked_part
 
 if TYPE_CHECKING:
     from foveate.core.selection import Selection
@@ -29,8 +30,11 @@ class Site:
     A model may cache less than it attends to and expand it at each call (`expanded`; a shared latent, for instance):
     `k` and `v` are then the expanded ones, and `positions` has the heads of the cache. `k`, `v` and `positions` are
     views of the cache, which the next tokens write over: clone what you keep of them. `order` counts the layers that
-    attend, `layer` those of the cache. For readers, once attention is done: `weights` where somebody made them, the
-    `selections` that were attended to, and whether a method put something else in attention's place (`replaced`).
+    attend, `layer` those of the cache. `prompt` is the length of the prompt, once the sequence has left it;
+    `reads_prompt` says whether it is still there. The call's last `tentative` tokens will be taken back, all or some of
+    them (`drafts`, of assisted decoding); `hidden_keys` are some that its queries do not see. For readers, once
+    attention is done: `weights` where somebody made them, the `selections` that were attended to, and whether a method
+    put something else in attention's place (`replaced`).
     """
 
     module: nn.Module
@@ -54,11 +58,27 @@ class Site:
     selections: list[Selection] = field(default_factory=list)
     replaced: bool = False
     expanded: bool = False
+    prompt: int | None = None
+    reads_prompt: bool = True
+    tentative: int = 0
+    drafts: bool = False
+    hidden_keys: Bool[Tensor, "b hkv s"] | None = None
 
-    @property
+    @cached_property
     def phase(self) -> Literal["prefill", "decode"]:
-        """ "decode" for a single query that has a past, else "prefill"."""
-        return "decode" if self.q.shape[2] == 1 and self.seen > 1 else "prefill"
+        """ "decode" where tokens are made, "prefill" where they are read.
+
+        A call without a past is "prefill", and one of a single query with a past is "decode". Several queries with a
+        past are "decode" where all but the first are drafts of assisted decoding, and where they are few (up to 16)
+        after the sequence's first decoding call. So the pieces of a prompt are "prefill", and so is a long further
+        turn.
+        """
+        n = self.q.shape[2]
+        if self.seen <= n:
+            return "prefill"
+        if n == 1 or (self.drafts and self.tentative >= n - 1):
+            return "decode"
+        return "decode" if self.prompt is not None and n <= fused.FEW else "prefill"
 
     @cached_property
     def seen(self) -> int:
@@ -131,6 +151,12 @@ class Site:
     @cached_property
     def mask(self) -> Tensor | None:
         """Who may see what, `(B, 1 or Hq, Nq, S)`: bool, or a float bias that the caller gave; None for everything."""
+        if self.hidden_keys is None:
+            return self._mask()
+        shown = ~self.hidden_keys.repeat_interleave(self._heads_a_row, 1)[:, :, None]
+        return masks.combine(self._mask(), shown)
+
+    def _mask(self) -> Tensor | None:
         plan = self.attention_mask
         if self.is_whole:
             if isinstance(plan, MaskPlan):
@@ -161,7 +187,7 @@ class Site:
         plan = self.attention_mask
         if self.softcap is not None or is_given(plan):
             return False
-        if not self.is_whole or self.k.shape[2] != self.seen:
+        if not self.is_whole or self.k.shape[2] != self.seen or self.hidden_keys is not None:
             return False
         return plan is None or (isinstance(plan, MaskPlan) and plan.is_plain_causal())
 
@@ -190,9 +216,38 @@ class Site:
         other.__dict__["seen"] = seen
         return other
 
+    def part(self, start: int, stop: int) -> Site:
+        """Some of the call's queries, with the keys up to the last of them, as a call of its own."""
+        later = self.q.shape[2] - stop
+        end = None if not later else -later
+        other = copy.copy(self)
+        for name in _CACHED:
+            other.__dict__.pop(name, None)
+        other.q = self.q[:, :, start:stop]
+        other.new_k, other.new_v = self.new_k[:, :, :end], self.new_v[:, :, :end]
+        other.hidden = None if self.hidden is None else self.hidden[:, start:stop]
+        other.attention_mask = masked_part(self.attention_mask, start, stop, later)
+        if self.is_whole or self.expanded:
+            other.__dict__["positions"] = self.positions[:, :, :end]
+        other.tentative = max(0, self.tentative - later)
+        other.__dict__["seen"] = self.seen - later
+        other.step = self.step.setdefault(("part", start), {})
+        other.weights, other.selections = None, []
+        return other
+
+    def cut(self, surplus: int) -> None:
+        """Leave out the last keys, which no token has filled yet: the room of a static cache."""
+        self.new_k, self.new_v = self.new_k[:, :, :-surplus], self.new_v[:, :, :-surplus]
+        if isinstance(self.attention_mask, MaskPlan):
+            self.attention_mask = masked_part(self.attention_mask, 0, self.q.shape[2], surplus)
+
     def memory(self, method: Method, *, all_layers: bool = False) -> dict[str, Any]:
         """What a method remembers of this layer (or of all layers together) and this sequence.
 
         Tensors in it follow beam search's reordering. It begins empty with every new sequence.
         """
         return self.memories.setdefault((id(method), None if all_layers else self.layer), {})
+
+
+#: What a site works out once.
+_CACHED = tuple(name for name, value in vars(Site).items() if isinstance(value, cached_property))
