@@ -269,7 +269,10 @@ def slot_layer(layer: CacheLayerMixin, cache: Cache) -> SlotLayer:
     """A layer of slots that takes over what this one holds."""
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, CompressedLayer) or cache.offloading:
         kind = "offloading " * cache.offloading + f"{type(cache).__name__} of {type(layer).__name__}"
-        raise UnsupportedModel(f"past_key_values must be a DynamicCache for a method that evicts; got {kind}")
+        raise UnsupportedModel(
+            f"past_key_values must be a DynamicCache for a method that evicts; got {kind}: "
+            "leave cache_implementation out"
+        )
     return SlotLayer(layer)
 
 

@@ -49,9 +49,7 @@ class Run:
         implementations: each configuration's own attention implementation, by the configuration's id.
     """
 
-    def __init__(
-        self, model: object, methods: tuple[Method, ...], on: Part = "auto", evict: Evict = "always"
-    ) -> None:
+    def __init__(self, model: object, methods: tuple[Method, ...], on: Part = "auto", evict: Evict = "always") -> None:
         for method in methods:
             if not isinstance(method, Method):
                 raise OptionError(f"apply() takes Method objects; got {type(method).__name__}")
