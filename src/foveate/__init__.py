@@ -20,6 +20,7 @@ _HOME = {
     "Plan": "foveate.core.problem",
     "apply": "foveate.host",
     "Method": "foveate.host",
+    "Context": "foveate.host.context",
     "Packed": "foveate.host",
     "Site": "foveate.host",
     "look": "foveate.lens.look",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # the same table, for type checkers; `as` says that a name is
     from foveate.core.problem import Plan as Plan
     from foveate.core.selection import Selection as Selection
     from foveate.host import Method as Method, Packed as Packed, Site as Site, apply as apply
+    from foveate.host.context import Context as Context
     from foveate.lens.look import look as look
     from foveate.ops import Operator as Operator, attend as attend, plan as plan
 else:

@@ -164,7 +164,8 @@ def test_refusals() -> None:
     assert "apply() takes Method objects; got type" in refusal(OptionError, lambda: foveate.apply(llama, Evicts))
     static = StaticCache(config=llama.config, max_cache_len=32)
     assert refusal(UnsupportedModel, lambda: inside("llama", Recent(), lambda: llama(ids, past_key_values=static))) == (
-        "past_key_values must be a DynamicCache for a method that evicts; got StaticCache of StaticLayer"
+        "past_key_values must be a DynamicCache for a method that evicts; got StaticCache of StaticLayer: "
+        "leave cache_implementation out"
     )
     with pytest.raises(UnsupportedModel, match="works inside foveate.apply"):
         dispatch.attention_function(llama.model.layers[0].self_attn, ids, ids, ids, None)

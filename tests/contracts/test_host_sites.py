@@ -31,7 +31,7 @@ def test_sites_of_a_decoder(name: str, cache: str) -> None:
     with foveate.apply(subject, sites):
         for begin, end in ((0, 1), (1, 2), (2, 14), (14, 15)):
             subject(tokens(2, 15)[:, begin:end], past_key_values=past)
-    asked = [("prefill", 1, [0]), ("decode", 2, [1]), ("prefill", 14, [*range(2, 14)]), ("decode", 15, [14])]
+    asked = [("prefill", 1, [0]), ("decode", 2, [1]), ("decode", 14, [*range(2, 14)]), ("decode", 15, [14])]
     asked = [(phase, seen, queries, 2, (2, len(queries), 32)) for phase, seen, queries in asked]
     assert sites.seen == [(layer, *rest) for rest in asked for layer in range(3)]
 

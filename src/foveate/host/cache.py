@@ -62,7 +62,7 @@ class SlotLayer(CacheLayerMixin):
         self.store.append(keys, values, self.seen - keys.shape[2])
         if isinstance(native, CompressedLayer):
             self.store.groups[0].slots.positions.copy_(native.positions)
-            self._dropped_at = self.seen
+            self._dropped_at = native.compressed_at
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -176,7 +176,7 @@ class SlotLayer(CacheLayerMixin):
             return self._ordinary()
         group = self.store.groups[0]
         if self.window is None and self.store.holds(group.length - group.holes[0]) and not self.padded:
-            return CompressedLayer.of(group.ordered(), self.seen)
+            return CompressedLayer.of(group.ordered(), self.seen, self._dropped_at)
         return self
 
     def _ordinary(self) -> CacheLayerMixin:
@@ -207,12 +207,15 @@ class CompressedLayer(DynamicLayer):
         self.positions_at_compression: Tensor = torch.empty(0, dtype=torch.int32)
 
     @classmethod
-    def of(cls, slots: Slots, seen: int) -> CompressedLayer:
-        """What is held, in the order of its positions, after `seen` tokens."""
+    def of(cls, slots: Slots, seen: int, compressed_at: int) -> CompressedLayer:
+        """What is held, in the order of its positions, after `seen` tokens, of which none was dropped since
+        `compressed_at`.
+        """
         layer = cls()
         layer.lazy_initialization(slots.k, slots.v)
-        layer.keys, layer.values, layer.positions_at_compression = slots.k, slots.v, slots.positions
-        layer.seen = layer.compressed_at = seen
+        layer.keys, layer.values = slots.k, slots.v
+        layer.positions_at_compression = slots.positions[..., : slots.positions.shape[2] - (seen - compressed_at)]
+        layer.seen, layer.compressed_at = seen, compressed_at
         return layer
 
     @property

@@ -44,7 +44,7 @@ class Caches:
         self.is_open = True
         _ALL.append(self.memories)
         # a plain layer leaves no trace of assisted decoding's announcement, so that it has to be overheard
-        Cache.activate_past_recording = _overheard  # type: ignore[method-assign]
+        Cache.activate_past_recording = _overheard
 
     def meet(self, cache: Cache) -> None:
         """Follow a cache's reorderings, and mark its layers as ours while the run lasts."""
@@ -85,7 +85,7 @@ class Caches:
         self.is_open = False
         _ALL[:] = [memories for memories in _ALL if memories is not self.memories]
         if not _ALL:
-            Cache.activate_past_recording = _activate_past_recording  # type: ignore[method-assign]
+            Cache.activate_past_recording = _activate_past_recording
         mine = {id(method) for method in methods}
         for cache in list(self.memories):
             sharing = [other for other in others if cache in other.memories]

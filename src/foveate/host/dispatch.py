@@ -56,9 +56,10 @@ def attention_function(
         )
 
     def native(part: Site) -> Any:
-        given = (query, key, value, attention_mask)
-        given = given if part is site else (part.q, part.new_k, part.new_v, part.attention_mask)
-        return _native(outer.implementation(module), module, *given, options)
+        q, k, v, mask = query, key, value, attention_mask
+        if part is not site:
+            q, k, v, mask = part.q, part.new_k, part.new_v, part.attention_mask
+        return _native(outer.implementation(module), module, q, k, v, mask, options)
 
     out, density = pieces.run(site, methods, native)
     held = slots_of(site)

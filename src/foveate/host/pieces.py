@@ -25,7 +25,7 @@ def run(site: Site, methods: list[Method], native: attention.Native) -> tuple[Te
     """`attention.run`, query by query where that makes a difference."""
     if site.cache is not None:
         _rewind(site)
-    dropping = [m for m in methods if site.slots is not None and overrides(m, "keep") and not overrides(m, "fold")]
+    dropping = [m for m in methods if site.drafts and overrides(m, "keep") and not overrides(m, "fold")]
     choosing = [m for m in methods if overrides(m, "select") or overrides(m, "attend")]
     starts = _starts(site)
     one = len(starts) == 1 and not (site.drafts and site.phase == "decode")  # drops of the last drafts may be due
@@ -36,7 +36,7 @@ def run(site: Site, methods: list[Method], native: attention.Native) -> tuple[Te
         if site.drafts:
             _remember(site, site.seen - site.q.shape[2] + start)
         part = site.part(start, stop)
-        if site.slots is not None and (start > 0 or site.phase == "decode"):
+        if site.slots is not None and (start > 0 or site.phase == "decode"):  # a prompt is read before any is dropped
             gone = _hide(part, dropping, gone)
         out, density = attention.run(part, methods, native)
         outs.append(out)

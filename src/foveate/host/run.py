@@ -225,14 +225,14 @@ class Run:
         """
         n, past = site.q.shape[2], site.seen - site.q.shape[2]
         site.prompt, site.drafts = prompt_of(cache, site.layer, past), is_recording(cache)
-        asked = getattr(self._local, "asked", None)
-        is_told = isinstance(asked, int) and asked > 0
+        told = getattr(self._local, "asked", None)
+        asked = told if isinstance(told, int) and told > 0 else None
         if site.drafts:
-            site.tentative = (min(n, asked) if is_told else n) - 1
+            site.tentative = min(n, asked or n) - 1
         elif site.prompt is None:
             site.tentative = min(n, self.tentative)
         # a model that cannot be told has read its prompt as nothing but drafts: it is dropped from one call later
-        site.reads_prompt = site.prompt is None and (site.phase == "prefill" or (site.drafts and not is_told))
+        site.reads_prompt = site.prompt is None and (site.phase == "prefill" or (site.drafts and asked is None))
         if site.phase == "decode" and site.prompt is None:
             end_prompt(cache, site.layer, past)
 

@@ -237,6 +237,11 @@ class Store:
             group.append(k[:, group.heads], v[:, group.heads], first)
 
     @property
+    def rows(self) -> int:
+        """Sequences times heads."""
+        return sum(group.rows for group in self.groups)
+
+    @property
     def stored(self) -> int:
         return sum(group.stored for group in self.groups)
 

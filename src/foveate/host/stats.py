@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from foveate.host.cache import SlotLayer
 from foveate.host.site import Site
 
 
@@ -169,6 +170,43 @@ class Stats:
         if found is None:
             found = self._caches[cache] = CacheStats()
         return found
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a cache holds at this moment.
+
+    Args:
+        stored: slots that are stored, over layers, batch and heads.
+        full: slots that a full cache would hold.
+        nbytes: bytes of keys and values, as they lie in memory.
+    """
+
+    stored: int
+    full: int
+    nbytes: int
+
+    @property
+    def kept(self) -> float:
+        """Share of the full cache's slots that are stored."""
+        return self.stored / self.full if self.full else 1.0
+
+
+def held(cache: Cache) -> Held:
+    """What a cache holds, inside a block or outside; layers that keep a state instead of tokens do not count."""
+    stored = full = nbytes = 0
+    for layer in cache.layers:
+        if isinstance(layer, SlotLayer):
+            if layer.store is not None:
+                rows = layer.store.rows
+                stored, full, nbytes = stored + layer.store.stored, full + rows * layer.seen, nbytes + layer.nbytes
+            continue
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == 4:
+            rows, n = keys.shape[0] * keys.shape[1], int(layer.get_seq_length())
+            stored, full = stored + rows * min(keys.shape[2], n), full + rows * n
+            nbytes += keys.nbytes + values.nbytes
+    return Held(stored, full, nbytes)
 
 
 def _cached(site: Site) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,212 @@
+"""`Context`: read a long text once, compress what is kept of it, then ask about it as often as one likes."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
+
+from foveate.core import validate
+from foveate.core.errors import OptionError, UnsupportedModel
+from foveate.host.caches import end_prompt
+from foveate.host.marks import Mark
+from foveate.host.method import Method
+from foveate.host.model import Host, host
+from foveate.host.run import Run
+from foveate.host.stats import Held, held
+from foveate.host.turns import Turns
+
+#: Options of `generate` that are the context's own business.
+_OWN = (
+    "input_ids", "inputs", "inputs_embeds", "attention_mask", "past_key_values", "use_cache", "cache_implementation",
+    "return_dict_in_generate",
+)  # fmt: skip
+#: Options with which `generate` begins by reading the whole text again, whatever the cache holds.
+_REREAD = ("assistant_model", "prompt_lookup_num_tokens")
+
+
+class Context:
+    """A text that a model has read, under methods that may drop tokens at its end, for many questions.
+
+        context = foveate.Context(model, SinkRecent(4, 512), tokenizer=tokenizer)
+        context.read(long_text)
+        context.ask("Who wrote it?"), context.ask("And when?")
+
+    The text is read once. Each question goes on from there, and the cache is then brought back, so that answers do not
+    depend on each other. Tokens are dropped while the text is read and never after it: questions and answers are kept.
+
+    By default the methods do not know what will be asked (question-agnostic): one compressed text serves all questions,
+    which is what `read` is for. With `read(text, question=...)` the question stands behind the text when tokens are
+    dropped, and is taken out again (question-aware). A method that scores tokens by who looks at them then keeps what
+    this question needs, and others may not find their answer. Scores of the two are not comparable.
+
+    The model is under the methods during `read` and `ask` only, so that several contexts may share one model.
+
+    Args:
+        model: a decoder.
+        methods: applied in order, as in `foveate.apply`.
+        tokenizer: turns text into ids and back; without one, everything is ids.
+        chat: put text and question into the tokenizer's chat template, as one message of the user; None does so where
+            there is a template.
+        system: a system message to begin the chat with.
+        chunk: tokens to read at once; None reads the text in one call. Methods drop tokens after each chunk.
+    """
+
+    def __init__(
+        self,
+        model: object,
+        *methods: Method,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat: bool | None = None,
+        system: str | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        if chunk is not None:
+            validate.count("chunk", chunk, 1)
+        Run(model, methods)  # refuses what cannot be applied
+        self.host: Host = host(model)
+        if self.host.decoder is None or self.host.model.config.is_encoder_decoder:
+            raise UnsupportedModel(f"a Context needs a decoder; {type(model).__name__} is none")
+        self.methods, self.chunk = methods, chunk
+        self.turns = Turns(tokenizer, chat, system)
+        self._ids: Tensor | None = None
+        self._mark: Mark | None = None
+
+    def __repr__(self) -> str:
+        names = ", ".join(type(method).__name__ for method in self.methods)
+        state = "nothing read" if self._ids is None else f"{self.tokens} tokens, kept={self.kept:.3f}, {self.nbytes} B"
+        return f"Context({type(self.host.model).__name__}; {names or 'no method'}; {state})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the text and its cache."""
+        self._ids, self._mark = None, None
+
+    # -- what is held ------------------------------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> Cache:
+        """The cache of the text."""
+        return self._reached().cache
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text."""
+        return self._reached().seen
+
+    @property
+    def held(self) -> Held:
+        """What the cache of the text holds."""
+        return held(self.cache)
+
+    @property
+    def kept(self) -> float:
+        """Share of the text's full cache that is kept."""
+        return self.held.kept
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that are kept."""
+        return self.held.nbytes
+
+    # -- reading and asking ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def read(self, text: str | Tensor, question: str | Tensor | None = None) -> Self:
+        """Read a text, in place of the one so far.
+
+        Args:
+            text: a text, or ids `(N,)` or `(1, N)`.
+            question: stands behind the text when tokens are dropped, and is then taken out of the cache.
+        """
+        self.close()
+        begin, behind = self.turns.text(text), self.turns.question(question) if question is not None else None
+        ids = self._on_device(begin)
+        cache = DynamicCache(config=self.host.config)
+        with Run(self.host.model, self.methods, evict="after prompt") as run:
+            aware = self._on_device(behind) if behind is not None and run.evicts else ids[:, :0]
+            self._check_goes_back(cache, aware)
+            pieces = list(ids.split(self.chunk or ids.shape[1], 1))
+            for piece in pieces[:-1]:
+                self._forward(piece, cache)
+            run.tentative = aware.shape[1]
+            self._forward(torch.cat([pieces[-1], aware], 1), cache)
+            if aware.shape[1]:
+                cache.crop(-aware.shape[1])
+        end_prompt(cache, None, ids.shape[1])
+        self._ids, self._mark = ids, Mark(cache)
+        return self
+
+    def ask(self, question: str | Tensor, max_new_tokens: int = 256, **options: Any) -> str:
+        """The model's answer to a question about the text, in words.
+
+        Args:
+            question: a text, or ids `(N,)` or `(1, N)`.
+            max_new_tokens: the longest answer.
+            options: of `model.generate`. Decoding is greedy unless they say otherwise.
+        """
+        self.turns.need("ask")
+        if options.get("num_return_sequences", 1) != 1:
+            raise OptionError("ask() gives one answer; for num_return_sequences take Context.generate, which gives ids")
+        return self.turns.words(self.generate(question, max_new_tokens, **options)[0])
+
+    @torch.no_grad()
+    def generate(self, question: str | Tensor, max_new_tokens: int = 256, **options: Any) -> Tensor:
+        """The new ids `(sequences, N)`; see `ask`."""
+        mark = self._reached()
+        for name in _OWN:
+            if name in options:
+                raise OptionError(f"{name} is what a Context keeps by itself; leave it out")
+        for name in _REREAD:
+            if options.get(name) is not None:
+                raise OptionError(f"{name} makes transformers read the text again on top of its cache; leave it out")
+        assert self._ids is not None
+        ids = torch.cat([self._ids, self._on_device(self.turns.question(question))], 1)
+        if ids.shape[1] == self._ids.shape[1]:
+            raise OptionError("question must hold at least one token")
+        if not options.get("do_sample"):
+            greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            options = {**greedy, **options}
+        branches = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+        cache = mark.copied(branches) if branches > 1 else mark.cache
+        end_prompt(cache, None, mark.seen)
+        with Run(self.host.model, self.methods, evict="after prompt"):
+            try:
+                made = self.host.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=max_new_tokens,
+                    **options,
+                )  # fmt: skip
+            finally:
+                mark.rewind()
+        return made[:, ids.shape[1] :]
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _reached(self) -> Mark:
+        if self._mark is None:
+            raise OptionError("this Context has read nothing; call read(text) first")
+        return self._mark
+
+    def _on_device(self, ids: Tensor) -> Tensor:
+        return ids.to(self.host.model.device)
+
+    def _forward(self, ids: Tensor, cache: Cache) -> None:
+        self.host.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def _check_goes_back(self, cache: Cache, aware: Tensor) -> None:
+        if aware.shape[1] and any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+            raise UnsupportedModel(
+                f"question= cannot be taken out of the state that {type(self.host.model).__name__} keeps; read the "
+                "text without it"
+            )
