@@ -217,7 +217,9 @@ def test_bench_recall(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "lightning" in result.stdout
     assert (tmp_path / "recall.html").is_file()
-    again = run("bench", "recall", *args, "--out", tmp_path, "--json")
+    config = tmp_path / "recall.toml"
+    config.write_text('steps = 2\nlength = 24\npairs = 3\nvocabulary = 32\nrates = [1e-2]\nonly = "nobody"\n')
+    again = run("bench", "recall", "--config", config, "--only", "softmax; lightning", "--out", tmp_path, "--json")
     assert [point["label"] for point in json.loads(again.stdout)["points"]] == ["softmax", "lightning"]
     wrong = run("bench", "recall", "--only", "nobody", "--out", tmp_path)
     assert wrong.exit_code == 2

@@ -122,7 +122,9 @@ def test_bidirectional_layers_read_images() -> None:
     ("call", "error", "says"),
     [
         (lambda: network.drill("mqat"), UnknownKey, 'unknown task "mqat"; did you mean "mqar"'),
-        (lambda: network.drill("lm", pairs=3), OptionError, "task lm takes no pairs"),
+        (lambda: network.drill("lm", pairs=3), OptionError, "task lm takes no pairs; it takes length"),
+        (lambda: network.drill("copy", pairs=3, length=8), OptionError, "takes no pairs; it takes length, vocabulary"),
+        (lambda: network.drill("digits", length=8), OptionError, "task digits takes no length; it takes none"),
         (lambda: small("efficient_attention"), UnsupportedPattern, "a decoder's layers are causal"),
         (lambda: small("sink_recent"), OptionError, 'system "sink_recent" is neither operator nor layer'),
         (lambda: Spec(8, 2, (Mixer("softmax"),)), OptionError, "reads tokens .* or images"),

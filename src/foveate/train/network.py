@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from foveate.core import validate
@@ -34,10 +35,10 @@ def drill(name: str, **sizes: Any) -> Drill:
     if name not in DRILLS:
         raise unknown("task", name, DRILLS)
     given = {key: value for key, value in sizes.items() if value is not None}
-    try:
-        return DRILLS[name](**{**SMALL[name], **given})
-    except TypeError:
-        raise OptionError(f"task {name} takes no {', '.join(sorted(given))}") from None
+    taken = {field.name for field in fields(DRILLS[name])}
+    if wrong := sorted(given.keys() - taken):
+        raise OptionError(f"task {name} takes no {', '.join(wrong)}; it takes {', '.join(sorted(taken)) or 'none'}")
+    return DRILLS[name](**{**SMALL[name], **given})
 
 
 def around(key: str, *, tokens: bool = True, conv: int | None = None) -> dict[str, Any]:
