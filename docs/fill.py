@@ -1,8 +1,9 @@
 """Fill the measured sections of README.md and docs/: `python docs/fill.py [compare's results.json]`.
 
 Each section has one file and lies there between `<!-- name -->` and `<!-- /name -->`. The comparison's table comes from
-the results file (the one of the last demo where none is named), the recall figure from docs/measured/recall, and the
-speed ratios from the last lines that `make bench` left in docs/measured/.
+the results file (the one of the last demo where none is named), the real models' from docs/measured/real.json, which
+`make real FULL=1` writes, the recall figure from docs/measured/recall, and the speed ratios from the last lines that
+`make bench` left in docs/measured/. A section whose measurement is missing stays what it is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from foveate.bench.recall import Recall
 from foveate.bench.results import Comparison
+from foveate.report import policies
 from foveate.report.table import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +28,11 @@ def demo(results: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     made = f"{found.examples} prompts of {found.length} bytes, budget {found.budget:.0%}; {versions}."
     return f"{markdown(found)}\n{made}"
+
+
+def real(results: Path) -> str:
+    """The cache policies on real models at a quarter of the cache, a table for each model."""
+    return policies.short(json.loads(results.read_text("utf-8")))
 
 
 def speed() -> str:
@@ -66,8 +73,10 @@ def main() -> None:
     readme = ROOT / "README.md"
     fill(ROOT / "docs" / "recall.md", "recall", recall())
     fill(ROOT / "docs" / "benchmarks.md", "bench", speed())
-    if results.is_file():  # else the comparison's table stays what it is
+    if results.is_file():
         fill(readme, "demo", demo(results))
+    if (MEASURED / "real.json").is_file():
+        fill(readme, "real", real(MEASURED / "real.json"))
 
 
 if __name__ == "__main__":
