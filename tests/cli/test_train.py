@@ -188,6 +188,9 @@ def test_the_help_lists_what_can_be_trained() -> None:
         assert part in text
     assert {"softmax", "hedgehog", "mega"} <= set(re.findall(r"\w+", listing()))
     assert list(TASKS) == list(DRILLS)
+    whole = " ".join(run("--help").stdout.split())
+    for part in (*listing().split("\n\n"), "niah_multikey", "razor_attention"):
+        assert part in whole
 
 
 def test_options_are_read_as_python_writes_them() -> None:

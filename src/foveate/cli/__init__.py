@@ -13,6 +13,7 @@ import typer
 import foveate
 from foveate.cli import bench, compare, labs, systems, train
 from foveate.cli.console import PolitelyFailing
+from foveate.tasks.named import TASKS as NAMED
 
 app = typer.Typer(
     cls=PolitelyFailing,
@@ -34,7 +35,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog=f"{train.policies()}\n\n{train.listing()}")
+@app.callback(epilog="\n\n".join([train.policies(), f"Tasks of compare: {', '.join(NAMED)}.", train.listing()]))
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")

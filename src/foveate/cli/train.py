@@ -231,6 +231,6 @@ def listing() -> str:
             f"Operators: {', '.join(causal['operator'])}.",
             f"Layers: {', '.join(causal['layer'])}.",
             f"For images only (--task digits): {', '.join(others)}.",
-            f"Tasks: {tasks}.",
+            f"Tasks of train: {tasks}.",
         ]
     )
