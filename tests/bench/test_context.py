@@ -29,6 +29,7 @@ SHORT_LONG = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
         (32768, {"rope_type": "yarn", "factor": 4.0}, 131072),
         (163840, {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}, 163840),  # DeepSeek-V2
         (131072, {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}, 131072),  # gpt-oss
+        (131072, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32768}, 131072),
         (4096, {"type": "linear", "factor": 4.0}, 16384),  # Vicuna 16k
         (4096, {"type": "dynamic", "factor": 2.0}, 8192),
         (131072, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

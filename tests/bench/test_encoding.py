@@ -59,6 +59,13 @@ def test_a_text_may_end_in_an_end_token_of_its_own() -> None:
     assert found.convert_ids_to_tokens(encoded(found, "the fox</s>")) == ["<s>", "▁the", "▁fox", "</s>"]
 
 
+def test_a_tokenizer_that_cuts_and_pads_does_neither() -> None:
+    built = tokenizer("<s> $A", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    built._tokenizer.enable_truncation(3)
+    built._tokenizer.enable_padding(length=64)
+    assert built.convert_ids_to_tokens(encoded(built, "the fox is red"))[1:] == ["▁the", "▁fox", "▁is", "▁red"]
+
+
 def test_begin_tokens_that_a_text_says_twice_become_one() -> None:
     found, _ = KINDS["llama"]
     assert found.convert_ids_to_tokens(encoded(found, "<s><s>the")).count("<s>") == 1

@@ -9,6 +9,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from foveate.models import byte_tokenizer as bytes_
+from tests.corpus import gguf_files
 from tests.corpus.cases import Made, case, changed, copied, options, tiny
 
 WEIGHTS = "adapter_model.safetensors"
@@ -49,6 +50,12 @@ def adapter_beside_the_model(base: Path, folder: Path) -> Made:
     model = copied(base, folder)
     adapter(model, "somebody/else")
     return options(model)
+
+
+@case()
+def adapter_on_a_gguf_file(base: Path, folder: Path) -> Made:
+    gguf_files.write(folder / "tiny.gguf")
+    return options(adapter(folder / "adapter", "../tiny.gguf"), base / "prompts.jsonl")
 
 
 @case("nowhere")

@@ -35,6 +35,11 @@ def no_name(base: Path, folder: Path) -> Made:
     return options("", base / "prompts.jsonl")
 
 
+@case("name too long")
+def name_of_five_thousand_letters(base: Path, folder: Path) -> Made:
+    return options("m" * 5000, base / "prompts.jsonl")
+
+
 @case("holds no config.json")
 def empty_folder(base: Path, folder: Path) -> Made:
     return options(folder, base / "prompts.jsonl")
@@ -395,6 +400,13 @@ def quantised_by_awq(base: Path, folder: Path) -> Made:
 @case("quantised by bitsandbytes")
 def quantised_by_bitsandbytes(base: Path, folder: Path) -> Made:
     return _quantised(base, folder, quant_method="bitsandbytes", load_in_4bit=True)
+
+
+@case("has no attribute 'to_dict'")
+def quantised_by_a_word(base: Path, folder: Path) -> Made:
+    model = copied(base, folder)
+    changed(model / "config.json", quantization_config="4bit")
+    return options(model)
 
 
 @case("quantised by mystery")

@@ -25,6 +25,7 @@ RAW = json.dumps({"prompt": NEW_LINES, "answer": "x"}, ensure_ascii=False)
 RUNS = {
     "byte_order_mark": ("p.jsonl", "\ufeff" + JSONL),
     "carriage_returns": ("p.jsonl", JSONL.replace("\n", "\r\n")),
+    "carriage_returns_between_fields": ("p.jsonl", JSONL.replace(', "answer"', ',\r"answer"')),
     "blank_lines": ("p.jsonl", "\n \n" + JSONL.replace("\n", "\n\n\t\n")),
     "no_last_line_feed": ("p.jsonl", JSONL.rstrip("\n")),
     "utf_16": ("p.jsonl", JSONL.encode("utf-16")),
@@ -95,6 +96,11 @@ def several_answers(base: Path, folder: Path) -> Made:
 @case("cannot be read: No such file")
 def prompts_missing(base: Path, folder: Path) -> Made:
     return on_rows(base, folder / "none.jsonl")
+
+
+@case("must be one of")
+def task_of_five_thousand_letters(base: Path, folder: Path) -> Made:
+    return on_rows(base, Path("t" * 5000))
 
 
 @case("must be one of")

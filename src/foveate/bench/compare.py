@@ -37,7 +37,7 @@ from foveate.tasks.needle import Needle
 from foveate.tasks.passkeys import Passkeys
 from foveate.tasks.prompts import Prompts
 from foveate.tasks.recited import Recited
-from foveate.tasks.records import READERS, kind
+from foveate.tasks.records import READERS, is_file
 
 RESULTS, JOURNAL = "results.json", "answers.jsonl"
 EXAMPLES, LENGTH = 20, 1024
@@ -159,9 +159,9 @@ def _task(task: str | None, examples: int | None, length: int | None, seed: int,
         return Needle(length=LENGTH if length is None else length, count=examples or EXAMPLES, seed=seed)
     if task in TASKS:
         return named(task, length, examples, seed)
-    if kind(Path(task)) not in READERS and not Path(task).exists():
+    if not is_file(task):
         names = ", ".join([*TASKS, "mqar", "copy"])
-        raise TaskError(f"task={task!r} must be one of {names}, or a file of prompts: {', '.join(READERS)}")
+        raise TaskError(f"task={task!r:.80} must be one of {names}, or a file of prompts: {', '.join(READERS)}")
     if length is not None:
         raise OptionError(f"length={length} goes with the needle task; the prompts of {task} have their own")
     return Prompts(Path(task), examples)

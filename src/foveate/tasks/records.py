@@ -51,6 +51,14 @@ def kind(path: Path) -> str:
     return "".join(ends[-2:-1] if ends[-1:] == [".gz"] else ends[-1:])
 
 
+def is_file(name: str) -> bool:
+    """Whether a name is that of prompts: something that is there, or that would be read if it were."""
+    try:
+        return kind(Path(name)) in READERS or Path(name).exists()
+    except OSError:  # a name that no file can have
+        return False
+
+
 def _lines(path: Path) -> Rows:
     # Only a line feed ends a line: JSON's texts may hold every other separator that Unicode has.
     with _opened(path, newline="\n") as file:

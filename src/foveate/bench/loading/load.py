@@ -60,10 +60,11 @@ def load(
 
 def trained_on(model: str | None) -> Drill | None:
     """The task that a folder of `foveate train` was trained on; None for any other model."""
-    if model is None:
+    source = find(model)
+    if model is None or source.folder is None or source.gguf is not None:
         return None
     try:
-        return checkpoint.task_of(Path(model))
+        return checkpoint.task_of(source.folder)
     except FoveateError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -20,7 +20,8 @@ _TELLING = (OSError, ValueError, ImportError, RuntimeError)
 
 def refused(name: str, why: str) -> UnsupportedModel:
     """The error for a model that cannot be run."""
-    return UnsupportedModel(f"model={name!r} {why}")
+    shown = name if len(name) <= _LONGEST else name[:_LONGEST] + "..."
+    return UnsupportedModel(f"model={shown!r} {why}")
 
 
 def first_line(error: BaseException) -> str:

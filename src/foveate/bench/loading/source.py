@@ -49,11 +49,19 @@ def find(model: str | None) -> Source:
         return Source("lab", str(LABS["lm"].path))
     if not model.strip():
         raise refused(model, "is empty; name a folder, a GGUF file or a hub id")
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _in_folder(model, path)
-    if path.is_file():
-        return _file(model, path)
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return _in_folder(model, path)
+        if path.is_file():
+            return _file(model, path)
+    except (OSError, RuntimeError) as error:  # no permission, a name too long; no home folder
+        raise refused(model, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return _elsewhere(model)
+
+
+def _elsewhere(model: str) -> Source:
+    """A model by its hub id; a name that can only be a path is refused."""
     local = model.startswith((".", "/", "~")) or "\\" in model or ":" in model
     parts = model.split("/")
     if not local and len(parts) > 2 and model.endswith(".gguf"):

@@ -66,8 +66,8 @@ def method_of(config: Any) -> str | None:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
-    told = settings if isinstance(settings, dict) else vars(settings)
-    method = told.get("quant_method", "an unnamed method")
+    told = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
+    method = told.get("quant_method") or "an unnamed method"
     return str(getattr(method, "value", method))
 
 
