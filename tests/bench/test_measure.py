@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from foveate.bench.compare import compare
 from foveate.bench.encoding import Prompt
@@ -49,6 +49,17 @@ def test_a_batch_gives_what_each_prompt_gives_alone(model: PreTrainedModel, meth
     for place, ids in zip(batch.places, together.ids, strict=True):
         (alone,) = batches([prompts[place]], 1, None, 0)
         assert answer(model, methods, alone).ids == [ids]
+
+
+def test_a_padded_batch_says_where_each_prompt_begins() -> None:
+    """GPT-2 has learnt positions: counted from the padding on, they would be other ones."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=260, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5)
+    model, prompts = GPT2LMHeadModel(config).eval(), asked(40, 43, context=64)
+    (batch,) = batches(prompts, 2, None, 0)
+    alone = [answer(model, (), single).ids[0] for single in batches(prompts, 1, None, 0)]
+    assert answer(model, (), batch).ids == alone
+    assert len({tuple(ids) for ids in alone}) == 2
 
 
 def test_batches_are_of_like_length_and_within_their_size() -> None:

@@ -102,11 +102,7 @@ def compare(
         FoveateError: for anything that cannot be run, before anything is written.
         KeyboardInterrupt: with `(answers found, answers in all)`, after what is measured was saved.
     """
-    keys = [FULL, *(key for key in (methods or DEFAULT) if key != FULL)]
-    known.check(keys)
-    if not 0 < budget <= 1:
-        raise OptionError(f"budget={budget} must be above 0 and at most 1, a share of the full cache")
-    validate.at_least("batch", batch, 1)
+    keys = _asked_for(methods, budget, batch, score)
     drilled = trained_on(model)
     chosen = _task(task or (drilled.name if drilled else None), examples, length, seed, drilled)
     if isinstance(chosen, Prompts):
@@ -137,13 +133,30 @@ def compare(
         lanes = [Lane.of(key, Host(loaded), budget, learnt) for key in keys]
         turns.run(lanes, question)
         result.rows.extend(question.row(lane) for lane in lanes)
-        if not any(row.answers for row in result.rows):
-            raise TaskError(f"no method ran: {result.rows[0].error}")
-        if earlier is not None and earlier.digest == result.digest:
-            there = {row.method for row in result.rows}
-            result.rows.extend(row for row in earlier.rows if row.method not in there and row.answers)
+        _complete(result, earlier)
         result.save(folder / RESULTS)
         return result
+
+
+def _asked_for(methods: list[str] | None, budget: float, batch: int, score: str | None) -> list[str]:
+    """The keys to measure, the full cache first, once all that can be refused before anything is loaded was checked."""
+    keys = [FULL, *(key for key in (methods or DEFAULT) if key != FULL)]
+    known.check(keys)
+    if not 0 < budget <= 1:
+        raise OptionError(f"budget={budget} must be above 0 and at most 1, a share of the full cache")
+    validate.count("batch", batch, 1)
+    if score is not None:
+        scores.check(score, ())
+    return keys
+
+
+def _complete(result: Comparison, earlier: Comparison | None) -> None:
+    """Add what an earlier run measured for the same question under methods that were not asked for now."""
+    if not any(row.answers for row in result.rows):
+        raise TaskError(f"no method ran: {result.rows[0].error}")
+    if earlier is not None and earlier.digest == result.digest:
+        there = {row.method for row in result.rows}
+        result.rows.extend(row for row in earlier.rows if row.method not in there and row.answers)
 
 
 def _task(task: str | None, examples: int | None, length: int | None, seed: int, drilled: Drill | None) -> Task:
