@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from foveate.bench.known import FULL
+from foveate.bench.known import FULL, PACKED
 from foveate.bench.methods import Contender
 from foveate.bench.policies import calibrate, shared, times
 from foveate.bench.policies.plan import Plan, policies, quick, whole
@@ -165,8 +165,9 @@ def test_every_figure_is_there(found: tuple[dict[str, Any], Path]) -> None:
     assert json.loads((out / RESULTS).read_text()) == json.loads(json.dumps(result))
     (model,) = result["models"]
     assert (model["layers"], model["kv_heads"], model["type"]) == (4, 4, "llama")
-    full, sink, razor = model["rows"]
-    assert [row["method"] for row in model["rows"]] == [FULL, *TINY.methods]
+    full, packed, sink, razor = model["rows"]
+    assert [row["method"] for row in model["rows"]] == [FULL, PACKED, *TINY.methods]
+    assert packed["kept"] == packed["read"] == 1.0 and packed["scores"]["all"]["mean"] == full["scores"]["all"]["mean"]
     assert full["scores"]["all"] == full["scores"]["niah_multikey"]
     assert full["scores"]["all"]["count"] == 3 and full["scores"]["all"]["mean"] > sink["scores"]["all"]["mean"]
     assert full["kept"] == full["read"] == 1.0 and sink["kept"] == pytest.approx(0.3, abs=0.02)
@@ -203,7 +204,7 @@ def test_more_budgets_and_examples_add_to_what_is_known(
     shutil.copy(found[1] / JOURNAL, tmp_path / JOURNAL)
     only = replace(TINY, losses=(), times=())
     run([str(folder)], replace(only, examples=4), tmp_path, Watch())
-    assert measured == [2, 2, 2], "the second batch alone, under each of three"
+    assert measured == [2, 2, 2, 2], "the second batch alone, under each of four"
 
 
 def test_an_interrupted_run_goes_on(folder: Path, measured: list[int], tmp_path: Path) -> None:
@@ -212,9 +213,19 @@ def test_an_interrupted_run_goes_on(folder: Path, measured: list[int], tmp_path:
         run([str(folder)], only, tmp_path, Watch(stop_at=2))
     assert measured == [2, 2]
     run([str(folder)], only, tmp_path, Watch())
-    assert measured == [2, 2, 2, 1, 1, 1]
+    assert measured == [2, 2, 2, 2, 1, 1, 1, 1]
     run([str(folder)], only, tmp_path, Watch(), fresh=True)
-    assert len(measured) == 12
+    assert len(measured) == 16
+
+
+def test_what_the_full_cache_fails_is_not_put_to_the_others(folder: Path, measured: list[int], tmp_path: Path) -> None:
+    only = replace(TINY, tasks=("common_words", "niah_multikey"), characters=1100, losses=(), times=())
+    (model,) = run([str(folder)], only, tmp_path, Watch())["models"]
+    assert measured == [2, 1, 2, 2, 2, 2, 1, 1, 1, 1]
+    assert [about["counts"] for about in model["tasks"].values()] == [False, True]
+    full, _, sink, _ = model["rows"]
+    assert full["scores"]["common_words"]["mean"] < 0.1 and sink["scores"]["common_words"]["mean"] is None
+    assert full["scores"]["all"] == full["scores"]["niah_multikey"]
 
 
 def test_other_weights_have_no_old_answers(
@@ -223,7 +234,7 @@ def test_other_weights_have_no_old_answers(
     shutil.copy(found[1] / JOURNAL, tmp_path / JOURNAL)
     only = replace(TINY, methods=(), losses=(), times=())
     run([str(folder)], only, tmp_path, Watch(), dtype="bfloat16")
-    assert measured == [2, 1]
+    assert measured == [2, 2, 1, 1]
 
 
 def test_a_policy_that_fails_is_a_row(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +247,7 @@ def test_a_policy_that_fails_is_a_row(folder: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Contender, "at", at)
     result = run([str(folder)], replace(TINY, losses=(), rounds=1), tmp_path, Watch())
-    _, sink, razor = result["models"][0]["rows"]
+    _, _, sink, razor = result["models"][0]["rows"]
     assert sink["error"] == "RuntimeError: out of order" and "error" not in razor
     page = report.page(result)
     assert "- `sink_recent` at 30%: RuntimeError: out of order" in page
@@ -246,7 +257,7 @@ def test_a_policy_that_fails_is_a_row(folder: Path, tmp_path: Path, monkeypatch:
 def test_the_page_shows_what_was_found(found: tuple[dict[str, Any], Path]) -> None:
     result, _ = found
     page, short = report.page(result), report.short(result)
-    sink = result["models"][0]["rows"][1]
+    sink = result["models"][0]["rows"][2]
     assert f"{sink['losses']['160']['more']:+.3f}" in page
     for row in result["models"][0]["rows"]:
         assert page.count(f"`{row['method']}`") >= 3 and f"| `{row['method']}` |" in short
@@ -258,7 +269,7 @@ def test_the_page_shows_what_was_found(found: tuple[dict[str, Any], Path]) -> No
 def test_the_catalogue_s_policies_all_take_part() -> None:
     assert {"sink_recent", "duo_attention", "razor_attention", "token_select", "tidal_decode"} < set(policies())
     assert whole().methods == quick().methods == policies()
-    assert len(whole().contenders) == 1 + 3 * len(policies()) and len(quick().contenders) == 1 + len(policies())
+    assert len(whole().contenders) == 2 + 3 * len(policies()) and len(quick().contenders) == 2 + len(policies())
     assert times.READINGS > 1
 
 

@@ -7,6 +7,8 @@ from foveate.core.catalog import systems
 from foveate.core.errors import OptionError, unknown
 
 FULL = "full"
+#: The full cache with grouped heads packed: nothing is dropped, and decoding is faster.
+PACKED = "packed"
 DEFAULT = (
     FULL, "sink_recent", "duo_attention", "razor_attention", "token_select", "tidal_decode", "recycled_attention",
     "hip",
@@ -28,7 +30,7 @@ def readers() -> list[str]:
 
 def methods() -> list[str]:
     """Every key that `compare` takes."""
-    return [FULL, *policies(), *readers()]
+    return [FULL, PACKED, *policies(), *readers()]
 
 
 def check(keys: list[str]) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from foveate.bench import digest
-from foveate.bench.known import FULL
+from foveate.bench.known import FULL, PACKED
 from foveate.core.catalog import system
-from foveate.host import Host, Method
+from foveate.host import Host, Method, Packed
 from foveate.host.method import describe
 from foveate.kv.learnt import digest as tensors_digest
 from foveate.kv.policy import Policy
@@ -38,7 +38,9 @@ class Contender:
         self._class: type | None = None
         self._learnt: dict[str, Tensor] = {}
         self._made: dict[int, tuple[Method, ...]] = {}
-        if key != FULL:
+        if key == PACKED:
+            self.title, self._class = "full cache, grouped heads packed", Packed
+        elif key != FULL:
             row = system(key)
             self.title, self.arxiv, self._class = row.title, row.arxiv, row.load()
 

@@ -31,7 +31,8 @@ Methods = Annotated[
     str | None,
     typer.Option(
         help=f"Keys between commas. Policies: {', '.join(known.policies())}. Operators that read the prompt: "
-        f"{', '.join(known.readers())}. The full cache always runs. Default: {', '.join(known.DEFAULT[1:])}."
+        f"{', '.join(known.readers())}. The full cache always runs; "
+        f"{known.PACKED} keeps it and decodes faster. Default: {', '.join(known.DEFAULT[1:])}."
     ),
 ]
 Budget = Annotated[float, typer.Option(help="Share of each prompt's full cache that a method may use, in (0, 1].")]

@@ -78,7 +78,9 @@ def _model(model: Record) -> list[str]:
 
 def _sizes(model: Record) -> str:
     each = ", ".join(f"{name} {about['tokens']:,}" for name, about in model["tasks"].items())
-    return f"Tokens of a prompt: {each}."
+    lost = [name for name, about in model["tasks"].items() if not about["counts"]]
+    said = f" The full cache itself fails {', '.join(lost)}, which the others were not asked and “all” leaves out."
+    return f"Tokens of a prompt: {each}.{said if lost else ''}"
 
 
 Columns = list[tuple[str, Callable[[Record], str]]]

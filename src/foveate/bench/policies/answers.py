@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from foveate.core.errors import TaskError
 from foveate.tasks.base import Example, Task
 from foveate.tasks.named import named
 
+_LEAST = 0.1  # of the full cache's score, for a task that says something
 _SPARE = 3  # tokens beyond the expected answer's, so that an answer is seen to end or to run on
 
 
@@ -23,12 +25,23 @@ def steps(desk: Desk) -> int:
 
 
 def answer(desk: Desk) -> None:
-    """Write down every answer that the journal does not have."""
+    """Write down every answer that the journal does not have.
+
+    A task whose first prompts the full cache itself fails is not put to the policies: nothing can be lost on it.
+    """
     for name in desk.plan.tasks:
         task, (ids, new) = _task(desk, name), prompts(desk, name)
         examples, size = task.examples(), desk.plan.batch
         for start in range(0, len(examples), size):
-            _answer(desk, task, examples[start : start + size], ids[start : start + size], new)
+            chosen = slice(start, start + size)
+            _answer(desk, task, examples[chosen], ids[chosen], new)
+
+
+def is_worth(desk: Desk, name: str) -> bool:
+    """Whether the full cache answers a task at all, as its first batch of prompts shows."""
+    ids, new = prompts(desk, name)
+    found = [desk.known(desk.contenders[0], *what(name, one, new)) for one in ids[: desk.plan.batch]]
+    return fmean(record["score"] if record else 0.0 for record in found) >= _LEAST
 
 
 def prompts(desk: Desk, name: str) -> tuple[Tensor, int]:
@@ -55,8 +68,9 @@ def _answer(desk: Desk, task: Task, examples: list[Example], ids: Tensor, new: i
         return any(desk.known(contender, *what(task.name, row, new)) is None for row in ids)
 
     reading = None
-    for contender in desk.able():
-        if missing(contender):
+    full, *others = desk.able()
+    for contender in (full, *others):
+        if missing(contender) and (contender is full or is_worth(desk, task.name)):
             reading = reading or read(desk.model, ids)
             methods, source = contender.at(ids.shape[1]), reading
             said = desk.attempt(contender, lambda: go_on(desk.model, methods, source, new))  # noqa: B023

@@ -19,7 +19,7 @@ from foveate.kv.razor_attention import RazorAttention, head_scores
 from foveate.tasks.passkeys import Passkeys
 
 #: Sizes that suit a model of half a billion parameters on two cores: each takes a few minutes there.
-GATES = {"steps": 40, "rate": 0.08, "sink": 4, "recent": 48}
+GATES = {"steps": 40, "rate": 0.08, "reg": 0.3, "sink": 4, "recent": 48}
 PASSKEYS = {"length": 800, "count": 3, "words": 6}
 RANDOM = 512  # tokens that Razor's probe repeats four times
 _TOOK = "calibration.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from foveate.bench.known import FULL
+from foveate.bench.known import FULL, PACKED
 from foveate.core import validate
 from foveate.core.catalog import systems
 from foveate.core.errors import OptionError, unknown
@@ -37,15 +37,15 @@ class Plan:
     methods: tuple[str, ...]
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
     tasks: tuple[str, ...] = TASKS
-    examples: int = 16
+    examples: int = 12
     characters: int = 4096
-    batch: int = 8
+    batch: int = 12
     losses: tuple[int, ...] = (4096, 8192)
     texts: int = 2
-    horizon: int = 64
+    horizon: int = 48
     times: tuple[int, ...] = (1024, 4096)
     rounds: int = 5
-    steps: int = 12
+    steps: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,8 +62,8 @@ class Plan:
 
     @property
     def contenders(self) -> list[tuple[str, float]]:
-        """The full cache, and every policy at every budget."""
-        return [(FULL, 1.0), *((key, budget) for budget in self.budgets for key in self.methods)]
+        """The full cache, plain and packed, and every policy at every budget."""
+        return [(FULL, 1.0), (PACKED, 1.0), *((key, budget) for budget in self.budgets for key in self.methods)]
 
     @property
     def typical(self) -> float:
@@ -85,5 +85,5 @@ def quick() -> Plan:
     """A few minutes' worth of it: one budget, fewer prompts, shorter texts."""
     return replace(
         whole(), budgets=(0.25,), tasks=("niah_single", "niah_multikey", "niah_multivalue"), examples=8,
-        losses=(4096,), texts=1, horizon=48, times=(1024,), rounds=3, steps=8,
+        batch=8, losses=(4096,), texts=1, times=(1024,), rounds=3, steps=8,
     )  # fmt: skip

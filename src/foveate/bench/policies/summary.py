@@ -24,6 +24,7 @@ class Summary:
     def __init__(self, desk: Desk) -> None:
         self.desk, self.full = desk, desk.contenders[0]
         self.asked = {task: answers.prompts(desk, task) for task in desk.plan.tasks}
+        self.worth = {task: answers.is_worth(desk, task) for task in self.asked}
         self.texts = {tokens: losses.texts(desk, tokens) for tokens in desk.plan.losses}
 
     def model(self, called: str, seconds: dict[str, float]) -> Record:
@@ -39,7 +40,10 @@ class Summary:
             "layers": host.layers, "heads": host.heads, "kv_heads": host.kv_heads,
             "parameters": sum(p.numel() for p in self.desk.model.parameters()), "dtype": str(weights).split(".")[-1],
             "learnt_seconds": seconds,
-            "tasks": {task: {"tokens": ids.shape[1], "prompts": len(ids)} for task, (ids, _) in self.asked.items()},
+            "tasks": {
+                task: {"tokens": ids.shape[1], "prompts": len(ids), "counts": self.worth[task]}
+                for task, (ids, _) in self.asked.items()
+            },
             "texts": {"count": self.desk.plan.texts, "horizon": self.desk.plan.horizon},
             "rows": [self.row(contender) for contender in self.desk.contenders],
         }  # fmt: skip
@@ -50,7 +54,7 @@ class Summary:
         if reason := self.desk.errors.get(name(contender)):
             return {**row, "error": reason}
         said = {task: self._said(contender, task) for task in self.asked}
-        every = [record for records in said.values() for record in records]
+        every = [record for task, records in said.items() if self.worth[task] for record in records]
         scores = {task: score([record["score"] for record in records]) for task, records in said.items()}
         return {
             **row,
