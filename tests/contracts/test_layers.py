@@ -9,8 +9,25 @@ import torch
 
 from foveate.core import masks
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.nn import Block
-from tests.contracts.layers import BATCH, DIM, HEADS, LENGTH, Call, calls, example, example_inputs, layers, main_call
+from foveate.nn import Block, MultiHeadAttention, build
+from foveate.ops.operator import Operator
+from tests.contracts.layers import (
+    BATCH,
+    DIM,
+    HEADS,
+    KEYS,
+    LENGTH,
+    MEMORY,
+    SYSTEMS,
+    Call,
+    calls,
+    example,
+    example_inputs,
+    is_real,
+    layers,
+    main_call,
+)
+from tests.contracts.operators import CLASSES
 from tests.tensors import assert_near, gradients
 
 # -- who sees whom -----------------------------------------------------------------------------------------------------
@@ -124,6 +141,27 @@ def test_gradients(key: str) -> None:
                 ends.append((call(layer, x, memory) * toward).sum())
                 leaf -= sign * step * way
         assert_near((ends[0] - ends[1]) / (2 * step), (grad * way).sum(), 1e-4 * (1 + (grad * way).sum().abs().item()))
+
+
+@pytest.mark.parametrize("key", [*KEYS, *(key for key in CLASSES if key not in KEYS)])
+def test_no_parameter_is_left_without_a_gradient(key: str) -> None:
+    """In a layer with its defaults, or around an operator with its own; an example where there are none."""
+    torch.manual_seed(0)
+    try:
+        built = SYSTEMS[key](64, 4) if key in KEYS else build.layer(key, 64, 4)
+    except (KeyError, TypeError, OptionError):
+        built = example(key) if key in KEYS else MultiHeadAttention(64, 4, op=CLASSES[key].example(4, 16, LENGTH))
+    built = built.float().train()
+    pattern = next(p for p in ("self", "causal self", "cross") if p in built.patterns)
+    memory = torch.randn(BATCH, MEMORY, built.dim) if pattern == "cross" else None
+    given = {} if key not in SYSTEMS else SYSTEMS[key].example_inputs(BATCH, LENGTH)
+    op = getattr(built, "op", None)
+    if isinstance(op, Operator):
+        given |= {name: op.example_input(name, BATCH, 4, LENGTH).float() for name in built.inputs - set(given)}
+    given = {name: i.float() if is_real(i) else i for name, i in given.items()}
+    out = built(torch.randn(BATCH, LENGTH, built.dim), memory, causal=pattern == "causal self", **given)
+    (out * torch.randn(out.shape)).sum().backward()
+    assert not [name for name, p in built.named_parameters() if p.requires_grad and p.grad is None]
 
 
 @calls()

@@ -6,8 +6,15 @@ There the call goes on as for ordinary numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+T = TypeVar("T")
 
 
 def known(condition: Tensor) -> bool | None:
@@ -24,3 +31,19 @@ def is_clean(*tensors: Tensor) -> bool:
     """Whether none of these holds NaN or inf, by one sum over each; taken as given where nobody can look."""
     total = sum((x.detach().sum(dtype=torch.float32) for x in tensors), torch.zeros(()))
     return known(torch.isfinite(total)) is not False
+
+
+def has_shapes_alone(x: Tensor) -> bool:
+    """Whether no call will ever see numbers in this tensor: on the meta device, and while a graph is exported."""
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
+def remembered(make: Callable[..., T]) -> Callable[..., T]:
+    """`lru_cache` for what holds tensors: those of a graph that is being captured are made anew, and never kept."""
+    kept = lru_cache(maxsize=64)(make)
+
+    @wraps(make)
+    def call(*args: Any) -> T:
+        return make(*args) if torch.compiler.is_compiling() else kept(*args)
+
+    return call

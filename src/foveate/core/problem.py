@@ -71,7 +71,8 @@ class Problem:
         device = self.q.device
         query = torch.arange(self.n_queries, device=device)[rows] + (self.n_keys - self.n_queries)
         key, mine = torch.arange(self.n_keys, device=device)[cols], self.q[:, :, rows]
-        return Tile(query, key, self.n_keys, self.n_queries, self.causal, mine)
+        first = rows.indices(self.n_queries)[0] + self.n_keys - self.n_queries, cols.indices(self.n_keys)[0]
+        return Tile(query, key, self.n_keys, self.n_queries, self.causal, mine, first)
 
     def tile_mask(
         self, rows: slice = slice(None), cols: slice = slice(None), mine: Tensor | None = None

@@ -24,6 +24,7 @@ class Tile:
     n_queries: int
     causal: bool
     queries: Tensor | None = None  # (B, H, nq, D) the rows' queries as engines have them, for `normalize`
+    first: tuple[int, int] | None = None  # `rows[0]` and `cols[0]`, where both are runs of neighbours
 
 
 class Scoring(Protocol):

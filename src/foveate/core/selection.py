@@ -113,10 +113,15 @@ class Blocks(Selection):
             whole=None if whole is None else whole & past,
         )
 
-    @cached_property
+    @property
     def without_future(self) -> Blocks:
         """`causal()`, remembered: static selections are used again and again."""
-        return self.causal()
+        if torch.compiler.is_compiling():
+            return self.causal()
+        twin = self.__dict__.get("_without_future")
+        if twin is None:
+            twin = self.__dict__["_without_future"] = self.causal()
+        return twin
 
     def seen(self, rows: slice, key: Int[Tensor, " n"]) -> Bool[Tensor, "b h q n"] | None:
         """Which of some keys the queries of some block rows see, a ragged last row in full; None where they see all."""
@@ -200,7 +205,8 @@ class Indices(Selection):
 
     def dense(self, rows: slice = slice(None)) -> Bool[Tensor, "b h q k"]:
         group = torch.arange(self.n_queries, device=self.indices.device)[rows] // self.group
-        some = slice(int(group[0]), int(group[-1]) + 1) if group.numel() else slice(0)
+        places = range(self.n_queries)[rows]
+        some = slice(places[0] // self.group, places[-1] // self.group + 1) if places else slice(0)
         index = self.indices.masked_fill(~self.real, self.n_keys)[:, :, some]
         seen = index.new_zeros(*index.shape[:3], self.n_keys + 1, dtype=torch.bool).scatter_(3, index, True)
         return seen[:, :, group - some.start if group.numel() else group, : self.n_keys]

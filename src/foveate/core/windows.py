@@ -6,13 +6,14 @@ from functools import lru_cache
 
 import torch
 
+from foveate.core.known import remembered
 from foveate.core.selection import Blocks, Rule
 
 #: Tokens in a tile, and in one of a long call on a CPU, where compiled FlexAttention wastes less with smaller ones.
 TILE, LONG_TILE, LONG = 128, 64, 4096
 
 
-@lru_cache(maxsize=64)
+@remembered
 def window(n_queries: int, n_keys: int, size: int, sinks: int, device: torch.device) -> Blocks:
     """Causal: the last `size` keys, the query's own included, and the first `sinks` keys.
 

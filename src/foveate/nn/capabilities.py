@@ -41,6 +41,7 @@ class Capabilities:
         state: what a stream keeps: "constant", "grows", or None where nothing streams.
         weights: whether there is a matrix of weights over keys to look at.
         growth: of the time, in the number of tokens: "N", "N log N", "N²".
+        transforms: of "meta", "vmap" and "export", those that a call goes through.
         parameters: trained numbers with 4 heads of 16 channels.
         inputs: further tensors that a call may bring.
         by_options: facts that options change, with what they are in the class's example.
@@ -54,6 +55,7 @@ class Capabilities:
     state: str | None
     weights: bool
     growth: str
+    transforms: tuple[str, ...]
     parameters: int
     inputs: tuple[str, ...]
     by_options: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +97,7 @@ def _facts(made: Any, state: str | None) -> dict[str, Any]:
         "state": None if made.steps is None else state,
         "weights": operates and made.has_weights,
         "growth": made.growth,
+        "transforms": tuple(sorted(made.transforms)),
         "parameters": sum(p.numel() for p in made.parameters() if p.requires_grad),
         "inputs": tuple(sorted(made.inputs)),
     }

@@ -6,7 +6,7 @@ Beyond Uniform Query Distribution: Key-Driven Grouped Query Attention (2024), ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self, final
+from typing import ClassVar, Literal, Self, final
 
 import torch
 from einops import reduce
@@ -17,7 +17,7 @@ from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.heads import HeadScheme, split
 from foveate.nn.positions import Position
-from foveate.ops.operator import Operator
+from foveate.ops.operator import Operator, Transform
 
 Rule = Literal["gqa", "kdgqa", "dgqa_diff", "dgqa_ema", "pgqa"]
 RULES: tuple[Rule, ...] = ("gqa", "kdgqa", "dgqa_diff", "dgqa_ema", "pgqa")
@@ -57,6 +57,9 @@ class KeyDrivenGQA(HeadScheme):
     and the repair of rounding is drawn from a fixed seed.
     """
 
+    # who gets how many heads depends on numbers
+    transforms: ClassVar[frozenset[Transform]] = frozenset({"meta"})
+
     cache: Tensor
     allocation: Tensor
     trained: Tensor
@@ -91,7 +94,7 @@ class KeyDrivenGQA(HeadScheme):
         if self.rule in ("gqa", "pgqa"):
             return q, k, v
         runs = self.allocate(masks.without_hidden(k, mask).detach())
-        return q, share_out(k, runs), share_out(v, runs)
+        return q, share_out(k, runs, self.heads), share_out(v, runs, self.heads)
 
     @torch.no_grad()
     def allocate(self, k: Float[Tensor, "b g m d"]) -> Int[Tensor, "*b g"]:
@@ -159,6 +162,8 @@ def allocate_queries(
     }.get(rule, torch.ones_like(norms))
     shares = claims / claims.sum(-1, keepdim=True)
     runs = (heads * torch.where(shares.isfinite(), shares, 1 / groups)).round().long()
+    if runs.is_meta:
+        return runs
     random = torch.Generator().manual_seed(0) if generator is None else generator
     for row in runs.view(-1, groups):
         _repair(row, heads, None if rule == "kdgqa" else random)
@@ -176,10 +181,12 @@ def _repair(runs: Int[Tensor, " g"], heads: int, random: torch.Generator | None)
             runs[at] += 1 if left > 0 else -1
 
 
-def share_out(x: Float[Tensor, "b g m d"], runs: Int[Tensor, "*b g"]) -> Float[Tensor, "b h m d"]:
+def share_out(
+    x: Float[Tensor, "b g m d"], runs: Int[Tensor, "*b g"], heads: int | None = None
+) -> Float[Tensor, "b h m d"]:
     """Key (or value) heads, each as often as it has queries: `(3, 1)` gives heads 0, 0, 0, 1."""
-    heads = torch.arange(int(runs.sum(-1).max()), device=runs.device)
-    which = (heads[:, None] >= runs.cumsum(-1)[..., None, :]).sum(-1)
+    index = torch.arange(int(runs.sum(-1).max()) if heads is None else heads, device=runs.device)
+    which = (index[:, None] >= runs.cumsum(-1)[..., None, :]).sum(-1)
     if which.dim() == 1:
         return x[:, which]
     return x.gather(1, which[:, :, None, None].expand(-1, -1, *x.shape[2:]))

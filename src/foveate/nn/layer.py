@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.ops.operator import ALL_MASKS, Growth, MaskKind, Pattern, listed, mask_kind
+from foveate.ops.operator import (
+    ALL_MASKS,
+    ALL_TRANSFORMS,
+    Growth,
+    MaskKind,
+    Pattern,
+    Transform,
+    listed,
+    mask_kind,
+)
 
 
 class Layer(nn.Module, ABC):
@@ -29,6 +38,7 @@ class Layer(nn.Module, ABC):
         prefix: tokens of a layer of grids that come before those of the grid (a class token).
         inputs: names of further tensors that a call may bring.
         growth: how time grows with the number of tokens.
+        transforms: what a call goes through besides running: "meta" (the meta device), "vmap", "export".
     """
 
     patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "causal self", "cross"})
@@ -38,6 +48,7 @@ class Layer(nn.Module, ABC):
     prefix: ClassVar[int] = 0
     inputs: ClassVar[frozenset[str]] = frozenset()
     growth: ClassVar[Growth] = "N²"
+    transforms: ClassVar[frozenset[Transform]] = ALL_TRANSFORMS
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Refuses an option of the wrong type before anything is made."""

@@ -65,6 +65,7 @@ class MultiHeadAttention(HeadScheme):
         validate.one_of("gate", gate, (None, "sigmoid", "silu"))
         widths = heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim
         self.q, self.k, self.v = (nn.Linear(dim, width, bias=bias) for width in widths)
+        self.k.requires_grad_(self.op.reads_keys)
         self.conv = ShortConv(sum(widths), conv) if conv else None
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim) if qk_norm else None for _ in range(2))
         self.out_norm = nn.RMSNorm(self.value_dim) if out_norm else None

@@ -24,9 +24,11 @@ from foveate.ops.cache import KVState
 Pattern = Literal["self", "causal self", "cross", "causal cross"]
 MaskKind = Literal["keys", "pairs", "bias"]
 Growth = Literal["N", "N log N", "N²"]
+Transform = Literal["meta", "vmap", "export"]
 
 ALL_PATTERNS: frozenset[Pattern] = frozenset({"self", "causal self", "cross", "causal cross"})
 ALL_MASKS: frozenset[MaskKind] = frozenset({"keys", "pairs", "bias"})
+ALL_TRANSFORMS: frozenset[Transform] = frozenset({"meta", "vmap", "export"})
 
 
 class Gate(NamedTuple):
@@ -60,6 +62,9 @@ class Operator(nn.Module, ABC):
         grain: neighbouring queries that choose their keys together, counted from the first. Causal calls never let a
             later token into an earlier output, but within such a group it may have a say in which keys are seen.
         growth: how time grows with the number of tokens.
+        reads_keys: whether keys have a say at all; a layer does not train what makes them where they have none.
+        transforms: what a call goes through besides running: "meta" (the meta device, shapes alone), "vmap", "export"
+            (`torch.export`, where what chooses keys makes the whole matrix).
     """
 
     patterns: ClassVar[frozenset[Pattern]] = ALL_PATTERNS
@@ -73,6 +78,8 @@ class Operator(nn.Module, ABC):
     state_type: ClassVar[type] = KVState
     grain: int = 1
     growth: ClassVar[Growth] = "N²"
+    transforms: ClassVar[frozenset[Transform]] = ALL_TRANSFORMS
+    reads_keys: bool = True
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Refuses an option of the wrong type before anything is made."""

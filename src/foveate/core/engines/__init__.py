@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foveate.core.engines import chunked, flex, fused, gather, reference, slices
 from foveate.core.errors import UnsupportedEngine, unknown
+from foveate.core.known import has_shapes_alone
 from foveate.core.problem import Plan, Problem, cost
 from foveate.core.selection import Blocks
 
@@ -97,6 +98,8 @@ def choose(problem: Problem, engine: str = "auto") -> tuple[str, str]:
 
 def _sparse(problem: Problem) -> tuple[str, str]:
     selection = problem.selection
+    if has_shapes_alone(problem.q):
+        return "reference", "shapes alone: nothing says how many keys are chosen"
     if not isinstance(selection, Blocks):
         return "gather", "chosen keys gathered"
     if problem.q.device.type != "cpu":

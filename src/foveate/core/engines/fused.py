@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks
+from foveate.core.known import known
 from foveate.core.problem import Problem
 
 #: Queries up to which a group's queries go to the kernel as one head's: with one bf16 query, grouped heads as such are
@@ -43,7 +44,7 @@ def attend(problem: Problem) -> Tensor:
     if mask is None:
         return out
     seen = masks.allowed(mask).any(-1, keepdim=True)
-    return torch.where(seen, out, 0.0) if not bool(seen.all()) else out
+    return torch.where(seen, out, 0.0) if not known(seen.all()) else out
 
 
 def _packed(problem: Problem, mask: Tensor | None) -> Tensor:

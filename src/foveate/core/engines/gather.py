@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from foveate.core import masks
 from foveate.core.engines import fused
+from foveate.core.known import known
 from foveate.core.problem import Problem
 from foveate.core.selection import Blocks, Indices
 
@@ -91,7 +92,7 @@ def _slab(problem: Problem, selection: Blocks | Indices, rows: slice) -> Tensor:
     bias = bias.expand(b, *bias.shape[1:]).flatten(0, 1)
     out = F.scaled_dot_product_attention(queries, k, v, bias, scale=problem.scale)
     sees = masks.allowed(bias).any(-1, keepdim=True)
-    if not bool(sees.all()):
+    if not known(sees.all()):
         out = torch.where(sees, out, 0.0)
     return out.unflatten(0, (b, count)).transpose(1, 2).flatten(2, 3)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks
+from foveate.core.known import known
 from foveate.core.problem import Problem
 from foveate.core.selection import Blocks
 
@@ -225,4 +226,4 @@ class _Bias:
             return None, None
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
         sees = masks.allowed(mask).any(-1, keepdim=True)
-        return masks.as_bias(mask, self.problem.q.dtype), None if bool(sees.all()) else sees
+        return masks.as_bias(mask, self.problem.q.dtype), None if known(sees.all()) else sees

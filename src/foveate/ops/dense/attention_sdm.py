@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
+from foveate.core.known import remembered
 from foveate.core.scoring import Tile
 from foveate.ops.dense.scored import Scored
 
@@ -130,7 +131,7 @@ def circle_intersection(n: int, radius: int, distance: int) -> int:
     return total
 
 
-@cache
+@remembered
 def _log_counts(n: int, radius: int) -> Float[Tensor, " n+1"]:
     counts = (circle_intersection(n, radius, distance) for distance in range(n + 1))
     return torch.tensor([math.log(count) if count else masks.NEVER for count in counts], dtype=torch.float64)
@@ -182,7 +183,7 @@ def _signs(x: Tensor) -> Tensor:
     return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
 
 
-@cache
+@remembered
 def _quadrature(nodes: int) -> tuple[Tensor, Tensor]:
     """Gauss-Legendre points in (0, 1) and their shares, from the eigenvectors of the Jacobi matrix (Golub, Welsch)."""
     k = torch.arange(1, nodes, dtype=torch.float64)

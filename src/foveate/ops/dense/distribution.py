@@ -29,7 +29,7 @@ def entmax(logits: Float[Tensor, "... k"], alpha: float = 1.5) -> Float[Tensor, 
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 1 <= alpha < math.inf:
         raise OptionError(f"alpha={alpha!r} must be a finite number, at least 1")
-    return safe_softmax(logits) if alpha == 1 else _Entmax.apply(logits, float(alpha))
+    return safe_softmax(logits) if alpha == 1 else _Entmax.apply(logits, float(alpha))[0]
 
 
 def sparsemax(logits: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
@@ -99,8 +99,17 @@ class LocalWindow(nn.Module):
 
 
 class _Entmax(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, alpha: float) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        ctx.alpha = inputs[1]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def forward(logits: Tensor, alpha: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The weights, and the same as wide as they were computed."""
         empty = (logits == masks.NEVER).all(-1, keepdim=True)
         x = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(empty, 0.0)
         x = (alpha - 1) * (x - x.amax(-1, keepdim=True))
@@ -109,13 +118,11 @@ class _Entmax(torch.autograd.Function):
         )  # what lies 1 below the top has no weight
         weights = (x - tau).clamp(min=0.0) ** (1 / (alpha - 1))
         weights = (weights / weights.sum(-1, keepdim=True)).masked_fill(empty, 0.0)
-        ctx.alpha = alpha
-        ctx.save_for_backward(weights)
-        return weights.to(logits.dtype)
+        return weights.to(logits.dtype), weights.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (weights,) = ctx.saved_tensors
         slope = torch.where(weights > 0, weights, 1.0) ** (2 - ctx.alpha) * (weights > 0)
         total = slope.sum(-1, keepdim=True).clamp(min=torch.finfo(slope.dtype).tiny)

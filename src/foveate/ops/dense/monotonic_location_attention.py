@@ -81,6 +81,7 @@ class MonotonicLocationAttention(Operator):
         validate.one_of("mix", mix, (True, False))
         validate.one_of("past", past, ("mixed", "location"))
         self.heads, self.head_dim, self.step_kind, self.past = heads, head_dim, step, past
+        self.reads_keys = mix
         self.position = nn.Parameter(torch.empty(heads, head_dim, head_dim))
         self.position_bias = nn.Parameter(torch.empty(heads, head_dim))
         self.w_sigma, self.w_rho = (nn.Parameter(torch.empty(heads, head_dim, 1)) for _ in range(2))

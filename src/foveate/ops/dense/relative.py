@@ -26,7 +26,8 @@ def distances(at: Tile) -> Int[Tensor, " w"]:
 
     The tile's last key may not lie in the future of its last query.
     """
-    furthest, nearest = int(at.rows[-1] - at.cols[0]), int(at.rows[0] - at.cols[-1])
+    row, col = (int(at.rows[0]), int(at.cols[0])) if at.first is None else at.first
+    furthest, nearest = row + len(at.rows) - 1 - col, row - (col + len(at.cols) - 1)
     return torch.arange(furthest, max(nearest, 0) - 1, -1, device=at.rows.device)
 
 

@@ -104,10 +104,15 @@ def scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tenso
 class _Tiled(torch.autograd.Function):
     """One sweep forward; backward one sweep forward for the queries and one in reverse for the keys and values."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor, rate: Tensor, block: int) -> Tensor:
-        ctx.save_for_backward(q, k, v, state, rate)
-        ctx.block = block
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.block = inputs[5]
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, state: Tensor, rate: Tensor, block: int) -> Tensor:  # type: ignore[override]
         out, clean = torch.empty_like(v[:, :, : q.shape[2]]), is_clean(v)
         for at, tile in _tiles(q.shape[2], block, rate):
             inside = tile.weigh(q[:, :, at] @ k[:, :, at].mT)

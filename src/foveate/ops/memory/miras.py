@@ -95,6 +95,9 @@ class Miras(Memory):
             raise OptionError(f'alpha={alpha} decays, and retention="none" does not; use retention="l2"')
         if retention == "none":
             self.inputs = self.inputs - {"alpha"}  # type: ignore[misc]  # this one takes no decay from a call either
+        if not bias.startswith("huber"):  # nobody would ask for delta, nor train what makes it
+            self.inputs = self.inputs - {"delta"}  # type: ignore[misc]
+            self.gates = {name: gate for name, gate in self.gates.items() if name != "delta"}  # type: ignore[misc]
         self.linked = retention == "kl" or (retention == "lq" and q != 2)
         self.bias, self.retention = bias, retention
         self.p, self.q, self.mass, self.slices, self.smooth = p, q, mass, slices, smooth

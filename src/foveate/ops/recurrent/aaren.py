@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foveate.core import masks as mask_algebra, online, validate
 from foveate.core.errors import OptionError
+from foveate.core.known import known
 from foveate.core.online import Partial
 from foveate.core.problem import Plan
 from foveate.core.scoring import safe_softmax
@@ -122,7 +123,7 @@ class Aaren(Operator):
         return out, AarenState(online.partial(scores[:, :, None], values), self._asked(q))
 
     def _asked(self, q: Tensor) -> Float[Tensor, "b h 1 d"]:
-        if self.query == "same" and not torch.equal(q, q[:, :, :1].expand_as(q)):
+        if self.query == "same" and known((q == q[:, :, :1]).all()) is False:
             raise OptionError('q must be the same in every row, as Aaren asks one question; or query="first"')
         return q[:, :, :1]
 

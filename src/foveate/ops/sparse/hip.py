@@ -81,9 +81,9 @@ class HiP(Selective):
     def choice_products(self, q: Tensor, k: Tensor, causal: bool) -> int:
         found, (b, h, n_queries, width) = 0, q.shape
         for groups, chunks in self._slabs(q, k):
-            rows = self._rows(groups, n_queries)
-            low, high, _ = self._range(rows + k.shape[2] - n_queries)
-            found += b * h * rows.numel() * width * self._rounds(low, high, chunks) * 2 * chunks * self.block_k
+            queries = len(groups) * self._group(n_queries)
+            rounds = self._rounds(groups[-1], n_queries, k.shape[2], chunks)
+            found += b * h * queries * width * rounds * 2 * chunks * self.block_k
         return found
 
     @classmethod
@@ -102,14 +102,14 @@ class HiP(Selective):
         """Queries in a group."""
         return min(self.grain, max(n_queries, 1))
 
-    def _slabs(self, q: Tensor, k: Tensor) -> Iterator[tuple[Tensor, int]]:
+    def _slabs(self, q: Tensor, k: Tensor) -> Iterator[tuple[range, int]]:
         """Groups that are searched for together, with the chunks that each of them goes on with."""
         b, h, n_queries, width = q.shape
         n_groups = -(-n_queries // self._group(n_queries))
         chunks = min(self.keep, k.shape[2] + self.block_k - 1) // self.block_k
         step = max(1, SLAB // max(1, 2 * b * h * width * chunks * self.block_k))
         for start in range(0, n_groups, step):
-            yield torch.arange(start, min(start + step, n_groups), device=q.device), chunks
+            yield range(start, min(start + step, n_groups)), chunks
 
     def _rows(self, groups: Tensor, n_queries: int) -> Tensor:
         """The queries `(G, group)` of some groups; the last one may stand in for what its group lacks."""
@@ -122,32 +122,35 @@ class HiP(Selective):
         high = (at[:, :1] - self.window + 1).clamp_min(self.sinks).minimum(stop) if self.window else stop
         return high.clamp_max(self.sinks), high, stop
 
-    def _rounds(self, low: Tensor, high: Tensor, chunks: int) -> int:
-        """Halvings until the largest chunk of all these groups is one block."""
-        blocks = int((high - low).max() + self.block_k - 1) // self.block_k
+    def _rounds(self, group: int, n_queries: int, n_keys: int, chunks: int) -> int:
+        """Halvings until the largest chunk of this group, and so of all before it, is one block."""
+        first, shift = group * self._group(n_queries), n_keys - n_queries
+        stop = min(first + self._group(n_queries), n_queries) + shift
+        high = min(max(first + shift - self.window + 1, self.sinks), stop) if self.window else stop
+        blocks = -(-(high - min(high, self.sinks)) // self.block_k)
         return math.ceil(math.log2(max(-(-blocks // chunks), 1)))
 
-    def _choose(self, q: Tensor, k: Tensor, groups: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    def _choose(self, q: Tensor, k: Tensor, groups: range, chunks: int) -> tuple[Tensor, Tensor]:
         """Indices `(B, Hq, G, n)` of the keys that some groups keep, and which of them count."""
         n_queries, n_keys = q.shape[2], k.shape[2]
-        rows = self._rows(groups, n_queries)
+        rows = self._rows(torch.arange(groups.start, groups.stop, device=q.device), n_queries)
         at = rows + n_keys - n_queries
         low, high, stop = self._range(at)
         part = Part(q[:, :, rows], k, at, low, high, self.block_k)
         sinks = torch.arange(self.sinks, device=q.device).expand(len(groups), -1)
         window = high + torch.arange(self.window + rows.shape[1] - 1 if self.window else 0, device=q.device)
-        found = self._search(part, chunks)
+        found = self._search(part, chunks, self._rounds(groups[-1], n_queries, n_keys, chunks))
         index = torch.cat([x.expand(*found.shape[:3], x.shape[-1]) for x in (sinks, found, window)], -1)
         limits = ((low, self.sinks), (high, found.shape[3]), (stop, window.shape[1]))
         limit = torch.cat([end.expand(-1, n) for end, n in limits], 1)
         return index.clamp(0, n_keys - 1), (index < limit) & (index >= 0)
 
-    def _search(self, part: Part, chunks: int) -> Tensor:
+    def _search(self, part: Part, chunks: int, rounds: int) -> Tensor:
         """The keys `(B, Hq, G, chunks * block_k)` that are left when every chunk is one block; -1 for none."""
         n_blocks = -(-(part.high - part.low) // self.block_k)
         bounds = torch.arange(chunks + 1, device=n_blocks.device) * n_blocks // chunks
         start, size = (x.expand(*part.q.shape[:3], chunks) for x in (bounds[:, :-1], bounds.diff(dim=-1)))
-        for _ in range(self._rounds(part.low, part.high, chunks)):
+        for _ in range(rounds):
             half = size // 2
             start = torch.stack([start, start + half], -1).flatten(-2)
             size = torch.stack([half, size - half], -1).flatten(-2)

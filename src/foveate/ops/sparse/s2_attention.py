@@ -5,7 +5,6 @@ Efficient LLM Training and Serving with Heterogeneous Context Sharding among Att
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Self, final
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
+from foveate.core.known import remembered
 from foveate.core.selection import Blocks, Selection
 from foveate.ops.operator import Pattern
 from foveate.ops.sparse.selective import Selective
@@ -78,7 +78,7 @@ def is_kv_efficient(mask: Bool[Tensor, "h i j"]) -> bool:
     return not bool((mask[:, 1:] & ~mask[:, :-1] & past[:-1]).any())
 
 
-@lru_cache(maxsize=64)
+@remembered
 def _selection(
     n_queries: int, n_keys: int, heads: int, layout: tuple[int, int, int, int], device: torch.device
 ) -> Blocks:
