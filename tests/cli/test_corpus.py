@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import tests.corpus.everything  # noqa: F401  registers the cases
 from foveate.cli import app
-from tests.corpus import adapters, checkpoints, conversations, gguf_files, prompts, tables  # noqa: F401  they register cases
 from tests.corpus.cases import CASES, ROWS, sound
 
 

@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from tests.corpus import adapters, checkpoints, conversations, gguf_files, prompts, tables  # noqa: F401  they register cases
+import tests.corpus.everything  # noqa: F401  registers the cases
 from tests.corpus.cases import CASES, sound
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ class Prompts(Task):
     """Examples from a file: `.jsonl`, `.json`, `.csv`, `.tsv` (these also with `.gz`), `.parquet`, or a folder that
     Hugging Face's datasets saved.
 
-    Rows are `{"prompt": ..., "answer": ...}`, or those of a known benchmark (see `foveate.tasks.rows`), or have the
+    Rows are `{"prompt": ..., "answer": ...}`, or those of a known benchmark (see `foveate.tasks.formats`), or have the
     fields that are named here.
 
     Args:
