@@ -91,7 +91,10 @@ def test_fields_by_name_come_before_what_a_row_looks_like() -> None:
 
 
 def test_text_beside_a_pattern_stays() -> None:
-    assert made({"a": "1", "b": {"c": 2}, "answer": "x"}, "{a} + {b.c} = ")[0].prompt == "1 + 2 = "
+    row = {"a": "1", "b": {"c": 2}, "answer": "x"}
+    assert made(row, "{a} + {b.c} = ")[0].prompt == "1 + 2 = "
+    assert made(row, r"{a}\n{b.c}")[0].prompt == "1\n2"
+    assert made({**row, "a": r"\n"}, r"{a}\n{b.c}")[0].prompt == "\\n\n2"
 
 
 def test_answers_are_told_apart_once() -> None:

@@ -70,10 +70,10 @@ def _made(kind: Kind, row: Row, where: str) -> Text:
 
 
 def _filled(row: Row, where: str, pattern: str) -> str:
-    """A field's text, or a pattern with fields in braces."""
+    """A field's text, or a pattern with fields in braces, in which a shell's `\\n` is a new line."""
     if not _FIELD.search(pattern):
         return text(_looked_up(row, where, pattern), pattern)
-    return _FIELD.sub(lambda found: text(_looked_up(row, where, found[1]), found[1]), pattern)
+    return _FIELD.sub(lambda found: text(_looked_up(row, where, found[1]), found[1]), pattern.replace("\\n", "\n"))
 
 
 def _looked_up(row: Row, where: str, path: str) -> Any:
