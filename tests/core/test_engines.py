@@ -13,7 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
 from foveate.bench.memory import peak_bytes
-from foveate.core import engines, masks, oracle
+from foveate.core import engines, masks, oracle, precision
 from foveate.core.engines import chunked, flex, gather, slices
 from foveate.core.errors import ShapeError, UnknownKey, UnsupportedEngine
 from foveate.core.problem import Problem
@@ -199,6 +199,27 @@ def test_half_precision(engine: str, dtype: torch.dtype) -> None:
     out = engines.run(Problem(q, k, v, 8**-0.5, causal=True), engine)
     assert out.dtype == dtype
     assert_near(out, oracle.attention(q, k, v, causal=True), 0.02)
+
+
+@pytest.mark.parametrize("engine", ["reference", "chunked"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_halves_are_multiplied_as_the_processor_does_fast(
+    engine: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[torch.dtype] = set()
+
+    class Spied(SoftmaxScoring):
+        def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Tensor:
+            seen.add(q.dtype)
+            return super().logits(q, k, scale, at)
+
+    monkeypatch.setattr(precision, "_has_halves", lambda: fast)
+    q, k, v = qkv(20, dtype=torch.bfloat16, grad=True)
+    out = engines.run(Problem(q, k, v, 8**-0.5, causal=True, scoring=Spied()), engine)
+    assert seen == {torch.bfloat16 if fast else torch.float32}
+    assert out.dtype == torch.bfloat16
+    assert all(grad.dtype == torch.bfloat16 for grad in gradients(out, (q, k, v)))
+    assert_near(out, oracle.attention(q, k, v, causal=True), 0.02 if fast else 0.004)
 
 
 @pytest.mark.parametrize("engine", ["reference", "chunked", "fused"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from dataclasses import replace
 from types import ModuleType
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from foveate.core.engines import chunked, flex, fused, gather, reference, slices
 from foveate.core.errors import UnsupportedEngine, unknown
 from foveate.core.known import has_shapes_alone
+from foveate.core.precision import multiplying
 from foveate.core.problem import Plan, Problem, cost
 from foveate.core.selection import Blocks
 
@@ -45,7 +47,9 @@ def run(problem: Problem, engine: str = "auto") -> Tensor:
         return problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1])
     if engine == "auto" and name in ("gather", "flex") and _may_repay(problem):
         _count(problem, name)
-    if name in ("reference", "chunked") or not problem.hides_keys:
+    if name in ("reference", "chunked"):
+        return ENGINES[name].attend(_widened(problem)).to(problem.q.dtype)
+    if not problem.hides_keys:
         return ENGINES[name].attend(problem)
     try:
         return _guarded(problem, name)
@@ -53,6 +57,14 @@ def run(problem: Problem, engine: str = "auto") -> Tensor:
         if engine != "auto":
             raise
         return _guarded(problem, "gather")
+
+
+def _widened(problem: Problem) -> Problem:
+    """The problem in numbers that plain matrix products are fast for; fused kernels see to that themselves."""
+    dtype = multiplying(problem.q.dtype, problem.q.device)
+    if dtype == problem.q.dtype:
+        return problem
+    return replace(problem, q=problem.q.to(dtype), k=problem.k.to(dtype), v=problem.v.to(dtype))
 
 
 def _guarded(problem: Problem, name: str) -> Tensor:

@@ -133,8 +133,12 @@ class _Call:
             yield self.centre
 
     def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
-        inner = self.op.alignment.is_inner_product
-        logits = dot_product(q, k, scale) if inner else scale * self.op.alignment.score(q, k, at)
+        if self.op.alignment.is_inner_product:
+            logits = dot_product(q, k, scale)
+        else:  # an engine may compute in wider numbers than the maps are made of
+            own = next((p.dtype for p in self.op.alignment.parameters()), q.dtype)
+            narrow = own if own in (torch.bfloat16, torch.float16) else q.dtype
+            logits = (scale * self.op.alignment.score(q.to(narrow), k.to(narrow), at)).to(q.dtype)
         return logits if self.centre is None else self.op.local.cut(logits, _rows(self.centre, at), at.cols)
 
     def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
