@@ -32,13 +32,13 @@ def steps(desk: Desk) -> int:
 def measure(desk: Desk) -> None:
     """Write down every round that the journal does not have; a round is measured as a whole."""
     for tokens in desk.plan.times:
-        ids = desk.text(tokens)
+        ids, reading = desk.text(tokens), None
         for number in range(READINGS):
             readers = [c for c in desk.able() if c.key == FULL or c.budget == desk.plan.typical]
             if any(desk.known(c, *what("read", ids, number)) is None for c in readers):
+                reading = reading or read(desk.model, ids)  # so that no time has the first call of a length in it
                 _read_round(desk, _turned(readers, number), ids, number)
             desk.watch.advance(f"reading {tokens} tokens, round {number + 1}")
-        reading = None
         for number in range(desk.plan.rounds):
             turn = _turned(desk.able(), number)
             if any(desk.known(c, *what("decode", ids, number, desk.plan.steps)) is None for c in turn):
