@@ -36,6 +36,7 @@ class Learnt:
             found = learnt.load(folder / f"{key}.safetensors", self._model)
             if found is not None:
                 return found
+        self.note(f"{key}: learning about the model, once")
         found = cls.calibrate(
             self.host, self.data(), lambda step, steps, text: self.note(f"{key}: {step}/{steps} {text}")
         )
