@@ -136,7 +136,7 @@ def _name(row: Record) -> str:
 
 
 def _budget(row: Record) -> str:
-    return "" if row["method"] == "full" else f"{row['budget']:.0%}"
+    return "" if row["budget"] == 1.0 else f"{row['budget']:.0%}"
 
 
 def _score(score: Record) -> str:
