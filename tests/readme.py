@@ -41,8 +41,8 @@ SHORT = {
     "train": "--steps 3 --batch 2 --dim 16",
     "bench recall": "--steps 2 --length 24 --pairs 3 --vocabulary 32 --only softmax --rates 1e-2",
 }
-#: What takes more than a few minutes even for a patient test.
-LONG = {"bench recall": SHORT["bench recall"], "train": "--steps 200"}
+#: For the test that takes its time: the methods and networks are those that the lines name.
+LONG = {**SHORT, "train": "--steps 60", "compare": "--examples 3"}
 
 
 def shortened(arguments: list[str], table: dict[str, str]) -> list[str]:
