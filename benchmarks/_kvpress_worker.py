@@ -54,11 +54,14 @@ def serve(told: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, DynamicCache
 
     torch.set_num_threads(told["threads"])
-    model = AutoModelForCausalLM.from_pretrained(told["folder"], dtype=getattr(torch, told["dtype"])).eval()
-    ids, cache = torch.tensor(told["ids"]), DynamicCache(config=model.config)
+    model = AutoModelForCausalLM.from_pretrained(told["folder"], dtype=torch.float32).eval()
+    ids, cache, dtype = torch.tensor(told["ids"]), DynamicCache(config=model.config), getattr(torch, told["dtype"])
     with torch.inference_mode():
         with StreamingLLMPress(compression_ratio=1 - told["budget"], n_sink=4)(model):
             model.model(ids, past_key_values=cache)
+        model = model.to(dtype)
+        for layer in cache.layers:
+            layer.keys, layer.values, layer.dtype = layer.keys.to(dtype), layer.values.to(dtype), dtype
         print("ready", flush=True)
         for _ in sys.stdin:
             past, token, seconds = copy.deepcopy(cache), ids[:, -1:], []
