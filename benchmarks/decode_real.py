@@ -17,6 +17,7 @@ import argparse
 import copy
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,12 +25,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 import foveate
 from _kvpress_worker import Worker
 from _report import finish
+from foveate.bench.loading import load
 from foveate.core.catalog import system
 from foveate.host import Host, Method
 from foveate.tasks.corpus import text
@@ -42,12 +44,16 @@ Block = Callable[[], list[float]]
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    folder = Path(options.model) if options.model else MODELS["qwen2.5-coder-0.5b-instruct"].converted
+    name = options.model or str(MODELS["qwen2.5-coder-0.5b-instruct"].gguf)
     rows, ratios = [], {}
-    prompt = AutoTokenizer.from_pretrained(folder)(text("heldout"), return_tensors="pt").input_ids
-    caches = _read(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), prompt, options.lengths)
+    model, tokenizer, _ = load(name, dtype="float32")
+    prompt = tokenizer(text("heldout"), return_tensors="pt").input_ids
+    caches = _read(model, prompt, options.lengths)
+    if options.kvpress:  # another version of transformers reads a plain folder
+        options.folder = tempfile.mkdtemp()
+        model.save_pretrained(options.folder)
     for dtype in options.dtypes:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        model, _, _ = load(name, dtype=dtype)
         for length in options.lengths:
             for budget in options.budgets:
                 blocks = _contenders(model, prompt[:, :length], caches[length], budget, options)
@@ -56,13 +62,12 @@ def main() -> None:
                 rows += more
                 ratios |= figures
                 print(f"done: {dtype}, {length} tokens, budget {budget}", file=sys.stderr)
-        del model
     finish(rows, ratios)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder of a decoder; default: Qwen2.5-Coder 0.5B as `make real` keeps it")
+    parser.add_argument("--model", help="folder or GGUF file; default: Qwen2.5-Coder 0.5B as `make real` keeps it")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.1])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
@@ -109,8 +114,7 @@ def _contenders(
     for key in options.policies:
         blocks[key] = run((foveate.Packed(), _policy(key, model, budget, length)), cache)
     if options.kvpress:
-        folder = model.config._name_or_path
-        worker = Worker(options.kvpress, folder, str(model.dtype).removeprefix("torch."), ids, budget, options)
+        worker = Worker(options.kvpress, options.folder, str(model.dtype).removeprefix("torch."), ids, budget, options)
         blocks["kvpress StreamingLLM"] = worker.block
     return blocks
 
