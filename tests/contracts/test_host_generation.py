@@ -6,12 +6,16 @@ too, they have to give what plain decoding under that method gives.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import foveate
 from foveate.core.errors import UnsupportedModel
@@ -24,7 +28,7 @@ from foveate.kv.tidal_decode import TidalDecode
 from foveate.kv.token_select import TokenSelect
 from foveate.lens import Lens
 from foveate.ops import SlidingWindow
-from tests.host_models import DECODERS, SLIDING, Reads, feed, model, tokens
+from tests.host_models import DECODERS, SLIDING, VOCAB, KeepsAll, Reads, Recent, feed, model, padded, tokens
 
 GATES = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
 
@@ -161,3 +165,145 @@ def test_phases() -> None:
         (20, "prefill", None), (5, "prefill", None), (1, "decode", None), (3, "decode", 25), (17, "prefill", 25),
         (5, "prefill", None),
     ]  # fmt: skip
+
+
+# -- searching and sampling --------------------------------------------------------------------------------------------
+
+SEARCHES: dict[str, dict[str, object]] = {
+    "beams": dict(num_beams=3, num_return_sequences=2, do_sample=False),
+    "sampled": dict(do_sample=True, temperature=0.8, num_return_sequences=3),
+    "sampled beams": dict(do_sample=True, num_beams=2),
+    "a penalty": dict(do_sample=False, repetition_penalty=1.3, no_repeat_ngram_size=2),
+}
+
+
+@pytest.mark.parametrize("how", SEARCHES)
+@pytest.mark.parametrize("kind", ["no method", "lens", "keeps all"])
+def test_searches_and_samples_are_the_models_own(how: str, kind: str) -> None:
+    """Methods that change nothing leave beams, their order and every drawn token as they are."""
+    ids, mask = padded(tokens(2, 12), "left")
+
+    def run() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(5)
+        made = model("llama").generate(
+            ids, attention_mask=mask, max_new_tokens=10, return_dict_in_generate=True, output_logits=True,
+            **SEARCHES[how],
+        )  # fmt: skip
+        return made.sequences, torch.stack(made.logits)
+
+    expected = run()
+    methods = {"no method": [], "lens": [Lens(["entropy"], phase="all")], "keeps all": [KeepsAll()]}[kind]
+    with apply(model("llama"), *methods):
+        got = run()
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+# -- encoder-decoders --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("t5", "no method"), *itertools.product(["bart", "whisper"], ["no method", "keeps all", "recent"])],
+)
+def test_encoder_decoders_with_everything_returned(name: str, kind: str) -> None:
+    """Outputs as a dictionary, the cache among them; a method that drops tokens acts on the decoder's own."""
+    subject, inputs = encoder_decoder(name)
+
+    def run() -> tuple[Tensor, Tensor, EncoderDecoderCache]:
+        made = subject.generate(
+            **inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, return_dict_in_generate=True,
+            output_logits=True,
+        )  # fmt: skip
+        return made.sequences, torch.stack(made.logits), made.past_key_values
+
+    expected = run()
+    methods = {"no method": [], "keeps all": [KeepsAll()], "recent": [Recent(3)]}[kind]
+    with apply(subject, *methods) as inside:
+        got = run()
+    if kind == "recent":
+        assert inside.stats.kept == 3 / 12 and not torch.equal(got[1], expected[1])
+        own, its = got[2].cross_attention_cache, expected[2].cross_attention_cache
+        assert all(torch.equal(a.keys, b.keys) for a, b in zip(own.layers, its.layers, strict=True))
+        assert got[2].self_attention_cache.layers[0].keys.shape[2] == 3
+    else:
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1]) and inside.stats.kept == 1.0
+
+
+@cache
+def encoder_decoder(name: str) -> tuple[hf.PreTrainedModel, dict[str, Tensor]]:
+    if name == "bart":
+        return model("bart"), {"input_ids": tokens(2, 9)}
+    torch.manual_seed(0)
+    if name == "t5":
+        config = hf.T5Config(
+            vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=1,
+            eos_token_id=None, pad_token_id=0, initializer_factor=3.0,
+        )  # fmt: skip
+        return hf.T5ForConditionalGeneration(config).eval(), {"input_ids": tokens(2, 9)}
+    config = hf.WhisperConfig(
+        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=20,
+        max_target_positions=40, pad_token_id=0, bos_token_id=1, eos_token_id=3, decoder_start_token_id=1,
+        begin_suppress_tokens=None, suppress_tokens=None, init_std=0.3,
+    )  # fmt: skip
+    return hf.WhisperForConditionalGeneration(config).eval(), {"input_features": torch.randn(2, 8, 40)}
+
+
+# -- continuous batching -----------------------------------------------------------------------------------------------
+
+
+def test_continuous_batching() -> None:
+    """Without a method it is the model's own; with one it is refused before it begins, and works again after."""
+    llama = model("llama")
+
+    def run() -> list[list[int]]:
+        made = llama.generate_batch(
+            [tokens(1, 9)[0].tolist(), tokens(1, 14, seed=2)[0].tolist()],
+            generation_config=hf.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=hf.ContinuousBatchingConfig(num_blocks=32, block_size=16, max_batch_tokens=64),
+            progress_bar=False,
+        )
+        return [made[key].generated_tokens for key in sorted(made)]
+
+    expected = run()
+    assert [len(tokens) for tokens in expected] == [4, 4]
+    with apply(llama):
+        assert run() == expected
+    with apply(llama, SinkRecent(2, 6)), pytest.raises(UnsupportedModel, match="keeps pages in place of a cache"):
+        run()
+    assert run() == expected
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("around", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_training(around: bool, reentrant: bool) -> None:
+    """Gradients with checkpoints are those without, whether the backward pass runs in the block or after it."""
+    llama, ids = copy.deepcopy(model("llama")).train(), tokens(2, 14)
+
+    class Scales(Method):
+        def edit_output(self, site: Site, out: Tensor) -> Tensor:
+            return out * (1.5 + site.layer)
+
+    def gradients(checkpoints: bool) -> list[Tensor]:
+        if checkpoints:
+            llama.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        else:
+            llama.gradient_checkpointing_disable()
+        llama.zero_grad()
+        with apply(llama, Scales()):
+            loss = llama(ids, labels=ids, use_cache=False).loss
+            if around:
+                loss.backward()
+        if not around:
+            loss.backward()
+        return [parameter.grad.clone() for parameter in llama.parameters()]
+
+    expected = gradients(False)
+    if around:
+        assert all(torch.equal(*pair) for pair in zip(gradients(True), expected, strict=True))
+    else:
+        with pytest.raises(UnsupportedModel, match="run that pass inside the block"):
+            gradients(True)

@@ -165,6 +165,30 @@ class SlotLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         return 0 if self.store is None else self.store.nbytes
 
+    @property
+    def keys(self) -> Tensor | None:
+        """What is stored, for code that looks into a layer: in the order of the sequence, or, where heads hold
+        different numbers, padded with zeros.
+        """
+        return self._shown("k")
+
+    @keys.setter
+    def keys(self, _: None) -> None:
+        """The base class begins with none."""
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._shown("v")
+
+    @values.setter
+    def values(self, _: None) -> None:
+        """The base class begins with none."""
+
+    def _shown(self, what: str) -> Tensor | None:
+        if self.store is None:
+            return None
+        return getattr(self.store.groups[0].ordered(), what) if self.store.is_even else self.store.padded(what)
+
     def released(self) -> CacheLayerMixin:
         """The layer for life after the last run on it.
 

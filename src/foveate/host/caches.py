@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from types import MethodType
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -52,8 +52,8 @@ class Caches:
             self.memories[cache] = {}
             if cache not in _PROMPTS:
                 _PROMPTS[cache] = {None: cache.get_seq_length()} if _is_compressed(cache) else {}
-            # a bound method, so that a deep copy of the cache reorders the copy
-            cache.reorder_cache = MethodType(_reorder_cache, cache)
+            # bound so that a copy of the cache, also a saved one, reorders itself
+            cache.reorder_cache = partial(_reorder_cache, cache)
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, CompressedLayer):
                 cache.layers[index] = layer = slot_layer(layer, cache)

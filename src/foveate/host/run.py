@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import lru_cache
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any, Literal, NoReturn, Self
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from foveate.core import validate
@@ -109,6 +111,9 @@ class Run:
             if module in self._layers:
                 stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
+        if self.methods and "init_continuous_batching" not in vars(self.host.model):
+            self.host.model.__dict__["init_continuous_batching"] = MethodType(_no_batching, self.host.model)
+            stack.callback(self.host.model.__dict__.pop, "init_continuous_batching")
         for module in {self.host.model, self.host.model.base_model}:
             stack.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(self._end, always_call=True).remove)
@@ -154,8 +159,24 @@ class Run:
         if cache is not None:
             self._caches.meet(cache)
 
-    def _end(self, *_: object) -> None:
+    def _end(self, module: nn.Module, args: object, output: object) -> None:
         self._local.step = {}
+        if (
+            self.methods
+            and torch.is_grad_enabled()
+            and any(getattr(x, "gradient_checkpointing", False) for x in module.modules())
+        ):
+            for value in output.values() if isinstance(output, dict) else ():
+                if isinstance(value, Tensor) and value.requires_grad:
+                    value.register_hook(self._check_open)
+
+    def _check_open(self, gradient: Tensor) -> None:
+        """Checkpoints call the model again in the backward pass, with the methods or, after the block, without."""
+        if not self._caches.is_open:
+            raise UnsupportedModel(
+                "gradient checkpointing runs the model again in the backward pass: run that pass inside the block of "
+                "foveate.apply(model, ...) too"
+            )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember what the attention function will not be told: the cache and the hidden states."""
@@ -262,6 +283,16 @@ def apply(model: object, *methods: Method, on: Part = "auto", evict: Evict = "al
         UnsupportedModel: for a model that does not dispatch its attention.
     """
     return Run(model, methods, on, evict)
+
+
+def _no_batching(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
+    """In place of `init_continuous_batching` where methods are applied: it works in a thread that would only log."""
+    if any(run.methods for module in model.modules() for run in OPEN.get(module, ())):
+        raise UnsupportedModel(
+            "continuous batching keeps pages in place of a cache, and methods cannot act on them; use model.generate() "
+            "inside foveate.apply(model, ...)"
+        )
+    return type(model).init_continuous_batching(model, *args, **options)  # a copy that was made inside a block
 
 
 def _check_expanded(site: Site) -> None:

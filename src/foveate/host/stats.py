@@ -157,7 +157,8 @@ class Stats:
             layer.calls, layer.seconds = layer.calls + 1, layer.seconds + seconds
             found.cache_bytes += stored * size - layer.bytes
             layer.seen, layer.stored, layer.bytes = full, min(stored, full), stored * size
-            self._latest = found
+            if isinstance(cache, Cache) or not self._caches:  # attention to an encoder leaves the decoder's in view
+                self._latest = found
             self.cache_peak = max(self.cache_peak, found.cache_bytes + extra)
             if share is not None:
                 layer.read, layer.decodes = layer.read + share, layer.decodes + 1
