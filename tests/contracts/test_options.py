@@ -1,4 +1,4 @@
-"""What every operator and layer refuses to be built with: an option of the wrong type, by name and on one line."""
+"""Every operator, layer and method refuses an option of the wrong type, by name and on one line."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 
+from foveate.core.catalog import systems
 from foveate.core.errors import OptionError
+from foveate.host import Method
 from foveate.nn import MultiHeadAttention
 from tests.contracts.layers import SYSTEMS
 from tests.contracts.operators import CLASSES
 
-BUILT: dict[str, type] = {**CLASSES, **SYSTEMS, "multi_head": MultiHeadAttention}
+METHODS = {row.key: found for room in ("kv", "steer", "lens") for row in systems(room=room) if (found := row.load())}
+METHODS = {key: cls for key, cls in METHODS.items() if isinstance(cls, type) and issubclass(cls, Method)}
+BUILT: dict[str, type] = {**CLASSES, **SYSTEMS, **METHODS, "multi_head": MultiHeadAttention}
 
 #: Values that an annotation excludes.
 WRONG: dict[object, tuple[Any, ...]] = {
@@ -51,5 +55,5 @@ def test_an_option_of_the_wrong_type_is_refused_by_name(cls: type, name: str, va
 
 def test_all_systems_are_looked_at() -> None:
     seen = {case.values[0] for case in wrong_options()}
-    assert len(seen) > 35
+    assert len(seen) > 40 and len(METHODS) >= 6
     assert sum(case.values[1] == "generator" for case in wrong_options()) >= 14

@@ -134,7 +134,11 @@ def options(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
 @cache
 def _constructor(cls: type) -> tuple[inspect.Signature, dict[str, Kind]]:
     init = cls.__init__  # type: ignore[misc]
-    kinds = {name: _kind(annotation) for name, annotation in get_type_hints(init).items()}
+    try:
+        hints = get_type_hints(init)
+    except NameError:  # an annotation that only a type checker can read
+        hints = {}
+    kinds = {name: _kind(annotation) for name, annotation in hints.items()}
     return inspect.signature(init), {name: kind for name, kind in kinds.items() if kind is not None}
 
 

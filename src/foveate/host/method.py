@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from foveate.core import validate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +32,10 @@ class Method:
 
     #: Whether calls of few queries go to the kernel with a group's query heads side by side; see `foveate.Packed`.
     packs: ClassVar[bool] = False
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        validate.options(cls, args, options)
+        return super().__new__(cls)
 
     def bind(self, host: Host) -> None:
         """Once, when the method is applied: read the model's sizes, calibrate. Raise `OptionError` for a misfit."""
