@@ -21,7 +21,7 @@ INSTALLED_DEV := $(VENV)/installed-dev-$(KEY)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo install install-dev test test-all real parity lint format bench claims systems mutants picture notebooks docs clean
+.PHONY: demo install install-dev test test-all real parity lint format bench claims systems models mutants picture notebooks docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/foveate compare
@@ -87,6 +87,11 @@ claims: $(INSTALLED_DEV)
 # what the classes say of themselves, for `foveate systems` and docs/systems.md
 systems: $(INSTALLED_DEV)
 	$(BIN)/python docs/systems.py
+
+# every causal architecture of transformers, and what apply() does on it: docs/models.md. A new release of transformers
+# is one run of this
+models: $(INSTALLED_DEV)
+	$(ONE_THREAD) $(BIN)/python docs/models.py
 
 # changes to the formulas that the tests should notice: docs/mutants.md. KEYS="mega gta" does only these systems or files again
 mutants: $(INSTALLED_DEV)

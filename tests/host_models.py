@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foveate.core.selection import Blocks, Indices, Selection
 from foveate.host import Method, Site
+from foveate.host.method import overrides
 
 VOCAB, WINDOW = 64, 8
 
@@ -101,6 +102,15 @@ def use(subject: hf.PreTrainedModel) -> None:
             subject(torch.zeros(1, 3, 16, 16))
         else:
             subject(tokens(), attention_mask=torch.ones(2, 14, dtype=torch.long))
+
+
+#: Models without a decoder, and so without a cache that a method could evict from.
+ENCODERS = ("bert", "vit")
+
+
+def evicts(*methods: Method) -> bool:
+    """Whether some of these methods evict, so that encoders refuse them."""
+    return any(method.evicts or overrides(method, "keep") for method in methods)
 
 
 class Evicts(Method):

@@ -88,6 +88,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"layer_types": _SHARED, "num_kv_shared_layers": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": _HYBRID, "mamba_d_head": "auto"},
+    "hrm_text": {"H_cycles": 2, "L_cycles": 1, "num_layers_per_stack": 1, "num_hidden_layers": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": _HYBRID},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
@@ -150,6 +151,7 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = model_class(config)
         _spread(model)
+    model.generation_config.pad_token_id = 0
     return model.eval()
 
 
@@ -157,8 +159,10 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
 def _spread(model: nn.Module) -> None:
     """Give every matrix weights of its width's size: what ships as a start (0.02) makes attention nearly uniform."""
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.dim() >= 2 and parameter.is_floating_point():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "sinks":
+                parameter.normal_(0.0, 2.0)
+            elif parameter.dim() >= 2 and parameter.is_floating_point():
                 if isinstance(module, nn.Embedding):
                     parameter.normal_(0.0, 1.0)
                 else:

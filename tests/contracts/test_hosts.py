@@ -9,8 +9,22 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from foveate.core.errors import UnsupportedModel
 from foveate.host import Method, apply
-from tests.host_models import DECODERS, NATIVE, NO_OPS, SLIDING, VOCAB, SameWeights, feed, model, padded, tokens
+from tests.host_models import (
+    DECODERS,
+    ENCODERS,
+    NATIVE,
+    NO_OPS,
+    SLIDING,
+    VOCAB,
+    SameWeights,
+    evicts,
+    feed,
+    model,
+    padded,
+    tokens,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*attention mask.*")
 
@@ -21,6 +35,10 @@ def methods(path: str) -> list[Method]:
 
 def same(name: str, path: str, call: Callable[[], Tensor]) -> None:
     """What `call` gives under the methods is what it gives without."""
+    if name in ENCODERS and evicts(*methods(path)):
+        with pytest.raises(UnsupportedModel, match="has no decoder with a cache"), apply(model(name), *methods(path)):
+            pytest.fail("it was not refused on entering")
+        return
     with torch.no_grad():
         expected = call()
         with apply(model(name), *methods(path)):

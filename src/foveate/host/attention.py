@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import engines, masks
 from foveate.core.engines import fused, reference
+from foveate.core.errors import UnsupportedModel
 from foveate.core.problem import Problem
 from foveate.core.scoring import dot_product, safe_softmax
 from foveate.core.selection import Blocks, Indices, Selection
@@ -36,6 +38,11 @@ def _attend(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, 
     for method in reversed(methods):  # the method applied last has the last word
         out = method.attend(site) if overrides(method, "attend") else None
         if out is not None:
+            if site.is_biased:
+                raise UnsupportedModel(
+                    f"{type(method).__name__} attends by itself, without the learnt sinks or the bias by position of "
+                    f"{type(site.module).__name__}"
+                )
             site.replaced = True
             return out, 1.0
     chosen = [s for m in methods if overrides(m, "select") and (s := m.select(site)) is not None]
@@ -56,7 +63,7 @@ def _attend(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, 
 
 def _packs(site: Site, methods: list[Method]) -> bool:
     """Whether a method asks for the packed kernel at a call that it can do."""
-    few = site.q.shape[2] <= fused.FEW and not site.dropout and site.softcap is None
+    few = site.q.shape[2] <= fused.FEW and not site.dropout and site.softcap is None and not site.is_biased
     return few and site.groups > 1 and any(method.packs for method in methods)
 
 
@@ -66,7 +73,7 @@ def selected(site: Site, selections: list[Selection]) -> tuple[Tensor, float]:
         return _softmax(site, [], None), 1.0
     (first, *others) = selections
     density = min(1.0, first.keys_read() / max(site.k.shape[2], 1))
-    if site.softcap is not None or site.dropout or others or not isinstance(first, Blocks | Indices):
+    if site.softcap is not None or site.is_biased or site.dropout or others or not isinstance(first, Blocks | Indices):
         allowed = first.dense()
         for other in others:
             allowed = allowed & other.dense()
@@ -95,7 +102,7 @@ def _softmax(site: Site, methods: list[Method], allowed: Tensor | None) -> Tenso
     if mask is not None:
         logits = logits + mask if mask.dtype != torch.bool else logits
         logits = logits.masked_fill(~masks.allowed(mask), masks.NEVER)
-    weights = safe_softmax(logits.float()).to(site.q.dtype)
+    weights = softmax(site, logits.float()).to(site.q.dtype)
     for method in methods:
         weights = method.edit_weights(site, weights)
     site.weights = weights
@@ -106,7 +113,7 @@ def _slots(site: Site) -> Tensor:
     """Attention of an evicted layer: each group of equally long heads by itself, on the fused kernel."""
     assert site.slots is not None and site.slots.store is not None
     store = site.slots.store
-    if site.softcap is not None or not isinstance(site.attention_mask, MaskPlan):
+    if site.softcap is not None or site.is_biased or not isinstance(site.attention_mask, MaskPlan):
         return _softmax(site, [], None)
     if site.expanded:
         return engines.run(Problem(site.q, site.k, site.v, site.scale, site.mask, dropout=site.dropout), "fused")
@@ -135,6 +142,16 @@ def _group(site: Site, group: Group) -> Tensor:
         mask = masks.combine(mask, slots.count.log().to(q.dtype).repeat_interleave(site.groups, 1)[:, :, None])
     problem = Problem(q, slots.k, slots.v, site.scale, mask, dropout=site.dropout)
     return fused.attend(problem) if mask is None else engines.run(problem, "fused")
+
+
+def softmax(
+    site: Site, logits: Float[Tensor, "b h q s"], rows: slice = slice(None), heads: slice = slice(None)
+) -> Float[Tensor, "b h q s"]:
+    """Weights of logits of some rows and heads; learnt sinks are one more logit, whose weight goes nowhere."""
+    if site.sinks is None:
+        return safe_softmax(logits)
+    sinks = site.sinks[:, heads] if site.sinks.shape[2] == 1 else site.sinks[:, heads, rows]
+    return torch.cat([logits, sinks.to(logits.dtype).expand(*logits.shape[:3], 1)], -1).softmax(-1)[..., :-1]
 
 
 def query_heads(kv_heads: Tensor, groups: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host.method import Method, overrides
@@ -68,6 +68,22 @@ class SlotLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.store = Store.empty(key_states, value_states)
         self.is_initialized = True
+
+    @property
+    def keys(self) -> Tensor | None:
+        """What is stored, as other code reads it from a cache: padded to the longest head."""
+        return None if self.store is None else self.store.padded("k")
+
+    @keys.setter
+    def keys(self, _: None) -> None:
+        """transformers' constructor sets it to None."""
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self.store is None else self.store.padded("v")
+
+    @values.setter
+    def values(self, _: None) -> None: ...
 
     @property
     def attached(self) -> bool:
@@ -292,15 +308,9 @@ class CompressedLayer(DynamicLayer):
         self.positions_at_compression = self.positions_at_compression[..., :0]
 
 
-def slot_layer(layer: CacheLayerMixin, cache: Cache) -> SlotLayer:
-    """A layer of slots that takes over what this one holds."""
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, CompressedLayer) or cache.offloading:
-        kind = "offloading " * cache.offloading + f"{type(cache).__name__} of {type(layer).__name__}"
-        raise UnsupportedModel(
-            f"past_key_values must be a DynamicCache for a method that evicts; got {kind}: "
-            "leave cache_implementation out"
-        )
-    return SlotLayer(layer)
+def tokens_seen(layer: object) -> int:
+    """Tokens that a cache layer has seen; none where it keeps a state, or nothing."""
+    return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else 0
 
 
 def evict(site: Site, methods: list[Method]) -> None:

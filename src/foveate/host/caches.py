@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
-from foveate.host.cache import CompressedLayer, SlotLayer, slot_layer
+from foveate.core.errors import UnsupportedModel
+from foveate.host.cache import CompressedLayer, SlotLayer, tokens_seen
+from foveate.host.hybrid import Hybrid, HybridSlotLayer
 from foveate.host.method import Method
 
 #: Memories of methods by cache, of every run that is open: `(id of the method, layer or None) -> what it noted`.
@@ -55,10 +64,14 @@ class Caches:
             # bound so that a copy of the cache, also a saved one, reorders itself
             cache.reorder_cache = partial(_reorder_cache, cache)
         for index, layer in enumerate(cache.layers):
-            if isinstance(layer, CompressedLayer):
+            if isinstance(layer, CompressedLayer) or (self.evicts and is_adoptable(layer)):
                 cache.layers[index] = layer = slot_layer(layer, cache)
             if isinstance(layer, SlotLayer):
                 layer.attach(self)
+        if self.evicts and cache.layer_class_to_replicate is DynamicLayer:
+            cache.layer_class_to_replicate = SlotLayer  # a layer may write into others than its own
+        if not any(tokens_seen(layer) for layer in cache.layers):
+            self.memories[cache].clear()
 
     def adopt(self, cache: Cache, index: int) -> None:
         """Make a layer ready for a call: begin its memories with its sequence, and put slots in place of its tensors
@@ -70,7 +83,7 @@ class Caches:
             while len(cache.layers) <= index:
                 cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
         layer = cache.layers[index] if index < len(cache.layers) else None
-        if layer is None or not _length(layer):
+        if layer is None or not tokens_seen(layer):
             forget(self.memories[cache], lambda key: key[1] == index or (key[1] is None and index == self.first))
             for begun in (index, *[None] * (index == self.first)):
                 _PROMPTS.setdefault(cache, {}).pop(begun, None)
@@ -93,6 +106,8 @@ class Caches:
                 forget(other.memories[cache], lambda key: key[0] in mine)
             if not sharing:
                 cache.__dict__.pop("reorder_cache", None)
+                if cache.layer_class_to_replicate is SlotLayer:
+                    cache.layer_class_to_replicate = DynamicLayer
                 cache.layers[:] = [x.released() if isinstance(x, SlotLayer) else x for x in cache.layers]
         self.memories.clear()
 
@@ -143,8 +158,28 @@ def forget(memories: dict[Any, Any], gone: Callable[[Any], bool]) -> None:
         del memories[key]
 
 
-def _length(layer: CacheLayerMixin) -> int:
-    return int(layer.get_seq_length())
+_ORDINARY = (DynamicLayer, DynamicSlidingWindowLayer, CompressedLayer)
+_HYBRID = get_args(Hybrid)
+
+
+def is_adoptable(layer: object) -> bool:
+    """Whether slots can stand in for this layer."""
+    return type(layer) in (*_ORDINARY, *_HYBRID)
+
+
+def slot_layer(layer: CacheLayerMixin, cache: Cache) -> SlotLayer:
+    """A layer of slots that takes over what this one holds."""
+    if not is_adoptable(layer) or cache.offloading:
+        if type(cache) is DynamicCache and not cache.offloading:
+            raise UnsupportedModel(
+                f"a method that evicts takes caches of keys and values alone; got {type(layer).__name__}"
+            )
+        kind = "offloading " * cache.offloading + f"{type(cache).__name__} of {type(layer).__name__}"
+        raise UnsupportedModel(
+            f"past_key_values must be a DynamicCache for a method that evicts; got {kind}: "
+            "leave cache_implementation out"
+        )
+    return HybridSlotLayer(layer) if isinstance(layer, _HYBRID) else SlotLayer(layer)
 
 
 def _reorder_cache(cache: Cache, index: Tensor) -> None:

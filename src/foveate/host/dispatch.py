@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import time
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -25,7 +28,13 @@ if TYPE_CHECKING:
 OPEN: WeakKeyDictionary[nn.Module, list[Run]] = WeakKeyDictionary()
 
 #: Keywords of an attention call that change its mathematics in ways a method's path does not know.
-_FOREIGN = ("s_aux", "position_bias", "cache")
+_FOREIGN = frozenset({"cache", "sparse_indices", "indices", "block_indices"})
+
+#: What the model's own eager attention may read that a method's path reads too, or may leave.
+_KNOWN = frozenset({
+    "module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "position_bias", "sinks",
+    "s_aux", "is_causal", "sliding_window", "training", "output_attentions", "kwargs",
+})  # fmt: skip
 
 
 def attention_function(
@@ -47,8 +56,9 @@ def attention_function(
         return out, weights
     site = outer.site(module, query, key, value, attention_mask, options, slots)
     site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
-    if methods and (foreign := [name for name in _FOREIGN if options.get(name) is not None]):
-        raise UnsupportedModel(f"{type(module).__name__} attends with {foreign[0]}, which methods cannot handle yet")
+    foreign = sorted(name for name in _foreign(type(module).__module__) if options.get(name) is not None)
+    if methods and foreign:
+        raise UnsupportedModel(f"{type(module).__name__} attends with {foreign[0]}, which methods cannot handle")
     if site.cache is None and site.is_causal and (needing := [m for m in methods if m.needs_cache]):
         raise OptionError(
             f"{type(needing[0]).__name__} acts on the cache, and this call has none: leave use_cache=True, and "
@@ -56,18 +66,33 @@ def attention_function(
         )
 
     def native(part: Site) -> Any:
-        q, k, v, mask = query, key, value, attention_mask
+        q, k, v, mask, given = query, key, value, attention_mask, options
         if part is not site:
             q, k, v, mask = part.q, part.new_k, part.new_v, part.attention_mask
-        return _native(outer.implementation(module), module, q, k, v, mask, options)
+            own = {"sinks": part.sinks, "position_bias": part.position_bias}
+            given = options | {name: value for name, value in own.items() if options.get(name) is not None}
+        return _native(outer.implementation(module), module, q, k, v, mask, given)
 
     out, density = pieces.run(site, methods, native)
-    held = slots_of(site)
-    if site.slots is not None:
-        evict(site, [method for run in runs for method in run.methods if run.drops_at(site)])
-    for run in runs:
-        run.stats.note(site, density, held, time.perf_counter() - begun)
+    held, spent = slots_of(site), time.perf_counter() - begun
+
+    def settle() -> None:
+        begun = time.perf_counter()
+        if site.slots is not None:
+            evict(site, [method for run in runs for method in run.methods if run.drops_at(site)])
+        for run in runs:
+            run.stats.note(site, density, held, spent + time.perf_counter() - begun)
+
+    outer.at_end(settle)
     return out.transpose(1, 2).contiguous(), site.weights
+
+
+@lru_cache(maxsize=256)
+def _foreign(file: str) -> frozenset[str]:
+    """Keywords of a model file's attention calls that a method's path cannot handle: its eager form reads them."""
+    eager = getattr(sys.modules[file], "eager_attention_forward", None)
+    read = inspect.signature(eager).parameters if eager is not None else {}
+    return _FOREIGN | (frozenset(read) - _KNOWN)
 
 
 def _native(

@@ -44,10 +44,13 @@ class AttendingLayer:
 class Layout:
     """The layers of a decoder that attend, in order. Tables of heads have one row for each; see `site.order`.
 
-    Layers of a hybrid model that keep a state instead (convolutions, linear attention) are not among them.
+    Layers of a hybrid model that keep a state instead (convolutions, linear attention) are not among them. `aside` are
+    the names of modules that attend causally without the cache: a small model within the model, which methods on caches
+    leave alone.
     """
 
     layers: tuple[AttendingLayer, ...]
+    aside: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -92,11 +95,15 @@ class _Looks(Method):
     """Stores tokens slot by slot, drops none, and notes how each layer is made."""
 
     evicts = True
+    is_probe = True
 
     def __init__(self) -> None:
         self.found: list[AttendingLayer] = []
+        self.aside: set[nn.Module] = set()
 
     def read(self, site: Site, out: Tensor) -> None:
+        if site.cache is None and site.is_causal:
+            self.aside.add(site.module)
         if site.slots is None or site.slots.store is None:
             return
         kv_heads = site.slots.store.n_heads
@@ -119,7 +126,8 @@ def _probe(host: Host) -> Layout:
         raise UnsupportedModel(f"{name} cannot read two tokens with a cache: {reason}") from None
     if not looks.found:
         raise UnsupportedModel(f"{name} attends without the cache, so that no policy can act on it")
-    return Layout(tuple(looks.found))
+    aside = frozenset(name for name, module in host.model.named_modules() if module in looks.aside)
+    return Layout(tuple(looks.found), aside)
 
 
 def decoder_inputs(host: Host, ids: Tensor) -> dict[str, Any]:

@@ -39,6 +39,6 @@ class Mark:
 
 def _crops(layer: Any) -> bool:
     """Whether a layer can forget its last tokens and be as it was before them."""
-    if isinstance(layer, SlotLayer):
+    if type(layer) is SlotLayer:
         return layer.window is None
     return type(layer) in (DynamicLayer, CompressedLayer)

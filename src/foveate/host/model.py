@@ -48,12 +48,10 @@ class Host:
         """The part that writes text: the model itself, or what stands behind an encoder or a vision tower; None where
         nothing attends causally.
         """
-        if not any(module.is_causal for module in self.attention_modules()):
+        if not any(_writes(module) for module in self.attention_modules()):
             return None
         found = self.model.get_decoder()
-        if isinstance(found, nn.Module) and any(
-            getattr(module, "is_causal", None) is True for module in found.modules()
-        ):
+        if isinstance(found, nn.Module) and any(_writes(module) for module in found.modules()):
             return found
         return self.model
 
@@ -85,6 +83,11 @@ class Host:
             if isinstance(config, PreTrainedConfig) and id(config) not in seen:
                 seen.add(id(config))
                 yield config
+
+
+def _writes(module: nn.Module) -> bool:
+    """Whether a module attends as a decoder does: to what came before."""
+    return getattr(module, "is_causal", None) is True or getattr(module, "is_decoder", None) is True
 
 
 def host(model: object) -> Host:

@@ -65,6 +65,7 @@ class Run:
         self.evicts = any(method.evicts or overrides(method, "keep") for method in methods)
         self._exit, self._entered, self._thread = ExitStack(), False, 0
         self._layers: dict[nn.Module, tuple[int, int]] = {}
+        self._aside: set[nn.Module] = set()
         self._configs: list[Any] = []
         self._local = threading.local()
         self._caches = Caches(self.evicts, 0)
@@ -73,12 +74,26 @@ class Run:
         if self._entered:
             raise OptionError("this run was used already; call apply() again")
         self._entered, self._thread = True, threading.get_ident()
+        self._check_cache()
         for method in self.methods:
             method.bind(self.host)
         with _ENTRY, ExitStack() as stack:  # whatever fails on the way in is undone at once
             self._attach(stack)
             self._exit = stack.pop_all()
         return self
+
+    def _check_cache(self) -> None:
+        """Refuse, before anything runs, a model whose cache cannot be evicted from."""
+        if not self.evicts or any(getattr(method, "is_probe", False) for method in self.methods):
+            return
+        if self.host.decoder is None:
+            raise UnsupportedModel(f"{type(self.host.model).__name__} has no decoder with a cache to evict from")
+        if any(getattr(module, "is_kv_shared_layer", False) for module in self.host.scope(self.on)):
+            raise UnsupportedModel("a method that evicts needs layers with keys of their own; this model shares them")
+        if not any(module in OPEN for module in self.host.attention_modules()):  # else outer methods would see the pass
+            from foveate.host.layout import layout  # it applies a method itself
+
+            self._aside = {self.host.model.get_submodule(name) for name in layout(self.host).aside}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -96,9 +111,7 @@ class Run:
 
     def _attach(self, stack: ExitStack) -> None:
         modules = self.host.attention_modules()
-        scope = self.host.scope(self.on)
-        if self.evicts and any(getattr(module, "is_kv_shared_layer", False) for module in scope):
-            raise UnsupportedModel("a method that evicts needs layers with keys of their own; this model shares them")
+        scope = [module for module in self.host.scope(self.on) if module not in self._aside]
         if any(run._thread != self._thread for module in modules for run in OPEN.get(module, ())):
             raise OptionError("another thread is inside foveate.apply() on this model; enter once, around both threads")
         for order, module in enumerate(scope):
@@ -190,10 +203,22 @@ class Run:
         if cache is not None:
             self._caches.adopt(cache, layer)
 
-    def _after(self, *_: object) -> None:
-        """The call is over: hold on to nothing of it."""
+    def at_end(self, settle: Callable[[], None]) -> None:
+        """Do something when the call is over. Where a module attends several times to what it stored once, only the
+        last time counts.
+        """
+        if getattr(self._local, "call", None) is None:
+            settle()
+        else:
+            self._local.settle = settle
+
+    def _after(self, _: nn.Module, args: object, output: object) -> None:
+        """The call is over: drop what is to be dropped, and hold on to nothing of it."""
+        settle = self._local.__dict__.pop("settle", None)
         self._local.call = None
         LATEST.layer = None
+        if settle is not None and output is not None:  # None after an exception
+            settle()
 
     def called(self, module: nn.Module) -> tuple[Cache | None, int]:
         """The cache and the layer number of the call at hand."""
@@ -217,6 +242,8 @@ class Run:
         if slots is None and isinstance(cache, Cache) and len(cache.layers) > layer:
             held = cache.layers[layer]
             slots = held if isinstance(held, SlotLayer) else None
+        elif slots is not None and isinstance(cache, Cache):
+            layer = _place(cache, slots, layer)
         scaling, causal = options.get("scaling"), options.get("is_causal")
         site = Site(
             module=module, layer=layer, order=order, q=q, new_k=k, new_v=v,
@@ -225,6 +252,8 @@ class Run:
             is_causal=bool(module.is_causal if causal is None else causal),
             dropout=options.get("dropout") or 0.0,
             softcap=options.get("softcap"),
+            sinks=_sinks(options),
+            position_bias=options.get("position_bias"),
             slots=slots if cache is not None else None,
             cache=cache, hidden=hidden, step=self._step(),
             memories=self._caches.memories.get(cache, {}) if isinstance(cache, Cache) else {},
@@ -306,6 +335,19 @@ def _check_expanded(site: Site) -> None:
             f"{type(site.module).__name__} changes keys and values after the cache, so that its heads cannot keep "
             f"different tokens; use a policy that keeps the same number for every head"
         )
+
+
+def _sinks(options: dict[str, Any]) -> Tensor | None:
+    """Learnt logits of nothing as `(1 or B, Hq, 1 or Nq, 1)`: one a head, or one for each query too."""
+    fixed, by_query = options.get("s_aux"), options.get("sinks")
+    return by_query if fixed is None else fixed.view(1, -1, 1, 1)
+
+
+def _place(cache: Cache, slots: SlotLayer, likely: int) -> int:
+    """The number of a layer in its cache: a model that runs its layers several times keeps one for each time."""
+    if likely < len(cache.layers) and cache.layers[likely] is slots:
+        return likely
+    return next((number for number, layer in enumerate(cache.layers) if layer is slots), likely)
 
 
 @lru_cache(maxsize=256)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from foveate.core import masks
 from foveate.core.engines import fused
+from foveate.core.errors import UnsupportedModel
+from foveate.host.cache import tokens_seen
 from foveate.host.mask import MaskPlan, at_positions, is_given, masked_part
 
 if TYPE_CHECKING:
@@ -30,11 +32,12 @@ class Site:
     A model may cache less than it attends to and expand it at each call (`expanded`; a shared latent, for instance):
     `k` and `v` are then the expanded ones, and `positions` has the heads of the cache. `k`, `v` and `positions` are
     views of the cache, which the next tokens write over: clone what you keep of them. `order` counts the layers that
-    attend, `layer` those of the cache. `prompt` is the length of the prompt, once the sequence has left it;
-    `reads_prompt` says whether it is still there. The call's last `tentative` tokens will be taken back, all or some of
-    them (`drafts`, of assisted decoding); `hidden_keys` are some that its queries do not see. For readers, once
-    attention is done: `weights` where somebody made them, the `selections` that were attended to, and whether a method
-    put something else in attention's place (`replaced`).
+    attend, `layer` those of the cache. `sinks` are learnt logits of nothing, `(1 or B, Hq, 1 or Nq, 1)`, which take
+    part in the softmax alone; `position_bias` is added to the logits. `prompt` is the length of the prompt, once the
+    sequence has left it; `reads_prompt` says whether it is still there. The call's last `tentative` tokens will be
+    taken back, all or some of them (`drafts`, of assisted decoding); `hidden_keys` are some that its queries do not
+    see. For readers, once attention is done: `weights` where somebody made them, the `selections` that were attended
+    to, and whether a method put something else in attention's place (`replaced`).
     """
 
     module: nn.Module
@@ -48,6 +51,8 @@ class Site:
     order: int = 0
     dropout: float = 0.0
     softcap: float | None = None
+    sinks: Float[Tensor, "b hq nq 1"] | None = None
+    position_bias: Float[Tensor, "... n"] | None = None
     slots: SlotLayer | None = None
     cache: Any = None
     hidden: Tensor | None = None
@@ -86,7 +91,7 @@ class Site:
         if self.slots is not None:
             return self.slots.seen
         if self.cache is not None and len(self.cache.layers) > self.layer:
-            counted = int(self.cache.get_seq_length(self.layer))
+            counted = tokens_seen(self.cache.layers[self.layer])
             if counted:  # zero where a layer reads another's keys
                 return counted
         if isinstance(self.attention_mask, MaskPlan):
@@ -150,11 +155,27 @@ class Site:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """Who may see what, `(B, 1 or Hq, Nq, S)`: bool, or a float bias that the caller gave; None for everything."""
-        if self.hidden_keys is None:
-            return self._mask()
-        shown = ~self.hidden_keys.repeat_interleave(self._heads_a_row, 1)[:, :, None]
-        return masks.combine(self._mask(), shown)
+        """Who may see what, `(B, 1 or Hq, Nq, S)`: bool, or a float bias of the caller's or the model's own; None for
+        everything.
+        """
+        shown = None
+        if self.hidden_keys is not None:
+            shown = ~self.hidden_keys.repeat_interleave(self._heads_a_row, 1)[:, :, None]
+        return masks.combine(self._mask(), self._position_bias(), shown)
+
+    def _position_bias(self) -> Tensor | None:
+        """The model's bias by position, at the keys that are at hand."""
+        bias = self.position_bias
+        if bias is None:
+            return None
+        if self.is_whole:
+            return bias[..., -self.k.shape[2] :]
+        if bias.shape[-1] != self.seen:
+            raise UnsupportedModel(
+                f"{type(self.module).__name__} gives a bias for {bias.shape[-1]} keys of {self.seen}, which cannot be "
+                f"read at the slots that a policy kept"
+            )
+        return at_positions(bias, self.positions.repeat_interleave(self._heads_a_row, 1), 0)
 
     def _mask(self) -> Tensor | None:
         plan = self.attention_mask
@@ -179,13 +200,18 @@ class Site:
         keys = self.k.shape[2] if self.is_whole else self.seen
         return masks.causal(n, keys, device=self.q.device)[None, None] if self.is_causal and n > 1 else None
 
+    @property
+    def is_biased(self) -> bool:
+        """Whether the softmax has more in it than scores and a mask: learnt sinks, or a bias by position."""
+        return self.sinks is not None or self.position_bias is not None
+
     @cached_property
     def is_plain_causal(self) -> bool:
         """Whether each query sees exactly the real keys up to its own: no window, no soft cap, no mask of the
         caller's.
         """
         plan = self.attention_mask
-        if self.softcap is not None or is_given(plan):
+        if self.softcap is not None or self.is_biased or is_given(plan):
             return False
         if not self.is_whole or self.k.shape[2] != self.seen or self.hidden_keys is not None:
             return False
@@ -227,6 +253,11 @@ class Site:
         other.new_k, other.new_v = self.new_k[:, :, :end], self.new_v[:, :, :end]
         other.hidden = None if self.hidden is None else self.hidden[:, start:stop]
         other.attention_mask = masked_part(self.attention_mask, start, stop, later)
+        if self.sinks is not None and self.sinks.shape[2] > 1:
+            other.sinks = self.sinks[:, :, start:stop]
+        if self.position_bias is not None:
+            rows = slice(start, stop) if self.position_bias.shape[-2] > 1 else slice(None)
+            other.position_bias = self.position_bias[..., rows, :end]
         if self.is_whole or self.expanded:
             other.__dict__["positions"] = self.positions[:, :, :end]
         other.tentative = max(0, self.tentative - later)
@@ -240,6 +271,8 @@ class Site:
         self.new_k, self.new_v = self.new_k[:, :, :-surplus], self.new_v[:, :, :-surplus]
         if isinstance(self.attention_mask, MaskPlan):
             self.attention_mask = masked_part(self.attention_mask, 0, self.q.shape[2], surplus)
+        if self.position_bias is not None:
+            self.position_bias = self.position_bias[..., :-surplus]
 
     def memory(self, method: Method, *, all_layers: bool = False) -> dict[str, Any]:
         """What a method remembers of this layer (or of all layers together) and this sequence.

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from foveate.host.cache import SlotLayer
+from foveate.host.cache import SlotLayer, tokens_seen
 from foveate.host.site import Site
 
 
@@ -140,7 +140,7 @@ class Stats:
         """Count a call that no method took part in."""
         rows, size, seen = k.shape[0] * k.shape[1], k.element_size() * (k.shape[-1] + v.shape[-1]), k.shape[2]
         if cache is not None and layer < len(cache.layers):
-            seen = max(seen, int(cache.layers[layer].get_seq_length()))
+            seen = max(seen, tokens_seen(cache.layers[layer]))
         share = min(1.0, k.shape[2] / seen) if q.shape[2] == 1 and seen > 1 else None
         self._note(cache, layer, rows * seen, rows * k.shape[2], size, share, 0, seconds)
 

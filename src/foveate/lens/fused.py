@@ -94,7 +94,9 @@ class Statistics:
     @classmethod
     def of(cls, site: Site) -> Self | None:
         """Those of a site where they say what happened there: plain softmax under causality and padding, else None."""
-        touched = site.replaced or site.weights is not None or site.selections or site.softcap is not None
+        touched = (
+            site.replaced or site.weights is not None or site.selections or site.softcap is not None or site.is_biased
+        )
         if touched or not site.is_whole or not _runs_on(site.q):
             return None
         plan, real, n = site.attention_mask, site.real, site.k.shape[2]

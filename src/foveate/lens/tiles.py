@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.core import masks
-from foveate.core.scoring import dot_product, safe_softmax
-from foveate.host.attention import soft_capped
+from foveate.core.scoring import dot_product
+from foveate.host.attention import soft_capped, softmax
 from foveate.host.mask import MaskPlan
 from foveate.host.site import Site
 from foveate.lens.fused import Statistics, grouped
@@ -114,7 +114,7 @@ def _softmax(
     if mask is not None and seen is not None:
         logits = logits if mask.dtype == torch.bool else logits + mask
         logits = logits.masked_fill(~seen, masks.NEVER)
-    return safe_softmax(logits)
+    return softmax(site, logits, rows, heads)
 
 
 def _mask(site: Site, rows: slice, heads: slice) -> Tensor | None:
@@ -127,6 +127,8 @@ def _mask(site: Site, rows: slice, heads: slice) -> Tensor | None:
         mask = masks.causal(n, site.k.shape[2], rows=rows, device=site.q.device)[None, None] if causal else None
     else:
         mask = masks.rows_of(site.mask, rows)
+    if site.position_bias is not None and site.is_whole:
+        mask = masks.combine(mask, masks.rows_of(site.position_bias[..., -site.k.shape[2] :], rows))
     mask = masks.combine(mask, *(selection.dense(rows) for selection in site.selections))
     return mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
 
