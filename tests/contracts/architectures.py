@@ -7,12 +7,14 @@ about names of fields make any configuration small; `OWN` adds what an architect
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_DIM, LAYERS, WINDOW, LENGTH = 64, 32, 4, 2, 8, 4, 8, 128
@@ -119,8 +121,12 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
-    """The model types that transformers builds a causal language model for."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """The model types that transformers builds a causal language model for; those that others registered left out."""
+    return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if _is_own(name))
+
+
+def _is_own(name: str) -> bool:
+    return importlib.util.find_spec(f"transformers.models.{model_type_to_module_name(name)}") is not None
 
 
 def tiny(kind: type[PreTrainedConfig]) -> PreTrainedConfig:

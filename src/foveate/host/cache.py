@@ -70,22 +70,6 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
-    def keys(self) -> Tensor | None:
-        """What is stored, as other code reads it from a cache: padded to the longest head."""
-        return None if self.store is None else self.store.padded("k")
-
-    @keys.setter
-    def keys(self, _: None) -> None:
-        """transformers' constructor sets it to None."""
-
-    @property
-    def values(self) -> Tensor | None:
-        return None if self.store is None else self.store.padded("v")
-
-    @values.setter
-    def values(self, _: None) -> None: ...
-
-    @property
     def attached(self) -> bool:
         return any((run := ref()) is not None and run.is_open for ref in self._runs)
 
