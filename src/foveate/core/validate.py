@@ -78,6 +78,12 @@ def count(name: str, value: int, least: int = 0) -> None:
         raise OptionError(f"{name}={value!r} must be a whole number, at least {least}")
 
 
+def flag(name: str, value: bool) -> None:
+    """Refuse an option that is not True or False."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{name}={value!r} must be True or False")
+
+
 def between(name: str, value: float, low: float, high: float) -> None:
     """Refuse an option outside `[low, high]`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:

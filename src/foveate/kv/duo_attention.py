@@ -29,7 +29,7 @@ from foveate.host.model import host
 from foveate.host.site import Site
 from foveate.kv.heads import HeadTable, check_heads, keep_window, split_at_budget
 from foveate.kv.padding import tokens
-from foveate.kv.policy import Policy, Progress
+from foveate.kv.policy import Policy, Progress, check_budget
 from foveate.kv.unfinished import Unfinished
 
 
@@ -65,10 +65,10 @@ class DuoAttention(Policy):
                 f"gates must be a tensor (layers, kv_heads), from duo_train; got {type(self.gates).__name__}"
             )
         validate.between("sparsity", self.sparsity, 0.0, 1.0)
-        validate.at_least("sink", self.sink, 0)
-        validate.at_least("recent", self.recent, 1)
+        validate.count("sink", self.sink)
+        validate.count("recent", self.recent, 1)
         if self.prefill_chunk is not None:
-            validate.at_least("prefill_chunk", self.prefill_chunk, 1)
+            validate.count("prefill_chunk", self.prefill_chunk, 1)
 
     def bind(self, host: Host) -> None:
         check_heads("gates", self.gates, host)
@@ -100,6 +100,7 @@ class DuoAttention(Policy):
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
+        check_budget(budget, length)
         if "gates" not in learnt:
             raise OptionError("duo_attention needs gates for this model: train them with DuoAttention.calibrate")
         may, full, window = split_at_budget(budget, host, length)
@@ -204,7 +205,8 @@ def duo_train(
     validate.at_least("steps", steps, 1)
     found = layout(here)
     check_heads("gates", found.table, here)
-    gates = torch.ones(found.table.shape, requires_grad=True)
+    with torch.inference_mode(False):
+        gates = torch.ones(found.table.shape, requires_grad=True)
     optimiser = torch.optim.AdamW([gates], lr=rate, weight_decay=0.0)
     kept = None if partial is None else Unfinished(partial, f"{steps} {rate} {reg} {sink} {recent}")
     done = 0 if kept is None else kept.load(gates, optimiser)
@@ -215,26 +217,33 @@ def duo_train(
     try:
         for step in range(done, steps):
             ids, answers = next(stream)
-            with torch.no_grad():
-                full = _states(here, ids, answers)
-            with apply(here.model, Mixed(gates, sink, recent), on="decoder"):
-                mixed = _states(here, ids, answers)
-            distance = (mixed - full).float().square().mean().cpu()
             optimiser.param_groups[0]["lr"] = rate * _schedule(step, steps)
-            (distance + reg * gates[found.table].abs().mean()).backward()
+            distance = _backward(here, Mixed(gates, sink, recent), ids, answers, reg)
             optimiser.step()
             optimiser.zero_grad()
             gates.data.clamp_(0.0, 1.0)
             if kept is not None:
                 kept.save(step + 1, gates, optimiser)
             if progress is not None:
-                progress(step + 1, steps, f"distance {distance.item():.4f}, mean gate {gates.mean().item():.2f}")
+                progress(step + 1, steps, f"distance {distance:.4f}, mean gate {gates.mean().item():.2f}")
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
     if kept is not None:
         kept.file.unlink(missing_ok=True)
     return gates.detach()
+
+
+def _backward(here: Host, mixing: Mixed, ids: Tensor, answers: Tensor, reg: float) -> float:
+    """The gates' gradient of one batch, and the squared distance of the two streams."""
+    with torch.inference_mode(False), torch.enable_grad():
+        with torch.no_grad():
+            full = _states(here, ids, answers)
+        with apply(here.model, mixing, on="decoder"):
+            mixed = _states(here, ids, answers)
+        distance = (mixed - full).float().square().mean().cpu()
+        (distance + reg * mixing.gates[layout(here).table].abs().mean()).backward()
+    return distance.item()
 
 
 def _states(here: Host, ids: Tensor, answers: Tensor) -> Float[Tensor, "n c"]:

@@ -72,8 +72,9 @@ def own_lengths(site: Site) -> int | Tensor:
 def split_at_budget(budget: float, host: Host, length: int) -> tuple[Bool[Tensor, "l hkv"], int, int]:
     """How to spend a budget on a head split: `(heads that may be full, how many of them, tokens of the others)`.
 
-    The window is a sixteenth of the prompt, so that most of the budget buys whole heads: those are what retrieval
-    needs. Heads of layers with a window of their own cannot look back further, and keep the short one.
+    The window is at least a sixteenth of the prompt, so that most of the budget buys whole heads: those are what
+    retrieval needs. What is left when no further head fits makes it longer. Heads of layers with a window of their own
+    cannot look back further, and keep the short one.
     """
     found = layout(host)
     far = torch.tensor([layer.window is None or layer.window > length for layer in found.layers])
@@ -81,7 +82,9 @@ def split_at_budget(budget: float, host: Host, length: int) -> tuple[Bool[Tensor
     window = max(8, length // 16)
     share = min(1.0, window / length)
     full = int(max(0.0, (budget - share) / (1 - share)) * heads + 1e-6) if share < 1 else heads
-    return may, min(full, int(may.sum())), min(window, max(1, round(budget * length)))
+    full = min(full, int(may.sum()))
+    rest = (budget * heads - full) * length / max(1, heads - full)
+    return may, full, min(length, max(1, round(rest)))
 
 
 def top(scores: Float[Tensor, "l h"], count: int) -> Bool[Tensor, "l h"]:

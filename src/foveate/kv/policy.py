@@ -16,6 +16,12 @@ from foveate.host.method import Method
 Progress = Callable[[int, int, str], None]
 
 
+def check_budget(budget: float, length: int) -> None:
+    """Refuse a share or a number of tokens that is none."""
+    validate.between("budget", budget, 0.0, 1.0)
+    validate.count("length", length, 1)
+
+
 class Policy(Method):
     """A method that keeps, or reads while decoding, only part of the cache."""
 
@@ -54,6 +60,5 @@ class Policy(Method):
     @staticmethod
     def tokens(budget: float, length: int) -> int:
         """The budget in tokens, at least one."""
-        validate.between("budget", budget, 0.0, 1.0)
-        validate.at_least("length", length, 1)
+        check_budget(budget, length)
         return max(1, round(budget * length))

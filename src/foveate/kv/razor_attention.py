@@ -17,14 +17,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.core.errors import ShapeError
+from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import safe_softmax
 from foveate.host import SUMMARY, Host, Layout, Slots, layout
 from foveate.host.method import Method
 from foveate.host.site import Site
 from foveate.kv.heads import HeadTable, check_heads, keep_window, own_lengths, per_kv_head, split_at_budget, top
 from foveate.kv.padding import tokens
-from foveate.kv.policy import Policy, Progress
+from foveate.kv.policy import Policy, Progress, check_budget
 from foveate.kv.probing import kept, logits_of, read
 
 _ROWS = 256
@@ -63,9 +63,14 @@ class RazorAttention(Policy):
     def __post_init__(self) -> None:
         validate.between("echo", self.echo, 0.0, 1.0)
         validate.between("induction", self.induction, 0.0, 1.0)
-        validate.at_least("sink", self.sink, 0)
-        validate.at_least("min_window", self.min_window, 1)
+        if self.heads is not None and not isinstance(self.heads, Tensor):
+            raise OptionError(
+                f"heads must be a bool tensor (layers, kv_heads) or None; got {type(self.heads).__name__}"
+            )
+        validate.count("sink", self.sink)
+        validate.count("min_window", self.min_window, 1)
         validate.at_least("ratio", self.ratio, 1.0)
+        validate.flag("compensate", self.compensate)
 
     def bind(self, host: Host) -> None:
         found = layout(host)
@@ -107,6 +112,7 @@ class RazorAttention(Policy):
         """See `Policy.at_budget`. Heads are protected in the paper's proportion, one by echo to fourteen by
         induction.
         """
+        check_budget(budget, length)
         may, full, window = split_at_budget(budget, host, length)
         scores, found = learnt or head_scores(host), layout(host)
         for kind in ("echo", "induction"):

@@ -45,7 +45,7 @@ class Dynamic:
 
     def __post_init__(self) -> None:
         validate.between("threshold", self.threshold, -1.0, 1.0)
-        validate.at_least("every", self.every, 1)
+        validate.count("every", self.every, 1)
 
 
 @final
@@ -78,10 +78,11 @@ class RecycledAttention(Policy):
 
     def __post_init__(self) -> None:
         for name, least in (("k", 1), ("stride", 1), ("pool", 0), ("phase", 0)):
-            validate.at_least(name, getattr(self, name), least)
+            validate.count(name, getattr(self, name), least)
         validate.one_of("group_reduce", self.group_reduce, ("max", "mean"))
         if self.pool and self.pool % 2 == 0:
             raise OptionError(f"pool={self.pool} must be odd, or 0 for none")
+        validate.flag("grow", self.grow)
         if self.dynamic is not None and not isinstance(self.dynamic, Dynamic):
             raise OptionError(f"dynamic must be a Dynamic(threshold, every) or None; got {type(self.dynamic).__name__}")
 

@@ -36,8 +36,8 @@ class SinkRecent(Policy):
     evicts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        validate.at_least("sink", self.sink, 0)
-        validate.at_least("recent", self.recent, 1)
+        validate.count("sink", self.sink, 0)
+        validate.count("recent", self.recent, 1)
 
     def keep(self, site: Site) -> Tensor | None:
         if site.seen <= self.sink + self.recent:

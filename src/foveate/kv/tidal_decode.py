@@ -23,7 +23,7 @@ from foveate.host.method import Method
 from foveate.host.model import host
 from foveate.host.site import Site
 from foveate.kv.heads import check_reach, far_layers
-from foveate.kv.policy import Policy, Progress
+from foveate.kv.policy import Policy, Progress, check_budget
 from foveate.kv.probing import logits_of, read
 from foveate.kv.reading import has_everything, last_logits
 
@@ -59,12 +59,14 @@ class TidalDecode(Policy):
     _order: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        validate.at_least("top_k", self.top_k, 1)
-        validate.at_least("dense_layers", self.dense_layers, 0)
+        validate.count("top_k", self.top_k, 1)
+        validate.count("dense_layers", self.dense_layers)
         validate.one_of("per", self.per, ("head", "group", "layer"))
         validate.one_of("reduce", self.reduce, ("max", "sum"))
+        if not isinstance(self.reselect_layers, tuple | list):
+            raise OptionError(f"reselect_layers={self.reselect_layers!r} must be a tuple of layers' numbers")
         for layer in self.reselect_layers:
-            validate.at_least("reselect_layers", layer, 0)
+            validate.count("reselect_layers", layer)
 
     def bind(self, host: Host) -> None:
         far = far_layers(layout(host))
@@ -129,24 +131,23 @@ class TidalDecode(Policy):
 
 def spent(budget: float, layers: int, length: int, overlap: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
     """A budget as `(top_k, dense_layers, reselect_layers)` for so many layers; see `TidalDecode.at_budget`."""
+    check_budget(budget, length)
+    if overlap is not None and tuple(overlap.shape) != (layers, layers):
+        raise ShapeError(f"overlap must be ({layers}, {layers}) for this model; got {tuple(overlap.shape)}")
     dense = min(2, layers // 4)
-    later = range(dense + 1, layers)
-    if not later:
-        return Policy.tokens(budget, length), dense, ()
-    again = min(max(round(layers * 13 / 32), later[0]), later[-1])
-    if overlap is not None:
-        if tuple(overlap.shape) != (layers, layers):
-            raise ShapeError(f"overlap must be ({layers}, {layers}) for this model; got {tuple(overlap.shape)}")
-        again = _best_layer(overlap, dense)
-    full = dense + 2
+    again: tuple[int, ...] = ()
+    later = range(dense + 1, layers - 1)  # each has a layer behind it that reads what it selects
+    if later:
+        middle = min(max(round(layers * 13 / 32), later[0]), later[-1])
+        again = (middle if overlap is None else _best_layer(overlap, dense, later),)
+    full = dense + 1 + len(again)
     left = (budget * layers - full) / max(1, layers - full)
-    return Policy.tokens(left if left > 0 else budget, length), dense, (again,)
+    return Policy.tokens(left if left > 0 else budget, length), dense, again
 
 
-def _best_layer(overlap: Float[Tensor, "l l"], first: int) -> int:
+def _best_layer(overlap: Float[Tensor, "l l"], first: int, later: range) -> int:
     """The re-selection layer with which the sparse layers agree best, each with the selection that it would read."""
-    last = overlap.shape[0]
-    worth = {r: overlap[first, first + 1 : r].sum() + overlap[r, r + 1 :].sum() + 1.0 for r in range(first + 1, last)}
+    worth = {r: overlap[first, first + 1 : r].sum() + overlap[r, r + 1 :].sum() for r in later}
     return max(worth, key=lambda layer: float(worth[layer]))
 
 

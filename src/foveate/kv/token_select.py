@@ -58,8 +58,9 @@ class TokenSelect(Policy):
     chunk: int = 8192
 
     def __post_init__(self) -> None:
-        for name, least in (("sink", 0), ("local", 0), ("k", 1), ("sim_threshold", -1), ("pool", 0), ("chunk", 1)):
-            validate.at_least(name, getattr(self, name), least)
+        for name, least in (("sink", 0), ("local", 0), ("k", 1), ("pool", 0), ("chunk", 1)):
+            validate.count(name, getattr(self, name), least)
+        validate.at_least("sim_threshold", self.sim_threshold, -1)
         if self.pool and self.pool % 2 == 0:
             raise OptionError(f"pool={self.pool} must be odd, or 0 for none")
 

@@ -310,9 +310,9 @@ def test_budget() -> None:
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ({"k": 0}, "k=0 must be at least 1"),
-        ({"stride": 0}, "stride=0 must be at least 1"),
-        ({"phase": -1}, "phase=-1 must be at least 0"),
+        ({"k": 0}, "k=0 must be a whole number, at least 1"),
+        ({"stride": 0}, "stride=0 must be a whole number, at least 1"),
+        ({"phase": -1}, "phase=-1 must be a whole number, at least 0"),
         ({"pool": 2}, "pool=2 must be odd"),
         ({"group_reduce": "sum"}, "group_reduce='sum' must be one of 'max', 'mean'"),
         ({"dynamic": {"threshold": 0.8}}, r"dynamic must be a Dynamic\(threshold, every\) or None; got dict"),
@@ -326,5 +326,5 @@ def test_bad_options(bad: dict[str, Any], message: str) -> None:
 def test_bad_schedules() -> None:
     with pytest.raises(FoveateError, match="threshold=2 must be in -1.0..1.0"):
         Dynamic(threshold=2)
-    with pytest.raises(FoveateError, match="every=0 must be at least 1"):
+    with pytest.raises(FoveateError, match="every=0 must be a whole number, at least 1"):
         Dynamic(every=0)

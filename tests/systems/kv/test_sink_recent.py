@@ -115,5 +115,5 @@ def test_budget() -> None:
 
 @pytest.mark.parametrize("bad", [{"sink": -1}, {"recent": 0}, {"recent": "many"}])
 def test_bad_options(bad: dict[str, object]) -> None:
-    with pytest.raises(FoveateError, match=f"{next(iter(bad))}=.* must be at least"):
+    with pytest.raises(FoveateError, match=f"{next(iter(bad))}=.* must be a whole number, at least"):
         SinkRecent(**bad)

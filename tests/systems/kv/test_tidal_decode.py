@@ -258,7 +258,7 @@ def test_budget_is_what_is_read() -> None:
 
 
 def test_shallow_models() -> None:
-    for layers, dense, again in ((2, 0, (1,)), (3, 0, (1,))):
+    for layers, dense, again in ((2, 0, ()), (3, 0, (1,))):
         lm = induction_lm(layers, heads=2, kv_heads=2, matching=[])
         policy = TidalDecode.at_budget(0.5, host(lm), 64)
         assert (policy.dense_layers, policy.reselect_layers) == (dense, again)
@@ -272,9 +272,9 @@ def test_shallow_models() -> None:
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ({"top_k": 0}, "top_k=0 must be at least 1"),
-        ({"dense_layers": -1}, "dense_layers=-1 must be at least 0"),
-        ({"reselect_layers": (-1,)}, "reselect_layers=-1 must be at least 0"),
+        ({"top_k": 0}, "top_k=0 must be a whole number, at least 1"),
+        ({"dense_layers": -1}, "dense_layers=-1 must be a whole number, at least 0"),
+        ({"reselect_layers": (-1,)}, "reselect_layers=-1 must be a whole number, at least 0"),
         ({"per": "token"}, "per='token' must be one of 'head', 'group', 'layer'"),
         ({"reduce": "mean"}, "reduce='mean' must be one of 'max', 'sum'"),
         ({"reselect_layers": (3,)}, "must be under the 3 layers of this model"),

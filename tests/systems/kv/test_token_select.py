@@ -264,10 +264,10 @@ def test_budget() -> None:
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ({"k": 0}, "k=0 must be at least 1"),
-        ({"sink": -1}, "sink=-1 must be at least 0"),
+        ({"k": 0}, "k=0 must be a whole number, at least 1"),
+        ({"sink": -1}, "sink=-1 must be a whole number, at least 0"),
         ({"pool": 4}, "pool=4 must be odd"),
-        ({"chunk": 0}, "chunk=0 must be at least 1"),
+        ({"chunk": 0}, "chunk=0 must be a whole number, at least 1"),
         ({"sim_threshold": -2}, "sim_threshold=-2 must be at least -1"),
     ],
 )

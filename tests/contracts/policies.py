@@ -1,0 +1,196 @@
+"""What a cache policy, or any method on a decoder, is held against: small models, padded batches, and live memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from foveate.core.catalog import systems
+from foveate.host import Host, Method
+from foveate.host.model import host
+from foveate.kv.policy import Policy
+
+VOCAB = 64
+_SIZES = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, head_dim=8,
+    num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    initializer_range=0.3,
+)  # fmt: skip
+_LFM = {name: value for name, value in _SIZES.items() if name != "head_dim"}
+_KINDS = ["sliding_attention", "full_attention", "full_attention", "full_attention"]
+
+_MAKE: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES)),
+    "deep": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**_SIZES, "num_hidden_layers": 20})),
+    # one layer with a window, soft caps
+    "windowed": lambda: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(**_SIZES, sliding_window=16, layer_types=_KINDS, attn_logit_softcapping=3.0)
+    ),
+    # two convolutions between layers that attend
+    "hybrid": lambda: hf.Lfm2ForCausalLM(
+        hf.Lfm2Config(**_LFM, layer_types=["conv", "full_attention", "conv", "full_attention"])
+    ),
+}
+
+
+@cache
+def subject(name: str) -> PreTrainedModel:
+    """A model in float64, in which a policy's choices do not hang on the order of a sum; in float32 where transformers'
+    own masks need that.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _MAKE[name]().eval().to(torch.float32 if name == "windowed" else torch.float64)
+
+
+#: Every policy of the catalogue.
+POLICIES: dict[str, type[Policy]] = {row.key: row.load() for row in systems(room="kv")}
+
+#: Options beside those of `at_budget` with which a policy takes another path.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "duo_attention": {"chunks": {"prefill_chunk": 7}},
+    "razor_attention": {"ratio": {"ratio": 3.0}, "dropped": {"compensate": False}},
+    "token_select": {
+        "chunks": {"chunk": 7}, "sparing": {"sim_threshold": 0.3, "chunk": 7}, "pooled": {"pool": 3},
+    },
+    "tidal_decode": {"head": {"per": "head"}, "layer": {"per": "layer", "reduce": "sum"}},
+    "recycled_attention": {"stride": {"stride": 3, "pool": 0}, "fixed": {"grow": False, "stride": 5, "phase": 2}},
+}  # fmt: skip
+CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS.items() for name in some]
+
+
+@cache
+def learnt(key: str, name: str) -> dict[str, Tensor]:
+    """What a policy learns about a model, from a few random tokens."""
+    draw = torch.Generator().manual_seed(0)
+
+    def data() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            ids = torch.randint(2, VOCAB, (1, 24), generator=draw)
+            yield ids, torch.arange(24)[None] >= 16
+
+    return POLICIES[key].calibrate(host(subject(name)), data())
+
+
+def policy(key: str, budget: float, length: int, variant: str = "", name: str = "llama") -> Policy:
+    """A catalogued policy at a budget, as `compare` makes it."""
+    made = POLICIES[key].at_budget(budget, host(subject(name)), length, **learnt(key, name))
+    return replace(made, **VARIANTS[key][variant]) if variant else made  # type: ignore[type-var]
+
+
+# -- padded batches ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of unequal lengths, padded on a side, and what comes after the prompt."""
+
+    ids: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], side: str, after: int, seed: int = 0) -> Batch:
+        """Prompts of these lengths, and `after` tokens more for each."""
+        draw = torch.Generator().manual_seed(seed)
+        longest = max(lengths)
+        ids, mask = torch.zeros(len(lengths), longest, dtype=torch.long), torch.zeros(len(lengths), longest).long()
+        for row, length in enumerate(lengths):
+            start = longest - length if side == "left" else 0
+            ids[row, start : start + length] = torch.randint(2, VOCAB, (length,), generator=draw)
+            mask[row, start : start + length] = 1
+        new = torch.randint(2, VOCAB, (len(lengths), after), generator=draw)
+        return cls(torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1))
+
+    def row(self, row: int, pieces: Sequence[int]) -> tuple[Batch, list[int]]:
+        """One sequence by itself, in the pieces that it comes in here."""
+        real = self.mask[row].bool()
+        own = [int(part.sum()) for part in real.split(list(pieces))]
+        return Batch(self.ids[row : row + 1, real], self.mask[row : row + 1, real]), [size for size in own if size]
+
+    def feed(self, model: PreTrainedModel, pieces: Sequence[int]) -> list[Tensor]:
+        """Each sequence's logits, the batch being fed in pieces of these sizes."""
+        where, cache, end, out = (self.mask.cumsum(1) - 1).clamp_min(0), DynamicCache(config=model.config), 0, []
+        for size in pieces:
+            begin, end = end, end + size
+            step = model(
+                self.ids[:, begin:end], attention_mask=self.mask[:, :end], position_ids=where[:, begin:end],
+                past_key_values=cache,
+            )  # fmt: skip
+            out.append(step.logits)
+        assert end == self.ids.shape[1]
+        logits = torch.cat(out, 1)
+        return [row[real] for row, real in zip(logits, self.mask.bool(), strict=True)]
+
+
+LENGTHS, AFTER = (40, 23, 31), 8
+#: How a prompt of 40 tokens and the eight after it come.
+PIECES = {"whole": [40, *[1] * AFTER], "chunks": [13, 16, 11, *[1] * AFTER], "decode": [10, *[1] * 38]}
+
+
+def off_alone(
+    model: PreTrainedModel, side: str, pieces: str, around: Callable[[], Any], lengths: Sequence[int] = LENGTHS
+) -> tuple[float, list[Tensor]]:
+    """How far a batch's logits are from those of its sequences alone, and the batch's logits.
+
+    Args:
+        model: a decoder.
+        side: "left", "right", or "none", where all have the length of the first.
+        pieces: a name in `PIECES`.
+        around: gives the block to be in.
+        lengths: of the prompts.
+    """
+    batch = Batch.of([lengths[0]] * len(lengths) if side == "none" else lengths, side, AFTER)
+    with torch.no_grad(), around():
+        together = batch.feed(model, PIECES[pieces])
+        alone = []
+        for row in range(len(lengths)):
+            single, own = batch.row(row, PIECES[pieces])
+            alone += single.feed(model, own)
+    return max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True)), together
+
+
+# -- traces ------------------------------------------------------------------------------------------------------------
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that Python can reach, each storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.layout is torch.strided and not thing.is_meta:
+            try:
+                storage = thing.untyped_storage()
+            except (NotImplementedError, RuntimeError):
+                continue  # one that wraps others, and has no memory of its own
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def trace(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model's modules that a method could leave something on."""
+    return {
+        name: (
+            sorted(vars(module)), [len(getattr(module, hooks)) for hooks in vars(module) if hooks.endswith("_hooks")],
+            getattr(getattr(module, "config", None), "_attn_implementation", None), module.training,
+            [p.requires_grad for p in module.parameters(recurse=False)],
+        )
+        for name, module in model.named_modules()
+    }  # fmt: skip
+
+
+def here(name: str = "llama") -> Host:
+    return host(subject(name))
+
+
+__all__ = [
+    "AFTER", "CASES", "LENGTHS", "PIECES", "POLICIES", "VARIANTS", "VOCAB", "Batch", "Method", "here", "learnt",
+    "live_bytes", "off_alone", "policy", "subject", "trace",
+]  # fmt: skip

@@ -1,0 +1,271 @@
+"""The contract of cache policies: every policy of the catalogue keeps it, at the budgets that `compare` gives it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from foveate.core.errors import FoveateError, OptionError, UnsupportedModel
+from foveate.host import apply
+from tests import host_models
+from tests.contracts.policies import (
+    CASES,
+    LENGTHS,
+    PIECES,
+    POLICIES,
+    VOCAB,
+    Batch,
+    here,
+    learnt,
+    live_bytes,
+    off_alone,
+    policy,
+    subject,
+    trace,
+)  # fmt: skip
+
+EVERY = pytest.mark.parametrize("key", POLICIES)
+CASE = pytest.mark.parametrize("key, variant", CASES, ids=[f"{key}-{name}" if name else key for key, name in CASES])
+TOTAL = LENGTHS[0] + 8
+
+
+def prompt(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+# -- exact limits ------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("name", ["llama", "windowed", "hybrid"])
+@torch.no_grad()
+def test_a_full_budget_is_the_model_bit_for_bit(key: str, name: str) -> None:
+    method = policy(key, 1.0, TOTAL, name=name)
+    for side in ("none",) if name == "hybrid" else ("left", "right"):
+        batch = Batch.of([LENGTHS[0]] * 2 if side == "none" else LENGTHS, side, 8)
+        for pieces in PIECES.values() if name == "llama" else [PIECES["chunks"]]:
+            expected = batch.feed(subject(name), pieces)
+            with apply(subject(name), method):
+                got = batch.feed(subject(name), pieces)
+            for a, b in zip(got, expected, strict=True):
+                if name == "windowed" and method.evicts:  # slots of a window are summed in another order
+                    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+                else:
+                    assert torch.equal(a, b), (side, pieces)
+
+
+# -- a budget ----------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("name", ["deep", "hybrid", "windowed"])
+@pytest.mark.parametrize("budget", [0.1, 0.25, 0.5])
+@torch.no_grad()
+def test_a_budget_is_what_is_kept_or_read(key: str, name: str, budget: float) -> None:
+    """In bytes: one token a head may come on top, the newest, half a one for rounding, and a buffer's room of a 32nd.
+
+    What evicts nothing reads its share in the layers that see all tokens. A policy that spends it on whole layers
+    cannot spend less than those take, four of twenty here.
+    """
+    length, cache = 160, DynamicCache(config=subject(name).config)
+    method = policy(key, budget, length, name=name)
+    steps = min(getattr(method, "stride", 1), 16)
+    layers = [layer for layer in range(len(subject(name).model.layers)) if _attends(name, layer)]
+    far = [layer for layer in layers if (name, layer) != ("windowed", 0)]
+    with apply(subject(name), method) as run:
+        subject(name)(prompt(1, length - 1), past_key_values=cache)
+        for step in range(steps):
+            subject(name)(prompt(1, 1, step), past_key_values=cache)
+        if method.evicts:
+            token = 2 * 2 * 8 * subject(name).dtype.itemsize  # keys and values, heads, width
+            stored = sum(_bytes(cache.layers[layer]) for layer in layers)
+            full = len(layers) * (length - 1 + steps) * token
+            assert stored <= budget * full * (1 + 1 / 32) + 1.5 * len(layers) * token
+            assert stored >= 0.5 * budget * len(far) / len(layers) * full
+            assert run.stats.kept <= budget + 1.5 / length
+        elif name == "deep" and steps == getattr(method, "stride", 1):
+            assert run.stats.read <= max(budget, 0.2 + 1 / length) + 0.02
+            assert run.stats.read >= 0.5 * budget
+        if not method.evicts:
+            assert run.stats.kept == 1.0 or name == "windowed"
+            read = [run.stats.of(cache).layers[layer] for layer in far]
+            assert min(one.read / one.decodes for one in read) < 1.0
+
+
+def _attends(name: str, layer: int) -> bool:
+    return name != "hybrid" or layer % 2 == 1
+
+
+def _bytes(layer: Any) -> int:
+    kept = [x for group in layer.store.groups for x in (group._buffer.k, group._buffer.v)]
+    return sum(x.untyped_storage().nbytes() for x in kept)
+
+
+@EVERY
+@pytest.mark.parametrize("bad", [{"budget": -0.1}, {"budget": 1.5}, {"budget": "a"}, {"length": 0}, {"length": 2.5}])
+def test_a_bad_budget_is_refused_by_name(key: str, bad: dict[str, Any]) -> None:
+    given = {"budget": 0.25, "length": 100, **bad}
+    with pytest.raises(FoveateError, match=f"^{next(iter(bad))}="):
+        POLICIES[key].at_budget(given["budget"], here(), given["length"], **learnt(key, "llama"))
+
+
+@EVERY
+def test_bad_options_are_refused_by_name(key: str) -> None:
+    method = policy(key, 0.25, 100)
+    for field in dataclasses.fields(method):  # type: ignore[arg-type]
+        value = getattr(method, field.name)
+        wrong: list[object] = [object()]
+        if type(value) is int:
+            wrong += [2.5, -7, True, "3"]
+        if type(value) is float:
+            wrong += [float("nan"), -7.0, "3"]
+        if type(value) is bool or isinstance(value, str | tuple):
+            wrong += ["x", 1.5]
+        for bad in wrong if field.init else ():
+            with pytest.raises(FoveateError, match=field.name) as caught:
+                dataclasses.replace(method, **{field.name: bad})  # type: ignore[type-var]
+            assert "\n" not in str(caught.value)
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+@CASE
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_each_sequence_gets_what_it_gets_alone(key: str, variant: str, side: str) -> None:
+    """Whole, in chunks, token by token; at a budget that matters."""
+    method, plain = policy(key, 0.25, TOTAL, variant), Batch.of(LENGTHS, side, 8)
+    for pieces in PIECES:
+        off, got = off_alone(subject("llama"), side, pieces, lambda: apply(subject("llama"), method))
+        assert off < 1e-6, (pieces, off)
+    if side != "none":
+        with torch.no_grad():
+            full = plain.feed(subject("llama"), PIECES["decode"])
+        assert min(float((a - b)[-8:].abs().max()) for a, b in zip(got, full, strict=True)) > 1e-3
+
+
+@EVERY
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_windows_and_soft_caps_in_a_padded_batch(key: str, side: str) -> None:
+    method = policy(key, 0.25, TOTAL, name="windowed")
+    for pieces in ("whole", "chunks"):
+        off, _ = off_alone(subject("windowed"), side, pieces, lambda: apply(subject("windowed"), method))
+        assert off < 1e-4, (pieces, off)
+
+
+@EVERY
+@torch.no_grad()
+def test_beams(key: str) -> None:
+    """A beam's cache, and what a method remembers of it, move along: each sequence finds what it finds alone."""
+    method, batch = policy(key, 0.25, 30), Batch.of((24, 15), "left", 0)
+
+    def search(ids: Tensor, mask: Tensor) -> Tensor:
+        with apply(subject("llama"), method):
+            made = subject("llama").generate(ids, attention_mask=mask, max_new_tokens=8, num_beams=3, do_sample=False)
+        return made[:, -8:]
+
+    together = search(batch.ids, batch.mask)
+    for row in range(2):
+        single, _ = batch.row(row, [24])
+        assert torch.equal(together[row : row + 1], search(single.ids, single.mask))
+
+
+def test_two_threads_on_one_run_with_a_cache_each() -> None:
+    names, found = list(POLICIES), {}
+
+    def generate(name: str, seed: int) -> None:
+        with torch.no_grad():
+            found[name, seed] = Batch.of((30,), "none", 8, seed).feed(subject("llama"), [30, *[1] * 8])[0]
+
+    for key in names:
+        method = policy(key, 0.25, 38)
+        with apply(subject("llama"), method):
+            for seed in (1, 2):
+                generate("alone", seed)
+            threads = [threading.Thread(target=generate, args=("together", seed)) for seed in (1, 2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        for seed in (1, 2):
+            assert torch.equal(found["alone", seed], found["together", seed]), key
+        found.clear()
+
+
+# -- memory and traces -------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@torch.no_grad()
+def test_live_memory_is_what_is_kept(key: str) -> None:
+    """All tensors there are, after the prompt and after 60 steps: what is kept, a tenth, and what does not grow.
+
+    That is: for each layer, its heads' row of a table (8 bytes), a begin and a length; and in float64 with heads of
+    width 8 a slot's position (4 bytes) beside its 128. A whole prompt's queries or states would be ten times as much.
+    """
+    model, length = subject("llama"), 400
+    method, constant = policy(key, 0.25, length), 4 * 1024
+    with apply(model, method):
+        model(prompt(1, 2), past_key_values=DynamicCache())  # what is made once
+    before, cache = live_bytes(), DynamicCache()
+    with apply(model, method):
+        ids = prompt(1, length)
+        model(ids, past_key_values=cache)
+        del ids
+        for steps in (0, 60):
+            for step in range(steps):
+                model(prompt(1, 1, step), past_key_values=cache)
+            kept = sum(_held(layer) for layer in cache.layers)
+            assert live_bytes() - before <= 1.1 * kept + constant, steps
+            assert kept <= (0.3 if method.evicts else 1.0) * 4 * (length + steps) * 2 * 2 * 8 * 8
+    del cache
+    assert live_bytes() - before <= constant
+
+
+def _held(layer: Any) -> int:
+    return _bytes(layer) if hasattr(layer, "store") else sum(x.numel() * 8 for x in (layer.keys, layer.values))
+
+
+@EVERY
+@torch.no_grad()
+def test_nothing_stays_behind(key: str) -> None:
+    model, ids = subject("llama"), prompt(2, 20)
+    before, expected = trace(model), model(ids).logits
+    with apply(model, policy(key, 0.25, 24)):
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert trace(model) == before
+    with pytest.raises(IndexError), apply(model, policy(key, 0.25, 24)):
+        model(ids + VOCAB, past_key_values=DynamicCache())
+    assert trace(model) == before
+    assert torch.equal(model(ids).logits, expected)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_models_without_a_cache_are_refused_on_entering(key: str) -> None:
+    for name in ("bert", "vit"):
+        with pytest.raises(UnsupportedModel, match="has no decoder"), apply(host_models.model(name), _any(key)):
+            pass
+
+
+def _any(key: str) -> Any:
+    return policy(key, 0.25, 40)
+
+
+@EVERY
+@torch.no_grad()
+def test_a_call_without_a_cache_is_refused(key: str) -> None:
+    method, ids = policy(key, 0.25, 40), prompt(1, 40)
+    with (
+        apply(subject("llama"), method),
+        pytest.raises(OptionError, match=f"{type(method).__name__} acts on the cache, and this call has none"),
+    ):
+        subject("llama")(ids, use_cache=False)
