@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from foveate.core.catalog import systems
-from foveate.host import Host, Method
+from foveate.host import Host
 from foveate.host.model import host
 from foveate.kv.policy import Policy
 
 VOCAB = 64
 _SIZES = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, head_dim=8,
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
     num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=None,
     initializer_range=0.3,
 )  # fmt: skip
@@ -32,11 +32,13 @@ _MAKE: dict[str, Callable[[], PreTrainedModel]] = {
     "deep": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**_SIZES, "num_hidden_layers": 20})),
     # one layer with a window, soft caps
     "windowed": lambda: hf.Gemma2ForCausalLM(
-        hf.Gemma2Config(**_SIZES, sliding_window=16, layer_types=_KINDS, attn_logit_softcapping=3.0)
+        hf.Gemma2Config(
+            **{**_SIZES, "num_hidden_layers": 4}, sliding_window=16, layer_types=_KINDS, attn_logit_softcapping=3.0
+        )
     ),
     # two convolutions between layers that attend
     "hybrid": lambda: hf.Lfm2ForCausalLM(
-        hf.Lfm2Config(**_LFM, layer_types=["conv", "full_attention", "conv", "full_attention"])
+        hf.Lfm2Config(**{**_LFM, "num_hidden_layers": 4}, layer_types=["conv", "full_attention"] * 2)
     ),
 }
 
@@ -130,9 +132,18 @@ class Batch:
         return [row[real] for row, real in zip(logits, self.mask.bool(), strict=True)]
 
 
-LENGTHS, AFTER = (40, 23, 31), 8
-#: How a prompt of 40 tokens and the eight after it come.
-PIECES = {"whole": [40, *[1] * AFTER], "chunks": [13, 16, 11, *[1] * AFTER], "decode": [10, *[1] * 38]}
+LENGTHS, AFTER = (26, 15), 6
+#: How a prompt of 26 tokens and those after it come.
+PIECES = {"whole": [26, *[1] * AFTER], "chunks": [9, 10, 7, *[1] * AFTER], "decode": [8, *[1] * 24]}
+#: What is padded and how it comes; token by token there is no other than padding in front.
+COMES = [
+    ("left", "whole"),
+    ("left", "chunks"),
+    ("left", "decode"),
+    ("right", "whole"),
+    ("right", "chunks"),
+    ("none", "chunks"),
+]
 
 
 def off_alone(
@@ -188,9 +199,3 @@ def trace(model: nn.Module) -> dict[str, Any]:
 
 def here(name: str = "llama") -> Host:
     return host(subject(name))
-
-
-__all__ = [
-    "AFTER", "CASES", "LENGTHS", "PIECES", "POLICIES", "VARIANTS", "VOCAB", "Batch", "Method", "here", "learnt",
-    "live_bytes", "off_alone", "policy", "subject", "trace",
-]  # fmt: skip

@@ -16,6 +16,7 @@ from foveate.host import apply
 from tests import host_models
 from tests.contracts.policies import (
     CASES,
+    COMES,
     LENGTHS,
     PIECES,
     POLICIES,
@@ -32,7 +33,7 @@ from tests.contracts.policies import (
 
 EVERY = pytest.mark.parametrize("key", POLICIES)
 CASE = pytest.mark.parametrize("key, variant", CASES, ids=[f"{key}-{name}" if name else key for key, name in CASES])
-TOTAL = LENGTHS[0] + 8
+TOTAL = LENGTHS[0] + 6
 
 
 def prompt(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -48,7 +49,7 @@ def prompt(batch: int, length: int, seed: int = 0) -> Tensor:
 def test_a_full_budget_is_the_model_bit_for_bit(key: str, name: str) -> None:
     method = policy(key, 1.0, TOTAL, name=name)
     for side in ("none",) if name == "hybrid" else ("left", "right"):
-        batch = Batch.of([LENGTHS[0]] * 2 if side == "none" else LENGTHS, side, 8)
+        batch = Batch.of([LENGTHS[0]] * 2 if side == "none" else LENGTHS, side, 6)
         for pieces in PIECES.values() if name == "llama" else [PIECES["chunks"]]:
             expected = batch.feed(subject(name), pieces)
             with apply(subject(name), method):
@@ -137,24 +138,23 @@ def test_bad_options_are_refused_by_name(key: str) -> None:
 
 
 @CASE
-@pytest.mark.parametrize("side", ["left", "right", "none"])
-def test_each_sequence_gets_what_it_gets_alone(key: str, variant: str, side: str) -> None:
+@pytest.mark.parametrize("side, pieces", COMES)
+def test_each_sequence_gets_what_it_gets_alone(key: str, variant: str, side: str, pieces: str) -> None:
     """Whole, in chunks, token by token; at a budget that matters."""
-    method, plain = policy(key, 0.25, TOTAL, variant), Batch.of(LENGTHS, side, 8)
-    for pieces in PIECES:
-        off, got = off_alone(subject("llama"), side, pieces, lambda: apply(subject("llama"), method))
-        assert off < 1e-6, (pieces, off)
-    if side != "none":
+    method = policy(key, 0.25, TOTAL, variant)
+    off, got = off_alone(subject("llama"), side, pieces, lambda: apply(subject("llama"), method))
+    assert off < 1e-5  # a summary and a selection are made in float32
+    if pieces == "decode":
         with torch.no_grad():
-            full = plain.feed(subject("llama"), PIECES["decode"])
-        assert min(float((a - b)[-8:].abs().max()) for a, b in zip(got, full, strict=True)) > 1e-3
+            full = Batch.of(LENGTHS, side, 6).feed(subject("llama"), PIECES[pieces])
+        assert min(float((a - b)[-6:].abs().max()) for a, b in zip(got, full, strict=True)) > 1e-3
 
 
 @EVERY
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_windows_and_soft_caps_in_a_padded_batch(key: str, side: str) -> None:
     method = policy(key, 0.25, TOTAL, name="windowed")
-    for pieces in ("whole", "chunks"):
+    for pieces in ("chunks",):
         off, _ = off_alone(subject("windowed"), side, pieces, lambda: apply(subject("windowed"), method))
         assert off < 1e-4, (pieces, off)
 
@@ -223,7 +223,7 @@ def test_live_memory_is_what_is_kept(key: str) -> None:
                 model(prompt(1, 1, step), past_key_values=cache)
             kept = sum(_held(layer) for layer in cache.layers)
             assert live_bytes() - before <= 1.1 * kept + constant, steps
-            assert kept <= (0.3 if method.evicts else 1.0) * 4 * (length + steps) * 2 * 2 * 8 * 8
+            assert kept <= (0.3 if method.evicts else 1.0) * 3 * (length + steps) * 2 * 2 * 8 * 8
     del cache
     assert live_bytes() - before <= constant
 
