@@ -134,8 +134,8 @@ class Batch:
 
 LENGTHS, AFTER = (26, 15), 6
 #: How a prompt of 26 tokens and those after it come.
-PIECES = {"whole": [26, *[1] * AFTER], "chunks": [9, 10, 7, *[1] * AFTER], "decode": [8, *[1] * 24]}
-#: What is padded and how it comes; token by token there is no other than padding in front.
+PIECES = {"whole": [26, *[1] * AFTER], "chunks": [9, 10, 7, *[1] * AFTER], "decode": [16, *[1] * 16]}
+#: What is padded and how it comes. Padding in front ends with the first call, as in generation: schedules count calls.
 COMES = [
     ("left", "whole"),
     ("left", "chunks"),
