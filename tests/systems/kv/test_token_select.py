@@ -19,7 +19,7 @@ from tests.conftest import ClaimFixture
 from tests.constructed import accuracy, induction_lm, recall
 from tests.host_models import DECODERS, feed, model, padded, tokens
 
-DECODING, CHUNKS = [20, *[1] * 10], [7, 9, 5, 1, 8]
+DECODING, CHUNKS = [20, *[1] * 10], [7, 9, 5, 8, 1]
 
 
 # -- exact limits ------------------------------------------------------------------------------------------------------
