@@ -113,6 +113,17 @@ class Stats:
         """The layers of the cache that was used last."""
         return [self._latest.layers[number] for number in sorted(self._latest.layers)]
 
+    def table(self) -> list[dict[str, float]]:
+        """A row for each layer of the cache that was used last, for a data frame or a print."""
+        with self._lock:
+            return [
+                {
+                    "layer": layer.layer, "calls": layer.calls, "seconds": layer.seconds, "kept": layer.kept,
+                    "bytes": layer.bytes, "read": layer.read / layer.decodes if layer.decodes else 1.0,
+                }
+                for layer in self.layers
+            ]  # fmt: skip
+
     def of(self, cache: Cache) -> CacheStats:
         """What is known of one cache; empty for one that the run has not seen."""
         return self._caches.get(cache, CacheStats())
