@@ -7,6 +7,7 @@ too, they have to give what plain decoding under that method gives.
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import foveate
-from foveate.core.errors import UnsupportedModel
+from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import Method, Site, apply
 from foveate.kv.duo_attention import DuoAttention
 from foveate.kv.prefill import PrefillSwap
@@ -307,3 +308,37 @@ def test_checkpointed_training(around: bool, reentrant: bool) -> None:
     else:
         with pytest.raises(UnsupportedModel, match="run that pass inside the block"):
             gradients(True)
+
+
+# -- copies, and changes inside the block ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*READING, *EVICTING])
+def test_a_copy_made_inside_the_block_is_a_plain_model(kind: str) -> None:
+    """It generates as the model does without methods, in the block and after it, and takes methods of its own."""
+    llama, make = model("llama"), {**READING, **EVICTING}[kind]
+    plain, expected = generated("llama", []), generated("llama", make())
+
+    def run(subject: hf.PreTrainedModel) -> Tensor:
+        return subject.generate(prompt(), max_new_tokens=NEW, do_sample=False)
+
+    with apply(llama, *make()):
+        twin = copy.deepcopy(llama)
+        assert torch.equal(run(twin), plain) and torch.equal(run(llama), expected)
+    assert torch.equal(run(twin), plain)
+    with apply(twin, *make()):
+        assert torch.equal(run(twin), expected) and torch.equal(run(llama), plain)
+
+
+def test_a_model_is_not_saved_as_a_whole_inside_the_block() -> None:
+    with apply(model("llama"), Recent()), pytest.raises(OptionError, match="leave the block first"):
+        torch.save(model("llama"), io.BytesIO())
+
+
+def test_another_implementation_inside_the_block_is_refused() -> None:
+    llama = copy.deepcopy(model("llama"))
+    with apply(llama, Recent()):
+        llama.set_attn_implementation("eager")
+        with pytest.raises(UnsupportedModel, match=r"takes the methods off; call it before"):
+            llama(tokens())
+    assert llama(tokens()).logits.shape == (2, 14, VOCAB)

@@ -26,5 +26,8 @@ class Alias(str):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
+    def __deepcopy__(self, memo: dict[int, object]) -> str:
+        return self.native  # a copy of the model is a plain model
+
     def __hash__(self) -> int:
         return hash(NAME)

@@ -109,8 +109,7 @@ def _stranger(module: nn.Module) -> str:
         if id(getattr(module, "config", None)) in run.implementations:
             return run.implementations[id(module.config)]
     raise UnsupportedModel(
-        f'attn_implementation="{NAME}" works inside foveate.apply(model, ...) only; a copy of a model that was made '
-        f"inside such a block needs set_attn_implementation first"
+        f'attn_implementation="{NAME}" works inside foveate.apply(model, ...) only; call set_attn_implementation first'
     )
 
 

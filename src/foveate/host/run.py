@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import lru_cache
 from types import MethodType, TracebackType
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from foveate.host.alias import NAME, Alias
 from foveate.host.cache import LATEST, SlotLayer
 from foveate.host.caches import Caches, cache_among, end_prompt, is_recording, prompt_of
 from foveate.host.dispatch import OPEN
+from foveate.host.hooks import Hook
 from foveate.host.mask import MaskPlan
 from foveate.host.method import Method, overrides
 from foveate.host.model import Host, host
@@ -101,12 +102,6 @@ class Run:
         with _ENTRY:
             self._exit.close()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
-        return self  # the hooks of a model that is copied inside the block
-
-    def __reduce__(self) -> NoReturn:
-        raise OptionError("a model cannot be saved inside foveate.apply(model, ...); leave the block first")
-
     # -- putting on and taking off -----------------------------------------------------------------------------------
 
     def _attach(self, stack: ExitStack) -> None:
@@ -122,14 +117,14 @@ class Run:
             OPEN.setdefault(module, []).append(self)
             stack.callback(_close, module, self)
             if module in self._layers:
-                stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
+                stack.callback(module.register_forward_pre_hook(Hook(self._before), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(Hook(self._after), always_call=True).remove)
         if self.methods and "init_continuous_batching" not in vars(self.host.model):
             self.host.model.__dict__["init_continuous_batching"] = MethodType(_no_batching, self.host.model)
             stack.callback(self.host.model.__dict__.pop, "init_continuous_batching")
         for module in {self.host.model, self.host.model.base_model}:
-            stack.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(self._end, always_call=True).remove)
+            stack.callback(module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(Hook(self._end), always_call=True).remove)
         self._configs = list(self.host.configs())
         for config in self._configs:
             before = config._attn_implementation_internal
