@@ -10,14 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foveate.host import Method, Site, apply
-from tests.contracts.architecture_checks import EXACT, check, generate, oracle, prompts, verdict_of
+from foveate.kv.sink_recent import SinkRecent
+from tests.contracts.architecture_checks import EXACT, check, generate, oracle, prompts, refusal, verdict_of
 from tests.contracts.architectures import build, names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-#: More than a second each.
-SLOW = ()
 
 
 def _page() -> ModuleType:
@@ -33,9 +30,7 @@ PAGE = _page()
 ROWS = PAGE.rows()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names()]
-)
+@pytest.mark.parametrize("name", names())
 def test_an_architecture_does_what_the_page_says(name: str) -> None:
     verdict = verdict_of(name)
     assert verdict.is_sound, f"{name}: {verdict.plain}, {verdict.evicting}"
@@ -55,16 +50,8 @@ def test_most_architectures_are_exact() -> None:
 # -- the checks notice -------------------------------------------------------------------------------------------------
 
 
-class Leaks(Method):
-    """Changes the output a little."""
-
-    def edit_output(self, site: Site, out: Tensor) -> Tensor:
-        return out * (1 + 1e-3)
-
-
 def test_the_checks_notice_another_output() -> None:
     llama = build("llama")
-    hook = None
 
     def nudge(module: nn.Module, args: object, output: Tensor) -> Tensor:
         inside = llama.config._attn_implementation_internal == "foveate"
@@ -90,10 +77,10 @@ def test_a_policy_that_drops_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch)
     assert check("llama", build("llama")).evicting.startswith("other logits than the oracle")
 
 
-def test_refusals_come_before_anything_runs() -> None:
-    model = build("glm_moe_dsa")
-    ran = []
-    model.lm_head.register_forward_pre_hook(lambda *_: ran.append(1))
-    assert check("glm_moe_dsa", model).evicting.startswith("refused: ")
-    with apply(model):
-        pass
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if "| exact | refused |" in row])
+def test_refusals_come_before_anything_runs(name: str) -> None:
+    model, ran = build(name), []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    assert refusal(model, SinkRecent()).startswith("refused: ")
+    assert not ran
+    assert refusal(model) == ""

@@ -92,7 +92,9 @@ def layout(host: Host) -> Layout:
 
 
 class _Looks(Method):
-    """Stores tokens slot by slot, drops none, and notes how each layer is made."""
+    """Stores tokens slot by slot and notes how each layer is made. Where a bias by position is added, it drops the
+    first token: the bias may fit no longer.
+    """
 
     evicts = True
     is_probe = True
@@ -100,11 +102,16 @@ class _Looks(Method):
     def __init__(self) -> None:
         self.found: list[AttendingLayer] = []
         self.aside: set[nn.Module] = set()
+        self.is_biased = False
+
+    def keep(self, site: Site) -> Tensor | None:
+        return None if site.position_bias is None else site.positions > 0
 
     def read(self, site: Site, out: Tensor) -> None:
         if site.cache is None and site.is_causal:
             self.aside.add(site.module)
-        if site.slots is None or site.slots.store is None:
+        self.is_biased = self.is_biased or (site.is_causal and site.position_bias is not None)
+        if site.seen > 2 or site.slots is None or site.slots.store is None:
             return
         kv_heads = site.slots.store.n_heads
         self.found.append(AttendingLayer(site.layer, site.q.shape[1], kv_heads, site.expanded, site.slots.window))
@@ -118,7 +125,9 @@ def _probe(host: Host) -> Layout:
     try:
         with torch.no_grad(), _quiet(host.model), apply(host.model, looks, on="decoder"):
             two = torch.ones(1, 2, dtype=torch.long)
-            decoder(**decoder_inputs(host, two), use_cache=True)
+            read = decoder(**decoder_inputs(host, two), use_cache=True)
+            if looks.is_biased:
+                decoder(**decoder_inputs(host, two[:, :1]), past_key_values=read.past_key_values, use_cache=True)
     except FoveateError:
         raise
     except Exception as error:  # noqa: BLE001  whatever the model's own code raises
