@@ -7,6 +7,7 @@ from typing import final
 
 from torch import Tensor
 
+from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.host.method import Method
 from foveate.host.site import Site
@@ -36,6 +37,12 @@ class PrefillSwap(Method):
             raise OptionError(f"operator must be an Operator; got {type(self.operator).__name__}")
         if "causal self" not in self.operator.patterns:
             raise OptionError(f'operator={self.operator.name} does not define "causal self" attention')
+
+        if self.layers is not None:
+            if not isinstance(self.layers, tuple | list):
+                raise OptionError(f"layers={self.layers!r} must be a tuple of layers' numbers, or None for all")
+            for layer in self.layers:
+                validate.count("layers", layer)
 
     def at(self, site: Site) -> bool:
         chosen = self.layers is None or site.layer in self.layers

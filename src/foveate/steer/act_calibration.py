@@ -58,6 +58,11 @@ class ActCalibration(Method):
         _check(self.beta, self.alpha, self.threshold)
         validate.one_of("variant", self.variant, ("paper", "release"))
         if not isinstance(self.heads, Tensor | Mapping | None):
+            if not isinstance(self.heads, Iterable):
+                raise OptionError(
+                    f"heads must be a table (layers, heads), pairs (layer, head), a mapping or None; got "
+                    f"{_what(self.heads)}"
+                )
             self.heads = tuple(self.heads)
 
     @property

@@ -1,0 +1,37 @@
+"""Every method of the catalogue that acts on a decoder, at work on a small one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from foveate.core.catalog import systems
+from foveate.host import Method, Packed
+from foveate.kv.prefill import PrefillSwap
+from foveate.ops.operator import Operator
+from foveate.steer.act_calibration import ActCalibration
+from tests.contracts.policies import LENGTHS, POLICIES, policy
+
+OPERATORS: dict[str, type[Operator]] = {
+    row.key: cls
+    for row in systems(room="ops")
+    if isinstance(cls := row.load(), type) and issubclass(cls, Operator) and "causal self" in cls.patterns
+}
+
+
+def swap(key: str) -> PrefillSwap:
+    """An operator at toy size, in the model's float64."""
+    return PrefillSwap(OPERATORS[key].example(4, 8, LENGTHS[0]).double().eval())
+
+
+#: Policies, operators that read a prompt, and the rest of the catalogue's methods with options under which they act.
+METHODS: dict[str, Callable[[], Method]] = {
+    **{key: lambda key=key: policy(key, 0.25, LENGTHS[0] + 6) for key in POLICIES},  # type: ignore[misc]
+    **{key: lambda key=key: swap(key) for key in OPERATORS},  # type: ignore[misc]
+    "act_calibration": lambda: ActCalibration([(1, 0), (2, 3)], beta=0.2, alpha=1.0),
+    "packed": Packed,
+}
+
+#: Those that change nothing beyond the last bits.
+EXACT = {"packed", *(key for key, cls in OPERATORS.items() if cls.__name__ in ("Softmax", "MemoryEfficientAttention"))}
+#: Methods that read a prompt in one call only.
+WHOLE = {key for key, cls in OPERATORS.items() if "causal cross" not in cls.patterns}

@@ -1,0 +1,71 @@
+"""The contract of methods: what every method of the catalogue does to a decoder, and leaves as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from foveate.core.catalog import systems
+from foveate.core.errors import FoveateError
+from foveate.host import Method, apply
+from tests.contracts.methods import EXACT, METHODS, OPERATORS, WHOLE
+from tests.contracts.policies import LENGTHS, POLICIES, VOCAB, Batch, off_alone, subject, trace
+
+EVERY = pytest.mark.parametrize("key", METHODS)
+#: Policies have a contract of their own for batches; see `test_policies`.
+OTHERS = pytest.mark.parametrize("key", [key for key in METHODS if key not in POLICIES])
+
+
+def test_every_method_of_the_catalogue_is_here() -> None:
+    rows = [row for room in ("kv", "steer") for row in systems(room=room)]
+    methods = [row.key for row in rows if isinstance(row.load(), type) and issubclass(row.load(), Method)]
+    assert set(methods) <= METHODS.keys()
+    assert len(OPERATORS) > 15
+
+
+@OTHERS
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_each_sequence_gets_what_it_gets_alone(key: str, side: str) -> None:
+    for pieces in ("whole",) if key in WHOLE else ("whole", "chunks"):
+        off, _ = off_alone(subject("llama"), side, pieces, lambda: apply(subject("llama"), METHODS[key]()))
+        assert off < 1e-4, pieces  # some operators compute parts in float32
+
+
+@EVERY
+@torch.no_grad()
+def test_it_acts_and_nothing_stays_behind(key: str) -> None:
+    """The same object twice gives the same; after the block, and after an error in it, the model is what it was."""
+    model, batch, pieces = subject("llama"), Batch.of(LENGTHS[:1], "none", 6), [LENGTHS[0], *[1] * 6]
+    before, plain, method = trace(model), batch.feed(model, pieces)[0], METHODS[key]()
+    results = []
+    for _ in range(2):
+        with apply(model, method):
+            results.append(batch.feed(model, pieces)[0])
+    assert torch.equal(*results)
+    off = float((results[0] - plain).abs().max())
+    assert off < 1e-4 if key in EXACT else off > 1e-3
+    with pytest.raises(IndexError), apply(model, method):
+        model(batch.ids + VOCAB, past_key_values=DynamicCache())
+    assert trace(model) == before
+    assert torch.equal(batch.feed(model, pieces)[0], plain)
+
+
+@pytest.mark.parametrize("key", [key for key in METHODS if key not in OPERATORS or key == "hip"])
+def test_bad_options_are_refused_by_name(key: str) -> None:
+    method = METHODS[key]()
+    for field in dataclasses.fields(method) if dataclasses.is_dataclass(method) else ():
+        value = getattr(method, field.name)
+        wrong: list[object] = [object()]
+        if type(value) is int:
+            wrong += [2.5, -7, True, "3"]
+        if type(value) is float:
+            wrong += [float("nan"), -7.0, "3"]
+        if type(value) is bool or isinstance(value, str):
+            wrong += ["x", 1.5]
+        for bad in wrong if field.init else ():
+            with pytest.raises(FoveateError, match=field.name) as caught:
+                dataclasses.replace(method, **{field.name: bad})
+            assert "\n" not in str(caught.value)
