@@ -122,8 +122,12 @@ def test_a_static_cache_cannot_drop_tokens(kind: str) -> None:
 # -- drafts ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-@pytest.mark.parametrize("kind", [*READING, *EVICTING])
+#: gemma3 has one layer without a window, where tidal_decode would have none to read what it selected.
+DRAFTED = [(kind, name) for kind in [*READING, *EVICTING] for name in ("llama", "gemma3")]
+DRAFTED.remove(("tidal_decode", "gemma3"))
+
+
+@pytest.mark.parametrize("kind, name", DRAFTED)
 def test_drafts_do_not_change_the_text(kind: str, name: str) -> None:
     """Prompt lookup, on which whole calls of drafts are accepted and taken back."""
     make, drafted = {**READING, **EVICTING}[kind], Reads(lambda s: s.q.shape[2] if s.phase == "decode" else 0)

@@ -23,7 +23,7 @@ METHODS: dict[str, Callable[[], list[Method]]] = {
     "no method": list,
     "sink_recent": lambda: [SinkRecent(2, 6)],
     "duo_attention": lambda: [DuoAttention(GATES, 0.5, 2, 6)],
-    "token_select": lambda: [TokenSelect(2, 4, 4)],
+    "token_select": lambda: [TokenSelect(1, 2, 3)],  # fewer than the narrowest window
 }
 TEXT, QUESTIONS = tokens(1, 24), [tokens(1, 5, seed=1), tokens(1, 19, seed=2), tokens(1, 1, seed=3)]
 
