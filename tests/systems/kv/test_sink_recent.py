@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from foveate.core import masks
-from foveate.core.errors import FoveateError
 from foveate.host import EMPTY, Method, apply
 from foveate.kv.sink_recent import SinkRecent
 from tests.conftest import ClaimFixture
@@ -59,14 +58,11 @@ def test_what_is_stored() -> None:
 def test_a_padded_sequence_keeps_its_own_first_tokens() -> None:
     ids, mask = padded(tokens(2, 20), "left", 5)
     with apply(model("llama"), SinkRecent(sink=3, recent=4)):
-        together = feed(model("llama"), ids, mask, PIECES)[:15]
-        alone = feed(model("llama"), ids[:1, 5:], mask[:1, 5:], [7, *[1] * 8])
         cache = DynamicCache()
         feed(model("llama"), ids, mask, [20], cache)
         assert cache.layers[0].store.padded("positions")[:, 0].tolist() == [
             [5, 6, 7, 16, 17, 18, 19], [0, 1, 2, 16, 17, 18, 19],
         ]  # fmt: skip
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
 def distinct_tokens(count: int) -> Tensor:
@@ -111,9 +107,3 @@ def test_budget() -> None:
         with apply(model("llama"), policy) as run:
             model("llama")(tokens(2, 40))
         assert run.stats.kept == kept / 40
-
-
-@pytest.mark.parametrize("bad", [{"sink": -1}, {"recent": 0}, {"recent": "many"}])
-def test_bad_options(bad: dict[str, object]) -> None:
-    with pytest.raises(FoveateError, match=f"{next(iter(bad))}=.* must be a whole number, at least"):
-        SinkRecent(**bad)

@@ -140,17 +140,6 @@ def test_sequences_of_a_batch_decide_each_for_itself() -> None:
         torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("threshold", [-1.0, 0.5, 0.9, 1.01])
-@torch.no_grad()
-def test_padding_changes_nothing(threshold: float) -> None:
-    """Neither whom a sequence reads nor when it votes."""
-    llama, (ids, mask) = model("llama"), padded(tokens(2, 30), "left", 14)
-    with apply(llama, TokenSelect(2, 3, 4, threshold)):
-        together = feed(llama, ids, mask, [18, *[1] * 12])
-        alone = feed(llama, ids[:1, 14:], mask[:1, 14:], [4, *[1] * 12])
-    torch.testing.assert_close(together[:16], alone, atol=1e-5, rtol=1e-5)
-
-
 @torch.no_grad()
 def test_it_reads_less_and_keeps_everything() -> None:
     with apply(model("llama"), TokenSelect(2, 4, 4)) as run:
