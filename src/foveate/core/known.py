@@ -39,8 +39,15 @@ def has_shapes_alone(x: Tensor) -> bool:
 
 
 def remembered(make: Callable[..., T]) -> Callable[..., T]:
-    """`lru_cache` for what holds tensors: those of a graph that is being captured are made anew, and never kept."""
-    kept = lru_cache(maxsize=64)(make)
+    """`lru_cache` for what holds tensors. Those of a graph that is being captured are made anew, and never kept.
+
+    What is kept is made outside inference mode, so that a later call may need gradients.
+    """
+
+    @lru_cache(maxsize=64)
+    def kept(*args: Any) -> T:
+        with torch.inference_mode(False):
+            return make(*args)
 
     @wraps(make)
     def call(*args: Any) -> T:
