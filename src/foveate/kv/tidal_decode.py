@@ -136,7 +136,8 @@ def spent(budget: float, layers: int, length: int, overlap: Tensor | None) -> tu
         raise ShapeError(f"overlap must be ({layers}, {layers}) for this model; got {tuple(overlap.shape)}")
     dense = min(2, layers // 4)
     again: tuple[int, ...] = ()
-    later = range(dense + 1, layers - 1)  # each has a layer behind it that reads what it selects
+    # the last layer serves itself, by reading all, where no earlier choice fits it; two or three have none to spare
+    later = range(dense + 1, layers if layers > 3 else layers - 1)
     if later:
         middle = min(max(round(layers * 13 / 32), later[0]), later[-1])
         again = (middle if overlap is None else _best_layer(overlap, dense, later),)

@@ -257,6 +257,14 @@ def test_budget_is_what_is_read() -> None:
     assert run.stats.read == pytest.approx(0.6, abs=0.01)
 
 
+def test_the_last_layer_reads_all_where_no_earlier_choice_fits_it() -> None:
+    overlap = torch.eye(4)
+    overlap[1, 2] = 0.9  # the first selection serves the next layer, and nothing serves the last
+    assert spent(0.5, 4, 64, overlap)[1:] == (1, (3,))
+    overlap[1, 2], overlap[2, 3] = 0.1, 0.9
+    assert spent(0.5, 4, 64, overlap)[1:] == (1, (2,))
+
+
 def test_shallow_models() -> None:
     for layers, dense, again in ((2, 0, ()), (3, 0, (1,))):
         lm = induction_lm(layers, heads=2, kv_heads=2, matching=[])
