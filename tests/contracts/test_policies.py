@@ -206,7 +206,7 @@ def test_live_memory_is_what_is_kept(key: str) -> None:
                 model(prompt(1, 1, step), past_key_values=cache)
             kept = sum(_held(layer) for layer in cache.layers)
             assert live_bytes() - before <= 1.1 * kept + constant, steps
-            assert kept <= (0.3 if method.evicts else 1.0) * 3 * (length + steps) * 2 * 2 * 8 * 8
+            assert kept <= (0.3 if method.evicts else 1.04) * 3 * (length + steps) * 2 * 2 * 8 * 8
     del cache
     assert live_bytes() - before <= constant
 

@@ -123,25 +123,27 @@ def _slots(site: Site) -> Tensor:
     b, hq, nq, _ = site.q.shape
     out = parts[0].new_empty(b, hq, nq, parts[0].shape[-1])
     for group, part in zip(store.groups, parts, strict=True):
-        out[:, query_heads(group.heads, site.groups)] = part
+        out[:, _queries(group, site.groups)] = part
     return out
+
+
+def _queries(group: Group, groups: int) -> slice | Tensor:
+    """The query heads that read a group."""
+    if isinstance(group.index, slice):
+        return slice(group.index.start * groups, group.index.stop * groups)
+    return query_heads(group.heads, groups)
 
 
 def _group(site: Site, group: Group) -> Tensor:
     plan, slots = site.attention_mask, group.all()
-    q = (
-        site.q
-        if group.heads.numel() * site.groups == site.q.shape[1]
-        else site.q[:, query_heads(group.heads, site.groups)]
-    )
+    q, bias = site.q[:, _queries(group, site.groups)], group.bias
     assert isinstance(plan, MaskPlan)
-    mask = None
-    if not plan.sees_all() or group.has_empty:
-        mask = plan.at(slots.positions).repeat_interleave(site.groups, 1)
-    if slots.count is not None:
-        mask = masks.combine(mask, slots.count.log().to(q.dtype).repeat_interleave(site.groups, 1)[:, :, None])
-    problem = Problem(q, slots.k, slots.v, site.scale, mask, dropout=site.dropout)
-    return fused.attend(problem) if mask is None else engines.run(problem, "fused")
+    if bias is not None:
+        bias = bias.to(q.dtype).repeat_interleave(site.groups, 1)[:, :, None]
+    if plan.sees_all() and not group.has_empty:
+        return fused.kernel(q, slots.k, slots.v, site.scale, bias, site.dropout)
+    mask = masks.combine(plan.at(slots.positions).repeat_interleave(site.groups, 1), bias)
+    return engines.run(Problem(q, slots.k, slots.v, site.scale, mask, dropout=site.dropout), "fused")
 
 
 def softmax(

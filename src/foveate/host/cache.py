@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from foveate.core.errors import OptionError, UnsupportedModel
+from foveate.host.ends import Ends, shown
 from foveate.host.method import Method, overrides
 from foveate.host.slots import Fold, Slots, Store
 
@@ -187,7 +188,9 @@ class SlotLayer(CacheLayerMixin):
     def _shown(self, what: str) -> Tensor | None:
         if self.store is None:
             return None
-        return getattr(self.store.groups[0].ordered(), what) if self.store.is_even else self.store.padded(what)
+        if self.is_whole or not self.store.is_even:
+            return self.store.padded(what)
+        return getattr(self.store.groups[0].ordered(), what)
 
     def released(self) -> CacheLayerMixin:
         """The layer for life after the last run on it.
@@ -309,23 +312,40 @@ def evict(site: Site, methods: list[Method]) -> None:
     if site.tentative:
         site = site.as_of(settled)
     keeping = [(m, kept) for m in methods if overrides(m, "keep") and m.at(site) and (kept := m.keep(site)) is not None]
-    keep: Tensor | None = None
-    if layer.window is not None and settled >= layer.window:
-        keep = site.positions > settled - layer.window
+    folding = [m for m, _ in keeping if overrides(m, "fold")]
+    fold: Fold | None = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
+    shrinks = layer.window is not None and settled >= layer.window
+    if not site.tentative and not layer.padded and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
+        dropped = layer.store.slide(ends, settled, fold)
+        if dropped:
+            layer._dropped_at = settled
+        if dropped is not None:
+            return
+    keep = site.positions > settled - layer.window if shrinks else None  # type: ignore[operator]
     for method, kept in keeping:
-        if kept.shape != site.positions.shape:
+        mask = shown(kept, site)
+        if mask.shape != site.positions.shape:
             raise OptionError(
-                f"keep() of {type(method).__name__} must be {tuple(site.positions.shape)}; got {tuple(kept.shape)}"
+                f"keep() of {type(method).__name__} must be {tuple(site.positions.shape)}; got {tuple(mask.shape)}"
             )
-        keep = kept if keep is None else keep & kept
+        keep = mask if keep is None else keep & mask
     if keep is None:
         return
     if settled < layer.seen:
         keep = keep | (site.positions >= settled)
-    folding = [m for m, _ in keeping if overrides(m, "fold")]
-    fold: Fold | None = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
     if layer.store.evict(keep, fold):
         layer._dropped_at = settled
+
+
+def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen: int) -> Ends | None:
+    """What several methods and a layer's window keep together, where it can be said in numbers."""
+    kept = [what for _, what in keeping if isinstance(what, Ends)]
+    if len(kept) < len(keeping):
+        return None
+    parts = [*kept, *([] if window is None else [Ends(0, window - 1)])]
+    if len(parts) == 2 and window is not None and seen - window + 1 >= kept[0].sink:  # the sinks have left the window
+        return None if kept[0].full else Ends(0, min(kept[0].recent, window - 1))
+    return parts[0] if len(parts) == 1 else None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

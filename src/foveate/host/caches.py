@@ -42,11 +42,14 @@ class Caches:
 
     Args:
         evicts: whether some method drops tokens, so that layers have to store them slot by slot.
+        in_place: whether full layers store them so in any case, where that can be.
+
+    Attributes:
         first: number of the first layer that attends.
     """
 
-    def __init__(self, evicts: bool, first: int) -> None:
-        self.evicts, self.first, self.is_open = evicts, first, False
+    def __init__(self, evicts: bool, in_place: bool) -> None:
+        self.evicts, self.in_place, self.first, self.is_open = evicts, in_place, 0, False
         self.memories: Memories = WeakKeyDictionary()
 
     def open(self) -> None:
@@ -64,14 +67,20 @@ class Caches:
             # bound so that a copy of the cache, also a saved one, reorders itself
             cache.reorder_cache = partial(_reorder_cache, cache)
         for index, layer in enumerate(cache.layers):
-            if isinstance(layer, CompressedLayer) or (self.evicts and is_adoptable(layer)):
+            if isinstance(layer, CompressedLayer) or self._takes(layer, cache):
                 cache.layers[index] = layer = slot_layer(layer, cache)
             if isinstance(layer, SlotLayer):
                 layer.attach(self)
-        if self.evicts and cache.layer_class_to_replicate is DynamicLayer:
+        if (self.evicts or self.in_place) and cache.layer_class_to_replicate is DynamicLayer and not cache.offloading:
             cache.layer_class_to_replicate = SlotLayer  # a layer may write into others than its own
         if not any(tokens_seen(layer) for layer in cache.layers):
             self.memories[cache].clear()
+
+    def _takes(self, layer: object, cache: Cache) -> bool:
+        """Whether slots stand in for a layer, as far as they can."""
+        if self.evicts:
+            return is_adoptable(layer)
+        return self.in_place and type(layer) is DynamicLayer and not cache.offloading
 
     def adopt(self, cache: Cache, index: int) -> None:
         """Make a layer ready for a call: begin its memories with its sequence, and put slots in place of its tensors
@@ -87,7 +96,7 @@ class Caches:
             forget(self.memories[cache], lambda key: key[1] == index or (key[1] is None and index == self.first))
             for begun in (index, *[None] * (index == self.first)):
                 _PROMPTS.setdefault(cache, {}).pop(begun, None)
-        if self.evicts and not isinstance(layer, SlotLayer):
+        if not isinstance(layer, SlotLayer) and (self.evicts or (layer is not None and self._takes(layer, cache))):
             assert layer is not None
             layer = cache.layers[index] = slot_layer(layer, cache)
         if isinstance(layer, SlotLayer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -12,12 +13,13 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from foveate.core.engines import fused
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import pieces
 from foveate.host.alias import NAME
-from foveate.host.cache import LATEST, evict
-from foveate.host.mask import describe
-from foveate.host.model import native_attention, native_mask
+from foveate.host.cache import LATEST, SlotLayer, evict
+from foveate.host.mask import MaskPlan, describe
+from foveate.host.model import native_attention
 from foveate.host.stats import slots_of
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ OPEN: WeakKeyDictionary[nn.Module, list[Run]] = WeakKeyDictionary()
 
 #: Keywords of an attention call that change its mathematics in ways a method's path does not know.
 _FOREIGN = frozenset({"cache", "sparse_indices", "indices", "block_indices"})
+
+#: Keywords that put more into the softmax than scores and a mask.
+_CHANGING = frozenset({"softcap", "position_bias", "s_aux", "sinks"})
 
 #: What the model's own eager attention may read that a method's path reads too, or may leave.
 _KNOWN = frozenset({
@@ -43,17 +48,19 @@ def attention_function(
     """The function that Foveate registers with transformers: `(B, N, H, D)` output and weights or None."""
     runs = OPEN.get(module)
     if runs is None:
-        return _native(_stranger(module), module, query, key, value, attention_mask, options)
+        name = _stranger(module)
+        return _native((name, native_attention(module, name)), module, query, key, value, attention_mask, options)
     outer, slots = runs[0], getattr(LATEST, "layer", None)
-    if not runs[0].covers(module):
-        return _native(outer.implementation(module), module, query, key, value, attention_mask, options)
-    methods = [method for run in runs for method in run.methods]
+    if not outer.covers(module):
+        return _native(outer.native(module), module, query, key, value, attention_mask, options)
     begun = time.perf_counter()
-    if not methods and slots is None and not outer.holds_slots():
-        out, weights = _native(outer.implementation(module), module, query, key, value, attention_mask, options)
+    plain = all(run.is_plain for run in runs) and _is_ordinary(slots or outer.slots())
+    if plain and (found := _plain(runs, module, query, key, value, attention_mask, options)) is not None:
+        out, weights = found
         for run in runs:
             run.stats.note_native(*run.called(module), query, key, value, time.perf_counter() - begun)
         return out, weights
+    methods = [method for run in runs for method in run.methods]
     site = outer.site(module, query, key, value, attention_mask, options, slots)
     site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
     foreign = sorted(name for name in _foreign(type(module).__module__) if options.get(name) is not None)
@@ -71,14 +78,14 @@ def attention_function(
             q, k, v, mask = part.q, part.new_k, part.new_v, part.attention_mask
             own = {"sinks": part.sinks, "position_bias": part.position_bias}
             given = options | {name: value for name, value in own.items() if options.get(name) is not None}
-        return _native(outer.implementation(module), module, q, k, v, mask, given)
+        return _native(outer.native(module), module, q, k, v, mask, given)
 
     out, density = pieces.run(site, methods, native)
     held, spent = slots_of(site), time.perf_counter() - begun
 
     def settle() -> None:
         begun = time.perf_counter()
-        if site.slots is not None:
+        if site.slots is not None and (site.slots.window is not None or any(run.evicts for run in runs)):
             evict(site, [method for run in runs for method in run.methods if run.drops_at(site)])
         for run in runs:
             run.stats.note(site, density, held, spent + time.perf_counter() - begun)
@@ -95,12 +102,40 @@ def _foreign(file: str) -> frozenset[str]:
     return _FOREIGN | (frozenset(read) - _KNOWN)
 
 
+def _is_ordinary(slots: SlotLayer | None) -> bool:
+    """Whether a layer hands all its tokens to attention, and none has to be dropped."""
+    return slots is None or (slots.window is None and slots.is_whole)
+
+
+def _plain(
+    runs: list[Run], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+) -> tuple[Tensor, Tensor | None] | None:
+    """A call at which no method has to be asked: the model's own attention, or, of a single query, the packed kernel.
+
+    None where the packed kernel is wanted, and the call has more to it.
+    """
+    if not any(run.packs for run in runs):
+        return _native(runs[0].native(module), module, q, k, v, mask, options)
+    alone = q.shape[2] == 1 and k.shape[1] < q.shape[1] and isinstance(mask, MaskPlan) and mask.sees_all()
+    if not alone or options.get("dropout") or _adds(module, options):
+        return None
+    scaling = options.get("scaling")
+    return fused.kernel(q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling).transpose(1, 2), None
+
+
+def _adds(module: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether a call brings more than queries, keys, values and a mask."""
+    return any(options.get(name) is not None for name in _foreign(type(module).__module__) | _CHANGING)
+
+
 def _native(
-    implementation: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
-) -> Any:
+    native: tuple[str, Callable[..., Any]], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any,
+    options: dict[str, Any],
+) -> Any:  # fmt: skip
     """The model's own attention, on the model's own mask."""
-    function = native_attention(module, implementation)
-    return function(module, q, k, v, native_mask(mask, implementation), **options)
+    implementation, function = native
+    mask = mask.native(implementation) if isinstance(mask, MaskPlan) else mask
+    return function(module, q, k, v, mask, **options)
 
 
 def _stranger(module: nn.Module) -> str:

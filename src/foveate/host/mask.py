@@ -95,8 +95,11 @@ class MaskPlan(Tensor):
         return cut
 
     def native(self, implementation: str) -> Any:
+        """What this implementation's mask function gives; None where the kernel needs no mask, or has no function."""
         if implementation not in self._native:
-            self._native[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
+            known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
+            made = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments) if known else None
+            self._native[implementation] = made
         return self._native[implementation]
 
     def keys(self) -> Bool[Tensor, "b 1 1 k"] | None:

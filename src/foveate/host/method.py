@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foveate.core.selection import Selection
+    from foveate.host.ends import Ends
     from foveate.host.model import Host
     from foveate.host.site import Site
     from foveate.host.slots import Slots
@@ -29,6 +30,10 @@ class Method:
 
     #: Whether the method acts on a cache, so that causal calls without one are refused.
     needs_cache: ClassVar[bool] = False
+
+    #: Whether a full layer's tokens should lie in one buffer with room at its end. An ordinary cache copies all of them
+    #: for every new one.
+    in_place: ClassVar[bool] = False
 
     #: Whether calls of few queries go to the kernel with a group's query heads side by side; see `foveate.Packed`.
     packs: ClassVar[bool] = False
@@ -67,13 +72,21 @@ class Method:
     def read(self, site: Site, out: Tensor) -> None:
         """Look, change nothing. `out` is what the call gives; `site.weights` is set where a method made them."""
 
-    def keep(self, site: Site) -> Tensor | None:
-        """After the call: which slots survive, bool `(B, Hkv, S)` beside `site.positions`; None for all."""
+    def keep(self, site: Site) -> Tensor | Ends | None:
+        """After the call: which slots survive, bool `(B, Hkv, S)` beside `site.positions`; None for all.
+
+        A method that keeps the first and the last tokens of sequences without padding says so with `Ends`, which is
+        cheaper.
+        """
         return None
 
     def fold(self, site: Site, dropped: Slots, summary: Slots | None) -> Slots | None:
         """What stands for the slots that `keep` drops: the new summary, given the one so far; None for nothing."""
         return None
+
+
+#: What the host calls at an attention call.
+HOOKS = ("select", "attend", "edit_logits", "edit_weights", "edit_output", "read", "keep", "fold")
 
 
 def overrides(method: Method, hook: str) -> bool:

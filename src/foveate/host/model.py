@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foveate.core.errors import UnsupportedModel
@@ -112,12 +111,3 @@ def native_attention(module: nn.Module, implementation: str) -> Callable[..., An
             f'no attention function for implementation "{implementation}" of {type(module).__name__}'
         )
     return function
-
-
-def native_mask(mask: Any, implementation: str) -> Any:
-    """The mask that this module would have been handed: from a description, or what the caller gave."""
-    from foveate.host.mask import MaskPlan
-
-    if not isinstance(mask, MaskPlan):
-        return mask
-    return mask.native(implementation) if implementation in ALL_MASK_ATTENTION_FUNCTIONS else None

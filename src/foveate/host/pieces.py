@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate.host import attention
+from foveate.host.ends import shown
 from foveate.host.method import Method, overrides
 from foveate.host.site import Site
 
@@ -25,6 +26,8 @@ def run(site: Site, methods: list[Method], native: attention.Native) -> tuple[Te
     """`attention.run`, query by query where that makes a difference."""
     if site.cache is not None:
         _rewind(site)
+    if site.q.shape[2] == 1 and not site.drafts:
+        return attention.run(site, methods, native)
     dropping = [m for m in methods if site.drafts and overrides(m, "keep") and not overrides(m, "fold")]
     choosing = [m for m in methods if overrides(m, "select") or overrides(m, "attend")]
     starts = _starts(site)
@@ -62,7 +65,7 @@ def _hide(part: Site, dropping: list[Method], gone: Tensor | None) -> Tensor:
     for method in dropping:
         keep = method.keep(before) if method.at(before) else None
         if keep is not None:
-            gone = gone | (~keep & (positions < past))
+            gone = gone | (~shown(keep, before) & (positions < past))
     hidden = gone | (positions >= part.seen)
     part.hidden_keys = hidden if not part.is_whole or bool(hidden.any()) else None
     return gone

@@ -23,8 +23,8 @@ from foveate.host.caches import Caches, cache_among, end_prompt, is_recording, p
 from foveate.host.dispatch import OPEN
 from foveate.host.hooks import Hook
 from foveate.host.mask import MaskPlan
-from foveate.host.method import Method, overrides
-from foveate.host.model import Host, host
+from foveate.host.method import HOOKS, Method, overrides
+from foveate.host.model import Host, host, native_attention
 from foveate.host.site import Site
 from foveate.host.stats import Stats
 
@@ -50,6 +50,8 @@ class Run:
         evict: when methods drop tokens.
         tentative: how many tokens at the end of each prompt will be taken back; see `foveate.Context`.
         implementations: each configuration's own attention implementation, by the configuration's id.
+        evicts, in_place, packs: what some of the methods do; see `Method`.
+        is_plain: whether no method has to be asked at a call.
     """
 
     def __init__(self, model: object, methods: tuple[Method, ...], on: Part = "auto", evict: Evict = "always") -> None:
@@ -64,12 +66,16 @@ class Run:
         self.spans: dict[str, Tensor] = {}
         self.implementations: dict[int, str] = {}
         self.evicts = any(method.evicts or overrides(method, "keep") for method in methods)
+        self.in_place = any(method.in_place for method in methods)
+        self.is_plain = not any(overrides(method, hook) for method in methods for hook in HOOKS)
+        self.packs = any(method.packs for method in methods)
         self._exit, self._entered, self._thread = ExitStack(), False, 0
         self._layers: dict[nn.Module, tuple[int, int]] = {}
+        self._natives: dict[nn.Module, tuple[str, Callable[..., Any]]] = {}
         self._aside: set[nn.Module] = set()
         self._configs: list[Any] = []
         self._local = threading.local()
-        self._caches = Caches(self.evicts, 0)
+        self._caches = Caches(self.evicts, self.in_place)
 
     def __enter__(self) -> Self:
         if self._entered:
@@ -150,9 +156,13 @@ class Run:
         """Whether the methods may drop tokens after this call."""
         return self.evict == "always" or site.reads_prompt
 
-    def implementation(self, module: nn.Module) -> str:
-        """The attention implementation that this module would use by itself."""
-        return self.implementations[id(module.config)]
+    def native(self, module: nn.Module) -> tuple[str, Callable[..., Any]]:
+        """The attention implementation that this module would use by itself, and its function."""
+        found = self._natives.get(module)
+        if found is None:
+            name = self.implementations[id(module.config)]
+            found = self._natives[module] = name, native_attention(module, name)
+        return found
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins: what methods note of it is new, and its cache is met before masks are asked for."""
@@ -189,10 +199,12 @@ class Run:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember what the attention function will not be told: the cache and the hidden states."""
         given = {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs} if args else kwargs
-        cross = any(given.get(name) is not None for name in _CROSS)  # such keys have a cache that nothing is added to
-        cache = None if cross else cache_among(given.values())
-        told, (own, _) = given.get("layer_idx"), self._layers[module]
-        layer = told if isinstance(told, int) else own
+        cache, layer, told = cache_among(given.values()), self._layers[module][0], given.get("layer_idx")
+        if isinstance(told, int):
+            layer = told
+        for name in _CROSS:  # such keys have a cache that nothing is added to
+            if given.get(name) is not None:
+                cache = None
         self._local.call = (cache, given.get("hidden_states", args[0] if args else None), layer)
         LATEST.layer = None
         if cache is not None:
@@ -220,12 +232,13 @@ class Run:
         cache, _, layer = getattr(self._local, "call", None) or (None, None, self._layers[module][0])
         return cache, layer
 
-    def holds_slots(self) -> bool:
-        """Whether the call's layer stores its tokens slot by slot, from this run or an earlier one."""
+    def slots(self) -> SlotLayer | None:
+        """The call's layer, where it stores its tokens slot by slot, from this run or an earlier one."""
         call = getattr(self._local, "call", None)
         if call is None or call[0] is None or len(call[0].layers) <= call[2]:
-            return False
-        return isinstance(call[0].layers[call[2]], SlotLayer)
+            return None
+        layer = call[0].layers[call[2]]
+        return layer if isinstance(layer, SlotLayer) else None
 
     def site(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any],
@@ -254,8 +267,13 @@ class Run:
             memories=self._caches.memories.get(cache, {}) if isinstance(cache, Cache) else {},
         )  # fmt: skip
         if site.slots is not None and not site.slots.handed_over(k, v):
-            _check_expanded(site)
-            site.expanded = True
+            if not self.evicts and site.slots.is_whole:
+                site.slots = None  # the model made something of all that is there: as with an ordinary layer
+            else:
+                _check_expanded(site)
+                site.expanded = True
+        if site.slots is not None:
+            site.__dict__["seen"] = site.slots.seen
         if isinstance(cache, Cache):
             first = mask.first_key if isinstance(mask, MaskPlan) else 0
             if site.slots is None and (surplus := first + k.shape[2] - site.seen) > 0:

@@ -227,8 +227,8 @@ class Site:
         """The log of how many tokens a slot stands for, where any stands for several."""
         if self.is_whole or not self.slots.store.has_summary:  # type: ignore[union-attr]
             return None
-        count = self.slots.store.padded("count")  # type: ignore[union-attr]
-        return count.log().to(self.q.dtype).repeat_interleave(self._heads_a_row, 1)[:, :, None]
+        bias = self.slots.store.padded("bias")  # type: ignore[union-attr]
+        return bias.to(self.q.dtype).repeat_interleave(self._heads_a_row, 1)[:, :, None]
 
     @property
     def _heads_a_row(self) -> int:

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from foveate.host.ends import Ends, Ledger
+
 EMPTY, SUMMARY = -1, -2
 
 
@@ -56,21 +58,31 @@ class Group:
 
     Attributes:
         heads: which heads of the layer, `(h,)`.
+        numbers: the same as numbers.
+        index: the same as a slice where they lie side by side.
         length: slots in use, empty ones between them included; the buffer's rest is room.
         holes: least and largest number of empty slots in a row of a sequence and a head.
-        summary: slots that stand for dropped ones.
+        summary: slots that stand for dropped ones, in full precision; the buffer begins with a copy of them.
+        slots: the slots in use, without the summary: views of the buffer.
     """
 
     def __init__(self, heads: Tensor, slots: Slots, holes: tuple[int, int], summary: Slots | None = None) -> None:
-        self.heads, self.holes, self.summary = heads, holes, summary
+        self.heads, self.holes = heads, holes
+        self.summary: Slots | None = None
+        self.numbers: list[int] = heads.tolist()
+        numbers = self.numbers
+        side = numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else False
+        self.index: slice | Tensor = slice(numbers[0], numbers[-1] + 1) if side else heads
+        self._ledger: Ledger | None = None
+        self._front, self._bias = 0, None  # type: int, Tensor | None
         self._use(slots, slots.positions.shape[2])
+        if summary is not None:
+            self._summarise(summary)
 
     def _use(self, buffer: Slots, length: int) -> None:
-        self._buffer, self.length, n = buffer, length, length
-        #: the slots in use: views of the buffer
-        self.slots = buffer
-        if n < buffer.positions.shape[2]:
-            self.slots = Slots(buffer.k[:, :, :n], buffer.v[:, :, :n], buffer.positions[:, :, :n])
+        self._buffer, self.length = buffer, length
+        first, end = self._front, self._front + length
+        self.slots = buffer if not first and end == buffer.positions.shape[2] else _narrow(buffer, first, end)
 
     @property
     def has_empty(self) -> bool:
@@ -84,8 +96,7 @@ class Group:
     @property
     def stored(self) -> int:
         """Slots that are needed, over batch and heads: those of the longest row, and of the summary."""
-        extra = 0 if self.summary is None else self.summary.positions.numel()
-        return self.rows * (self.length - self.holes[0]) + extra
+        return self.rows * (self.length - self.holes[0] + self._front)
 
     @property
     def nbytes(self) -> int:
@@ -94,38 +105,69 @@ class Group:
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def all(self) -> Slots:
-        """The summary and then the slots, as attention sees them."""
-        summary, slots = self.summary, self.slots
-        if summary is None:
-            return slots
-        ones = torch.ones(slots.positions.shape, dtype=torch.float32, device=slots.k.device)
-        count = ones[..., :0] if summary.count is None else summary.count
-        return Slots(
-            torch.cat([summary.k.to(slots.k.dtype), slots.k], 2),
-            torch.cat([summary.v.to(slots.v.dtype), slots.v], 2),
-            torch.cat([torch.full_like(summary.positions, SUMMARY, dtype=torch.int32), slots.positions], 2),
-            torch.cat([count.float(), ones], 2),
-        )
+        """The summary and then the slots, as attention sees them; see `bias`."""
+        return _narrow(self._buffer, 0, self._front + self.length) if self._front else self.slots
+
+    @property
+    def bias(self) -> Float[Tensor, "b h s"] | None:
+        """What is added to the logits of `all()`: the log of how many tokens a slot stands for; None for nothing."""
+        return None if self._bias is None else self._bias[:, :, : self._front + self.length]
+
+    def _summarise(self, summary: Slots | None) -> None:
+        """Put what stands for dropped slots at the front of the buffer."""
+        size = 0 if summary is None else summary.positions.shape[2]
+        if size != self._front or (size and not self._may_write(summary)):  # type: ignore[arg-type]
+            buffer, n = _narrow(self._buffer, self._front, self._buffer.positions.shape[2]), self.length
+            shape = (*buffer.positions.shape[:2], size)
+            front = Slots(*(x.new_empty(*shape, *x.shape[3:]) for x in (buffer.k, buffer.v, buffer.positions)))
+            self._front = size
+            self._use(Slots(*(torch.cat([a, b], 2) for a, b in zip(_tensors(front), _tensors(buffer), strict=True))), n)
+            self._bias = None
+        self.summary = summary
+        if summary is None or not size:
+            return
+        buffer = self._buffer
+        if self._bias is None or self._bias.shape[2] != buffer.positions.shape[2]:
+            self._bias = buffer.k.new_zeros(buffer.positions.shape)
+        buffer.k[:, :, :size] = summary.k
+        buffer.v[:, :, :size] = summary.v
+        buffer.positions[:, :, :size] = SUMMARY
+        self._bias[:, :, :size] = 0.0 if summary.count is None else summary.count.log()
 
     def append(self, k: Tensor, v: Tensor, first: int) -> None:
         """Tokens at `first`, `first + 1` …: into empty slots as far as every row has some, the others at the end."""
         n = k.shape[2]
-        positions = torch.arange(first, first + n, device=k.device, dtype=torch.int32).expand(*k.shape[:3])
         fill = min(n, self.holes[0])
         self._make_room(n - fill, k)
         if fill:
-            self._fill(k[:, :, :fill], v[:, :, :fill], positions[:, :, :fill])
+            self._fill(k[:, :, :fill], v[:, :, :fill], first)
             self.holes = (self.holes[0] - fill, self.holes[1] - fill)
         if n > fill:
-            end, new, buffer = self.length, self.length + n - fill, self._buffer
-            buffer.k[:, :, end:new] = k[:, :, fill:]
-            buffer.v[:, :, end:new] = v[:, :, fill:]
-            buffer.positions[:, :, end:new] = positions[:, :, fill:]
-            self._use(buffer, new)
+            self._write(self._front + self.length, k[:, :, fill:], v[:, :, fill:], first + fill)
+            if self._ledger is not None:
+                self._ledger.extend(self.length, self.length + n - fill)
+            self._use(self._buffer, self.length + n - fill)
 
-    def _fill(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+    def _write(self, slot: int, k: Tensor, v: Tensor, first: int) -> None:
+        """Tokens at `first`, `first + 1` … into the buffer's slots from `slot` on."""
+        buffer, n = self._buffer, k.shape[2]
+        buffer.k[:, :, slot : slot + n] = k
+        buffer.v[:, :, slot : slot + n] = v
+        if n == 1:
+            buffer.positions[:, :, slot] = first
+        else:
+            new = torch.arange(first, first + n, device=k.device, dtype=torch.int32)
+            buffer.positions[:, :, slot : slot + n] = new
+
+    def _fill(self, k: Tensor, v: Tensor, first: int) -> None:
         """Write over each row's first empty slots."""
+        if self._ledger is not None:
+            for place, slot in enumerate(self._ledger.fill(k.shape[2])):
+                one = slice(place, place + 1)
+                self._write(self._front + slot, k[:, :, one], v[:, :, one], first + place)
+            return
         slots, n = self.slots, k.shape[2]
+        positions = torch.arange(first, first + n, device=k.device, dtype=torch.int32).expand(*k.shape[:3])
         empty = slots.positions == EMPTY
         if n == 1:
             index = empty.to(torch.uint8).argmax(-1, keepdim=True)
@@ -137,15 +179,56 @@ class Group:
 
     def _make_room(self, n: int, like: Tensor) -> None:
         """A buffer that takes `n` more slots and may be written to."""
-        buffer, end = self._buffer, self.length
+        buffer, end = self._buffer, self._front + self.length
         if n > buffer.positions.shape[2] - end:
             room = n if end == 0 else n + end // 32  # a prompt fits exactly; a growing cache is copied now and then
-            self._use(Slots(*(_grown(x[:, :, :end], room) for x in (buffer.k, buffer.v, buffer.positions))), end)
+            self._use(Slots(*(_grown(x[:, :, :end], room) for x in _tensors(buffer))), self.length)
+            if self._bias is not None:
+                self._bias = torch.nn.functional.pad(self._bias[:, :, :end], (0, room))
         elif buffer.k.is_inference() and not torch.is_inference_mode_enabled():
-            self._use(Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions.clone()), end)
+            self._use(Slots(*(x.clone() for x in _tensors(buffer))), self.length)
+            self._bias = None if self._bias is None else self._bias.clone()
         elif torch.is_grad_enabled() and (like.requires_grad or buffer.k.requires_grad):
             # what was computed from these tensors needs them as they are for its gradient
-            self._use(Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions), end)
+            self._use(Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions), self.length)
+
+    def _may_write(self, summary: Slots) -> bool:
+        """Whether the summary at the buffer's front may be written over."""
+        buffer = self._buffer
+        if buffer.k.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        return not (torch.is_grad_enabled() and (summary.k.requires_grad or buffer.k.requires_grad))
+
+    def slide(self, ends: Ends, seen: int, fold: Fold | None) -> bool | None:
+        """Drop what `ends` drops once `seen` tokens were seen, and say whether that was any.
+
+        None where it takes a mask: many are to be dropped, or rows hold different tokens.
+        """
+        held = self.length - self.holes[0]
+        if self.holes[0] != self.holes[1] or seen - ends.recent < ends.sink:
+            return None
+        if self._ledger is None or self._ledger.sink != ends.sink:
+            if held - (ends.sink + ends.recent) > max(1, held // 32):
+                return None
+            self._ledger = Ledger.read(self.slots.positions, ends.sink)
+        ledger = self._ledger
+        if ledger is None:
+            return None
+        gone = min(len(ledger.slots), seen - ends.recent - ledger.oldest)
+        if gone <= 0:
+            return False
+        if self.holes[0] + gone > max(1, (held - gone) // 32):
+            return None
+        places = ledger.drop(gone)
+        if fold is not None:
+            dropped = [_tensors(_narrow(self.slots, place, place + 1)) for place in places]
+            joined = dropped[0] if gone == 1 else [torch.cat(x, 2) for x in zip(*dropped, strict=True)]
+            self._summarise(fold(Slots(*joined), self.summary))
+        self._own_positions()
+        for place in places:
+            self.slots.positions[:, :, place] = EMPTY
+        self.holes = (self.holes[0] + gone, self.holes[1] + gone)
+        return True
 
     def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None) -> tuple[list[Group], bool]:
         """Drop slots; the groups that are left, by how many slots their heads still hold, and whether any were dropped.
@@ -163,8 +246,9 @@ class Group:
         least = [min(column) for column in zip(*counts, strict=True)]
         drops = [a != b for a, b in zip(zip(*counts, strict=True), zip(*before, strict=True), strict=True)]
         if min(most) == max(most) and self.length - most[0] <= max(1, most[0] // 32):
+            self._ledger = None
             if fold is not None:
-                self.summary = fold(_packed(self.slots, ~keep if filled is None else filled & ~keep), self.summary)
+                self._summarise(fold(_packed(self.slots, ~keep if filled is None else filled & ~keep), self.summary))
             self._own_positions()
             self.slots.positions.masked_fill_(~keep, EMPTY)
             self.holes = (self.length - most[0], self.length - min(least))
@@ -205,12 +289,16 @@ class Group:
         keep = (slots.positions >= 0) & (slots.positions < end)
         counts = keep.sum(-1)
         size = int(counts.max()) if counts.numel() else 0
+        summary, self._front, self._bias, self._ledger = self.summary, 0, None, None
         self._use(_packed(slots, keep), size)
         self.holes = (0, size - int(counts.min()) if counts.numel() else 0)
+        self._summarise(summary)
 
     def batch(self, index: Tensor) -> Group:
         summary = None if self.summary is None else self.summary.batch(index)
-        return Group(self.heads, self.slots.batch(index), self.holes, summary)
+        group = Group(self.heads, self.slots.batch(index), self.holes, summary)
+        group._ledger = None if self._ledger is None else self._ledger.copy()
+        return group
 
 
 class Store:
@@ -234,7 +322,7 @@ class Store:
             self.groups[0].append(k, v, first)
             return
         for group in self.groups:
-            group.append(k[:, group.heads], v[:, group.heads], first)
+            group.append(k[:, group.index], v[:, group.index], first)
 
     @property
     def rows(self) -> int:
@@ -266,18 +354,16 @@ class Store:
         return self.is_even and least == most and self.groups[0].length - most == n
 
     def padded(self, what: str) -> Tensor:
-        """`"positions"`, `"k"`, `"v"` or `"count"` of all heads in order (summaries first), padded to the longest
-        head.
-        """
-        fill = {"positions": EMPTY, "count": 1}.get(what, 0)
-        parts = [_of(group.all(), what) for group in self.groups]
+        """`"positions"`, `"k"`, `"v"` or `"bias"` of all heads in order (summaries first), padded to the longest."""
+        fill = EMPTY if what == "positions" else 0
+        parts = [_of(group, what) for group in self.groups]
         if len(parts) == 1:
             return parts[0]
         batch, _, _, *width = parts[0].shape
         longest = max(part.shape[2] for part in parts)
         out = parts[0].new_full((batch, self.n_heads, longest, *width), fill)
         for group, part in zip(self.groups, parts, strict=True):
-            out[:, group.heads, : part.shape[2]] = part
+            out[:, group.index, : part.shape[2]] = part
         return out
 
     @property
@@ -288,6 +374,19 @@ class Store:
     def has_empty(self) -> bool:
         """Whether `padded` has empty slots."""
         return len(self.groups) > 1 or self.groups[0].has_empty
+
+    def slide(self, ends: Ends, seen: int, fold: Fold | None = None) -> bool | None:
+        """Drop what `ends` drops, and say whether that was any. None where it takes a mask for all of it or a part."""
+        dropped: bool | None = False
+        for group in self.groups:
+            numbers = set(group.numbers)
+            if numbers <= ends.full:
+                continue
+            done = None if numbers & ends.full else group.slide(ends, seen, fold)
+            if done is None:
+                return None
+            dropped = dropped or done
+        return dropped
 
     def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None = None) -> bool:
         """Drop slots, and say whether any were; `keep` lies beside `padded("positions")`. Summaries stay; `fold` may
@@ -312,10 +411,20 @@ class Store:
         return Store([group.batch(index) for group in self.groups], self.n_heads)
 
 
-def _of(slots: Slots, what: str) -> Tensor:
-    if what == "count" and slots.count is None:
-        return torch.ones(slots.positions.shape, dtype=torch.float32, device=slots.k.device)
-    return getattr(slots, what)
+def _of(group: Group, what: str) -> Tensor:
+    if what != "bias":
+        return getattr(group.all(), what)
+    slots = group.all()
+    return slots.k.new_zeros(slots.positions.shape) if group.bias is None else group.bias
+
+
+def _tensors(slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
+    return slots.k, slots.v, slots.positions
+
+
+def _narrow(slots: Slots, start: int, end: int) -> Slots:
+    """Some slots that lie side by side, as views."""
+    return Slots(slots.k[:, :, start:end], slots.v[:, :, start:end], slots.positions[:, :, start:end])
 
 
 def _grown(x: Tensor, room: int) -> Tensor:

@@ -149,11 +149,12 @@ class Stats:
 
     def note_native(self, cache: Cache | None, layer: int, q: Tensor, k: Tensor, v: Tensor, seconds: float) -> None:
         """Count a call that no method took part in."""
-        rows, size, seen = k.shape[0] * k.shape[1], k.element_size() * (k.shape[-1] + v.shape[-1]), k.shape[2]
+        batch, heads, held, width = k.shape
+        rows, size, seen = batch * heads, k.element_size() * (width + v.shape[-1]), held
         if cache is not None and layer < len(cache.layers):
             seen = max(seen, tokens_seen(cache.layers[layer]))
-        share = min(1.0, k.shape[2] / seen) if q.shape[2] == 1 and seen > 1 else None
-        self._note(cache, layer, rows * seen, rows * k.shape[2], size, share, 0, seconds)
+        share = min(1.0, held / seen) if q.shape[2] == 1 and seen > 1 else None
+        self._note(cache, layer, rows * seen, rows * held, size, share, 0, seconds)
 
     def _note(
         self, cache: object, number: int, full: int, stored: int, size: int, share: float | None, extra: int,

@@ -22,12 +22,12 @@ from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.core.selection import Blocks, Selection
 from foveate.core.windows import window
-from foveate.host import Host, apply, decoder_inputs, layout
+from foveate.host import Ends, Host, apply, decoder_inputs, layout
 from foveate.host.attention import selected
 from foveate.host.method import Method
 from foveate.host.model import host
 from foveate.host.site import Site
-from foveate.kv.heads import HeadTable, check_heads, keep_window, split_at_budget
+from foveate.kv.heads import HeadTable, check_heads, keep_ends, split_at_budget
 from foveate.kv.padding import tokens
 from foveate.kv.policy import Policy, Progress, check_budget
 from foveate.kv.unfinished import Unfinished
@@ -86,11 +86,11 @@ class DuoAttention(Policy):
         assert self._full is not None
         return _chunked(self._full.of(site), site, self.sink, self.recent, chunk)
 
-    def keep(self, site: Site) -> Tensor | None:
+    def keep(self, site: Site) -> Tensor | Ends | None:
         if site.seen <= self.sink + self.recent:
             return None
         assert self._full is not None
-        return keep_window(site, self._full.of(site), self.sink, self.recent)
+        return keep_ends(site, self.sink, self.recent, self._full.numbers(site))
 
     @classmethod
     def calibrate(

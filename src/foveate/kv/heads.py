@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.core.errors import ShapeError, UnsupportedModel
-from foveate.host import AttendingLayer, Host, Layout, layout
+from foveate.host import AttendingLayer, Ends, Host, Layout, layout
 from foveate.host.site import Site
 from foveate.kv.padding import tokens
 
@@ -41,11 +41,16 @@ class HeadTable:
     def __init__(self, heads: Bool[Tensor, "l hkv"], found: Layout) -> None:
         self._rows = {layer.layer: row[: layer.kv_heads] for layer, row in zip(found.layers, heads, strict=True)}
         self._all = {number: bool(row.all()) for number, row in self._rows.items()}
+        self._numbers = {number: frozenset(row.nonzero()[:, 0].tolist()) for number, row in self._rows.items()}
         self._placed: dict[tuple[int, torch.device], Tensor] = {}
 
     def holds_all(self, site: Site) -> bool:
         """Whether every head of this layer is in the table; a layer that it says nothing of counts so too."""
         return self._all.get(site.layer, True)
+
+    def numbers(self, site: Site) -> frozenset[int]:
+        """The heads of this layer that are in the table."""
+        return self._numbers[site.layer]
 
     def of(self, site: Site) -> Bool[Tensor, " hkv"]:
         key = (site.layer, site.q.device)
@@ -54,18 +59,21 @@ class HeadTable:
         return self._placed[key]
 
 
-def keep_ends(site: Site, sink: int, recent: int | Tensor) -> Bool[Tensor, "b hkv s"]:
-    """Slots of the first `sink` and the last `recent` tokens of each sequence (a number, or one for each sequence)."""
-    recent = recent[:, None, None] if isinstance(recent, Tensor) else recent
+def keep_ends(
+    site: Site, sink: int, recent: int | Tensor, full: frozenset[int] = frozenset()
+) -> Ends | Bool[Tensor, "b hkv s"]:
+    """What survives: all of the `full` heads; of the others the first `sink` and the last `recent` tokens of each
+    sequence (a number, or one for each sequence). A mask where sequences are padded.
+    """
     found = tokens(site)
-    own = site.positions if found is None else found.own(site.positions)
-    seen = site.seen if found is None else found.count[:, None, None]
-    return (own >= 0) & ((own < sink) | (own >= seen - recent))
-
-
-def keep_window(site: Site, full: Bool[Tensor, " hkv"], sink: int, recent: int | Tensor) -> Bool[Tensor, "b hkv s"]:
-    """Slots that survive: all of the `full` heads; of the others the first `sink` and the last `recent` tokens."""
-    return keep_ends(site, sink, recent) | full[:, None]
+    if found is None:
+        assert not isinstance(recent, Tensor)
+        return Ends(sink, recent, full)
+    recent = recent[:, None, None] if isinstance(recent, Tensor) else recent
+    own = found.own(site.positions)
+    kept = (own >= 0) & ((own < sink) | (own >= found.count[:, None, None] - recent))
+    kept[:, sorted(full)] = True
+    return kept
 
 
 def own_lengths(site: Site) -> int | Tensor:

@@ -19,10 +19,10 @@ from torch import Tensor
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import safe_softmax
-from foveate.host import SUMMARY, Host, Layout, Slots, layout
+from foveate.host import SUMMARY, Ends, Host, Layout, Slots, layout
 from foveate.host.method import Method
 from foveate.host.site import Site
-from foveate.kv.heads import HeadTable, check_heads, keep_window, own_lengths, per_kv_head, split_at_budget, top
+from foveate.kv.heads import HeadTable, check_heads, keep_ends, own_lengths, per_kv_head, split_at_budget, top
 from foveate.kv.padding import tokens
 from foveate.kv.policy import Policy, Progress, check_budget
 from foveate.kv.probing import kept, logits_of, read
@@ -82,7 +82,7 @@ class RazorAttention(Policy):
         assert self._full is not None
         return not self._full.holds_all(site)
 
-    def keep(self, site: Site) -> Tensor | None:
+    def keep(self, site: Site) -> Tensor | Ends | None:
         assert self._full is not None
         if site.seen <= self.sink + self.min_window:
             return None
@@ -92,7 +92,7 @@ class RazorAttention(Policy):
             recent = (lengths / self.ratio).to(lengths.dtype).clamp_min(self.min_window)
         else:
             recent = max(self.min_window, int(lengths / self.ratio))
-        return keep_window(site, self._full.of(site), self.sink, recent)
+        return keep_ends(site, self.sink, recent, self._full.numbers(site))
 
     def fold(self, site: Site, dropped: Slots, summary: Slots | None) -> Slots | None:
         if not self.compensate:
@@ -129,20 +129,25 @@ def compensation(dropped: Slots, summary: Slots | None) -> Slots | None:
 
     Means are kept in float32: in a shorter type they would not move any more once many tokens are counted.
     """
-    real = (dropped.positions >= 0).float()[..., None]
-    count = real.sum(2)
-    k, v = (_total(x, real) for x in (dropped.k, dropped.v))
-    if summary is not None and summary.count is not None:
-        before = summary.count[..., None]
-        k, v, count = k + summary.k * before, v + summary.v * before, count + summary.count
-    share = count[..., None].clamp_min(1.0)
-    positions = dropped.positions.new_full((*count.shape[:2], 1), SUMMARY)
-    return Slots(k / share, v / share, positions, count)
+    real = (dropped.positions >= 0).float()
+    if summary is None or summary.count is None:
+        width = dropped.k.shape[-1], dropped.v.shape[-1]
+        k, v = (torch.zeros(*real.shape[:2], 1, size, device=real.device) for size in width)
+        count, positions = torch.zeros_like(real[..., :1]), dropped.positions.new_full((*real.shape[:2], 1), SUMMARY)
+    else:
+        k, v, count, positions = summary.k, summary.v, summary.count, summary.positions
+    new = real.sum(-1, keepdim=True)
+    count = count + new
+    share = (new / count.clamp_min(1.0))[..., None]  # of the new tokens in the mean
+    return Slots(_moved(k, dropped.k, real, new, share), _moved(v, dropped.v, real, new, share), positions, count)
 
 
-def _total(x: Tensor, real: Tensor) -> Float[Tensor, "b h 1 d"]:
-    """The sum of some slots, in float32 whatever their type; what is hidden may be anything."""
-    return torch.where(real > 0, x, 0.0).sum(2, keepdim=True, dtype=torch.float32)
+def _moved(mean: Tensor, x: Tensor, real: Tensor, count: Tensor, share: Tensor) -> Float[Tensor, "b h 1 d"]:
+    """A mean in float32, moved on by some slots, whatever their type; what is hidden may be anything."""
+    x = torch.where(real[..., None] > 0, x, 0.0) if x.shape[2] > 1 else torch.where(real[..., None] > 0, x, mean)
+    if x.shape[2] > 1:
+        x = x.sum(2, keepdim=True, dtype=torch.float32) / count.clamp_min(1.0)[..., None]
+    return torch.lerp(mean, x.float(), share)
 
 
 def check_scores(name: str, scores: Tensor, found: Layout) -> None:

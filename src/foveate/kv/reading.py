@@ -56,9 +56,10 @@ def max_pooled(scores: Float[Tensor, "*b n"], width: int) -> Float[Tensor, "*b n
 
 
 def most(
-    scores: Float[Tensor, "b *h n"], k: int, site: Site, pool: int = 0, allowed: Bool[Tensor, "b *h n"] | None = None
-) -> Int[Tensor, "b *h k"]:
-    """The `k` keys with the largest scores after a max-pool along each sequence, the largest first.
+    scores: Float[Tensor, "b *h n"], k: int, site: Site, pool: int = 0, allowed: Bool[Tensor, "b *h n"] | None = None,
+    ranked: bool = True,
+) -> Int[Tensor, "b *h k"]:  # fmt: skip
+    """The `k` keys with the largest scores after a max-pool along each sequence, `ranked` the largest first.
 
     Padding is no neighbour and is taken last, after the keys that are not `allowed`. Of equal scores, as a pool makes
     them, the later token is taken, so that the choice is the same in a batch and alone.
@@ -77,7 +78,7 @@ def most(
     if pool > 1:
         rank = torch.arange(n, device=scores.device, dtype=torch.float64)
         scores = scores.double() * (1 + _TIE * rank) + _TINY * rank
-    return scores.topk(min(k, n)).indices
+    return scores.topk(min(k, n), sorted=ranked).indices
 
 
 def cosine(a: Float[Tensor, "b hq d"], b: Float[Tensor, "b hq d"]) -> Float[Tensor, " b"]:

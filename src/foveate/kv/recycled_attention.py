@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Self, final
+from typing import ClassVar, Literal, NamedTuple, Self, final
 
 import torch
 from jaxtyping import Float, Int
@@ -75,6 +75,7 @@ class RecycledAttention(Policy):
     dynamic: Dynamic | None = None
     grow: bool = True
     phase: int = 0
+    in_place: ClassVar[bool] = True
     _far: frozenset[int] = field(default=frozenset(), init=False, repr=False)
 
     def __post_init__(self) -> None:

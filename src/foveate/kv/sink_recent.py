@@ -11,6 +11,7 @@ from typing import ClassVar, Self, final
 from torch import Tensor
 
 from foveate.core import validate
+from foveate.host.ends import Ends
 from foveate.host.model import Host
 from foveate.host.site import Site
 from foveate.kv.heads import keep_ends
@@ -39,7 +40,7 @@ class SinkRecent(Policy):
         validate.count("sink", self.sink, 0)
         validate.count("recent", self.recent, 1)
 
-    def keep(self, site: Site) -> Tensor | None:
+    def keep(self, site: Site) -> Tensor | Ends | None:
         if site.seen <= self.sink + self.recent:
             return None
         return keep_ends(site, self.sink, self.recent)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, Self, final
+from typing import ClassVar, Literal, Self, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,6 +56,7 @@ class TidalDecode(Policy):
     reselect_layers: tuple[int, ...] = (13,)
     per: Per = "group"
     reduce: Literal["max", "sum"] = "max"
+    in_place: ClassVar[bool] = True
     _order: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

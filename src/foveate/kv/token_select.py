@@ -10,7 +10,7 @@ cache off (here: a `sim_threshold` over 1).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Self, final
+from typing import Any, ClassVar, Self, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,6 +56,7 @@ class TokenSelect(Policy):
     sim_threshold: float = 0.9
     pool: int = 0
     chunk: int = 8192
+    in_place: ClassVar[bool] = True
     _far: frozenset[int] = field(default=frozenset(), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -154,16 +155,22 @@ class TokenSelect(Policy):
     def _fresh(self, site: Site, query: Tensor, past: int, alike: Tensor, rows: slice) -> dict[str, Any]:
         """What there is to remember of a vote now; of sequences that are `alike`, of their last one."""
         found, seen, memory = tokens(site), visible(site, rows), site.memory(self)
-        if found is None:
+        if found is None and seen is None:
+            votes = soft_vote(query, site.k[:, :, self.sink : past - self.local], 0, site.scale)
+            chosen = self.sink + most(votes, self.k, site, self.pool, ranked=False).sort().values
+            candidate = None
+        elif found is None:
             key = torch.arange(past, device=query.device)
             candidate = ((key >= self.sink) & (key < past - self.local)).expand(query.shape[0], -1)
         else:
             rank = found.rank[:, :past]
             candidate = (rank >= self.sink) & (rank < found.before(past)[:, None] - self.local)
-        candidate = candidate if seen is None else candidate & seen[:, :past]
-        votes = soft_vote(query, site.k[:, :, :past], 0, site.scale, candidate)
-        chosen = most(votes, self.k, site, self.pool, candidate).sort().values
-        fresh: dict[str, Any] = {"query": query, "chosen": chosen, "real": candidate.gather(1, chosen)}
+        if candidate is not None:
+            candidate = candidate if seen is None else candidate & seen[:, :past]
+            votes = soft_vote(query, site.k[:, :, :past], 0, site.scale, candidate)
+            chosen = most(votes, self.k, site, self.pool, candidate, ranked=False).sort().values
+        real = torch.ones_like(chosen, dtype=torch.bool) if candidate is None else candidate.gather(1, chosen)
+        fresh: dict[str, Any] = {"query": query, "chosen": chosen, "real": real}
         for name, value in fresh.items():
             old = alike.view(-1, *[1] * (value.dim() - 1))
             fresh[name] = torch.where(old, memory.get(name, value), value)
@@ -215,6 +222,7 @@ def soft_vote(
     """
     groups = q.unflatten(-2, (k.shape[-3], -1))
     logits = dot_product(groups, k, q.shape[-1] ** -0.5 if scale is None else scale).float()
-    if candidates is not None:
-        logits = logits.masked_fill(~candidates[..., None, None, :], float("-inf"))
+    if candidates is None:
+        return max_pooled(logits.softmax(-1).sum((-3, -2)), pool)
+    logits = logits.masked_fill(~candidates[..., None, None, :], float("-inf"))
     return max_pooled(safe_softmax(logits).sum((-3, -2)), pool)

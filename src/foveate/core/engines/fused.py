@@ -34,26 +34,26 @@ def attend(problem: Problem) -> Tensor:
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)  # the kernel wants two dimensions or more
         mask = mask if mask.dtype == torch.bool else mask.to(problem.q.dtype)
-    if packs:
-        out = _packed(problem, mask)
-    else:
-        out = F.scaled_dot_product_attention(
-            problem.q, problem.k, problem.v, mask, problem.dropout, is_causal, scale=problem.scale,
-            enable_gqa=problem.groups > 1,
-        )  # fmt: skip
+    out = kernel(problem.q, problem.k, problem.v, problem.scale, mask, problem.dropout, is_causal)
     if mask is None:
         return out
     seen = masks.allowed(mask).any(-1, keepdim=True)
     return torch.where(seen, out, 0.0) if not known(seen.all()) else out
 
 
-def _packed(problem: Problem, mask: Tensor | None) -> Tensor:
-    """Grouped heads with few queries: the queries of a group side by side, as those of one head."""
-    heads, groups, n = problem.k.shape[1], problem.groups, problem.n_queries
-    q = problem.q.unflatten(1, (heads, groups)).flatten(2, 3)
+def kernel(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, dropout: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """The kernel alone, for queries that each see some key. `mask` is all that is masked, of four dimensions."""
+    groups, n = q.shape[1] // k.shape[1], q.shape[2]
+    if groups == 1 or n > FEW or is_causal:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=groups > 1)
+    # the queries of a group side by side, as those of one head
+    b, heads = k.shape[:2]
     if mask is not None and mask.shape[1] > 1:
         mask = mask.unflatten(1, (heads, groups)).expand(-1, -1, -1, n, -1).flatten(2, 3)
     elif mask is not None and mask.shape[2] > 1:
         mask = mask.repeat(1, 1, groups, 1)
-    out = F.scaled_dot_product_attention(q, problem.k, problem.v, mask, problem.dropout, scale=problem.scale)
-    return out.unflatten(2, (groups, n)).flatten(1, 2)
+    out = F.scaled_dot_product_attention(q.reshape(b, heads, groups * n, -1), k, v, mask, dropout, scale=scale)
+    return out.reshape(b, heads * groups, n, -1)
