@@ -18,7 +18,7 @@ from foveate.core.selection import Blocks, Indices, Selection
 from foveate.host.mask import MaskPlan
 from foveate.host.method import Method, overrides
 from foveate.host.site import Site
-from foveate.host.slots import Group
+from foveate.host.slots import Group, Store
 
 Native = Callable[[Site], tuple[Tensor, Tensor | None]]
 
@@ -110,20 +110,25 @@ def _softmax(site: Site, methods: list[Method], allowed: Tensor | None) -> Tenso
 
 
 def _slots(site: Site) -> Tensor:
-    """Attention of an evicted layer: each group of equally long heads by itself, on the fused kernel."""
+    """Attention of an evicted layer."""
     assert site.slots is not None and site.slots.store is not None
     store = site.slots.store
     if site.softcap is not None or site.is_biased or not isinstance(site.attention_mask, MaskPlan):
         return _softmax(site, [], None)
     if site.expanded:
         return engines.run(Problem(site.q, site.k, site.v, site.scale, site.mask, dropout=site.dropout), "fused")
-    parts = [_group(site, group) for group in store.groups]
+    return stored(site.q, store, site.attention_mask, site.scale, site.dropout)
+
+
+def stored(q: Tensor, store: Store, plan: MaskPlan, scale: float, dropout: float = 0.0) -> Float[Tensor, "b hq nq dv"]:
+    """Attention to all that a layer stores, on the fused kernel: each group of equally long heads by itself."""
+    groups = q.shape[1] // store.n_heads
+    parts = [_group(q[:, _queries(group, groups)], group, groups, plan, scale, dropout) for group in store.groups]
     if len(parts) == 1:
         return parts[0]
-    b, hq, nq, _ = site.q.shape
-    out = parts[0].new_empty(b, hq, nq, parts[0].shape[-1])
+    out = parts[0].new_empty(*q.shape[:3], parts[0].shape[-1])
     for group, part in zip(store.groups, parts, strict=True):
-        out[:, _queries(group, site.groups)] = part
+        out[:, _queries(group, groups)] = part
     return out
 
 
@@ -134,16 +139,14 @@ def _queries(group: Group, groups: int) -> slice | Tensor:
     return query_heads(group.heads, groups)
 
 
-def _group(site: Site, group: Group) -> Tensor:
-    plan, slots = site.attention_mask, group.all()
-    q, bias = site.q[:, _queries(group, site.groups)], group.bias
-    assert isinstance(plan, MaskPlan)
+def _group(q: Tensor, group: Group, groups: int, plan: MaskPlan, scale: float, dropout: float) -> Tensor:
+    slots, bias = group.all(), group.bias
     if bias is not None:
-        bias = bias.to(q.dtype).repeat_interleave(site.groups, 1)[:, :, None]
+        bias = bias.to(q.dtype).repeat_interleave(groups, 1)[:, :, None]
     if plan.sees_all() and not group.has_empty:
-        return fused.kernel(q, slots.k, slots.v, site.scale, bias, site.dropout)
-    mask = masks.combine(plan.at(slots.positions).repeat_interleave(site.groups, 1), bias)
-    return engines.run(Problem(q, slots.k, slots.v, site.scale, mask, dropout=site.dropout), "fused")
+        return fused.kernel(q, slots.k, slots.v, scale, bias, dropout)
+    mask = masks.combine(plan.at(slots.positions).repeat_interleave(groups, 1), bias)
+    return engines.run(Problem(q, slots.k, slots.v, scale, mask, dropout=dropout), "fused")
 
 
 def softmax(

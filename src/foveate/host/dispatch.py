@@ -15,9 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from foveate.core.engines import fused
 from foveate.core.errors import OptionError, UnsupportedModel
-from foveate.host import pieces
+from foveate.host import attention, pieces
 from foveate.host.alias import NAME
 from foveate.host.cache import LATEST, SlotLayer, evict
+from foveate.host.caches import is_recording
 from foveate.host.mask import MaskPlan, describe
 from foveate.host.model import native_attention
 from foveate.host.stats import slots_of
@@ -50,16 +51,15 @@ def attention_function(
     if runs is None:
         name = _stranger(module)
         return _native((name, native_attention(module, name)), module, query, key, value, attention_mask, options)
-    outer, slots = runs[0], getattr(LATEST, "layer", None)
+    outer = runs[0]
     if not outer.covers(module):
         return _native(outer.native(module), module, query, key, value, attention_mask, options)
-    begun = time.perf_counter()
-    plain = all(run.is_plain for run in runs) and _is_ordinary(slots or outer.slots())
-    if plain and (found := _plain(runs, module, query, key, value, attention_mask, options)) is not None:
-        out, weights = found
+    begun, slots = time.perf_counter(), getattr(LATEST, "layer", None) or outer.slots()
+    done = _unasked(runs, module, query, key, value, attention_mask, options, slots)
+    if done is not None and all(run.rests(module, slots) for run in runs):
         for run in runs:
-            run.stats.note_native(*run.called(module), query, key, value, time.perf_counter() - begun)
-        return out, weights
+            run.stats.note_native(*run.called(module), query, key, value, slots, time.perf_counter() - begun)
+        return done
     methods = [method for run in runs for method in run.methods]
     site = outer.site(module, query, key, value, attention_mask, options, slots)
     site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
@@ -80,7 +80,10 @@ def attention_function(
             given = options | {name: value for name, value in own.items() if options.get(name) is not None}
         return _native(outer.native(module), module, q, k, v, mask, given)
 
-    out, density = pieces.run(site, methods, native)
+    density = 1.0
+    if done is None:
+        out, density = pieces.run(site, methods, native)
+        done = out.transpose(1, 2).contiguous(), site.weights
     held, spent = slots_of(site), time.perf_counter() - begun
 
     def settle() -> None:
@@ -91,7 +94,7 @@ def attention_function(
             run.stats.note(site, density, held, spent + time.perf_counter() - begun)
 
     outer.at_end(settle)
-    return out.transpose(1, 2).contiguous(), site.weights
+    return done
 
 
 @lru_cache(maxsize=256)
@@ -102,25 +105,31 @@ def _foreign(file: str) -> frozenset[str]:
     return _FOREIGN | (frozenset(read) - _KNOWN)
 
 
-def _is_ordinary(slots: SlotLayer | None) -> bool:
-    """Whether a layer hands all its tokens to attention, and none has to be dropped."""
-    return slots is None or (slots.window is None and slots.is_whole)
+def _unasked(
+    runs: list[Run], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any],
+    slots: SlotLayer | None,
+) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+    """Attention at a call in which no method has a say; None where one has, or where the call has more to it.
 
-
-def _plain(
-    runs: list[Run], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
-) -> tuple[Tensor, Tensor | None] | None:
-    """A call at which no method has to be asked: the model's own attention, or, of a single query, the packed kernel.
-
-    None where the packed kernel is wanted, and the call has more to it.
+    That is the model's own, or, of a single query, the packed kernel on what is stored.
     """
-    if not any(run.packs for run in runs):
-        return _native(runs[0].native(module), module, q, k, v, mask, options)
-    alone = q.shape[2] == 1 and k.shape[1] < q.shape[1] and isinstance(mask, MaskPlan) and mask.sees_all()
-    if not alone or options.get("dropout") or _adds(module, options):
+    if not all(run.only_drops for run in runs):
         return None
-    scaling = options.get("scaling")
-    return fused.kernel(q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling).transpose(1, 2), None
+    is_whole = slots is None or (slots.window is None and slots.is_whole)
+    if is_whole and not any(run.packs for run in runs):
+        plain = all(run.is_plain for run in runs)
+        return _native(runs[0].native(module), module, q, k, v, mask, options) if plain else None
+    if q.shape[2] > 1 or not isinstance(mask, MaskPlan) or not mask.sees_all():
+        return None
+    if options.get("dropout") or _adds(module, options):
+        return None
+    scale = q.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
+    if is_whole:
+        return (fused.kernel(q, k, v, scale).transpose(1, 2), None) if k.shape[1] < q.shape[1] else None
+    cache, _ = runs[0].called(module)
+    if cache is None or is_recording(cache) or not slots.handed_over(k, v):  # type: ignore[union-attr]
+        return None
+    return attention.stored(q, slots.store, mask, scale).transpose(1, 2), None  # type: ignore[union-attr, arg-type]
 
 
 def _adds(module: nn.Module, options: dict[str, Any]) -> bool:

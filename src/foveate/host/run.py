@@ -51,7 +51,7 @@ class Run:
         tentative: how many tokens at the end of each prompt will be taken back; see `foveate.Context`.
         implementations: each configuration's own attention implementation, by the configuration's id.
         evicts, in_place, packs: what some of the methods do; see `Method`.
-        is_plain: whether no method has to be asked at a call.
+        is_plain, only_drops: whether no method has to be asked at a call, or only after it.
     """
 
     def __init__(self, model: object, methods: tuple[Method, ...], on: Part = "auto", evict: Evict = "always") -> None:
@@ -67,7 +67,8 @@ class Run:
         self.implementations: dict[int, str] = {}
         self.evicts = any(method.evicts or overrides(method, "keep") for method in methods)
         self.in_place = any(method.in_place for method in methods)
-        self.is_plain = not any(overrides(method, hook) for method in methods for hook in HOOKS)
+        used = {hook for hook in HOOKS if any(overrides(method, hook) for method in methods)}
+        self.is_plain, self.only_drops = not used, used <= {"keep", "fold"}
         self.packs = any(method.packs for method in methods)
         self._exit, self._entered, self._thread = ExitStack(), False, 0
         self._layers: dict[nn.Module, tuple[int, int]] = {}
@@ -155,6 +156,13 @@ class Run:
     def drops_at(self, site: Site) -> bool:
         """Whether the methods may drop tokens after this call."""
         return self.evict == "always" or site.reads_prompt
+
+    def rests(self, module: nn.Module, slots: SlotLayer | None) -> bool:
+        """Whether nothing is to be dropped after a call of one token."""
+        if slots is None or slots.is_whole or not self.evicts:
+            return not self.evicts and (slots is None or slots.window is None)
+        cache, layer = self.called(module)
+        return self.evict != "always" and cache is not None and prompt_of(cache, layer, slots.seen - 1) is not None
 
     def native(self, module: nn.Module) -> tuple[str, Callable[..., Any]]:
         """The attention implementation that this module would use by itself, and its function."""

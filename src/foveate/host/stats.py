@@ -147,14 +147,18 @@ class Stats:
         share = density * min(1.0, held / full) if site.phase == "decode" else None
         self._note(site.cache, site.layer, full, stored, size, share, (held - stored) * size, seconds)
 
-    def note_native(self, cache: Cache | None, layer: int, q: Tensor, k: Tensor, v: Tensor, seconds: float) -> None:
+    def note_native(
+        self, cache: Cache | None, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: SlotLayer | None, seconds: float
+    ) -> None:
         """Count a call that no method took part in."""
-        batch, heads, held, width = k.shape
-        rows, size, seen = batch * heads, k.element_size() * (width + v.shape[-1]), held
-        if cache is not None and layer < len(cache.layers):
+        batch, heads, seen, width = k.shape
+        rows, size, stored = batch * heads, k.element_size() * (width + v.shape[-1]), batch * heads * seen
+        if slots is not None and slots.store is not None:
+            seen, rows, stored = slots.seen, batch * slots.store.n_heads, slots.store.stored
+        elif cache is not None and layer < len(cache.layers):
             seen = max(seen, tokens_seen(cache.layers[layer]))
-        share = min(1.0, held / seen) if q.shape[2] == 1 and seen > 1 else None
-        self._note(cache, layer, rows * seen, rows * held, size, share, 0, seconds)
+        share = min(1.0, stored / (rows * seen)) if q.shape[2] == 1 and seen > 1 else None
+        self._note(cache, layer, rows * seen, stored, size, share, 0, seconds)
 
     def _note(
         self, cache: object, number: int, full: int, stored: int, size: int, share: float | None, extra: int,
