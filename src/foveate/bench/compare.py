@@ -22,6 +22,7 @@ from foveate.bench.journal import Journal
 from foveate.bench.known import DEFAULT, FULL
 from foveate.bench.lanes import Lane
 from foveate.bench.loading import load, trained_on
+from foveate.bench.methods import Contender
 from foveate.bench.plaindata import version_of
 from foveate.bench.question import Question, ends
 from foveate.bench.results import FORMAT, Comparison
@@ -70,6 +71,7 @@ def compare(
     answer_field: str | None = None,
     chat: bool = False,
     new_tokens: int | None = None,
+    renumber: bool = False,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -94,6 +96,8 @@ def compare(
         prompt_field, answer_field: where a file's prompts and answers are, if not where known formats have them.
         chat: put plain prompts into the model's chat template too.
         new_tokens: how many tokens to answer with; None is by the accepted answers.
+        renumber: under policies that evict, positions count the tokens that are kept; see `foveate.kv.Renumbered`.
+            Prompts past the model's context are then read in pieces that fit.
         progress: told about every example.
 
     A method that fails is a row that says why.
@@ -125,12 +129,12 @@ def compare(
             model=model or "lab lm", task=chosen.name, seed=seed, device=device, dtype=dtype, budget=budget,
             examples=len(question.prompts), length=getattr(chosen, "length", None), batch=batch,
             versions={**versions, "threads": str(threads)}, metric=question.metric,
-            digest=digest.of(world, budget, question.identity), rows=[],
+            digest=digest.of(world, budget, renumber, question.identity), rows=[],
         )  # fmt: skip
         turns = Turns(loaded, world, Journal(folder / JOURNAL, fresh), watch)
         folders = [path for path in (source, folder) if path is not None]
         learnt = Learnt(Host(loaded), lambda: _passkeys(tokenizer, loaded, question, seed), folders, watch.say)
-        lanes = [Lane.of(key, Host(loaded), budget, learnt) for key in keys]
+        lanes = [Lane.of(Contender(key, Host(loaded), budget, renumber), learnt) for key in keys]
         turns.run(lanes, question)
         result.rows.extend(question.row(lane) for lane in lanes)
         _complete(result, earlier)

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from foveate.bench.measure import Batch, answer
 from foveate.bench.methods import Contender, Lessons
 from foveate.core.errors import FoveateError
-from foveate.host import Host
 
 _TRIED = 2  # tokens of a warm-up
 
@@ -34,9 +33,9 @@ class Lane:
     _warm: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, key: str, host: Host, budget: float, learnt: Lessons) -> Self:
+    def of(cls, contender: Contender, learnt: Lessons) -> Self:
         """The lane of a method, which is given up at once where it cannot learn what it needs about the model."""
-        made = cls(Contender(key, host, budget))
+        made = cls(contender)
         try:
             made.contender.learn(learnt)
         except Exception as error:  # noqa: BLE001  one method that fails is a line of the table, not its end

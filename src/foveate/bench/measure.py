@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +21,7 @@ from foveate.bench.encoding import Prompt
 from foveate.bench.memory import Memory
 from foveate.bench.timing import now
 from foveate.host import Host, Method, apply
+from foveate.kv.renumbered import Renumbered
 
 #: What a model says whose layers keep states of their own, and which no method can be put on: all that it keeps.
 _WHOLE = SimpleNamespace(stats=SimpleNamespace(kept=1.0, read=1.0))
@@ -153,7 +154,8 @@ def answer(
         for step in range(steps or batch.steps):
             padding = batch.padding(step, has_positions)
             begun = now(model.device)
-            logits = model(feed, past_key_values=cache, use_cache=True, logits_to_keep=1, **padding).logits[:, -1]
+            for piece, given in _pieces(feed, padding, _longest(methods, batch)):
+                logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1, **given).logits[:, -1]
             best = logits.argmax(-1)
             said.append(best.tolist())
             seconds.append(now(model.device) - begun)
@@ -162,7 +164,7 @@ def answer(
                 losses.append(F.cross_entropy(logits.float(), best, ignore_index=-1, reduction="none"))
                 best = best.clamp_min(0)
             feed = best[:, None]
-            del logits, padding
+            del logits, padding, piece, given
             if look is not None:
                 look(step)
     each = len(batch.prompts)
@@ -171,6 +173,30 @@ def answer(
         [list(row) for row in zip(*said, strict=True)], _mean_losses(losses, batch.forced),
         1e3 * seconds[0] / each, 1e3 * median(later) / each, run.stats.kept, run.stats.read,
     )  # fmt: skip
+
+
+def _longest(methods: tuple[Method, ...], batch: Batch) -> int | None:
+    """Tokens of a prompt that are read at once; None for all. One that the model's context does not hold is read in
+    pieces where positions are renumbered: half of the context is for what is kept.
+    """
+    prompt = batch.beyond
+    if prompt is None or prompt.context is None or not any(isinstance(method, Renumbered) for method in methods):
+        return None
+    return max(1, prompt.context // 2 - prompt.new_tokens)
+
+
+def _pieces(
+    feed: Tensor, padding: dict[str, Tensor], longest: int | None
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """A call's tokens, or pieces of at most `longest`, with their part of the mask and of the positions."""
+    n = feed.shape[1]
+    if longest is None or n <= longest:
+        yield feed, padding
+        return
+    for start in range(0, n, longest):
+        end = min(n, start + longest)
+        cut = {"attention_mask": slice(0, end), "position_ids": slice(start, end)}
+        yield feed[:, start:end], {name: x[:, cut[name]] for name, x in padding.items()}
 
 
 def memory(model: PreTrainedModel, methods: tuple[Method, ...], batch: Batch) -> list[float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.bench import digest
+from foveate.bench.context import context_length
 from foveate.bench.known import FULL, PACKED
 from foveate.core.catalog import system
 from foveate.host import Host, Method, Packed
@@ -17,6 +18,7 @@ from foveate.host.method import describe
 from foveate.kv.learnt import digest as tensors_digest
 from foveate.kv.policy import Policy
 from foveate.kv.prefill import PrefillSwap
+from foveate.kv.renumbered import Renumbered
 from foveate.ops.operator import Operator
 
 #: A policy's class and key to what it learnt about the model.
@@ -30,10 +32,12 @@ class Contender:
         key: of the catalogue, or "full".
         host: the model.
         budget: share of each prompt's cache.
+        renumber: whether positions count the kept tokens, where the policy evicts. Then half of the model's context is
+            the most that is kept, so that there is room for the piece of text that is read next.
     """
 
-    def __init__(self, key: str, host: Host, budget: float) -> None:
-        self.key, self.host, self.budget = key, host, budget
+    def __init__(self, key: str, host: Host, budget: float, renumber: bool = False) -> None:
+        self.key, self.host, self.budget, self.renumber = key, host, budget, renumber
         self.title, self.arxiv = "full cache", ""
         self._class: type | None = None
         self._learnt: dict[str, Tensor] = {}
@@ -52,13 +56,21 @@ class Contender:
     @property
     def identity(self) -> str:
         """The digest of all that tells two contenders for the same prompt apart."""
-        return digest.of(self.key, self.budget, tensors_digest(self._learnt))
+        return digest.of(self.key, self.budget, self.renumber, tensors_digest(self._learnt))
 
     def at(self, length: int) -> tuple[Method, ...]:
         """The methods for a prompt of `length` tokens."""
         if length not in self._made:
-            self._made[length] = () if self._class is None else (self._make(self._class, length),)
+            made = () if self._class is None else (self._make(self._class, self._within(length)),)
+            again = (Renumbered(),) if self.renumber and any(method.evicts for method in made) else ()
+            self._made[length] = (*made, *again)
         return self._made[length]
+
+    def _within(self, length: int) -> int:
+        """The length of which the budget is a share."""
+        context = context_length(self.host.config)
+        renumbers = self.renumber and context is not None and getattr(self._class, "evicts", False)
+        return min(length, int(context / 2 / self.budget)) if renumbers else length  # type: ignore[operator]
 
     def options(self, lengths: Iterable[int]) -> dict[str, Any]:
         """What the methods for prompts of these lengths are set to; `from a to b` where that differs."""

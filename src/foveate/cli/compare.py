@@ -55,6 +55,13 @@ PromptField = Annotated[
 AnswerField = Annotated[str | None, typer.Option(help="Field of --task's answers, or of lists of accepted ones.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put plain prompts into the model's chat template too.")]
 NewTokens = Annotated[int | None, typer.Option(help="How many tokens to answer with. Default: by the answers.")]
+Renumber = Annotated[
+    bool,
+    typer.Option(
+        "--renumber",
+        help="Under policies that evict, count positions in the cache: for prompts longer than the model's context.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has left in --out.")]
 
@@ -77,6 +84,7 @@ def command(
     answer_field: AnswerField = None,
     chat: Chat = False,
     new_tokens: NewTokens = None,
+    renumber: Renumber = False,
     as_json: Json = False,
     fresh: Fresh = False,
 ) -> None:
@@ -110,6 +118,7 @@ def command(
                 answer_field=answer_field,
                 chat=chat,
                 new_tokens=new_tokens,
+                renumber=renumber,
                 fresh=fresh,
                 progress=bar,
             )

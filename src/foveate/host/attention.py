@@ -91,6 +91,11 @@ def _whole_matrix(site: Site, methods: list[Method], selections: list[Selection]
     return _softmax(site, methods, allowed)
 
 
+def softmax_over(site: Site) -> Tensor:
+    """Attention to all keys of a call, soft cap included, with its matrix in the open."""
+    return _softmax(site, [], None)
+
+
 def _softmax(site: Site, methods: list[Method], allowed: Tensor | None) -> Tensor:
     """Attention with its matrix in the open, so that methods can edit it."""
     problem = Problem(site.q, site.k, site.v, site.scale)

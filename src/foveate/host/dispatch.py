@@ -6,6 +6,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -47,41 +48,107 @@ def attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The function that Foveate registers with transformers: `(B, N, H, D)` output and weights or None."""
-    runs = OPEN.get(module)
+    call, runs = Call(module, query, key, value, attention_mask, options), OPEN.get(module)
     if runs is None:
         name = _stranger(module)
-        return _native((name, native_attention(module, name)), module, query, key, value, attention_mask, options)
+        return call.native((name, native_attention(module, name)))
     outer = runs[0]
     if not outer.covers(module):
-        return _native(outer.native(module), module, query, key, value, attention_mask, options)
+        return call.native(outer.native(module))
     begun, slots = time.perf_counter(), getattr(LATEST, "layer", None) or outer.slots()
-    done = _unasked(runs, module, query, key, value, attention_mask, options, slots)
+    done = _unasked(runs, call, slots)
     if done is not None and all(run.rests(module, slots) for run in runs):
         for run in runs:
             run.stats.note_native(*run.called(module), query, key, value, slots, time.perf_counter() - begun)
         return done
-    methods = [method for run in runs for method in run.methods]
     site = outer.site(module, query, key, value, attention_mask, options, slots)
+    return _asked(runs, call, site, done, begun)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a model hands to the attention interface."""
+
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Any
+    options: dict[str, Any]
+
+    def native(self, native: tuple[str, Callable[..., Any]]) -> Any:
+        """The model's own attention, on the model's own mask."""
+        implementation, function = native
+        mask = self.mask.native(implementation) if isinstance(self.mask, MaskPlan) else self.mask
+        return function(self.module, self.q, self.k, self.v, mask, **self.options)
+
+    @property
+    def foreign(self) -> list[str]:
+        """What the call brings that a method's path cannot handle."""
+        return [name for name in _foreign(type(self.module).__module__) if self.options.get(name) is not None]
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether a single query sees every key, and nothing but scores is in the softmax."""
+        if self.q.shape[2] > 1 or not isinstance(self.mask, MaskPlan) or not self.mask.sees_all():
+            return False
+        more = self.options.get("dropout") or any(self.options.get(name) is not None for name in _CHANGING)
+        return not more and not self.foreign
+
+    @property
+    def scale(self) -> float:
+        scaling = self.options.get("scaling")
+        return self.q.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def part(self, site: Site) -> Call:
+        """Some of the call's queries, as a site has them."""
+        own = {"sinks": site.sinks, "position_bias": site.position_bias}
+        given = self.options | {name: value for name, value in own.items() if self.options.get(name) is not None}
+        return Call(self.module, site.q, site.new_k, site.new_v, site.attention_mask, given)
+
+
+def _unasked(runs: list[Run], call: Call, slots: SlotLayer | None) -> tuple[Tensor, Tensor | None] | None:
+    """Attention at a call in which no method has a say; None where one has, or where the call has more to it.
+
+    That is the model's own, or, of a single query, the packed kernel on what is stored.
+    """
+    if not all(run.only_drops for run in runs):
+        return None
+    is_whole = slots is None or (slots.window is None and slots.is_whole)
+    if is_whole and not any(run.packs for run in runs):
+        plain = all(run.is_plain for run in runs)
+        return call.native(runs[0].native(call.module)) if plain else None
+    if not call.is_simple:
+        return None
+    if is_whole:
+        if call.k.shape[1] == call.q.shape[1]:
+            return None
+        return fused.kernel(call.q, call.k, call.v, call.scale).transpose(1, 2), None
+    assert slots is not None and slots.store is not None
+    cache, _ = runs[0].called(call.module)
+    if cache is None or is_recording(cache) or not slots.handed_over(call.k, call.v):
+        return None
+    return attention.stored(call.q, slots.store, call.mask, call.scale).transpose(1, 2), None
+
+
+def _asked(
+    runs: list[Run], call: Call, site: Site, done: tuple[Tensor, Tensor | None] | None, begun: float
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as the methods have it, unless it is done, and after the call what they drop."""
+    outer, methods, density = runs[0], [method for run in runs for method in run.methods], 1.0
     site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
-    foreign = sorted(name for name in _foreign(type(module).__module__) if options.get(name) is not None)
-    if methods and foreign:
-        raise UnsupportedModel(f"{type(module).__name__} attends with {foreign[0]}, which methods cannot handle")
+    if methods and (foreign := call.foreign):
+        raise UnsupportedModel(f"{type(site.module).__name__} attends with {foreign[0]}, which methods cannot handle")
     if site.cache is None and site.is_causal and (needing := [m for m in methods if m.needs_cache]):
         raise OptionError(
             f"{type(needing[0]).__name__} acts on the cache, and this call has none: leave use_cache=True, and "
             f"gradient checkpointing off"
         )
-
-    def native(part: Site) -> Any:
-        q, k, v, mask, given = query, key, value, attention_mask, options
-        if part is not site:
-            q, k, v, mask = part.q, part.new_k, part.new_v, part.attention_mask
-            own = {"sinks": part.sinks, "position_bias": part.position_bias}
-            given = options | {name: value for name, value in own.items() if options.get(name) is not None}
-        return _native(outer.native(module), module, q, k, v, mask, given)
-
-    density = 1.0
     if done is None:
+
+        def native(part: Site) -> Any:
+            return (call if part is site else call.part(part)).native(outer.native(call.module))
+
         out, density = pieces.run(site, methods, native)
         done = out.transpose(1, 2).contiguous(), site.weights
     held, spent = slots_of(site), time.perf_counter() - begun
@@ -98,53 +165,11 @@ def attention_function(
 
 
 @lru_cache(maxsize=256)
-def _foreign(file: str) -> frozenset[str]:
+def _foreign(file: str) -> tuple[str, ...]:
     """Keywords of a model file's attention calls that a method's path cannot handle: its eager form reads them."""
     eager = getattr(sys.modules[file], "eager_attention_forward", None)
     read = inspect.signature(eager).parameters if eager is not None else {}
-    return _FOREIGN | (frozenset(read) - _KNOWN)
-
-
-def _unasked(
-    runs: list[Run], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any],
-    slots: SlotLayer | None,
-) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
-    """Attention at a call in which no method has a say; None where one has, or where the call has more to it.
-
-    That is the model's own, or, of a single query, the packed kernel on what is stored.
-    """
-    if not all(run.only_drops for run in runs):
-        return None
-    is_whole = slots is None or (slots.window is None and slots.is_whole)
-    if is_whole and not any(run.packs for run in runs):
-        plain = all(run.is_plain for run in runs)
-        return _native(runs[0].native(module), module, q, k, v, mask, options) if plain else None
-    if q.shape[2] > 1 or not isinstance(mask, MaskPlan) or not mask.sees_all():
-        return None
-    if options.get("dropout") or _adds(module, options):
-        return None
-    scale = q.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
-    if is_whole:
-        return (fused.kernel(q, k, v, scale).transpose(1, 2), None) if k.shape[1] < q.shape[1] else None
-    cache, _ = runs[0].called(module)
-    if cache is None or is_recording(cache) or not slots.handed_over(k, v):  # type: ignore[union-attr]
-        return None
-    return attention.stored(q, slots.store, mask, scale).transpose(1, 2), None  # type: ignore[union-attr, arg-type]
-
-
-def _adds(module: nn.Module, options: dict[str, Any]) -> bool:
-    """Whether a call brings more than queries, keys, values and a mask."""
-    return any(options.get(name) is not None for name in _foreign(type(module).__module__) | _CHANGING)
-
-
-def _native(
-    native: tuple[str, Callable[..., Any]], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any,
-    options: dict[str, Any],
-) -> Any:  # fmt: skip
-    """The model's own attention, on the model's own mask."""
-    implementation, function = native
-    mask = mask.native(implementation) if isinstance(mask, MaskPlan) else mask
-    return function(module, q, k, v, mask, **options)
+    return tuple(sorted(_FOREIGN | (frozenset(read) - _KNOWN)))
 
 
 def _stranger(module: nn.Module) -> str:

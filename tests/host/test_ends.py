@@ -1,0 +1,147 @@
+"""`Ends` and its ledger keep the same tokens as a mask, and in the steady state need neither a mask nor the device."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from foveate.host import Ends, Packed, apply
+from foveate.host.cache import SlotLayer
+from foveate.host.ends import Ledger
+from foveate.host.slots import Slots, Store
+from foveate.kv.razor_attention import RazorAttention, compensation
+from foveate.kv.sink_recent import SinkRecent
+from tests.host_models import model as model_of, tokens as drawn
+
+
+def prompt(rows: int, n: int, seed: int = 0) -> Tensor:
+    return drawn(rows, n, seed)
+
+
+def mask(store: Store, ends: Ends, seen: int) -> Tensor:
+    positions = store.padded("positions")
+    kept = (positions >= 0) & ((positions < ends.sink) | (positions >= seen - ends.recent))
+    kept[:, sorted(ends.full)] = True
+    return kept
+
+
+def held(store: Store) -> list[dict[int, tuple[float, float]]]:
+    """For each row of sequences and heads: position to the numbers that stand there, summaries by their order."""
+    k, v, positions = (store.padded(what) for what in ("k", "v", "positions"))
+    rows = zip(positions.flatten(0, 1).tolist(), k[..., 0].flatten(0, 1), v[..., 0].flatten(0, 1), strict=True)
+    return [
+        {p: (round(float(a), 4), round(float(b), 4)) for p, a, b in zip(row, ks, vs, strict=True) if p != -1}
+        for row, ks, vs in rows
+    ]
+
+
+def tokens(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 3, n, 4, generator=draw), torch.randn(2, 3, n, 2, generator=draw)
+
+
+@pytest.mark.parametrize("folds", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_numbers_keep_what_a_mask_keeps(seed: int, folds: bool) -> None:
+    """Any order of appending, dropping, cropping and choosing in the batch."""
+    draw, (k, v) = random.Random(seed), tokens(0, seed)
+    stores, fold = [Store.empty(k, v) for _ in range(2)], (compensation if folds else None)
+    full = frozenset(draw.sample(range(3), draw.choice([0, 1, 2])))
+    ends, seen, slid = Ends(draw.choice([0, 2, 5]), draw.choice([3, 40]), full), 0, 0
+    for step in range(60):
+        n = 70 if step == 0 else draw.choice([1, 1, 1, 1, 2, 5])
+        k, v = tokens(n, 1000 * seed + step)
+        for store in stores:
+            store.append(k, v, seen)
+        seen += n
+        done = stores[0].slide(ends, seen, fold)
+        slid += done is not None
+        if done is None:
+            stores[0].evict(mask(stores[0], ends, seen), fold)
+        stores[1].evict(mask(stores[1], ends, seen), fold)
+        if draw.random() < 0.1:
+            index = torch.tensor(draw.choices(range(2), k=2))
+            stores = [store.batch(index) for store in stores]
+        if draw.random() < 0.1:
+            seen -= 1
+            for store in stores:
+                store.drop_after(seen)
+        assert held(stores[0]) == held(stores[1])
+        assert stores[0].stored == stores[1].stored
+        torch.testing.assert_close(*(store.padded("bias").sum((1, 2)) for store in stores))
+    assert slid > 30
+
+
+def test_rows_with_different_tokens_have_no_ledger() -> None:
+    alike = torch.tensor([[[0, 5, -1, 6], [0, 5, -1, 6]]])
+    ledger = Ledger.read(alike, 1)
+    assert ledger is not None and (list(ledger.slots), ledger.free, ledger.oldest) == ([1, 3], [2], 5)
+    assert Ledger.read(torch.tensor([[[0, 5, -1, 6], [0, 6, -1, 5]]]), 1) is None
+    assert Ledger.read(torch.tensor([[[0, 5, -1, 8]]]), 1) is None, "a run with a gap"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize(
+    "method", [SinkRecent(2, 20), RazorAttention(torch.tensor([[True, False]] * 3), min_window=20)]
+)
+def test_the_steady_state_makes_no_mask(kind: str, method: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(kind)
+    if kind != "llama" and isinstance(method, RazorAttention):
+        pytest.skip("whole heads in a layer with a window take a mask")
+    cache = hf.DynamicCache(config=model.config)
+    with apply(model, method):  # type: ignore[arg-type]
+        model(prompt(1, 40), past_key_values=cache)
+        for step in range(3):
+            model(prompt(1, 1, step), past_key_values=cache)
+
+        def never(*_: object) -> None:
+            raise AssertionError("a mask was made")
+
+        monkeypatch.setattr(Store, "evict", never)
+        monkeypatch.setattr(Ledger, "read", never)
+        for step in range(20):
+            model(prompt(1, 1, step), past_key_values=cache)
+    assert any(isinstance(layer, SlotLayer) or layer.get_seq_length() == 63 for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_packed_writes_in_place_and_hands_ordinary_layers_back() -> None:
+    model, cache = model_of("llama"), hf.DynamicCache()
+    with apply(model, Packed()):
+        model(prompt(1, 64), past_key_values=cache)
+        places = set()
+        for step in range(6):
+            model(prompt(1, 1, step), past_key_values=cache)
+            places.add(cache.layers[0].store.groups[0].slots.k.data_ptr())  # type: ignore[union-attr]
+        assert len(places) <= 4, "room for two tokens in 64"
+    assert all(type(layer) is hf.cache_utils.DynamicLayer for layer in cache.layers)
+    assert cache.layers[0].keys.shape[2] == 70 == cache.get_seq_length()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+def test_packed_leaves_layers_with_a_window_alone(kind: str) -> None:
+    model = model_of(kind)
+    cache = hf.DynamicCache(config=model.config)
+    with apply(model, Packed()):
+        model(prompt(1, 20), past_key_values=cache)
+        for layer, plain in zip(cache.layers, hf.DynamicCache(config=model.config).layers, strict=True):
+            assert isinstance(layer, SlotLayer) == (not plain.is_sliding)
+
+
+def test_slots_in_the_middle_are_views() -> None:
+    """The buffer's front is the summary; the slots behind it are not copied to be read."""
+    k, v = tokens(50, 0)
+    store = Store.empty(k, v)
+    store.append(k, v, 0)
+    store.evict(mask(store, Ends(2, 20), 50), compensation)
+    (group,) = store.groups
+    assert group.all().k.data_ptr() == group._buffer.k.data_ptr()
+    assert group.summary is not None and group.bias is not None
+    torch.testing.assert_close(group.bias[..., 0].exp(), torch.full((2, 3), 28.0))
+    assert isinstance(group.slots, Slots) and group.bias[..., 1:].abs().max() == 0
