@@ -104,7 +104,7 @@ def test_compare_passes_everything_on(compare: FakeCompare, tmp_path: Path) -> N
     options = (
         "--model some/model --task t.jsonl --methods full,duo_attention,,  --budget 0.2 --examples 3 --length 300 "
         "--seed 7 --device cuda --dtype bfloat16 --fresh --trust-remote-code --score exact --batch 2 "
-        "--prompt-field doc.q --answer-field a --chat --new-tokens 9"
+        "--prompt-field doc.q --answer-field a --chat --new-tokens 9 --renumber"
     ).split()
     result = run("compare", *options, "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -125,9 +125,32 @@ def test_compare_passes_everything_on(compare: FakeCompare, tmp_path: Path) -> N
         "answer_field": "a",
         "chat": True,
         "new_tokens": 9,
+        "renumber": True,
         "fresh": True,
         "out": tmp_path,
     }
+
+
+def test_compare_with_a_config_file(compare: FakeCompare, tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('methods = ["sink_recent", "packed"]\nbudget = 0.2\nnew_tokens = 3\nrenumber = true\n', "utf-8")
+    result = run("compare", "--config", config, "--budget", 0.3, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    given = [compare.given[name] for name in ("methods", "budget", "new_tokens", "renumber")]
+    assert given == [["sink_recent", "packed"], 0.3, 3, True]
+
+
+def test_a_config_file_may_name_several_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config, asked = tmp_path / "p.toml", []
+
+    def fake(models: list[str], *_: object, **__: object) -> dict:
+        asked.extend(models)
+        raise OptionError("enough")
+
+    monkeypatch.setattr("foveate.bench.policies.run.run", fake)
+    config.write_text('model = ["a", "b"]\nquick = true\n', "utf-8")
+    assert run("bench", "policies", "--config", config).exit_code == 2
+    assert asked == ["a", "b"]
 
 
 def test_compare_defaults(compare: FakeCompare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foveate.cli import policies
-from foveate.cli.config import read as read_config
 from foveate.cli.console import Bar, show
+from foveate.cli.options import Config, Fresh, Json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,15 +27,6 @@ Batch = Annotated[int, typer.Option(help="Sequences in each step.")]
 Rates = Annotated[str, typer.Option(help="Learning rates, between commas; each network is shown at its best one.")]
 Seed = Annotated[int, typer.Option(help="Seed of parameters and batches.")]
 Out = Annotated[Path, typer.Option(help="Folder for recall.html and recall.json.")]
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        help="A TOML file with any of these options (steps = 500); those on the command line win.",
-        callback=read_config, is_eager=True,
-    ),
-]  # fmt: skip
-Fresh = Annotated[bool, typer.Option("--fresh", help="Replace what an earlier run has left in --out.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
 
 
 @app.callback()

@@ -9,6 +9,7 @@ import typer
 
 from foveate.bench import known
 from foveate.cli.console import Bar, show
+from foveate.cli.options import Config, Device, Dtype, Fresh, Json
 from foveate.core.errors import OptionError
 from foveate.tasks.named import TASKS
 from foveate.tasks.scores import LOSS, SCORES
@@ -44,8 +45,6 @@ Score = Annotated[
 Batch = Annotated[int, typer.Option(help="Prompts of like length that run together, padded on the left.")]
 Out = Annotated[Path, typer.Option(help="Folder for report.html, results.json and the answers found so far.")]
 Seed = Annotated[int, typer.Option(help="Seed of the task.")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="What it computes in: float32, bfloat16, float16.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let code that lies beside the model's weights run. Read it first.")
 ]
@@ -62,8 +61,6 @@ Renumber = Annotated[
         help="Under policies that evict, count positions in the cache: for prompts longer than the model's context.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has left in --out.")]
 
 
 def command(
@@ -85,6 +82,7 @@ def command(
     chat: Chat = False,
     new_tokens: NewTokens = None,
     renumber: Renumber = False,
+    config: Config = None,
     as_json: Json = False,
     fresh: Fresh = False,
 ) -> None:

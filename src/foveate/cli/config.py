@@ -31,22 +31,23 @@ def read(context: typer.Context, path: Path | None) -> Path | None:
     for name in given:
         if name not in known:
             raise unknown(f"option in {path}", name, known)
-    context.default_map = {**(context.default_map or {}), **{known[name]: _text(given[name]) for name in given}}
+    told = {known[name].name: value if known[name].multiple else _text(value) for name, value in given.items()}
+    context.default_map = {**(context.default_map or {}), **told}
     return path
 
 
-def _options(context: typer.Context) -> dict[str, str]:
+def _options(context: typer.Context) -> dict[str, Any]:
     """Names as they stand on the command line, and the parameters that they set."""
     found = {}
     for parameter in context.command.params:
         name = max(parameter.opts, key=len).lstrip("-").replace("-", "_")
         if name not in _NOT_IN_FILES and parameter.name is not None:
-            found[name] = parameter.name
+            found[name] = parameter
     return found
 
 
 def _text(value: Any) -> Any:
-    """Lists and tables as an option on the command line writes them."""
+    """Lists and tables as one option on the command line writes them."""
     if isinstance(value, list):
         return ",".join(str(item) for item in value)
     if isinstance(value, dict):

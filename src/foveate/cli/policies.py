@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from foveate.cli.console import Bar, show
+from foveate.cli.options import Config, Device, Dtype, Fresh, Json
 from foveate.core.errors import OptionError
 
 Model = Annotated[list[str], typer.Option(help="Folder, GGUF file or hub id of a decoder; may be given several times.")]
@@ -22,10 +23,6 @@ Characters = Annotated[int | None, typer.Option(help="Characters of each retriev
 Losses = Annotated[str | None, typer.Option(help="Tokens behind which the loss is measured, between commas.")]
 Times = Annotated[str | None, typer.Option(help="Tokens of the prompts that are timed, between commas.")]
 Out = Annotated[Path, typer.Option(help="Folder for the journal, policies.json and policies.md.")]
-Device = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="What they compute in: float32, bfloat16, float16.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has left in --out.")]
 
 
 def command(
@@ -41,6 +38,7 @@ def command(
     out: Out = Path("foveate-policies"),
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    config: Config = None,
     as_json: Json = False,
     fresh: Fresh = False,
 ) -> None:

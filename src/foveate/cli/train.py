@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.config import read as read_config
 from foveate.cli.console import Bar, duration, show
+from foveate.cli.options import Config, Device, Fresh, Json
 from foveate.cli.stop import Stop
 from foveate.core.catalog import capabilities, systems
 from foveate.core.errors import OptionError
@@ -50,16 +50,6 @@ Seeds = Annotated[
     str | None, typer.Option(help="Several seeds, such as '0,1,2': a network for each, and their spread.")
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder for the network. Default: foveate-train/OP-TASK.")]
-Device = Annotated[str, typer.Option(help="Where it trains: cpu, cuda, mps.")]
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        help="A TOML file with any of these options (steps = 500); those on the command line win.",
-        callback=read_config, is_eager=True,
-    ),
-]  # fmt: skip
-Fresh = Annotated[bool, typer.Option("--fresh", help="Train again what the folder already holds.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 
 
 def command(
