@@ -3,7 +3,7 @@
 Each section has one file and lies there between `<!-- name -->` and `<!-- /name -->`. The comparison's table comes from
 the results file (the one of the last demo where none is named), the real models' from docs/measured/real.json, which
 `make real FULL=1` writes, the recall figure from docs/measured/recall, and the speed ratios from the last lines that
-`make bench` left in docs/measured/. A section whose measurement is missing stays what it is.
+`make bench` left in docs/measured/; those of benchmarks/decode_real.py have a table of their own. A section whose measurement is missing stays what it is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from foveate.report.table import markdown
 
 ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "docs" / "measured"
+DECODING = "decode_real.json"
+
+
+_SHARE = ", share of the ideal saving"
 
 
 def demo(results: Path) -> str:
@@ -39,10 +43,34 @@ def speed() -> str:
     """One row for each ratio that a benchmark states."""
     lines = ["| benchmark | ratio | value |", "|---|---|---|"]
     for file in sorted(MEASURED.glob("*.json")):
+        if file.name == DECODING:
+            continue
         for name, value in json.loads(file.read_text()).items():
             if isinstance(value, int | float):
                 lines.append(f"| `benchmarks/{file.stem}.py` | {name} | {value:.3g} |")
     return "\n".join(lines)
+
+
+def decoding() -> str:
+    """A row for each contender of `benchmarks/decode_real.py`, a column for each setting."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for name, value in json.loads((MEASURED / DECODING).read_text("utf-8")).items():
+        setting, _, rest = name.partition(": ")
+        share = rest.endswith(_SHARE)
+        contender = rest.removesuffix(_SHARE) if share else rest.removesuffix(" / plain")
+        table.setdefault(contender, {}).setdefault(setting, {})["share" if share else "ratio"] = value
+    settings = list(dict.fromkeys(setting for row in table.values() for setting in row))
+    lines = [f"| | {' | '.join(settings)} |", f"|---|{'---:|' * len(settings)}"]
+    for contender, row in table.items():
+        cells = (_decoded(row.get(setting, {})) for setting in settings)
+        lines.append(f"| {contender} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _decoded(found: dict[str, float]) -> str:
+    if "ratio" not in found:
+        return "–"
+    return f"{found['ratio']:.2f}×" + (f" ({found['share']:.0%})" if "share" in found else "")
 
 
 def recall() -> str:
@@ -73,6 +101,8 @@ def main() -> None:
     readme = ROOT / "README.md"
     fill(ROOT / "docs" / "recall.md", "recall", recall())
     fill(ROOT / "docs" / "benchmarks.md", "bench", speed())
+    if (MEASURED / DECODING).is_file():
+        fill(ROOT / "docs" / "benchmarks.md", "decoding", decoding())
     if results.is_file():
         fill(readme, "demo", demo(results))
     if (MEASURED / "real.json").is_file():

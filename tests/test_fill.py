@@ -46,6 +46,10 @@ def test_sections_are_filled_from_what_was_measured(fill: ModuleType, tmp_path: 
     measured = {"plan": {"budgets": [0.25, 0.5]}, "models": [{"name": "Tiny", "rows": rows}]}
     (tmp_path / "docs" / "measured" / "real.json").write_text(json.dumps(measured))
     (tmp_path / "docs" / "measured" / "window.json").write_text('{"speed-up": 2.5, "note": "text"}')
+    decoding = {"fp32 64 at 0.5: sink / plain": 0.801, "fp32 64 at 0.5: sink, share of the ideal saving": 0.93}
+    (tmp_path / "docs" / "measured" / "decode_real.json").write_text(
+        json.dumps({**decoding, "bf16 64 at 0.5: apply / plain": 1.004})
+    )
     before = (tmp_path / "README.md").read_text("utf-8")
     fill.main()
     after = (tmp_path / "README.md").read_text("utf-8")
@@ -59,6 +63,7 @@ def test_sections_are_filled_from_what_was_measured(fill: ModuleType, tmp_path: 
     assert after.partition("<!-- /real -->")[2] == before.partition("<!-- /real -->")[2]
     bench = (tmp_path / "docs" / "benchmarks.md").read_text("utf-8")
     assert bench.partition("<!-- bench -->")[2].count("benchmarks/") == 1
+    assert "| sink | 0.80× (93%) | – |\n| apply | – | 1.00× |" in bench
     assert "| `benchmarks/window.py` | speed-up | 2.5 |" in bench
     assert "based 16, window 32" in (tmp_path / "docs" / "recall.md").read_text("utf-8")
 
