@@ -3,7 +3,8 @@
 Each section has one file and lies there between `<!-- name -->` and `<!-- /name -->`. The comparison's table comes from
 the results file (the one of the last demo where none is named), the real models' from docs/measured/real.json, which
 `make real FULL=1` writes, the recall figure from docs/measured/recall, and the speed ratios from the last lines that
-`make bench` left in docs/measured/; those of benchmarks/decode_real.py have a table of their own. A section whose measurement is missing stays what it is.
+`make bench` left in docs/measured/; those of benchmarks/decode_real.py have a table of their own. A section whose
+measurement is missing stays what it is.
 """
 
 from __future__ import annotations

@@ -15,10 +15,11 @@ from foveate.core.errors import UnsupportedModel
 from foveate.core.problem import Problem
 from foveate.core.scoring import dot_product, safe_softmax
 from foveate.core.selection import Blocks, Indices, Selection
+from foveate.host.group import Group
 from foveate.host.mask import MaskPlan
 from foveate.host.method import Method, overrides
 from foveate.host.site import Site
-from foveate.host.slots import Group, Store
+from foveate.host.store import Store
 
 Native = Callable[[Site], tuple[Tensor, Tensor | None]]
 

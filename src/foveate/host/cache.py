@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from foveate.core.errors import OptionError, UnsupportedModel
-from foveate.host.ends import Ends, shown
-from foveate.host.method import Method, overrides
-from foveate.host.slots import Fold, Slots, Store
+from foveate.core.errors import UnsupportedModel
+from foveate.host.compressed import CompressedLayer
+from foveate.host.store import Store
 
 if TYPE_CHECKING:
-    from foveate.host.site import Site
+    pass
 
 #: Per thread, the layer that was updated last: the attention call that follows is its own.
 LATEST = threading.local()
@@ -217,135 +216,9 @@ class SlotLayer(CacheLayerMixin):
         return layer
 
 
-class CompressedLayer(DynamicLayer):
-    """A layer that a method compressed, as an ordinary one: the model goes on with it without Foveate.
-
-    It holds fewer tokens than it has seen. New tokens get the position after the last one seen, and see all that is
-    held. It can be copied, saved and loaded, and cropped back to where it was compressed.
-
-    Attributes:
-        seen: tokens of the sequence so far.
-        positions: where in the sequence each held token stood, `(B, Hkv, S)`, at the time of compression.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen, self.compressed_at = 0, 0
-        self.positions_at_compression: Tensor = torch.empty(0, dtype=torch.int32)
-
-    @classmethod
-    def of(cls, slots: Slots, seen: int, compressed_at: int) -> CompressedLayer:
-        """What is held, in the order of its positions, after `seen` tokens, of which none was dropped since
-        `compressed_at`.
-        """
-        layer = cls()
-        layer.lazy_initialization(slots.k, slots.v)
-        layer.keys, layer.values = slots.k, slots.v
-        layer.positions_at_compression = slots.positions[..., : slots.positions.shape[2] - (seen - compressed_at)]
-        layer.seen, layer.compressed_at = seen, compressed_at
-        return layer
-
-    @property
-    def positions(self) -> Tensor:
-        later = torch.arange(self.compressed_at, self.seen, device=self.device, dtype=torch.int32)
-        held = self.positions_at_compression
-        return torch.cat([held, later.expand(*held.shape[:2], -1)], 2)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        self.seen += key_states.shape[2]
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        stored = super().get_seq_length()
-        return stored + query_length, self.seen - stored
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def crop(self, tokens_to_remove: int) -> None:
-        end = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
-        if end < self.compressed_at:
-            raise UnsupportedModel(
-                f"this cache was compressed at {self.compressed_at} tokens and cannot be cropped to {end}"
-            )
-        if end < self.seen:
-            super().crop(end - self.seen)
-            self.seen = end
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._choose(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._choose(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.positions_at_compression = self.positions_at_compression.repeat_interleave(repeats, 0)
-
-    def _choose(self, index: Tensor) -> None:
-        self.positions_at_compression = self.positions_at_compression[index.to(self.positions_at_compression.device)]
-
-    def reset(self) -> None:
-        super().reset()
-        self.seen = self.compressed_at = 0
-        self.positions_at_compression = self.positions_at_compression[..., :0]
-
-
 def tokens_seen(layer: object) -> int:
     """Tokens that a cache layer has seen; none where it keeps a state, or nothing."""
     return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else 0
-
-
-def evict(site: Site, methods: list[Method]) -> None:
-    """After the call: drop what some method drops, and what has left a sliding layer's window.
-
-    The call's tentative tokens, which will be taken back, stay and do not count.
-    """
-    layer = site.slots
-    assert layer is not None and layer.store is not None
-    layer.padded = layer.padded or site.real is not None
-    settled = layer.seen - site.tentative
-    if site.tentative:
-        site = site.as_of(settled)
-    keeping = [(m, kept) for m in methods if overrides(m, "keep") and m.at(site) and (kept := m.keep(site)) is not None]
-    folding = [m for m, _ in keeping if overrides(m, "fold")]
-    fold: Fold | None = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
-    shrinks = layer.window is not None and settled >= layer.window
-    if not site.tentative and not layer.padded and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
-        dropped = layer.store.slide(ends, settled, fold)
-        if dropped:
-            layer._dropped_at = settled
-        if dropped is not None:
-            return
-    keep = site.positions > settled - layer.window if shrinks else None  # type: ignore[operator]
-    for method, kept in keeping:
-        mask = shown(kept, site)
-        if mask.shape != site.positions.shape:
-            raise OptionError(
-                f"keep() of {type(method).__name__} must be {tuple(site.positions.shape)}; got {tuple(mask.shape)}"
-            )
-        keep = mask if keep is None else keep & mask
-    if keep is None:
-        return
-    if settled < layer.seen:
-        keep = keep | (site.positions >= settled)
-    if layer.store.evict(keep, fold):
-        layer._dropped_at = settled
-
-
-def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen: int) -> Ends | None:
-    """What several methods and a layer's window keep together, where it can be said in numbers."""
-    kept = [what for _, what in keeping if isinstance(what, Ends)]
-    if len(kept) < len(keeping):
-        return None
-    parts = [*kept, *([] if window is None else [Ends(0, window - 1)])]
-    if len(parts) == 2 and window is not None and seen - window + 1 >= kept[0].sink:  # the sinks have left the window
-        return None if kept[0].full else Ends(0, min(kept[0].recent, window - 1))
-    return parts[0] if len(parts) == 1 else None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -18,7 +18,8 @@ from transformers.cache_utils import (
 )
 
 from foveate.core.errors import UnsupportedModel
-from foveate.host.cache import CompressedLayer, SlotLayer, tokens_seen
+from foveate.host.cache import SlotLayer, tokens_seen
+from foveate.host.compressed import CompressedLayer
 from foveate.host.hybrid import Hybrid, HybridSlotLayer
 from foveate.host.method import Method
 

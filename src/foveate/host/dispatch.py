@@ -18,8 +18,9 @@ from foveate.core.engines import fused
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import attention, pieces
 from foveate.host.alias import NAME
-from foveate.host.cache import LATEST, SlotLayer, evict
+from foveate.host.cache import LATEST, SlotLayer
 from foveate.host.caches import is_recording
+from foveate.host.evict import evict
 from foveate.host.mask import MaskPlan, describe
 from foveate.host.model import native_attention
 from foveate.host.stats import slots_of

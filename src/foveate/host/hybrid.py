@@ -12,7 +12,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from foveate.host.cache import CompressedLayer, SlotLayer
+from foveate.host.cache import SlotLayer
+from foveate.host.compressed import CompressedLayer
 
 #: transformers' layers of this kind.
 Hybrid: TypeAlias = LinearAttentionAndFullAttentionLayer | LinearAttentionAndSlidingWindowAttentionLayer

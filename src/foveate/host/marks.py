@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicLayer
 
-from foveate.host.cache import CompressedLayer, SlotLayer
+from foveate.host.cache import SlotLayer
+from foveate.host.compressed import CompressedLayer
 
 
 class Mark:

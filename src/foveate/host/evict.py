@@ -1,0 +1,59 @@
+"""Eviction: after a call, drop what methods and a layer's window no longer keep."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from foveate.core.errors import OptionError
+from foveate.host.ends import Ends, shown
+from foveate.host.method import Method, overrides
+from foveate.host.site import Site
+from foveate.host.slots import Fold
+
+
+def evict(site: Site, methods: list[Method]) -> None:
+    """After the call: drop what some method drops, and what has left a sliding layer's window.
+
+    The call's tentative tokens, which will be taken back, stay and do not count.
+    """
+    layer = site.slots
+    assert layer is not None and layer.store is not None
+    layer.padded = layer.padded or site.real is not None
+    settled = layer.seen - site.tentative
+    if site.tentative:
+        site = site.as_of(settled)
+    keeping = [(m, kept) for m in methods if overrides(m, "keep") and m.at(site) and (kept := m.keep(site)) is not None]
+    folding = [m for m, _ in keeping if overrides(m, "fold")]
+    fold: Fold | None = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
+    shrinks = layer.window is not None and settled >= layer.window
+    if not site.tentative and not layer.padded and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
+        dropped = layer.store.slide(ends, settled, fold)
+        if dropped:
+            layer._dropped_at = settled
+        if dropped is not None:
+            return
+    keep = site.positions > settled - layer.window if shrinks else None  # type: ignore[operator]
+    for method, kept in keeping:
+        mask = shown(kept, site)
+        if mask.shape != site.positions.shape:
+            raise OptionError(
+                f"keep() of {type(method).__name__} must be {tuple(site.positions.shape)}; got {tuple(mask.shape)}"
+            )
+        keep = mask if keep is None else keep & mask
+    if keep is None:
+        return
+    if settled < layer.seen:
+        keep = keep | (site.positions >= settled)
+    if layer.store.evict(keep, fold):
+        layer._dropped_at = settled
+
+
+def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen: int) -> Ends | None:
+    """What several methods and a layer's window keep together, where it can be said in numbers."""
+    kept = [what for _, what in keeping if isinstance(what, Ends)]
+    if len(kept) < len(keeping):
+        return None
+    parts = [*kept, *([] if window is None else [Ends(0, window - 1)])]
+    if len(parts) == 2 and window is not None and seen - window + 1 >= kept[0].sink:  # the sinks have left the window
+        return None if kept[0].full else Ends(0, min(kept[0].recent, window - 1))
+    return parts[0] if len(parts) == 1 else None
