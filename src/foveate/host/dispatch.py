@@ -18,7 +18,7 @@ from foveate.core.engines import fused
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import attention, pieces
 from foveate.host.alias import NAME
-from foveate.host.cache import LATEST, SlotLayer
+from foveate.host.cache import SlotLayer
 from foveate.host.caches import is_recording
 from foveate.host.evict import evict
 from foveate.host.mask import MaskPlan, describe
@@ -53,17 +53,17 @@ def attention_function(
     if runs is None:
         name = _stranger(module)
         return call.native((name, native_attention(module, name)))
-    outer = runs[0]
+    outer = next((run for run in runs if run.watches), runs[0])
     if not outer.covers(module):
         return call.native(outer.native(module))
-    begun, slots = time.perf_counter(), getattr(LATEST, "layer", None) or outer.slots()
+    begun, slots = time.perf_counter(), outer.slots(module)
     done = _unasked(runs, call, slots)
     if done is not None and all(run.rests(module, slots) for run in runs):
         for run in runs:
             run.stats.note_native(*run.called(module), query, key, value, slots, time.perf_counter() - begun)
         return done
     site = outer.site(module, query, key, value, attention_mask, options, slots)
-    return _asked(runs, call, site, done, begun)
+    return _asked(runs, outer, call, site, done, begun)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +133,10 @@ def _unasked(runs: list[Run], call: Call, slots: SlotLayer | None) -> tuple[Tens
 
 
 def _asked(
-    runs: list[Run], call: Call, site: Site, done: tuple[Tensor, Tensor | None] | None, begun: float
+    runs: list[Run], outer: Run, call: Call, site: Site, done: tuple[Tensor, Tensor | None] | None, begun: float
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as the methods have it, unless it is done, and after the call what they drop."""
-    outer, methods, density = runs[0], [method for run in runs for method in run.methods], 1.0
+    methods, density = [method for run in runs for method in run.methods], 1.0
     site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
     if methods and (foreign := call.foreign):
         raise UnsupportedModel(f"{type(site.module).__name__} attends with {foreign[0]}, which methods cannot handle")

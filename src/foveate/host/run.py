@@ -52,6 +52,7 @@ class Run:
         implementations: each configuration's own attention implementation, by the configuration's id.
         evicts, in_place, packs: what some of the methods do; see `Method`.
         is_plain, only_drops: whether no method has to be asked at a call, or only after it.
+        watches: whether the run has hooks on all attention modules that it covers; see `_takes_more`.
     """
 
     def __init__(self, model: object, methods: tuple[Method, ...], on: Part = "auto", evict: Evict = "always") -> None:
@@ -70,6 +71,7 @@ class Run:
         used = {hook for hook in HOOKS if any(overrides(method, hook) for method in methods)}
         self.is_plain, self.only_drops = not used, used <= {"keep", "fold"}
         self.packs = any(method.packs for method in methods)
+        self.watches = self.in_place or not self.is_plain
         self._exit, self._entered, self._thread = ExitStack(), False, 0
         self._layers: dict[nn.Module, tuple[int, int]] = {}
         self._natives: dict[nn.Module, tuple[str, Callable[..., Any]]] = {}
@@ -123,7 +125,7 @@ class Run:
         for module in modules:
             OPEN.setdefault(module, []).append(self)
             stack.callback(_close, module, self)
-            if module in self._layers:
+            if module in self._layers and (self.watches or _takes_more(module)):
                 stack.callback(module.register_forward_pre_hook(Hook(self._before), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(Hook(self._after), always_call=True).remove)
         if self.methods and "init_continuous_batching" not in vars(self.host.model):
@@ -181,12 +183,12 @@ class Run:
             )
         if module is self.host.model:
             self._local.asked = kwargs.get("logits_to_keep")
-        cache = cache_among((*args, *kwargs.values()))
+        cache = self._local.cache = cache_among((*args, *kwargs.values()))
         if cache is not None:
             self._caches.meet(cache)
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:
-        self._local.step = {}
+        self._local.step, self._local.cache, LATEST.layer = {}, None, None
         if (
             self.methods
             and torch.is_grad_enabled()
@@ -237,15 +239,19 @@ class Run:
 
     def called(self, module: nn.Module) -> tuple[Cache | None, int]:
         """The cache and the layer number of the call at hand."""
-        cache, _, layer = getattr(self._local, "call", None) or (None, None, self._layers[module][0])
-        return cache, layer
-
-    def slots(self) -> SlotLayer | None:
-        """The call's layer, where it stores its tokens slot by slot, from this run or an earlier one."""
         call = getattr(self._local, "call", None)
-        if call is None or call[0] is None or len(call[0].layers) <= call[2]:
+        if call is not None:
+            return call[0], call[2]
+        return getattr(self._local, "cache", None), self._layers[module][0]  # it has no hooks: see `_takes_more`
+
+    def slots(self, module: nn.Module) -> SlotLayer | None:
+        """The call's layer, where it stores its tokens slot by slot, from this run or an earlier one."""
+        if getattr(self._local, "call", None) is not None and getattr(LATEST, "layer", None) is not None:
+            return LATEST.layer
+        cache, number = self.called(module)
+        if cache is None or len(cache.layers) <= number:
             return None
-        layer = call[0].layers[call[2]]
+        layer = cache.layers[number]
         return layer if isinstance(layer, SlotLayer) else None
 
     def site(
@@ -253,8 +259,8 @@ class Run:
         slots: SlotLayer | None,
     ) -> Site:  # fmt: skip
         """This call as methods see it."""
-        own, order = self._layers[module]
-        cache, hidden, layer = getattr(self._local, "call", None) or (None, None, own)
+        order, hidden = self._layers[module][1], (getattr(self._local, "call", None) or (None, None))[1]
+        cache, layer = self.called(module)
         if slots is None and isinstance(cache, Cache) and len(cache.layers) > layer:
             held = cache.layers[layer]
             slots = held if isinstance(held, SlotLayer) else None
@@ -343,6 +349,14 @@ def _no_batching(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
             "inside foveate.apply(model, ...)"
         )
     return type(model).init_continuous_batching(model, *args, **options)  # a copy that was made inside a block
+
+
+def _takes_more(module: nn.Module) -> bool:
+    """Whether a call's cache and layer can be told from its arguments alone, and not from those of the model.
+
+    Where no method has to be asked, other attention modules go without hooks, which cost as much as all else there.
+    """
+    return not module.is_causal or bool({*_CROSS, "layer_idx"} & set(_parameters(type(module).forward)))
 
 
 def _check_expanded(site: Site) -> None:
