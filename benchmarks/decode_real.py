@@ -85,6 +85,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--kvpress", help="a Python that has kvpress")
+    parser.add_argument("--kvpress-up-to", type=int, default=4096, help="longest prompt that it reads, twice each time")
     return parser.parse_args()
 
 
@@ -123,7 +124,7 @@ def _contenders(
     for key in options.policies:
         blocks[key] = run((foveate.Packed(), _policy(key, model, budget, length)), cache)
     blocks[AFTER] = run((_policy("sink_recent", model, budget, length),), cache, "after prompt")
-    if options.kvpress:
+    if options.kvpress and length <= options.kvpress_up_to:
         worker = Worker(options.kvpress, options.folder, str(model.dtype).removeprefix("torch."), ids, budget, options)
         blocks["kvpress: plain"] = partial(worker.block, "plain")
         blocks["kvpress: StreamingLLM"] = partial(worker.block, "pressed")
