@@ -28,6 +28,12 @@ prompt's last token. {versions}, {machine}.
 """
 
 
+_READ_AS = (
+    "Retrieval with its 95% interval. Kept and read are shares of a cache without windows, on the retrieval prompts; "
+    "ratios of time with the interval of their median."
+)
+
+
 def page(found: Record) -> str:
     """The whole result; see `foveate.bench.policies.run`."""
     made, plan = found["made"], found["plan"]
@@ -54,7 +60,8 @@ def short(found: Record, budget: float | None = None) -> str:
             ("decode / token", _at(str(tokens), lambda times: _timed(times, "decode"))),
         ]
         lines += [f"**{model['name']}**, budget {budget:.0%}:", "", *_table(columns, rows), ""]
-    return "\n".join(lines).rstrip()
+    lines.append(_READ_AS)
+    return "\n".join(lines)
 
 
 def _model(model: Record) -> list[str]:
