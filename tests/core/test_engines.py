@@ -213,7 +213,7 @@ def test_halves_are_multiplied_as_the_processor_does_fast(
             seen.add(q.dtype)
             return super().logits(q, k, scale, at)
 
-    monkeypatch.setattr(precision, "_has_halves", lambda: fast)
+    monkeypatch.setattr(precision, "_has_halves", lambda dtype: fast)
     q, k, v = qkv(20, dtype=torch.bfloat16, grad=True)
     out = engines.run(Problem(q, k, v, 8**-0.5, causal=True, scoring=Spied()), engine)
     assert seen == {torch.bfloat16 if fast else torch.float32}

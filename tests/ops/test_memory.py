@@ -37,6 +37,8 @@ OPERATORS = {
     "titans, two layers": lambda chunk: titans(depth=2, chunk=chunk),
     "titans, three layers": lambda chunk: titans(depth=3, expansion=1, chunk=chunk),
     "titans, raw keys": lambda chunk: titans(depth=2, chunk=chunk, unit=False, theta=0.01),
+    "titans, read by chunks": lambda chunk: titans(depth=2, chunk=chunk, reads="chunk"),
+    "titans, linear, read by chunks": lambda chunk: titans(depth=1, chunk=chunk, reads="chunk"),
     "miras, yaad": lambda chunk: Miras.yaad(chunk=chunk, memory="linear"),
     "miras, moneta": lambda chunk: Miras.moneta(p=1.5, chunk=chunk, memory="linear"),
     "miras, memora": lambda chunk: Miras.memora(chunk=chunk, memory="linear"),
@@ -59,7 +61,10 @@ def inputs_of(op: Memory, n: int = LENGTH, n_queries: int | None = None, kv_head
 
 
 def naive(op: Titans, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor]) -> Tensor:
-    """Gradient descent with momentum on `|M(k) - v|²`, one sequence and head at a time, gradients by autograd."""
+    """Gradient descent with momentum on `|M(k) - v|²`, one sequence and head at a time, gradients by autograd.
+
+    Queries are answered by the weights that their token has made, or by those that the chunk began with.
+    """
     if op.unit:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
 
@@ -81,14 +86,15 @@ def naive(op: Titans, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor])
                 alpha, eta, theta = (rates[name][b, h, t] for name in ("alpha", "eta", "theta"))
                 momentum = [eta * s - theta * u for s, u in zip(momentum, gradients, strict=True)]
                 weights = [(1 - alpha) * w + s for w, s in zip(weights, momentum, strict=True)]
-                out[b, h, t] = answer(weights, q[b, h, t])
-    return out
+                out[b, h, t] = answer(weights if op.reads == "token" else anchor, q[b, h, t])
+    return out.detach()
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_both_engines_are_gradient_descent_by_autograd(depth, chunk):
-    op = titans(depth=depth, chunk=chunk)
+@pytest.mark.parametrize("reads", ["token", "chunk"])
+def test_both_engines_are_gradient_descent_by_autograd(depth, chunk, reads):
+    op = titans(depth=depth, chunk=chunk, reads=reads)
     (q, k, v), rates = inputs_of(op)
     exact = naive(op, *(x.detach() for x in (q, k, v)), {n: x.detach() for n, x in rates.items()})
     for engine in op.engines:
@@ -205,8 +211,9 @@ def test_batch_rows_do_not_meet_and_the_future_is_not_seen(make):
     for x in (k, v, *rates.values()):
         x.data[:, :, 6:] *= 0.5
     after = op(q, k, v, causal=True, **rates)
-    torch.testing.assert_close(before[:, :, :6], after[:, :, :6], rtol=0, atol=0)
-    assert (before[:, :, 6:] - after[:, :, 6:]).abs().amax((0, 1, 3)).min() > 1e-8
+    seen = 6 if op.reads == "token" else 8  # by whom the change is seen first: by its token, or by the next chunk
+    torch.testing.assert_close(before[:, :, :seen], after[:, :, :seen], rtol=0, atol=0)
+    assert (before[:, :, seen:] - after[:, :, seen:]).abs().amax((0, 1, 3)).min() > 1e-8
 
 
 @EVERY
@@ -270,6 +277,9 @@ def test_recalling_reads_and_writes_nothing(make):
     op = make(4)
     (q, k, v), rates = inputs_of(op)
     out, state = op.prefill(q, k, v, **rates)
+    if op.reads == "chunk":  # what the last token has written is recalled, though the token itself has not read it
+        op.reads = "token"
+        out, _ = op.prefill(q, k, v, **rates)
     torch.testing.assert_close(op.recall(q[:, :, -1:], state), out[:, :, -1:], rtol=1e-9, atol=1e-11)
     assert op.recall(q.bfloat16(), state).dtype == torch.bfloat16
 
@@ -318,3 +328,5 @@ def test_refusals():
         Titans(2, 4, chunk=0)
     with pytest.raises(OptionError, match="alpha=1.5"):
         Titans(2, 4, alpha=1.5)
+    with pytest.raises(OptionError, match="reads='segment' must be one of 'token', 'chunk'"):
+        Titans(2, 4, reads="segment")

@@ -2,7 +2,8 @@
 
 It averages the squared error over channels, where ours sums it: its step is `D` times ours. Its chunk of 1 token with a
 `batch_size` of b takes gradients of b tokens at the same weights: our chunk of b. Its memory is any module and its loss
-any function, so that Titans' and Miras' objectives are written down here as losses, and differentiated there.
+any function, so that Titans' and Miras' objectives are written down here as losses, and differentiated there. Its
+longer chunks are our `reads="chunk"`, with one forgetting and momentum for all of a chunk.
 """
 
 from __future__ import annotations
@@ -119,6 +120,31 @@ def test_the_delta_rule_has_a_step_of_two_theta_over_d() -> None:
     rates = {name: getattr(theirs, to)[0](x).sigmoid().transpose(1, 2) for name, to in RATES.items()}
     rates["theta"] = rates["theta"] / D
     assert_near(op(q, k, v, causal=True, **rates)[:, 0], theirs(x)[0], 1e-9)
+
+
+@pytest.mark.parametrize("chunk", [2, 4, 5])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_reading_once_for_a_chunk(chunk: int, depth: int) -> None:
+    """Without forgetting and momentum, which theirs have for a chunk; its last token there reads what that wrote."""
+    op = titans(depth, chunk)
+    op.reads = "chunk"
+    theirs = peer.NeuralMemory(
+        D, chunk_size=chunk, batch_size=chunk, model=Learner(op.first, F.silu, False), momentum=False,
+        mem_model_norm_add_residual=False, pre_rmsnorm=False, qk_rmsnorm=False,
+        adaptive_step_transform=lambda raw: STEP * D * raw.sigmoid(),
+    ).double()  # fmt: skip
+    op.unit = False
+    for other, ours in zip(theirs.memory_model_parameters, op.first, strict=True):
+        other.data = ours.detach().clone()
+    nn.init.constant_(theirs.to_decay_factor[0].weight, 0.0)
+    nn.init.constant_(theirs.to_decay_factor[0].bias, -1e4)
+    x = peers.leaf(2, N, D, seed=1)
+    q, k, v = ((x @ getattr(theirs, f"to_{part}").weight.mT)[:, None] for part in ("queries", "keys", "values"))
+    theta = STEP * theirs.to_adaptive_step[0](x).sigmoid().transpose(1, 2)
+    still = torch.zeros_like(theta)
+    ours = op(q, k, v, causal=True, theta=theta, alpha=still, eta=still)[:, 0]
+    inside = torch.arange(N) % chunk < chunk - 1
+    peers.agree(lambda: ours[:, inside], lambda: theirs(x)[0][:, inside], [x], 1e-9)
 
 
 LOSSES: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {

@@ -11,8 +11,15 @@ _PLAIN = ("DEFAULT", "NO AVX", "AVX2")
 
 
 @cache
-def _has_halves() -> bool:
-    return torch.backends.cpu.get_cpu_capability() not in _PLAIN
+def _has_halves(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions that multiply such halves."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX512"):
+        return capability not in _PLAIN
+    # the first processors with AVX-512 have none, and only some of the later ones have them for float16
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_fp16_supported()
 
 
 def multiplying(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -21,4 +28,4 @@ def multiplying(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     There it is many times as fast, and no less exact.
     """
     halves = dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if halves and device.type == "cpu" and not _has_halves() else dtype
+    return torch.float32 if halves and device.type == "cpu" and not _has_halves(dtype) else dtype

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.nn.layer import Layer
+from foveate.nn.maps import Linear
 
 
 class GatedMLP(nn.Module):
@@ -28,8 +29,8 @@ class GatedMLP(nn.Module):
         validate.count("dim", dim, 1)
         validate.count("hidden", hidden, 1)
         self.act = act
-        self.gate, self.up = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
+        self.gate, self.up = Linear(dim, hidden, bias=False), Linear(dim, hidden, bias=False)
+        self.down = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.gate(x)) * self.up(x))

@@ -17,6 +17,7 @@ from foveate.core import masks, validate
 from foveate.core.errors import OptionError
 from foveate.nn import positions
 from foveate.nn.layer import Layer
+from foveate.nn.maps import Linear
 from foveate.nn.positions import Position
 from foveate.ops import sized
 from foveate.ops.operator import Operator
@@ -47,7 +48,7 @@ class Rates(nn.ModuleDict):
     """
 
     def __init__(self, dim: int, heads: int, op: Operator) -> None:
-        super().__init__({name: nn.Linear(dim, heads) for name in sorted(op.inputs & set(op.gates))})
+        super().__init__({name: Linear(dim, heads) for name in sorted(op.inputs & set(op.gates))})
         self.gates = {name: op.gates[name] for name in self}
         for name, rate in self.items():
             assert isinstance(rate, nn.Linear)
@@ -101,7 +102,7 @@ class HeadScheme(Layer):
         positions.check(position, heads)
         self.op, self.position = sized(op, heads, self.head_dim, self.value_dim), position
         self.rates = Rates(dim, heads, self.op)
-        self.out = nn.Linear(heads * self.value_dim, dim if out_dim is None else out_dim, bias=bias)
+        self.out = Linear(heads * self.value_dim, dim if out_dim is None else out_dim, bias=bias)
         self._declare()
 
     @property

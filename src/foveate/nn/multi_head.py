@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from foveate.core import masks, validate
 from foveate.nn.heads import HeadScheme, HeadState, merge, split, squash
+from foveate.nn.maps import Linear
 from foveate.nn.positions import Position, Rotary
 from foveate.nn.short_conv import ShortConv
 from foveate.ops.operator import Operator
@@ -64,12 +65,12 @@ class MultiHeadAttention(HeadScheme):
         validate.count("conv", conv, 0)
         validate.one_of("gate", gate, (None, "sigmoid", "silu"))
         widths = heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim
-        self.q, self.k, self.v = (nn.Linear(dim, width, bias=bias) for width in widths)
+        self.q, self.k, self.v = (Linear(dim, width, bias=bias) for width in widths)
         self.k.requires_grad_(self.op.reads_keys)
         self.conv = ShortConv(sum(widths), conv) if conv else None
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim) if qk_norm else None for _ in range(2))
         self.out_norm = nn.RMSNorm(self.value_dim) if out_norm else None
-        self.gate, self.gating = gate, nn.Linear(dim, heads * self.value_dim, bias=bias) if gate else None
+        self.gate, self.gating = gate, Linear(dim, heads * self.value_dim, bias=bias) if gate else None
         if conv:
             self.patterns = self.patterns & {"causal self"}  # type: ignore[misc]
             self.masks = self.masks & {"keys"}  # type: ignore[misc]

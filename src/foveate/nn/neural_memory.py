@@ -16,10 +16,11 @@ from foveate.core import masks, validate
 from foveate.core.errors import OptionError
 from foveate.nn.heads import Rates, merge, split, width
 from foveate.nn.layer import Layer
+from foveate.nn.maps import Linear
 from foveate.nn.multi_head import MultiHeadAttention
 from foveate.nn.positions import Position
 from foveate.nn.short_conv import ShortConv
-from foveate.ops.memory.memory import MemoryState
+from foveate.ops.memory.memory import MemoryState, Reads
 from foveate.ops.memory.titans import Titans as Learner
 from foveate.ops.operator import Growth, MaskKind, Operator, Pattern
 
@@ -43,7 +44,7 @@ class NeuralMemory(Layer):
 
     Args:
         dim: C. heads: H, memories side by side, each of width `C / H`.
-        depth, expansion, chunk: of the memory; see `foveate.ops.Titans`.
+        depth, expansion, chunk, reads: of the memory; see `foveate.ops.Titans`.
         conv: tokens that each convolution sees; 0 for none.
 
     Raises:
@@ -56,16 +57,17 @@ class NeuralMemory(Layer):
     growth: ClassVar[Growth] = "N"
 
     def __init__(
-        self, dim: int, heads: int = 1, *, depth: int = 2, expansion: int = 2, chunk: int = 16, conv: int = 4
-    ) -> None:
+        self, dim: int, heads: int = 1, *, depth: int = 2, expansion: int = 2, chunk: int = 16, reads: Reads = "token",
+        conv: int = 4,
+    ) -> None:  # fmt: skip
         super().__init__(dim, heads)
         validate.count("conv", conv, 0)
         self.head_dim = width(dim, heads, None)
-        self.op = Learner(heads, self.head_dim, depth=depth, expansion=expansion, chunk=chunk)
-        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.op = Learner(heads, self.head_dim, depth=depth, expansion=expansion, chunk=chunk, reads=reads)
+        self.q, self.k, self.v, self.out = (Linear(dim, dim, bias=False) for _ in range(4))
         self.convs: Any = nn.ModuleList([ShortConv(dim, conv) for _ in range(3)] if conv else [])
         self.rates = Rates(dim, heads, self.op)
-        self.norm, self.gate = nn.RMSNorm(self.head_dim), nn.Linear(dim, dim)
+        self.norm, self.gate = nn.RMSNorm(self.head_dim), Linear(dim, dim)
 
     def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         seen = None if mask is None else masks.keys_of(mask, x.shape[0], x.shape[1])
@@ -139,7 +141,7 @@ class Titans(Layer):
         dim: C. heads: H, of attention and of the memory.
         persistent: persistent tokens.
         position: how positions enter attention; None or a scheme without a bias, such as `Rotary()`.
-        memory: options of `NeuralMemory`: depth, expansion, chunk, conv.
+        memory: options of `NeuralMemory`: depth, expansion, chunk, reads, conv.
 
     Raises:
         OptionError: an option out of range.

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.layer import Layer
+from foveate.nn.maps import Linear
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.operator import Growth, MaskKind, Pattern
 
@@ -47,16 +48,16 @@ class MAB(nn.Module):
             raise OptionError(f"heads={heads} must divide dim={dim}")
         validate.one_of("scale", scale, ("full", "head"))
         self.heads, self.scale = heads, (dim if scale == "full" else dim // heads) ** -0.5
-        self.q, self.k, self.v = nn.Linear(dim_q, dim), nn.Linear(dim_kv, dim), nn.Linear(dim_kv, dim)
+        self.q, self.k, self.v = Linear(dim_q, dim), Linear(dim_kv, dim), Linear(dim_kv, dim)
         self.op = Softmax()
-        self.feed = nn.Linear(dim, dim)
+        self.feed = Linear(dim, dim)
         self.norm, self.feed_norm = (nn.LayerNorm(dim) if ln else nn.Identity() for _ in range(2))
 
     def forward(
-        self, x: Float[Tensor, "b n cq"], y: Float[Tensor, "b m ck"], mask: Tensor | None = None
+        self, x: Float[Tensor, "#b n cq"], y: Float[Tensor, "b m ck"], mask: Tensor | None = None
     ) -> Float[Tensor, "b n c"]:
-        """`mask`: bool `(B, 1, 1, m)`, the elements of y that are there."""
-        q, y = self.q(x), _present(y, mask)
+        """`x`: one for each set, or a single one for all. `mask`: bool `(B, 1, 1, m)`, the elements of y there are."""
+        q, y = self.q(x).expand(y.shape[0], -1, -1), _present(y, mask)
         split = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, self.k(y), self.v(y)))
         out = self.op(*split, mask=mask, scale=self.scale).transpose(1, 2).flatten(2)
         out = self.norm(q + out)
@@ -119,7 +120,7 @@ class ISAB(_SetLayer):
 
     def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         x = _present(x, mask)
-        gathered = self.gather(self.points.expand(x.shape[0], -1, -1), x, mask)
+        gathered = self.gather(self.points, x, mask)
         return self.spread(x, gathered)
 
     @classmethod
@@ -145,14 +146,14 @@ class PMA(nn.Module):
         super().__init__()
         validate.one_of("variant", variant, ("paper", "release"))
         self.seeds = _learned(seeds, dim, "seeds")
-        self.before = nn.Linear(dim, dim) if variant == "paper" else None
+        self.before = Linear(dim, dim) if variant == "paper" else None
         self.block = MAB(dim, dim, dim, heads, ln=ln, scale=scale)
 
     def forward(self, z: Float[Tensor, "b n c"], mask: Tensor | None = None) -> Float[Tensor, "b k c"]:
         z = _present(z, mask)
         if self.before is not None:
             z = F.relu(self.before(z))
-        return self.block(self.seeds.expand(z.shape[0], -1, -1), z, mask)
+        return self.block(self.seeds, z, mask)
 
 
 @final
@@ -185,7 +186,7 @@ class SetTransformer(nn.Module):
 
         self.encode = nn.ModuleList([encoder(dim_in), encoder(dim)])
         self.pool = PMA(dim, heads, outputs, variant=variant, **options)
-        self.decode = nn.Sequential(SAB(dim, heads, **options), SAB(dim, heads, **options), nn.Linear(dim, dim_out))
+        self.decode = nn.Sequential(SAB(dim, heads, **options), SAB(dim, heads, **options), Linear(dim, dim_out))
 
     def forward(self, x: Float[Tensor, "b n ci"], mask: Tensor | None = None) -> Float[Tensor, "b k co"]:
         """`mask`: bool `(B, 1, 1, n)`, the elements that are there (`foveate.core.masks.padding`)."""

@@ -152,8 +152,8 @@ class MemoryAsContext(Titans):
     able of the three on long inputs in the paper, at twice the context; segments go one after the other.
 
     Departures, without which a token would see later ones of its segment: it sees what they have asked for no earlier
-    than them, and its gate reads the memory as it is after this token, not after the segment. A memory's `chunk` that
-    divides `segment` is fast; others go token by token.
+    than them, and its gate reads the memory as it is after this token, not after the segment (with `reads="chunk"`, as
+    it is before this token's chunk). A memory's `chunk` that divides `segment` is fast; others go token by token.
 
     Args:
         segment: tokens of a segment.

@@ -97,6 +97,17 @@ def test_encoders_and_pooling_by_hand(ln: bool, scale: str, divisor: float) -> N
         assert_near(pool(z), released(pool.block, pool.seeds.expand(2, -1, -1), fed, divisor), 1e-12)
 
 
+def test_learned_points_are_projected_once_for_all_sets() -> None:
+    induced, pool = ISAB(12, 3, 2), PMA(12, 3, 4)
+    asked: list[tuple[int, ...]] = []
+    for block in (induced.gather, pool.block):
+        block.q.register_forward_pre_hook(lambda _, args: asked.append(tuple(args[0].shape)))
+    x = torch.randn(5, 7, 12, generator=torch.Generator().manual_seed(0))
+    assert induced(x).shape == x.shape
+    assert pool(x).shape == (5, 4, 12)
+    assert asked == [(1, 2, 12), (1, 4, 12)]
+
+
 def test_a_set_block_is_torch_s_attention_beside_the_projected_query() -> None:
     block = shaken(SAB(12, 3, scale="head"))
     theirs = nn.MultiheadAttention(12, 3, batch_first=True).double()

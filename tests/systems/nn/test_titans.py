@@ -107,7 +107,9 @@ def test_recalling_is_reading_without_writing():
 def test_what_it_starts_from():
     memory = NeuralMemory(DIM, HEADS, depth=3, expansion=5, chunk=7)
     assert [tuple(m.shape) for m in memory.op.first] == [(2, 20, 4), (2, 20, 20), (2, 4, 20)]
-    assert memory.op.chunk == 7
+    assert (memory.op.chunk, memory.op.reads) == (7, "token")
+    assert NeuralMemory(DIM, HEADS, reads="chunk").op.reads == "chunk"
+    assert MemoryAsGate(DIM, HEADS, reads="chunk").memory.op.reads == "chunk"
     assert [conv.kernel for conv in memory.convs] == [4, 4, 4]
     for name, rate in memory.rates.items():
         assert (rate.bias == memory.op.gates[name].bias).all()
@@ -268,10 +270,11 @@ def test_the_memory_alone_reaches_beyond_the_window(cls):
 
 
 @pytest.mark.parametrize("cls", [NeuralMemory, *REACH])
+@pytest.mark.parametrize("reads", ["token", "chunk"])
 @torch.no_grad()
-def test_a_stream_is_the_causal_call_and_its_state_does_not_grow(cls):
+def test_a_stream_is_the_causal_call_and_its_state_does_not_grow(cls, reads):
     options = {} if cls is NeuralMemory else {"position": Rotary(), **REACH[cls]}
-    layer, x = made(cls, **options), tokens(25)
+    layer, x = made(cls, reads=reads, **options), tokens(25)
     expected = layer(x, causal=True)
 
     def size(state: object) -> int:

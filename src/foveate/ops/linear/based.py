@@ -35,6 +35,7 @@ class TaylorAttention(Linear):
     """
 
     eps: ClassVar[float] = 1e-12
+    tokenwise: ClassVar[bool] = True
 
     def __init__(self, *, symmetric: bool = False) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ class EfficientAttention(Linear):
         self.normalizer = normalizer
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:
-        q = q * scale
+        q = q if scale == 1 else q * scale
         return q.softmax(-1) if self.normalizer == "softmax" else q
 
     def key_features(self, k: Tensor, scale: float) -> Tensor:

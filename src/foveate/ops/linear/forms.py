@@ -71,11 +71,14 @@ def _matrix_by_feature(fq: Tensor, fk: Tensor, log_decay: Tensor) -> Tensor:
     return torch.cat(rows, -2)[..., n - n_queries : n, :n]
 
 
-def absorb(fk: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
-    """The state `(..., F, Dv)` after all these keys have been written, at O(N F Dv)."""
+def absorb(fk: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+    """The state `(..., F, Dv)` after all these keys have been written, from `state` or nothing on, at O(N F Dv)."""
     if log_decay is None:
-        return fk.mT @ v
-    return (fk * torch.exp(_until_the_end(_column(log_decay, fk)))).mT @ v
+        written = fk.mT @ v
+        return written if state is None else state + written
+    log_decay = _column(log_decay, fk)
+    written = (fk * torch.exp(_until_the_end(log_decay))).mT @ v
+    return written if state is None else torch.exp(log_decay.sum(-2))[..., None] * state + written
 
 
 def chunked(fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, block: int) -> Tensor:
@@ -84,20 +87,22 @@ def chunked(fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None, state: 
     if not n:
         return fq @ state
     block = min(block, n)
-    span = max(SPAN // block, 1) * block
-    decays = repeat(None) if log_decay is None else _column(log_decay, fk).split(span, -2)
+    size = max(SPAN // block, 1) * block
+    decays = repeat(None) if log_decay is None else _column(log_decay, fk).split(size, -2)
     out = []
-    for q, k, values, decay in zip(*(x.split(span, -2) for x in (fq, fk, v)), decays, strict=False):
-        y, state = _span(q, k, values, decay, state, block)
+    for q, k, values, decay in zip(*(x.split(size, -2) for x in (fq, fk, v)), decays, strict=False):
+        y, state = span(q, k, values, decay, state, block)
         out.append(y)
     return torch.cat(out, -2)
 
 
-def _span(fq: Tensor, fk: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The output and the last state of a few blocks, worked on all at a time. `decay (..., N, 1 or F)`."""
+def span(
+    fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """The output and the last state of a few blocks, worked on all at a time, from `state` or nothing on."""
     n = fq.shape[-2]
+    decay = None if log_decay is None else _blocks(_column(log_decay, fk), block)
     fq, fk, v = (_blocks(x, block) for x in (fq, fk, v))
-    decay = None if decay is None else _blocks(decay, block)
     out = causal.product(matrix(fq, fk, True, decay), v)
     before, state = _states(absorb(fk, v, decay), decay, state)
     if decay is not None:
@@ -110,8 +115,9 @@ def _blocks(x: Tensor, block: int) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[-2] % block)).unflatten(-2, (-1, block))
 
 
-def _states(written: Tensor, decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+def _states(written: Tensor, decay: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """The state before each block and that after the last, from what each block writes, `(..., blocks, F, Dv)`."""
+    state = torch.zeros_like(written[..., 0, :, :]) if state is None else state
     kept = repeat(None) if decay is None else torch.exp(decay.sum(-2))[..., None].unbind(-3)
     before = []
     for new, keep in zip(written.unbind(-3), kept, strict=False):

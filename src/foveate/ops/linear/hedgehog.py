@@ -48,6 +48,7 @@ class Hedgehog(Linear):
     """
 
     default_scale: ClassVar[float | None] = 1.0
+    tokenwise: ClassVar[bool] = True
 
     def __init__(
         self, heads: int, head_dim: int, form: Form = "softmax", *, gain: float = 1.0, bias: Bias = "vector",
@@ -58,10 +59,10 @@ class Hedgehog(Linear):
         self.key_map = FeatureMap(heads, head_dim, form, gain=gain, bias=bias, shared=shared)
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:
-        return self.query_map(q * _root(scale))
+        return self.query_map(_rooted(q, scale))
 
     def key_features(self, k: Tensor, scale: float) -> Tensor:
-        return self.key_map(k * _root(scale))
+        return self.key_map(_rooted(k, scale))
 
     def map_products(self, width: int) -> int:
         return width**2
@@ -95,7 +96,8 @@ class FeatureMap(nn.Module):
         y = x @ self.weight.to(x.dtype).mT
         if self.bias is not None:
             y = y + self.bias.to(x.dtype)
-        y = self.gain * y
+        if self.gain != 1:
+            y = self.gain * y
         if self.form == "softmax":
             return torch.cat([y, -y], -1).softmax(-1)
         if self.form == "two_softmax":
@@ -105,7 +107,8 @@ class FeatureMap(nn.Module):
         return torch.cat([torch.exp(y), torch.exp(-y)], -1)
 
 
-def _root(scale: float) -> float:
+def _rooted(x: Tensor, scale: float) -> Tensor:
+    """Queries or keys times the square root of the scale."""
     if scale < 0:
         raise OptionError(f"scale={scale} must be at least 0: its square root goes to q and to k")
-    return math.sqrt(scale)
+    return x if scale == 1 else x * math.sqrt(scale)

@@ -16,7 +16,7 @@ from foveate.core import masks as mask_algebra
 from foveate.core.errors import ShapeError
 from foveate.core.problem import Plan
 from foveate.ops import causal as past
-from foveate.ops.linear import forms
+from foveate.ops.linear import forms, spans
 from foveate.ops.operator import Growth, MaskKind, Operator
 from foveate.ops.prepare import accumulating, engine_of, per_query_head
 
@@ -60,6 +60,9 @@ class Linear(Operator):
         normalised: whether the output is divided by the sum of the weights.
         eps: added to that sum. A row whose weights sum to exactly 0 gives zeros.
         block: tokens in a chunk.
+        tokenwise: whether features and decay of a token hang on it alone, and no `inputs` are taken. The chunked engine
+            then makes the features of a span of tokens at a time, so that those of all tokens never exist at once;
+            training keeps them for the backward pass. `scan` is not asked.
     """
 
     masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
@@ -69,12 +72,13 @@ class Linear(Operator):
     normalised: ClassVar[bool] = True
     eps: ClassVar[float] = 0.0
     block: int = 64
+    tokenwise: ClassVar[bool] = False
 
     # -- what a system writes ------------------------------------------------------------------------------------------
 
     @abstractmethod
     def query_features(self, q: Tensor, scale: float) -> Float[Tensor, "b h n f"]:
-        """Features of `q (B, H, N, D)`. `scale` is the factor on the dot products: here, or in part on the keys."""
+        """Features of `q (B, H, N, D)`, token by token. `scale` multiplies the products, here or partly on the keys."""
 
     @abstractmethod
     def key_features(self, k: Tensor, scale: float) -> Float[Tensor, "b h n f"]:
@@ -141,6 +145,11 @@ class Linear(Operator):
         engine = engine_of(self, engine)
         if q.shape[2] == 0:
             return q.new_zeros(*q.shape[:3], v.shape[3])
+        if engine == "chunked" and self.tokenwise:
+            return spans.attend(self, q, k, v, mask, causal, scale)[0]
+        if engine == "chunked" and not causal and not inputs:
+            fk, v, _ = self.encoded_keys(k, v, q.shape[1], mask, causal, scale, inputs)
+            return spans.read(self, q, forms.absorb(fk, v), scale)
         fq, fk, v, decay = self.encoded(q, k, v, mask, causal, scale, inputs)
         if engine == "reference":
             weights = forms.matrix(fq, fk, causal, decay)
@@ -220,6 +229,9 @@ class Linear(Operator):
 
     @final
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, LinearState]:
+        if self.tokenwise:
+            out, memory = spans.attend(self, q, k, v, None, True, scale)
+            return out, LinearState(memory, self.normalised)
         carry = self.carried(per_query_head(k, q.shape[1]).to(accumulating(k.dtype)))
         fq, fk, v, decay = self.encoded(q, k, v, None, True, scale, inputs)
         out = self.normalise(self._causal(fq, fk, v, decay, "chunked"))
@@ -232,19 +244,27 @@ class Linear(Operator):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
         """What a checked call sums up: features of queries and keys, values (with a column of ones where `normalised`)
         and log decays, clean of what is masked."""
-        wide, heads = accumulating(q.dtype), q.shape[1]
-        q, v = q.to(wide), per_query_head(v, heads).to(wide)
+        fq = self.encode_queries(q.to(accumulating(q.dtype)), scale, inputs)
+        return fq, *self.encoded_keys(k, v, q.shape[1], mask, causal, scale, inputs)
+
+    @final
+    def encoded_keys(
+        self, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, causal: bool, scale: float,
+        inputs: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """What `encoded` gives besides the queries' features; `heads` is Hq."""
+        wide = accumulating(v.dtype)
+        v = per_query_head(v, heads).to(wide)
         k = per_query_head(k, heads).to(torch.promote_types(k.dtype, wide))
         hidden = None if mask is None else ~mask_algebra.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
         if hidden is not None:
             # before the features and after them: neither a value nor a gradient of what stands there may get out
             k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-        fq = self.encode_queries(q, scale, inputs)
         fk, decay = self.encode_keys(k, scale, causal, hidden, inputs)
         decay = self._decay(decay, fk, hidden)
         if self.normalised:
             v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
-        return fq, fk if hidden is None else fk.masked_fill(hidden, 0.0), v, decay
+        return fk if hidden is None else fk.masked_fill(hidden, 0.0), v, decay
 
     def _decay(self, decay: Tensor | None, fk: Tensor, hidden: Tensor | None) -> Tensor | None:
         """The log decays as `(B or 1, H, N)` or `(B or 1, H, N, F)`."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from foveate.core.known import is_clean
 from foveate.ops import causal
-from foveate.ops.memory.recurrence import linear_recurrence
+from foveate.ops.memory.recurrence import decay_matrix, linear_recurrence, since_the_start, without_traces
 
 #: The matrices `(B, H, out, in)` of a learner, one for each layer.
 Weights = tuple[Tensor, ...]
@@ -48,7 +48,20 @@ def shares(rates: Mapping[str, Tensor]) -> Shares:
     start = torch.eye(2 + rates["theta"].shape[-1], dtype=rates["theta"].dtype, device=rates["theta"].device)
     momentum = linear_recurrence(rates["eta"], F.pad(torch.diag_embed(rates["theta"]), (2, 0)), start[1])
     memory = linear_recurrence(1 - rates["alpha"], rates["write"][..., None] * momentum, start[0])
-    return Shares(memory, momentum)
+    return Shares(without_traces(memory), without_traces(momentum))
+
+
+def shares_at_the_end(rates: Mapping[str, Tensor]) -> Shares:
+    """The last row of `shares`, `(..., 1, 2 + C)`, in O(C²) where all rows take O(C³)."""
+    theta, kept = rates["theta"][..., None, :], 1 - rates["alpha"]
+    fade, first = decay_matrix(rates["eta"]), since_the_start(rates["eta"])
+    left = F.pad(kept[..., 1:], (0, 1), value=1.0).flip(-1)
+    left = since_the_start(left).flip(-1)  # of what is written, at the end
+    written = (rates["write"] * left)[..., None, :]
+    last = first[..., -1:, None]
+    momentum = torch.cat([torch.zeros_like(last), last, fade[..., -1:, :] * theta], -1)
+    memory = torch.cat([kept.prod(-1)[..., None, None], written @ first[..., None], (written @ fade) * theta], -1)
+    return Shares(without_traces(memory), without_traces(momentum))
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,7 @@ class Path:
     Args:
         memory, momentum: `(B, H, out, in)` at the start of the chunk.
         gradient: the tokens' gradients, all taken there.
-        shares: `(B, H, C, 2 + C)` each.
+        shares: `(B, H, C, 2 + C)` each, or the last rows alone where only the end of the path is asked for.
     """
 
     memory: Float[Tensor, "b h o i"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ from torch.nn import functional as F
 from foveate.core import masks as mask_algebra, validate
 from foveate.core.errors import ShapeError, UnsupportedPattern
 from foveate.core.problem import Plan
-from foveate.ops.memory.fast import Layer, Outer, Path, Shares, Weights, shares, still
+from foveate.ops.memory.fast import Layer, Outer, Path, Shares, Weights, shares, shares_at_the_end, still
 from foveate.ops.operator import Gate, Growth, MaskKind, Operator, Pattern
 from foveate.ops.prepare import accumulating, engine_of, per_query_head
+
+#: The weights that answer a query: those that its token has written, or those at the start of its chunk.
+Reads = Literal["token", "chunk"]
 
 #: What a rate is for a token that is masked: nothing decays, moves or is written.
 _ABSENT = {"alpha": 0.0, "eta": 1.0, "theta": 0.0, "write": 0.0}
@@ -52,6 +55,9 @@ class Memory(Operator):
     that chunks are counted with it; before the first token that is not masked the answer is 0. Long chunks of like keys
     add their steps up: with unit keys, `theta * slope * chunk / D` has to stay well under 1.
 
+    With `reads="chunk"` the weights at the start of a chunk answer all of its queries: cheaper, but its tokens do not
+    see what the chunk itself writes, their own keys and values included. What is written is the same.
+
     Engines: "chunked" (the default), "recurrent" (token by token). They agree up to rounding for every chunk size.
 
     A system writes `initial`, `read` and `surprise`; where the weights are not the memory itself, also `link`, and says
@@ -73,15 +79,18 @@ class Memory(Operator):
     growth: ClassVar[Growth] = "N"
     linked: bool = False
 
-    def __init__(self, *, alpha: float, eta: float, theta: float, chunk: int, unit: bool, **more: float) -> None:
+    def __init__(
+        self, *, alpha: float, eta: float, theta: float, chunk: int, unit: bool, reads: Reads = "token", **more: float
+    ) -> None:
         """`unit`: whether queries and keys are scaled to length 1 first. `more`: further rates, by name."""
         super().__init__()
         validate.between("alpha", alpha, 0, 1)
         validate.between("eta", eta, 0, 1)
         validate.at_least("theta", theta, 0)
         validate.count("chunk", chunk, 1)
+        validate.one_of("reads", reads, ("token", "chunk"))
         self.rates = {"alpha": alpha, "eta": eta, "theta": theta, **more}
-        self.chunk, self.unit = chunk, unit
+        self.chunk, self.unit, self.reads = chunk, unit, reads
 
     # -- what a system writes ------------------------------------------------------------------------------------------
 
@@ -169,7 +178,7 @@ class Memory(Operator):
             name: F.pad(rate, (0, count * size - n), value=_ABSENT.get(name, 1.0)).unflatten(2, (count, size))
             for name, rate in rates.items()
         }
-        parts, out = shares(rates), []
+        parts, out = shares(rates) if self.reads == "token" else shares_at_the_end(rates), []
         memory, momentum = state.memory, state.momentum
         # cut once: slices taken one by one would each give back a gradient as large as the whole
         qs, ks, vs = q.unbind(2), k.unbind(2), v.unbind(2)
@@ -180,12 +189,17 @@ class Memory(Operator):
             anchor = tuple(map(self.link, memory))
             gradients = self.surprise(anchor, ks[t], vs[t], here)
             paths = [Path(*each, part) for each in zip(memory, momentum, gradients, strict=True)]
-            layers = [still(self.link(path.written_out())) if self.linked else path for path in paths]
-            out.append(self.read(layers, qs[t]))
+            out.append(self.read(self._met(anchor, paths), qs[t]))
             memory, momentum = zip(*(path.end() for path in paths), strict=True)
         place = n % self.chunk
         state = MemoryState(memory, momentum, anchor if place else tuple(map(self.link, memory)), place)
         return torch.cat(out, 2)[:, :, :n], state
+
+    def _met(self, anchor: Weights, paths: Sequence[Path]) -> list[Layer]:
+        """The layers that the queries of a chunk meet."""
+        if self.reads == "chunk":
+            return list(map(still, anchor))
+        return [still(self.link(path.written_out())) if self.linked else path for path in paths]
 
     def _tokens(
         self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState
@@ -201,16 +215,16 @@ class Memory(Operator):
     def _token(
         self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState
     ) -> tuple[Tensor, MemoryState]:
-        """The definition: write one token, then read."""
+        """The definition: write one token, then read; "chunk" reads what was there when the chunk began."""
         gradients = self.surprise(state.anchor, k, v, rates)
         alpha, eta, theta, write = (rates[name][..., None] for name in ("alpha", "eta", "theta", "write"))
         moved = zip(state.momentum, gradients, strict=True)
         momentum = tuple(eta * s - theta * (u.left.mT @ u.right) for s, u in moved)
         memory = tuple((1 - alpha) * m + write * s for m, s in zip(state.memory, momentum, strict=True))
         weights = tuple(map(self.link, memory))
+        out = self.read(list(map(still, state.anchor if self.reads == "chunk" else weights)), q)
         place = (state.place + 1) % self.chunk
-        state = MemoryState(memory, momentum, state.anchor if place else weights, place)
-        return self.read([still(w) for w in weights], q), state
+        return out, MemoryState(memory, momentum, state.anchor if place else weights, place)
 
     @final
     def _weights(
@@ -230,7 +244,9 @@ class Memory(Operator):
         for matrix in self.initial(h, d, dv, q.new_zeros((), dtype=accumulating(q.dtype))):
             _, wide, tall = matrix.shape
             learn = 6 * wide * tall  # there, back, and the sum into the memory
-            look = 4 * wide * tall + 2 * inside * (wide * tall if self.linked else wide + tall)
+            look = 2 * wide * tall
+            if self.reads == "token":  # the memory and its momentum, and what the chunk has written since
+                look += 2 * wide * tall + 2 * inside * (wide * tall if self.linked else wide + tall)
             flops += b * h * (nk * learn + nq * look)
         traffic = q.numel() + k.numel() + v.numel() + b * h * nq * dv
         return Plan(engine=engine, flops=flops, bytes=traffic * q.element_size(), why=why)

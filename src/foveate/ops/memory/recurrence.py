@@ -16,7 +16,22 @@ def decay_matrix(factors: Float[Tensor, "... c"]) -> Float[Tensor, "... c c"]:
     """
     n = factors.shape[-1]
     later = torch.ones(n, n, dtype=torch.bool, device=factors.device).tril(-1)
-    return torch.where(later, factors[..., :, None], 1.0).cumprod(-2).tril()
+    return without_traces(torch.where(later, factors[..., :, None], 1.0).cumprod(-2).tril())
+
+
+def since_the_start(factors: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
+    """How much of what was there before the first token is left at t."""
+    return without_traces(factors.cumprod(-1))
+
+
+def without_traces(left: Tensor) -> Tensor:
+    """Shares as they are, and zeros where so little is left that it would only cost time.
+
+    What falls below the smallest normal number is many times as slow to multiply, and with a momentum of 0.1 a share
+    gets there within 40 tokens. The bound leaves room for factors that are themselves small. Gradients are as before.
+    """
+    number, given = torch.finfo(left.dtype), left.detach()
+    return left - torch.where(given.abs() < number.tiny / number.eps, given, 0.0)
 
 
 def linear_recurrence(
@@ -26,4 +41,4 @@ def linear_recurrence(
     out = causal.product(decay_matrix(factors), x)
     if initial is None:
         return out
-    return out + factors.cumprod(-1)[..., None] * initial[..., None, :]
+    return out + since_the_start(factors)[..., None] * initial[..., None, :]

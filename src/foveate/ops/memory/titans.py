@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from foveate.core import validate
 from foveate.ops.memory import learner
 from foveate.ops.memory.fast import Layer, Outer, Weights
-from foveate.ops.memory.memory import Memory
+from foveate.ops.memory.memory import Memory, Reads
 
 
 @final
@@ -37,10 +37,15 @@ class Titans(Memory):
             all three come from the token, through a sigmoid.
         chunk: tokens whose gradients are taken at the same weights (16 to 64 in training); 1 is the exact rule.
         unit: scale queries and keys to length 1, as the paper does.
+        reads: "token": a token reads the weights that it has just written. "chunk": it reads those at the start of its
+            chunk. That is cheaper, but tokens of a chunk do not see what the chunk itself writes; with chunk=1 a token
+            reads before it writes. What is written, and so the state that is handed on, is the same.
         generator: for the first weights. The last layer starts at zero, so that an empty memory answers 0.
 
     The first weights are parameters, trained by the outer loop. Against a common port: the loss is summed over channels
-    and not averaged, and token t reads the weights that it has just written.
+    and not averaged, rates act token by token, and token t reads the weights that it has just written. The port's
+    longer chunks have one forgetting and momentum each, and are read as with "chunk", but for the last token of a
+    chunk, which there reads what that has written.
 
     Raises:
         OptionError: an option out of range.
@@ -50,9 +55,9 @@ class Titans(Memory):
     def __init__(
         self, heads: int, head_dim: int, value_dim: int | None = None, *, depth: int = 2, expansion: int = 2,
         alpha: float = 0.01, eta: float = 0.5, theta: float = 0.1, chunk: int = 16, unit: bool = True,
-        generator: torch.Generator | None = None,
+        reads: Reads = "token", generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(alpha=alpha, eta=eta, theta=theta, chunk=chunk, unit=unit)
+        super().__init__(alpha=alpha, eta=eta, theta=theta, chunk=chunk, unit=unit, reads=reads)
         value_dim = head_dim if value_dim is None else value_dim
         sizes = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim, "depth": depth, "expansion": expansion}
         for name, value in sizes.items():

@@ -1,0 +1,27 @@
+"""Linear maps that are as fast in half precision as in float32."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.core.precision import multiplying
+
+
+@final
+class Linear(nn.Linear):
+    """`x Wᵀ + b`, as `nn.Linear`, through float32 where a processor has no fast product of halves.
+
+    There PyTorch multiplies bfloat16 and float16 many times as slowly as float32. Tokens, weights and bias are made
+    float32 for the product, and the result is rounded once, so that it is no less exact. Weights keep their dtype. A
+    single row goes as it is: reading the weights is all that it takes. Everywhere else this is `nn.Linear`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = multiplying(input.dtype, input.device)
+        if wide == input.dtype or input.dtype != self.weight.dtype or input.numel() == input.shape[-1]:
+            return super().forward(input)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.linear(input.to(wide), self.weight.to(wide), bias).to(input.dtype)
