@@ -122,6 +122,26 @@ def test_a_summary_and_heads_of_unequal_length_come_along() -> None:
     assert run.stats.kept < 0.7
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", _MODELS)
+def test_halves_are_taken(kind: str, dtype: torch.dtype) -> None:
+    with apply(made(_MODELS[kind]).to(dtype), SinkRecent(2, 6), Renumbered()):
+        pass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(3))
+def test_drafts_change_no_text(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**_GROUPED, "num_hidden_layers": 2})).eval()
+    said = []
+    for options in ({}, {"prompt_lookup_num_tokens": 3}):
+        with apply(model, SinkRecent(3, 9), Renumbered()):
+            said.append(model.generate(ids(1, 24), max_new_tokens=30, do_sample=False, **options))
+    assert torch.equal(*said)
+
+
 @pytest.mark.slow
 def test_text_beyond_the_context_is_read_as_well_as_within(tmp_path: Any) -> None:
     """`compare --renumber` on the lab model: three times its context, where the full cache is refused."""

@@ -28,6 +28,7 @@ def read(context: typer.Context, path: Path | None) -> Path | None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionError(f"config={str(path)!r} is not TOML: {error}") from None
     known = _options(context)
+    given = {name.replace("-", "_"): value for name, value in given.items()}
     for name in given:
         if name not in known:
             raise unknown(f"option in {path}", name, known)

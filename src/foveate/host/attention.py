@@ -48,7 +48,8 @@ def _attend(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, 
             return out, 1.0
     chosen = [s for m in methods if overrides(m, "select") and (s := m.select(site)) is not None]
     site.selections = selections = [s.for_heads(site.q.shape[1]) for s in chosen]
-    if any(overrides(m, "edit_logits") or overrides(m, "edit_weights") for m in methods):
+    edits = any(overrides(m, "edit_logits") or overrides(m, "edit_weights") for m in methods)
+    if edits or (site.wants_weights and (selections or not site.is_whole)):
         return _whole_matrix(site, methods, selections), 1.0
     if selections:
         return selected(site, selections)
@@ -64,6 +65,8 @@ def _attend(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, 
 
 def _packs(site: Site, methods: list[Method]) -> bool:
     """Whether a method asks for the packed kernel at a call that it can do."""
+    if site.wants_weights:
+        return False
     few = site.q.shape[2] <= fused.FEW and not site.dropout and site.softcap is None and not site.is_biased
     return few and site.groups > 1 and any(method.packs for method in methods)
 

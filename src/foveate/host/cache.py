@@ -35,6 +35,7 @@ class SlotLayer(CacheLayerMixin):
         window: tokens that a sliding layer sees; None for a full one.
         attached: whether a run is open on this cache, or on the one that it was copied from.
         padded: whether some sequence had padding.
+        prompt: tokens of the prompt, once it was read; a copy of the cache takes that along.
     """
 
     is_compileable = False
@@ -51,6 +52,7 @@ class SlotLayer(CacheLayerMixin):
         self.padded, self.record_past = False, bool(getattr(native, "record_past", False))
         self._runs: list[weakref.ref[Any]] = []
         self._dropped_at = 0  # tokens seen when something was dropped last
+        self.prompt: int | None = None
         self._returned: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
         if native.is_initialized and native.keys is not None and native.keys.numel():
             self._take_over(native, native.keys, native.values)
@@ -85,6 +87,10 @@ class SlotLayer(CacheLayerMixin):
         other = type(self).__new__(type(self))
         other.__dict__.update(copy.deepcopy(self.__getstate__(), memo), _runs=list(self._runs))
         return other
+
+    def __copy__(self) -> SlotLayer:
+        """Two layers on one store would write over each other's tokens."""
+        return copy.deepcopy(self)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -130,6 +136,7 @@ class SlotLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.store, self.seen, self.is_initialized, self._dropped_at = None, 0, False, 0
+        self.prompt = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -173,16 +180,16 @@ class SlotLayer(CacheLayerMixin):
         return self._shown("k")
 
     @keys.setter
-    def keys(self, _: None) -> None:
-        """The base class begins with none."""
+    def keys(self, value: Tensor | None) -> None:
+        _only_none(value)  # the base class begins with none
 
     @property
     def values(self) -> Tensor | None:
         return self._shown("v")
 
     @values.setter
-    def values(self, _: None) -> None:
-        """The base class begins with none."""
+    def values(self, value: Tensor | None) -> None:
+        _only_none(value)
 
     def _shown(self, what: str) -> Tensor | None:
         if self.store is None:
@@ -209,7 +216,8 @@ class SlotLayer(CacheLayerMixin):
         sliding = self.window is not None
         layer: DynamicLayer = DynamicSlidingWindowLayer(self.window) if sliding else DynamicLayer()
         if self.store is not None:
-            slots = self.store.groups[0].ordered()
+            group = self.store.groups[0]
+            slots = group.slots if self.is_whole else group.ordered()
             layer.update(slots.k, slots.v)
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = self.seen
@@ -219,6 +227,14 @@ class SlotLayer(CacheLayerMixin):
 def tokens_seen(layer: object) -> int:
     """Tokens that a cache layer has seen; none where it keeps a state, or nothing."""
     return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else 0
+
+
+def _only_none(value: Tensor | None) -> None:
+    if value is not None:
+        raise UnsupportedModel(
+            "a cache layer cannot be given other keys or values inside foveate.apply(model, ...), where it stores its "
+            "tokens slot by slot; do that before or after the block"
+        )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

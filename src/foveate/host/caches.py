@@ -143,12 +143,17 @@ def prompt_of(cache: Cache, layer: int, past: int) -> int | None:
     """
     known = _PROMPTS.get(cache, {})
     prompt = known.get(layer, known.get(None))
+    if prompt is None and layer < len(cache.layers):
+        prompt = getattr(cache.layers[layer], "prompt", None)  # of the cache that this one was copied from
     return prompt if prompt is not None and prompt <= past else None
 
 
 def end_prompt(cache: Cache, layer: int | None, prompt: int) -> None:
     """From here on tokens count as decoded, or as a further turn."""
     _PROMPTS.setdefault(cache, {})[layer] = prompt
+    for held in cache.layers if layer is None else cache.layers[layer : layer + 1]:
+        if isinstance(held, SlotLayer):
+            held.prompt = prompt
 
 
 def _overheard(cache: Cache) -> None:

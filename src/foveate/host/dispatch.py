@@ -53,9 +53,10 @@ def attention_function(
     if runs is None:
         name = _stranger(module)
         return call.native((name, native_attention(module, name)))
+    first, runs = runs[0], [run for run in runs if run.covers(module)]
+    if not runs:
+        return call.native(first.native(module))
     outer = next((run for run in runs if run.watches), runs[0])
-    if not outer.covers(module):
-        return call.native(outer.native(module))
     begun, slots = time.perf_counter(), outer.slots(module)
     done = _unasked(runs, call, slots)
     if done is not None and all(run.rests(module, slots) for run in runs):
@@ -119,7 +120,7 @@ def _unasked(runs: list[Run], call: Call, slots: SlotLayer | None) -> tuple[Tens
     if is_whole and not any(run.packs for run in runs):
         plain = all(run.is_plain for run in runs)
         return call.native(runs[0].native(call.module)) if plain else None
-    if not call.is_simple:
+    if runs[0].wants_weights or not call.is_simple:
         return None
     if is_whole:
         if call.k.shape[1] == call.q.shape[1]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -14,8 +16,8 @@ class Group:
     """Key/value heads that hold equally many slots, in one buffer with a little room at its end.
 
     Attributes:
-        heads: which heads of the layer, `(h,)`.
-        numbers: the same as numbers.
+        numbers: which heads of the layer.
+        heads: the same as a tensor, `(h,)`.
         index: the same as a slice where they lie side by side.
         length: slots in use, empty ones between them included; the buffer's rest is room.
         holes: least and largest number of empty slots in a row of a sequence and a head.
@@ -23,13 +25,12 @@ class Group:
         slots: the slots in use, without the summary: views of the buffer.
     """
 
-    def __init__(self, heads: Tensor, slots: Slots, holes: tuple[int, int], summary: Slots | None = None) -> None:
-        self.heads, self.holes = heads, holes
+    def __init__(self, numbers: list[int], slots: Slots, holes: tuple[int, int], summary: Slots | None = None) -> None:
+        self.numbers, self.holes = numbers, holes
+        self.heads = torch.tensor(numbers, dtype=torch.long, device=slots.k.device)
         self.summary: Slots | None = None
-        self.numbers: list[int] = heads.tolist()
-        numbers = self.numbers
         side = numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else False
-        self.index: slice | Tensor = slice(numbers[0], numbers[-1] + 1) if side else heads
+        self.index: slice | Tensor = slice(numbers[0], numbers[-1] + 1) if side else self.heads
         self._ledger: Ledger | None = None
         self._front, self._bias = 0, None  # type: int, Tensor | None
         self._use(slots, slots.positions.shape[2])
@@ -40,6 +41,14 @@ class Group:
         self._buffer, self.length = buffer, length
         first, end = self._front, self._front + length
         self.slots = buffer if not first and end == buffer.positions.shape[2] else narrow(buffer, first, end)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "slots"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """`pickle` stores views apart from what they are views of."""
+        self.__dict__.update(state)
+        self._use(self._buffer, self.length)
 
     @property
     def has_empty(self) -> bool:
@@ -145,7 +154,7 @@ class Group:
         elif buffer.k.is_inference() and not torch.is_inference_mode_enabled():
             self._use(Slots(*(x.clone() for x in tensors(buffer))), self.length)
             self._bias = None if self._bias is None else self._bias.clone()
-        elif torch.is_grad_enabled() and (like.requires_grad or buffer.k.requires_grad):
+        elif torch.is_grad_enabled():  # also where queries alone have a gradient
             # what was computed from these tensors needs them as they are for its gradient
             self._use(Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions), self.length)
 
@@ -230,7 +239,8 @@ class Group:
         summary = None if self.summary is None else self.summary.heads(mine)
         if fold is not None and any(drops[head] for head in which):
             summary = fold(packed(slots, filled & ~keep), summary)
-        return Group(self.heads[mine], packed(slots, keep), (0, size - min(least[head] for head in which)), summary)
+        numbers, holes = [self.numbers[head] for head in which], (0, size - min(least[head] for head in which))
+        return Group(numbers, packed(slots, keep), holes, summary)
 
     def ordered(self) -> Slots:
         """The slots in the order of their positions, without those that are empty in every row."""
@@ -253,6 +263,6 @@ class Group:
 
     def batch(self, index: Tensor) -> Group:
         summary = None if self.summary is None else self.summary.batch(index)
-        group = Group(self.heads, self.slots.batch(index), self.holes, summary)
+        group = Group(self.numbers, self.slots.batch(index), self.holes, summary)
         group._ledger = None if self._ledger is None else self._ledger.copy()
         return group

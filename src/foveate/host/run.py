@@ -139,10 +139,16 @@ class Run:
             before = config._attn_implementation_internal
             known = (run.implementations.get(id(config)) for runs in OPEN.values() for run in runs)
             self.implementations[id(config)] = next(filter(None, known), before)  # an outer run has put ours there
-            stack.callback(setattr, config, "_attn_implementation_internal", before)
+            stack.callback(self._give_back, config)
             config._attn_implementation_internal = Alias(self.implementations[id(config)] or "eager")
         self._caches.open()
         stack.callback(self._release)
+
+    def _give_back(self, config: Any) -> None:
+        """The last run that is open on a configuration puts back what it found there."""
+        others = {id(run): run for runs in OPEN.values() for run in runs if run is not self}
+        if not any(id(config) in run.implementations for run in others.values()):
+            config._attn_implementation_internal = self.implementations[id(config)]
 
     def _release(self) -> None:
         others = {id(run): run._caches for runs in OPEN.values() for run in runs if run is not self}
@@ -183,6 +189,8 @@ class Run:
             )
         if module is self.host.model:
             self._local.asked = kwargs.get("logits_to_keep")
+            told = kwargs.get("output_attentions")
+            self._local.wants_weights = bool(module.config.output_attentions if told is None else told)
         cache = self._local.cache = cache_among((*args, *kwargs.values()))
         if cache is not None:
             self._caches.meet(cache)
@@ -244,6 +252,11 @@ class Run:
             return call[0], call[2]
         return getattr(self._local, "cache", None), self._layers[module][0]  # it has no hooks: see `_takes_more`
 
+    @property
+    def wants_weights(self) -> bool:
+        """Whether the caller of the model asked for attention weights."""
+        return getattr(self._local, "wants_weights", False)
+
     def slots(self, module: nn.Module) -> SlotLayer | None:
         """The call's layer, where it stores its tokens slot by slot, from this run or an earlier one."""
         if getattr(self._local, "call", None) is not None and getattr(LATEST, "layer", None) is not None:
@@ -277,11 +290,11 @@ class Run:
             sinks=_sinks(options),
             position_bias=options.get("position_bias"),
             slots=slots if cache is not None else None,
-            cache=cache, hidden=hidden, step=self._step(),
+            cache=cache, hidden=hidden, step=self._step(), wants_weights=self.wants_weights,
             memories=self._caches.memories.get(cache, {}) if isinstance(cache, Cache) else {},
         )  # fmt: skip
         if site.slots is not None and not site.slots.handed_over(k, v):
-            if not self.evicts and site.slots.is_whole:
+            if site.slots.is_whole and not any(run.evicts and run.covers(module) for run in OPEN.get(module, ())):
                 site.slots = None  # the model made something of all that is there: as with an ordinary layer
             else:
                 _check_expanded(site)

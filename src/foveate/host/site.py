@@ -36,7 +36,8 @@ class Site:
     part in the softmax alone; `position_bias` is added to the logits. `prompt` is the length of the prompt, once the
     sequence has left it; `reads_prompt` says whether it is still there. The call's last `tentative` tokens will be
     taken back, all or some of them (`drafts`, of assisted decoding); `hidden_keys` are some that its queries do not
-    see. For readers, once attention is done: `weights` where somebody made them, the `selections` that were attended
+    see. `wants_weights` says that the caller asked for them (`output_attentions`). For readers, once attention is done:
+    `weights` where somebody made them, the `selections` that were attended
     to, and whether a method put something else in attention's place (`replaced`).
     """
 
@@ -68,6 +69,7 @@ class Site:
     tentative: int = 0
     drafts: bool = False
     hidden_keys: Bool[Tensor, "b hkv s"] | None = None
+    wants_weights: bool = False
 
     @cached_property
     def phase(self) -> Literal["prefill", "decode"]:

@@ -153,11 +153,16 @@ class Stats:
         """Count a call that no method took part in."""
         batch, heads, seen, width = k.shape
         rows, size, stored = batch * heads, k.element_size() * (width + v.shape[-1]), batch * heads * seen
+        read = stored
         if slots is not None and slots.store is not None:
             seen, rows, stored = slots.seen, batch * slots.store.n_heads, slots.store.stored
+            read = stored
         elif cache is not None and layer < len(cache.layers):
             seen = max(seen, tokens_seen(cache.layers[layer]))
-        share = min(1.0, stored / (rows * seen)) if q.shape[2] == 1 and seen > 1 else None
+            keys = getattr(cache.layers[layer], "keys", None)  # a layer with a window goes on with fewer than it read
+            if isinstance(keys, Tensor) and keys.dim() == 4:
+                stored = min(stored, rows * keys.shape[2])
+        share = min(1.0, read / (rows * seen)) if q.shape[2] == 1 and seen > 1 else None
         self._note(cache, layer, rows * seen, stored, size, share, 0, seconds)
 
     def _note(

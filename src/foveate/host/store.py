@@ -25,7 +25,7 @@ class Store:
         """An empty store for tensors like these."""
         none = torch.empty(*k.shape[:2], 0, dtype=torch.int32, device=k.device)
         slots = Slots(k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3]), none)
-        return cls([Group(torch.arange(k.shape[1], device=k.device), slots, (0, 0))], k.shape[1])
+        return cls([Group(list(range(k.shape[1])), slots, (0, 0))], k.shape[1])
 
     def append(self, k: Tensor, v: Tensor, first: int) -> None:
         if self.is_even:

@@ -22,6 +22,8 @@ from foveate.core.problem import Problem
 from foveate.host import Host, Method, apply, decoder_inputs
 from foveate.host.attention import softmax_over
 from foveate.host.site import Site
+from foveate.host.slots import EMPTY
+from foveate.kv.padding import tokens
 from foveate.kv.probing import kept
 
 #: Positions between the two calls that tell how a model's keys turn.
@@ -48,13 +50,17 @@ class Renumbered(Method):
         self._turns = turns(host)
 
     def at(self, site: Site) -> bool:
-        return site.slots is not None and not site.is_whole and not site.expanded
+        return site.slots is not None and not (site.is_whole and site.hidden_keys is None) and not site.expanded
 
     def attend(self, site: Site) -> Tensor | None:
         turn = self._turns.get(site.layer)
         if turn is None:
             return None
-        shift = shifts(site.positions, site.seen)
+        found, seen = tokens(site), site.seen
+        own = site.positions if found is None else found.own(site.positions)
+        if site.hidden_keys is not None:  # of drafts: keys that another call will see
+            own = own.masked_fill(site.hidden_keys, EMPTY)
+        shift = shifts(own, seen if found is None else found.count[:, None, None])
         moved = copy.copy(site)
         moved.__dict__["k"] = turn(site.k, shift)
         if site.softcap is not None:
@@ -63,12 +69,12 @@ class Renumbered(Method):
         return engines.run(problem, "fused")
 
 
-def shifts(positions: Int[Tensor, "b h s"], seen: int) -> Int[Tensor, "b h s"]:
+def shifts(positions: Int[Tensor, "b h s"], seen: int | Tensor) -> Int[Tensor, "b h s"]:
     """How many positions each kept token moves towards the end, so that there is no gap behind it.
 
     Args:
-        positions: of the slots; below 0 for one that is no token, which stays.
-        seen: tokens of the sequence so far.
+        positions: of the slots in their own sequence; below 0 for one that is no token, which stays.
+        seen: tokens of the sequence so far, or of each, `(B, 1, 1)`.
     """
     order = positions.argsort(-1, descending=True)
     rank = torch.arange(order.shape[-1], device=order.device).expand_as(order)
@@ -129,14 +135,15 @@ def _probe(host: Host) -> dict[int, Turn | None]:
             continue
         by = torch.full(key.shape[:3], _APART, device=key.device)
         size = float(key.abs().max())
+        off = max(1e-3, 2 * torch.finfo(host.model.dtype).eps) * size
         able = [turn for turn in known if 2 * turn.angles.shape[0] <= key.shape[-1]]
-        fits = [turn for turn in able if torch.allclose(turn(key, by), after[layer], atol=1e-3 * size)]
-        if not fits:
+        best = min(able, key=lambda turn: float((turn(key, by) - after[layer]).abs().max()), default=None)
+        if best is None or not torch.allclose(best(key, by), after[layer], atol=off):
             raise UnsupportedModel(
                 f"{type(host.model).__name__}: the keys of layer {layer} do not turn with their position as rotary "
                 f"embeddings do, so that positions cannot be renumbered"
             )
-        found[layer] = fits[0]
+        found[layer] = best
     return found
 
 
