@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from foveate.bench.results import Comparison
 from foveate.cli import app
 from tests.readme import LONG, ROOT, SHORT, Piece, pieces, shortened
 
@@ -42,7 +43,7 @@ def test_it_is_read_on_one_page() -> None:
 
 
 def test_its_lines_are_of_known_programs() -> None:
-    known = {"git", "cd", "make", "foveate", "echo", "pip"}
+    known = {"git", "cd", "make", "foveate", "printf", "pip"}
     assert {shlex.split(piece.text)[0] for piece in PIECES if piece.kind == "shell"} <= known
 
 
@@ -55,12 +56,14 @@ def test_every_line_in_order_in_one_folder(
     for piece in PIECES:
         if piece.kind == "python":  # what a session prints is looked at below
             exec(compile(piece.text, "README.md", "exec"), names)
-        elif piece.text.startswith("echo"):
+        elif piece.text.startswith("printf"):
             subprocess.run(piece.text, shell=True, check=True)
         elif (given := arguments(piece)) is not None:
             result = CliRunner().invoke(app, shortened(given, SHORT))
             assert result.exit_code == 0, f"{piece.text}: {result.output} {result.exception!r}"
             assert "report" in result.stdout or "network" in result.stdout
+    (full,) = [row for row in Comparison.load(tmp_path / "my-prompts" / "results.json").rows if row.method == "full"]
+    assert full.score == 1.0, "the lab model answers the prompt that README writes"
     printed = capsys.readouterr().out
     assert "of the cache" in printed
     assert "GFLOP" in printed
@@ -75,7 +78,7 @@ def test_a_bare_clone(tmp_path: Path) -> None:
     for piece in pieces((clone / "README.md").read_text("utf-8")):
         if piece.kind == "python":
             command: list[str] = [sys.executable, "-c", _with_those_before(clone, piece)]
-        elif piece.text.startswith("echo"):
+        elif piece.text.startswith("printf"):
             command = ["sh", "-c", piece.text]
         elif (given := arguments(piece)) is not None:
             command = [sys.executable, "-m", "foveate", *shortened(given, LONG)]

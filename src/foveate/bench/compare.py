@@ -32,6 +32,7 @@ from foveate.core.errors import OptionError, TaskError
 from foveate.host.model import Host, host
 from foveate.tasks import scores
 from foveate.tasks.base import Task
+from foveate.tasks.continuation import Continuation
 from foveate.tasks.drill import Drill
 from foveate.tasks.named import TASKS, named
 from foveate.tasks.needle import Needle
@@ -172,6 +173,9 @@ def _task(task: str | None, examples: int | None, length: int | None, seed: int,
         if length is not None:
             raise OptionError(f"length={length} goes with the needle task; {task} has the length of the training")
         return Recited(drilled, examples or EXAMPLES, seed)
+    if task == "lm" and drilled is not None:  # trained on short text: judged by its loss on such, not by needles
+        size = drilled.length if length is None else length
+        return Continuation(length=size, count=examples or EXAMPLES, horizon=max(1, size // 4), seed=seed)
     if task in (None, "needle", "lm"):
         return Needle(length=LENGTH if length is None else length, count=examples or EXAMPLES, seed=seed)
     if task in TASKS:

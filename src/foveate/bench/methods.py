@@ -74,9 +74,14 @@ class Contender:
 
     def options(self, lengths: Iterable[int]) -> dict[str, Any]:
         """What the methods for prompts of these lengths are set to; `from a to b` where that differs."""
-        each = [_options(method) for length in sorted(set(lengths)) for method in self.at(length)]
+        each = [_options(method) for length in sorted(set(lengths)) for method in self.at(length)[:1]]
         found = {name: _span([options[name] for options in each if name in options]) for name in (each or [{}])[0]}
-        return {**found, **({"arxiv": self.arxiv} if self.arxiv else {})}
+        again = {"positions": "of the kept tokens"} if self._made and self._renumbers else {}
+        return {**found, **again, **({"arxiv": self.arxiv} if self.arxiv else {})}
+
+    @property
+    def _renumbers(self) -> bool:
+        return self.renumber and any(isinstance(method, Renumbered) for made in self._made.values() for method in made)
 
     def _make(self, cls: type, length: int) -> Method:
         if issubclass(cls, Policy):

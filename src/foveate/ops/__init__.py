@@ -31,6 +31,10 @@ def operator(key: str | type[Operator] | Operator, /, **options: Any) -> Operato
     try:
         return cls(**options)
     except TypeError as error:
+        asked = signature(cls).parameters.values()
+        missing = [option.name for option in asked if option.default is option.empty and option.name not in options]
+        if missing:
+            raise OptionError(f'operator "{key}" needs {", ".join(f"{name}=..." for name in missing)}') from None
         raise OptionError(f'operator "{key}": {error}') from None
 
 

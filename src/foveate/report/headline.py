@@ -69,6 +69,10 @@ def notes(comparison: Comparison) -> Sequence[str]:
         if row.error:
             said = "failed on" if row.answers else "did not run:"
             found.append(f"{visible(row.method)} {said} {visible(row.error)}")
+    if any("context holds" in row.error for row in comparison.rows if row.error):
+        found.append("Policies that evict read on past the model's context with --renumber.")
+    if base is not None and base.answers and len(comparison.rows) > 1 and headliner(comparison) is None:
+        found.append(f"{headline(comparison)}.")
     return (*found, *_over_budget(comparison), *_withheld(comparison))
 
 
