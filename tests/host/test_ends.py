@@ -135,6 +135,20 @@ def test_packed_leaves_layers_with_a_window_alone(kind: str) -> None:
             assert isinstance(layer, SlotLayer) == (not plain.is_sliding)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
+def test_a_layer_that_holds_everything_attends_natively(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one with a window that is not full yet: its bits are the model's own."""
+    monkeypatch.delattr("foveate.host.attention.stored")
+    model, logits = model_of(kind), []
+    for methods in ((), (SinkRecent(2, 100),)):
+        cache = hf.DynamicCache(config=model.config)
+        with apply(model, *methods):
+            model(prompt(1, 3), past_key_values=cache)
+            logits.append([model(prompt(1, 1, step), past_key_values=cache).logits for step in range(3)])
+    assert all(torch.equal(*pair) for pair in zip(*logits, strict=True))
+
+
 def test_slots_in_the_middle_are_views() -> None:
     """The buffer's front is the summary; the slots behind it are not copied to be read."""
     k, v = tokens(50, 0)

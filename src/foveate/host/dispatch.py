@@ -116,7 +116,7 @@ def _unasked(runs: list[Run], call: Call, slots: SlotLayer | None) -> tuple[Tens
     """
     if not all(run.only_drops for run in runs):
         return None
-    is_whole = slots is None or (slots.window is None and slots.is_whole)
+    is_whole = slots is None or slots.is_whole
     if is_whole and not any(run.packs for run in runs):
         plain = all(run.is_plain for run in runs)
         return call.native(runs[0].native(call.module)) if plain else None
