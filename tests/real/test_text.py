@@ -37,21 +37,28 @@ def surprise(real: Real, text: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="session")
-def own(real: Real) -> float:
-    """The model's surprise at what it wrote itself."""
-    return surprise(real, written(real))
+def own(real: Real) -> tuple[float, int]:
+    """The model's surprise at what it wrote itself, and how many different tokens that has."""
+    text = written(real)
+    return surprise(real, text), text.unique().numel()
 
 
-def test_the_measure_tells_text_from_noise(real: Real, own: float) -> None:
+def test_the_measure_tells_text_from_noise(real: Real, own: tuple[float, int]) -> None:
     draw = torch.Generator().manual_seed(0)
     noise = torch.randint(0, real.host.vocabulary, (1, _NEW), generator=draw)
     shuffled = real.ids(_NEW + 1, start=9000)[:, 1:][:, torch.randperm(_NEW, generator=draw)]
-    assert own < 3.0 < surprise(real, shuffled) < surprise(real, noise)
+    assert own[0] < 3.0 < surprise(real, shuffled) < surprise(real, noise)
 
 
 @pytest.mark.parametrize("key", policies())
-def test_a_policy_writes_text(real: Real, own: float, key: str) -> None:
-    text = written(real, *real.policy(key, 0.25, _PROMPT))
+def test_a_policy_writes_text(real: Real, own: tuple[float, int], key: str) -> None:
+    """On the larger model those that evict, for the time that it takes: what was dropped may be missed, and a short
+    window does not see that it repeats itself.
+    """
+    method = real.policy(key, 0.25, _PROMPT)
+    if real.host.layers > 20 and not any(part.evicts for part in method):
+        pytest.skip("on the smaller model")
+    text = written(real, *method)
     loss = surprise(real, text)
-    assert loss < own + 1.0, real.tokenizer.decode(text[0])
-    assert text.unique().numel() > 40, "it is no loop of a few words"
+    assert loss < own[0] + 1.0, real.tokenizer.decode(text[0])
+    assert text.unique().numel() > own[1] / 5, "it is no loop of a few words"
