@@ -33,7 +33,7 @@ def operator(key: str | type[Operator] | Operator, /, **options: Any) -> Operato
     except TypeError as error:
         asked = signature(cls).parameters.values()
         missing = [option.name for option in asked if option.default is option.empty and option.name not in options]
-        if missing:
+        if "missing" in str(error):  # and no option that it lacks
             raise OptionError(f'operator "{key}" needs {", ".join(f"{name}=..." for name in missing)}') from None
         raise OptionError(f'operator "{key}": {error}') from None
 
