@@ -1,4 +1,4 @@
-"""What bfloat16 costs: operators and layers in turns with themselves in float32 and with a peer in both, one thread.
+"""Time bfloat16: operators and layers take turns with themselves in float32 and with a peer in both, on one thread.
 
 Goals: nothing slower in bfloat16 than in float32, nor than the peer in the same numbers. Where a processor has no fast
 product of halves (AVX2, the first with AVX-512), tiles and the linear maps of layers are computed in float32, which is
@@ -36,7 +36,7 @@ Calls = Mapping[str, Callable[[], Tensor]]
 
 
 class Case(NamedTuple):
-    """What is timed.
+    """One thing that is timed.
 
     Args:
         name: of the operator or layer. n: tokens.

@@ -97,7 +97,7 @@ def compare(
         prompt_field, answer_field: where a file's prompts and answers are, if not where known formats have them.
         chat: put plain prompts into the model's chat template too.
         new_tokens: how many tokens to answer with; None is by the accepted answers.
-        renumber: under policies that evict, positions count the tokens that are kept; see `foveate.kv.Renumbered`.
+        renumber: under policies that evict, positions count the tokens that are kept; see `foveate.kv.renumbered`.
             Prompts past the model's context are then read in pieces that fit.
         progress: told about every example.
 
@@ -191,7 +191,7 @@ def _task(task: str | None, examples: int | None, length: int | None, seed: int,
 def _question(
     task: Task, score: str | None, asked: list[Prompt], tokenizer: Any, model: PreTrainedModel, size: int
 ) -> Question:
-    """What every method is asked, and how its answers are read and scored."""
+    """Put together the prompts that every method gets, and how its answers are read and scored."""
     metric = score or task.metric
     scores.check(metric, (prompt.example.answers for prompt in asked))
     forced = None
@@ -205,7 +205,7 @@ def _question(
 
 
 def _earlier(file: Path) -> Comparison | None:
-    """What an earlier run left, unless that was one of another version, which nothing can be taken from."""
+    """Load the results of an earlier run; None where there is none, or where another version wrote them."""
     if not file.exists() or version_of(file) not in (None, FORMAT):
         return None
     try:

@@ -16,7 +16,7 @@ _TRIED = 2  # tokens of a warm-up
 
 @dataclass
 class Lane:
-    """What a method has answered so far, by the place of the prompt, and what went wrong.
+    """The answers of a method so far, by the place of the prompt, and its errors.
 
     Attributes:
         records: what is known of each answer, as the journal has it.

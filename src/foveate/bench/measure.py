@@ -88,7 +88,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Said:
-    """What came of a batch.
+    """The result of a batch.
 
     Args:
         ids: of each prompt's answer.

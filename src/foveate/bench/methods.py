@@ -73,7 +73,7 @@ class Contender:
         return min(length, int(context / 2 / self.budget)) if renumbers else length  # type: ignore[operator]
 
     def options(self, lengths: Iterable[int]) -> dict[str, Any]:
-        """What the methods for prompts of these lengths are set to; `from a to b` where that differs."""
+        """The settings of the methods for prompts of these lengths; `a to b` where they differ."""
         each = [_options(method) for length in sorted(set(lengths)) for method in self.at(length)[:1]]
         found = {name: _span([options[name] for options in each if name in options]) for name in (each or [{}])[0]}
         again = {"positions": "of the kept tokens"} if self._made and self._renumbers else {}

@@ -86,7 +86,7 @@ def recall(
 
 
 def _kept(counts: tuple[object, ...], out: Path) -> str:
-    """What an interrupted run leaves; it says (done, total) once it has begun to train."""
+    """Say how much an interrupted run keeps; it gives (done, total) once it has begun to train."""
     if len(counts) != 2 or not counts[0]:
         return "interrupted before the first training was done"
     return f"interrupted: {counts[0]} of {counts[1]} trainings are kept in {out}; the same command goes on from there"

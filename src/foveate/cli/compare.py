@@ -142,7 +142,7 @@ def _keys(methods: str | None) -> list[str] | None:
 
 
 def _kept(counts: tuple[object, ...], out: Path) -> str:
-    """What an interrupted run leaves. `compare` says (answers, all of them); without that it had not begun to ask."""
+    """Say how much an interrupted run keeps. `compare` gives (answers, all of them) once it has begun to ask."""
     if len(counts) != 2:
         return "interrupted before anything was measured"
     done, total = counts

@@ -124,7 +124,7 @@ def _write(title: str, folder: Path, found: dict[int, Outcome], asked: dict[str,
 
 
 def _lines(found: dict[int, Outcome], told: dict[str, Any], several: bool) -> list[Any]:
-    """What a person reads at the end."""
+    """The lines that the command prints at the end."""
     spread = "" if told["accuracy_deviation"] is None else f" ± {100 * told['accuracy_deviation']:.1f}"
     over = f" over {len(found)} seeds" if several else ""
     first = (
@@ -152,7 +152,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _kept(counts: tuple[Any, ...]) -> str:
-    """What a stopped training leaves. It says (step, steps, folder); without that it had not begun."""
+    """Say how much a stopped training keeps. It gives (step, steps, folder) once it has begun."""
     if len(counts) != 3:
         return "interrupted at once; the steps since the last copy are lost"
     if not counts[0]:

@@ -1,4 +1,4 @@
-"""Which numbers a device multiplies fast."""
+"""The types of numbers that a device multiplies fast."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from foveate.core.errors import UnsupportedModel
 from foveate.host.compressed import CompressedLayer
 from foveate.host.store import Store
-
-if TYPE_CHECKING:
-    pass
 
 #: Per thread, the layer that was updated last: the attention call that follows is its own.
 LATEST = threading.local()
@@ -174,7 +171,7 @@ class SlotLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """What is stored, for code that looks into a layer: in the order of the sequence, or, where heads hold
+        """The stored keys, for code that looks into a layer: in the order of the sequence, or, where heads hold
         different numbers, padded with zeros.
         """
         return self._shown("k")

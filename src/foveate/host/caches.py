@@ -39,7 +39,7 @@ _activate_past_recording = Cache.activate_past_recording
 
 
 class Caches:
-    """What one run knows of caches.
+    """The caches that one run works on.
 
     Args:
         evicts: whether some method drops tokens, so that layers have to store them slot by slot.

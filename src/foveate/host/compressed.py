@@ -28,7 +28,7 @@ class CompressedLayer(DynamicLayer):
 
     @classmethod
     def of(cls, slots: Slots, seen: int, compressed_at: int) -> CompressedLayer:
-        """What is held, in the order of its positions, after `seen` tokens, of which none was dropped since
+        """Make a layer of slots in the order of their positions, after `seen` tokens; none was dropped since
         `compressed_at`.
         """
         layer = cls()

@@ -69,7 +69,7 @@ def attention_function(
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a model hands to the attention interface."""
+    """One call of the attention interface, as the model makes it."""
 
     module: nn.Module
     q: Tensor
@@ -86,7 +86,7 @@ class Call:
 
     @property
     def foreign(self) -> list[str]:
-        """What the call brings that a method's path cannot handle."""
+        """The arguments of the call that a method's path cannot handle."""
         return [name for name in _foreign(type(self.module).__module__) if self.options.get(name) is not None]
 
     @property

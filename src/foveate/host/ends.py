@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ends:
-    """What a method keeps of sequences without padding: their first `sink` and last `recent` tokens.
+    """A method keeps the first `sink` and the last `recent` tokens of sequences without padding.
 
     Args:
         sink: first tokens that stay.
@@ -42,7 +42,7 @@ class Ends:
 
 
 class Ledger:
-    """Where the tokens of a group of heads stand, for a host that does not ask the device.
+    """The host's own record of which slot holds which token in a group of heads, so that it need not ask the device.
 
     It can be kept where all rows hold the same tokens in the same slots: any of the first `sink`, and after them one
     unbroken run.
@@ -71,14 +71,14 @@ class Ledger:
         return cls(sink, min(slot), run, [index for index, position in enumerate(numbers) if position < 0])
 
     def drop(self, count: int) -> list[int]:
-        """Take out the oldest tokens of the run; the slots that they leave."""
+        """Take out the oldest tokens of the run, and return the slots that they leave."""
         gone = [self.slots.popleft() for _ in range(count)]
         self.oldest += count
         self.free += gone
         return gone
 
     def fill(self, count: int) -> list[int]:
-        """Put tokens into empty slots; which."""
+        """Put tokens into empty slots, and return those."""
         taken, self.free = self.free[:count], self.free[count:]
         self.slots += taken
         return taken
@@ -92,5 +92,5 @@ class Ledger:
 
 
 def shown(kept: Tensor | Ends, site: Site) -> Bool[Tensor, "b hkv s"]:
-    """What `Method.keep` returned, as a mask."""
+    """Turn what `Method.keep` returned into a mask."""
     return kept if isinstance(kept, Tensor) else kept.mask(site)

@@ -49,7 +49,7 @@ def evict(site: Site, methods: list[Method]) -> None:
 
 
 def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen: int) -> Ends | None:
-    """What several methods and a layer's window keep together, where it can be said in numbers."""
+    """Combine what several methods and a layer's window keep; None where numbers cannot say it."""
     kept = [what for _, what in keeping if isinstance(what, Ends)]
     if len(kept) < len(keeping):
         return None

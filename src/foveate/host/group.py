@@ -76,7 +76,7 @@ class Group:
 
     @property
     def bias(self) -> Float[Tensor, "b h s"] | None:
-        """What is added to the logits of `all()`: the log of how many tokens a slot stands for; None for nothing."""
+        """The addend to the logits of `all()`: the log of how many tokens a slot stands for; None for nothing."""
         return None if self._bias is None else self._bias[:, :, : self._front + self.length]
 
     def _summarise(self, summary: Slots | None) -> None:

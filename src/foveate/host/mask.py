@@ -95,7 +95,7 @@ class MaskPlan(Tensor):
         return cut
 
     def native(self, implementation: str) -> Any:
-        """What this implementation's mask function gives; None where the kernel needs no mask, or has no function."""
+        """Build the mask of this implementation; None where its kernel needs none, or it has no mask function."""
         if implementation not in self._native:
             known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
             made = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments) if known else None
@@ -121,7 +121,7 @@ class MaskPlan(Tensor):
         return self.arguments["q_length"] == 1 and self.native("sdpa") is None
 
     def real_tokens(self) -> Bool[Tensor, "b n"] | None:
-        """Which tokens are no padding, from the start of the sequence to the last key; None where all are real."""
+        """Mark the tokens that are no padding, from the start of the sequence to the last key; None where all are."""
         real = self.arguments.get("attention_mask")
         if not self._asked and real is not None:
             end = self.first_key + self.n_keys
@@ -131,7 +131,7 @@ class MaskPlan(Tensor):
         return self._real
 
     def begins(self, batch: int, device: torch.device) -> Int[Tensor, " b"]:
-        """Where each sequence starts: the position of its first token that is not padding."""
+        """The start of each sequence: the position of its first token that is not padding."""
         if self._begins is None:
             real = self.arguments.get("attention_mask")
             if real is None:
@@ -141,7 +141,7 @@ class MaskPlan(Tensor):
         return self._begins.to(device)
 
     def rule(self) -> Literal["causal", "full"] | None:
-        """What is masked beside the padding: the future, nothing, or (None) something else, such as a window."""
+        """Name what is masked beside the padding: the future, nothing, or (None) something else, such as a window."""
         function, end = self.arguments.get("mask_function"), self.first_key + self.n_keys
         if function is bidirectional_mask_function:
             return "full"
@@ -165,7 +165,7 @@ class MaskPlan(Tensor):
         return mask
 
     def at(self, positions: Int[Tensor, "b h s"]) -> Bool[Tensor, "b h q s"]:
-        """Which slots each query may see: an empty one none, a summary all."""
+        """Mark the slots that each query may see. No query sees an empty slot, every query sees a summary."""
         if self.sees_all():
             return (positions != EMPTY)[:, :, None]
         return at_positions(self.whole.dense(), positions, self.first_key)
@@ -189,7 +189,7 @@ def _built(thing: Any) -> Any:
 def _first_keys(
     plan: MaskPlan, dim: int, start: int | None = None, stop: int | None = None, step: int = 1
 ) -> int | None:
-    """How many keys a slice of a mask holds, if all it does is to take the first ones."""
+    """Count the keys of a slice of a mask; None where it does more than to take the first ones."""
     size, by_key = plan.shape[dim], dim % 4 == 3
     first, last, step = slice(start, stop, step).indices(size)
     if first != 0 or step != 1 or last <= 0 or (last < size and not by_key):
@@ -210,7 +210,7 @@ def at_positions(mask: Tensor, positions: Int[Tensor, "b h s"], first: int) -> T
 
 
 def masked_part(mask: Any, start: int, stop: int, later: int) -> Any:
-    """What some queries may see of a mask, without its last `later` keys."""
+    """Cut a mask to some queries, without its last `later` keys."""
     if isinstance(mask, MaskPlan):
         whole = mask.whole
         some = {"q_length": stop - start, "q_offset": whole.arguments.get("q_offset", 0) + start}

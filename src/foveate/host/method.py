@@ -50,7 +50,7 @@ class Method:
         return True
 
     def select(self, site: Site) -> Selection | None:
-        """Which of `site`'s keys each query sees; None for all. Selections of several methods intersect."""
+        """Choose which of `site`'s keys each query sees; None for all. Selections of several methods intersect."""
         return None
 
     def attend(self, site: Site) -> Tensor | None:
@@ -81,7 +81,7 @@ class Method:
         return None
 
     def fold(self, site: Site, dropped: Slots, summary: Slots | None) -> Slots | None:
-        """What stands for the slots that `keep` drops: the new summary, given the one so far; None for nothing."""
+        """Make the new summary of the slots that `keep` drops, given the one so far; None for no summary."""
         return None
 
 

@@ -48,7 +48,7 @@ def run(site: Site, methods: list[Method], native: attention.Native) -> tuple[Te
 
 
 def _starts(site: Site) -> list[int]:
-    """Where the parts of a call begin: at each query that decodes; those that read the prompt are one part."""
+    """List where the parts of a call begin: at each query that decodes; those that read the prompt are one part."""
     n = site.q.shape[2]
     if site.phase == "decode":
         return list(range(n))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import lru_cache
 from types import MethodType, TracebackType
 from typing import Any, Literal, Self
 
@@ -20,6 +18,7 @@ from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host.alias import NAME, Alias
 from foveate.host.cache import LATEST, SlotLayer
 from foveate.host.caches import Caches, cache_among, end_prompt, is_recording, prompt_of
+from foveate.host.calls import CROSS, check_expanded, number_of, parameters, sinks, takes_more
 from foveate.host.dispatch import OPEN
 from foveate.host.hooks import Hook
 from foveate.host.mask import MaskPlan
@@ -33,9 +32,6 @@ Part = Literal["auto", "decoder", "all"]
 
 #: When methods drop tokens.
 Evict = Literal["always", "after prompt"]
-
-#: Arguments of an attention module that bring in another sequence.
-_CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
 _ENTRY = threading.Lock()
 
@@ -52,7 +48,7 @@ class Run:
         implementations: each configuration's own attention implementation, by the configuration's id.
         evicts, in_place, packs: what some of the methods do; see `Method`.
         is_plain, only_drops: whether no method has to be asked at a call, or only after it.
-        watches: whether the run has hooks on all attention modules that it covers; see `_takes_more`.
+        watches: whether the run has hooks on all attention modules that it covers; see `takes_more`.
     """
 
     def __init__(self, model: object, methods: tuple[Method, ...], on: Part = "auto", evict: Evict = "always") -> None:
@@ -125,7 +121,7 @@ class Run:
         for module in modules:
             OPEN.setdefault(module, []).append(self)
             stack.callback(_close, module, self)
-            if module in self._layers and (self.watches or _takes_more(module)):
+            if module in self._layers and (self.watches or takes_more(module)):
                 stack.callback(module.register_forward_pre_hook(Hook(self._before), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(Hook(self._after), always_call=True).remove)
         if self.methods and "init_continuous_batching" not in vars(self.host.model):
@@ -216,11 +212,11 @@ class Run:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember what the attention function will not be told: the cache and the hidden states."""
-        given = {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs} if args else kwargs
+        given = {**dict(zip(parameters(type(module).forward), args, strict=False)), **kwargs} if args else kwargs
         cache, layer, told = cache_among(given.values()), self._layers[module][0], given.get("layer_idx")
         if isinstance(told, int):
             layer = told
-        for name in _CROSS:  # such keys have a cache that nothing is added to
+        for name in CROSS:  # such keys have a cache that nothing is added to
             if given.get(name) is not None:
                 cache = None
         self._local.call = (cache, given.get("hidden_states", args[0] if args else None), layer)
@@ -250,7 +246,7 @@ class Run:
         call = getattr(self._local, "call", None)
         if call is not None:
             return call[0], call[2]
-        return getattr(self._local, "cache", None), self._layers[module][0]  # it has no hooks: see `_takes_more`
+        return getattr(self._local, "cache", None), self._layers[module][0]  # it has no hooks: see `takes_more`
 
     @property
     def wants_weights(self) -> bool:
@@ -278,7 +274,7 @@ class Run:
             held = cache.layers[layer]
             slots = held if isinstance(held, SlotLayer) else None
         elif slots is not None and isinstance(cache, Cache):
-            layer = _place(cache, slots, layer)
+            layer = number_of(cache, slots, layer)
         scaling, causal = options.get("scaling"), options.get("is_causal")
         site = Site(
             module=module, layer=layer, order=order, q=q, new_k=k, new_v=v,
@@ -287,7 +283,7 @@ class Run:
             is_causal=bool(module.is_causal if causal is None else causal),
             dropout=options.get("dropout") or 0.0,
             softcap=options.get("softcap"),
-            sinks=_sinks(options),
+            sinks=sinks(options),
             position_bias=options.get("position_bias"),
             slots=slots if cache is not None else None,
             cache=cache, hidden=hidden, step=self._step(), wants_weights=self.wants_weights,
@@ -297,7 +293,7 @@ class Run:
             if site.slots.is_whole and not any(run.evicts and run.covers(module) for run in OPEN.get(module, ())):
                 site.slots = None  # the model made something of all that is there: as with an ordinary layer
             else:
-                _check_expanded(site)
+                check_expanded(site)
                 site.expanded = True
         if site.slots is not None:
             site.__dict__["seen"] = site.slots.seen
@@ -309,7 +305,7 @@ class Run:
         return site
 
     def _place(self, site: Site, cache: Cache) -> None:
-        """Where in its sequence a call stands: within its prompt or later, and with how many tokens to be taken back.
+        """Note where in its sequence a call stands: within its prompt or later, and how many tokens will be taken back.
 
         Assisted decoding asks for the logits of the token before its drafts and of each of them.
         """
@@ -355,53 +351,13 @@ def apply(model: object, *methods: Method, on: Part = "auto", evict: Evict = "al
 
 
 def _no_batching(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
-    """In place of `init_continuous_batching` where methods are applied: it works in a thread that would only log."""
+    """Stand in for `init_continuous_batching` where methods are applied: it works in a thread that would only log."""
     if any(run.methods for module in model.modules() for run in OPEN.get(module, ())):
         raise UnsupportedModel(
             "continuous batching keeps pages in place of a cache, and methods cannot act on them; use model.generate() "
             "inside foveate.apply(model, ...)"
         )
     return type(model).init_continuous_batching(model, *args, **options)  # a copy that was made inside a block
-
-
-def _takes_more(module: nn.Module) -> bool:
-    """Whether a call's cache and layer can be told from its arguments alone, and not from those of the model.
-
-    Where no method has to be asked, other attention modules go without hooks, which cost as much as all else there.
-    """
-    return not module.is_causal or bool({*_CROSS, "layer_idx"} & set(_parameters(type(module).forward)))
-
-
-def _check_expanded(site: Site) -> None:
-    """Refuse keys that the model made of what the cache returned, where they no longer lie beside its slots."""
-    assert site.slots is not None and site.slots.store is not None
-    store = site.slots.store
-    positions = store.padded("positions")
-    fits = store.is_even and site.new_k.shape[2] == site.new_v.shape[2] == positions.shape[2]
-    if not fits or site.q.shape[1] % positions.shape[1]:
-        raise UnsupportedModel(
-            f"{type(site.module).__name__} changes keys and values after the cache, so that its heads cannot keep "
-            f"different tokens; use a policy that keeps the same number for every head"
-        )
-
-
-def _sinks(options: dict[str, Any]) -> Tensor | None:
-    """Learnt logits of nothing as `(1 or B, Hq, 1 or Nq, 1)`: one a head, or one for each query too."""
-    fixed, by_query = options.get("s_aux"), options.get("sinks")
-    return by_query if fixed is None else fixed.view(1, -1, 1, 1)
-
-
-def _place(cache: Cache, slots: SlotLayer, likely: int) -> int:
-    """The number of a layer in its cache: a model that runs its layers several times keeps one for each time."""
-    if likely < len(cache.layers) and cache.layers[likely] is slots:
-        return likely
-    return next((number for number, layer in enumerate(cache.layers) if layer is slots), likely)
-
-
-@lru_cache(maxsize=256)
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a forward method's arguments."""
-    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _close(module: nn.Module, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""What a method sees at one attention call of a pretrained model."""
+"""A site: one attention call of a pretrained model, as methods see it."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Site:
 
     @cached_property
     def begins(self) -> Int[Tensor, " b"]:
-        """Where each sequence starts: the position of its first token that is not padding."""
+        """The start of each sequence: the position of its first token that is not padding."""
         plan = self.attention_mask
         if isinstance(plan, MaskPlan):
             return plan.begins(self.q.shape[0], self.q.device)
@@ -143,12 +143,12 @@ class Site:
 
     @cached_property
     def real(self) -> Bool[Tensor, "b n"] | None:
-        """Which tokens of the sequence so far are no padding; None where all are, or where nobody says."""
+        """A mark for each token so far that is no padding; None where all are real, or where nobody says."""
         return self.attention_mask.real_tokens() if isinstance(self.attention_mask, MaskPlan) else None
 
     @property
     def real_queries(self) -> Bool[Tensor, "b nq"] | None:
-        """Which of this call's queries are no padding; None where all are, or where the keys are another sequence's."""
+        """A mark for each query that is no padding; None where all are real, or the keys are another sequence's."""
         if self.real is None or not isinstance(self.attention_mask, MaskPlan):
             return None
         first, n = int(self.attention_mask.arguments.get("q_offset", 0)), self.q.shape[2]
@@ -157,7 +157,7 @@ class Site:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """Who may see what, `(B, 1 or Hq, Nq, S)`: bool, or a float bias of the caller's or the model's own; None for
+        """The mask `(B, 1 or Hq, Nq, S)`: bool, or a float bias of the caller's or the model's own; None for
         everything.
         """
         shown = None
@@ -197,7 +197,7 @@ class Site:
         return masks.combine(at_positions(whole, positions, self.seen - whole.shape[3]), bias)
 
     def _causal(self) -> Bool[Tensor, "1 1 q k"] | None:
-        """What a call without a mask means."""
+        """The mask that a call without one means."""
         n = self.q.shape[2]
         keys = self.k.shape[2] if self.is_whole else self.seen
         return masks.causal(n, keys, device=self.q.device)[None, None] if self.is_causal and n > 1 else None
@@ -221,7 +221,7 @@ class Site:
 
     @cached_property
     def key_mask(self) -> Bool[Tensor, "b 1 1 s"] | None:
-        """Which keys are real tokens and not padding, for a site that `is_plain_causal`; None where all are."""
+        """A mark for each key that is no padding, for a site that `is_plain_causal`; None where all are real."""
         plan = self.attention_mask
         return plan.keys() if isinstance(plan, MaskPlan) else None
 
@@ -277,7 +277,7 @@ class Site:
             self.position_bias = self.position_bias[..., :-surplus]
 
     def memory(self, method: Method, *, all_layers: bool = False) -> dict[str, Any]:
-        """What a method remembers of this layer (or of all layers together) and this sequence.
+        """The memory of a method for this layer (or all layers together) and this sequence.
 
         Tensors in it follow beam search's reordering. It begins empty with every new sequence.
         """

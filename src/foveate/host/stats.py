@@ -69,7 +69,7 @@ class CacheStats:
 
 
 class Stats:
-    """What a run has done so far; readable while it runs, from any thread.
+    """The figures of a run so far; readable while it runs, from any thread.
 
     `kept` and `cache_bytes` speak of the cache that was used last; `of(cache)` of any other. `read`, `calls` and
     `seconds` are over all calls of the run.
@@ -125,7 +125,7 @@ class Stats:
             ]  # fmt: skip
 
     def of(self, cache: Cache) -> CacheStats:
-        """What is known of one cache; empty for one that the run has not seen."""
+        """The figures of one cache; empty for one that the run has not seen."""
         return self._caches.get(cache, CacheStats())
 
     def note(self, site: Site, density: float, held: int, seconds: float) -> None:
@@ -196,7 +196,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Held:
-    """What a cache holds at this moment.
+    """The contents of a cache at this moment.
 
     Args:
         stored: slots that are stored, over layers, batch and heads.
@@ -215,7 +215,7 @@ class Held:
 
 
 def held(cache: Cache) -> Held:
-    """What a cache holds, inside a block or outside; layers that keep a state instead of tokens do not count."""
+    """Count what a cache holds, inside a block or outside; layers that keep a state instead of tokens do not count."""
     stored = full = nbytes = 0
     for layer in cache.layers:
         if isinstance(layer, SlotLayer):

@@ -62,7 +62,7 @@ class HeadTable:
 def keep_ends(
     site: Site, sink: int, recent: int | Tensor, full: frozenset[int] = frozenset()
 ) -> Ends | Bool[Tensor, "b hkv s"]:
-    """What survives: all of the `full` heads; of the others the first `sink` and the last `recent` tokens of each
+    """Keep all of the `full` heads, and of the others the first `sink` and the last `recent` tokens of each
     sequence (a number, or one for each sequence). A mask where sequences are padded.
     """
     found = tokens(site)
@@ -83,7 +83,7 @@ def own_lengths(site: Site) -> int | Tensor:
 
 
 def split_at_budget(budget: float, host: Host, length: int) -> tuple[Bool[Tensor, "l hkv"], int, int]:
-    """How to spend a budget on a head split: `(heads that may be full, how many of them, tokens of the others)`.
+    """Spend a budget on a head split: `(heads that may be full, how many of them, tokens of the others)`.
 
     The window is at least a sixteenth of the prompt, so that most of the budget buys whole heads: those are what
     retrieval needs. What is left when no further head fits makes it longer. Heads of layers with a window of their own

@@ -144,7 +144,7 @@ def compensation(dropped: Slots, summary: Slots | None) -> Slots | None:
 
 def _moved(mean: Tensor, x: Tensor, real: Tensor, count: Tensor, share: Tensor) -> Float[Tensor, "b h 1 d"]:
     """A mean in float32, moved on by some slots, whatever their type; what is hidden may be anything."""
-    x = torch.where(real[..., None] > 0, x, 0.0) if x.shape[2] > 1 else torch.where(real[..., None] > 0, x, mean)
+    x = torch.where(real[..., None] > 0, x, 0.0)
     if x.shape[2] > 1:
         x = x.sum(2, keepdim=True, dtype=torch.float32) / count.clamp_min(1.0)[..., None]
     return torch.lerp(mean, x.float(), share)

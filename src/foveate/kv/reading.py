@@ -1,4 +1,4 @@
-"""What policies share that evict nothing and read few keys: what may be read, and how much it matters."""
+"""Shared parts of policies that evict nothing and read few keys: what may be read, and how much it matters."""
 
 from __future__ import annotations
 
@@ -82,5 +82,5 @@ def most(
 
 
 def cosine(a: Float[Tensor, "b hq d"], b: Float[Tensor, "b hq d"]) -> Float[Tensor, " b"]:
-    """How alike two steps' queries are, over all heads of a layer at once."""
+    """The cosine between two steps' queries, over all heads of a layer at once."""
     return F.cosine_similarity(a.flatten(1).float(), b.flatten(1).float(), -1)

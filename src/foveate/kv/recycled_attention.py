@@ -137,7 +137,7 @@ class RecycledAttention(Policy):
         return bool(cosines) and sum(cosines) / len(cosines) < self.dynamic.threshold
 
     def _choose(self, site: Site) -> Int[Tensor, "b hkv k"]:
-        """What each sequence's last token attends to; where a call brings it none, what it chose before stays."""
+        """Choose what each sequence's last token attends to; where a call brings it none, the earlier choice stays."""
         weights = safe_softmax(last_logits(site)).unflatten(1, (site.k.shape[1], -1))
         scores = weights.amax(2) if self.group_reduce == "max" else weights.mean(2)
         has, before = last_query(site)[1], site.memory(self).get("chosen")
@@ -169,7 +169,7 @@ class Overlap(NamedTuple):
 
 @torch.no_grad()
 def attention_overlap(model: object, ids: Int[Tensor, "b n"], k: int, lags: Sequence[int]) -> Overlap:
-    """How well a step's `k` strongest keys serve later steps.
+    """Measure how well a step's `k` strongest keys serve later steps.
 
     That is the weight which queries some tokens later give to them and to the tokens since, next to what they give to
     the same number of sinks (4) and recent tokens. Mean over heads, sequences, and the layers that attend to all

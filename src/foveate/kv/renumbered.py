@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from foveate.core import engines
 from foveate.core.errors import UnsupportedModel
 from foveate.core.problem import Problem
-from foveate.host import Host, Method, apply, decoder_inputs
+from foveate.host import Host, Method, apply, decoder_inputs, layout
 from foveate.host.attention import softmax_over
 from foveate.host.site import Site
 from foveate.host.slots import EMPTY
@@ -47,10 +47,15 @@ class Renumbered(Method):
     _turns: dict[int, Turn | None] = field(default_factory=dict, init=False, repr=False)
 
     def bind(self, host: Host) -> None:
+        if layout(host).expands:
+            raise UnsupportedModel(
+                f"{type(host.model).__name__} makes its keys anew from its cache at each call, so that their positions "
+                f"cannot be renumbered"
+            )
         self._turns = turns(host)
 
     def at(self, site: Site) -> bool:
-        return site.slots is not None and not (site.is_whole and site.hidden_keys is None) and not site.expanded
+        return site.slots is not None and not (site.is_whole and site.hidden_keys is None)
 
     def attend(self, site: Site) -> Tensor | None:
         turn = self._turns.get(site.layer)
@@ -70,7 +75,7 @@ class Renumbered(Method):
 
 
 def shifts(positions: Int[Tensor, "b h s"], seen: int | Tensor) -> Int[Tensor, "b h s"]:
-    """How many positions each kept token moves towards the end, so that there is no gap behind it.
+    """Count the positions that each kept token moves towards the end, so that no gap is behind it.
 
     Args:
         positions: of the slots in their own sequence; below 0 for one that is no token, which stays.
@@ -84,7 +89,7 @@ def shifts(positions: Int[Tensor, "b h s"], seen: int | Tensor) -> Int[Tensor, "
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """How keys turn with their position: pairs of channels, by an angle for each position.
+    """Keys turn with their position: pairs of channels, by an angle for each position.
 
     Args:
         angles: of each pair, `(n,)`.
@@ -111,9 +116,9 @@ class Turn:
 
 
 def turns(host: Host) -> dict[int, Turn | None]:
-    """How the keys of each layer of a decoder turn; None where they do not change with their position.
+    """Find how the keys of each layer of a decoder turn; None where they do not change with their position.
 
-    Found by reading one token at two positions: with nothing else to see, its keys differ by their position alone.
+    One token is read at two positions. It sees nothing else, so that its keys differ by their position alone.
 
     Raises:
         UnsupportedModel: where they change in another way.

@@ -157,7 +157,7 @@ def _best_layer(overlap: Float[Tensor, "l l"], first: int, later: range) -> int:
 def topk_overlap(
     model: object, ids: Int[Tensor, "b n"], k: int, queries: Bool[Tensor, "b n"] | None = None
 ) -> Float[Tensor, "l l"]:
-    """How far layers agree on what matters: mean share of the `k` keys with the largest logits that two layers have in
+    """Measure how far layers agree: the mean share of the `k` keys with the largest logits that two layers have in
     common, head by head. Of the layers that attend to all tokens; see `TidalDecode`.
 
     Args:

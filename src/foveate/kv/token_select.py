@@ -153,31 +153,27 @@ class TokenSelect(Policy):
         return memory["chosen"], None if memory["whole"] else memory["real"]
 
     def _fresh(self, site: Site, query: Tensor, past: int, alike: Tensor, rows: slice) -> dict[str, Any]:
-        """What there is to remember of a vote now; of sequences that are `alike`, of their last one."""
+        """Vote, and return what to remember; sequences that are `alike` keep their last vote."""
         found, seen, memory = tokens(site), visible(site, rows), site.memory(self)
-        if found is None and seen is None:
-            votes = soft_vote(query, site.k[:, :, self.sink : past - self.local], 0, site.scale)
-            chosen = self.sink + most(votes, self.k, site, self.pool, ranked=False).sort().values
-            candidate = None
-        elif found is None:
-            key = torch.arange(past, device=query.device)
-            candidate = ((key >= self.sink) & (key < past - self.local)).expand(query.shape[0], -1)
-        else:
+        first, end, candidate = 0, past, None
+        if found is not None:
             rank = found.rank[:, :past]
             candidate = (rank >= self.sink) & (rank < found.before(past)[:, None] - self.local)
-        if candidate is not None:
-            candidate = candidate if seen is None else candidate & seen[:, :past]
-            votes = soft_vote(query, site.k[:, :, :past], 0, site.scale, candidate)
-            chosen = most(votes, self.k, site, self.pool, candidate, ranked=False).sort().values
-        real = torch.ones_like(chosen, dtype=torch.bool) if candidate is None else candidate.gather(1, chosen)
-        fresh: dict[str, Any] = {"query": query, "chosen": chosen, "real": real}
+        else:  # whoever may be voted for lies side by side
+            first, end = self.sink, past - self.local
+        if seen is not None:
+            candidate = seen[:, first:end] if candidate is None else candidate & seen[:, first:end]
+        votes = soft_vote(query, site.k[:, :, first:end], 0, site.scale, candidate)
+        place = most(votes, self.k, site, self.pool, candidate, ranked=False).sort().values
+        real = torch.ones_like(place, dtype=torch.bool) if candidate is None else candidate.gather(1, place)
+        fresh: dict[str, Any] = {"query": query, "chosen": place + first, "real": real}
         for name, value in fresh.items():
             old = alike.view(-1, *[1] * (value.dim() - 1))
             fresh[name] = torch.where(old, memory.get(name, value), value)
         return {**fresh, "whole": seen is None and found is None and memory.get("whole", True)}
 
     def _nothing(self, site: Site) -> dict[str, Any]:
-        """What is remembered of sequences that have not voted yet."""
+        """The memory of sequences that have not voted yet."""
         b, hq, _, d = site.q.shape
         chosen = torch.zeros(b, self.k, dtype=torch.long, device=site.q.device)
         past = torch.full_like(site.begins, -1)
@@ -211,7 +207,7 @@ def soft_vote(
     scale: float | None = None,
     candidates: Bool[Tensor, "*b n"] | None = None,
 ) -> Float[Tensor, "*b n"]:
-    """How much each key matters to a layer: the sum of its heads' softmax weights; each head has one vote to split.
+    """Sum the softmax weights of a layer's heads for each key; each head has one vote to split.
 
     Args:
         q: one query a head.

@@ -42,7 +42,7 @@ def squash(x: Tensor, how: str | None) -> Tensor:
 
 
 class Rates(nn.ModuleDict):
-    """What an operator takes from each token (rates of decay, of learning), made by a linear map for each.
+    """The inputs that an operator takes from each token (rates of decay, of learning), by a linear map for each.
 
     From the tokens x, or from those of the memory that they attend to, as the operator's gates say.
     """
@@ -110,7 +110,7 @@ class HeadScheme(Layer):
         return f"{super().name} of {self.op.name}"
 
     def _declare(self) -> None:
-        """What the operator can do and the positions leave."""
+        """Declare what the operator can do and the positions leave."""
         biased = self.position is not None and self.position.biased
         if biased and "bias" not in self.op.masks:
             raise OptionError(f"position={type(self.position).__name__} adds a bias; {self.op.name} takes none")

@@ -83,7 +83,7 @@ class MultiHeadAttention(HeadScheme):
         return self._heads(*self._parts(self.conv(self._raw(x))))
 
     def _raw(self, x: Tensor) -> Tensor:
-        """What the convolution mixes."""
+        """The channels that the convolution mixes."""
         return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
 
     def _parts(self, mixed: Tensor) -> tuple[Tensor, ...]:

@@ -86,7 +86,7 @@ class NeuralMemory(Layer):
         return self.merged(out, x), NeuralMemoryState(learner, tuple(past for _, past in made))
 
     def recall(self, x: Tensor, state: NeuralMemoryState, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What the memory answers to tokens that it does not learn from, and what their convolution saw last.
+        """Answer tokens from the memory without learning from them; also what their convolution saw last.
 
         Args:
             x: tokens `(B, N, C)`. past: what the convolution of their queries saw before, as `no_past` gives it first.
@@ -99,7 +99,7 @@ class NeuralMemory(Layer):
         return self.out(merge(self.norm(out)) * torch.sigmoid(self.gate(x)))
 
     def no_past(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """What a convolution has seen before the first token."""
+        """The input of a convolution before the first token."""
         return self.convs[0].init_state(batch, dtype, device) if self.convs else None
 
     def _convolved(self, part: int, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -133,7 +133,7 @@ class NeuralMemory(Layer):
 
 
 class Titans(Layer):
-    """What is common to the layers of `foveate.nn.titans`: attention, a memory, persistent tokens.
+    """The common part of the layers of `foveate.nn.titans`: attention, a memory, persistent tokens.
 
     Causal only. Cost O(N), and a stream has a state of constant size.
 

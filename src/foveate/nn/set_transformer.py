@@ -65,7 +65,7 @@ class MAB(nn.Module):
 
 
 class _SetLayer(Layer):
-    """What both encoders share: elements see all elements that are there."""
+    """The common part of both encoders: elements see all elements that are there."""
 
     patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
     masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})

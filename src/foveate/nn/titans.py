@@ -127,7 +127,7 @@ class MemoryAsLayer(Windowed):
 
 @dataclass(frozen=True)
 class ContextState:
-    """In the middle of a segment.
+    """The state in the middle of a segment.
 
     Args:
         old: the memory before the segment, which is read into the context. new: the memory now.

@@ -81,7 +81,7 @@ def plan(
     q: Tensor, k: Tensor, v: Tensor, key: str | Operator = "softmax", *,
     mask: Tensor | None = None, causal: bool = False, scale: float | None = None, engine: str = "auto", **options: Any,
 ) -> Plan:  # fmt: skip
-    """What `attend` with the same arguments would cost, who would compute it, and why."""
+    """Say what `attend` with the same arguments would cost, which engine would compute it, and why."""
     return operator(key, **options).plan(q, k, v, mask=mask, causal=causal, scale=scale, engine=engine)
 
 

@@ -28,7 +28,7 @@ def headliner(comparison: Comparison) -> Row | None:
 
 
 def headline(comparison: Comparison) -> str:
-    """For instance `At 31 % of the cache, duo_attention keeps 100 % of the full score`."""
+    """Say it in one sentence, such as `At 31 % of the cache, duo_attention keeps 100 % of the full score`."""
     row, base = headliner(comparison), comparison.base()
     name, score = visible(comparison.baseline), column(comparison, "score")
     measured = sum(bool(row.answers) for row in comparison.rows)
@@ -48,7 +48,7 @@ def headline(comparison: Comparison) -> str:
 
 
 def about(comparison: Comparison) -> str:
-    """What ran: model, task, how many prompts, which methods, under which budget."""
+    """Say what ran: model, task, how many prompts, which methods, under which budget."""
     others = sum(row.method != comparison.baseline for row in comparison.rows)
     length = f" of length {comparison.length:,}" if comparison.length is not None else ""
     rivals = (
@@ -77,7 +77,7 @@ def notes(comparison: Comparison) -> Sequence[str]:
 
 
 def _over_budget(comparison: Comparison) -> list[str]:
-    """Who saved something, but less than was asked for: short prompts leave room for little beside the sinks."""
+    """Name the methods that saved less than was asked for: short prompts leave little room beside the sinks."""
     over = []
     for row in comparison.rows:
         used = min(row.cache_kept, row.keys_read)
@@ -87,7 +87,7 @@ def _over_budget(comparison: Comparison) -> list[str]:
 
 
 def _withheld(comparison: Comparison) -> list[str]:
-    """Which times cannot be compared."""
+    """Name the times that cannot be compared."""
     few, wide = False, []
     for row in comparison.rows:
         if row.method == comparison.baseline or not row.answers:

@@ -150,7 +150,7 @@ def _column(log_decay: Tensor, fk: Tensor) -> Tensor:
 
 
 def _until_the_end(decay: Tensor) -> Tensor:
-    """What fades each key until after the last token: the sum of the log decays `(..., N, F)` behind it.
+    """The fading of each key until after the last token: the sum of the log decays `(..., N, F)` behind it.
 
     Summed from the end, so that rounding is least where most is left.
     """

@@ -23,7 +23,7 @@ from foveate.ops.prepare import accumulating, engine_of, per_query_head
 
 @dataclass(frozen=True)
 class LinearState:
-    """What a linear operator remembers of the past, whatever its length.
+    """The memory of a linear operator, of one size whatever the length of the past.
 
     Args:
         memory: `(B, H, F, Dv)` sum of `features(k) vᵀ`; where `normalised`, one more column sums `features(k)`.
@@ -242,8 +242,8 @@ class Linear(Operator):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
         inputs: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """What a checked call sums up: features of queries and keys, values (with a column of ones where `normalised`)
-        and log decays, clean of what is masked."""
+        """The summands of a checked call: features of queries and keys, values (with a column of ones where
+        `normalised`) and log decays, clean of what is masked."""
         fq = self.encode_queries(q.to(accumulating(q.dtype)), scale, inputs)
         return fq, *self.encoded_keys(k, v, q.shape[1], mask, causal, scale, inputs)
 
@@ -252,7 +252,7 @@ class Linear(Operator):
         self, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, causal: bool, scale: float,
         inputs: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """What `encoded` gives besides the queries' features; `heads` is Hq."""
+        """The part of `encoded` besides the queries' features; `heads` is Hq."""
         wide = accumulating(v.dtype)
         v = per_query_head(v, heads).to(wide)
         k = per_query_head(k, heads).to(torch.promote_types(k.dtype, wide))
@@ -281,7 +281,7 @@ class Linear(Operator):
         return decay if hidden is None else decay.masked_fill(hidden[..., 0] if decay.dim() == 3 else hidden, 0.0)
 
     def _width(self, q: Tensor, scale: float) -> int:
-        """How many features a token has."""
+        """The number of features of a token."""
         with torch.no_grad():
             return self.key_features(torch.zeros_like(q[:1, :, :1], dtype=accumulating(q.dtype)), scale).shape[-1]
 

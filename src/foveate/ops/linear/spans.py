@@ -55,7 +55,7 @@ def attend(
 
 
 def read(op: Linear, q: Tensor, state: Tensor, scale: float) -> Tensor:
-    """What all queries `(B, Hq, Nq, D)` read from one state `(B, Hq, F, E)`; their call brings no inputs."""
+    """Read one state `(B, Hq, F, E)` with all queries `(B, Hq, Nq, D)`; their call brings no inputs."""
     wide, out = accumulating(q.dtype), []
     for part in q.split(_size(q, op.block), 2):
         fq = op.encode_queries(part.to(wide), scale, {})
@@ -81,7 +81,7 @@ def _cut(k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> tuple[Keys, Ke
 
 
 def _spans(keys: Keys, size: int) -> Iterable[Keys]:
-    """At least one, which may be empty: its features still tell how large the state is."""
+    """Cut keys into spans; at least one, which may be empty: its features still tell how large the state is."""
     k, v, seen = keys
     parts = k.split(size, 2)
     return zip(parts, v.split(size, 2), [None] * len(parts) if seen is None else seen.split(size, 3), strict=True)

@@ -34,7 +34,7 @@ class Outer(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """What memory and momentum are made of after each token, `(..., C, 2 + C)`.
+    """The shares that make up memory and momentum after each token, `(..., C, 2 + C)`.
 
     In this order: shares of the first memory, of the first momentum, and of each token's gradient with its sign turned.
     """

@@ -100,7 +100,7 @@ class Memory(Operator):
 
     @abstractmethod
     def read(self, layers: Sequence[Layer], q: Tensor) -> Tensor:
-        """What the learner answers to `q (B, H, C, D)`: `(B, H, C, Dv)`."""
+        """The learner's answers `(B, H, C, Dv)` to `q (B, H, C, D)`."""
 
     @abstractmethod
     def surprise(self, weights: Weights, k: Tensor, v: Tensor, rates: Mapping[str, Tensor]) -> tuple[Outer, ...]:
@@ -137,13 +137,13 @@ class Memory(Operator):
     def go_on(
         self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState, *, mask: Tensor | None = None, **inputs: Tensor
     ) -> tuple[Tensor, MemoryState]:
-        """As many steps as there are tokens, a chunk at a time where the state stands at the start of one."""
+        """Make as many steps as there are tokens, a chunk at a time where the state stands at the start of one."""
         self._check(q, k, v, mask, True, inputs)
         return self._run(q, k, v, mask, self._scale(None, q), "recurrent" if state.place else "chunked", inputs, state)
 
     @final
     def recall(self, q: Tensor, state: MemoryState) -> Tensor:
-        """What is answered to `q (B, H, N, D)` in this state: nothing is written."""
+        """Answer `q (B, H, N, D)` in this state; nothing is written."""
         wide = q.to(state.memory[0].dtype)
         wide = F.normalize(wide, dim=-1) if self.unit else wide
         return self.read([still(self.link(memory)) for memory in state.memory], wide).to(q.dtype)

@@ -10,7 +10,7 @@ from foveate.ops import causal
 
 
 def decay_matrix(factors: Float[Tensor, "... c"]) -> Float[Tensor, "... c c"]:
-    """How much of what comes in at s is left at t: the product of `factors` over s+1..t, and 0 above the diagonal.
+    """The share of the input at s that is left at t: the product of `factors` over s+1..t, and 0 above the diagonal.
 
     A running product, not a quotient or an exponential of logs: factors of exactly 0 are fine.
     """
@@ -20,7 +20,7 @@ def decay_matrix(factors: Float[Tensor, "... c"]) -> Float[Tensor, "... c c"]:
 
 
 def since_the_start(factors: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
-    """How much of what was there before the first token is left at t."""
+    """The share of what was there before the first token that is left at t."""
     return without_traces(factors.cumprod(-1))
 
 
