@@ -149,6 +149,20 @@ def test_a_layer_that_holds_everything_attends_natively(kind: str, monkeypatch: 
     assert all(torch.equal(*pair) for pair in zip(*logits, strict=True))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("recent", [3, 100])
+def test_a_window_leaves_what_the_next_token_sees_beside_itself(recent: int) -> None:
+    """One less than the window, as the model's own cache, or what the policy keeps of it."""
+    model = model_of("mistral")
+    cache = hf.DynamicCache(config=model.config)
+    window = cache.layers[0].sliding_window
+    with apply(model, SinkRecent(0, recent)):
+        for piece in prompt(1, 30).split([12, *[1] * 18], 1):
+            model(piece, past_key_values=cache)
+        stored = {layer.store.stored for layer in cache.layers}  # type: ignore[union-attr]
+    assert stored == {2 * min(recent, window - 1)}
+
+
 def test_slots_in_the_middle_are_views() -> None:
     """The buffer's front is the summary; the slots behind it are not copied to be read."""
     k, v = tokens(50, 0)
