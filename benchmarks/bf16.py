@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from _report import finish
-from foveate.nn.neural_memory import NeuralMemory
-from foveate.nn.set_transformer import ISAB, MAB
-from foveate.ops import operator
+from foveate.nn.sequence.neural_memory import NeuralMemory
+from foveate.nn.sequence.set_transformer import ISAB, MAB
+from foveate.ops import create
 
 HEADS, WIDTH = 4, 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -131,7 +131,7 @@ def calls(make: Callable[[], nn.Module], given: Tensor, **options: Any) -> Calls
 
 
 def an_operator(name: str, n: int, key: str | None = None, **built: float | str) -> Case:
-    make = functools.partial(operator, key or name, **built)
+    make = functools.partial(create, key or name, **built)
     drawn = torch.randn(3, 1, HEADS, n, WIDTH, generator=torch.Generator().manual_seed(0))
     return Case(name, n, calls(make, drawn, causal="causal self" in make().patterns))
 

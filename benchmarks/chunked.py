@@ -26,8 +26,8 @@ from torch import Tensor
 
 from _report import finish
 from foveate.core import engines
-from foveate.core.problem import Problem
-from foveate.ops import operator
+from foveate.core.call import Problem
+from foveate.ops import create
 
 HEADS, WIDTH = 1, 64
 GOALS = {"forward": 1 / 50, "forward + backward": 1 / 25}
@@ -51,7 +51,7 @@ def attend(engine: str, backward: bool, n: int) -> Tensor:
     held = resident()
     begun = time.perf_counter()
     if engine == OPERATOR:
-        out = operator(OPERATOR)(*inputs)
+        out = create(OPERATOR)(*inputs)
     else:
         out = engines.run(Problem(*inputs, WIDTH**-0.5, causal=False), engine)
     if backward:

@@ -39,7 +39,7 @@ from _report import finish
 from foveate.bench.loading import load
 from foveate.core.catalog import system
 from foveate.host import Host, Method
-from foveate.tasks.corpus import text
+from foveate.tasks.parts.corpus import text
 from real.fetch import MODELS
 
 POLICIES = ("sink_recent", "razor_attention", "duo_attention", "token_select", "tidal_decode", "recycled_attention")

@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from _report import finish, interleaved, keep_memory
-from foveate.ops import Operator, operator
+from foveate.ops import Operator, create
 
 HEADS, WIDTH = 8, 64
 GOALS = {"forward": 15, "forward + backward": 8}
 FLAT = 1.15
 
 OPERATORS: dict[str, Operator] = {
-    "lightning_attention": operator("lightning_attention", layer=1, depth=4, variant="release"),
-    "chunked": operator("lightning_attention_2", layer=1, depth=4, variant="release", backward="autograd"),
-    "lightnet": operator("lightnet"),
+    "lightning_attention": create("lightning_attention", layer=1, depth=4, variant="release"),
+    "chunked": create("lightning_attention_2", layer=1, depth=4, variant="release", backward="autograd"),
+    "lightnet": create("lightnet"),
 }
 
 

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from _report import finish, interleaved
 from foveate.host import apply
 from foveate.lens import MEASURES, Lens
-from foveate.lens.fused import Statistics
-from foveate.lens.look import look
+from foveate.lens.capture.fused import Statistics
+from foveate.lens.lens import look
 
 NAMES = ("entropy", "sink_mass", "received_mass")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from foveate.bench.recall import RESULTS, recall
+from foveate.bench.recall_figure import RESULTS, recall
 from foveate.report import curves
 
 DOCS = Path(__file__).parent.parent / "docs" / "measured" / "recall"

@@ -19,7 +19,7 @@ from torch import Tensor
 from _report import finish, interleaved
 from foveate.core.catalog import systems
 from foveate.ops import Operator
-from foveate.ops.cache import KVState
+from foveate.ops.base.kv_state import KVState
 
 HEADS, WIDTH, STEPS, FLAT = 4, 32, 64, 1.15
 

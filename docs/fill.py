@@ -14,8 +14,8 @@ import re
 import sys
 from pathlib import Path
 
-from foveate.bench.recall import Recall
-from foveate.bench.results import Comparison
+from foveate.bench.comparison.results import Comparison
+from foveate.bench.recall_figure import Recall
 from foveate.report import policies
 from foveate.report.table import markdown
 

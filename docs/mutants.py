@@ -42,15 +42,15 @@ IGNORED = (
 )  # fmt: skip
 #: Tests of what no test is named after: a seam's contract, on a few systems, or the tests of a neighbour.
 TESTS = {
-    "ops/alibi.py": "tests/ops/test_prepare.py",
-    "ops/cache.py": "tests/ops/test_prepare.py",
-    "ops/cached.py": "tests/contracts/test_operators.py tests/ops/test_streaming.py "
+    "ops/functional/alibi.py": "tests/ops/test_prepare.py",
+    "ops/base/kv_state.py": "tests/ops/test_prepare.py",
+    "ops/base/kv_cached.py": "tests/contracts/test_operators.py tests/ops/test_streaming.py "
     "tests/systems/ops/test_hip.py -k 's2_attention or told or plan'",
-    "ops/dense/scored.py": "tests/contracts/test_operators.py -k 'sigmoid_attention or neural_attention'",
-    "ops/linear/forms.py": "tests/ops/test_linear.py",
+    "ops/base/scored.py": "tests/contracts/test_operators.py -k 'sigmoid_attention or neural_attention'",
+    "ops/functional/linear_forms.py": "tests/ops/test_linear.py",
     "ops/operator.py": "tests/contracts/test_operators_refuse.py -k 'sliding_window or titans'",
-    "ops/sparse/selective.py": "tests/contracts/test_operators.py -k s2_attention",
-    "ops/states.py": "tests/ops/test_prepare.py",
+    "ops/base/selective.py": "tests/contracts/test_operators.py -k s2_attention",
+    "ops/base/state_size.py": "tests/ops/test_prepare.py",
 }
 #: Instances made for the tests are part of these, not of the mechanism.
 FOR_TESTS = ("example", "example_input", "example_inputs", "exact")

@@ -1,6 +1,6 @@
-"""`make systems`: what every operator and layer can do, read from the code.
+"""`make systems`: what every operator and layer can do, read from the code, and the public names of every room.
 
-Writes src/foveate/capabilities.json, which `foveate systems` reads, and docs/systems.md.
+Writes catalog/capabilities.json, which `foveate systems` reads, docs/systems.md, and an `__init__.pyi` for every room.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from foveate.bench.capabilities import snapshot
 from foveate.core.catalog import CAPABILITIES, CATEGORIES, grouped, systems
-from foveate.nn.capabilities import snapshot
+from foveate.core.public import PACKAGES, stub
 
 PAGE = Path(__file__).parent / "systems.md"
 HEAD = """# What each system can do
@@ -76,6 +77,8 @@ def _listed(names: object) -> str:
 
 
 if __name__ == "__main__":
+    for package in PACKAGES:
+        (CAPABILITIES.parents[1] / package.replace(".", "/") / "__init__.pyi").write_text(stub(package), "utf-8")
     facts = snapshot()
     CAPABILITIES.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
     PAGE.write_text(text(facts), "utf-8")

@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM
 
 from foveate.bench.loading import load
 from foveate.host import Method, apply
-from foveate.host.model import Host, host
+from foveate.host.hf.model import Host, host
 from foveate.labs import LABS
-from foveate.tasks.needle import Needle
+from foveate.tasks.text.needle import Needle
 
 
 @cache

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     "src/foveate/ops/sparse/s2_attention.py",
-    "src/foveate/catalog.toml",
+    "src/foveate/catalog/ops.toml",
     "tests/systems/ops/test_s2_attention.py",
 ]
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from foveate.core.catalog import System, Taxonomy
-from foveate.ops.cache import KVState
+from foveate.ops.base.kv_state import KVState
 from tests import claims
 
 NAMES = {"statement": "x beats y", "baseline_name": "y"}
 
 
 def row(key: str, room: str = "ops", arxiv: str = "2401.00001") -> System:
-    return System(key, f"On {key}", 2024, arxiv, room, f"foveate.{room}.x:X", "tests/x.py", (), Taxonomy())
+    return System(key, f"On {key}", (), 2024, arxiv, room, f"foveate.{room}.x:X", "tests/x.py", (), Taxonomy())
 
 
 @pytest.mark.parametrize(

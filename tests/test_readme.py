@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from foveate.bench.results import Comparison
+from foveate.bench.comparison.results import Comparison
 from foveate.cli import app
 from tests.readme import LONG, ROOT, SHORT, Piece, pieces, shortened
 

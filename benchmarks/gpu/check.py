@@ -21,8 +21,8 @@ import foveate
 from foveate.core.catalog import systems
 from foveate.core.engines import ENGINES
 from foveate.host import Host, Method
+from foveate.kv.base import Policy
 from foveate.kv.duo_attention import duo_train
-from foveate.kv.policy import Policy
 from foveate.lens import Lens
 from foveate.ops import SlidingWindow
 

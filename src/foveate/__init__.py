@@ -7,23 +7,26 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from foveate._version import __version__
 
-_ROOMS = ("core", "ops", "nn", "models", "host", "kv", "steer", "lens", "tasks", "train", "labs", "bench", "report")
+_ROOMS = (
+    "core", "ops", "nn", "models", "host", "kv", "steer", "lens", "tasks", "train", "studies", "labs", "bench",
+    "report",
+)  # fmt: skip
 
 # public name -> the module it is fetched from
 _HOME = {
-    "attend": "foveate.ops",
-    "plan": "foveate.ops",
-    "Operator": "foveate.ops",
+    "attend": "foveate.ops.calls",
+    "plan": "foveate.ops.calls",
+    "Operator": "foveate.ops.operator",
     "Selection": "foveate.core.selection",
-    "Plan": "foveate.core.problem",
-    "apply": "foveate.host",
-    "Method": "foveate.host",
+    "Plan": "foveate.core.call",
+    "apply": "foveate.host.entry",
+    "Method": "foveate.host.method",
     "Context": "foveate.host.context",
-    "Packed": "foveate.host",
-    "Site": "foveate.host",
-    "look": "foveate.lens.look",
+    "Packed": "foveate.host.packed",
+    "Site": "foveate.host.site",
+    "look": "foveate.lens.lens",
     "System": "foveate.core.catalog",
     "system": "foveate.core.catalog",
     "systems": "foveate.core.catalog",
@@ -53,9 +56,11 @@ if TYPE_CHECKING:  # the same table, for type checkers; `as` says that a name is
         ops as ops,
         report as report,
         steer as steer,
+        studies as studies,
         tasks as tasks,
         train as train,
     )
+    from foveate.core.call import Plan as Plan
     from foveate.core.catalog import System as System, system as system, systems as systems
     from foveate.core.errors import (
         CatalogError as CatalogError,
@@ -68,12 +73,15 @@ if TYPE_CHECKING:  # the same table, for type checkers; `as` says that a name is
         UnsupportedModel as UnsupportedModel,
         UnsupportedPattern as UnsupportedPattern,
     )
-    from foveate.core.problem import Plan as Plan
     from foveate.core.selection import Selection as Selection
-    from foveate.host import Method as Method, Packed as Packed, Site as Site, apply as apply
     from foveate.host.context import Context as Context
-    from foveate.lens.look import look as look
-    from foveate.ops import Operator as Operator, attend as attend, plan as plan
+    from foveate.host.entry import apply as apply
+    from foveate.host.method import Method as Method
+    from foveate.host.packed import Packed as Packed
+    from foveate.host.site import Site as Site
+    from foveate.lens.lens import look as look
+    from foveate.ops.calls import attend as attend, plan as plan
+    from foveate.ops.operator import Operator as Operator
 else:
 
     def __getattr__(name: str) -> object:

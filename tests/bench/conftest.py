@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foveate.models import byte_tokenizer as bytes_
+from foveate.models.base import byte_tokenizer as bytes_
 
 
 @pytest.fixture(scope="session")

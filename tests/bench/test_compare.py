@@ -11,9 +11,9 @@ import torch
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from foveate.bench import known
-from foveate.bench.compare import compare
+from foveate.bench.comparison.run import compare
 from foveate.core.errors import FoveateError, OptionError, TaskError, UnknownKey, UnsupportedModel
-from foveate.models import byte_tokenizer as bytes_
+from foveate.models.base import byte_tokenizer as bytes_
 from tests.bench.conftest import write_prompts
 
 

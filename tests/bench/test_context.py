@@ -16,7 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from foveate.bench.context import context_length
+from foveate.bench.comparison.model_context import context_length
 
 SHORT_LONG = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 

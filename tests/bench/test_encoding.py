@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from foveate.bench.encoding import Prompt, check_context, encoded, prompts
+from foveate.bench.comparison.encoding import Prompt, check_context, encoded, prompts
 from foveate.core.errors import OptionError, TaskError
-from foveate.models import byte_tokenizer as bytes_
-from foveate.tasks.base import Example, Task
+from foveate.models.base import byte_tokenizer as bytes_
+from foveate.tasks.base.task import Example, Task
 from tests.corpus.cases import tiny
 
 WORDS = ("<s>", "</s>", "<unk>", "[CLS]", "[SEP]", "[gMASK]", "<sop>", "▁the", "▁fox", "▁is", "▁red", "▁12", "▁")

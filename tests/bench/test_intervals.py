@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from foveate.bench import intervals, timing
+from foveate.bench.parts import intervals, timing
 
 
 @pytest.mark.parametrize("hits, count, low, high", [

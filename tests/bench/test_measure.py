@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from foveate.bench.compare import compare
-from foveate.bench.encoding import Prompt
-from foveate.bench.measure import answer, batches, memory
-from foveate.bench.memory import Memory, peak_bytes
+from foveate.bench.comparison.encoding import Prompt
+from foveate.bench.comparison.measure import answer, batches, memory
+from foveate.bench.comparison.run import compare
+from foveate.bench.parts.memory import Memory, peak_bytes
 from foveate.host import Method
 from foveate.kv.sink_recent import SinkRecent
-from foveate.tasks.base import Example
+from foveate.tasks.base.task import Example
 from tests.bench.conftest import write_prompts
 
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def test_an_answer_ends_where_the_model_ends_it(decoder: Path, tmp_path: Path, m
         found.ids[0][:] = said
         return found
 
-    monkeypatch.setattr("foveate.bench.turns.answer", ends)
+    monkeypatch.setattr("foveate.bench.comparison.turns.answer", ends)
     rows = compare(model=str(decoder), task=str(file), methods=["full"], score="exact", out=tmp_path / "out").rows
     assert (rows[0].answers[0].output, rows[0].score) == ("hi", 1.0)
 

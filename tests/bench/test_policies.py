@@ -24,7 +24,7 @@ from foveate.core.errors import FoveateError
 from foveate.host import apply
 from foveate.labs import LABS
 from foveate.report import policies as report
-from foveate.tasks.ruler import kind
+from foveate.tasks.text.ruler import kind
 from tests.lab import lab, lab_gates, lab_host
 
 TINY = Plan(

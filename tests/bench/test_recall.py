@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate.bench import recall as figure
-from foveate.bench.recall import CONTENDERS, Point, Recall, evened, parameters, recall, spec, state_bytes
+from foveate.bench import recall_figure as figure
+from foveate.bench.recall_figure import CONTENDERS, Point, Recall, evened, parameters, recall, spec, state_bytes
 from foveate.core.errors import DivergedError, OptionError
 from foveate.report import curves
-from foveate.tasks.drill import HELDOUT
-from foveate.tasks.mqar import MQAR
-from foveate.train.loop import Schedule, evaluate, fit
+from foveate.tasks.base.training_task import HELDOUT
+from foveate.tasks.training.mqar import MQAR
+from foveate.train.loop.loop import Schedule, evaluate, fit
 
 TASK = MQAR(vocabulary=32, length=24, pairs=3)
 NAMED = {contender.label: contender for contender in CONTENDERS}

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from foveate.bench.results import Answer, Comparison, Row
+from foveate.bench.comparison.results import Answer, Comparison, Row
 from foveate.core.errors import FoveateError, OptionError
 
 

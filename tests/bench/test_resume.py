@@ -11,11 +11,11 @@ import torch
 from filelock import FileLock
 from transformers import LlamaForCausalLM
 
-from foveate.bench.compare import JOURNAL, RESULTS, compare
-from foveate.bench.folder import claimed
-from foveate.bench.journal import Journal
+from foveate.bench.comparison.run import JOURNAL, RESULTS, compare
+from foveate.bench.parts.folder import claimed
+from foveate.bench.parts.journal import Journal
 from foveate.core.errors import OptionError
-from foveate.kv import learnt
+from foveate.kv.parts import calibration_store as learnt
 from tests.bench.conftest import Watch, write_prompts
 
 TWO = ["sink_recent", "sliding_window"]
@@ -93,9 +93,9 @@ def test_changed_code_and_another_torch_have_no_old_answers(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured(settings)
-    monkeypatch.setattr("foveate.bench.digest.of_code", lambda: "other")
+    monkeypatch.setattr("foveate.bench.parts.digest.of_code", lambda: "other")
     assert measured(settings) == 9
-    monkeypatch.setattr("foveate.bench.compare._versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr("foveate.bench.comparison.run._versions", lambda: {"torch": "9.9"})
     assert measured(settings) == 9
 
 
@@ -208,7 +208,7 @@ def test_two_runs_do_not_share_a_folder(settings: dict[str, Any]) -> None:
 def test_a_file_is_no_folder_and_nothing_is_loaded(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inside: str
 ) -> None:
-    monkeypatch.setattr("foveate.bench.compare.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("foveate.bench.comparison.run.load", lambda *_, **__: pytest.fail("loaded"))
     file = tmp_path / "report.html"
     file.write_text("mine")
     with pytest.raises(OptionError, match=r"out=.* a file; name a folder"):
@@ -219,7 +219,7 @@ def test_a_file_is_no_folder_and_nothing_is_loaded(
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_loaded(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("foveate.bench.compare.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("foveate.bench.comparison.run.load", lambda *_, **__: pytest.fail("loaded"))
 
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")

@@ -15,10 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 import foveate
-from foveate.bench.results import Answer, Comparison, Row
+from foveate.bench.comparison.results import Answer, Comparison, Row
 from foveate.cli import app
 from foveate.core import catalog
 from foveate.core.catalog import System, Taxonomy
+from foveate.core.catalog_rows import Shelf
 from foveate.core.errors import OptionError
 from foveate.labs import LABS, Lab
 
@@ -56,9 +57,9 @@ class FakeCompare:
 
 @pytest.fixture
 def compare(monkeypatch: pytest.MonkeyPatch) -> FakeCompare:
-    fake, module = FakeCompare(), ModuleType("foveate.bench.compare")
+    fake, module = FakeCompare(), ModuleType("foveate.bench.comparison.run")
     module.compare = fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "foveate.bench.compare", module)
+    monkeypatch.setitem(sys.modules, "foveate.bench.comparison.run", module)
     return fake
 
 
@@ -198,7 +199,7 @@ def test_a_request_to_terminate_is_handled_as_ctrl_c(compare: FakeCompare, tmp_p
                 raise KeyboardInterrupt(1, 2) from None
             raise AssertionError("went on")
 
-    sys.modules["foveate.bench.compare"].compare = Terminates()  # type: ignore[attr-defined]
+    sys.modules["foveate.bench.comparison.run"].compare = Terminates()  # type: ignore[attr-defined]
     before = signal.getsignal(signal.SIGTERM)
     result = run("compare", "--out", tmp_path)
     assert (result.exit_code, signal.getsignal(signal.SIGTERM)) == (1, before)
@@ -247,6 +248,7 @@ def two_systems(monkeypatch: pytest.MonkeyPatch) -> None:
         System(
             key="bar_like",
             title="[bold]A Title[/bold] in brackets",
+            authors=("Ada Lovelace",),
             year=2024,
             arxiv="2405.12345",
             room="kv",
@@ -259,16 +261,18 @@ def two_systems(monkeypatch: pytest.MonkeyPatch) -> None:
         System(
             "needles",
             "Needles",
+            (),
             2023,
             "",
             "tasks",
-            "foveate.tasks.needle:Needle",
+            "foveate.tasks.text.needle:Needle",
             "tests/x.py",
             ("retrieval",),
             Taxonomy(),
         ),
     )
-    monkeypatch.setattr(catalog, "read", lambda: rows)
+    monkeypatch.setattr(catalog, "_by_key", lambda: {row.key: row for row in rows})
+    monkeypatch.setattr(catalog, "shelf", lambda room: Shelf(tuple(row for row in rows if row.room == room)))
 
 
 @pytest.mark.usefixtures("two_systems")

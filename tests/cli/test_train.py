@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from foveate.bench.folder import claimed
+from foveate.bench.parts.folder import claimed
 from foveate.cli import app
 from foveate.cli.train import TASKS, listing, parsed
 from foveate.core.errors import OptionError
-from foveate.train.loop import Training
-from foveate.train.network import DRILLS
+from foveate.train.loop.loop import Training
+from foveate.train.loop.network import DRILLS
 
 
 def run(*args: object):

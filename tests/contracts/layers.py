@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from foveate.core.catalog import systems
-from foveate.models.based import GatedConv, WindowAttention
+from foveate.models.language.based import GatedConv, WindowAttention
 from foveate.nn import MultiHeadAttention, Rotary
-from foveate.nn.aaren import AarenLayer
-from foveate.nn.base_conv import BaseConv
-from foveate.nn.chosen_attention import ChosenAttention
-from foveate.nn.layer import Layer
-from foveate.nn.neural_memory import NeuralMemory
-from foveate.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from foveate.nn.base.layer import Layer
+from foveate.nn.sequence.aaren import AarenLayer
+from foveate.nn.sequence.base_conv import BaseConv
+from foveate.nn.sequence.chosen_attention import ChosenAttention
+from foveate.nn.sequence.neural_memory import NeuralMemory
+from foveate.nn.sequence.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from foveate.ops.operator import MaskKind, Pattern
 
 DIM, HEADS, BATCH, LENGTH, MEMORY = 16, 4, 2, 12, 9

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from foveate.core.catalog import systems
 from foveate.host import Method, Packed
-from foveate.kv.prefill import PrefillSwap
+from foveate.host.operator_swap import PrefillSwap
 from foveate.ops.operator import Operator
-from foveate.steer.act_calibration import ActCalibration
+from foveate.steer.text.act_calibration import ActCalibration
 from tests.contracts.policies import LENGTHS, POLICIES, policy
 
 OPERATORS: dict[str, type[Operator]] = {

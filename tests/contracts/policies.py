@@ -15,8 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from foveate.core.catalog import systems
 from foveate.host import Host
-from foveate.host.model import host
-from foveate.kv.policy import Policy
+from foveate.host.hf.model import host
+from foveate.kv.base import Policy
 
 VOCAB = 64
 _SIZES = dict(

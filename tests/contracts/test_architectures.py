@@ -73,7 +73,7 @@ def test_the_oracle_is_not_the_model(name: str) -> None:
 
 
 def test_a_policy_that_drops_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foveate.host.dispatch.evict", lambda *_: None)
+    monkeypatch.setattr("foveate.host.hf.dispatch.evict", lambda *_: None)
     assert check("llama", build("llama")).evicting.startswith("other logits than the oracle")
 
 

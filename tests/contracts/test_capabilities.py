@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
+from foveate.bench.capabilities import snapshot
 from foveate.core.catalog import CAPABILITIES, CATEGORIES, capabilities, grouped, systems
 from foveate.core.errors import UnknownKey
-from foveate.nn.capabilities import snapshot
-from foveate.nn.multi_head import MultiHeadAttention
-from foveate.ops.sparse.selective import Selective
+from foveate.nn.parts.multi_head import MultiHeadAttention
+from foveate.ops.base.selective import Selective
 from tests.contracts.operators import CLASSES, HEADS, WIDTH, example
 from tests.tensors import qkv
 

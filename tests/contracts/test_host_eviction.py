@@ -17,8 +17,8 @@ from transformers.masking_utils import eager_mask
 
 from foveate.core.selection import Indices, Selection
 from foveate.host import Method, Site, apply
-from foveate.host.cache import SlotLayer
-from foveate.host.slots import SUMMARY, Slots
+from foveate.host.hf.cache import SlotLayer
+from foveate.host.slots.slots import SUMMARY, Slots
 from tests.host_models import DECODERS, WINDOW, KeepsAll, SameWeights, feed, model, padded, tokens
 
 

@@ -21,8 +21,8 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 import foveate
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import Method, Site, apply
+from foveate.host.operator_swap import PrefillSwap
 from foveate.kv.duo_attention import DuoAttention
-from foveate.kv.prefill import PrefillSwap
 from foveate.kv.recycled_attention import RecycledAttention
 from foveate.kv.sink_recent import SinkRecent
 from foveate.kv.tidal_decode import TidalDecode

@@ -11,8 +11,10 @@ from transformers import DynamicCache, StaticCache
 
 import foveate
 from foveate.core.errors import FoveateError, OptionError, UnsupportedModel
-from foveate.host import Method, Site, dispatch
-from foveate.host.cache import SlotLayer
+from foveate.host import Method, Site
+from foveate.host.hf import dispatch
+from foveate.host.hf.attach import OPEN
+from foveate.host.hf.cache import SlotLayer
 from tests.host_models import Evicts, Reads, Recent, model, padded, tokens, use
 
 
@@ -176,4 +178,4 @@ def test_a_run_is_used_once() -> None:
     with run:
         use(model("llama"))
     assert refusal(OptionError, run.__enter__) == "this run was used already; call apply() again"
-    assert not dispatch.OPEN
+    assert not OPEN

@@ -14,8 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import Method, apply
-from foveate.host.cache import SlotLayer
-from foveate.host.compressed import CompressedLayer
+from foveate.host.hf.cache import SlotLayer
+from foveate.host.hf.compressed import CompressedLayer
 from foveate.kv.duo_attention import DuoAttention
 from foveate.kv.sink_recent import SinkRecent
 from tests.host_models import SLIDING, Recent, model, tokens

@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import foveate
 from foveate.core.errors import OptionError, UnsupportedModel
-from foveate.host import Host, Method, Site, dispatch
+from foveate.host import Host, Method, Site
+from foveate.host.hf.attach import OPEN
 from tests.host_models import (
     DECODERS,
     NO_OPS,
@@ -84,13 +85,13 @@ def test_after_the_block(subject: PreTrainedModel, path: str) -> None:
         with pytest.raises(UnsupportedModel, match="has no decoder"), foveate.apply(subject, *methods):
             pytest.fail("it was not refused on entering")
         assert Fingerprint(subject) == before
-        assert not dispatch.OPEN
+        assert not OPEN
         return
     with foveate.apply(subject, *methods):
         use(subject)
         assert Fingerprint(subject) != before  # else this test sees nothing
     assert Fingerprint(subject) == before
-    assert not dispatch.OPEN
+    assert not OPEN
 
 
 @pytest.mark.parametrize("where", ["bind", "forward", "block"])
@@ -101,7 +102,7 @@ def test_after_an_exception(subject: PreTrainedModel, where: str) -> None:
         use(subject)
         raise RuntimeError("broken in the block")
     assert Fingerprint(subject) == before
-    assert not dispatch.OPEN
+    assert not OPEN
     use(subject)
 
 
@@ -121,7 +122,7 @@ def test_nested(subject: PreTrainedModel, outer: type[Method], inner: Callable[[
         assert run.stats.calls > calls  # the outer run counts what happens in the inner
         use(subject)
     assert Fingerprint(subject) == before
-    assert not dispatch.OPEN
+    assert not OPEN
 
 
 def test_a_run_is_not_kept_alive_by_its_caches() -> None:
@@ -129,7 +130,7 @@ def test_a_run_is_not_kept_alive_by_its_caches() -> None:
     cache = DynamicCache()
     with torch.no_grad(), foveate.apply(llama, KeepsAll()) as run:
         llama(tokens(), past_key_values=cache)
-        memories = run._caches.memories
+        memories = run.caches.memories
         assert len(memories) == 1
     del cache
     gc.collect()

@@ -9,7 +9,8 @@ import torch
 
 from foveate.core import masks
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.nn import Block, MultiHeadAttention, build
+from foveate.nn import Block, MultiHeadAttention
+from foveate.nn.parts import build
 from foveate.ops.operator import Operator
 from tests.contracts.layers import (
     BATCH,

@@ -10,7 +10,7 @@ import torch
 
 import foveate
 from foveate.core.errors import FoveateError, OptionError, ShapeError, UnsupportedPattern
-from foveate.ops.dense.scored import Scored
+from foveate.ops.base.scored import Scored
 from foveate.ops.operator import ALL_MASKS, ALL_PATTERNS
 from tests.contracts.operators import CLASSES, HEADS, KV_HEADS, WIDTH, Call, each_operator, example, main_call
 from tests.tensors import gradients, qkv

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate.ops.linear.linear import Linear
-from foveate.ops.memory.memory import Memory
+from foveate.ops.base.linear import Linear
+from foveate.ops.base.selective import Selective
+from foveate.ops.base.test_time import Memory
 from foveate.ops.operator import Operator
-from foveate.ops.sparse.selective import Selective
 from tests.contracts.operators import CLASSES, HEADS, WIDTH, example
 from tests.tensors import qkv
 

@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 
 from foveate.core import catalog
-from foveate.core.catalog import System, Taxonomy, read, system, systems
+from foveate.core.catalog import System, Taxonomy, system, systems
+from foveate.core.catalog_file import read
+from foveate.core.catalog_rows import Shelf
 from foveate.core.errors import CatalogError, UnknownKey
 
 GOOD = {
     "key": '"sigmoid"',
     "title": '"A title: with “quotes”"',
+    "authors": '["Ada Lovelace", "Charles Babbage"]',
     "year": "2024",
     "arxiv": '"2405.12345"',
-    "room": '"ops"',
     "object": '"foveate.ops.dense.sigmoid:Sigmoid"',
     "test": '"tests/systems/ops/test_sigmoid.py"',
     "tags": '["dense", "scored"]',
@@ -36,7 +38,7 @@ def row(**changes: str | None) -> str:
 @pytest.fixture
 def write(tmp_path: Path):
     def write(text: str) -> Path:
-        path = tmp_path / "catalog.toml"
+        path = tmp_path / "ops.toml"
         path.write_text(text, "utf-8")
         return path
 
@@ -44,10 +46,11 @@ def write(tmp_path: Path):
 
 
 def test_a_good_row(write) -> None:
-    (found,) = read(write(row(example='"""foveate.attend(q, k, v)"""')))
+    (found,) = read(write(row(example='"""foveate.attend(q, k, v)"""'))).systems
     assert found == System(
         key="sigmoid",
         title="A title: with “quotes”",
+        authors=("Ada Lovelace", "Charles Babbage"),
         year=2024,
         arxiv="2405.12345",
         room="ops",
@@ -62,12 +65,12 @@ def test_a_good_row(write) -> None:
 
 @pytest.mark.parametrize("arxiv", ["", "0706.1234", "cs/0601001", "math.CO/0601001"])
 def test_arxiv_numbers_of_every_age(write, arxiv: str) -> None:
-    (found,) = read(write(row(arxiv=f'"{arxiv}"')))
+    (found,) = read(write(row(arxiv=f'"{arxiv}"'))).systems
     assert found.url == (f"https://arxiv.org/abs/{arxiv}" if arxiv else "")
 
 
 def test_an_empty_catalogue_is_valid(write) -> None:
-    assert read(write("# nothing yet\n")) == ()
+    assert read(write("# nothing yet\n")) == Shelf()
 
 
 @pytest.mark.parametrize(
@@ -88,8 +91,10 @@ def test_an_empty_catalogue_is_valid(write) -> None:
         ({"taxonomy": _places(positions='"sof"')}, "taxonomy: positions='sof' must be of soft, hard, local"),
         ({"taxonomy": _places(levels="[]")}, r"taxonomy: levels=\[\] must be of single, multi"),
         ({"taxonomy": _places(level='"multi"')}, 'taxonomy: unknown category "level"; did you mean "levels"'),
-        ({"room": '"opps"'}, 'unknown room "opps"; did you mean "ops"'),
-        ({"room": '"kv"'}, 'does not live in room "kv"'),
+        ({"room": '"ops"'}, 'unknown field "room"'),
+        ({"object": '"foveate.kv.duo:Duo"'}, 'does not live in room "ops"'),
+        ({"parts": '["foveate.ops.dense.sigmoid.Sigmoid"]'}, "parts="),
+        ({"authors": '"Ada Lovelace"'}, "must be a list of non-empty strings"),
         ({"object": '"foveate.ops.dense.sigmoid.Sigmoid"'}, "object="),
         ({"object": '"os:system"'}, "object="),
         ({"test": '"../outside.py"'}, "test="),
@@ -100,14 +105,14 @@ def test_an_empty_catalogue_is_valid(write) -> None:
 def test_a_malformed_row_is_named(write, changes: dict, says: str) -> None:
     with pytest.raises(CatalogError, match=says) as caught:
         read(write(row(**changes)))
-    assert "catalog.toml" in str(caught.value)
+    assert "ops.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[[system]\n", "catalog.toml"),
+        ("[[system]\n", "ops.toml"),
         ("[[sytem]]\nkey = 'a'\n", "got sytem"),
         ("[system]\nkey = 'a'\n", "expected only"),
         ("system = [1]\n", "got 1"),
@@ -121,16 +126,52 @@ def test_a_malformed_file(write, text: str, says: str) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="No such file"):
-        read(tmp_path / "none.toml")
-    (tmp_path / "latin.toml").write_bytes(b'[[system]]\nkey = "\xe9"\n')
-    with pytest.raises(CatalogError, match=r"latin\.toml"):
-        read(tmp_path / "latin.toml")
+        read(tmp_path / "nn.toml")
+    (tmp_path / "kv.toml").write_bytes(b'[[system]]\nkey = "\xe9"\n')
+    with pytest.raises(CatalogError, match=r"kv\.toml"):
+        read(tmp_path / "kv.toml")
 
 
-def test_filters(write, monkeypatch: pytest.MonkeyPatch) -> None:
-    kv = row(key='"duo"', room='"kv"', object='"foveate.kv.duo:Duo"', tags='["policy"]')
-    rows = read(write(row() + kv))
-    monkeypatch.setattr(catalog, "read", lambda: rows)
+@pytest.mark.parametrize(
+    ("public", "says"),
+    [
+        ('"foveate.kv.base" = ["Policy"]', "'foveate.kv.base' must be a module of ops"),
+        ('"foveate.ops.operator" = "Operator"', "with a list of its names"),
+        ('"foveate.ops.a" = ["A"]\n"foveate.ops.b" = ["A"]', "A is in foveate.ops.a and in foveate.ops.b"),
+    ],
+)
+def test_malformed_public_names(write, public: str, says: str) -> None:
+    with pytest.raises(CatalogError, match=says):
+        read(write(f"[public]\n{public}\n"))
+
+
+def test_a_file_that_is_no_room(tmp_path: Path) -> None:
+    (tmp_path / "cellar.toml").write_text("")
+    with pytest.raises(CatalogError, match='cellar.toml: unknown room "cellar"'):
+        read(tmp_path / "cellar.toml")
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A catalogue in another folder, from the text of each room."""
+
+    def at(**rooms: str) -> None:
+        for room, text in rooms.items():
+            (tmp_path / f"{room}.toml").write_text(text, "utf-8")
+        monkeypatch.setattr(catalog, "FOLDER", tmp_path)
+        catalog.shelf.cache_clear()
+        catalog._by_key.cache_clear()
+
+    yield at
+    catalog.shelf.cache_clear()
+    catalog._by_key.cache_clear()
+
+
+DUO = row(key='"duo"', object='"foveate.kv.duo:Duo"', tags='["policy"]', parts='["foveate.kv.duo:train"]')
+
+
+def test_filters(catalogue) -> None:
+    catalogue(ops=row(), kv=DUO)
     assert [found.key for found in systems()] == ["sigmoid", "duo"]
     assert [found.key for found in systems(room="kv")] == ["duo"]
     assert [found.key for found in systems(tag="scored")] == ["sigmoid"]
@@ -142,13 +183,43 @@ def test_filters(write, monkeypatch: pytest.MonkeyPatch) -> None:
         systems(room="cellar")
 
 
+def test_a_key_is_one_system(catalogue) -> None:
+    catalogue(ops=row(), kv=row(object='"foveate.kv.sigmoid:Sigmoid"'))
+    with pytest.raises(CatalogError, match=r'key "sigmoid" is in ops.toml and in kv.toml'):
+        systems()
+
+
+def test_public_names(catalogue) -> None:
+    shared = '[public]\n"foveate.ops.operator" = ["Operator"]\n"foveate.ops.functional.rotary" = ["rotate"]\n'
+    catalogue(ops=shared + row(parts='["foveate.kv.sigmoid:SigmoidCache"]'), kv=DUO)
+    assert catalog.public_names("ops") == {
+        "Operator": "foveate.ops.operator", "Sigmoid": "foveate.ops.dense.sigmoid",
+    }  # fmt: skip
+    assert catalog.public_names("ops.functional") == {"rotate": "foveate.ops.functional.rotary"}
+    assert list(catalog.public_names("kv")) == ["Duo", "SigmoidCache", "train"]
+    assert catalog.module_of("kv", "train") == "foveate.kv.duo"
+    assert catalog.module_of("kv", "SigmoidCache") == "foveate.kv.sigmoid", "a part of another room's system"
+    assert catalog.module_of("kv", "Sigmoid") is None
+
+
+def test_a_look_up_reads_the_files_once(catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue(ops=row(), kv=DUO)
+    reads: list[Path] = []
+    monkeypatch.setattr(catalog, "read", lambda path: (reads.append(path), read(path))[1])
+    assert catalog.module_of("kv", "Duo") == "foveate.kv.duo"
+    assert [path.name for path in reads] == ["kv.toml"], "of one room where its own file has the name"
+    for _ in range(3):
+        assert system("duo") and systems(room="ops")
+    assert sorted(path.name for path in reads) == ["kv.toml", "ops.toml"]
+
+
 def test_load() -> None:
     def at(target: str) -> System:
-        return System("x", "t", 2024, "", "ops", target, "tests/x.py", (), Taxonomy())
+        return System("x", "t", (), 2024, "", "ops", target, "tests/x.py", (), Taxonomy())
 
-    assert at("foveate.core.catalog:System").load() is System
-    with pytest.raises(CatalogError, match=r'system "x": module foveate\.core\.catalog has no Sytem'):
-        at("foveate.core.catalog:Sytem").load()
+    assert at("foveate.core.catalog_rows:System").load() is System
+    with pytest.raises(CatalogError, match=r'system "x": module foveate\.core\.catalog_rows has no Sytem'):
+        at("foveate.core.catalog_rows:Sytem").load()
     with pytest.raises(CatalogError, match=r"no module foveate\.core\.nowhere"):
         at("foveate.core.nowhere:Thing").load()
 
@@ -157,7 +228,7 @@ def test_what_a_module_lacks_is_not_blamed_on_the_catalogue(tmp_path: Path, monk
     (tmp_path / "needy_module.py").write_text("import not_installed_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
-        System("x", "t", 2024, "", "ops", "needy_module:Thing", "tests/x.py", (), Taxonomy()).load()
+        System("x", "t", (), 2024, "", "ops", "needy_module:Thing", "tests/x.py", (), Taxonomy()).load()
 
 
 def test_the_shipped_catalogue() -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
-from foveate.bench.memory import peak_bytes
+from foveate.bench.parts.memory import peak_bytes
 from foveate.core import engines, masks, oracle, precision
+from foveate.core.call import Problem
 from foveate.core.engines import chunked, flex, gather, slices
 from foveate.core.errors import ShapeError, UnknownKey, UnsupportedEngine
-from foveate.core.problem import Problem
 from foveate.core.scoring import SOFTMAX, SoftmaxScoring, Tile
 from foveate.core.selection import Blocks, Indices, Selection
-from foveate.core.windows import window
+from foveate.core.window_selection import window
 from tests.tensors import assert_near, gradients, qkv
 
 #: Engines that attend to what a selection chooses, and to nothing else.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.core.known import remembered
+from foveate.core.readable import remembered
 
 
 def test_a_tensor_remembered_in_inference_mode_takes_part_in_gradients() -> None:

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from foveate.core import online
+from foveate.core import online_softmax as online
 from tests.tensors import assert_near
 
 

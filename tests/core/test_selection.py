@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate.core import masks
 from foveate.core.errors import ShapeError
 from foveate.core.selection import Blocks, Indices, Rule
-from foveate.core.windows import window
+from foveate.core.window_selection import window
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 

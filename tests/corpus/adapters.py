@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from foveate.models import byte_tokenizer as bytes_
+from foveate.models.base import byte_tokenizer as bytes_
 from tests.corpus import gguf_files
 from tests.corpus.cases import Made, case, changed, copied, options, tiny
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foveate.models import byte_tokenizer as bytes_
+from foveate.models.base import byte_tokenizer as bytes_
 
 Made = list[str]  # what comes after `foveate compare`
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"

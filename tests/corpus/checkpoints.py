@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from foveate.models import byte_tokenizer as bytes_
+from foveate.models.base import byte_tokenizer as bytes_
 from tests.corpus.cases import POINTER, Made, case, changed, copied, options, reweighted, tiny
 
 BIG = 10_000  # bytes: enough to keep a safetensors header and cut its tensors

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from transformers import LlamaForCausalLM
 
-from foveate.models.byte_tokenizer import BOS, EOS, VOCAB, _byte_characters
+from foveate.models.base.byte_tokenizer import BOS, EOS, VOCAB, _byte_characters
 from tests.corpus.cases import POINTER, Made, case, options, tiny
 
 _NAMES = {

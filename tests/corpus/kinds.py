@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from foveate.models import byte_tokenizer as bytes_
+from foveate.models.base import byte_tokenizer as bytes_
 from tests.corpus.cases import Made, case, changed, copied, options, tiny
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from foveate.host import apply
 from foveate.kv.sink_recent import SinkRecent
 from foveate.lens import MEASURES, Lens
-from foveate.lens.look import look
-from foveate.steer.act_calibration import ActCalibration, calibrate_sinks, find_sinks
-from foveate.tasks import corpus
+from foveate.lens.lens import look
+from foveate.steer.text.act_calibration import ActCalibration, calibrate_sinks, find_sinks
+from foveate.tasks.parts import corpus
 from tests.lab import lab
 from tests.lens.models import eager_maps, text, tiny
 from tests.tensors import assert_near

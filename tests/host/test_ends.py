@@ -10,10 +10,10 @@ import transformers as hf
 from torch import Tensor
 
 from foveate.host import Ends, Method, Packed, apply
-from foveate.host.cache import SlotLayer
-from foveate.host.ends import Ledger
-from foveate.host.slots import Slots
-from foveate.host.store import Store
+from foveate.host.hf.cache import SlotLayer
+from foveate.host.slots.ends import Ledger
+from foveate.host.slots.slots import Slots
+from foveate.host.slots.store import Store
 from foveate.kv.razor_attention import RazorAttention, compensation
 from foveate.kv.sink_recent import SinkRecent
 from tests.host_models import model as model_of, tokens as drawn

@@ -15,7 +15,7 @@ from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 import foveate
 from foveate.core.errors import UnsupportedModel
 from foveate.host import Method, Site, apply
-from foveate.host.hybrid import HybridSlotLayer
+from foveate.host.hf.hybrid import HybridSlotLayer
 from foveate.kv.sink_recent import SinkRecent
 from tests.contracts.architectures import build
 from tests.host_models import NO_OPS, KeepsAll, Reads, Recent, feed, padded

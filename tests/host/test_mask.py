@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from foveate.host import Method, Site, apply
-from foveate.host.alias import NAME, Alias
-from foveate.host.mask import MaskPlan, describe, is_given
+from foveate.host.hf.alias import NAME, Alias
+from foveate.host.hf.mask import MaskPlan, describe, is_given
 from tests.host_models import NATIVE, NO_OPS, model, padded, tokens
 
 BATCH, QUERIES, KEYS = 2, 3, 7

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import foveate
 from foveate.core import engines, oracle
+from foveate.core.call import Problem
 from foveate.core.engines import fused
-from foveate.core.problem import Problem
 from tests.host_models import DECODERS, Recent, feed, model, padded, tokens
 
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 import transformers as hf
 
-from foveate.bench.compare import compare
-from foveate.bench.context import context_length
+from foveate.bench.comparison.model_context import context_length
+from foveate.bench.comparison.run import compare
 from foveate.core.errors import UnsupportedModel
 from foveate.host import apply
 from foveate.kv.razor_attention import RazorAttention
 from foveate.kv.renumbered import Renumbered, shifts
 from foveate.kv.sink_recent import SinkRecent
 from foveate.labs import LABS
-from foveate.tasks.corpus import text
+from foveate.tasks.parts.corpus import text
 
 _SIZES = dict(
     vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0,

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foveate.labs.lm import Recipe, Stage, data, recipe as making, train
-from foveate.models import byte_tokenizer as tokenizer
+from foveate.models.base import byte_tokenizer as tokenizer
 
 TINY = Recipe(
     hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=32, context=512, warm_up=2,

@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from foveate.core import oracle
-from foveate.lens import fused
-from foveate.lens.fused import Statistics, carried, received, statistics
+from foveate.lens.capture import fused
+from foveate.lens.capture.fused import Statistics, carried, received, statistics
 from tests.tensors import assert_near, qkv
 
 

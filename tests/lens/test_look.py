@@ -15,8 +15,9 @@ from foveate.core import oracle
 from foveate.core.errors import FoveateError
 from foveate.host import Method, Site, Slots, apply
 from foveate.kv.sink_recent import SinkRecent
-from foveate.lens import MEASURES, Lens, SinkMass, fused
-from foveate.lens.look import look
+from foveate.lens import MEASURES, Lens, SinkMass
+from foveate.lens.capture import fused
+from foveate.lens.lens import look
 from tests.lens.models import eager_maps, image, text, tiny
 from tests.tensors import assert_near
 
@@ -122,7 +123,7 @@ def test_memory_is_linear_beside_a_window(monkeypatch: pytest.MonkeyPatch) -> No
             read(self, site, out)
 
     monkeypatch.setattr(Lens, "read", watched)
-    monkeypatch.setattr("foveate.lens.tiles.TILE", 1 << 16)
+    monkeypatch.setattr("foveate.lens.capture.tiles.TILE", 1 << 16)
     inputs = text("none", n)
     look(tiny("mistral"), {name: x[:1] for name, x in inputs.items()})
     assert largest.elements < n * n / 8

@@ -7,7 +7,7 @@ import torch
 
 from foveate.core import oracle
 from foveate.core.errors import OptionError, UnknownKey
-from foveate.lens.fused import Statistics
+from foveate.lens.capture.fused import Statistics
 from foveate.lens.measures import MEASURES, Entropy, ReceivedMass, SinkMass, Tokens, named
 from tests.tensors import assert_near, qkv
 

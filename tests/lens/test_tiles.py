@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from foveate.core import masks, oracle
 from foveate.core.selection import Indices
 from foveate.host import Site
-from foveate.lens import MEASURES, tiles
-from foveate.lens.fused import Statistics
+from foveate.lens import MEASURES
+from foveate.lens.capture import tiles
+from foveate.lens.capture.fused import Statistics
 from foveate.lens.measures import Tokens
 from tests.tensors import assert_near, qkv
 
@@ -86,7 +87,7 @@ def test_weights_that_somebody_made() -> None:
 
 def test_other_devices_and_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden keys may hold anything."""
-    monkeypatch.setattr("foveate.lens.fused._runs_on", lambda q: False)
+    monkeypatch.setattr("foveate.lens.capture.fused._runs_on", lambda q: False)
     q, k, _ = qkv(9, 9, dtype=torch.float32)
     seen = masks.causal(9, 9)[None, None] & (torch.arange(9) != 4)
     w = oracle.weights(q, k, mask=seen, scale=0.6)

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from foveate.core.errors import UnsupportedModel
 from foveate.kv.duo_attention import duo_train
-from foveate.models.pretrained import FoveateConfig, FoveateForCausalLM
-from foveate.models.spec import Mixer, Spec
+from foveate.models.base.hf_checkpoint import FoveateConfig, FoveateForCausalLM
+from foveate.models.base.spec import Mixer, Spec
 from tests.tensors import assert_near
 
 PLAIN = dict(position="rotary", qk_norm=True, gate="sigmoid")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from foveate.core.errors import OptionError, ShapeError
-from foveate.nn.co_attention import CoAttention
+from foveate.nn.fusion.co_attention import CoAttention
 from tests.tensors import assert_near, gradients
 
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from foveate.core.errors import OptionError, UnsupportedPattern
 from foveate.nn import Alibi, MultiHeadAttention, RelativeBias, Rotary
-from foveate.nn.heads import HeadScheme, Rates, merge, split, squash, width
-from foveate.ops import operator, sized
+from foveate.nn.parts.heads import HeadScheme, Rates, merge, split, squash, width
+from foveate.ops import create
+from foveate.ops.calls import sized
 from tests.tensors import assert_near
 
 DIM, HEADS, LENGTH = 16, 4, 9
@@ -115,7 +116,7 @@ def test_rates() -> None:
     for name, rate in rates(x).items():
         assert_near(rate, squash(rates[name](x), op.gates[name].squash).transpose(1, 2), 0)
         assert rates[name].bias.unique().tolist() == pytest.approx([op.gates[name].bias])
-    assert Rates(DIM, HEADS, operator("softmax"))(x) == {}
+    assert Rates(DIM, HEADS, create("softmax"))(x) == {}
 
 
 def test_rates_are_of_the_token_that_asks_or_of_the_one_that_is_asked() -> None:

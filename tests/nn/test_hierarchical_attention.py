@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError
-from foveate.nn.hierarchical_attention import AttentionPool, HierarchicalAttention
+from foveate.nn.pool.hierarchical_attention import AttentionPool, HierarchicalAttention
 from tests.tensors import assert_near, gradients
 
 LENGTHS = torch.tensor([[4, 2, 1], [3, 5, 0]])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.nn.layer import Layer
+from foveate.nn.base.layer import Layer
 from tests.tensors import assert_near
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import precision
-from foveate.nn.maps import Linear
+from foveate.nn.parts.linear_maps import Linear
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 

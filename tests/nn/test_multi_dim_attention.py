@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveate.core.errors import OptionError, ShapeError
-from foveate.nn.multi_dim_attention import MultiDimAttention
+from foveate.nn.channel.multi_dim_attention import MultiDimAttention
 from tests.tensors import assert_near, gradients
 
 

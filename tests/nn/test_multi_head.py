@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from foveate.core import oracle
 from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention, Rotary
-from foveate.nn.heads import HeadState
-from foveate.nn.multi_head import ConvState
+from foveate.nn.parts.heads import HeadState
+from foveate.nn.parts.multi_head import ConvState
 from tests.tensors import assert_near
 
 DIM, HEADS, LENGTH = 12, 4, 7

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveate.core.errors import OptionError
-from foveate.nn.positions import Alibi, Position, RelativeBias, Rotary, check
+from foveate.nn.parts.positions import Alibi, Position, RelativeBias, Rotary, check
 from tests.tensors import assert_near, qkv
 
 

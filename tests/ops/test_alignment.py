@@ -10,8 +10,8 @@ from torch import Tensor
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import Tile
-from foveate.ops.dense.alignment import ACTIVATIONS, ALIGNMENTS, Alignment, make
-from foveate.ops.dense.pair_score import pair_score
+from foveate.ops.functional.additive_score import pair_score
+from foveate.ops.functional.alignment import ACTIVATIONS, ALIGNMENTS, Alignment, make_alignment
 from tests.tensors import assert_near, qkv
 
 HEADS, WIDTH, HIDDEN = 3, 4, 5
@@ -24,7 +24,7 @@ def built(name: str, **options) -> Alignment:
         options = {"hidden": HIDDEN, **options}
     if name == "location":
         options = {"positions": 9, **options}
-    found = make(name, **sizes, **options).double()
+    found = make_alignment(name, **sizes, **options).double()
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in found.parameters():
@@ -146,13 +146,15 @@ def test_pair_scores_without_heads() -> None:
 def test_weights_start_small_and_biases_at_zero() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        align = make("additive", heads=4, head_dim=64, hidden=25)
+        align = make_alignment("additive", heads=4, head_dim=64, hidden=25)
     for weight, width in ((align.w_q, 64), (align.w_k, 64), (align.w, 25)):
         assert weight.abs().max() <= width**-0.5
         assert 0.9 < weight.std().item() / (width**-0.5 / math.sqrt(3)) < 1.1
     assert not align.b.any()
-    assert make("additive", heads=1, head_dim=6).hidden == 6
-    assert len(make("deep", heads=1, head_dim=6).layers) == 1, "two layers, the first of which is the additive one"
+    assert make_alignment("additive", heads=1, head_dim=6).hidden == 6
+    assert len(make_alignment("deep", heads=1, head_dim=6).layers) == 1, (
+        "two layers, the first of which is the additive one"
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,11 +175,11 @@ def test_weights_start_small_and_biases_at_zero() -> None:
 )
 def test_bad_options(name: str, options: dict, says: str) -> None:
     with pytest.raises(OptionError, match=says):
-        make(name, **options)
+        make_alignment(name, **options)
 
 
 def test_sizes_go_to_those_that_learn() -> None:
-    assert not list(make("dot", heads=2, head_dim=3).parameters())
+    assert not list(make_alignment("dot", heads=2, head_dim=3).parameters())
 
 
 def test_a_call_of_another_size_is_refused() -> None:

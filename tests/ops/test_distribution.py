@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import OptionError
-from foveate.ops.dense.distribution import DISTRIBUTIONS, LocalWindow, argmax, entmax, sample, sparsemax
+from foveate.ops.functional.normalizers import DISTRIBUTIONS, LocalWindow, argmax, entmax, sample, sparsemax
 from tests.tensors import assert_near
 
 INF = float("inf")

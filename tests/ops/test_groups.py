@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from foveate.ops import groups
+from foveate.ops.functional import geometry as groups
 from tests.tensors import assert_near, qkv
 
 

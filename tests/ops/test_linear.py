@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.bench.memory import peak_bytes
+from foveate.bench.parts.memory import peak_bytes
 from foveate.core.errors import ShapeError, UnsupportedEngine, UnsupportedPattern
-from foveate.ops.linear import forms
+from foveate.ops.base.linear import Linear
+from foveate.ops.functional import linear_forms as forms
 from foveate.ops.linear.hedgehog import Hedgehog
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
-from foveate.ops.linear.linear import Linear
 from foveate.ops.operator import Pattern
 
 HEADS, DIM, VALUE = 4, 6, 5

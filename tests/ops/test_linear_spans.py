@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.bench.memory import peak_bytes
-from foveate.ops.linear import spans
+from foveate.bench.parts.memory import peak_bytes
+from foveate.ops.base import linear_spans as spans
+from foveate.ops.base.linear import Linear
 from foveate.ops.linear.based import TaylorAttention
 from foveate.ops.linear.hedgehog import Hedgehog
-from foveate.ops.linear.linear import Linear
 from foveate.ops.operator import Pattern
 
 HEADS, DIM, VALUE, BLOCK = 4, 6, 5, 8

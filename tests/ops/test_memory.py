@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError, UnsupportedEngine, UnsupportedPattern
-from foveate.ops.memory.memory import Memory
+from foveate.ops.base.test_time import Memory
+from foveate.ops.functional.recurrence import linear_recurrence
 from foveate.ops.memory.miras import Miras
-from foveate.ops.memory.recurrence import linear_recurrence
 from foveate.ops.memory.titans import Titans
 
 HEADS, DIM, VALUE, LENGTH = 4, 6, 5, 11

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate.ops.memory.fast import shares, shares_at_the_end
+from foveate.ops.functional.fast_weights import shares, shares_at_the_end
 from foveate.ops.memory.titans import Titans
 from tests.ops.test_memory import DIM, HEADS, LENGTH, VALUE, inputs_of, titans
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from foveate.core.errors import ShapeError, UnsupportedEngine
-from foveate.ops import alibi, operator
-from foveate.ops.cache import KVState
-from foveate.ops.prepare import accumulating, engine_of, per_query_head
-from foveate.ops.states import state_bytes, tensors
+from foveate.ops import create
+from foveate.ops.base.kv_state import KVState
+from foveate.ops.base.state_size import state_bytes, tensors
+from foveate.ops.functional import alibi
+from foveate.ops.functional.heads import accumulating, engine_of, per_query_head
 from tests.tensors import qkv
 
 
 def test_auto_is_the_first_engine() -> None:
-    op = operator("lightning_attention_2")
+    op = create("lightning_attention_2")
     assert [engine_of(op, name) for name in ("auto", *op.engines)] == ["chunked", *op.engines]
     with pytest.raises(UnsupportedEngine, match='engine="flex" cannot run .* it runs on auto, chunked, recurrent'):
         engine_of(op, "flex")
@@ -50,11 +51,11 @@ def test_bytes_of_whatever_holds_a_state() -> None:
 
 
 def test_slopes() -> None:
-    assert alibi.slopes(8).tolist() == [2.0**-h for h in range(1, 9)]
-    assert alibi.slopes(1).tolist() == [2.0**-8]
+    assert alibi.alibi_slopes(8).tolist() == [2.0**-h for h in range(1, 9)]
+    assert alibi.alibi_slopes(1).tolist() == [2.0**-8]
     # the four of 4 heads, then every other one of 8
-    assert alibi.slopes(6).tolist() == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
-    assert alibi.slopes(12)[8:].tolist() == pytest.approx([2.0**-0.5, 2.0**-1.5, 2.0**-2.5, 2.0**-3.5])
+    assert alibi.alibi_slopes(6).tolist() == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
+    assert alibi.alibi_slopes(12)[8:].tolist() == pytest.approx([2.0**-0.5, 2.0**-1.5, 2.0**-2.5, 2.0**-3.5])
 
 
 def test_a_cache_takes_what_fits() -> None:

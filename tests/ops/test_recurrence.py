@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from foveate.ops.memory.fast import shares, shares_at_the_end
-from foveate.ops.memory.recurrence import decay_matrix, since_the_start
+from foveate.ops.functional.fast_weights import shares, shares_at_the_end
+from foveate.ops.functional.recurrence import decay_matrix, since_the_start
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from foveate.core.errors import OptionError, ShapeError
-from foveate.ops import rotary
+from foveate.ops.functional import rotary
 from tests.tensors import assert_near, qkv
 
 
 def test_frequencies_and_angles() -> None:
-    assert rotary.frequencies(4).tolist() == [1.0, 0.01]
-    assert rotary.frequencies(6, 64.0).tolist() == pytest.approx([1.0, 1 / 4, 1 / 16])
+    assert rotary.rotary_frequencies(4).tolist() == [1.0, 0.01]
+    assert rotary.rotary_frequencies(6, 64.0).tolist() == pytest.approx([1.0, 1 / 4, 1 / 16])
     positions = torch.tensor([[0.0, 1.5], [2.0, -3.0]])
-    found = rotary.angles(positions, 4, 100.0)
+    found = rotary.rotary_angles(positions, 4, 100.0)
     assert found.dtype == torch.float64
     assert_near(found, positions.double()[..., None] * torch.tensor([1.0, 0.1], dtype=torch.float64), 1e-12)
 
@@ -24,7 +24,7 @@ def test_frequencies_and_angles() -> None:
 @pytest.mark.parametrize("width", [8, 6])
 def test_pairs_turn_as_complex_numbers(width: int) -> None:
     x = qkv(5, width=8)[0]
-    angles = rotary.angles(torch.arange(5), width, 50.0)
+    angles = rotary.rotary_angles(torch.arange(5), width, 50.0)
     for layout in ("half", "interleaved"):
         expected = x.clone()
         for n in range(5):
@@ -41,7 +41,7 @@ def test_pairs_turn_as_complex_numbers(width: int) -> None:
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 def test_only_offsets_count(layout: rotary.Layout) -> None:
     q, k, _ = qkv(7, kv_heads=4)
-    near, far = (rotary.angles(torch.arange(7) + start, 8) for start in (0, 100_000))
+    near, far = (rotary.rotary_angles(torch.arange(7) + start, 8) for start in (0, 100_000))
     logits, moved = (rotary.rotate(q, angles, layout) @ rotary.rotate(k, angles, layout).mT for angles in (near, far))
     assert_near(moved, logits, 1e-9)
     apart = rotary.rotate(q, far, layout) @ rotary.rotate(k, near, layout).mT
@@ -56,14 +56,14 @@ def test_parity_with_llama() -> None:
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 20, 300]])
     q, k, _ = qkv(5, width=16, dtype=torch.float32)
     theirs = llama.apply_rotary_pos_emb(q, k, *llama.LlamaRotaryEmbedding(config)(q, positions))
-    angles = rotary.angles(positions[:, None], 16, 500.0)
+    angles = rotary.rotary_angles(positions[:, None], 16, 500.0)
     for x, expected in zip((q, k), theirs, strict=True):
         assert_near(rotary.rotate(x, angles), expected, 1e-4)
 
 
 def test_half_precision_turns_in_float32() -> None:
     x = qkv(9, width=64)[0].bfloat16()
-    angles = rotary.angles(torch.arange(9), 64)
+    angles = rotary.rotary_angles(torch.arange(9), 64)
     out = rotary.rotate(x, angles)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, rotary.rotate(x.float(), angles).bfloat16())
@@ -73,11 +73,11 @@ def test_refusals() -> None:
     positions, x = torch.arange(3), torch.zeros(1, 1, 3, 4)
     for dim, says in ((3, "dim=3 must be even"), (0, "dim=0"), (2.0, r"dim=2\.0")):
         with pytest.raises(OptionError, match=says):
-            rotary.angles(positions, dim)
+            rotary.rotary_angles(positions, dim)
     for base in (0.0, -1.0, True):
         with pytest.raises(OptionError, match="base="):
-            rotary.angles(positions, 4, base)
+            rotary.rotary_angles(positions, 4, base)
     with pytest.raises(OptionError, match="layout='neox'"):
-        rotary.rotate(x, rotary.angles(positions, 4), "neox")
+        rotary.rotate(x, rotary.rotary_angles(positions, 4), "neox")
     with pytest.raises(ShapeError, match="angles turn 6 channels; x has D=4"):
-        rotary.rotate(x, rotary.angles(positions, 6))
+        rotary.rotate(x, rotary.rotary_angles(positions, 6))

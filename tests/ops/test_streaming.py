@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from foveate.core.errors import UnsupportedPattern
 from foveate.core.selection import Selection
-from foveate.ops.cached import Cached
-from foveate.ops.linear.linear import Linear
-from foveate.ops.memory.memory import Memory
+from foveate.ops.base.kv_cached import Cached
+from foveate.ops.base.linear import Linear
+from foveate.ops.base.test_time import Memory
 from foveate.ops.memory.miras import Miras
 from foveate.ops.operator import Operator
 from foveate.ops.sparse.sliding_window import SlidingWindow

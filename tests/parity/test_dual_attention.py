@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from foveate.nn import Rotary
-from foveate.nn.dual_attention_transformer import DualAttention
-from foveate.nn.symbols import PositionalSymbols, RelativeSymbols, SymbolicAttention
+from foveate.nn.parts.symbols import PositionalSymbols, RelativeSymbols, SymbolicAttention
+from foveate.nn.sequence.dual_attention_transformer import DualAttention
 from tests.parity import peers
 
 peer = pytest.importorskip("dual_attention.dual_attention", reason=peers.MISSING)

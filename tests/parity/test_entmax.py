@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.ops.dense.distribution import entmax, sparsemax
-from foveate.ops.dense.survey_attention import SurveyAttention
+from foveate.ops.dense.attention_taxonomy import SurveyAttention
+from foveate.ops.functional.normalizers import entmax, sparsemax
 from tests.parity import peers
 from tests.tensors import qkv
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.nn import MultiHeadAttention
+from foveate.ops.functional.fast_weights import shares
 from foveate.ops.linear.based import TaylorAttention
 from foveate.ops.linear.dsf import NormalisedAttention
 from foveate.ops.linear.hedgehog import FeatureMap, Hedgehog
 from foveate.ops.linear.lightnet import LightNetAttention
 from foveate.ops.linear.lightning_attention import LightningAttention
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
-from foveate.ops.memory.fast import shares
 from foveate.ops.memory.miras import Miras
 from foveate.ops.memory.titans import Titans
 from foveate.ops.sparse.sliding_window import SlidingWindow

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from foveate.nn.gaam import GaussianAdaptiveAttention, GaussianBlock
+from foveate.nn.channel.gaam import GaussianAdaptiveAttention, GaussianBlock
 from tests.parity import peers
 from tests.tensors import assert_near
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foveate.models.mambaout import SIZES, GatedCNNBlock, MambaOut
+from foveate.models.vision.mambaout import SIZES, GatedCNNBlock, MambaOut
 from foveate.nn import MultiHeadAttention
-from foveate.nn.efficient_attention_2d import EfficientAttention2d
-from foveate.nn.window import WindowAttention, Windows
+from foveate.nn.parts.window import WindowAttention, Windows
+from foveate.nn.vision.efficient_attention_2d import EfficientAttention2d
 from foveate.ops.dense.softmax import Softmax
 from tests.parity import peers
 from tests.tensors import assert_near
@@ -117,7 +117,7 @@ def mambaout() -> Any:
     parts = "Stem", "Downsample", "MlpHead", "GatedConvBlock", "MambaOutStage", "MambaOut"
     sizes = tuple(f"mambaout_{size}" for size in SIZES)
     return peers.pick(
-        "timm", "models/mambaout.py", *parts, *sizes, OrderedDict=OrderedDict, LayerNorm=norm.LayerNorm,
+        "timm", "models/vision/mambaout.py", *parts, *sizes, OrderedDict=OrderedDict, LayerNorm=norm.LayerNorm,
         calculate_drop_path_rates=rates.calculate_drop_path_rates, get_act_layer=lambda act: act,
         trunc_normal_=nn.init.trunc_normal_, _create_mambaout=lambda _, **options: options,
     )  # fmt: skip

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.nn.neural_memory import NeuralMemory
-from foveate.ops.memory.memory import Memory
+from foveate.nn.sequence.neural_memory import NeuralMemory
+from foveate.ops.base.test_time import Memory
 from foveate.ops.memory.miras import Miras
 from foveate.ops.memory.titans import Titans
 from tests.parity import peers

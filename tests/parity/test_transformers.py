@@ -16,9 +16,9 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from foveate.nn import Alibi, MultiHeadAttention, Rotary
+from foveate.ops.base.fixed_decay import transnormer_decay
 from foveate.ops.linear.lightning_attention import LightningAttention
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
-from foveate.ops.linear.tiled import transnormer_decay
 from foveate.ops.sparse.sliding_window import SlidingWindow
 from tests.parity import peers
 from tests.tensors import assert_near

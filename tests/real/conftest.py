@@ -19,8 +19,8 @@ from foveate.bench.methods import Contender
 from foveate.bench.policies import plan
 from foveate.bench.policies.calibrate import Lessons
 from foveate.bench.policies.run import run
-from foveate.host.model import Host, host
-from foveate.tasks.corpus import text
+from foveate.host.hf.model import Host, host
+from foveate.tasks.parts.corpus import text
 
 
 class Quiet:

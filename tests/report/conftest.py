@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from foveate.bench.results import Answer, Comparison, Row
+from foveate.bench.comparison.results import Answer, Comparison, Row
 
 SCRIPT = "<script>window.pwned=1</script>"
 IMAGE = "<img src=x onerror=window.pwned=2>"

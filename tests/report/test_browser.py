@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from foveate.bench.results import Comparison, Row
+from foveate.bench.comparison.results import Comparison, Row
 from foveate.report.html import write
 
 pytestmark = pytest.mark.browser

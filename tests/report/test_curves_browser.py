@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from foveate.bench.recall import Point
+from foveate.bench.recall_figure import Point
 from foveate.report import curves
-from foveate.train.loop import History
+from foveate.train.loop.loop import History
 from tests.report.test_browser import browser  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.browser

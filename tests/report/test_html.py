@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from foveate.bench.results import Answer, Comparison, Row
+from foveate.bench.comparison.results import Answer, Comparison, Row
 from foveate.core.errors import OptionError
 from foveate.report.figures import figures, label
 from foveate.report.html import render, write

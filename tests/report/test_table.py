@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from foveate.bench.results import Comparison, Row
+from foveate.bench.comparison.results import Comparison, Row
 from foveate.report.columns import VARIES, between, cells, number, percent, plain_number, times, visible
 from foveate.report.headline import about, headline, notes
 from foveate.report.table import markdown, render

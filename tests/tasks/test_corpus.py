@@ -7,8 +7,8 @@ from itertools import islice
 import pytest
 
 from foveate.core.errors import OptionError
-from foveate.tasks import corpus
-from foveate.tasks.passkeys import Passkeys
+from foveate.tasks.parts import corpus
+from foveate.tasks.text.passkeys import Passkeys
 
 
 def test_splits_share_no_paragraph() -> None:

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from foveate.core.errors import OptionError
-from foveate.models import byte_tokenizer
-from foveate.tasks import corpus, language
-from foveate.tasks.copying import Copying
-from foveate.tasks.digits import Digits
-from foveate.tasks.drill import IGNORED
-from foveate.tasks.language import Language
-from foveate.tasks.mqar import MQAR
-from foveate.tasks.recited import Recited
+from foveate.models.base import byte_tokenizer
+from foveate.tasks.base.training_task import IGNORED
+from foveate.tasks.parts import corpus
+from foveate.tasks.parts.recited import Recited
+from foveate.tasks.training import language
+from foveate.tasks.training.copying import Copying
+from foveate.tasks.training.digits import Digits
+from foveate.tasks.training.language import Language
+from foveate.tasks.training.mqar import MQAR
 
 
 def draw(seed: int = 0) -> torch.Generator:

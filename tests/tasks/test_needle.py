@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from foveate.core.errors import OptionError
-from foveate.tasks.base import Example
-from foveate.tasks.needle import Needle
+from foveate.tasks.base.task import Example
+from foveate.tasks.text.needle import Needle
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

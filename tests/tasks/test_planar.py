@@ -9,7 +9,7 @@ import torch
 from scipy.spatial import ConvexHull
 
 from foveate.core.errors import OptionError
-from foveate.tasks.planar import convex_hull, planar_batch, shortest_tour, tour_length
+from foveate.tasks.training.planar import convex_hull, planar_batch, shortest_tour, tour_length
 
 
 def points(n: int, seed: int) -> torch.Tensor:

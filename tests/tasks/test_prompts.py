@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from foveate.core.errors import TaskError
-from foveate.tasks.prompts import Prompts
+from foveate.tasks.files.prompts import Prompts
 
 
 def test_reads_lines(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from foveate.core.errors import TaskError
-from foveate.tasks import records, rows
-from foveate.tasks.base import Example
-from foveate.tasks.prompts import Prompts
+from foveate.tasks.base.task import Example
+from foveate.tasks.files import records, rows
+from foveate.tasks.files.prompts import Prompts
 from tests.corpus.cases import lines
 
 

@@ -8,15 +8,15 @@ from collections import Counter
 import pytest
 
 from foveate.core.errors import OptionError, UnknownKey
-from foveate.tasks import corpus
-from foveate.tasks.base import Example
-from foveate.tasks.continuation import Continuation
-from foveate.tasks.counting import Counting
-from foveate.tasks.named import TASKS, named
-from foveate.tasks.retrieval import Retrieval
-from foveate.tasks.ruler import KINDS, Ruler, kind
-from foveate.tasks.scores import LOSS
-from foveate.tasks.tracing import Tracing
+from foveate.tasks.base.scores import LOSS
+from foveate.tasks.base.task import Example
+from foveate.tasks.parts import corpus
+from foveate.tasks.registry import TASKS, named
+from foveate.tasks.text.continuation import Continuation
+from foveate.tasks.text.counting import Counting
+from foveate.tasks.text.retrieval import Retrieval
+from foveate.tasks.text.ruler import KINDS, Ruler, kind
+from foveate.tasks.text.tracing import Tracing
 
 
 def examples(name: str, length: int = 3000, count: int = 12, seed: int = 0) -> list[Example]:

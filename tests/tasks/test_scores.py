@@ -7,9 +7,9 @@ import builtins
 import pytest
 
 from foveate.core.errors import OptionError, TaskError, UnknownKey
-from foveate.tasks import scores
-from foveate.tasks.base import Example
-from foveate.tasks.needle import Needle
+from foveate.tasks.base import scores
+from foveate.tasks.base.task import Example
+from foveate.tasks.text.needle import Needle
 
 RULES = sorted(scores.SCORES)
 

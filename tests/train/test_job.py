@@ -12,10 +12,10 @@ from torch import nn
 
 from foveate.core.catalog import capabilities, systems
 from foveate.core.errors import FoveateError, OptionError
-from foveate.train import checkpoint, job as jobs, network
-from foveate.train.job import UNFINISHED, Job
-from foveate.train.loop import History, Schedule, Training, evaluate, fit, loss_of
-from foveate.train.seeds import Trainings, summary
+from foveate.train.loop import checkpoint, job as jobs, network
+from foveate.train.loop.job import UNFINISHED, Job
+from foveate.train.loop.loop import History, Schedule, Training, evaluate, fit, loss_of
+from foveate.train.loop.seeds import Trainings, summary
 
 
 def made(folder: Path, key: str = "hedgehog", task: str = "copy", steps: int = 6, **sizes) -> Job:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from foveate.bench.compare import compare
+from foveate.bench.comparison.run import compare
 from foveate.core.errors import DivergedError, OptionError, TaskError, UnknownKey, UnsupportedModel, UnsupportedPattern
-from foveate.models.spec import Mixer, Spec
-from foveate.tasks.drill import IGNORED
-from foveate.train import checkpoint, network
-from foveate.train.loop import History, Schedule, evaluate, fit, loss_of
+from foveate.models.base.spec import Mixer, Spec
+from foveate.tasks.base.training_task import IGNORED
+from foveate.train.loop import checkpoint, network
+from foveate.train.loop.loop import History, Schedule, evaluate, fit, loss_of
 from tests.tensors import assert_near
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from foveate.host import Host
-from foveate.kv import learnt
-from foveate.kv.policy import Policy
+from foveate.kv.base import Policy
+from foveate.kv.parts import calibration_store as learnt
 
 
 class Learnt:

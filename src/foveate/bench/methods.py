@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.bench import digest
-from foveate.bench.context import context_length
+from foveate.bench.comparison.model_context import context_length
 from foveate.bench.known import FULL, PACKED
+from foveate.bench.parts import digest
 from foveate.core.catalog import system
 from foveate.host import Host, Method, Packed
 from foveate.host.method import describe
-from foveate.kv.learnt import digest as tensors_digest
-from foveate.kv.policy import Policy
-from foveate.kv.prefill import PrefillSwap
+from foveate.host.operator_swap import PrefillSwap
+from foveate.kv.base import Policy
+from foveate.kv.parts.calibration_store import digest as tensors_digest
 from foveate.kv.renumbered import Renumbered
 from foveate.ops.operator import Operator
 

@@ -13,7 +13,7 @@ import typer
 import foveate
 from foveate.cli import bench, compare, labs, systems, train
 from foveate.cli.console import PolitelyFailing
-from foveate.tasks.named import TASKS as NAMED
+from foveate.tasks.registry import TASKS as NAMED
 
 app = typer.Typer(
     cls=PolitelyFailing,

@@ -14,7 +14,7 @@ from foveate.cli.options import Config, Fresh, Json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from foveate.bench.recall import Recall
+    from foveate.bench.recall_figure import Recall
 
 app = typer.Typer(help="Operators beside each other.", no_args_is_help=True)
 
@@ -59,11 +59,11 @@ def recall(
     takes up where an interrupted one stopped. With its default sizes it takes about an hour on one core.
     """
     with Bar("loading") as bar:
-        from foveate.bench import recall as figure
-        from foveate.bench.folder import claimed
+        from foveate.bench import recall_figure as figure
+        from foveate.bench.parts.folder import claimed
         from foveate.report import curves
-        from foveate.tasks.mqar import MQAR
-        from foveate.train.loop import Schedule
+        from foveate.tasks.training.mqar import MQAR
+        from foveate.train.loop.loop import Schedule
 
         labels = None if only is None else [label.strip() for label in only.split(";") if label.strip()]
         drill = MQAR(vocabulary=vocabulary, length=length, pairs=pairs)

@@ -11,8 +11,8 @@ from foveate.bench import known
 from foveate.cli.console import Bar, show
 from foveate.cli.options import Config, Device, Dtype, Fresh, Json
 from foveate.core.errors import OptionError
-from foveate.tasks.named import TASKS
-from foveate.tasks.scores import LOSS, SCORES
+from foveate.tasks.base.scores import LOSS, SCORES
+from foveate.tasks.registry import TASKS
 
 Model = Annotated[
     str | None,
@@ -96,7 +96,7 @@ def command(
     keys = _keys(methods)
     try:
         with Bar("loading") as bar:
-            from foveate.bench.compare import compare
+            from foveate.bench.comparison.run import compare
 
             found = compare(
                 model=model,

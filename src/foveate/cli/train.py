@@ -18,9 +18,9 @@ from foveate.core.errors import OptionError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from foveate.train.job import Outcome
+    from foveate.train.loop.job import Outcome
 
-#: What `--task` takes, in words; `foveate.train.network.DRILLS` has the tasks themselves.
+#: What `--task` takes, in words; `foveate.train.loop.network.DRILLS` has the tasks themselves.
 TASKS = {
     "mqar": "multi-query associative recall",
     "copy": "copying a random string",
@@ -86,11 +86,11 @@ def command(
         raise OptionError(f"seed={seed} and seeds={seeds!r} exclude each other")
     folder = out or Path("foveate-train") / f"{op}-{task}"
     with Bar("loading") as bar:
-        from foveate.bench.folder import claimed
         from foveate.bench.loading import torch_device
-        from foveate.train import network
-        from foveate.train.loop import Schedule
-        from foveate.train.seeds import Trainings
+        from foveate.bench.parts.folder import claimed
+        from foveate.train.loop import network
+        from foveate.train.loop.loop import Schedule
+        from foveate.train.loop.seeds import Trainings
 
         drill = network.drill(task, length=length, pairs=pairs, vocabulary=vocabulary)
         spec = network.spec(op, drill, dim=dim, heads=heads, depth=depth, conv=conv, options=parsed(options))
@@ -112,8 +112,8 @@ def command(
 def _write(title: str, folder: Path, found: dict[int, Outcome], asked: dict[str, str]) -> tuple[Path, dict[str, Any]]:
     """The page with the losses, the file of all seeds where there are several, and what --json prints."""
     from foveate.report import curves
-    from foveate.train.checkpoint import writing
-    from foveate.train.seeds import SEEDS, summary
+    from foveate.train.loop.checkpoint import writing
+    from foveate.train.loop.seeds import SEEDS, summary
 
     told = {**asked, "parameters": next(iter(found.values())).parameters, **summary(found)}
     with writing(folder):

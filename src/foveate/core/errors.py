@@ -56,6 +56,12 @@ class CatalogError(FoveateError, ValueError):
 def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownKey:
     """An `UnknownKey` that offers the nearest valid name."""
     options = sorted(known)
-    near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
-    hint = f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(options) or 'none'}"
+    near = nearest(str(name), options)
+    hint = f'; did you mean "{near}"?' if near else f"; known: {', '.join(options) or 'none'}"
     return UnknownKey(f'unknown {kind} "{name}"{hint}')
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The valid name that is most like this one; None where none is much like it."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return near[0] if near else None

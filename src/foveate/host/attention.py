@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import engines, masks
+from foveate.core.call import Problem
 from foveate.core.engines import fused, reference
 from foveate.core.errors import UnsupportedModel
-from foveate.core.problem import Problem
 from foveate.core.scoring import dot_product, safe_softmax
 from foveate.core.selection import Blocks, Indices, Selection
-from foveate.host.group import Group
-from foveate.host.mask import MaskPlan
+from foveate.host.hf.mask import MaskPlan
 from foveate.host.method import Method, overrides
 from foveate.host.site import Site
-from foveate.host.store import Store
+from foveate.host.slots.group import Group
+from foveate.host.slots.store import Store
 
 Native = Callable[[Site], tuple[Tensor, Tensor | None]]
 

@@ -12,13 +12,13 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLa
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel
-from foveate.host.caches import end_prompt
-from foveate.host.marks import Mark
+from foveate.host.entry import apply
+from foveate.host.hf.adoption import end_prompt
+from foveate.host.hf.chat_turns import Turns
+from foveate.host.hf.marks import Mark
+from foveate.host.hf.model import Host, host
 from foveate.host.method import Method
-from foveate.host.model import Host, host
-from foveate.host.run import Run
 from foveate.host.stats import Held, held
-from foveate.host.turns import Turns
 
 #: Options of `generate` that are the context's own business.
 _OWN = (
@@ -67,7 +67,7 @@ class Context:
     ) -> None:
         if chunk is not None:
             validate.count("chunk", chunk, 1)
-        Run(model, methods)  # refuses what cannot be applied
+        apply(model, *methods)  # refuses what cannot be applied
         self.host: Host = host(model)
         if self.host.decoder is None or self.host.model.config.is_encoder_decoder:
             raise UnsupportedModel(f"a Context needs a decoder; {type(model).__name__} is none")
@@ -134,7 +134,7 @@ class Context:
         begin, behind = self.turns.text(text), self.turns.question(question) if question is not None else None
         ids = self._on_device(begin)
         cache = DynamicCache(config=self.host.config)
-        with Run(self.host.model, self.methods, evict="after prompt") as run:
+        with apply(self.host.model, *self.methods, evict="after prompt") as run:
             aware = self._on_device(behind) if behind is not None and run.evicts else ids[:, :0]
             self._check_goes_back(cache, aware)
             pieces = list(ids.split(self.chunk or ids.shape[1], 1))
@@ -181,7 +181,7 @@ class Context:
         branches = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
         cache = mark.copied(branches) if branches > 1 else mark.cache
         end_prompt(cache, None, mark.seen)
-        with Run(self.host.model, self.methods, evict="after prompt"):
+        with apply(self.host.model, *self.methods, evict="after prompt"):
             try:
                 made = self.host.model.generate(
                     ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=max_new_tokens,

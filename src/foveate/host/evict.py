@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from jaxtyping import Bool
 from torch import Tensor
 
 from foveate.core.errors import OptionError
-from foveate.host.ends import Ends, shown
 from foveate.host.method import Method, overrides
 from foveate.host.site import Site
-from foveate.host.slots import Fold
+from foveate.host.slots.ends import Ends
+from foveate.host.slots.slots import Fold
 
 
 def evict(site: Site, methods: list[Method]) -> None:
@@ -57,3 +58,8 @@ def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen:
     if len(parts) == 2 and window is not None and seen - window + 1 >= kept[0].sink:  # the sinks have left the window
         return None if kept[0].full else Ends(0, min(kept[0].recent, window - 1))
     return parts[0] if len(parts) == 1 else None
+
+
+def shown(kept: Tensor | Ends, site: Site) -> Bool[Tensor, "b hkv s"]:
+    """Turn what `Method.keep` returned into a mask."""
+    return kept if isinstance(kept, Tensor) else kept.mask(site.positions, site.seen)

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foveate.core.selection import Selection
-    from foveate.host.ends import Ends
-    from foveate.host.model import Host
+    from foveate.host.hf.model import Host
     from foveate.host.site import Site
-    from foveate.host.slots import Slots
+    from foveate.host.slots.ends import Ends
+    from foveate.host.slots.slots import Slots
 
 
 class Method:
@@ -37,6 +37,9 @@ class Method:
 
     #: Whether calls of few queries go to the kernel with a group's query heads side by side; see `foveate.Packed`.
     packs: ClassVar[bool] = False
+
+    #: Whether the method only finds out how a model is made, so that nothing has to be known of that before.
+    is_probe: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         validate.options(cls, args, options)

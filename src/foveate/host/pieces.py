@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate.host import attention
-from foveate.host.ends import shown
+from foveate.host.evict import shown
 from foveate.host.method import Method, overrides
 from foveate.host.site import Site
 

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from foveate.core import masks
 from foveate.core.engines import fused
 from foveate.core.errors import UnsupportedModel
-from foveate.host.cache import tokens_seen
-from foveate.host.mask import MaskPlan, at_positions, is_given, masked_part
+from foveate.host.hf.cache import tokens_seen
+from foveate.host.hf.mask import MaskPlan, at_positions, is_given, masked_part
 
 if TYPE_CHECKING:
     from foveate.core.selection import Selection
-    from foveate.host.cache import SlotLayer
-    from foveate.host.method import Method
+    from foveate.host.hf.cache import SlotLayer
 
 
 @dataclass(eq=False)
@@ -122,7 +121,7 @@ class Site:
 
     @cached_property
     def positions(self) -> Int[Tensor, "b hkv s"]:
-        """Each slot's position in the sequence (padding counts); see `foveate.host.slots` for `EMPTY` and `SUMMARY`."""
+        """Each slot's position in the sequence (padding counts); see `foveate.host.Slots` for `EMPTY` and `SUMMARY`."""
         if self.slots is not None and self.slots.store is not None:
             return self.slots.store.padded("positions")
         n = self.new_k.shape[2]
@@ -276,7 +275,7 @@ class Site:
         if self.position_bias is not None:
             self.position_bias = self.position_bias[..., :-surplus]
 
-    def memory(self, method: Method, *, all_layers: bool = False) -> dict[str, Any]:
+    def memory(self, method: object, *, all_layers: bool = False) -> dict[str, Any]:
         """The memory of a method for this layer (or all layers together) and this sequence.
 
         Tensors in it follow beam search's reordering. It begins empty with every new sequence.

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from foveate.host.cache import SlotLayer, tokens_seen
+from foveate.host.hf.cache import SlotLayer, tokens_seen
 from foveate.host.site import Site
 
 

@@ -21,16 +21,17 @@ from torch import Tensor
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.core.selection import Blocks, Selection
-from foveate.core.windows import window
-from foveate.host import Ends, Host, apply, decoder_inputs, layout
+from foveate.core.window_selection import window
+from foveate.host import Ends, Host, apply, decoder_inputs
 from foveate.host.attention import selected
+from foveate.host.hf import layout
+from foveate.host.hf.model import host
 from foveate.host.method import Method
-from foveate.host.model import host
+from foveate.host.padding import tokens
 from foveate.host.site import Site
-from foveate.kv.heads import HeadTable, check_heads, keep_ends, split_at_budget
-from foveate.kv.padding import tokens
-from foveate.kv.policy import Policy, Progress, check_budget
-from foveate.kv.unfinished import Unfinished
+from foveate.kv.base import Policy, Progress, check_budget
+from foveate.kv.parts.head_split import HeadTable, check_heads, keep_ends, split_at_budget
+from foveate.kv.parts.training_state import Unfinished
 
 
 @final
@@ -192,7 +193,7 @@ def duo_train(
 
     Args:
         model: a decoder.
-        data: `(ids (B, N), answers (B, N) bool)`: the loss looks at the answers' tokens, see `foveate.tasks.passkeys`.
+        data: `(ids (B, N), answers (B, N) bool)`: the loss looks at the answers' tokens, see `foveate.tasks.Passkeys`.
         steps: optimiser steps of AdamW: linear warm-up over the first fifth, linear decay over the last.
         rate: learning rate.
         reg: weight of the mean gate, which pushes heads towards streaming.

@@ -19,13 +19,22 @@ from torch import Tensor
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import safe_softmax
-from foveate.host import SUMMARY, Ends, Host, Layout, Slots, layout
+from foveate.host import SUMMARY, Ends, Host, Layout, Slots
+from foveate.host.hf import layout
 from foveate.host.method import Method
+from foveate.host.padding import tokens
 from foveate.host.site import Site
-from foveate.kv.heads import HeadTable, check_heads, keep_ends, own_lengths, per_kv_head, split_at_budget, top
-from foveate.kv.padding import tokens
-from foveate.kv.policy import Policy, Progress, check_budget
-from foveate.kv.probing import kept, logits_of, read
+from foveate.kv.base import Policy, Progress, check_budget
+from foveate.kv.parts.head_split import (
+    HeadTable,
+    check_heads,
+    keep_ends,
+    own_lengths,
+    per_kv_head,
+    split_at_budget,
+    top,
+)
+from foveate.kv.parts.probing import kept, logits_of, read
 
 _ROWS = 256
 

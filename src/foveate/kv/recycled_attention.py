@@ -22,15 +22,16 @@ from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.core.scoring import safe_softmax
 from foveate.core.selection import Indices, Selection
-from foveate.host import Host, layout
+from foveate.host import Host
+from foveate.host.hf import layout
+from foveate.host.hf.model import host
 from foveate.host.method import Method
-from foveate.host.model import host
+from foveate.host.padding import last_query, tokens
 from foveate.host.site import Site
-from foveate.kv.heads import check_reach, far_layers, far_numbers
-from foveate.kv.padding import last_query, tokens
-from foveate.kv.policy import Policy
-from foveate.kv.probing import logits_of, read
-from foveate.kv.reading import cosine, has_everything, last_logits, most
+from foveate.kv.base import Policy
+from foveate.kv.parts.head_split import check_reach, far_layers, far_numbers
+from foveate.kv.parts.last_query import cosine, has_everything, last_logits, most
+from foveate.kv.parts.probing import logits_of, read
 
 
 @dataclass(frozen=True)

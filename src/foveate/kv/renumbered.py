@@ -17,14 +17,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from foveate.core import engines
+from foveate.core.call import Problem
 from foveate.core.errors import UnsupportedModel
-from foveate.core.problem import Problem
-from foveate.host import Host, Method, apply, decoder_inputs, layout
+from foveate.host import Host, Method, apply, decoder_inputs
 from foveate.host.attention import softmax_over
+from foveate.host.hf import layout
+from foveate.host.padding import tokens
 from foveate.host.site import Site
-from foveate.host.slots import EMPTY
-from foveate.kv.padding import tokens
-from foveate.kv.probing import kept
+from foveate.host.slots.slots import EMPTY
+from foveate.kv.parts.probing import kept
 
 #: Positions between the two calls that tell how a model's keys turn.
 _APART = 7

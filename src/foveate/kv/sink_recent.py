@@ -11,11 +11,11 @@ from typing import ClassVar, Self, final
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.host.ends import Ends
-from foveate.host.model import Host
+from foveate.host.hf.model import Host
 from foveate.host.site import Site
-from foveate.kv.heads import keep_ends
-from foveate.kv.policy import Policy
+from foveate.host.slots.ends import Ends
+from foveate.kv.base import Policy
+from foveate.kv.parts.head_split import keep_ends
 
 
 @final

@@ -18,14 +18,15 @@ from torch import Tensor
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError, UnsupportedModel
 from foveate.core.selection import Indices, Selection
-from foveate.host import Host, layout
+from foveate.host import Host
+from foveate.host.hf import layout
+from foveate.host.hf.model import host
 from foveate.host.method import Method
-from foveate.host.model import host
 from foveate.host.site import Site
-from foveate.kv.heads import check_reach, far_layers
-from foveate.kv.policy import Policy, Progress, check_budget
-from foveate.kv.probing import logits_of, read
-from foveate.kv.reading import has_everything, last_logits
+from foveate.kv.base import Policy, Progress, check_budget
+from foveate.kv.parts.head_split import check_reach, far_layers
+from foveate.kv.parts.last_query import has_everything, last_logits
+from foveate.kv.parts.probing import logits_of, read
 
 Per = Literal["head", "group", "layer"]
 

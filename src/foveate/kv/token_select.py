@@ -22,12 +22,12 @@ from foveate.core.errors import OptionError
 from foveate.core.scoring import dot_product, safe_softmax
 from foveate.core.selection import Indices, Selection
 from foveate.host.attention import selected
-from foveate.host.model import Host
+from foveate.host.hf.model import Host
+from foveate.host.padding import each_alone, tokens
 from foveate.host.site import Site
-from foveate.kv.heads import check_reach, far_numbers
-from foveate.kv.padding import each_alone, tokens
-from foveate.kv.policy import Policy
-from foveate.kv.reading import cosine, has_everything, max_pooled, most, visible
+from foveate.kv.base import Policy
+from foveate.kv.parts.head_split import check_reach, far_numbers
+from foveate.kv.parts.last_query import cosine, has_everything, max_pooled, most, visible
 
 
 @final

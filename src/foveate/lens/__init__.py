@@ -1,6 +1,5 @@
 """Looking: where attention goes, measured while the fast kernel runs."""
 
-from foveate.lens.look import Lens, Look
-from foveate.lens.measures import MEASURES, Entropy, Measure, ReceivedMass, SinkMass
+from foveate.core.public import lazy
 
-__all__ = ["MEASURES", "Entropy", "Lens", "Look", "Measure", "ReceivedMass", "SinkMass"]
+__getattr__, __dir__ = lazy(__name__)

@@ -17,7 +17,7 @@ from torch import Tensor
 from foveate.core import validate
 from foveate.core.errors import OptionError, unknown
 from foveate.host.site import Site
-from foveate.lens.fused import Statistics
+from foveate.lens.capture.fused import Statistics
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,1 +1,5 @@
 """Whole networks, built from layers: decoders over tokens, transformers over image patches, and papers' own models."""
+
+from foveate.core.public import lazy
+
+__getattr__, __dir__ = lazy(__name__)

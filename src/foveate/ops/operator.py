@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import validate
+from foveate.core.call import Plan
 from foveate.core.engines import ENGINES
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.core.problem import Plan
-from foveate.ops.cache import KVState
+from foveate.ops.base.kv_state import KVState
 
 Pattern = Literal["self", "causal self", "cross", "causal cross"]
 MaskKind = Literal["keys", "pairs", "bias"]

@@ -1,1 +1,5 @@
 """What was measured, for people: a table for the terminal, one for Markdown, and a self-contained web page."""
+
+from foveate.core.public import lazy
+
+__getattr__, __dir__ = lazy(__name__)

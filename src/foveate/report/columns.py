@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from foveate.bench.results import LOSS, TIMES, Comparison, Row
+from foveate.bench.comparison.results import LOSS, TIMES, Comparison, Row
 
 NOTHING = "–"
 VARIES = "varies"

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.bench.plaindata import write_atomic
+from foveate.bench.parts.plaindata import write_atomic
 
 if TYPE_CHECKING:
-    from foveate.bench.recall import Point
-    from foveate.train.loop import History
+    from foveate.bench.recall_figure import Point
+    from foveate.train.loop.loop import History
 
 #: The legend stands under the figure: above it, it would cover the title as soon as the page is narrow.
 _LAYOUT = dict(

@@ -9,7 +9,7 @@ import html
 import math
 from typing import Any
 
-from foveate.bench.results import LOSS, Comparison, Row
+from foveate.bench.comparison.results import LOSS, Comparison, Row
 from foveate.report.columns import between, column, ordered, times, visible
 from foveate.report.headline import headliner
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from foveate.bench.results import LOSS, PAIRS, TIMES, Comparison, Row
+from foveate.bench.comparison.results import LOSS, PAIRS, TIMES, Comparison, Row
 from foveate.report.columns import column, percent, visible
 
 KEEPS = 0.95  # of the baseline's score: what the headline counts as having kept it

@@ -14,8 +14,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from foveate.bench.plaindata import plain, write_atomic
-from foveate.bench.results import LOSS, Comparison, Row
+from foveate.bench.comparison.results import LOSS, Comparison, Row
+from foveate.bench.parts.plaindata import plain, write_atomic
 from foveate.report.columns import cells, columns, megabytes, ordered, percent, visible
 from foveate.report.figures import COSTS, figures
 from foveate.report.headline import about, headline, headliner, notes, share_kept

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from foveate.bench.results import LOSS, Answer, Comparison, Row
+from foveate.bench.comparison.results import LOSS, Answer, Comparison, Row
 from foveate.report.columns import ordered, percent, visible
 
 SHOWN = 4  # examples on the page

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from foveate.bench.results import Comparison
+from foveate.bench.comparison.results import Comparison
 from foveate.report.columns import Cell, cells, columns, ordered, visible
 
 

@@ -1,1 +1,5 @@
 """Interventions at inference."""
+
+from foveate.core.public import lazy
+
+__getattr__, __dir__ = lazy(__name__)

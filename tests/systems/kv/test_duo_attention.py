@@ -11,11 +11,12 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from foveate.core.errors import FoveateError
-from foveate.host import Method, apply, layout
-from foveate.host.model import host
+from foveate.host import Method, apply
+from foveate.host.hf import layout
+from foveate.host.hf.model import host
 from foveate.kv import duo_attention
 from foveate.kv.duo_attention import DuoAttention, Mixed, duo_train, full_heads
-from foveate.kv.heads import HeadTable
+from foveate.kv.parts.head_split import HeadTable
 from tests import host_models
 from tests.conftest import ClaimFixture
 from tests.constructed import accuracy, induction_lm, recall

@@ -8,9 +8,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from foveate.core.errors import FoveateError
 from foveate.host import EMPTY, SUMMARY, Method, Slots, apply
-from foveate.host.model import host
+from foveate.host.hf.model import host
 from foveate.kv import razor_attention
-from foveate.kv.probing import read
+from foveate.kv.parts.probing import read
 from foveate.kv.razor_attention import RazorAttention, compensation, head_scores, razor_heads
 from foveate.kv.sink_recent import SinkRecent
 from tests import host_models

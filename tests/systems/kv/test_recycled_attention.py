@@ -11,8 +11,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from foveate.core.errors import FoveateError
 from foveate.host import Method, Site, apply
-from foveate.host.model import host
-from foveate.kv.reading import most
+from foveate.host.hf.model import host
+from foveate.kv.parts.last_query import most
 from foveate.kv.recycled_attention import Dynamic, RecycledAttention, attention_overlap
 from foveate.kv.sink_recent import SinkRecent
 from tests.conftest import ClaimFixture

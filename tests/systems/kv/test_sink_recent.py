@@ -100,7 +100,7 @@ def test_sinks_matter(claim: ClaimFixture) -> None:
 
 @torch.no_grad()
 def test_budget() -> None:
-    from foveate.host.model import host
+    from foveate.host.hf.model import host
 
     for budget, kept in ((0.25, 10), (0.1, 4), (0.02, 1)):
         policy = SinkRecent.at_budget(budget, host(model("llama")), 40)

@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from foveate.core.errors import FoveateError
 from foveate.host import Method, Site, apply
-from foveate.host.model import host
+from foveate.host.hf.model import host
 from foveate.kv.sink_recent import SinkRecent
 from foveate.kv.tidal_decode import TidalDecode, spent, topk_overlap
 from tests.conftest import ClaimFixture

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from foveate.core.errors import FoveateError
 from foveate.host import Method, Site, apply
-from foveate.host.model import host
+from foveate.host.hf.model import host
 from foveate.kv import token_select
 from foveate.kv.sink_recent import SinkRecent
 from foveate.kv.token_select import TokenSelect, soft_vote

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError, UnknownKey
-from foveate.models.mambaout import GatedCNNBlock, MambaOut, block_flops, is_long_sequence, with_token_mixer
+from foveate.models.vision.mambaout import GatedCNNBlock, MambaOut, block_flops, is_long_sequence, with_token_mixer
 from foveate.nn import Layer, MultiHeadAttention
-from foveate.nn.inline_attention import InLineAttention
+from foveate.nn.vision.inline_attention import InLineAttention
 from tests.systems.nn.digits import accuracy, fit
 from tests.tensors import assert_near
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.models import dependency_vit
-from foveate.models.dependency_vit import DependencyViT
+from foveate.models.vision import dependency_vit
+from foveate.models.vision.dependency_vit import DependencyViT
 from foveate.nn import MultiHeadAttention
-from foveate.nn.dependency_vit import DependencyAttention, dependency_tree, prune
+from foveate.nn.vision.dependency_vit import DependencyAttention, dependency_tree, prune
 from foveate.ops.dense.reversed_attention import ReversedAttention
 from foveate.ops.dense.softmax import Softmax
 from tests.systems.nn.digits import accuracy, fit, vit

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn import Alibi, MultiHeadAttention, Rotary
-from foveate.nn.dual_attention_transformer import DualAttention
-from foveate.nn.relational_attention import ACTIVATIONS, RelationalAttention
-from foveate.nn.symbols import PositionalSymbols, RelativeSymbols, SymbolicAttention
+from foveate.nn.parts.symbols import PositionalSymbols, RelativeSymbols, SymbolicAttention
+from foveate.nn.sequence.dual_attention_transformer import DualAttention
+from foveate.nn.sequence.relational_attention import ACTIVATIONS, RelationalAttention
 from tests.tensors import assert_near, gradients
 
 DIM, LENGTH = 24, 7

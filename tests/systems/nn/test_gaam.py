@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn import MultiHeadAttention
-from foveate.nn.gaam import GaussianAdaptiveAttention, GaussianBlock, importance_factor
+from foveate.nn.channel.gaam import GaussianAdaptiveAttention, GaussianBlock, importance_factor
 from tests.tensors import assert_near, gradients
 
 PAD = -7.0

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn import MultiHeadAttention
-from foveate.nn.grid import DepthwiseConv, dynamic_conv, local_mass, neighbours, to_map, to_tokens
-from foveate.nn.inline_attention import InLineAttention, LocalKernels, injectivity_probe
+from foveate.nn.parts.grid import DepthwiseConv, dynamic_conv, local_mass, neighbours, to_map, to_tokens
+from foveate.nn.vision.inline_attention import InLineAttention, LocalKernels, injectivity_probe
+from foveate.ops.base.linear import Linear
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.linear.inline import FEATURE_MAPS, InLine
-from foveate.ops.linear.linear import Linear
 from tests.systems.nn.digits import MakeLayer, accuracy, fit, vit
 from tests.tensors import assert_near, qkv
 

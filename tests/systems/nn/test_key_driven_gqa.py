@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn import MultiHeadAttention, Rotary
-from foveate.nn.key_driven_gqa import RULES, KeyDrivenGQA, allocate_queries, mha_to_gqa, share_out
+from foveate.nn.sequence.key_driven_gqa import RULES, KeyDrivenGQA, allocate_queries, mha_to_gqa, share_out
 from tests.systems.nn import digits
 from tests.tensors import assert_near
 

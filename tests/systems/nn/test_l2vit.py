@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError, UnknownKey
-from foveate.models.l2vit import L2ViT
+from foveate.models.vision.l2vit import L2ViT
 from foveate.nn import MultiHeadAttention
-from foveate.nn.grid import to_map, to_tokens
-from foveate.nn.l2vit import LinearGlobalBlock, LocalConcentration, LocalWindowBlock, concentration, influence
-from foveate.nn.window import WindowAttention, Windows
+from foveate.nn.parts.grid import to_map, to_tokens
+from foveate.nn.parts.window import WindowAttention, Windows
+from foveate.nn.vision.l2vit import LinearGlobalBlock, LocalConcentration, LocalWindowBlock, concentration, influence
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.linear.relu_linear import ReLULinear
 from tests.systems.nn.digits import accuracy, fit

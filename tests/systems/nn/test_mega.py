@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, UnsupportedPattern
-from foveate.nn.ema import DampedEMA
-from foveate.nn.mega import Mega, MegaBlock, MegaState, RotaryBias, laplace
-from foveate.ops.linear import forms
+from foveate.nn.parts.ema import DampedEMA
+from foveate.nn.sequence.mega import Mega, MegaBlock, MegaState, RotaryBias, laplace
+from foveate.ops.functional import linear_forms as forms
 from tests.systems.ops.recall import VOCAB, Recall, accuracy, train
 
 BATCH, LENGTH, DIM, Z, E = 2, 11, 6, 4, 5

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention, Rotary
-from foveate.nn.mhe_attention import MultiHeadEmbeddingAttention, mhe_param_count
+from foveate.nn.sequence.mhe_attention import MultiHeadEmbeddingAttention, mhe_param_count
 from tests.systems.nn import lags
 from tests.tensors import assert_near
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention, Rotary
-from foveate.nn.moh import MixtureOfHeadAttention, balance_loss, moh_gates
+from foveate.nn.sequence.moh import MixtureOfHeadAttention, balance_loss, moh_gates
 from tests.systems.nn import digits, lags
 from tests.tensors import assert_near
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError
-from foveate.nn.pointer_network import PointerNetwork, pointer_loss, pointer_scores
-from foveate.tasks.planar import planar_batch
+from foveate.nn.seq2seq.pointer_network import PointerNetwork, pointer_loss, pointer_scores
+from foveate.tasks.training.planar import planar_batch
 from tests.tensors import assert_near, gradients
 
 

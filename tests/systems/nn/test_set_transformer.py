@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from foveate.core import masks
 from foveate.core.errors import OptionError, ShapeError
-from foveate.nn.set_transformer import ISAB, MAB, PMA, SAB, SetTransformer
+from foveate.nn.sequence.set_transformer import ISAB, MAB, PMA, SAB, SetTransformer
 from tests.tensors import assert_near
 
 

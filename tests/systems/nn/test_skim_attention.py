@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from foveate.core import masks
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn import MultiHeadAttention
-from foveate.nn.skim_attention import LayoutEmbedding, SkimAttention, Skimformer, SkimLayer, skimming_mask
+from foveate.nn.sequence.skim_attention import LayoutEmbedding, SkimAttention, Skimformer, SkimLayer, skimming_mask
 from tests.tensors import assert_near
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn import MultiHeadAttention, Rotary
-from foveate.nn.super_attention import OptimisedAttention, SlimAttention, SuperAttention
+from foveate.nn.sequence.super_attention import OptimisedAttention, SlimAttention, SuperAttention
 from tests.systems.nn import digits
 from tests.tensors import assert_near
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from foveate.core import masks
 from foveate.core.errors import OptionError
 from foveate.nn import Alibi, MultiHeadAttention, Rotary
-from foveate.nn.layer import Layer
-from foveate.nn.neural_memory import NeuralMemory, Titans
-from foveate.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from foveate.nn.base.layer import Layer
+from foveate.nn.sequence.neural_memory import NeuralMemory, Titans
+from foveate.nn.sequence.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from foveate.ops.sparse.sliding_window import SlidingWindow
 from tests.systems.ops.recall import VOCAB, accuracy, train
 from tests.systems.ops.recall_layers import Stack

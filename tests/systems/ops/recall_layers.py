@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from foveate.nn import Block, Layer, MultiHeadAttention
 from foveate.ops import Operator
-from foveate.ops.linear.linear import Linear
+from foveate.ops.base.linear import Linear
 from tests.systems.ops.recall import VOCAB
 
 

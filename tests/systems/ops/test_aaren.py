@@ -12,12 +12,12 @@ from torch.nn import functional as F
 import foveate
 from foveate.core import oracle
 from foveate.core.errors import OptionError
-from foveate.core.online import Partial, finish, merge, partial
+from foveate.core.online_softmax import Partial, finish, merge, partial
 from foveate.nn import Block, Layer, MultiHeadAttention, Rotary
-from foveate.nn.aaren import AarenLayer
+from foveate.nn.sequence.aaren import AarenLayer
 from foveate.ops.dense.softmax import Softmax
+from foveate.ops.linear.aaren import BLOCK, Aaren, combine, prefix_attention
 from foveate.ops.linear.dsf import state_size
-from foveate.ops.recurrent.aaren import BLOCK, Aaren, combine, prefix_attention
 from tests.tensors import assert_near, gradients, qkv
 
 FORMS = ("scan", "recurrent", "reference")

@@ -9,13 +9,13 @@ import torch
 from torch.nn import functional as F
 
 from foveate.core import oracle
+from foveate.core.call import Problem
 from foveate.core.engines import chunked
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.core.problem import Problem
-from foveate.ops import rotary
 from foveate.ops.dense.adaptive_filter_attention import AdaptiveFilterAttention
 from foveate.ops.dense.softmax import Softmax
-from foveate.ops.dynamics import Dynamics, mean_decay
+from foveate.ops.functional import rotary
+from foveate.ops.functional.linear_sde import Dynamics, mean_decay
 from tests.tensors import assert_near, gradients, qkv
 
 NUMBERS = {"mu": -0.3, "sigma2": 0.7, "eta2": 0.4, "gamma2": 0.2, "nu": 1.7, "tau": 0.8}
@@ -142,7 +142,7 @@ def test_the_limit_is_rotary_attention() -> None:
     op = AdaptiveFilterAttention(
         4, 8, robust=False, mu=0.0, sigma2=0.0, eta2=eta2, gamma2=gamma2, nu=nu, tau=1.0, variant="paper"
     )
-    angles = -rotary.angles(torch.arange(32), 8)
+    angles = -rotary.rotary_angles(torch.arange(32), 8)
     turned = [rotary.rotate(x, angles, "interleaved") for x in (q, k)]
     weights = oracle.attention(*turned, torch.eye(32).expand(2, 4, 32, 32).double(), causal=True,
                                scale=2 / (nu * 4 * (eta2 + gamma2)))  # fmt: skip

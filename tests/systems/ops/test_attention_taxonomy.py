@@ -14,9 +14,9 @@ from foveate.core import masks, oracle
 from foveate.core.catalog import CATEGORIES, systems
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import Tile
-from foveate.ops.dense.alignment import ALIGNMENTS, Additive, Alignment, ScaledDot
-from foveate.ops.dense.distribution import DISTRIBUTIONS, entmax, sparsemax
-from foveate.ops.dense.survey_attention import SurveyAttention
+from foveate.ops.dense.attention_taxonomy import SurveyAttention
+from foveate.ops.functional.alignment import ALIGNMENTS, Additive, Alignment, ScaledDot
+from foveate.ops.functional.normalizers import DISTRIBUTIONS, entmax, sparsemax
 from tests.ops.plans import score_products
 from tests.tensors import assert_near, gradients, qkv
 

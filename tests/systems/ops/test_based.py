@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 import foveate
 from foveate.core.errors import OptionError
-from foveate.models.based import Based, GatedConv, WindowAttention, linear_layer, state_bytes
+from foveate.models.language.based import Based, GatedConv, WindowAttention, linear_layer, state_bytes
 from foveate.nn import Layer, MultiHeadAttention
 from foveate.ops import Operator
-from foveate.ops.linear import taylor
+from foveate.ops.functional import taylor
 from foveate.ops.linear.based import TaylorAttention
 from foveate.ops.linear.dsf import state_size
 from tests.systems.ops.recall import Recall, accuracy, train
@@ -35,19 +35,19 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 @pytest.mark.parametrize("order", [0, 1, 2, 3, 4])
 def test_products_of_features_are_the_truncated_exponential(order: int, symmetric: bool) -> None:
     x, y = draw(5, 3), draw(5, 3, seed=1)
-    fx, fy = (taylor.features(z, order, symmetric=symmetric) for z in (x, y))
+    fx, fy = (taylor.taylor_features(z, order, symmetric=symmetric) for z in (x, y))
     s = x @ y.T
     assert_near(fx @ fy.T, sum(s**p / math.factorial(p) for p in range(order + 1)), 1e-12)
-    assert fx.shape[-1] == taylor.size(3, order, symmetric=symmetric)
+    assert fx.shape[-1] == taylor.taylor_size(3, order, symmetric=symmetric)
 
 
 def test_features_by_hand() -> None:
     x = draw(3)
     squares = [x[a] * x[b] / math.sqrt(2) for a, b in product(range(3), repeat=2)]
-    assert_near(taylor.features(x, 2), torch.stack([x.new_ones(()), *x, *squares]), 1e-12)
+    assert_near(taylor.taylor_features(x, 2), torch.stack([x.new_ones(()), *x, *squares]), 1e-12)
     half = [x[a] * x[b] * (math.sqrt(0.5) if a == b else 1) for a in range(3) for b in range(a, 3)]
-    assert_near(taylor.features(x, 2, symmetric=True), torch.stack([x.new_ones(()), *x, *half]), 1e-12)
-    assert (taylor.size(16, 2), taylor.size(16, 2, symmetric=True)) == (273, 153)
+    assert_near(taylor.taylor_features(x, 2, symmetric=True), torch.stack([x.new_ones(()), *x, *half]), 1e-12)
+    assert (taylor.taylor_size(16, 2), taylor.taylor_size(16, 2, symmetric=True)) == (273, 153)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

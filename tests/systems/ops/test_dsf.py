@@ -15,14 +15,14 @@ import foveate
 from foveate.core import oracle
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn import MultiHeadAttention
+from foveate.ops.base.linear import Linear
 from foveate.ops.dense.softmax import Softmax
-from foveate.ops.linear import state_space
+from foveate.ops.functional import state_space
+from foveate.ops.functional.state_space import StateSpace
 from foveate.ops.linear.based import TaylorAttention
 from foveate.ops.linear.dsf import NormalisedAttention, state_size, to_dsf
 from foveate.ops.linear.hedgehog import Hedgehog
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
-from foveate.ops.linear.linear import Linear
-from foveate.ops.linear.state_space import StateSpace
 from foveate.ops.memory.miras import Miras
 from foveate.ops.operator import Pattern
 from tests.contracts.operators import CLASSES, example

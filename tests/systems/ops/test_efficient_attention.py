@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foveate.bench.memory import peak_bytes
+from foveate.bench.parts.memory import peak_bytes
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.nn.efficient_attention_2d import EfficientAttention2d
-from foveate.ops import Operator, operator
+from foveate.nn.vision.efficient_attention_2d import EfficientAttention2d
+from foveate.ops import Operator, create
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.linear.efficient_attention import EfficientAttention
 from foveate.ops.linear.lightning_attention import LightningAttention
@@ -98,7 +98,7 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedPattern, match="cannot go one token at a time"):
         op.prefill(q, k, v)
     with pytest.raises(OptionError, match="normalizer='sum'"):
-        operator("efficient_attention", normalizer="sum")
+        create("efficient_attention", normalizer="sum")
 
 
 # -- the block for feature maps ----------------------------------------------------------------------------------------

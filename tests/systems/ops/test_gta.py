@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from foveate.core import masks, oracle
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.ops import groups, rotary
 from foveate.ops.dense.gta import GTA
 from foveate.ops.dense.softmax import Softmax
+from foveate.ops.functional import geometry as groups, rotary
 from foveate.ops.operator import Operator
 from tests.tensors import assert_near, qkv
 
@@ -145,7 +145,7 @@ def test_moving_the_world_moves_nothing(name: str) -> None:
 def test_without_values_it_is_rotary_attention() -> None:
     q, k, v = qkv(LENGTH)
     op = GTA(8, {"so2": 8}, axes=1, base=10000.0, v_transform=False)
-    angles = rotary.angles(torch.arange(LENGTH), 8)
+    angles = rotary.rotary_angles(torch.arange(LENGTH), 8)
     expected = oracle.attention(*(rotary.rotate(x, angles, "interleaved") for x in (q, k)), v, causal=True)
     assert_near(op(q, k, v, coords=torch.arange(LENGTH)[None, :, None], causal=True), expected, 1e-12)
 

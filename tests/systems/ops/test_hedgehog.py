@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 import foveate
 from foveate.core.errors import OptionError, ShapeError
+from foveate.ops.base.linear import Linear
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.linear.hedgehog import Hedgehog
-from foveate.ops.linear.linear import Linear
-from foveate.ops.linear.mimicry import attention_entropy, distill, distillation_loss, monotonicity
+from foveate.train.distillation.attention_mimicry import attention_entropy, distill, distillation_loss, monotonicity
 from tests.systems.ops.recall import Model, Recall, accuracy, train
 
 FORMS = ("softmax", "two_softmax", "exp", "exp_shifted")

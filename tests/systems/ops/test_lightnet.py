@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn import Layer
-from foveate.nn.lightnet import MDLRPE, MDTPE, LightNet, LightNetLayer, places
-from foveate.ops import operator
+from foveate.nn.sequence.lightnet import MDLRPE, MDTPE, LightNet, LightNetLayer, places
+from foveate.ops import create
 from foveate.ops.linear.lightnet import LightNetAttention
 from foveate.ops.operator import Pattern
 from tests.systems.nn import digits
@@ -123,7 +123,7 @@ def test_a_louder_past_gives_way_less(claim) -> None:
     q[:] = 1.0
     k[:, :, 3], v[:, :, 3] = 12.0, 1.0
     kept = LightNetAttention()(q, k, v, causal=True)[0, 0, -1].mean() / (d * F.silu(torch.ones(())))
-    fading = operator("lightning_attention_2", decay=[0.95])
+    fading = create("lightning_attention_2", decay=[0.95])
     faded = fading(q, (k / 12), v, causal=True)[0, 0, -1].mean() / d
     claim(
         "share of one salient token's value that is read 196 tokens later",
@@ -145,7 +145,7 @@ def test_the_state_is_of_constant_size_and_exact_after_a_prompt() -> None:
 def test_refusals() -> None:
     q, k, v = qkv(6)
     with pytest.raises(OptionError, match="lightnet"):
-        operator("lightnet", decay=0.9)
+        create("lightnet", decay=0.9)
     with pytest.raises(UnsupportedPattern, match='mask of kind "pairs"'):
         LightNetAttention()(q, k, v, mask=torch.ones(6, 6, dtype=torch.bool).tril())
     assert LightNetAttention()(q, k[:, :, :0], v[:, :, :0]).abs().max() == 0
@@ -292,7 +292,7 @@ def test_layers_refuse() -> None:
         ({"heads": 3, "axes": 3}, "axes=3"),
         ({"heads": 3, "expand": 0}, "expand=0"),
         ({"heads": 3, "gate_rank": 0}, "gate_rank=0"),
-        ({"heads": 3, "op": operator("lightnet")}, "with op=LightNetAttention it must be False"),
+        ({"heads": 3, "op": create("lightnet")}, "with op=LightNetAttention it must be False"),
     ):
         with pytest.raises(OptionError, match=message):
             LightNetLayer(12, **options)
@@ -311,7 +311,7 @@ class RasterScan(Layer):
 
     def __init__(self, dim: int, heads: int, layer: int) -> None:
         super().__init__(dim, heads)
-        op = operator("lightning_attention", layer=layer, depth=2, block=16)
+        op = create("lightning_attention", layer=layer, depth=2, block=16)
         self.inner = LightNetLayer(dim, heads, expand=16, lrpe=False, gate_rank=16, op=op)
 
     def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: object) -> Tensor:

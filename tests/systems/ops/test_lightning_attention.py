@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.models.decoder import Decoder
-from foveate.models.transnormer import LRPE, GatedLightning, SimpleRMSNorm, TransNormerLLM
+from foveate.models.base.decoder import Decoder
+from foveate.models.language.transnormer import LRPE, GatedLightning, SimpleRMSNorm, TransNormerLLM
 from foveate.nn import MultiHeadAttention, Rotary
-from foveate.ops import operator
+from foveate.ops import create
+from foveate.ops.base.fixed_decay import transnormer_decay
 from foveate.ops.linear.lightning_attention import LightningAttention
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
-from foveate.ops.linear.tiled import transnormer_decay
 from tests.systems.ops import markov
 from tests.tensors import assert_near, gradients, qkv
 
@@ -94,7 +94,7 @@ def test_the_same_work_per_token_at_every_length(claim) -> None:
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        operator("lightning_attention", **options)
+        create("lightning_attention", **options)
 
 
 def test_bad_calls() -> None:

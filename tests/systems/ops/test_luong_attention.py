@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from foveate.core.engines import chunked
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.nn.luong_decoder import LuongDecoder
+from foveate.nn.seq2seq.luong_decoder import LuongDecoder
 from foveate.ops.dense.luong_attention import LuongAttention, alignment_error_rate
 from tests.ops.plans import score_products
 from tests.tensors import assert_near, gradients, qkv

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.bench.memory import peak_bytes
-from foveate.core import online, oracle
+from foveate.bench.parts.memory import peak_bytes
+from foveate.core import online_softmax as online, oracle
 from foveate.core.errors import OptionError, UnsupportedEngine
-from foveate.ops import operator
+from foveate.ops import create
 from foveate.ops.dense.memory_efficient_attention import MemoryEfficientAttention
 from foveate.ops.dense.softmax import Softmax
 from tests.tensors import assert_near, gradients, qkv
@@ -150,7 +150,7 @@ def test_memory_does_not_grow_with_the_square() -> None:
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        operator("memory_efficient_attention", **options)
+        create("memory_efficient_attention", **options)
 
 
 @pytest.mark.parametrize("engine", ["fused", "flex", "gather"])

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import foveate
 from foveate.core.errors import OptionError, ShapeError
+from foveate.ops.functional import inner_mlp as learner
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
-from foveate.ops.memory import learner
 from foveate.ops.memory.miras import Miras
 from foveate.ops.memory.titans import Titans
 from tests.systems.ops.recall import Model, Recall, accuracy, train

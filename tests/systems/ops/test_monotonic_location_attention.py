@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError, UnsupportedEngine, UnsupportedPattern
-from foveate.nn.monotonic_location import MonotonicLocationSeq2Seq, backwards
+from foveate.nn.seq2seq.monotonic_location import MonotonicLocationSeq2Seq, backwards
 from foveate.ops.dense.monotonic_location_attention import MonotonicLocationAttention, softstair
 from tests.tensors import assert_near, gradients, qkv
 

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.core.engines import chunked
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
+from foveate.ops.base.scored import Scored
 from foveate.ops.dense.music_transformer import MusicTransformer, with_previous_block
-from foveate.ops.dense.relative import skew
-from foveate.ops.dense.scored import Scored
 from foveate.ops.dense.softmax import Softmax
+from foveate.ops.functional.relative_position import skew
 from tests.ops.plans import score_products
 from tests.tensors import assert_near, gradients, qkv
 

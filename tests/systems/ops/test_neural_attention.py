@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from foveate.core import masks
+from foveate.core.call import Problem
 from foveate.core.engines import chunked
 from foveate.core.errors import OptionError, ShapeError
-from foveate.core.problem import Problem
 from foveate.core.scoring import safe_softmax
 from foveate.ops.dense.neural_attention import NeuralAttention
 from foveate.ops.dense.softmax import Softmax

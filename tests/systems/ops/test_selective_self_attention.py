@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from foveate.core import oracle
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.ops.dense.scored import Scored
+from foveate.ops.base.scored import Scored
 from foveate.ops.dense.selective_self_attention import SelectiveSelfAttention
 from foveate.ops.dense.softmax import Softmax
 from tests.tensors import assert_near, qkv

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from foveate.core.call import Problem
 from foveate.core.engines import chunked
 from foveate.core.errors import OptionError, UnsupportedPattern
-from foveate.core.problem import Problem
-from foveate.ops import alibi
-from foveate.ops.dense.scored import Scored
+from foveate.ops.base.scored import Scored
 from foveate.ops.dense.sigmoid_attention import SigmoidAttention
 from foveate.ops.dense.softmax import Softmax
+from foveate.ops.functional import alibi
 from tests.tensors import assert_near, gradients, qkv
 
 
@@ -34,13 +34,13 @@ def test_alibi() -> None:
     logits = q @ k.transpose(-1, -2) * 8**-0.5
     gap = torch.arange(6) - torch.arange(6)[:, None]
     for variant, distance in (("paper", -gap.abs()), ("release", gap)):
-        expected = torch.sigmoid(logits + alibi.slopes(4)[:, None, None] * distance)
+        expected = torch.sigmoid(logits + alibi.alibi_slopes(4)[:, None, None] * distance)
         op = SigmoidAttention(0.0, alibi=True, variant=variant)
         assert_near(op.weights(q, k), expected, 1e-12)
         assert_near(op.weights(q, k, causal=True), expected.tril(), 1e-12)
         assert_near(op.weights(q[:, :, 4:], k, causal=True), expected.tril()[:, :, 4:], 1e-12)
-    assert alibi.slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
-    assert torch.allclose(alibi.slopes(3), torch.tensor([2.0**-4, 2.0**-8, 2.0**-2], dtype=torch.float64))
+    assert alibi.alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    assert torch.allclose(alibi.alibi_slopes(3), torch.tensor([2.0**-4, 2.0**-8, 2.0**-2], dtype=torch.float64))
 
 
 def test_limits() -> None:

@@ -11,8 +11,8 @@ import foveate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.ops.memory.titans import Titans
-from foveate.train import network
-from foveate.train.loop import Schedule, fit
+from foveate.train.loop import network
+from foveate.train.loop.loop import Schedule, fit
 from tests.systems.ops.recall import Model, Recall, accuracy, train
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from foveate.core.errors import FoveateError
 from foveate.host import apply
-from foveate.steer.act_calibration import ActCalibration, act_search, calibrate_sinks, find_sinks
+from foveate.steer.text.act_calibration import ActCalibration, act_search, calibrate_sinks, find_sinks
 from tests.conftest import ClaimFixture
 from tests.lens.models import tiny
 from tests.tensors import assert_near

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import OptionError
-from foveate.models.decoder import Decoder
+from foveate.models.base.decoder import Decoder
 from foveate.nn import MultiHeadAttention
-from foveate.nn.base_conv import BaseConv
-from foveate.nn.chosen_attention import ChosenAttention, repeated
-from foveate.tasks.drill import IGNORED, accuracy
-from foveate.tasks.mqar import MQAR, ar_hits
-from foveate.train.loop import Schedule, evaluate, fit
+from foveate.nn.sequence.base_conv import BaseConv
+from foveate.nn.sequence.chosen_attention import ChosenAttention, repeated
+from foveate.tasks.base.training_task import IGNORED, accuracy
+from foveate.tasks.training.mqar import MQAR, ar_hits
+from foveate.train.loop.loop import Schedule, evaluate, fit
 from tests.conftest import ClaimFixture
 from tests.tensors import assert_near
 

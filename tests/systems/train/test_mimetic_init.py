@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention
-from foveate.train.mimetic_init import mimetic_init, mimetic_products
+from foveate.train.init.mimetic_init import mimetic_init, mimetic_products
 from tests.conftest import ClaimFixture
 from tests.systems.nn import digits
 from tests.tensors import assert_near

@@ -13,9 +13,9 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 
 from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention
-from foveate.tasks.copying import Copying
-from foveate.train.loop import Schedule, evaluate, fit
-from foveate.train.mimetic_init_ssm import mimetic_init_linear_attention, mimetic_init_ssm, state_spaces
+from foveate.tasks.training.copying import Copying
+from foveate.train.init.mimetic_init_ssm import mimetic_init_linear_attention, mimetic_init_ssm, state_spaces
+from foveate.train.loop.loop import Schedule, evaluate, fit
 from tests.conftest import ClaimFixture
 from tests.tensors import assert_near
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError
-from foveate.ops.dense.distribution import sample
-from foveate.train.latent_alignment import kl, latent_attention_loss, marginal_decode, relaxed
-from foveate.train.variational_attention import VariationalAttention
+from foveate.ops.functional.normalizers import sample
+from foveate.train.objectives.latent_alignment import kl, latent_attention_loss, marginal_decode, relaxed
+from foveate.train.objectives.variational_attention import VariationalAttention
 from tests.tensors import assert_near, gradients
 
 T = 12

@@ -17,9 +17,8 @@ from foveate.bench.loading.source import Source, find
 from foveate.bench.loading.trial import check_causal, check_words
 from foveate.core import validate
 from foveate.core.errors import FoveateError
-from foveate.models import pretrained  # noqa: F401  makes the model type "foveate" known
-from foveate.tasks.drill import Drill
-from foveate.train import checkpoint
+from foveate.tasks.base.training_task import Drill
+from foveate.train.loop import checkpoint
 
 
 def load(

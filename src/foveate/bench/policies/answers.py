@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.bench import digest
 from foveate.bench.methods import Contender
+from foveate.bench.parts import digest
 from foveate.bench.policies.desk import Desk
 from foveate.bench.policies.shared import Continued, go_on, read
 from foveate.core.errors import TaskError
-from foveate.tasks.base import Example, Task
-from foveate.tasks.named import named
+from foveate.tasks.base.task import Example, Task
+from foveate.tasks.registry import named
 
 _LEAST = 0.1  # of the full cache's score, for a task that says something
 _SPARE = 3  # tokens beyond the expected answer's, so that an answer is seen to end or to run on

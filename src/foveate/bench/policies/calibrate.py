@@ -12,11 +12,11 @@ from torch import Tensor
 
 from foveate.core.catalog import system
 from foveate.host import Host
-from foveate.kv import learnt
+from foveate.kv.base import Policy, Progress
 from foveate.kv.duo_attention import DuoAttention, duo_train
-from foveate.kv.policy import Policy, Progress
+from foveate.kv.parts import calibration_store as learnt
 from foveate.kv.razor_attention import RazorAttention, head_scores
-from foveate.tasks.passkeys import Passkeys
+from foveate.tasks.text.passkeys import Passkeys
 
 #: Sizes that suit a model of half a billion parameters on two cores: each takes a few minutes there.
 GATES = {"steps": 40, "rate": 0.08, "reg": 0.3, "sink": 4, "recent": 48}

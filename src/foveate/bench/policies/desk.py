@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foveate.bench import digest
-from foveate.bench.journal import Journal
-from foveate.bench.lanes import briefly
+from foveate.bench.comparison.lanes import briefly
+from foveate.bench.comparison.turns import Progress
 from foveate.bench.methods import Contender
+from foveate.bench.parts import digest
+from foveate.bench.parts.journal import Journal
 from foveate.bench.policies.plan import Plan
-from foveate.bench.turns import Progress
-from foveate.host.model import Host
-from foveate.tasks.corpus import text
+from foveate.host.hf.model import Host
+from foveate.tasks.parts.corpus import text
 
 
 @dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from foveate.bench import digest
 from foveate.bench.methods import Contender
+from foveate.bench.parts import digest
 from foveate.bench.policies.desk import Desk
 from foveate.bench.policies.shared import Reading, go_on, read
 

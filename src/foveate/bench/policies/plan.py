@@ -8,7 +8,7 @@ from foveate.bench.known import FULL, PACKED
 from foveate.core import validate
 from foveate.core.catalog import systems
 from foveate.core.errors import OptionError, unknown
-from foveate.tasks.ruler import KINDS
+from foveate.tasks.text.ruler import KINDS
 
 #: All kinds but the common words: models of half a billion parameters do not find them, whatever they keep.
 TASKS = tuple(name for name in KINDS if name != "common_words")
@@ -21,7 +21,7 @@ class Plan:
     Args:
         methods: keys of cache policies.
         budgets: shares of the full cache.
-        tasks: names of retrieval tasks, see `foveate.tasks.named`.
+        tasks: names of retrieval tasks, see `foveate.tasks.registry`.
         examples: prompts of each task.
         characters: length of a retrieval prompt.
         batch: retrieval prompts that are answered together.

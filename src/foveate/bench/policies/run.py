@@ -12,21 +12,21 @@ from typing import Any
 import torch
 import transformers
 
-import foveate
-from foveate.bench import digest
-from foveate.bench.folder import claimed
-from foveate.bench.journal import Journal
+from foveate._version import __version__
+from foveate.bench.comparison.turns import Progress
 from foveate.bench.loading import find, load
 from foveate.bench.methods import Contender
-from foveate.bench.plaindata import write_atomic
+from foveate.bench.parts import digest
+from foveate.bench.parts.folder import claimed
+from foveate.bench.parts.journal import Journal
+from foveate.bench.parts.plaindata import write_atomic
+from foveate.bench.parts.timing import threads
 from foveate.bench.policies import answers, losses, times
 from foveate.bench.policies.calibrate import Lessons
 from foveate.bench.policies.desk import Desk
 from foveate.bench.policies.plan import Plan
 from foveate.bench.policies.summary import Summary
-from foveate.bench.timing import threads
-from foveate.bench.turns import Progress
-from foveate.host.model import host
+from foveate.host.hf.model import host
 
 FORMAT = "foveate.policies/1"
 JOURNAL, RESULTS = "journal.jsonl", "policies.json"
@@ -96,6 +96,6 @@ def _beside(named: str, folder: Path | None, journal: Journal) -> Path:
 def versions() -> dict[str, str]:
     """What the figures were made with."""
     return {
-        "foveate": foveate.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "foveate": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
         "python": platform.python_version(), "machine": platform.machine(),
     }  # fmt: skip

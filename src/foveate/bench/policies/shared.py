@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from foveate.bench.timing import now
+from foveate.bench.parts.timing import now
 from foveate.host import Method, apply
 
 

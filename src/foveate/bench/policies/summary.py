@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
 
-from foveate.bench import intervals
 from foveate.bench.methods import Contender
+from foveate.bench.parts import intervals
 from foveate.bench.policies import answers, losses, times
 from foveate.bench.policies.desk import Desk, name
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from foveate.bench import digest
 from foveate.bench.known import FULL
 from foveate.bench.methods import Contender
+from foveate.bench.parts import digest
+from foveate.bench.parts.timing import now
 from foveate.bench.policies.desk import Desk
 from foveate.bench.policies.shared import Reading, alive, go_on, read
-from foveate.bench.timing import now
 from foveate.host import apply
 
 #: Rounds in which reading the prompt is timed.

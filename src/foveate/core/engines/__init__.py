@@ -13,11 +13,11 @@ from types import ModuleType
 
 from torch import Tensor
 
+from foveate.core.call import Plan, Problem, cost
 from foveate.core.engines import chunked, flex, fused, gather, reference, slices
 from foveate.core.errors import UnsupportedEngine, unknown
-from foveate.core.known import has_shapes_alone
 from foveate.core.precision import multiplying
-from foveate.core.problem import Plan, Problem, cost
+from foveate.core.readable import has_shapes_alone
 from foveate.core.selection import Blocks
 
 ENGINES: dict[str, ModuleType] = {

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from foveate.core import masks, online
+from foveate.core import masks, online_softmax as online
+from foveate.core.call import Problem
 from foveate.core.engines import reference
 from foveate.core.errors import UnsupportedEngine
-from foveate.core.problem import Problem
 from foveate.core.selection import Blocks
 
 QUERIES, KEYS = 128, 1024

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from foveate.core.call import Problem
 from foveate.core.errors import UnsupportedEngine
-from foveate.core.problem import Problem
 from foveate.core.selection import Blocks
 
 if TYPE_CHECKING:

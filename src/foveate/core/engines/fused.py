@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks
-from foveate.core.known import known
-from foveate.core.problem import Problem
+from foveate.core.call import Problem
+from foveate.core.readable import known
 
 #: Queries up to which a group's queries go to the kernel as one head's: with one bf16 query, grouped heads as such are
 #: ten times slower on a CPU, where the kernel reads the keys again for every query head.

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks
+from foveate.core.call import Problem
 from foveate.core.engines import fused
-from foveate.core.known import known
-from foveate.core.problem import Problem
+from foveate.core.readable import known
 from foveate.core.selection import Blocks, Indices
 
 #: Elements of gathered keys that one slab may hold: small enough for a cache, large enough to amortise the calls.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from foveate.core import masks
-from foveate.core.known import is_clean, known
-from foveate.core.problem import Problem
+from foveate.core.call import Problem
+from foveate.core.readable import is_clean, known
 
 
 def refuses(problem: Problem) -> str | None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks
-from foveate.core.known import known
-from foveate.core.problem import Problem
+from foveate.core.call import Problem
+from foveate.core.readable import known
 from foveate.core.selection import Blocks
 
 #: Queries that short tiles are joined up to, for one call of the kernel; and how few are left to gathering.

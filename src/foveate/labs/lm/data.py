@@ -12,9 +12,9 @@ import string
 import torch
 from torch import Tensor
 
-from foveate.models.byte_tokenizer import BOS
-from foveate.tasks.corpus import text
-from foveate.tasks.needle import NAMES, fact, question, snap
+from foveate.models.base.byte_tokenizer import BOS
+from foveate.tasks.parts.corpus import text
+from foveate.tasks.text.needle import NAMES, fact, question, snap
 
 _ALPHABETS = (string.digits, string.ascii_lowercase, string.ascii_letters + string.digits, string.ascii_uppercase)
 _ANSWER_WEIGHT = 4.0

@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foveate.host.model import host
-from foveate.kv import learnt
+from foveate.host.hf.model import host
 from foveate.kv.duo_attention import DuoAttention
+from foveate.kv.parts import calibration_store as learnt
 from foveate.labs.lm.data import batch
-from foveate.models import byte_tokenizer as tokenizer
-from foveate.tasks import corpus
-from foveate.tasks.needle import Needle
-from foveate.tasks.passkeys import Passkeys
+from foveate.models.base import byte_tokenizer as tokenizer
+from foveate.tasks.parts import corpus
+from foveate.tasks.text.needle import Needle
+from foveate.tasks.text.passkeys import Passkeys
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import Scoring, Tile, safe_softmax
-from foveate.ops import rotary
-from foveate.ops.dense.framed import Framed, Tokens
-from foveate.ops.dynamics import EPS, Dynamics, fixed
+from foveate.ops.base.framed import Framed, Tokens
+from foveate.ops.functional import rotary
+from foveate.ops.functional.heads import per_query_head
+from foveate.ops.functional.linear_sde import EPS, Dynamics, fixed
 from foveate.ops.operator import Pattern
-from foveate.ops.prepare import per_query_head
 
 
 @final

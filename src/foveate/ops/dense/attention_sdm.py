@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
-from foveate.core.known import remembered
+from foveate.core.readable import remembered
 from foveate.core.scoring import Tile
-from foveate.ops.dense.scored import Scored
+from foveate.ops.base.scored import Scored
 
 #: Nodes of the quadrature over a cap: logs are good to 1e-5 for n = 3, and to 1e-9 from n = 8 to n = 512.
 NODES = 32

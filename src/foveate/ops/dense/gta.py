@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
-from foveate.ops import groups, rotary
-from foveate.ops.dense.framed import Framed, Tokens
+from foveate.ops.base.framed import Framed, Tokens
+from foveate.ops.functional import geometry as groups, rotary
 
 KINDS = ("triv", "se3", "so3", "so2", "t2")
 
@@ -85,7 +85,7 @@ class GTA(Framed):
         self.has_weights = not v_transform  # type: ignore[misc]
         count = dims.get("so2", 0) // (2 * axes)
         self.base = base
-        self.rates = groups.octaves(count) if base is None or not count else rotary.frequencies(2 * count, base)
+        self.rates = groups.octaves(count) if base is None or not count else rotary.rotary_frequencies(2 * count, base)
         self.trans_coeff = nn.Parameter(torch.tensor(float(trans_coeff))) if dims.get("se3") else None
 
     def frames(self, tokens: Tokens, inputs: Mapping[str, Tensor]) -> tuple[_Frame, _Frame]:

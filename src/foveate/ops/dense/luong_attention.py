@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import Tile, dot_product, safe_softmax
-from foveate.ops.dense import location
-from foveate.ops.dense.pair_score import pair_score
-from foveate.ops.dense.scored import Scored
+from foveate.ops.base.scored import Scored
+from foveate.ops.functional import local_window as location
+from foveate.ops.functional.additive_score import pair_score
 from foveate.ops.operator import MaskKind, Pattern
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks, validate
+from foveate.core.call import Problem
 from foveate.core.engines import reference
 from foveate.core.errors import OptionError, ShapeError
-from foveate.core.problem import Problem
 from foveate.core.scoring import SOFTMAX, Tile, dot_product
-from foveate.ops.cached import Cached
-from foveate.ops.dense import distribution
+from foveate.ops.base.kv_cached import Cached
+from foveate.ops.functional import normalizers as distribution
 from foveate.ops.operator import Pattern
 
 #: The most joint states that `enumerate_edges` will go through.

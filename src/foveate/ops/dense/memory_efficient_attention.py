@@ -11,8 +11,8 @@ from typing import ClassVar, Self, final
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.core.problem import Problem
-from foveate.ops.dense.scored import Scored
+from foveate.core.call import Problem
+from foveate.ops.base.scored import Scored
 
 
 @final
@@ -21,7 +21,7 @@ class MemoryEfficientAttention(Scored):
 
     Cost O(Nq Nk D) time, as ever, and `q_chunk x k_chunk` numbers per head at a time in place of `Nq x Nk`, however
     long the input. A tile leaves its largest logit, a sum of exponentials and a weighted sum of values, which merge
-    with those of the other tiles (`foveate.core.online.merge`). The backward pass keeps the log of each row's sum and
+    with those of the other tiles (`core/online_softmax.py`). The backward pass keeps the log of each row's sum and
     computes the tiles again. Under causality, tiles wholly in the future are skipped. The wrong choice where a fused
     kernel runs: `softmax` has it, and is faster. This one is for devices without such a kernel, and for a bound on
     memory that one sets by hand.

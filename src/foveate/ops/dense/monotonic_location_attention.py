@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from foveate.core import masks, validate
+from foveate.core.call import Plan, Problem, cost
 from foveate.core.errors import ShapeError
-from foveate.core.problem import Plan, Problem, cost
 from foveate.core.scoring import safe_softmax
-from foveate.ops.dense.location import log_bell, places
+from foveate.ops.functional.heads import accumulating, engine_of, per_query_head
+from foveate.ops.functional.local_window import log_bell, places
 from foveate.ops.operator import MaskKind, Operator, Pattern
-from foveate.ops.prepare import accumulating, engine_of, per_query_head
 
 #: The smallest width of the bell and the sharpness of the stairs, in source tokens and as in the release.
 NARROWEST, SHARPNESS = 0.27, 20.0

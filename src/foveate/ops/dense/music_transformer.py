@@ -15,8 +15,8 @@ from foveate.core import validate
 from foveate.core.errors import ShapeError
 from foveate.core.scoring import Tile, dot_product
 from foveate.core.selection import Blocks, Selection
-from foveate.ops.dense import relative
-from foveate.ops.dense.scored import Scored
+from foveate.ops.base.scored import Scored
+from foveate.ops.functional import relative_position as relative
 from foveate.ops.operator import Pattern
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import Tile
-from foveate.ops.dense.scored import Scored
+from foveate.ops.base.scored import Scored
 
 
 @final

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from foveate.core import masks, validate
-from foveate.core.problem import Plan
+from foveate.core.call import Plan
 from foveate.core.scoring import safe_softmax
+from foveate.ops.functional.heads import accumulating, engine_of, per_query_head
 from foveate.ops.operator import Operator, Pattern
-from foveate.ops.prepare import accumulating, engine_of, per_query_head
 
 
 @final

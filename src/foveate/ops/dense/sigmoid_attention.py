@@ -15,8 +15,8 @@ from torch import Tensor
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.core.scoring import Tile, dot_product
-from foveate.ops import alibi as linear_bias
-from foveate.ops.dense.scored import Scored
+from foveate.ops.base.scored import Scored
+from foveate.ops.functional import alibi as linear_bias
 
 
 @final
@@ -59,7 +59,7 @@ class SigmoidAttention(Scored):
         distance = at.cols - at.rows[:, None]
         if self.variant == "paper":
             distance = -distance.abs()
-        return logits + linear_bias.slopes(q.shape[1]).to(logits)[:, None, None] * distance
+        return logits + linear_bias.alibi_slopes(q.shape[1]).to(logits)[:, None, None] * distance
 
     def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
         if self.bias == "row" and at.causal:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Self, final
 
-from foveate.ops.dense.scored import Scored
+from foveate.ops.base.scored import Scored
 
 
 @final

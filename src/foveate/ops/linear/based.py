@@ -10,8 +10,8 @@ from typing import ClassVar, Self, final
 from torch import Tensor
 
 from foveate.core.errors import OptionError
-from foveate.ops.linear import taylor
-from foveate.ops.linear.linear import Linear
+from foveate.ops.base.linear import Linear
+from foveate.ops.functional import taylor
 
 
 @final
@@ -20,7 +20,7 @@ class TaylorAttention(Linear):
 
     Cost O(N D² Dv), and a state of (1 + D + D²) x (Dv + 1) numbers per head: meant for small D (BASED takes 16,
     whatever the width of the model), where it stores more than a feature map of D numbers. Nothing fades, and nothing
-    is compared exactly, which BASED leaves to a small sliding window: `foveate.models.based.Based`. The wrong choice
+    is compared exactly, which BASED leaves to a small sliding window: `foveate.models.Based`. The wrong choice
     for wide heads, or for logits well beyond 1, where the parabola weighs opposite keys up again.
 
     Args:
@@ -44,10 +44,10 @@ class TaylorAttention(Linear):
         self.symmetric = symmetric
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:
-        return taylor.features(q * scale, 2, symmetric=self.symmetric)
+        return taylor.taylor_features(q * scale, 2, symmetric=self.symmetric)
 
     def key_features(self, k: Tensor, scale: float) -> Tensor:
-        return taylor.features(k, 2, symmetric=self.symmetric)
+        return taylor.taylor_features(k, 2, symmetric=self.symmetric)
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:

@@ -1,7 +1,7 @@
 """The dynamical systems framework: its normalised attention, and any linear operator as a state-space system.
 
 Understanding the differences in Foundation Models: Attention, State Space Models, and Recurrent Neural Networks (2024),
-arXiv 2405.15731. The framework itself is `foveate.ops.linear.state_space`.
+arXiv 2405.15731. The framework itself is `foveate.ops.functional.state_space`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.ops.cache import KVState
-from foveate.ops.linear import state_space
-from foveate.ops.linear.linear import Linear
-from foveate.ops.linear.state_space import StateSpace
+from foveate.ops.base.kv_state import KVState
+from foveate.ops.base.linear import Linear
+from foveate.ops.base.state_size import tensors
+from foveate.ops.functional import state_space
+from foveate.ops.functional.state_space import StateSpace
 from foveate.ops.operator import Gate, Operator, Pattern
-from foveate.ops.states import tensors
 
 Activation = Literal["exp", "softplus", "sigmoid"]
 Equivalent = Literal["linear attention", "normalised linear attention", "SSD", "normalised SSD", "diagonal SSM"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.ops.linear.linear import Linear
+from foveate.ops.base.linear import Linear
 from foveate.ops.operator import Pattern
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
-from foveate.ops.linear.linear import Linear
+from foveate.ops.base.linear import Linear
 
 Form = Literal["softmax", "two_softmax", "exp", "exp_shifted"]
 Bias = Literal["none", "scalar", "vector"]
@@ -26,7 +26,7 @@ class Hedgehog(Linear):
 
     `phi(x)` makes 2D positive features of `y = gain (W x + b)`: a spiky, nearly monotone stand-in for `exp(q . k)`, at
     O(N D Dv) cost and with a state of 2D x (Dv + 1) numbers per head. Made to take the place of a softmax: train the
-    maps with `foveate.ops.linear.mimicry.distill`, then the model. Untrained (W = 1, b = 0) it is already lower in
+    maps with `foveate.train.distill`, then the model. Untrained (W = 1, b = 0) it is already lower in
     entropy than `elu + 1`. The wrong choice where nothing can be trained.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import validate
-from foveate.ops.linear.linear import Linear
+from foveate.ops.base.linear import Linear
 from foveate.ops.operator import Pattern
 
 FeatureMap = Literal["identity", "relu", "leaky_relu", "exp"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.ops.linear.linear import Linear
+from foveate.ops.base.linear import Linear
 
 
 @final
@@ -21,7 +21,7 @@ class LightNetAttention(Linear):
     Cost O(N D Dv), and a state of D x (Dv + 1) numbers per head whatever the length. Nothing is tuned: instead of a
     decay by a factor, the past fades as the channel's sum grows, `S_t = (a_{t-1} / a_t) S_{t-1} + (exp k_t / a_t) v_tᵀ`
     with `a_t = a_{t-1} + exp k_t`. Without causality the order of the tokens does not matter, so that an image needs a
-    single pass, and positions have to come from elsewhere: `foveate.nn.lightnet`. Weights may be negative and do not
+    single pass, and positions have to come from elsewhere: `foveate.nn.LightNet`. Weights may be negative and do not
     sum to 1; a layer normalises the output. The wrong choice for exact recall of one token, or where recent tokens must
     count for more whatever they hold: a running mean over n tokens moves by 1/n.
 

@@ -1,7 +1,7 @@
 """Lightning attention, as TransNormerLLM uses it.
 
 Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention (2024), arXiv 2405.17381. The
-language model of that paper is `foveate.models.transnormer`.
+language model of that paper is `foveate.models.language.transnormer`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Self, final
 
 from torch import Tensor
 
-from foveate.ops.linear import tiled
-from foveate.ops.linear.tiled import FixedDecay
+from foveate.ops.base import fixed_decay as tiled
+from foveate.ops.base.fixed_decay import FixedDecay
 
 
 @final
@@ -28,7 +28,7 @@ class LightningAttention(FixedDecay):
 
     Args:
         decay: the factor per step of each head, `(H,)` in (0, 1], or "transnormer": what TransNormerLLM gives its
-            heads, see `foveate.ops.linear.tiled.transnormer_decay`.
+            heads, see `foveate.ops.base.fixed_decay.transnormer_decay`.
         layer, depth: which layer of how many, for "transnormer": later layers look further back.
         variant: which slopes "transnormer" means: "paper" (head 0 never forgets) or "release" (ALiBi's).
         block: tokens in a block; it changes the speed, not the result.

@@ -12,8 +12,9 @@ from typing import Literal, Self, final
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.ops.linear import forms, tiled
-from foveate.ops.linear.tiled import FixedDecay, Variant, transnormer_decay
+from foveate.ops.base import fixed_decay as tiled
+from foveate.ops.base.fixed_decay import FixedDecay, Variant, transnormer_decay
+from foveate.ops.functional import linear_forms as forms
 
 __all__ = ["LightningAttention2", "transnormer_decay"]
 

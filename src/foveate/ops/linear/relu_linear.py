@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.errors import ShapeError
-from foveate.ops.linear.linear import Linear
+from foveate.ops.base.linear import Linear
 
 
 @final

@@ -1,0 +1,1 @@
+"""Operators whose state is a network that learns at test time."""

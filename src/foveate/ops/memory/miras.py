@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
-from foveate.ops.memory import learner
-from foveate.ops.memory.fast import Layer, Outer, Weights
-from foveate.ops.memory.memory import Memory
+from foveate.ops.base.test_time import Memory
+from foveate.ops.functional import inner_mlp as learner
+from foveate.ops.functional.fast_weights import Layer, Outer, Weights
 from foveate.ops.operator import Gate
 
 Architecture = Literal["linear", "mlp", "plain_mlp"]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.ops.memory import learner
-from foveate.ops.memory.fast import Layer, Outer, Weights
-from foveate.ops.memory.memory import Memory, Reads
+from foveate.ops.base.test_time import Memory, Reads
+from foveate.ops.functional import inner_mlp as learner
+from foveate.ops.functional.fast_weights import Layer, Outer, Weights
 
 
 @final
@@ -26,7 +26,7 @@ class Titans(Memory):
     `alpha = eta = 0`, `chunk=1` it is the delta rule with step `2 theta`: a key written again replaces its value, where
     a sum of outer products would add up. It compresses: the wrong choice where a few tokens must be recalled exactly
     out of very many. This is the memory alone, as an operator: its compositions with attention (memory as context, gate
-    or layer: MAC, MAG, MAL), persistent tokens, convolution and projections are the layers of `foveate.nn.titans`.
+    or layer: MAC, MAG, MAL), persistent tokens, convolution and projections are the layers of `foveate.nn`.
 
     Args:
         heads, head_dim: Hq and D of the calls to come.

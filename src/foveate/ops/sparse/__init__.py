@@ -1,0 +1,1 @@
+"""Operators that choose some keys for each query."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.core.selection import Indices, Selection
+from foveate.ops.base.selective import Selective
 from foveate.ops.operator import Growth, Pattern
-from foveate.ops.sparse.selective import Selective
 
 #: Elements of keys that one round of the search may hold at a time.
 SLAB = 1 << 23

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
-from foveate.core.known import remembered
+from foveate.core.readable import remembered
 from foveate.core.selection import Blocks, Selection
+from foveate.ops.base.selective import Selective
 from foveate.ops.operator import Pattern
-from foveate.ops.sparse.selective import Selective
 
 
 @final

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from foveate.core import validate
 from foveate.core.selection import Selection
-from foveate.core.windows import window
-from foveate.ops.cache import KVState
+from foveate.core.window_selection import window
+from foveate.ops.base.kv_state import KVState
+from foveate.ops.base.selective import Selective
 from foveate.ops.operator import Growth, Pattern
-from foveate.ops.sparse.selective import Selective
 
 
 @final

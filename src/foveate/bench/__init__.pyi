@@ -1,0 +1,25 @@
+# The public names of foveate.bench; written by `make systems` from the catalogue.
+
+from foveate.bench.capabilities import Capabilities as Capabilities
+from foveate.bench.comparison.results import Answer as Answer
+from foveate.bench.comparison.results import Comparison as Comparison
+from foveate.bench.comparison.results import Ratio as Ratio
+from foveate.bench.comparison.results import Row as Row
+from foveate.bench.comparison.run import compare as compare
+from foveate.bench.methods import Contender as Contender
+from foveate.bench.recall_figure import Point as Point
+from foveate.bench.recall_figure import Recall as Recall
+from foveate.bench.recall_figure import recall as recall
+
+__all__ = [
+    "Answer",
+    "Capabilities",
+    "Comparison",
+    "Contender",
+    "Point",
+    "Ratio",
+    "Recall",
+    "Row",
+    "compare",
+    "recall",
+]

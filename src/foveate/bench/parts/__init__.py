@@ -1,0 +1,1 @@
+"""What every benchmark uses: fingerprints, journals, plain data, intervals, clocks, memory."""

@@ -1,0 +1,69 @@
+# The public names of foveate.core; written by `make systems` from the catalogue.
+
+from foveate.core.call import Plan as Plan
+from foveate.core.call import Problem as Problem
+from foveate.core.catalog import System as System
+from foveate.core.catalog import Taxonomy as Taxonomy
+from foveate.core.catalog import capabilities as capabilities
+from foveate.core.catalog import grouped as grouped
+from foveate.core.catalog import system as system
+from foveate.core.catalog import systems as systems
+from foveate.core.engines import ENGINES as ENGINES
+from foveate.core.errors import CatalogError as CatalogError
+from foveate.core.errors import DivergedError as DivergedError
+from foveate.core.errors import FoveateError as FoveateError
+from foveate.core.errors import OptionError as OptionError
+from foveate.core.errors import ShapeError as ShapeError
+from foveate.core.errors import TaskError as TaskError
+from foveate.core.errors import UnknownKey as UnknownKey
+from foveate.core.errors import UnsupportedEngine as UnsupportedEngine
+from foveate.core.errors import UnsupportedModel as UnsupportedModel
+from foveate.core.errors import UnsupportedPattern as UnsupportedPattern
+from foveate.core.masks import NEVER as NEVER
+from foveate.core.masks import as_bias as as_bias
+from foveate.core.masks import causal as causal
+from foveate.core.masks import combine as combine
+from foveate.core.masks import padding as padding
+from foveate.core.masks import window as window
+from foveate.core.scoring import SOFTMAX as SOFTMAX
+from foveate.core.scoring import Scoring as Scoring
+from foveate.core.scoring import SoftmaxScoring as SoftmaxScoring
+from foveate.core.scoring import Tile as Tile
+from foveate.core.selection import Blocks as Blocks
+from foveate.core.selection import Indices as Indices
+from foveate.core.selection import Selection as Selection
+
+__all__ = [
+    "Blocks",
+    "CatalogError",
+    "DivergedError",
+    "ENGINES",
+    "FoveateError",
+    "Indices",
+    "NEVER",
+    "OptionError",
+    "Plan",
+    "Problem",
+    "SOFTMAX",
+    "Scoring",
+    "Selection",
+    "ShapeError",
+    "SoftmaxScoring",
+    "System",
+    "TaskError",
+    "Taxonomy",
+    "Tile",
+    "UnknownKey",
+    "UnsupportedEngine",
+    "UnsupportedModel",
+    "UnsupportedPattern",
+    "as_bias",
+    "capabilities",
+    "causal",
+    "combine",
+    "grouped",
+    "padding",
+    "system",
+    "systems",
+    "window",
+]

@@ -1,0 +1,62 @@
+"""Public names: `foveate.<room>.Name`, fetched from the module that defines it when it is first touched (PEP 562).
+
+The catalogue's `[public]` tables, objects and parts are the one list of them. Module paths are private: they may change
+in any release.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+Getattr = Callable[[str], Any]
+Dir = Callable[[], list[str]]
+
+#: Packages with public names, each with a stub.
+PACKAGES = (
+    "core", "ops", "ops.functional", "nn", "models", "host", "kv", "steer", "lens", "train", "tasks", "studies",
+    "bench", "report",
+)  # fmt: skip
+
+
+def lazy(package: str) -> tuple[Getattr, Dir]:
+    """`__getattr__` and `__dir__` for a package's `__init__.py`: `__getattr__, __dir__ = lazy(__name__)`."""
+    room = package.removeprefix("foveate.")
+
+    def get(name: str) -> Any:
+        from foveate.core.catalog import module_of
+
+        module = None if name.startswith("__") else module_of(room, name)
+        if module is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}{_hint(room, name)}", name=name)
+        value = getattr(import_module(module), name)
+        setattr(sys.modules[package], name, value)  # the next access is a plain look-up
+        return value
+
+    def names() -> list[str]:
+        from foveate.core.catalog import public_names
+
+        return sorted({*vars(sys.modules[package]), *public_names(room)})
+
+    return get, names
+
+
+def _hint(room: str, name: str) -> str:
+    from foveate.core.catalog import public_names
+    from foveate.core.errors import nearest
+
+    near = None if name.startswith("_") else nearest(name, public_names(room))
+    return f'; did you mean "{near}"?' if near else ""
+
+
+def stub(package: str) -> str:
+    """The text of a package's `__init__.pyi`, for editors and type checkers."""
+    from foveate.core.catalog import public_names
+
+    names = public_names(package)
+    lines = [f"# The public names of foveate.{package}; written by `make systems` from the catalogue.", ""]
+    lines += sorted(f"from {module} import {name} as {name}" for name, module in names.items())
+    lines += ["", "__all__ = [", *(f'    "{name}",' for name in names), "]"]
+    return "\n".join(lines) + "\n"

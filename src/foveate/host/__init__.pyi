@@ -1,0 +1,47 @@
+# The public names of foveate.host; written by `make systems` from the catalogue.
+
+from foveate.host.context import Context as Context
+from foveate.host.entry import apply as apply
+from foveate.host.hf.layout import AttendingLayer as AttendingLayer
+from foveate.host.hf.layout import Layout as Layout
+from foveate.host.hf.layout import decoder_inputs as decoder_inputs
+from foveate.host.hf.layout import layout as layout
+from foveate.host.hf.model import Host as Host
+from foveate.host.method import Method as Method
+from foveate.host.operator_swap import PrefillSwap as PrefillSwap
+from foveate.host.packed import Packed as Packed
+from foveate.host.run import Run as Run
+from foveate.host.site import Site as Site
+from foveate.host.slots.ends import Ends as Ends
+from foveate.host.slots.slots import EMPTY as EMPTY
+from foveate.host.slots.slots import SUMMARY as SUMMARY
+from foveate.host.slots.slots import Slots as Slots
+from foveate.host.stats import CacheStats as CacheStats
+from foveate.host.stats import Held as Held
+from foveate.host.stats import LayerStats as LayerStats
+from foveate.host.stats import Stats as Stats
+from foveate.host.stats import held as held
+
+__all__ = [
+    "AttendingLayer",
+    "CacheStats",
+    "Context",
+    "EMPTY",
+    "Ends",
+    "Held",
+    "Host",
+    "LayerStats",
+    "Layout",
+    "Method",
+    "Packed",
+    "PrefillSwap",
+    "Run",
+    "SUMMARY",
+    "Site",
+    "Slots",
+    "Stats",
+    "apply",
+    "decoder_inputs",
+    "held",
+    "layout",
+]

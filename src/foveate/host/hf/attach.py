@@ -1,0 +1,130 @@
+"""Attaching: hooks on a model's modules and Foveate's name in its configurations, for as long as a run is open."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from types import MethodType
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from foveate.core.errors import OptionError, UnsupportedModel
+from foveate.host.hf.adoption import Caches
+from foveate.host.hf.alias import NAME, Alias
+from foveate.host.hf.calls import takes_more
+from foveate.host.hf.hooks import Hook
+from foveate.host.hf.model import Host
+from foveate.host.hf.passes import Passes
+
+
+class Attached(Protocol):
+    """What attaching needs of a run; see `foveate.host.Run`."""
+
+    host: Host
+    methods: list[Any]
+    thread: int
+    watches: bool
+    evicts: bool
+    implementations: dict[int, str]
+    caches: Caches
+    passes: Passes
+
+    @property
+    def on(self) -> str: ...
+
+    def covers(self, module: nn.Module) -> bool: ...
+
+
+#: The runs that are open on each attention module, outermost first.
+OPEN: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
+def runs_open_on(module: nn.Module) -> list[Any]:
+    """The runs that are open on an attention module, outermost first."""
+    return OPEN.get(module, [])
+
+
+def attach(run: Attached, aside: set[nn.Module], stack: ExitStack) -> None:
+    """Put a run on its model; closing the stack takes it off.
+
+    Args:
+        run: the run.
+        aside: attention modules that the run leaves alone.
+        stack: what undoes it all.
+    """
+    model, modules = run.host.model, run.host.attention_modules()
+    if any(other.thread != run.thread for module in modules for other in runs_open_on(module)):
+        raise OptionError("another thread is inside foveate.apply() on this model; enter once, around both threads")
+    scope = [module for module in run.host.scope(run.on) if module not in aside]
+    for order, module in enumerate(scope):
+        layer = getattr(module, "layer_idx", None)
+        run.passes.layers[module] = (layer if isinstance(layer, int) else order, order)
+    run.caches.first = min(layer for layer, _ in run.passes.layers.values())
+    for module in modules:
+        OPEN.setdefault(module, []).append(run)
+        stack.callback(_close, module, run)
+        if run.covers(module) and (run.watches or takes_more(module)):
+            _hook(module, run.passes.before, run.passes.after, stack)
+    if run.methods and "init_continuous_batching" not in vars(model):
+        model.__dict__["init_continuous_batching"] = MethodType(_no_batching, model)
+        stack.callback(model.__dict__.pop, "init_continuous_batching")
+    configs = list(run.host.configs())
+    for module in {model, model.base_model}:
+        _hook(module, partial(_begin, run, configs), partial(run.passes.end, has_methods=bool(run.methods)), stack)
+    for config in configs:
+        before = config._attn_implementation_internal
+        known = (other.implementations.get(id(config)) for other in _others(run))
+        run.implementations[id(config)] = next(filter(None, known), before)  # an outer run has put ours there
+        stack.callback(_give_back, run, config)
+        config._attn_implementation_internal = Alias(run.implementations[id(config)] or "eager")
+    run.caches.open()
+    stack.callback(_release, run)
+
+
+def _hook(module: nn.Module, before: Any, after: Any, stack: ExitStack) -> None:
+    stack.callback(module.register_forward_pre_hook(Hook(before), with_kwargs=True).remove)
+    stack.callback(module.register_forward_hook(Hook(after), always_call=True).remove)
+
+
+def _begin(run: Attached, configs: list[Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    run.passes.here.step = {}
+    if any(config._attn_implementation_internal != NAME for config in configs):
+        raise UnsupportedModel(
+            "set_attn_implementation() inside foveate.apply(model, ...) takes the methods off; call it before"
+        )
+    run.passes.begin(module, args, kwargs, is_whole=module is run.host.model)
+
+
+def _others(run: Attached) -> list[Attached]:
+    """The other runs that are open, on any model."""
+    return list({id(other): other for runs in OPEN.values() for other in runs if other is not run}.values())
+
+
+def _give_back(run: Attached, config: Any) -> None:
+    """The last run that is open on a configuration puts back what it found there."""
+    if not any(id(config) in other.implementations for other in _others(run)):
+        config._attn_implementation_internal = run.implementations[id(config)]
+
+
+def _release(run: Attached) -> None:
+    run.caches.close(run.methods, [other.caches for other in _others(run)])
+    run.passes.close()
+
+
+def _close(module: nn.Module, run: Attached) -> None:
+    OPEN[module].remove(run)
+    if not OPEN[module]:
+        del OPEN[module]
+
+
+def _no_batching(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
+    """Stand in for `init_continuous_batching` where methods are applied: it works in a thread that would only log."""
+    if any(run.methods for module in model.modules() for run in runs_open_on(module)):
+        raise UnsupportedModel(
+            "continuous batching keeps pages in place of a cache, and methods cannot act on them; use model.generate() "
+            "inside foveate.apply(model, ...)"
+        )
+    return type(model).init_continuous_batching(model, *args, **options)  # a copy that was made inside a block

@@ -1,0 +1,58 @@
+"""Calls of attention modules: what their arguments tell, and what is refused of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from foveate.core.errors import UnsupportedModel
+from foveate.host.hf.cache import SlotLayer
+from foveate.host.site import Site
+
+#: Arguments of an attention module that bring in another sequence.
+CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+
+
+def takes_more(module: nn.Module) -> bool:
+    """Whether only the arguments of this module's call, and not those of the model's, tell its cache and layer.
+
+    Other modules need no hooks where no method has to be asked. Hooks would cost as much there as all else does.
+    """
+    return not module.is_causal or bool({*CROSS, "layer_idx"} & set(parameters(type(module).forward)))
+
+
+def check_expanded(site: Site) -> None:
+    """Refuse keys that the model made of what the cache returned, where they no longer lie beside its slots."""
+    assert site.slots is not None and site.slots.store is not None
+    store = site.slots.store
+    positions = store.padded("positions")
+    fits = store.is_even and site.new_k.shape[2] == site.new_v.shape[2] == positions.shape[2]
+    if not fits or site.q.shape[1] % positions.shape[1]:
+        raise UnsupportedModel(
+            f"{type(site.module).__name__} changes keys and values after the cache, so that its heads cannot keep "
+            f"different tokens; use a policy that keeps the same number for every head"
+        )
+
+
+def sinks(options: dict[str, Any]) -> Tensor | None:
+    """Learnt logits of nothing as `(1 or B, Hq, 1 or Nq, 1)`: one a head, or one for each query too."""
+    fixed, by_query = options.get("s_aux"), options.get("sinks")
+    return by_query if fixed is None else fixed.view(1, -1, 1, 1)
+
+
+def number_of(cache: Cache, slots: SlotLayer, likely: int) -> int:
+    """The number of a layer in its cache: a model that runs its layers several times keeps one for each time."""
+    if likely < len(cache.layers) and cache.layers[likely] is slots:
+        return likely
+    return next((number for number, layer in enumerate(cache.layers) if layer is slots), likely)
+
+
+@lru_cache(maxsize=256)
+def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a forward method's arguments."""
+    return tuple(inspect.signature(forward).parameters)[1:]

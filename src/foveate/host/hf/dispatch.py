@@ -1,0 +1,184 @@
+"""Dispatch: from transformers' attention interface to the runs that are open on a module."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from foveate.core.engines import fused
+from foveate.core.errors import OptionError, UnsupportedModel
+from foveate.host import attention, pieces
+from foveate.host.evict import evict
+from foveate.host.hf.adoption import is_recording
+from foveate.host.hf.alias import NAME
+from foveate.host.hf.attach import OPEN
+from foveate.host.hf.cache import SlotLayer
+from foveate.host.hf.mask import MaskPlan, describe
+from foveate.host.hf.model import native_attention
+from foveate.host.hf.sites import site_of
+from foveate.host.run import Run
+from foveate.host.site import Site
+from foveate.host.stats import slots_of
+
+#: Keywords of an attention call that change its mathematics in ways a method's path does not know.
+_FOREIGN = frozenset({"cache", "sparse_indices", "indices", "block_indices"})
+
+#: Keywords that put more into the softmax than scores and a mask.
+_CHANGING = frozenset({"softcap", "position_bias", "s_aux", "sinks"})
+
+#: What the model's own eager attention may read that a method's path reads too, or may leave.
+_KNOWN = frozenset({
+    "module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "position_bias", "sinks",
+    "s_aux", "is_causal", "sliding_window", "training", "output_attentions", "kwargs",
+})  # fmt: skip
+
+
+def attention_function(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The function that Foveate registers with transformers: `(B, N, H, D)` output and weights or None."""
+    call, runs = Call(module, query, key, value, attention_mask, options), OPEN.get(module)
+    if runs is None:
+        name = _stranger(module)
+        return call.native((name, native_attention(module, name)))
+    first, runs = runs[0], [run for run in runs if run.covers(module)]
+    if not runs:
+        return call.native(first.native(module))
+    outer = next((run for run in runs if run.watches), runs[0])
+    begun, slots = time.perf_counter(), outer.passes.slots(module)
+    done = _unasked(runs, call, slots)
+    if done is not None and all(run.rests(module, slots) for run in runs):
+        for run in runs:
+            run.stats.note_native(*run.passes.called(module), query, key, value, slots, time.perf_counter() - begun)
+        return done
+    site = site_of(outer, module, query, key, value, attention_mask, options, slots)
+    return _asked(runs, outer, call, site, done, begun)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the attention interface, as the model makes it."""
+
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Any
+    options: dict[str, Any]
+
+    def native(self, native: tuple[str, Callable[..., Any]]) -> Any:
+        """The model's own attention, on the model's own mask."""
+        implementation, function = native
+        mask = self.mask.native(implementation) if isinstance(self.mask, MaskPlan) else self.mask
+        return function(self.module, self.q, self.k, self.v, mask, **self.options)
+
+    @property
+    def foreign(self) -> list[str]:
+        """The arguments of the call that a method's path cannot handle."""
+        return [name for name in _foreign(type(self.module).__module__) if self.options.get(name) is not None]
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether a single query sees every key, and nothing but scores is in the softmax."""
+        if self.q.shape[2] > 1 or not isinstance(self.mask, MaskPlan) or not self.mask.sees_all():
+            return False
+        more = self.options.get("dropout") or any(self.options.get(name) is not None for name in _CHANGING)
+        return not more and not self.foreign
+
+    @property
+    def scale(self) -> float:
+        scaling = self.options.get("scaling")
+        return self.q.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def part(self, site: Site) -> Call:
+        """Some of the call's queries, as a site has them."""
+        own = {"sinks": site.sinks, "position_bias": site.position_bias}
+        given = self.options | {name: value for name, value in own.items() if self.options.get(name) is not None}
+        return Call(self.module, site.q, site.new_k, site.new_v, site.attention_mask, given)
+
+
+def _unasked(runs: list[Run], call: Call, slots: SlotLayer | None) -> tuple[Tensor, Tensor | None] | None:
+    """Attention at a call in which no method has a say; None where one has, or where the call has more to it.
+
+    That is the model's own, or, of a single query, the packed kernel on what is stored.
+    """
+    if not all(run.only_drops for run in runs):
+        return None
+    is_whole = slots is None or slots.is_whole
+    if is_whole and not any(run.packs for run in runs):
+        plain = all(run.is_plain for run in runs)
+        return call.native(runs[0].native(call.module)) if plain else None
+    if runs[0].passes.here.wants_weights or not call.is_simple:
+        return None
+    if is_whole:
+        if call.k.shape[1] == call.q.shape[1]:
+            return None
+        return fused.kernel(call.q, call.k, call.v, call.scale).transpose(1, 2), None
+    assert slots is not None and slots.store is not None
+    cache, _ = runs[0].passes.called(call.module)
+    if cache is None or is_recording(cache) or not slots.handed_over(call.k, call.v):
+        return None
+    return attention.stored(call.q, slots.store, call.mask, call.scale).transpose(1, 2), None
+
+
+def _asked(
+    runs: list[Run], outer: Run, call: Call, site: Site, done: tuple[Tensor, Tensor | None] | None, begun: float
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as the methods have it, unless it is done, and after the call what they drop."""
+    methods, density = [method for run in runs for method in run.methods], 1.0
+    site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
+    if methods and (foreign := call.foreign):
+        raise UnsupportedModel(f"{type(site.module).__name__} attends with {foreign[0]}, which methods cannot handle")
+    if site.cache is None and site.is_causal and (needing := [m for m in methods if m.needs_cache]):
+        raise OptionError(
+            f"{type(needing[0]).__name__} acts on the cache, and this call has none: leave use_cache=True, and "
+            f"gradient checkpointing off"
+        )
+    if done is None:
+
+        def native(part: Site) -> Any:
+            return (call if part is site else call.part(part)).native(outer.native(call.module))
+
+        out, density = pieces.run(site, methods, native)
+        done = out.transpose(1, 2).contiguous(), site.weights
+    held, spent = slots_of(site), time.perf_counter() - begun
+
+    def settle() -> None:
+        begun = time.perf_counter()
+        if site.slots is not None and (site.slots.window is not None or any(run.evicts for run in runs)):
+            evict(site, [method for run in runs for method in run.methods if run.drops_at(site)])
+        for run in runs:
+            run.stats.note(site, density, held, spent + time.perf_counter() - begun)
+
+    outer.passes.at_end(settle)
+    return done
+
+
+@lru_cache(maxsize=256)
+def _foreign(file: str) -> tuple[str, ...]:
+    """Keywords of a model file's attention calls that a method's path cannot handle: its eager form reads them."""
+    eager = getattr(sys.modules[file], "eager_attention_forward", None)
+    read = inspect.signature(eager).parameters if eager is not None else {}
+    return tuple(sorted(_FOREIGN | (frozenset(read) - _KNOWN)))
+
+
+def _stranger(module: nn.Module) -> str:
+    """The implementation of a module that calls the interface without being known as an attention module."""
+    for run in {run for runs in OPEN.values() for run in runs}:
+        if id(getattr(module, "config", None)) in run.implementations:
+            return run.implementations[id(module.config)]
+    raise UnsupportedModel(
+        f'attn_implementation="{NAME}" works inside foveate.apply(model, ...) only; call set_attn_implementation first'
+    )
+
+
+AttentionInterface.register(NAME, attention_function)
+AttentionMaskInterface.register(NAME, describe)

@@ -1,0 +1,171 @@
+"""The forward passes of a run: what the model's own calls tell, and the attention function is not told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from foveate.core.errors import UnsupportedModel
+from foveate.host.hf.adoption import Caches, cache_among
+from foveate.host.hf.cache import LATEST, SlotLayer
+from foveate.host.hf.calls import CROSS, parameters
+
+
+@dataclass(slots=True)
+class _Call:
+    """The call of one attention module.
+
+    Args:
+        cache: the cache among its arguments.
+        hidden: its hidden states.
+        layer: its number in the cache.
+        settle: what is done when it is over.
+    """
+
+    cache: Cache | None
+    hidden: Tensor | None
+    layer: int
+    settle: Callable[[], None] | None = None
+
+
+@dataclass(slots=True)
+class _Pass:
+    """The forward pass of one thread.
+
+    Args:
+        step: what methods note of it.
+        cache: the cache among the model's arguments.
+        logits_to_keep: as the caller gave it.
+        wants_weights: whether the caller asked for attention weights.
+        call: the attention call at hand.
+    """
+
+    step: dict[Any, Any] = field(default_factory=dict)
+    cache: Cache | None = None
+    logits_to_keep: Any = None
+    wants_weights: bool = False
+    call: _Call | None = None
+
+
+class Passes:
+    """The forward passes that are under way on a run's model, one in each thread.
+
+    Attributes:
+        layers: each attention module that the run covers, with its number in the cache and its order.
+    """
+
+    def __init__(self, caches: Caches) -> None:
+        self.caches = caches
+        self.layers: dict[nn.Module, tuple[int, int]] = {}
+        self._local = threading.local()
+
+    @property
+    def here(self) -> _Pass:
+        """The pass of this thread."""
+        try:
+            return self._local.here
+        except AttributeError:
+            here = self._local.here = _Pass()
+            return here
+
+    def close(self) -> None:
+        self._local.__dict__.clear()
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_whole: bool) -> None:
+        """A pass begins: what methods note of it is new, and its cache is met before masks are asked for.
+
+        Args:
+            module: the model, or its base.
+            args, kwargs: its arguments.
+            is_whole: whether the module is the model that the methods were applied to.
+        """
+        here = self.here
+        here.step = {}
+        if is_whole:
+            here.logits_to_keep = kwargs.get("logits_to_keep")
+            told = kwargs.get("output_attentions")
+            config: Any = module.config
+            here.wants_weights = bool(config.output_attentions if told is None else told)
+        cache = here.cache = cache_among((*args, *kwargs.values()))
+        if cache is not None:
+            self.caches.meet(cache)
+
+    def end(self, module: nn.Module, args: object, output: object, has_methods: bool) -> None:
+        """A pass is over. Where it is to be run again in the backward pass, check there that the run is still open."""
+        here = self.here
+        here.step, here.cache, LATEST.layer = {}, None, None
+        if (
+            has_methods
+            and torch.is_grad_enabled()
+            and any(getattr(x, "gradient_checkpointing", False) for x in module.modules())
+        ):
+            for value in output.values() if isinstance(output, dict) else ():
+                if isinstance(value, Tensor) and value.requires_grad:
+                    value.register_hook(self._check_open)
+
+    def _check_open(self, gradient: Tensor) -> None:
+        """Checkpoints call the model again in the backward pass, with the methods or, after the block, without."""
+        if not self.caches.is_open:
+            raise UnsupportedModel(
+                "gradient checkpointing runs the model again in the backward pass: run that pass inside the block of "
+                "foveate.apply(model, ...) too"
+            )
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember what the attention function will not be told: the cache and the hidden states."""
+        given = {**dict(zip(parameters(type(module).forward), args, strict=False)), **kwargs} if args else kwargs
+        cache, layer, told = cache_among(given.values()), self.layers[module][0], given.get("layer_idx")
+        if isinstance(told, int):
+            layer = told
+        for name in CROSS:  # such keys have a cache that nothing is added to
+            if given.get(name) is not None:
+                cache = None
+        self.here.call = _Call(cache, given.get("hidden_states", args[0] if args else None), layer)
+        LATEST.layer = None
+        if cache is not None:
+            self.caches.adopt(cache, layer)
+
+    def after(self, module: nn.Module, args: object, output: object) -> None:
+        """The call is over: drop what is to be dropped, and hold on to nothing of it."""
+        here = self.here
+        call, here.call = here.call, None
+        LATEST.layer = None
+        if call is not None and call.settle is not None and output is not None:  # None after an exception
+            call.settle()
+
+    # -- what dispatch asks ------------------------------------------------------------------------------------------
+
+    def at_end(self, settle: Callable[[], None]) -> None:
+        """Do something when the call is over. Where a module attends several times to what it stored once, only the
+        last time counts.
+        """
+        call = self.here.call
+        if call is None:
+            settle()
+        else:
+            call.settle = settle
+
+    def called(self, module: nn.Module) -> tuple[Cache | None, int]:
+        """The cache and the layer number of the call at hand."""
+        here = self.here
+        if here.call is not None:
+            return here.call.cache, here.call.layer
+        return here.cache, self.layers[module][0]  # it has no hooks: see `foveate.host.hf.calls.takes_more`
+
+    def slots(self, module: nn.Module) -> SlotLayer | None:
+        """The call's layer, where it stores its tokens slot by slot, from this run or an earlier one."""
+        if self.here.call is not None and getattr(LATEST, "layer", None) is not None:
+            return LATEST.layer
+        cache, number = self.called(module)
+        if cache is None or len(cache.layers) <= number:
+            return None
+        layer = cache.layers[number]
+        return layer if isinstance(layer, SlotLayer) else None

@@ -1,0 +1,85 @@
+"""Sites: an attention call of a transformers model, as methods see it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from foveate.host.hf.adoption import end_prompt, is_recording, prompt_of
+from foveate.host.hf.attach import runs_open_on
+from foveate.host.hf.cache import SlotLayer
+from foveate.host.hf.calls import check_expanded, number_of, sinks
+from foveate.host.hf.mask import MaskPlan
+from foveate.host.site import Site
+
+if TYPE_CHECKING:
+    from foveate.host.run import Run
+
+
+def site_of(
+    run: Run, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any],
+    slots: SlotLayer | None,
+) -> Site:  # fmt: skip
+    """The site of a call of the attention interface.
+
+    Args:
+        run: the run whose hooks saw the module's call.
+        module, q, k, v, mask, options: what the interface was called with.
+        slots: the layer that stores the call's tokens, where it does so slot by slot.
+    """
+    here, (cache, layer) = run.passes.here, run.passes.called(module)
+    if slots is None and cache is not None and len(cache.layers) > layer:
+        held = cache.layers[layer]
+        slots = held if isinstance(held, SlotLayer) else None
+    elif slots is not None and cache is not None:
+        layer = number_of(cache, slots, layer)
+    scaling, causal = options.get("scaling"), options.get("is_causal")
+    site = Site(
+        module=module, layer=layer, order=run.passes.layers[module][1], q=q, new_k=k, new_v=v,
+        scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+        attention_mask=mask,
+        is_causal=bool(module.is_causal if causal is None else causal),
+        dropout=options.get("dropout") or 0.0,
+        softcap=options.get("softcap"),
+        sinks=sinks(options),
+        position_bias=options.get("position_bias"),
+        slots=slots if cache is not None else None,
+        cache=cache, hidden=None if here.call is None else here.call.hidden, step=here.step,
+        wants_weights=here.wants_weights,
+        memories={} if cache is None else run.caches.memories.get(cache, {}),
+    )  # fmt: skip
+    if site.slots is not None and not site.slots.handed_over(k, v):
+        if site.slots.is_whole and not any(other.evicts and other.covers(module) for other in runs_open_on(module)):
+            site.slots = None  # the model made something of all that is there: as with an ordinary layer
+        else:
+            check_expanded(site)
+            site.expanded = True
+    if site.slots is not None:
+        site.__dict__["seen"] = site.slots.seen
+    if cache is not None:
+        first = mask.first_key if isinstance(mask, MaskPlan) else 0
+        if site.slots is None and (surplus := first + k.shape[2] - site.seen) > 0:
+            site.cut(surplus)
+        _place(run, site, cache)
+    return site
+
+
+def _place(run: Run, site: Site, cache: Cache) -> None:
+    """Note where in its sequence a call stands: within its prompt or later, and how many tokens will be taken back.
+
+    Assisted decoding asks for the logits of the token before its drafts and of each of them.
+    """
+    n, past = site.q.shape[2], site.seen - site.q.shape[2]
+    site.prompt, site.drafts = prompt_of(cache, site.layer, past), is_recording(cache)
+    told = run.passes.here.logits_to_keep
+    asked = told if isinstance(told, int) and told > 0 else None
+    if site.drafts:
+        site.tentative = min(n, asked or n) - 1
+    elif site.prompt is None:
+        site.tentative = min(n, run.tentative)
+    # a model that cannot be told has read its prompt as nothing but drafts: it is dropped from one call later
+    site.reads_prompt = site.prompt is None and (site.phase == "prefill" or (site.drafts and asked is None))
+    if site.phase == "decode" and site.prompt is None:
+        end_prompt(cache, site.layer, past)

@@ -1,0 +1,1 @@
+"""Slots: the storage of a layer whose heads keep different tokens."""

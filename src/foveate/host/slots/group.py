@@ -1,0 +1,268 @@
+"""Groups: heads of a layer that hold equally many slots, in one buffer that is written in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveate.host.slots.ends import Ends, Ledger
+from foveate.host.slots.slots import EMPTY, SUMMARY, Fold, Slots, grown, narrow, packed, tensors
+
+
+class Group:
+    """Key/value heads that hold equally many slots, in one buffer with a little room at its end.
+
+    Attributes:
+        numbers: which heads of the layer.
+        heads: the same as a tensor, `(h,)`.
+        index: the same as a slice where they lie side by side.
+        length: slots in use, empty ones between them included; the buffer's rest is room.
+        holes: least and largest number of empty slots in a row of a sequence and a head.
+        summary: slots that stand for dropped ones, in full precision; the buffer begins with a copy of them.
+        slots: the slots in use, without the summary: views of the buffer.
+    """
+
+    def __init__(self, numbers: list[int], slots: Slots, holes: tuple[int, int], summary: Slots | None = None) -> None:
+        self.numbers, self.holes = numbers, holes
+        self.heads = torch.tensor(numbers, dtype=torch.long, device=slots.k.device)
+        self.summary: Slots | None = None
+        side = numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else False
+        self.index: slice | Tensor = slice(numbers[0], numbers[-1] + 1) if side else self.heads
+        self._ledger: Ledger | None = None
+        self._front, self._bias = 0, None  # type: int, Tensor | None
+        self._use(slots, slots.positions.shape[2])
+        if summary is not None:
+            self._summarise(summary)
+
+    def _use(self, buffer: Slots, length: int) -> None:
+        self._buffer, self.length = buffer, length
+        first, end = self._front, self._front + length
+        self.slots = buffer if not first and end == buffer.positions.shape[2] else narrow(buffer, first, end)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "slots"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """`pickle` stores views apart from what they are views of."""
+        self.__dict__.update(state)
+        self._use(self._buffer, self.length)
+
+    @property
+    def has_empty(self) -> bool:
+        return self.holes[1] > 0
+
+    @property
+    def rows(self) -> int:
+        """Sequences times heads."""
+        return self._buffer.positions.shape[0] * self._buffer.positions.shape[1]
+
+    @property
+    def stored(self) -> int:
+        """Slots that are needed, over batch and heads: those of the longest row, and of the summary."""
+        return self.rows * (self.length - self.holes[0] + self._front)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in memory, room included."""
+        tensors = [x for s in (self._buffer, self.summary) if s is not None for x in (s.k, s.v)]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def all(self) -> Slots:
+        """The summary and then the slots, as attention sees them; see `bias`."""
+        return narrow(self._buffer, 0, self._front + self.length) if self._front else self.slots
+
+    @property
+    def bias(self) -> Float[Tensor, "b h s"] | None:
+        """The addend to the logits of `all()`: the log of how many tokens a slot stands for; None for nothing."""
+        return None if self._bias is None else self._bias[:, :, : self._front + self.length]
+
+    def _summarise(self, summary: Slots | None) -> None:
+        """Put what stands for dropped slots at the front of the buffer."""
+        size = 0 if summary is None else summary.positions.shape[2]
+        if size != self._front or (size and not self._may_write(summary)):  # type: ignore[arg-type]
+            buffer, n = narrow(self._buffer, self._front, self._buffer.positions.shape[2]), self.length
+            shape = (*buffer.positions.shape[:2], size)
+            front = Slots(*(x.new_empty(*shape, *x.shape[3:]) for x in (buffer.k, buffer.v, buffer.positions)))
+            self._front = size
+            self._use(Slots(*(torch.cat([a, b], 2) for a, b in zip(tensors(front), tensors(buffer), strict=True))), n)
+            self._bias = None
+        self.summary = summary
+        if summary is None or not size:
+            return
+        buffer = self._buffer
+        if self._bias is None or self._bias.shape[2] != buffer.positions.shape[2]:
+            self._bias = buffer.k.new_zeros(buffer.positions.shape)
+        buffer.k[:, :, :size] = summary.k
+        buffer.v[:, :, :size] = summary.v
+        buffer.positions[:, :, :size] = SUMMARY
+        self._bias[:, :, :size] = 0.0 if summary.count is None else summary.count.log()
+
+    def append(self, k: Tensor, v: Tensor, first: int) -> None:
+        """Tokens at `first`, `first + 1` …: into empty slots as far as every row has some, the others at the end."""
+        n = k.shape[2]
+        fill = min(n, self.holes[0])
+        self._make_room(n - fill, k)
+        if fill:
+            self._fill(k[:, :, :fill], v[:, :, :fill], first)
+            self.holes = (self.holes[0] - fill, self.holes[1] - fill)
+        if n > fill:
+            self._write(self._front + self.length, k[:, :, fill:], v[:, :, fill:], first + fill)
+            if self._ledger is not None:
+                self._ledger.extend(self.length, self.length + n - fill)
+            self._use(self._buffer, self.length + n - fill)
+
+    def _write(self, slot: int, k: Tensor, v: Tensor, first: int) -> None:
+        """Tokens at `first`, `first + 1` … into the buffer's slots from `slot` on."""
+        buffer, n = self._buffer, k.shape[2]
+        buffer.k[:, :, slot : slot + n] = k
+        buffer.v[:, :, slot : slot + n] = v
+        if n == 1:
+            buffer.positions[:, :, slot] = first
+        else:
+            new = torch.arange(first, first + n, device=k.device, dtype=torch.int32)
+            buffer.positions[:, :, slot : slot + n] = new
+
+    def _fill(self, k: Tensor, v: Tensor, first: int) -> None:
+        """Write over each row's first empty slots."""
+        if self._ledger is not None:
+            for place, slot in enumerate(self._ledger.fill(k.shape[2])):
+                one = slice(place, place + 1)
+                self._write(self._front + slot, k[:, :, one], v[:, :, one], first + place)
+            return
+        slots, n = self.slots, k.shape[2]
+        positions = torch.arange(first, first + n, device=k.device, dtype=torch.int32).expand(*k.shape[:3])
+        empty = slots.positions == EMPTY
+        if n == 1:
+            index = empty.to(torch.uint8).argmax(-1, keepdim=True)
+        else:
+            index = (~empty).to(torch.uint8).argsort(dim=-1, stable=True)[..., :n]
+        slots.k.scatter_(2, index[..., None].expand(*index.shape, k.shape[-1]), k)
+        slots.v.scatter_(2, index[..., None].expand(*index.shape, v.shape[-1]), v)
+        slots.positions.scatter_(2, index, positions)
+
+    def _make_room(self, n: int, like: Tensor) -> None:
+        """A buffer that takes `n` more slots and may be written to."""
+        buffer, end = self._buffer, self._front + self.length
+        if n > buffer.positions.shape[2] - end:
+            room = n if end == 0 else n + end // 32  # a prompt fits exactly; a growing cache is copied now and then
+            self._use(Slots(*(grown(x[:, :, :end], room) for x in tensors(buffer))), self.length)
+            if self._bias is not None:
+                self._bias = torch.nn.functional.pad(self._bias[:, :, :end], (0, room))
+        elif buffer.k.is_inference() and not torch.is_inference_mode_enabled():
+            self._use(Slots(*(x.clone() for x in tensors(buffer))), self.length)
+            self._bias = None if self._bias is None else self._bias.clone()
+        elif torch.is_grad_enabled():  # also where queries alone have a gradient
+            # what was computed from these tensors needs them as they are for its gradient
+            self._use(Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions), self.length)
+
+    def _may_write(self, summary: Slots) -> bool:
+        """Whether the summary at the buffer's front may be written over."""
+        buffer = self._buffer
+        if buffer.k.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        return not (torch.is_grad_enabled() and (summary.k.requires_grad or buffer.k.requires_grad))
+
+    def slide(self, ends: Ends, seen: int, fold: Fold | None) -> bool | None:
+        """Drop what `ends` drops once `seen` tokens were seen, and say whether that was any.
+
+        None where it takes a mask: many are to be dropped, or rows hold different tokens.
+        """
+        held = self.length - self.holes[0]
+        if self.holes[0] != self.holes[1] or seen - ends.recent < ends.sink:
+            return None
+        if self._ledger is None or self._ledger.sink != ends.sink:
+            if held - (ends.sink + ends.recent) > max(1, held // 32):
+                return None
+            self._ledger = Ledger.read(self.slots.positions, ends.sink)
+        ledger = self._ledger
+        if ledger is None:
+            return None
+        gone = min(len(ledger.slots), seen - ends.recent - ledger.oldest)
+        if gone <= 0:
+            return False
+        if self.holes[0] + gone > max(1, (held - gone) // 32):
+            return None
+        places = ledger.drop(gone)
+        if fold is not None:
+            dropped = [tensors(narrow(self.slots, place, place + 1)) for place in places]
+            joined = dropped[0] if gone == 1 else [torch.cat(x, 2) for x in zip(*dropped, strict=True)]
+            self._summarise(fold(Slots(*joined), self.summary))
+        self._own_positions()
+        for place in places:
+            self.slots.positions[:, :, place] = EMPTY
+        self.holes = (self.holes[0] + gone, self.holes[1] + gone)
+        return True
+
+    def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None) -> tuple[list[Group], bool]:
+        """Drop slots; the groups that are left, by how many slots their heads still hold, and whether any were dropped.
+
+        A few dropped slots become empty in place. Many are taken out of the buffer, so that memory falls.
+        """
+        full = not self.has_empty
+        filled = None if full else self.slots.positions >= 0
+        keep = keep if filled is None else keep & filled
+        counts = keep.sum(-1, dtype=torch.int32).tolist()  # the one time that the host waits for the device
+        before = [[self.length] * len(row) for row in counts] if filled is None else filled.sum(-1).tolist()
+        if counts == before:
+            return [self], False
+        most = [max(column) for column in zip(*counts, strict=True)]
+        least = [min(column) for column in zip(*counts, strict=True)]
+        drops = [a != b for a, b in zip(zip(*counts, strict=True), zip(*before, strict=True), strict=True)]
+        if min(most) == max(most) and self.length - most[0] <= max(1, most[0] // 32):
+            self._ledger = None
+            if fold is not None:
+                self._summarise(fold(packed(self.slots, ~keep if filled is None else filled & ~keep), self.summary))
+            self._own_positions()
+            self.slots.positions.masked_fill_(~keep, EMPTY)
+            self.holes = (self.length - most[0], self.length - min(least))
+            return [self], True
+        filled = self.slots.positions >= 0 if filled is None else filled
+        return [self._part(size, least, most, drops, keep, filled, fold) for size in sorted(set(most))], True
+
+    def _own_positions(self) -> None:
+        """Positions that may be written to."""
+        buffer = self._buffer
+        if buffer.positions.is_inference() and not torch.is_inference_mode_enabled():
+            self._use(Slots(buffer.k, buffer.v, buffer.positions.clone()), self.length)
+
+    def _part(
+        self, size: int, least: list[int], most: list[int], drops: list[bool], keep: Tensor, filled: Tensor,
+        fold: Fold | None,
+    ) -> Group:  # fmt: skip
+        """The heads that hold `size` slots from now on, as a group of its own."""
+        which = [head for head, count in enumerate(most) if count == size]
+        mine = torch.tensor(which, device=self.heads.device)
+        slots, keep, filled = self.slots.heads(mine), keep[:, mine], filled[:, mine]
+        summary = None if self.summary is None else self.summary.heads(mine)
+        if fold is not None and any(drops[head] for head in which):
+            summary = fold(packed(slots, filled & ~keep), summary)
+        numbers, holes = [self.numbers[head] for head in which], (0, size - min(least[head] for head in which))
+        return Group(numbers, packed(slots, keep), holes, summary)
+
+    def ordered(self) -> Slots:
+        """The slots in the order of their positions, without those that are empty in every row."""
+        slots, empty = self.slots, self.holes[0]
+        if not empty and not bool((slots.positions[..., 1:] < slots.positions[..., :-1]).any()):
+            return Slots(slots.k.contiguous(), slots.v.contiguous(), slots.positions.contiguous())
+        index = slots.positions.argsort(dim=-1)[..., empty:]  # empty ones come first
+        return slots.take(index, torch.ones_like(index, dtype=torch.bool))
+
+    def drop_after(self, end: int) -> None:
+        """Forget the tokens at positions from `end` on."""
+        slots = self.slots
+        keep = (slots.positions >= 0) & (slots.positions < end)
+        counts = keep.sum(-1)
+        size = int(counts.max()) if counts.numel() else 0
+        summary, self._front, self._bias, self._ledger = self.summary, 0, None, None
+        self._use(packed(slots, keep), size)
+        self.holes = (0, size - int(counts.min()) if counts.numel() else 0)
+        self._summarise(summary)
+
+    def batch(self, index: Tensor) -> Group:
+        summary = None if self.summary is None else self.summary.batch(index)
+        group = Group(self.numbers, self.slots.batch(index), self.holes, summary)
+        group._ledger = None if self._ledger is None else self._ledger.copy()
+        return group

@@ -1,0 +1,128 @@
+"""Stores: all the slots of a layer, as groups of heads that hold equally many."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from foveate.host.slots.ends import Ends
+from foveate.host.slots.group import Group
+from foveate.host.slots.slots import EMPTY, Fold, Slots
+
+
+class Store:
+    """All the slots of a layer, as groups of heads.
+
+    `padded` gives one tensor of all heads in order, padded to the longest; where heads hold equally many it is a view.
+    """
+
+    def __init__(self, groups: list[Group], n_heads: int) -> None:
+        self.groups, self.n_heads = groups, n_heads
+
+    @classmethod
+    def empty(cls, k: Tensor, v: Tensor) -> Store:
+        """An empty store for tensors like these."""
+        none = torch.empty(*k.shape[:2], 0, dtype=torch.int32, device=k.device)
+        slots = Slots(k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3]), none)
+        return cls([Group(list(range(k.shape[1])), slots, (0, 0))], k.shape[1])
+
+    def append(self, k: Tensor, v: Tensor, first: int) -> None:
+        if self.is_even:
+            self.groups[0].append(k, v, first)
+            return
+        for group in self.groups:
+            group.append(k[:, group.index], v[:, group.index], first)
+
+    @property
+    def rows(self) -> int:
+        """Sequences times heads."""
+        return sum(group.rows for group in self.groups)
+
+    @property
+    def stored(self) -> int:
+        return sum(group.stored for group in self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in memory."""
+        return sum(group.nbytes for group in self.groups)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all heads hold equally many slots, in one tensor and without a summary."""
+        return len(self.groups) == 1 and self.groups[0].summary is None
+
+    def is_whole(self, seen: int) -> bool:
+        """Whether nothing was ever dropped: one group, every position once."""
+        first = self.groups[0]
+        return self.is_even and first.length == seen and not first.has_empty
+
+    def holds(self, n: int) -> bool:
+        """Whether every head of every sequence holds exactly `n` tokens, in one tensor and without a summary."""
+        least, most = self.groups[0].holes
+        return self.is_even and least == most and self.groups[0].length - most == n
+
+    def padded(self, what: str) -> Tensor:
+        """`"positions"`, `"k"`, `"v"` or `"bias"` of all heads in order (summaries first), padded to the longest."""
+        fill = EMPTY if what == "positions" else 0
+        parts = [_of(group, what) for group in self.groups]
+        if len(parts) == 1:
+            return parts[0]
+        batch, _, _, *width = parts[0].shape
+        longest = max(part.shape[2] for part in parts)
+        out = parts[0].new_full((batch, self.n_heads, longest, *width), fill)
+        for group, part in zip(self.groups, parts, strict=True):
+            out[:, group.index, : part.shape[2]] = part
+        return out
+
+    @property
+    def has_summary(self) -> bool:
+        return any(group.summary is not None for group in self.groups)
+
+    @property
+    def has_empty(self) -> bool:
+        """Whether `padded` has empty slots."""
+        return len(self.groups) > 1 or self.groups[0].has_empty
+
+    def slide(self, ends: Ends, seen: int, fold: Fold | None = None) -> bool | None:
+        """Drop what `ends` drops, and say whether that was any. None where it takes a mask for all of it or a part."""
+        dropped: bool | None = False
+        for group in self.groups:
+            numbers = set(group.numbers)
+            if numbers <= ends.full:
+                continue
+            done = None if numbers & ends.full else group.slide(ends, seen, fold)
+            if done is None:
+                return None
+            dropped = dropped or done
+        return dropped
+
+    def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None = None) -> bool:
+        """Drop slots, and say whether any were; `keep` lies beside `padded("positions")`. Summaries stay; `fold` may
+        add what is dropped to them.
+        """
+        parts: list[Group] = []
+        any_dropped = False
+        for group in self.groups:
+            skip = 0 if group.summary is None else group.summary.positions.shape[2]
+            mine = keep if len(self.groups) == 1 else keep[:, group.heads]
+            left, dropped = group.evict(mine[:, :, skip : skip + group.length], fold)
+            parts, any_dropped = parts + left, any_dropped or dropped
+        self.groups = parts
+        return any_dropped
+
+    def drop_after(self, end: int) -> None:
+        """Forget the tokens at positions from `end` on."""
+        for group in self.groups:
+            group.drop_after(end)
+
+    def batch(self, index: Tensor) -> Store:
+        return Store([group.batch(index) for group in self.groups], self.n_heads)
+
+
+def _of(group: Group, what: str) -> Tensor:
+    if what != "bias":
+        return getattr(group.all(), what)
+    slots = group.all()
+    return slots.k.new_zeros(slots.positions.shape) if group.bias is None else group.bias

@@ -1,0 +1,39 @@
+# The public names of foveate.kv; written by `make systems` from the catalogue.
+
+from foveate.kv.base import Policy as Policy
+from foveate.kv.duo_attention import DuoAttention as DuoAttention
+from foveate.kv.duo_attention import duo_train as duo_train
+from foveate.kv.duo_attention import full_heads as full_heads
+from foveate.kv.razor_attention import RazorAttention as RazorAttention
+from foveate.kv.razor_attention import compensation as compensation
+from foveate.kv.razor_attention import head_scores as head_scores
+from foveate.kv.razor_attention import razor_heads as razor_heads
+from foveate.kv.recycled_attention import Overlap as Overlap
+from foveate.kv.recycled_attention import RecycledAttention as RecycledAttention
+from foveate.kv.recycled_attention import attention_overlap as attention_overlap
+from foveate.kv.renumbered import Renumbered as Renumbered
+from foveate.kv.sink_recent import SinkRecent as SinkRecent
+from foveate.kv.tidal_decode import TidalDecode as TidalDecode
+from foveate.kv.tidal_decode import topk_overlap as topk_overlap
+from foveate.kv.token_select import TokenSelect as TokenSelect
+from foveate.kv.token_select import soft_vote as soft_vote
+
+__all__ = [
+    "DuoAttention",
+    "Overlap",
+    "Policy",
+    "RazorAttention",
+    "RecycledAttention",
+    "Renumbered",
+    "SinkRecent",
+    "TidalDecode",
+    "TokenSelect",
+    "attention_overlap",
+    "compensation",
+    "duo_train",
+    "full_heads",
+    "head_scores",
+    "razor_heads",
+    "soft_vote",
+    "topk_overlap",
+]

@@ -1,0 +1,1 @@
+"""How statistics of attention are computed while a model runs."""

@@ -1,0 +1,146 @@
+"""Statistics from the weights themselves, some rows at a time: for whatever no fused kernel computes.
+
+Windows, soft caps, masks of the caller's own, evicted layers, selected keys and edited weights come this way. Exact,
+several times slower than the kernel; memory stays linear, and rows are cut to the columns that some query sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveate.core import masks
+from foveate.core.scoring import dot_product
+from foveate.host.attention import soft_capped, softmax
+from foveate.host.hf.mask import MaskPlan
+from foveate.host.site import Site
+from foveate.lens.capture.fused import Statistics, grouped
+from foveate.lens.measures import Measure, Tokens
+
+#: Elements of weights that a tile may hold.
+TILE = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """Measures of one call, by name, and what to count: queries whose rows count, and how many of them see each key."""
+
+    values: dict[str, Tensor]
+    live: Bool[Tensor, "b h nq"]
+    visible: Float[Tensor, "b h nk"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Weights of some rows and some columns; everything outside is zero. `seen` is None where every pair counts."""
+
+    weights: Float[Tensor, "b h r k"]
+    seen: Bool[Tensor, "b h r k"] | None
+    keys: slice
+
+    def visible(self) -> Float[Tensor, "b h k"]:
+        """How many rows that hold any weight see each key."""
+        live = (self.weights.sum(-1, keepdim=True) > 0).to(self.weights.dtype)
+        return (live.expand(self.weights.shape) if self.seen is None else live * self.seen).sum(-2)
+
+
+def readings(site: Site, measures: Sequence[Measure], tokens: Tokens) -> Readings:
+    """All measures of a call, the cheapest way that tells the truth."""
+    call = Statistics.of(site)
+    if call is None:
+        return from_tiles(site, measures, tokens)
+    return Readings({m.name: m.fused(call, tokens) for m in measures}, call.live, call.visible)
+
+
+def from_tiles(site: Site, measures: Sequence[Measure], tokens: Tokens) -> Readings:
+    """All measures of a call from its weights, a slab of rows at a time."""
+    b, h, n = site.q.shape[:3]
+    size = site.k.shape[2]
+    dtype = torch.promote_types(site.q.dtype, torch.float32)
+    visible, live = site.q.new_zeros(b, h, size, dtype=dtype), []
+    rows: dict[str, list[Tensor]] = {m.name: [] for m in measures if m.over == "queries"}
+    keys = {m.name: torch.zeros_like(visible) for m in measures if m.over == "keys"}
+    for tile in _tiles(site, max(1, TILE // (b * h * size)), n):
+        visible[..., tile.keys] += tile.visible()
+        live.append(tile.weights.sum(-1) > 0)
+        for measure in measures:
+            value = measure.from_weights(tile.weights, tokens.narrow(tile.keys))
+            if measure.over == "queries":
+                rows[measure.name].append(value)
+            else:
+                keys[measure.name][..., tile.keys] += value
+    return Readings(keys | {name: torch.cat(parts, 2) for name, parts in rows.items()}, torch.cat(live, 2), visible)
+
+
+def weights_of(site: Site, rows: slice, head: int) -> Float[Tensor, "b r s"]:
+    """One head's weights of some rows, over all keys."""
+    tile = tile_of(site, rows, slice(head, head + 1))
+    whole = tile.weights.new_zeros(*tile.weights.shape[:3], site.k.shape[2])
+    whole[..., tile.keys] = tile.weights
+    return whole[:, 0]
+
+
+def tile_of(site: Site, rows: slice, heads: slice = slice(None)) -> Tile:
+    """The weights of some rows as they were used, in float32 or better; rows of padding are zeros."""
+    mask = _mask(site, rows, heads)
+    seen = None if mask is None else _allowed(mask)
+    keys = _span(seen, site.k.shape[2])
+    if seen is not None and mask is not None:
+        mask, seen = masks.columns_of(mask, keys), masks.columns_of(seen, keys)
+    if site.weights is not None:
+        weights = site.weights.detach()[:, heads, rows, keys]
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    else:
+        weights = _softmax(site, rows, heads, keys, mask, seen)
+    if site.real_queries is not None:
+        weights = weights.masked_fill(~site.real_queries[:, None, rows, None], 0.0)
+    return Tile(weights, seen, keys)
+
+
+def _tiles(site: Site, step: int, n: int) -> Iterator[Tile]:
+    return (tile_of(site, slice(start, min(start + step, n))) for start in range(0, n, step))
+
+
+def _softmax(
+    site: Site, rows: slice, heads: slice, keys: slice, mask: Tensor | None, seen: Tensor | None
+) -> Float[Tensor, "b h r k"]:
+    q, k = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (site.q, site.k))
+    k = grouped(k[:, :, keys], q.shape[1])[:, heads]
+    logits = soft_capped(dot_product(q[:, heads, rows], k, site.scale), site.softcap)
+    if mask is not None and seen is not None:
+        logits = logits if mask.dtype == torch.bool else logits + mask
+        logits = logits.masked_fill(~seen, masks.NEVER)
+    return softmax(site, logits, rows, heads)
+
+
+def _mask(site: Site, rows: slice, heads: slice) -> Tensor | None:
+    """What some queries may see: the model's mask and what methods selected; the whole mask is not made for it."""
+    plan, n = site.attention_mask, site.q.shape[2]
+    if site.is_whole and isinstance(plan, MaskPlan):
+        mask: Tensor | None = plan.rows(rows)
+    elif site.is_whole and plan is None:
+        causal = site.is_causal and n > 1
+        mask = masks.causal(n, site.k.shape[2], rows=rows, device=site.q.device)[None, None] if causal else None
+    else:
+        mask = masks.rows_of(site.mask, rows)
+    if site.position_bias is not None and site.is_whole:
+        mask = masks.combine(mask, masks.rows_of(site.position_bias[..., -site.k.shape[2] :], rows))
+    mask = masks.combine(mask, *(selection.dense(rows) for selection in site.selections))
+    return mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
+
+
+def _allowed(mask: Tensor) -> Bool[Tensor, "b h r k"]:
+    """Pairs that count: a float bias hides also with the least finite number, as transformers does."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _span(seen: Tensor | None, n: int) -> slice:
+    """From the first to the last key that any of the rows sees."""
+    if seen is None or seen.shape[-1] == 1:
+        return slice(0, n)
+    some = seen.flatten(0, -2).any(0).nonzero()
+    return slice(int(some[0]), int(some[-1]) + 1) if some.numel() else slice(0, 1)

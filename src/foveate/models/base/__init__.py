@@ -1,0 +1,1 @@
+"""What networks share: decoders, encoders, specifications, checkpoints and tokenizers."""

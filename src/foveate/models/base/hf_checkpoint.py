@@ -1,0 +1,250 @@
+"""A trained decoder as a Hugging Face model: saved and loaded in the standard format, run by whatever runs those.
+
+Importing this module makes `AutoModelForCausalLM` and `AutoConfig` know the model type "foveate".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from foveate.core.errors import UnsupportedModel
+from foveate.models.base.decoder import Decoder
+from foveate.models.base.spec import Spec
+from foveate.nn import Layer, MultiHeadAttention
+from foveate.ops.dense.softmax import Softmax
+
+
+class FoveateConfig(PreTrainedConfig):
+    """The network's `Spec` as `network`, and what transformers wants to know of a decoder."""
+
+    model_type = "foveate"
+
+    def __init__(self, network: dict[str, Any] | None = None, **common: Any) -> None:
+        self.network = network or {}
+        spec = Spec.from_dict(self.network) if network else None
+        if spec is not None:
+            common = {
+                "vocab_size": spec.vocabulary, "hidden_size": spec.dim, "num_hidden_layers": len(spec.mixers),
+                "num_attention_heads": spec.heads, "num_key_value_heads": _kv_heads(spec),
+                "tie_word_embeddings": spec.tied,
+                "max_position_embeddings": spec.places or None, **common,
+            }  # fmt: skip
+        super().__init__(**common)
+
+
+def _kv_heads(spec: Spec) -> int:
+    """How many heads the first layer that caches keys and values has for them."""
+    grouped = (mixer.around.get("kv_heads") for mixer in spec.mixers)
+    return next((count for count in grouped if count), spec.heads)
+
+
+class Standing(DynamicLayer):
+    """A layer's own state in the place of cached keys and values: it counts tokens and stores what the layer stores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Any = None
+        self.seen = 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+
+class Attention(nn.Module):
+    """A decoder's layer as transformers calls it.
+
+    Plain softmax attention goes through transformers' attention interface: cache policies, steering and looking work as
+    on any other model. Every other layer keeps its own state in the cache and goes token by token when decoding.
+    """
+
+    def __init__(self, layer: Layer, config: FoveateConfig, index: int) -> None:
+        super().__init__()
+        self.layer, self.layer_idx = layer, index
+        if goes_through_interface(layer):
+            self.config, self.is_causal = config, True
+            self.scaling = layer.op.default_scale or layer.head_dim**-0.5
+            self.num_key_value_groups = layer.heads // layer.kv_heads
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, past_key_values: Cache | None = None,
+        first: int = 0, **call: Any,
+    ) -> Tensor:  # fmt: skip
+        if not goes_through_interface(self.layer):
+            return self._streamed(hidden_states, past_key_values)
+        layer: Any = self.layer
+        q, k, v = layer.projected(hidden_states, torch.arange(first, first + hidden_states.shape[1]))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, _ = function(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, **call)
+        return layer.merged(out.transpose(1, 2), hidden_states)
+
+    def _streamed(self, x: Tensor, cache: Cache | None) -> Tensor:
+        if cache is None:
+            return self.layer(x, causal=True)
+        held = cache.layers[self.layer_idx]
+        if not isinstance(held, Standing):
+            held = cache.layers[self.layer_idx] = Standing()
+        if held.seen == 0 and x.shape[1] > 1:
+            out, held.state = self.layer.prefill(x)
+        else:
+            out = self._stepped(x, held)
+        held.seen += x.shape[1]
+        return out
+
+    def _stepped(self, x: Tensor, held: Standing) -> Tensor:
+        state = held.state or self.layer.init_state(x.shape[0], dtype=x.dtype, device=x.device)
+        out = []
+        for t in range(x.shape[1]):
+            y, state = self.layer.step(x[:, t : t + 1], state)
+            out.append(y)
+        held.state = state
+        return torch.cat(out, 1)
+
+
+def goes_through_interface(layer: Layer) -> bool:
+    """Whether the layer is softmax attention with nothing that transformers' interface could not do."""
+    plain = isinstance(layer, MultiHeadAttention) and type(layer.op) is Softmax and layer.conv is None
+    return plain and not (layer.position is not None and layer.position.biased)
+
+
+def eager_attention_forward(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention with its weights at hand, as transformers' own models have it beside the fused ones."""
+    k, v = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (k, v))
+    scores = (q * scaling) @ k.mT
+    weights = torch.softmax(scores if attention_mask is None else scores + attention_mask, -1, dtype=torch.float32)
+    return (weights.to(v.dtype) @ v).transpose(1, 2), weights
+
+
+class FoveatePreTrainedModel(PreTrainedModel):
+    config_class = FoveateConfig
+    base_model_prefix = "decoder"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _supports_flex_attn = False
+    _tied_weights_keys = {"decoder.head.weight": "decoder.embed.weight"}  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Layers initialise themselves."""
+
+
+class Backbone(nn.Module):
+    """A decoder without its head, called as transformers calls one: `get_decoder()` gives it to whoever reads states.
+
+    It shares the modules of the decoder that it is made of, under the same names.
+    """
+
+    embedded = Decoder.embedded  # on this module's own embeddings, which may be others by then (resized, quantised)
+
+    def __init__(self, decoder: Decoder, config: FoveateConfig) -> None:
+        super().__init__()
+        self.config, self._decoder = config, [decoder]  # in a list: the modules below are its only registered ones
+        self.embed, self.places, self.blocks = decoder.embed, decoder.places, decoder.blocks
+        self.norm, self.head = decoder.norm, decoder.head
+        for index, block in enumerate(self.blocks):
+            block.mixer = Attention(block.mixer, config, index)
+
+    def released(self) -> Decoder:
+        """The decoder by itself again."""
+        for block in self.blocks:
+            block.mixer = block.mixer.layer
+        (decoder,) = self._decoder
+        decoder.embed, decoder.head = self.embed, self.head
+        return decoder
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None,
+        use_cache: bool | None = None, **call: Any,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        first = 0 if past_key_values is None else past_key_values.get_seq_length()
+        x = self.embedded(input_ids, first)
+        mask = self._mask(x, attention_mask, past_key_values, first)
+        for block in self.blocks:
+            mixed = block.mixer(block.norm(x), attention_mask=mask, past_key_values=past_key_values, first=first)
+            x = block.channels(x + mixed)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, first: int) -> Any:
+        through = [goes_through_interface(block.mixer.layer) for block in self.blocks]
+        if attention_mask is not None and not attention_mask.bool().all() and not all(through):
+            raise UnsupportedModel("layers with a state of their own read padding as text; send prompts one by one")
+        if not any(through):
+            return None
+        positions = torch.arange(first, first + x.shape[1], device=x.device)[None]
+        return create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache,
+            position_ids=positions,
+        )  # fmt: skip
+
+
+class FoveateForCausalLM(FoveatePreTrainedModel, GenerationMixin):
+    """A `Decoder` that transformers can save, load and generate with."""
+
+    def __init__(self, config: FoveateConfig) -> None:
+        super().__init__(config)
+        with torch.device("cpu"):  # transformers builds on the meta device, where tables that nothing saves stay empty
+            built = Spec.from_dict(config.network).build()
+        assert isinstance(built, Decoder)
+        self.adopt(built)
+        self.post_init()
+
+    def adopt(self, decoder: Decoder) -> None:
+        """Run this decoder; its layers are wrapped for transformers."""
+        self.decoder = Backbone(decoder, self.config)
+
+    def released(self) -> Decoder:
+        """The decoder by itself again; this model is then of no more use."""
+        return self.decoder.released()
+
+    def get_decoder(self) -> Backbone:
+        return self.decoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.embed = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.decoder.head = value
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None,
+        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int = 0, **call: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
+        read = self.decoder(input_ids, attention_mask, past_key_values, use_cache)
+        x = read.last_hidden_state
+        logits = self.decoder.head(x[:, -logits_to_keep:] if logits_to_keep else x)
+        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=read.past_key_values)
+
+
+AutoConfig.register("foveate", FoveateConfig)
+AutoModelForCausalLM.register(FoveateConfig, FoveateForCausalLM)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["foveate"] = "FoveateForCausalLM"

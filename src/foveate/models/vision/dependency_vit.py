@@ -1,0 +1,110 @@
+"""DependencyViT: an image classifier whose tokens send to their parents, and its lighter form.
+
+Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention (2023), arXiv 2304.03282.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, cast, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate.core import validate
+from foveate.core.errors import OptionError, ShapeError
+from foveate.nn.parts.grid import to_tokens
+from foveate.nn.vision.dependency_vit import DependencyAttention, Sent, Tree, dependency_tree, prune
+
+
+@final
+class DependencyViT(nn.Module):
+    """`(B, channels, side, side)` to `(B, classes)`: patches, blocks of `DependencyAttention`, the mean of messages.
+
+    Args:
+        side, patch: of the image and of a patch, in pixels.
+        channels, classes: of images and labels.
+        dim, depth, heads: width, blocks and heads; the paper's "tiny" has 192, 12, 12 and its "small" 384, 12, 12.
+        mlp_ratio: hidden width of the MLPs over `dim`.
+        layer_scale: start of the learned factor on what a block adds. 1e-6 follows the port named in
+            `DependencyAttention`; small nets want 1.
+        prune_after: blocks, counted from 1, after whose attention tokens go: (2, 5, 8, 11) is the paper's Lite.
+        ratio: share of all tokens that goes each time.
+        score: who goes: those that send least ("message", as the abstract has it), or that "received" least (the port).
+    """
+
+    def __init__(
+        self, side: int = 224, patch: int = 16, *, channels: int = 3, classes: int = 1000, dim: int = 192,
+        depth: int = 12, heads: int = 12, mlp_ratio: float = 4.0, layer_scale: float = 1e-6,
+        prune_after: Sequence[int] = (), ratio: float = 0.16, score: Literal["message", "received"] = "message",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        sizes = {"side": side, "patch": patch, "channels": channels, "classes": classes, "depth": depth}
+        for name, value in sizes.items():
+            validate.count(name, value, 1)
+        if side % patch:
+            raise OptionError(f"patch={patch} must divide side={side}")
+        if any(at not in range(1, depth + 1) for at in prune_after) or ratio * len(set(prune_after)) >= 1:
+            raise OptionError(f"prune_after={prune_after!r} must be blocks of 1..{depth}, fewer than 1 / ratio of them")
+        validate.one_of("score", score, ("message", "received"))
+        self.side, self.channels, self.score = side, channels, score
+        self.prune_after, self.ratio = sorted(set(prune_after)), ratio
+        self.embed = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.places = nn.Parameter(0.02 * torch.randn((side // patch) ** 2, dim))
+        self.blocks = nn.ModuleList(DependencyBlock(dim, heads, mlp_ratio, layer_scale) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        x = self._embedded(images)
+        message = x.new_ones(x.shape[:2])
+        for place, block in enumerate(self._blocks(), start=1):
+            x, message, received = block.send(x, message)
+            if place in self.prune_after:
+                scores = message if self.score == "message" else received
+                kept = prune(scores, self.ratio, 1 + self.prune_after.index(place))
+                x, message = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])), message.gather(1, kept)
+            x = block.channels(x)
+        return self.head((self.norm(x) * message[..., None]).mean(1))
+
+    @torch.no_grad()
+    def tree(self, images: Float[Tensor, "b c h w"]) -> Tree:
+        """Who depends on whom among all patches, none pruned."""
+        x, found = self._embedded(images), []
+        message = x.new_ones(x.shape[:2])
+        for block in self._blocks():
+            found.append(block.attention.dependency(block.norm(x), message))
+            x, message, _ = block.send(x, message)
+            x = block.channels(x)
+        return dependency_tree(found)
+
+    def _blocks(self) -> Iterator[DependencyBlock]:
+        return cast("Iterator[DependencyBlock]", iter(self.blocks))
+
+    def _embedded(self, images: Tensor) -> Tensor:
+        if images.dim() != 4 or images.shape[1:] != (self.channels, self.side, self.side):
+            expected = f"(B, {self.channels}, {self.side}, {self.side})"
+            raise ShapeError(f"images must be {expected}; got {tuple(images.shape)}")
+        return to_tokens(self.embed(images)) + self.places
+
+
+@final
+class DependencyBlock(nn.Module):
+    """`x + s attention(norm(x))`, and after the pruning `x + s' MLP(norm(x))`."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, layer_scale: float) -> None:
+        super().__init__()
+        validate.at_least("mlp_ratio", mlp_ratio, 1 / dim)
+        validate.at_least("layer_scale", layer_scale, 0)
+        hidden = int(dim * mlp_ratio)
+        self.attention = DependencyAttention(dim, heads)
+        self.norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.scale, self.mlp_scale = (nn.Parameter(torch.full((dim,), float(layer_scale))) for _ in range(2))
+
+    def send(self, x: Float[Tensor, "b n c"], message: Float[Tensor, "b n"] | None) -> Sent:
+        sent = self.attention.send(self.norm(x), message)
+        return sent._replace(out=x + self.scale * sent.out)
+
+    def channels(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        return x + self.mlp_scale * self.mlp(self.mlp_norm(x))

@@ -1,0 +1,132 @@
+"""L2ViT: an image classifier of alternating window and linear global attention.
+
+The Linear Attention Resurrection in Vision Transformer (2025), arXiv 2501.16182.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal, Self, final
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.core import validate
+from foveate.core.errors import OptionError, ShapeError, unknown
+from foveate.nn.base.layer import Layer
+from foveate.nn.parts.grid import Size, to_map, to_tokens
+from foveate.nn.vision.l2vit import LinearGlobalBlock, LocalWindowBlock
+
+SIZES = {
+    "tiny": ((2, 2, 6, 2), (96, 192, 384, 768), (3, 6, 12, 24)),
+    "small": ((2, 2, 18, 2), (96, 192, 384, 768), (3, 6, 12, 24)),
+    "base": ((2, 2, 18, 2), (128, 256, 512, 1024), (4, 8, 16, 32)),
+}
+
+
+@final
+class L2ViT(nn.Module):
+    """`(B, channels, H, W)` to `(B, classes)`, at a cost that is linear in the pixels.
+
+    Stages of blocks, of which those at even places attend in windows and those at odd ones to the whole image; before
+    each stage a convolution halves the sides (and adds zeros below and right where they are odd).
+
+    Args:
+        depths, dims, heads: blocks, width and heads of each stage; `L2ViT.of("tiny")` has the paper's.
+        window: side of the windows.
+        channels, classes: of images and labels.
+        patch: pixels to a side of the first stage's tokens: 4 is the paper's stem of two convolutions, another number
+            a single one, for small images.
+        clamp, kernel: see `LinearGlobalBlock`.
+        padding: see `LocalWindowBlock`.
+    """
+
+    def __init__(
+        self, depths: Sequence[int] = (2, 2, 6, 2), dims: Sequence[int] = (96, 192, 384, 768),
+        heads: Sequence[int] = (3, 6, 12, 24), *, window: int = 7, channels: int = 3, classes: int = 1000,
+        patch: int = 4, clamp: float = 100.0, kernel: int | None = 7, padding: Literal["seen", "hidden"] = "seen",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not len(depths) == len(dims) == len(heads) > 0:
+            raise OptionError(f"depths, dims and heads must be as long; got {len(depths)}, {len(dims)}, {len(heads)}")
+        for name, count in (("channels", channels), ("classes", classes), ("patch", patch)):
+            validate.count(name, count, 1)
+        for name, counts in (("depths", depths), ("dims", dims)):
+            for count in counts:
+                validate.count(name, count, 1)
+        self.channels = channels
+        self.stem = _stem(channels, dims[0], patch)
+        self.stem_norm = nn.LayerNorm(dims[0])
+        self.downs = nn.ModuleList(_Down(*pair) for pair in pairwise(dims))
+
+        def block(place: int, dim: int, heads: int) -> Layer:
+            if place % 2:
+                return LinearGlobalBlock(dim, heads, clamp=clamp, kernel=kernel)
+            return LocalWindowBlock(dim, heads, window, padding=padding)
+
+        self.stages = nn.ModuleList(
+            _Stage(block(place, *widths) for place in range(depth))
+            for depth, *widths in zip(depths, dims, heads, strict=True)
+        )
+        self.norm, self.head = nn.LayerNorm(dims[-1]), nn.Linear(dims[-1], classes)
+        self.apply(_initialise)
+
+    @classmethod
+    def of(cls, name: str, **options: Any) -> Self:
+        """The paper's "tiny", "small" or "base"."""
+        if name not in SIZES:
+            raise unknown("size of L2ViT", name, SIZES)
+        return cls(*SIZES[name], **options)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        if images.dim() != 4 or images.shape[1] != self.channels:
+            raise ShapeError(f"images must be (B, {self.channels}, H, W); got {tuple(images.shape)}")
+        found = self.stem(images)
+        x, size = self.stem_norm(to_tokens(found)), (found.shape[2], found.shape[3])
+        for index, stage in enumerate(self.stages):
+            if index:
+                x, size = self.downs[index - 1](x, size)
+            x = stage(x, size)
+        return self.head(self.norm(x).mean(1))
+
+
+def _stem(channels: int, dim: int, patch: int) -> nn.Module:
+    if patch != 4:
+        return nn.Conv2d(channels, dim, patch, stride=patch)
+    return nn.Sequential(
+        nn.Conv2d(channels, dim // 2, 3, stride=2, padding=1), nn.BatchNorm2d(dim // 2), nn.ReLU(),
+        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1), nn.BatchNorm2d(dim),
+    )  # fmt: skip
+
+
+@final
+class _Stage(nn.ModuleList):
+    """Blocks, one after the other."""
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        for block in self:
+            x = block(x, size=size)
+        return x
+
+
+@final
+class _Down(nn.Module):
+    """A norm, and a convolution of 2x2 tokens into one."""
+
+    def __init__(self, dim: int, wider: int) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.LayerNorm(dim), nn.Conv2d(dim, wider, 2, stride=2)
+
+    def forward(self, x: Tensor, size: Size) -> tuple[Tensor, Size]:
+        image = F.pad(to_map(self.norm(x), size), (0, size[1] % 2, 0, size[0] % 2))
+        image = self.conv(image)
+        return to_tokens(image), (image.shape[2], image.shape[3])
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,185 @@
+# The public names of foveate.nn; written by `make systems` from the catalogue.
+
+from foveate.nn.base.layer import Layer as Layer
+from foveate.nn.channel.gaam import GaussianAdaptiveAttention as GaussianAdaptiveAttention
+from foveate.nn.channel.gaam import GaussianBlock as GaussianBlock
+from foveate.nn.channel.gaam import importance_factor as importance_factor
+from foveate.nn.channel.multi_dim_attention import MultiDimAttention as MultiDimAttention
+from foveate.nn.fusion.co_attention import CoAttention as CoAttention
+from foveate.nn.parts.blocks import Block as Block
+from foveate.nn.parts.blocks import GatedMLP as GatedMLP
+from foveate.nn.parts.build import create as create
+from foveate.nn.parts.ema import DampedEMA as DampedEMA
+from foveate.nn.parts.grid import DepthwiseConv as DepthwiseConv
+from foveate.nn.parts.grid import local_mass as local_mass
+from foveate.nn.parts.heads import HeadScheme as HeadScheme
+from foveate.nn.parts.heads import HeadState as HeadState
+from foveate.nn.parts.multi_head import MultiHeadAttention as MultiHeadAttention
+from foveate.nn.parts.positions import Alibi as Alibi
+from foveate.nn.parts.positions import Position as Position
+from foveate.nn.parts.positions import RelativeBias as RelativeBias
+from foveate.nn.parts.positions import Rotary as Rotary
+from foveate.nn.parts.short_conv import ShortConv as ShortConv
+from foveate.nn.parts.symbols import PositionalSymbols as PositionalSymbols
+from foveate.nn.parts.symbols import RelativeSymbols as RelativeSymbols
+from foveate.nn.parts.symbols import SymbolicAttention as SymbolicAttention
+from foveate.nn.parts.symbols import Symbols as Symbols
+from foveate.nn.parts.window import WindowAttention as WindowAttention
+from foveate.nn.parts.window import Windows as Windows
+from foveate.nn.pool.hierarchical_attention import AttentionPool as AttentionPool
+from foveate.nn.pool.hierarchical_attention import HierarchicalAttention as HierarchicalAttention
+from foveate.nn.seq2seq.luong_decoder import LuongDecoder as LuongDecoder
+from foveate.nn.seq2seq.monotonic_location import MonotonicLocationSeq2Seq as MonotonicLocationSeq2Seq
+from foveate.nn.seq2seq.monotonic_location import Source as Source
+from foveate.nn.seq2seq.pointer_network import Pointed as Pointed
+from foveate.nn.seq2seq.pointer_network import PointerNetwork as PointerNetwork
+from foveate.nn.seq2seq.pointer_network import pointer_loss as pointer_loss
+from foveate.nn.seq2seq.pointer_network import pointer_scores as pointer_scores
+from foveate.nn.sequence.aaren import AarenLayer as AarenLayer
+from foveate.nn.sequence.base_conv import BaseConv as BaseConv
+from foveate.nn.sequence.chosen_attention import ChosenAttention as ChosenAttention
+from foveate.nn.sequence.dual_attention_transformer import DualAttention as DualAttention
+from foveate.nn.sequence.dual_attention_transformer import SensoryHeads as SensoryHeads
+from foveate.nn.sequence.key_driven_gqa import KeyDrivenGQA as KeyDrivenGQA
+from foveate.nn.sequence.key_driven_gqa import allocate_queries as allocate_queries
+from foveate.nn.sequence.key_driven_gqa import mha_to_gqa as mha_to_gqa
+from foveate.nn.sequence.key_driven_gqa import share_out as share_out
+from foveate.nn.sequence.lightnet import LightNet as LightNet
+from foveate.nn.sequence.lightnet import LightNetLayer as LightNetLayer
+from foveate.nn.sequence.lightnet import MDLRPE as MDLRPE
+from foveate.nn.sequence.lightnet import MDTPE as MDTPE
+from foveate.nn.sequence.mega import Mega as Mega
+from foveate.nn.sequence.mega import MegaBlock as MegaBlock
+from foveate.nn.sequence.mega import RotaryBias as RotaryBias
+from foveate.nn.sequence.mega import laplace as laplace
+from foveate.nn.sequence.mhe_attention import MultiHeadEmbeddingAttention as MultiHeadEmbeddingAttention
+from foveate.nn.sequence.mhe_attention import mhe_param_count as mhe_param_count
+from foveate.nn.sequence.moh import MixtureOfHeadAttention as MixtureOfHeadAttention
+from foveate.nn.sequence.moh import balance_loss as balance_loss
+from foveate.nn.sequence.moh import moh_gates as moh_gates
+from foveate.nn.sequence.neural_memory import NeuralMemory as NeuralMemory
+from foveate.nn.sequence.neural_memory import NeuralMemoryState as NeuralMemoryState
+from foveate.nn.sequence.relational_attention import RelationalAttention as RelationalAttention
+from foveate.nn.sequence.set_transformer import ISAB as ISAB
+from foveate.nn.sequence.set_transformer import MAB as MAB
+from foveate.nn.sequence.set_transformer import PMA as PMA
+from foveate.nn.sequence.set_transformer import SAB as SAB
+from foveate.nn.sequence.set_transformer import SetTransformer as SetTransformer
+from foveate.nn.sequence.skim_attention import LayoutEmbedding as LayoutEmbedding
+from foveate.nn.sequence.skim_attention import SkimAttention as SkimAttention
+from foveate.nn.sequence.skim_attention import SkimLayer as SkimLayer
+from foveate.nn.sequence.skim_attention import Skimformer as Skimformer
+from foveate.nn.sequence.skim_attention import skimming_mask as skimming_mask
+from foveate.nn.sequence.super_attention import OptimisedAttention as OptimisedAttention
+from foveate.nn.sequence.super_attention import SlimAttention as SlimAttention
+from foveate.nn.sequence.super_attention import SuperAttention as SuperAttention
+from foveate.nn.sequence.titans import MemoryAsContext as MemoryAsContext
+from foveate.nn.sequence.titans import MemoryAsGate as MemoryAsGate
+from foveate.nn.sequence.titans import MemoryAsLayer as MemoryAsLayer
+from foveate.nn.vision.dependency_vit import DependencyAttention as DependencyAttention
+from foveate.nn.vision.dependency_vit import Tree as Tree
+from foveate.nn.vision.dependency_vit import dependency_tree as dependency_tree
+from foveate.nn.vision.dependency_vit import prune as prune
+from foveate.nn.vision.efficient_attention_2d import EfficientAttention2d as EfficientAttention2d
+from foveate.nn.vision.inline_attention import InLineAttention as InLineAttention
+from foveate.nn.vision.inline_attention import LocalKernels as LocalKernels
+from foveate.nn.vision.inline_attention import injectivity_probe as injectivity_probe
+from foveate.nn.vision.l2vit import Concentration as Concentration
+from foveate.nn.vision.l2vit import LinearGlobalBlock as LinearGlobalBlock
+from foveate.nn.vision.l2vit import LocalConcentration as LocalConcentration
+from foveate.nn.vision.l2vit import LocalWindowBlock as LocalWindowBlock
+from foveate.nn.vision.l2vit import concentration as concentration
+from foveate.nn.vision.l2vit import influence as influence
+
+__all__ = [
+    "AarenLayer",
+    "Alibi",
+    "AttentionPool",
+    "BaseConv",
+    "Block",
+    "ChosenAttention",
+    "CoAttention",
+    "Concentration",
+    "DampedEMA",
+    "DependencyAttention",
+    "DepthwiseConv",
+    "DualAttention",
+    "EfficientAttention2d",
+    "GatedMLP",
+    "GaussianAdaptiveAttention",
+    "GaussianBlock",
+    "HeadScheme",
+    "HeadState",
+    "HierarchicalAttention",
+    "ISAB",
+    "InLineAttention",
+    "KeyDrivenGQA",
+    "Layer",
+    "LayoutEmbedding",
+    "LightNet",
+    "LightNetLayer",
+    "LinearGlobalBlock",
+    "LocalConcentration",
+    "LocalKernels",
+    "LocalWindowBlock",
+    "LuongDecoder",
+    "MAB",
+    "MDLRPE",
+    "MDTPE",
+    "Mega",
+    "MegaBlock",
+    "MemoryAsContext",
+    "MemoryAsGate",
+    "MemoryAsLayer",
+    "MixtureOfHeadAttention",
+    "MonotonicLocationSeq2Seq",
+    "MultiDimAttention",
+    "MultiHeadAttention",
+    "MultiHeadEmbeddingAttention",
+    "NeuralMemory",
+    "NeuralMemoryState",
+    "OptimisedAttention",
+    "PMA",
+    "Pointed",
+    "PointerNetwork",
+    "Position",
+    "PositionalSymbols",
+    "RelationalAttention",
+    "RelativeBias",
+    "RelativeSymbols",
+    "Rotary",
+    "RotaryBias",
+    "SAB",
+    "SensoryHeads",
+    "SetTransformer",
+    "ShortConv",
+    "SkimAttention",
+    "SkimLayer",
+    "Skimformer",
+    "SlimAttention",
+    "Source",
+    "SuperAttention",
+    "SymbolicAttention",
+    "Symbols",
+    "Tree",
+    "WindowAttention",
+    "Windows",
+    "allocate_queries",
+    "balance_loss",
+    "concentration",
+    "create",
+    "dependency_tree",
+    "importance_factor",
+    "influence",
+    "injectivity_probe",
+    "laplace",
+    "local_mass",
+    "mha_to_gqa",
+    "mhe_param_count",
+    "moh_gates",
+    "pointer_loss",
+    "pointer_scores",
+    "prune",
+    "share_out",
+    "skimming_mask",
+]

@@ -1,0 +1,1 @@
+"""What several layers share: head schemes, positions, blocks, windows."""

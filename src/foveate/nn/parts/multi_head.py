@@ -1,0 +1,136 @@
+"""Multi-head attention around any operator: projections, positions, gates, and a state to stream with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.core import masks, validate
+from foveate.nn.parts.heads import HeadScheme, HeadState, merge, split, squash
+from foveate.nn.parts.linear_maps import Linear
+from foveate.nn.parts.positions import Position, Rotary
+from foveate.nn.parts.short_conv import ShortConv
+from foveate.ops.operator import Operator
+
+
+@dataclass(frozen=True)
+class ConvState:
+    """A layer with a convolution in the middle of a stream: what that saw last, and the state of the heads."""
+
+    past: Tensor
+    heads: HeadState
+
+
+@final
+class MultiHeadAttention(HeadScheme):
+    """`concat_h(op(x W_q, x W_k, x W_v)) W_o`: the layer that a transformer has, with any operator in its middle.
+
+    Cost: the operator's, and four projections. What the layer can do (patterns, masks, streaming) is what the operator
+    can, less what the options rule out. With the defaults it is `torch.nn.MultiheadAttention` without biases.
+
+    Args:
+        dim: C.
+        heads: Hq.
+        kv_heads: Hkv, a divisor of Hq; `heads` where None.
+        head_dim: D of queries and keys; `dim / heads` where None.
+        value_dim: Dv; `head_dim` where None.
+        op: an operator, or its catalogue key: it is then built for these heads and widths with its own defaults.
+        position: how positions enter: `Rotary()`, `Alibi(heads)`, `RelativeBias(heads)`, or None.
+        conv: tokens that a short causal convolution on queries, keys and values sees; 0 for none. Causal only.
+        qk_norm: whether queries and keys are normalised per head (RMSNorm, learned gains).
+        out_norm: whether each head's output is (RMSNorm): what operators without a normaliser need.
+        gate: a gate on the outputs, from the token: "sigmoid", "silu", or None.
+        bias: whether the projections have biases.
+
+    What the operator takes from each token (`op.gates`: rates of decay, of learning) the layer makes by a linear map.
+    An operator's other inputs are passed on: `layer(x, poses=...)`.
+
+    Raises:
+        OptionError: an option out of range, or options that exclude each other.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, *, kv_heads: int | None = None, head_dim: int | None = None,
+        value_dim: int | None = None, op: str | Operator = "softmax", position: Position | None = None, conv: int = 0,
+        qk_norm: bool = False, out_norm: bool = False, gate: Literal["sigmoid", "silu"] | None = None,
+        bias: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            dim, heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, op=op, position=position, bias=bias
+        )
+        validate.count("conv", conv, 0)
+        validate.one_of("gate", gate, (None, "sigmoid", "silu"))
+        widths = heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim
+        self.q, self.k, self.v = (Linear(dim, width, bias=bias) for width in widths)
+        self.k.requires_grad_(self.op.reads_keys)
+        self.conv = ShortConv(sum(widths), conv) if conv else None
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim) if qk_norm else None for _ in range(2))
+        self.out_norm = nn.RMSNorm(self.value_dim) if out_norm else None
+        self.gate, self.gating = gate, Linear(dim, heads * self.value_dim, bias=bias) if gate else None
+        if conv:
+            self.patterns = self.patterns & {"causal self"}  # type: ignore[misc]
+            self.masks = self.masks & {"keys"}  # type: ignore[misc]
+
+    def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if self.conv is None:
+            return self._heads(self.q(x), self.k(source), self.v(source))
+        if mask is not None:  # a token that nobody may see must not enter its neighbours either
+            x = x.masked_fill(~masks.keys_of(mask, x.shape[0], x.shape[1])[..., None], 0.0)
+        return self._heads(*self._parts(self.conv(self._raw(x))))
+
+    def _raw(self, x: Tensor) -> Tensor:
+        """The channels that the convolution mixes."""
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+    def _parts(self, mixed: Tensor) -> tuple[Tensor, ...]:
+        return mixed.split([self.q.out_features, self.k.out_features, self.v.out_features], -1)
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split(q, self.heads), split(k, self.kv_heads), split(v, self.kv_heads)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def weigh(self, out: Tensor, x: Tensor, q: Tensor | None = None) -> Tensor:
+        if self.out_norm is not None:
+            out = self.out_norm(out)
+        return out if self.gating is None else out * split(squash(self.gating(x), self.gate), self.heads)
+
+    # -- for who attends by other means --------------------------------------------------------------------------------
+
+    def projected(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as the operator takes them, of tokens at places `at`, without a convolution."""
+        q, k, v = self._heads(self.q(x), self.k(x), self.v(x))
+        return (q, k, v) if self.position is None else (self.position.turn(q, at), self.position.turn(k, at), v)
+
+    def merged(self, out: Tensor, x: Tensor) -> Tensor:
+        """Heads' outputs `(B, H, N, Dv)` as tokens `(B, N, C)`; x is what the layer was given."""
+        return self.out(merge(self.weigh(out, x)))
+
+    # -- a stream, through the convolution -----------------------------------------------------------------------------
+
+    def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
+        heads = super()._init_state(batch, dtype, device)
+        return heads if self.conv is None else ConvState(self.conv.init_state(batch, dtype, device), heads)
+
+    def _step(self, x: Tensor, state: Any, **inputs: Tensor) -> tuple[Tensor, Any]:
+        if self.conv is None:
+            return super()._step(x, state, **inputs)
+        mixed, past = self.conv.step(self._raw(x), state.past)
+        out, heads = self.attend_next(*self._heads(*self._parts(mixed)), x, state.heads, **inputs)
+        return out, ConvState(past, heads)
+
+    def _prefill(self, x: Tensor, **inputs: Tensor) -> tuple[Tensor, Any]:
+        out, heads = super()._prefill(x, **inputs)
+        if self.conv is None:
+            return out, heads
+        past = F.pad(self._raw(x), (0, 0, self.conv.kernel - 1, 0))[:, x.shape[1] :]
+        return out, ConvState(past, heads)
+
+    @classmethod
+    def example(cls, dim: int, heads: int, length: int) -> Self:
+        return cls(dim, heads, kv_heads=1, position=Rotary(), qk_norm=True, out_norm=True, gate="sigmoid", bias=True)

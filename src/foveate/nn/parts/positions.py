@@ -1,0 +1,95 @@
+"""Where tokens are, told to attention: objects that a layer is given, each one scheme."""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate.core import validate
+from foveate.core.errors import OptionError
+from foveate.ops.functional import alibi, rotary
+
+
+class Position(nn.Module, ABC):
+    """A scheme turns queries and keys by where they are, or adds a bias to their scores, or both.
+
+    `at` is `(N,)`, the tokens' places in the sequence. Queries and keys are `(B, H, N, D)`.
+    """
+
+    #: Whether `bias` is anything but None; such layers take operators that take a bias, and do not stream.
+    biased: ClassVar[bool] = False
+
+    def turn(self, x: Float[Tensor, "b h n d"], at: Tensor) -> Float[Tensor, "b h n d"]:
+        """Queries or keys as they enter the operator."""
+        return x
+
+    def bias(self, queries: Tensor, keys: Tensor) -> Float[Tensor, "h q k"] | None:
+        """What is added to the scores of queries at these places with keys at those."""
+        return None
+
+
+@final
+class Rotary(Position):
+    """Pairs of channels turned by angles that grow with the position: scores depend on distances (RoFormer, 2021).
+
+    Args:
+        base: of the frequencies `base ** (-2c / D)`.
+    """
+
+    def __init__(self, base: float = 10_000.0) -> None:
+        super().__init__()
+        validate.at_least("base", base, 1)
+        self.base = base
+
+    def turn(self, x: Tensor, at: Tensor) -> Tensor:
+        return rotary.rotate(x, rotary.rotary_angles(at, x.shape[-1], self.base).to(x.device)).to(x.dtype)
+
+
+@final
+class Alibi(Position):
+    """Scores fall with distance, at a rate of each head's own (Train Short, Test Long, 2021)."""
+
+    biased = True
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        validate.count("heads", heads, 1)
+        self.register_buffer("slopes", alibi.alibi_slopes(heads), persistent=False)
+
+    def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
+        return -self.slopes[:, None, None] * (queries[:, None] - keys).abs()
+
+
+@final
+class RelativeBias(Position):
+    """A learned number for each head and distance; what is farther than `reach` counts as that far.
+
+    Args:
+        heads: H.
+        reach: the largest distance told apart, either way.
+    """
+
+    biased = True
+
+    def __init__(self, heads: int, reach: int = 128) -> None:
+        super().__init__()
+        validate.count("heads", heads, 1)
+        validate.count("reach", reach, 1)
+        self.reach = reach
+        self.table = nn.Parameter(torch.zeros(heads, 2 * reach + 1))
+
+    def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
+        return self.table[:, (keys - queries[:, None]).clamp(-self.reach, self.reach) + self.reach]
+
+
+def check(position: object, heads: int) -> None:
+    """Refuse what is no scheme, or one made for another number of heads."""
+    if position is not None and not isinstance(position, Position):
+        raise OptionError(f"position={position!r} must be a foveate.nn.Position, such as Rotary(), or None")
+    made_for = {Alibi: lambda p: len(p.slopes), RelativeBias: lambda p: len(p.table)}.get(type(position))
+    if made_for is not None and made_for(position) != heads:
+        raise OptionError(f"position is for {made_for(position)} heads; the layer has heads={heads}")

@@ -1,0 +1,107 @@
+"""Attention inside the windows of a grid: the tiling, and the layer that attends tile by tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, final
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core import validate
+from foveate.nn.base.layer import Layer
+from foveate.nn.parts.grid import Size
+from foveate.nn.parts.multi_head import MultiHeadAttention
+from foveate.ops.operator import Growth, MaskKind, Operator, Pattern
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A grid cut into windows; where these do not divide it, rows and columns of zeros are added below and right.
+
+    Args:
+        size: `(H, W)` of the grid.
+        window: `(h, w)` of a window.
+    """
+
+    size: Size
+    window: Size
+
+    @property
+    def counts(self) -> Size:
+        """Rows and columns of windows."""
+        return -(-self.size[0] // self.window[0]), -(-self.size[1] // self.window[1])
+
+    @property
+    def padding(self) -> Size:
+        """Rows and columns that are added."""
+        (rows, columns), (h, w) = self.counts, self.window
+        return rows * h - self.size[0], columns * w - self.size[1]
+
+    def partition(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "(b windows) t c"]:
+        """The tokens of each window, row by row; the windows of one image are neighbours in the batch."""
+        below, right = self.padding
+        x = F.pad(x.unflatten(1, self.size), (0, 0, 0, right, 0, below))
+        return rearrange(x, "b (r h) (s w) c -> (b r s) (h w) c", h=self.window[0], w=self.window[1])
+
+    def merge(self, x: Float[Tensor, "(b windows) t c"]) -> Float[Tensor, "b n c"]:
+        """What `partition` took apart; what became of added tokens is dropped."""
+        (rows, columns), (h, w) = self.counts, self.window
+        x = rearrange(x, "(b r s) (h w) c -> b (r h) (s w) c", r=rows, s=columns, h=h, w=w)
+        return x[:, : self.size[0], : self.size[1]].flatten(1, 2)
+
+    def real(self, device: torch.device | str | None = None) -> Bool[Tensor, "windows t"]:
+        """Which tokens of each window are the grid's own."""
+        ones = torch.ones(1, self.size[0] * self.size[1], 1, device=device)
+        return self.partition(ones)[..., 0] > 0
+
+
+@final
+class WindowAttention(Layer):
+    """Multi-head attention among the tokens of each window: O(N t C) for windows of t tokens.
+
+    Windows do not meet: something else has to carry information between them.
+
+    Args:
+        dim, heads: C and H.
+        window: `(h, w)`, or one number for both.
+        op: an operator or its key; see `MultiHeadAttention`.
+        bias: whether the projections have biases.
+        padding: whether the zeros that fill up the last windows are "seen", as in most releases (a padded key is then
+            the projection's bias), or "hidden".
+    """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
+    masks: ClassVar[frozenset[MaskKind]] = frozenset()
+    grid: ClassVar[bool] = True
+    growth: ClassVar[Growth] = "N"
+
+    def __init__(
+        self, dim: int, heads: int, window: int | Size = 7, *, op: str | Operator = "softmax", bias: bool = True,
+        padding: Literal["seen", "hidden"] = "seen",
+    ) -> None:  # fmt: skip
+        super().__init__(dim, heads)
+        self.window: Size = (window, window) if isinstance(window, int) else window
+        for side in self.window:
+            validate.count("window", side, 1)
+        validate.one_of("padding", padding, ("seen", "hidden"))
+        self.padding = padding
+        self.attention = MultiHeadAttention(dim, heads, op=op, bias=bias)
+
+    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+        windows = Windows(inputs["size"], self.window)
+        seen = None
+        if self.padding == "hidden" and any(windows.padding):
+            seen = windows.real(x.device).repeat(x.shape[0], 1)[:, None, None]
+        return windows.merge(self.attention(windows.partition(x), mask=seen))
+
+    @classmethod
+    def example(cls, dim: int, heads: int, length: int) -> Self:
+        return cls(dim, heads, (2, 3), padding="hidden")
+
+    @classmethod
+    def example_inputs(cls, batch: int, length: int) -> dict[str, Any]:
+        return {"size": (length // 3, 3) if length % 3 == 0 else (1, length)}

@@ -1,0 +1,102 @@
+"""Hierarchical attention: words make sentences, sentences make the document (HAN)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from foveate.core import masks, validate
+from foveate.core.errors import ShapeError
+from foveate.core.scoring import safe_softmax
+from foveate.ops.functional.alignment import Feature
+
+
+class Read(NamedTuple):
+    """A document's vector `(B, 2 hidden)`, the weights of words in their sentence, and of sentences in the document."""
+
+    document: Float[Tensor, "b c"]
+    words: Float[Tensor, "b s w"]
+    sentences: Float[Tensor, "b s"]
+
+
+@final
+class HierarchicalAttention(nn.Module):
+    """Attention over the words of each sentence, and again over the sentences: two levels of abstraction.
+
+    For classifying documents with some account of why. Linear in the words, but recurrent: a GRU in both directions
+    reads each level before it is pooled. The wrong choice for what a transformer's context holds at once.
+
+    Args:
+        dim: width of the word vectors.
+        hidden: of the GRUs, each way. Both levels' attention has `2 hidden` numbers under its tanh. 50 in HAN.
+
+    The survey's (1904.02874) example of more than one level, Hierarchical Attention Networks for Document
+    Classification (2016).
+    """
+
+    def __init__(self, dim: int, hidden: int = 50) -> None:
+        super().__init__()
+        validate.count("dim", dim, 1)
+        validate.count("hidden", hidden, 1)
+        self.dim, width = dim, 2 * hidden
+        self.word_encoder = nn.GRU(dim, hidden, batch_first=True, bidirectional=True)
+        self.word_pool = AttentionPool(width)
+        self.sentence_encoder = nn.GRU(width, hidden, batch_first=True, bidirectional=True)
+        self.sentence_pool = AttentionPool(width)
+
+    def forward(self, x: Float[Tensor, "b s w c"], lengths: Int[Tensor, "b s"] | None = None) -> Read:
+        """Read documents.
+
+        Args:
+            x: word vectors `(B, S, W, C)`.
+            lengths: words in each sentence, 0 where there is no such sentence; the last ones of a document only.
+        """
+        if x.dim() != 4 or x.shape[-1] != self.dim:
+            raise ShapeError(f"x must be (B, S, W, C={self.dim}); got {tuple(x.shape)}")
+        lengths = torch.full(x.shape[:2], x.shape[2], device=x.device) if lengths is None else lengths
+        if lengths.shape != x.shape[:2]:
+            raise ShapeError(f"lengths must be {tuple(x.shape[:2])}; got {tuple(lengths.shape)}")
+        real = lengths > 0
+        if bool((real[:, 1:] & ~real[:, :-1]).any()):
+            raise ShapeError("lengths of 0 must come last in each document")
+        known = _up_to(lengths.flatten(), x.shape[2])
+        words = x.flatten(0, 1).masked_fill(~known[..., None], 0.0)
+        sentences, of_words = self.word_pool(_encode(self.word_encoder, words, lengths.flatten()), known)
+        sentences = _encode(self.sentence_encoder, sentences.unflatten(0, x.shape[:2]), real.sum(-1))
+        document, of_sentences = self.sentence_pool(sentences, real)
+        return Read(document, of_words.unflatten(0, x.shape[:2]), of_sentences)
+
+
+@final
+class AttentionPool(nn.Module):
+    """`softmax_n(w . tanh(W x_n + b))` as the weights of a mean over n: `(B, N, C) -> (B, C)`, and the weights.
+
+    Over several embeddings of one token in place of N tokens, this is the survey's multi-representational attention.
+    """
+
+    def __init__(self, dim: int, hidden: int | None = None) -> None:
+        super().__init__()
+        self.align = Feature(1, dim, hidden)
+
+    def forward(
+        self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b n"]]:
+        if mask is not None:
+            x = x.masked_fill(~mask[..., None], 0.0)
+        logits = self.align.own(x[:, None])[:, 0]
+        weights = safe_softmax(logits if mask is None else logits.masked_fill(~mask, masks.NEVER))
+        return (weights[:, None] @ x).squeeze(1), weights
+
+
+def _up_to(lengths: Tensor, size: int) -> Bool[Tensor, "b n"]:
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def _encode(gru: nn.GRU, x: Float[Tensor, "b n c"], lengths: Tensor) -> Float[Tensor, "b n h"]:
+    """The GRU's outputs for the real tokens of each row, zeros after; a row of none is read as one of length 1."""
+    packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
+    return pad_packed_sequence(gru(packed)[0], batch_first=True, total_length=x.shape[1])[0]

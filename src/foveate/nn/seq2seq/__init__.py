@@ -1,0 +1,1 @@
+"""Attention from a decoder to a source."""

@@ -1,0 +1,209 @@
+"""Pointer Networks: the weights of attention are the output, a distribution over the inputs.
+
+Pointer Networks (2015), arXiv 1506.03134.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from foveate.core import masks, validate
+from foveate.core.errors import OptionError, ShapeError
+from foveate.ops.functional.additive_score import pair_score
+
+State = tuple[Tensor, Tensor]  # of an LSTM cell
+
+
+class Pointed(NamedTuple):
+    """Log-probabilities of each output over the slots, and the slots that were taken (-1: nothing was left)."""
+
+    log_probs: Float[Tensor, "b s m"]
+    indices: Int[Tensor, "b s"]
+
+
+def pointer_scores(
+    e: Float[Tensor, "b n h"], d: Float[Tensor, "b s h"], w1: Float[Tensor, "a h"], w2: Float[Tensor, "a h"],
+    v: Float[Tensor, " a"], mask: Bool[Tensor, "b _ n"] | None = None,
+) -> Float[Tensor, "b s n"]:  # fmt: skip
+    """`log softmax_j(v . tanh(W_1 e_j + W_2 d_i))`: the log-probability that output i is input j.
+
+    For any network whose answer is a place in its input (copying, extractive question answering).
+
+    Args:
+        e: what represents the inputs `(B, N, h)`.
+        d: what represents the outputs so far `(B, S, h)`.
+        mask: True where an input may be pointed at; a row without any is -inf.
+    """
+    return _log_softmax(pair_score(d @ w2.mT, e @ w1.mT, v), mask)
+
+
+@final
+class PointerNetwork(nn.Module):
+    """An LSTM reads the inputs, another LSTM points at them, one after the other.
+
+    For outputs that are orders, subsets or places of the input, of any number: hulls, tours, sorting, spans. Nothing in
+    it depends on N, so that it runs on more inputs than it was trained on. O(N S h²) time, one output after the other.
+    The wrong choice where the outputs have words of their own.
+
+    Args:
+        in_dim: width of an input.
+        hidden: h of both LSTMs; the paper's are 256 and 512.
+        stop: whether there is one more slot, number N, that ends the output. Without it there are as many outputs as
+            inputs, unless a call says otherwise.
+
+    The decoder starts from the encoder's last state and a learned symbol, and its input is what was pointed at. Weights
+    start uniform in ±0.08 as in the paper, which trains with plain SGD (rate 1, batches of 128, gradients clipped to a
+    norm of 2). What the stop slot is represented by (a learned vector) is reconstructed.
+    """
+
+    def __init__(self, in_dim: int = 2, hidden: int = 256, *, stop: bool = True) -> None:
+        super().__init__()
+        validate.count("in_dim", in_dim, 1)
+        validate.count("hidden", hidden, 1)
+        validate.one_of("stop", stop, (True, False))
+        self.in_dim, self.hidden = in_dim, hidden
+        self.encoder = nn.LSTM(in_dim, hidden, batch_first=True)
+        self.decoder = nn.LSTMCell(in_dim, hidden)
+        self.w1, self.w2 = nn.Parameter(torch.empty(hidden, hidden)), nn.Parameter(torch.empty(hidden, hidden))
+        self.v, self.start = nn.Parameter(torch.empty(hidden)), nn.Parameter(torch.empty(in_dim))
+        self.stop = nn.Parameter(torch.empty(hidden)) if stop else None
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.08, 0.08)
+
+    def forward(
+        self, inputs: Float[Tensor, "b n c"], targets: Int[Tensor, "b s"] | None = None, *,
+        lengths: Int[Tensor, " b"] | None = None, mask_visited: bool = False, steps: int | None = None,
+    ) -> Pointed:  # fmt: skip
+        """Point, following `targets` where they are given and greedily otherwise.
+
+        Args:
+            inputs: `(B, N, C)`.
+            targets: slots `(B, S)`; N is the stop slot, -1 follows the end and is not learned from.
+            lengths: how many of the inputs are real; all where None.
+            mask_visited: whether no input is pointed at twice. Following targets, those that a target has visited.
+            steps: outputs S where there are no targets; N, and one more to stop, where None.
+        """
+        lengths = self._check(inputs, targets, lengths, steps)
+        steps = inputs.shape[1] + self._extra if steps is None else steps
+        memory, state, fed, allowed = self._read(inputs, lengths)
+        given, log_probs, indices = self.start.expand(len(inputs), -1), [], []
+        for step in range(steps if targets is None else targets.shape[1]):
+            scores, state = self._point(memory, given, state, allowed)
+            best = scores.argmax(-1).masked_fill(~allowed.any(-1), -1)
+            log_probs.append(scores)
+            indices.append(best)
+            taken = best if targets is None else targets[:, step]
+            given, allowed = _at(fed, taken), self._after(allowed, taken, mask_visited, targets is None)
+        return Pointed(torch.stack(log_probs, 1), torch.stack(indices, 1))
+
+    @torch.no_grad()
+    def beam(
+        self, inputs: Float[Tensor, "b n c"], width: int, *, lengths: Int[Tensor, " b"] | None = None,
+        mask_visited: bool = False, steps: int | None = None,
+    ) -> tuple[Int[Tensor, "b s"], Float[Tensor, " b"]]:  # fmt: skip
+        """The best outputs that a beam of `width` finds, and their log-probability. A width of 1 is greedy."""
+        validate.count("width", width, 1)
+        lengths = self._check(inputs, None, lengths, steps)
+        steps = inputs.shape[1] + self._extra if steps is None else steps
+        batch = len(inputs)
+        memory, state, fed, allowed = (
+            x.repeat_interleave(width, 0) if isinstance(x, Tensor) else tuple(y.repeat_interleave(width, 0) for y in x)
+            for x in self._read(inputs, lengths)
+        )
+        given = self.start.expand(batch * width, -1)
+        total = inputs.new_full((batch, width), masks.NEVER)
+        total[:, 0] = 0.0  # beams start alike: all but one wait until they can differ
+        found = torch.empty(batch, width, 0, dtype=torch.long, device=inputs.device)
+        first = torch.arange(batch, device=inputs.device)[:, None] * width
+        for _ in range(steps):
+            scores, state = self._point(memory, given, state, allowed)
+            over = ~allowed.any(-1)
+            reached = (total.flatten()[:, None] + scores.masked_fill(over[:, None], 0.0)).view(batch, width, -1)
+            total, best = reached.flatten(1).topk(width, -1)
+            origin, slot = best // scores.shape[-1], best % scores.shape[-1]
+            row = (first + origin).flatten()
+            slot = slot.masked_fill(over[row].view_as(slot), -1)
+            found = torch.cat([found.gather(1, origin[..., None].expand(-1, -1, found.shape[2])), slot[..., None]], -1)
+            state, taken = (state[0][row], state[1][row]), slot.flatten()
+            given, allowed = _at(fed, taken), self._after(allowed[row], taken, mask_visited, True)
+        return found[:, 0], total[:, 0]
+
+    @property
+    def _extra(self) -> int:
+        return 0 if self.stop is None else 1
+
+    def _read(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, State, Tensor, Tensor]:
+        """The slots as keys, the decoder's state, what the decoder is fed for each, and which may be pointed at."""
+        packed = pack_padded_sequence(inputs, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        read, (h, c) = self.encoder(packed)
+        slots = pad_packed_sequence(read, batch_first=True, total_length=inputs.shape[1])[0]
+        real = torch.arange(inputs.shape[1], device=inputs.device) < lengths[:, None]
+        fed = torch.cat([inputs.masked_fill(~real[..., None], 0.0), self.start.expand(len(inputs), 1, -1)], 1)
+        if self.stop is not None:
+            slots = torch.cat([slots, self.stop.expand(len(inputs), 1, -1)], 1)
+            real = torch.cat([real, real.new_ones(len(inputs), 1)], 1)
+        return slots, (h[0], c[0]), fed, real
+
+    def _point(self, slots: Tensor, given: Tensor, state: State, allowed: Tensor) -> tuple[Tensor, State]:
+        state = self.decoder(given, state)
+        scores = pointer_scores(slots, state[0][:, None], self.w1, self.w2, self.v, allowed[:, None])
+        return scores.squeeze(1), state
+
+    def _after(self, allowed: Tensor, taken: Tensor, mask_visited: bool, stopping: bool) -> Bool[Tensor, "b m"]:
+        """Which slots may be pointed at next. What has stopped stays there."""
+        slot = torch.arange(allowed.shape[1], device=taken.device)
+        stopped = torch.zeros_like(taken, dtype=torch.bool)
+        last = torch.zeros_like(slot, dtype=torch.bool)
+        if self.stop is not None:
+            last = slot == allowed.shape[1] - 1
+            stopped = (taken == allowed.shape[1] - 1) & stopping
+        if mask_visited:
+            allowed = allowed & ((slot != taken[:, None]) | last)
+        return torch.where(stopped[:, None], last, allowed)
+
+    def _check(self, inputs: Tensor, targets: Tensor | None, lengths: Tensor | None, steps: int | None) -> Tensor:
+        """Refuse what cannot be; the lengths."""
+        if inputs.dim() != 3 or inputs.shape[-1] != self.in_dim or inputs.shape[1] == 0:
+            raise ShapeError(f"inputs must be (B, N, C={self.in_dim}) with N > 0; got {tuple(inputs.shape)}")
+        batch, n, _ = inputs.shape
+        if lengths is None:
+            lengths = torch.full((batch,), n, device=inputs.device)
+        if lengths.shape != (batch,) or bool(((lengths < 1) | (lengths > n)).any()):
+            raise ShapeError(f"lengths must be (B={batch},), each in 1..{n}; got {lengths.tolist()}")
+        if steps is not None:
+            validate.count("steps", steps, 1)
+        if targets is None:
+            return lengths
+        if steps is not None:
+            raise OptionError(f"steps={steps}: there are as many as targets")
+        if targets.dim() != 2 or len(targets) != batch or targets.shape[1] == 0:
+            raise ShapeError(f"targets must be (B={batch}, S) with S > 0; got {tuple(targets.shape)}")
+        if bool(((targets < -1) | (targets >= n + self._extra)).any()):
+            raise ShapeError(f"targets must be slots in 0..{n + self._extra - 1}, or -1")
+        return lengths
+
+
+def pointer_loss(pointed: Pointed, targets: Int[Tensor, "b s"]) -> Float[Tensor, ""]:
+    """The mean of `-log p(target)` over all targets but those that are -1."""
+    known = targets >= 0
+    picked = pointed.log_probs.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    return -picked[known].mean()
+
+
+def _at(fed: Float[Tensor, "b m c"], taken: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
+    """The decoder's next input: what was pointed at, and the start symbol after a stop or nothing."""
+    last = fed.shape[1] - 1
+    row = torch.where(taken < 0, last, taken.clamp(max=last))
+    return fed[torch.arange(len(fed), device=fed.device), row]
+
+
+def _log_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Of what the mask allows; rows of -inf where it allows nothing."""
+    if mask is None:
+        return torch.log_softmax(logits, -1)
+    return torch.log_softmax(logits.masked_fill(~mask, masks.NEVER), -1).masked_fill(~mask, masks.NEVER)

@@ -1,0 +1,1 @@
+"""Layers on sequences of tokens, `(B, N, C) -> (B, N, C)`."""

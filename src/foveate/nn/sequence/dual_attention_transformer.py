@@ -1,0 +1,157 @@
+"""Dual attention: heads that read what others are, beside heads that read how others relate to oneself.
+
+Disentangling and Integrating Relational and Sensory Information in Transformer Architectures (2024), arXiv 2405.16727.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from foveate.core import validate
+from foveate.core.errors import OptionError
+from foveate.nn.base.layer import Layer
+from foveate.nn.parts.heads import HeadScheme, HeadState, split
+from foveate.nn.parts.positions import Position
+from foveate.nn.parts.symbols import RelativeSymbols, SymbolicAttention, Symbols
+from foveate.nn.sequence.relational_attention import RelationalAttention
+from foveate.ops.base.kv_cached import Cached
+from foveate.ops.operator import Operator
+
+
+@final
+class SensoryHeads(HeadScheme):
+    """Heads of ordinary attention, as a part of a layer: `C -> H D`."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, **around: Any) -> None:
+        super().__init__(dim, heads, kv_heads=kv_heads, head_dim=head_dim, out_dim=heads * head_dim, **around)
+        self.q, self.k, self.v = (nn.Linear(dim, h * head_dim, bias=False) for h in (heads, kv_heads, kv_heads))
+
+    def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return split(self.q(x), self.heads), split(self.k(source), self.kv_heads), split(self.v(source), self.kv_heads)
+
+
+@dataclass(frozen=True)
+class DualState:
+    """A stream: both kinds of heads, and how many tokens went by."""
+
+    sensory: HeadState | None
+    relational: Any
+    seen: int
+
+
+@final
+class DualAttention(Layer):
+    """Ordinary heads and relational heads side by side, their outputs concatenated.
+
+    Ordinary heads read what the tokens that they attend to are; relational ones (`RelationalAttention`) read how these
+    compare with the token that asks. `Block(DualAttention(...))` is the block of a Dual Attention Transformer.
+    Cost: that of multi-head attention, with values of width `D + H D` in relational heads. The wrong choice where what
+    counts is the content itself, not whether things are the same, larger or earlier.
+
+    Args:
+        dim: C, a multiple of all heads.
+        sensory_heads, relational_heads: how many of each; one kind may be 0. Heads are numbered in this order.
+        symbols: `SymbolicAttention`, `PositionalSymbols` or `RelativeSymbols`; give the same one to all layers, as the
+            paper does. `SymbolicAttention(dim, heads=4, n_symbols=64)` where None.
+        relations, symmetric, rel_act: of the relational heads.
+        group: heads of a kind that share keys and values (grouped queries).
+        op: an operator or its key, for both kinds.
+        position: how positions turn attention's queries and keys, or None.
+
+    Raises:
+        OptionError: an option out of range.
+
+    Symbols come from what the layer is given, as in the release's language model, where each layer retrieves anew. In
+    cross attention they are of the memory; distances mean nothing there, and `RelativeSymbols` refuse.
+    """
+
+    def __init__(
+        self, dim: int, sensory_heads: int, relational_heads: int, symbols: Symbols | RelativeSymbols | None = None, *,
+        relations: int | None = None, symmetric: bool = False, rel_act: str = "identity", group: int = 1,
+        op: str | Operator = "softmax", position: Position | None = None,
+    ) -> None:  # fmt: skip
+        kinds = {"sensory_heads": sensory_heads, "relational_heads": relational_heads}
+        validate.count("group", group, 1)
+        for name, count in kinds.items():
+            validate.count(name, count, 0)
+            if count % group:
+                raise OptionError(f"group={group} must divide {name}={count}")
+        total = sum(kinds.values())
+        super().__init__(dim, total)
+        if dim % total:
+            raise OptionError(f"sensory_heads + relational_heads = {total} must divide dim={dim}")
+        around: dict[str, Any] = dict(op=op, position=position)
+        self.sensory: SensoryHeads | None = None
+        self.relational: RelationalAttention | None = None
+        self.symbols: Symbols | RelativeSymbols | None = None
+        if sensory_heads:
+            self.sensory = SensoryHeads(dim, sensory_heads, sensory_heads // group, dim // total, **around)
+        if relational_heads:
+            self.relational = RelationalAttention(
+                dim,
+                relational_heads,
+                relations,
+                symmetric,
+                rel_act,
+                total,
+                kv_heads=relational_heads // group,
+                **around,
+            )
+            self.symbols = SymbolicAttention(dim) if symbols is None else symbols
+        self._declare()
+
+    def _declare(self) -> None:
+        """What the operator can do and the symbols leave."""
+        op = next(kind.op for kind in (self.sensory, self.relational) if kind is not None)
+        self.growth, self.masks = op.growth, op.masks  # type: ignore[misc]
+        self.patterns = op.patterns & Layer.patterns  # type: ignore[misc]
+        streams = op.steps == "exact" and "causal self" in self.patterns
+        if isinstance(self.symbols, RelativeSymbols):
+            self.patterns = self.patterns - {"cross"}  # type: ignore[misc]
+        if self.relational is not None and not self.relational.at_once(self.symbols):
+            if not isinstance(op, Cached) or type(op).values is not Operator.values:
+                raise OptionError(f"relations apart from values take plain weights over keys; {op.name} has none")
+            self.growth, streams = "N²", streams and "causal cross" in op.patterns  # type: ignore[misc]
+        self.steps = "exact" if streams else None  # type: ignore[misc]
+
+    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+        out = []
+        if self.sensory is not None:
+            mine = _of_heads(mask, slice(None, self.sensory.heads))
+            out.append(self.sensory(x, memory, mask=mine, causal=causal))
+        if self.relational is not None:
+            symbols = self._symbols(x if memory is None else memory, 0)
+            mine = _of_heads(mask, slice(-self.relational.heads, None))
+            out.append(self.relational(x, symbols, memory, mask=mine, causal=causal))
+        return torch.cat(out, -1)
+
+    def _symbols(self, source: Tensor, start: int) -> Tensor | RelativeSymbols:
+        return self.symbols(source, start) if isinstance(self.symbols, Symbols) else self.symbols  # type: ignore[return-value]
+
+    def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> DualState:
+        sensory = None if self.sensory is None else self.sensory.init_state(batch, dtype=dtype, device=device)
+        told = None if self.relational is None else self.relational.init_state(self.symbols, batch, dtype, device)
+        return DualState(sensory, told, 0)
+
+    def _step(self, x: Tensor, state: DualState, **inputs: Tensor) -> tuple[Tensor, DualState]:
+        out, sensory, told = [], None, None
+        if self.sensory is not None:
+            y, sensory = self.sensory.step(x, state.sensory)
+            out.append(y)
+        if self.relational is not None:
+            y, told = self.relational.step(x, self._symbols(x, state.seen), state.relational, state.seen)
+            out.append(y)
+        return torch.cat(out, -1), DualState(sensory, told, state.seen + 1)
+
+    @classmethod
+    def example(cls, dim: int, heads: int, length: int) -> Self:
+        return cls(dim, heads - heads // 2, heads // 2, SymbolicAttention(dim, 2, 5), relations=1)
+
+
+def _of_heads(mask: Tensor | None, heads: slice) -> Tensor | None:
+    """The part of a mask that is for some heads."""
+    return mask if mask is None or mask.dim() < 3 or mask.shape[-3] == 1 else mask[..., heads, :, :]

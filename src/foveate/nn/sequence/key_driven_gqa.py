@@ -1,0 +1,209 @@
+"""Key-driven grouped-query attention: how many queries a key head serves depends on how long its keys are.
+
+Beyond Uniform Query Distribution: Key-Driven Grouped Query Attention (2024), arXiv 2408.08454.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self, final
+
+import torch
+from einops import reduce
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from foveate.core import masks, validate
+from foveate.core.errors import OptionError, ShapeError
+from foveate.nn.parts.heads import HeadScheme, split
+from foveate.nn.parts.positions import Position
+from foveate.ops.operator import Operator, Transform
+
+Rule = Literal["gqa", "kdgqa", "dgqa_diff", "dgqa_ema", "pgqa"]
+RULES: tuple[Rule, ...] = ("gqa", "kdgqa", "dgqa_diff", "dgqa_ema", "pgqa")
+BETA = 0.9
+
+
+@final
+class KeyDrivenGQA(HeadScheme):
+    """Grouped-query attention whose H query heads are shared out among the key heads by the norms of these.
+
+    Query heads are cut, in order, into runs of lengths that add up to H; run g attends with key and value head g, and a
+    head with no run is idle. Cost: that of grouped-query attention with keys repeated. Meant for going on from a
+    trained multi-head network (`mha_to_gqa`). The wrong choice for causal networks: norms are taken over all tokens, so
+    that it knows no causal call but with rule="gqa".
+
+    Args:
+        dim: C.
+        heads: H.
+        kv_heads: G, a divisor of H.
+        rule: "gqa": H / G queries each. "kdgqa": in proportion to the norms, scaled to 0..1: the weakest gets none.
+            "dgqa_diff": to how the norms changed since a window ago. "dgqa_ema": to a running mean of them. "pgqa": as
+            "gqa", and from each head's output noise of the same mean and spread is subtracted.
+        window: steps of training between two looks at the norms, for "dgqa_diff" and "dgqa_ema".
+        stats: whose norms: "batch", means over the batch (the paper's, whose images then depend on each other),
+            "sample", each item's own, or "running": the batch's in training, after which the last allocation stays.
+        op: an operator or its key.
+        position: how positions enter, or None.
+        bias: whether projections have biases.
+        generator: what "pgqa" draws its noise from; it must be given there.
+
+    Raises:
+        OptionError: an option out of range.
+
+    From the release: means of norms in place of its sums over the batch, which give the same shares; its window divides
+    the sum of cache and norms by `window`; "pgqa" spares the entries where row and column of a group's noise agree, and
+    one draw serves the batch. Unlike it, evaluation leaves the cache alone, equal norms mean equal runs (not 0 / 0),
+    and the repair of rounding is drawn from a fixed seed.
+    """
+
+    # who gets how many heads depends on numbers
+    transforms: ClassVar[frozenset[Transform]] = frozenset({"meta"})
+
+    cache: Tensor
+    allocation: Tensor
+    trained: Tensor
+
+    def __init__(
+        self, dim: int, heads: int = 12, kv_heads: int = 6, rule: Rule = "kdgqa", window: int = 300,
+        stats: Literal["batch", "sample", "running"] = "batch", *, op: str | Operator = "softmax",
+        position: Position | None = None, bias: bool = False, generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(dim, heads, kv_heads=kv_heads, op=op, position=position, bias=bias)
+        validate.one_of("rule", rule, RULES)
+        validate.one_of("stats", stats, ("batch", "sample", "running"))
+        validate.count("window", window, 1)
+        if (rule == "pgqa") != (generator is not None):
+            raise OptionError('rule="pgqa" draws noise from a generator, and no other does')
+        self.rule, self.window, self.stats, self.generator = rule, window, stats, generator
+        self.q, self.k, self.v = (nn.Linear(dim, h * self.head_dim, bias) for h in (heads, kv_heads, kv_heads))
+        self.register_buffer("cache", torch.zeros(kv_heads))
+        self.register_buffer("allocation", torch.full((kv_heads,), heads // kv_heads))
+        self.register_buffer("trained", torch.tensor(0))
+        if rule != "gqa":
+            self.patterns = self.patterns - {"causal self"}  # type: ignore[misc]
+            self.masks = self.masks & (frozenset() if rule == "pgqa" else {"keys"})  # type: ignore[misc]
+            self.steps = None  # type: ignore[misc]
+
+    def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            split(self.q(x), self.heads),
+            split(self.k(source), self.kv_heads),
+            split(self.v(source), self.kv_heads),
+        )
+        if self.rule in ("gqa", "pgqa"):
+            return q, k, v
+        runs = self.allocate(masks.without_hidden(k, mask).detach())
+        return q, share_out(k, runs, self.heads), share_out(v, runs, self.heads)
+
+    @torch.no_grad()
+    def allocate(self, k: Float[Tensor, "b g m d"]) -> Int[Tensor, "*b g"]:
+        """How many queries each key head gets: `(G,)`, or `(B, G)` where each item has its own."""
+        norms = k.flatten(2).norm(dim=-1).to(self.cache.dtype)
+        looks = self.rule == "kdgqa" or int(self.trained) % self.window == 0
+        frozen = not looks if self.training else self.stats == "running"
+        if frozen and self.stats != "sample":
+            self.trained += self.training
+            return self.allocation
+        runs = allocate_queries(norms if self.stats == "sample" else norms.mean(0), self.heads, self.rule, self.cache)
+        if self.training:
+            self._learn(norms.mean(0), runs, looks)
+        return runs
+
+    def _learn(self, norms: Float[Tensor, " g"], runs: Tensor, looks: bool) -> None:
+        """What training leaves behind."""
+        self.trained += 1
+        if self.stats != "sample":
+            self.allocation.copy_(runs)
+        if looks and self.rule != "kdgqa":
+            self.cache.copy_((self.cache + norms) / self.window)
+
+    def weigh(self, out: Tensor, x: Tensor, q: Tensor) -> Tensor:
+        return out - self._noise(out) if self.rule == "pgqa" else out
+
+    def _noise(self, out: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
+        """Uniform noise, of which each head's `N D` numbers have the mean and the standard deviation of its output."""
+        rows = out.flatten(2)
+        group = self.heads // self.kv_heads
+        shape = self.kv_heads, group, rows.shape[-1]
+        noise = torch.rand(shape, generator=self.generator, device=self.generator.device).to(out)  # type: ignore[union-attr]
+        noise.diagonal(dim1=1, dim2=2).zero_()
+        noise = noise.flatten(0, 1)
+        noise = (noise - noise.mean(-1, keepdim=True)) / noise.std(-1, keepdim=True)
+        return (noise * rows.std(-1, keepdim=True) + rows.mean(-1, keepdim=True)).view_as(out)
+
+    @classmethod
+    def example(cls, dim: int, heads: int, length: int) -> Self:
+        return cls(dim, heads, max(1, heads // 2), stats="sample")
+
+
+def allocate_queries(
+    norms: Float[Tensor, "*b g"], heads: int, rule: Rule, cache: Float[Tensor, " g"] | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "*b g"]:  # fmt: skip
+    """How many of `heads` queries each of G key heads gets; the numbers of a row add up to `heads`, and may be 0.
+
+    Args:
+        norms: of the key heads.
+        rule: as for `KeyDrivenGQA`.
+        cache: what "dgqa_diff" and "dgqa_ema" compare the norms with; zeros where None.
+        generator: where these two add or take a query when rounding has left some; one seeded with 0 where None.
+    """
+    groups = norms.shape[-1]
+    if heads % groups:
+        raise ShapeError(f"norms are of G={groups} key heads, which must divide heads={heads}")
+    validate.one_of("rule", rule, RULES)
+    cache = torch.zeros_like(norms) if cache is None else cache
+    low, high = norms.amin(-1, keepdim=True), norms.amax(-1, keepdim=True)
+    claims = {
+        "kdgqa": (norms - low) / (high - low),
+        "dgqa_diff": (cache - norms).abs(),
+        "dgqa_ema": BETA * norms + (1 - BETA) * cache,
+    }.get(rule, torch.ones_like(norms))
+    shares = claims / claims.sum(-1, keepdim=True)
+    runs = (heads * torch.where(shares.isfinite(), shares, 1 / groups)).round().long()
+    if runs.is_meta:
+        return runs
+    random = torch.Generator().manual_seed(0) if generator is None else generator
+    for row in runs.view(-1, groups):
+        _repair(row, heads, None if rule == "kdgqa" else random)
+    return runs
+
+
+def _repair(runs: Int[Tensor, " g"], heads: int, random: torch.Generator | None) -> None:
+    """Take from the largest, or give to the smallest, until all heads are shared out; at random places where given."""
+    while (left := heads - int(runs.sum())) != 0:
+        if random is not None:
+            at = int(torch.randint(len(runs), (), generator=random))
+        else:
+            at = int(runs.argmin() if left > 0 else runs.argmax())
+        if left > 0 or runs[at] > 0:
+            runs[at] += 1 if left > 0 else -1
+
+
+def share_out(
+    x: Float[Tensor, "b g m d"], runs: Int[Tensor, "*b g"], heads: int | None = None
+) -> Float[Tensor, "b h m d"]:
+    """Key (or value) heads, each as often as it has queries: `(3, 1)` gives heads 0, 0, 0, 1."""
+    index = torch.arange(int(runs.sum(-1).max()) if heads is None else heads, device=runs.device)
+    which = (index[:, None] >= runs.cumsum(-1)[..., None, :]).sum(-1)
+    if which.dim() == 1:
+        return x[:, which]
+    return x.gather(1, which[:, :, None, None].expand(-1, -1, *x.shape[2:]))
+
+
+def mha_to_gqa(state: Mapping[str, Tensor], heads: int, kv_heads: int) -> dict[str, Tensor]:
+    """Parameters of a network with multi-head attention for one with G key heads: means of runs of H / G heads.
+
+    Of every `k` and `v` projection (weight and bias), whatever the names before; all else is taken over. Load it with
+    `strict=False`: a `KeyDrivenGQA` has buffers besides.
+    """
+    if kv_heads < 1 or heads % kv_heads:
+        raise OptionError(f"kv_heads={kv_heads} must divide heads={heads}")
+
+    def pooled(name: str, p: Tensor) -> Tensor:
+        if name.split(".")[-2:][0] not in ("k", "v"):
+            return p
+        return reduce(p, "(g r d) ... -> (g d) ...", "mean", g=kv_heads, r=heads // kv_heads)
+
+    return {name: pooled(name, p) for name, p in state.items()}

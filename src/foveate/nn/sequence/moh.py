@@ -1,0 +1,159 @@
+"""MoH: heads as experts; each token is given its own weighted few of them.
+
+MoH: Multi-Head Attention as Mixture-of-Head Attention (2024), arXiv 2410.11842.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate.core import validate
+from foveate.core.errors import OptionError
+from foveate.nn.parts.heads import HeadScheme, split
+from foveate.nn.parts.positions import Position
+from foveate.ops.operator import Operator
+
+
+@final
+class MixtureOfHeadAttention(HeadScheme):
+    """`sum_h g_h(x) head_h W_o^h`: attention as ever, whose heads a router weighs for each token, most of them at 0.
+
+    Some heads are shared (always on), of the others each token gets its best `routed_active`. Cost: that of
+    multi-head attention and a router of `C x (H + 2)`; keys and values are needed of all heads, since another token may
+    pick them, so that what an inactive head saves is query work, and only with a kernel that skips it. The wrong choice
+    where heads are few, or without `balance_loss` in training: a router left alone prefers the heads it began with.
+
+    Args:
+        dim: C.
+        heads: H.
+        shared_heads: the first of them, on for every token.
+        routed_active: K, of the other heads, that a token gets. None is allowed: then all heads have to be shared.
+        router: "linear" learns gates; "query_norm" has no parameters, for going on from a pretrained model: it takes
+            the K heads with the longest queries and weighs each with 1 (in training with the gradient of its share).
+        rescale: whether gates have mean 1, as in the release for images; else they are the paper's bare shares.
+        kv_heads: Hkv, a divisor of H; H where None.
+        op: an operator or its key.
+        position: how positions enter, or None. The router sees queries before they are turned.
+        bias: whether projections have biases; the router has none.
+
+    Raises:
+        OptionError: an option out of range, or a split of the heads that leaves nothing on.
+
+    The release crashes with one shared head; its weight is 1 here, as its formula says. Without shared heads, or
+    without routed ones, there is no balance between the two groups to learn.
+    """
+
+    def __init__(
+        self, dim: int, heads: int = 8, shared_heads: int = 4, routed_active: int = 2, *,
+        router: Literal["linear", "query_norm"] = "linear", rescale: bool = True, kv_heads: int | None = None,
+        op: str | Operator = "softmax", position: Position | None = None, bias: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(dim, heads, kv_heads=kv_heads, op=op, position=position, bias=bias)
+        validate.count("shared_heads", shared_heads, 0)
+        validate.count("routed_active", routed_active, 0)
+        validate.one_of("router", router, ("linear", "query_norm"))
+        routed = heads - shared_heads
+        if not (0 < routed_active <= routed or routed_active == routed == 0):
+            raise OptionError(
+                f"routed_active={routed_active} must be in 1..{routed}, the heads={heads} less shared_heads="
+                f"{shared_heads}; 0 where all are shared"
+            )
+        if router == "query_norm" and routed < 2:
+            raise OptionError(f"router='query_norm' compares routed heads; heads - shared_heads = {routed} is too few")
+        self.shared_heads, self.routed_active, self.rescale = shared_heads, routed_active, rescale
+        self.q, self.k, self.v = (
+            nn.Linear(dim, h * self.head_dim, bias) for h in (heads, self.kv_heads, self.kv_heads)
+        )
+        linear = router == "linear"
+        self.routed = nn.Linear(dim, routed, bias=False) if linear and routed else None
+        self.shared = nn.Linear(dim, shared_heads, bias=False) if linear and shared_heads > 1 else None
+        self.groups = nn.Linear(dim, 2, bias=False) if linear and routed and shared_heads else None
+
+    def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return split(self.q(x), self.heads), split(self.k(source), self.kv_heads), split(self.v(source), self.kv_heads)
+
+    def weigh(self, out: Tensor, x: Tensor, q: Tensor) -> Tensor:
+        return out * self._gates(x, q).transpose(1, 2)[..., None]
+
+    def gates(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h"]:
+        """Each head's weight for each token."""
+        return self._gates(x, split(self.q(x), self.heads))
+
+    def _gates(self, x: Tensor, q: Tensor) -> Tensor:
+        if self.routed is None and self.shared_heads < self.heads:
+            return self._hard(q)
+        routed, shared, groups = (None if w is None else w(x) for w in (self.routed, self.shared, self.groups))
+        if self.shared_heads == 1:  # one shared head: its share of its group is 1
+            shared = x.new_zeros(*x.shape[:-1], 1)
+        return moh_gates(routed, shared, groups, self.routed_active, self.rescale)
+
+    def _hard(self, q: Tensor) -> Tensor:
+        """1 for shared heads and for those chosen; in training, chosen ones hand the gradient on to their shares."""
+        share = self._shares(q)
+        chosen = top(share, self.routed_active)
+        if self.training:
+            chosen = chosen + (share - share.detach()) * chosen
+        return torch.cat([chosen.new_ones(*chosen.shape[:-1], self.shared_heads), chosen], -1)
+
+    def _shares(self, q: Tensor) -> Tensor:
+        """How "query_norm" ranks the routed heads, `(B, N, H - shared)`, from queries `(B, H, N, D)`."""
+        length = q[:, self.shared_heads :].norm(dim=-1).transpose(1, 2)
+        spread = length.std(-1, keepdim=True).clamp(min=torch.finfo(length.dtype).eps)
+        return torch.softmax(length / spread, -1)
+
+    def balance_loss(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, ""]:
+        """What to add, times 0.01, to the loss of training: see `balance_loss` of this module. 0 where all are shared.
+
+        A pure function of the layer's input: tokens that are padding are the caller's to leave out.
+        """
+        if not self.routed_active:
+            return x.new_zeros(())
+        share = self._shares(split(self.q(x), self.heads)) if self.routed is None else self.routed(x).softmax(-1)
+        return balance_loss(share, self.routed_active)
+
+    @classmethod
+    def example(cls, dim: int, heads: int, length: int) -> Self:
+        return cls(dim, heads, shared_heads=heads // 2, routed_active=1, kv_heads=heads // 2, bias=True)
+
+
+def moh_gates(
+    routed: Float[Tensor, "*n r"] | None, shared: Float[Tensor, "*n s"] | None, groups: Float[Tensor, "*n 2"] | None,
+    routed_active: int, rescale: bool = True,
+) -> Float[Tensor, "*n h"]:  # fmt: skip
+    """Weights of all heads, the shared ones first, from the router's logits.
+
+    Each group of heads has a softmax of its own, of which the routed one keeps its largest `routed_active`; `groups`
+    balances the two. With `rescale` each of the three has mean 1 over what it keeps, else they are bare.
+    """
+    parts = []
+    if shared is not None:
+        parts.append(shared.softmax(-1) * (shared.shape[-1] if rescale else 1))
+    if routed is not None:
+        share = routed.softmax(-1)
+        kept = share * top(share, routed_active)
+        if rescale:
+            kept = kept / kept.sum(-1, keepdim=True) * routed_active
+        parts.append(kept)
+    if groups is not None:
+        balance = groups.softmax(-1) * (2 if rescale else 1)
+        parts = [part * balance[..., i : i + 1] for i, part in enumerate(parts)]
+    return torch.cat(parts, -1)
+
+
+def top(share: Float[Tensor, "*n r"], k: int) -> Float[Tensor, "*n r"]:
+    """1 for the k largest, 0 for the others."""
+    return torch.zeros_like(share).scatter(-1, share.topk(k, -1).indices, 1.0)
+
+
+def balance_loss(share: Float[Tensor, "*n r"], routed_active: int) -> Float[Tensor, ""]:
+    """`r² mean_i(f_i P_i)`: f_i is the fraction of tokens that get head i, P_i its mean share.
+
+    It is `routed_active` where all heads get as much, and more where tokens crowd on the heads that they favour.
+    """
+    heads = share.shape[-1]
+    chosen = top(share, routed_active)
+    return heads**2 * (chosen.reshape(-1, heads).mean(0) * share.reshape(-1, heads).mean(0)).mean()

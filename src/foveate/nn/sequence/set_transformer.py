@@ -1,0 +1,210 @@
+"""The Set Transformer: attention for sets, whose order says nothing.
+
+Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks (2019), arXiv 1810.00825.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.core import masks, validate
+from foveate.core.errors import OptionError, ShapeError
+from foveate.nn.base.layer import Layer
+from foveate.nn.parts.linear_maps import Linear
+from foveate.ops.dense.softmax import Softmax
+from foveate.ops.operator import Growth, MaskKind, Pattern
+
+Scale = Literal["full", "head"]
+Variant = Literal["paper", "release"]
+
+
+@final
+class MAB(nn.Module):
+    """Multihead attention block, the part that everything here is made of: x attends to y, O(n m).
+
+    `H = LN(q + heads(q, k, v))`, then `LN(H + relu(H W + b))`, with `q = x W_q`, `k = y W_k`, `v = y W_v`. As released:
+    the residual is the projected query, and heads are joined by concatenation, without another projection.
+
+    Args:
+        dim_q, dim_kv: widths of x and y.
+        dim: width inside and out, a multiple of `heads`.
+        heads: H.
+        ln: whether the two norms are there.
+        scale: scores are divided by the root of "full", the whole width (as released), or "head", a head's share.
+    """
+
+    def __init__(
+        self, dim_q: int, dim_kv: int, dim: int, heads: int, *, ln: bool = False, scale: Scale = "full"
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim_q", dim_q), ("dim_kv", dim_kv), ("dim", dim), ("heads", heads)):
+            validate.count(name, value, 1)
+        if dim % heads:
+            raise OptionError(f"heads={heads} must divide dim={dim}")
+        validate.one_of("scale", scale, ("full", "head"))
+        self.heads, self.scale = heads, (dim if scale == "full" else dim // heads) ** -0.5
+        self.q, self.k, self.v = Linear(dim_q, dim), Linear(dim_kv, dim), Linear(dim_kv, dim)
+        self.op = Softmax()
+        self.feed = Linear(dim, dim)
+        self.norm, self.feed_norm = (nn.LayerNorm(dim) if ln else nn.Identity() for _ in range(2))
+
+    def forward(
+        self, x: Float[Tensor, "#b n cq"], y: Float[Tensor, "b m ck"], mask: Tensor | None = None
+    ) -> Float[Tensor, "b n c"]:
+        """`x`: one for each set, or a single one for all. `mask`: bool `(B, 1, 1, m)`, the elements of y there are."""
+        q, y = self.q(x).expand(y.shape[0], -1, -1), _present(y, mask)
+        split = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, self.k(y), self.v(y)))
+        out = self.op(*split, mask=mask, scale=self.scale).transpose(1, 2).flatten(2)
+        out = self.norm(q + out)
+        return self.feed_norm(out + F.relu(self.feed(out)))
+
+
+class _SetLayer(Layer):
+    """The common part of both encoders: elements see all elements that are there."""
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
+    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
+
+
+@final
+class SAB(_SetLayer):
+    """Set attention block, `MAB(x, x)`: every element meets every other, O(n²); equivariant to their order.
+
+    Args:
+        dim: width out, and in unless `dim_in` says otherwise.
+        heads, ln, scale: see `MAB`.
+        dim_in: width of the elements that come in.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, *, dim_in: int | None = None, ln: bool = False, scale: Scale = "full"
+    ) -> None:
+        super().__init__(dim if dim_in is None else dim_in, heads)
+        self.block = MAB(self.dim, self.dim, dim, heads, ln=ln, scale=scale)
+
+    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+        x = _present(x, mask)
+        return self.block(x, x, mask)
+
+
+@final
+class ISAB(_SetLayer):
+    """Induced set attention block, `MAB(x, MAB(I, x))`: elements meet through a few learned points, O(n m).
+
+    A bottleneck of m points: cheap for large sets, and the wrong choice where single elements have to find each other.
+    Equivariant to the order of the elements; positions, where order matters, have to be in the elements. For a whole
+    model see `SetTransformer`.
+
+    Args:
+        dim: width out, and in unless `dim_in` says otherwise.
+        heads, ln, scale: see `MAB`.
+        inducing: m, the learned points.
+        dim_in: width of the elements that come in.
+    """
+
+    growth: ClassVar[Growth] = "N"
+
+    def __init__(
+        self, dim: int, heads: int, inducing: int = 32, *, dim_in: int | None = None, ln: bool = False,
+        scale: Scale = "full",
+    ) -> None:  # fmt: skip
+        super().__init__(dim if dim_in is None else dim_in, heads)
+        self.points = _learned(inducing, dim, "inducing")
+        self.gather = MAB(dim, self.dim, dim, heads, ln=ln, scale=scale)
+        self.spread = MAB(self.dim, dim, dim, heads, ln=ln, scale=scale)
+
+    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+        x = _present(x, mask)
+        gathered = self.gather(self.points, x, mask)
+        return self.spread(x, gathered)
+
+    @classmethod
+    def example(cls, dim: int, heads: int, length: int) -> Self:
+        return cls(dim, heads, 3, ln=True)
+
+
+@final
+class PMA(nn.Module):
+    """Pooling by multihead attention: learned seeds attend to the set, `(B, n, C) -> (B, seeds, C)` whatever the order.
+
+    Args:
+        dim, heads, ln, scale: see `MAB`.
+        seeds: outputs; several differ from each other by their seeds, and usually pass an SAB afterwards.
+        variant: "paper" sends elements through `relu(z W + b)` first (one layer, as the release has elsewhere);
+            "release" does not.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, seeds: int = 1, *, ln: bool = False, scale: Scale = "full",
+        variant: Variant = "paper",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        validate.one_of("variant", variant, ("paper", "release"))
+        self.seeds = _learned(seeds, dim, "seeds")
+        self.before = Linear(dim, dim) if variant == "paper" else None
+        self.block = MAB(dim, dim, dim, heads, ln=ln, scale=scale)
+
+    def forward(self, z: Float[Tensor, "b n c"], mask: Tensor | None = None) -> Float[Tensor, "b k c"]:
+        z = _present(z, mask)
+        if self.before is not None:
+            z = F.relu(self.before(z))
+        return self.block(self.seeds, z, mask)
+
+
+@final
+class SetTransformer(nn.Module):
+    """From a set to a few outputs: two encoder blocks, pooling, two blocks among the outputs, a linear map.
+
+    The outputs do not depend on the order of the elements, nor on masked ones.
+
+    Args:
+        dim_in, dim_out: widths of an element and of an output.
+        outputs: k, how many there are.
+        dim: width inside.
+        heads, ln, scale: see `MAB`.
+        inducing: points of the encoder's `ISAB`s; None makes them `SAB`s.
+        variant: see `PMA`.
+    """
+
+    def __init__(
+        self, dim_in: int, dim_out: int, outputs: int = 1, *, dim: int = 128, heads: int = 4,
+        inducing: int | None = 32, ln: bool = False, scale: Scale = "full", variant: Variant = "paper",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        validate.count("dim_out", dim_out, 1)
+        options: dict[str, Any] = {"ln": ln, "scale": scale}
+
+        def encoder(width: int) -> Layer:
+            if inducing is None:
+                return SAB(dim, heads, dim_in=width, **options)
+            return ISAB(dim, heads, inducing, dim_in=width, **options)
+
+        self.encode = nn.ModuleList([encoder(dim_in), encoder(dim)])
+        self.pool = PMA(dim, heads, outputs, variant=variant, **options)
+        self.decode = nn.Sequential(SAB(dim, heads, **options), SAB(dim, heads, **options), Linear(dim, dim_out))
+
+    def forward(self, x: Float[Tensor, "b n ci"], mask: Tensor | None = None) -> Float[Tensor, "b k co"]:
+        """`mask`: bool `(B, 1, 1, n)`, the elements that are there (`foveate.core.masks.padding`)."""
+        for block in self.encode:
+            x = block(x, mask=mask)
+        return self.decode(self.pool(x, mask))
+
+
+def _learned(count: int, dim: int, name: str) -> nn.Parameter:
+    """Points `(1, count, C)` to attend from."""
+    validate.count(name, count, 1)
+    return nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, count, dim)))
+
+
+def _present(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Elements with zeros where none are."""
+    if mask is None:
+        return x
+    if mask.dtype != torch.bool or mask.dim() > 4 or any(size > 1 for size in mask.shape[-3:-1]):
+        raise ShapeError(f"mask must be bool (B, 1, 1, n); got {mask.dtype} {tuple(mask.shape)}")
+    return x.masked_fill(~masks.keys_of(mask, x.shape[0], x.shape[1])[..., None], 0.0)

@@ -1,0 +1,1 @@
+"""The families of operators, and their states."""

@@ -1,0 +1,301 @@
+"""The family of test-time learners: the state is the weights of a small learner, and attending is training it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core import masks as mask_algebra, validate
+from foveate.core.call import Plan
+from foveate.core.errors import ShapeError, UnsupportedPattern
+from foveate.ops.functional.fast_weights import Layer, Outer, Path, Shares, Weights, shares, shares_at_the_end, still
+from foveate.ops.functional.heads import accumulating, engine_of, per_query_head
+from foveate.ops.operator import Gate, Growth, MaskKind, Operator, Pattern
+
+#: The weights that answer a query: those that its token has written, or those at the start of its chunk.
+Reads = Literal["token", "chunk"]
+
+#: What a rate is for a token that is masked: nothing decays, moves or is written.
+_ABSENT = {"alpha": 0.0, "eta": 1.0, "theta": 0.0, "write": 0.0}
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """A learner in the middle of a stream.
+
+    Args:
+        memory: what decays and is written, one `(B, H, out, in)` for each layer.
+        momentum: the running sum of past gradients, likewise.
+        anchor: the weights at the start of the current chunk, where its gradients are taken.
+        place: tokens of that chunk so far.
+    """
+
+    memory: Weights
+    momentum: Weights
+    anchor: Weights
+    place: int
+
+
+class Memory(Operator):
+    """A learner trained on the keys and values as they pass, and read by the queries. Causal only; no weights.
+
+    For each token, with `u` the gradient of the inner objective at the weights `W`:
+
+        `S <- eta S - theta u`,  `M <- (1 - alpha) M + S`,  `W = link(M)`,  `out = read(W, q)`
+
+    alpha forgets, eta is the momentum, theta the step. Each is a number given to the constructor, or a tensor
+    `(B, H, Nk)` given to a call, with H = Hq or Hkv. Gradients of a whole chunk are taken at its first weights: exact
+    for `chunk=1`, otherwise an approximation that runs in parallel. A masked token does not take part at all, except
+    that chunks are counted with it; before the first token that is not masked the answer is 0. Long chunks of like keys
+    add their steps up: with unit keys, `theta * slope * chunk / D` has to stay well under 1.
+
+    With `reads="chunk"` the weights at the start of a chunk answer all of its queries: cheaper, but its tokens do not
+    see what the chunk itself writes, their own keys and values included. What is written is the same.
+
+    Engines: "chunked" (the default), "recurrent" (token by token). They agree up to rounding for every chunk size.
+
+    A system writes `initial`, `read` and `surprise`; where the weights are not the memory itself, also `link`, and says
+    so by `linked`: they are then written out for each token, which costs `chunk` times the memory.
+    """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
+    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
+    has_weights: ClassVar[bool] = False
+    default_scale: ClassVar[float | None] = 1.0
+    inputs: ClassVar[frozenset[str]] = frozenset({"alpha", "eta", "theta"})
+    # forget little, for at -4 nine tenths are gone after 128 tokens, and recall with them; some momentum; and a short
+    # step, for those of a chunk add up: from -5 on, text with its repeats could make two layers diverge
+    gates: ClassVar[Mapping[str, Gate]] = {
+        "alpha": Gate("sigmoid", -6.0), "eta": Gate("sigmoid", -2.0), "theta": Gate("sigmoid", -6.0),
+    }  # fmt: skip
+    engines: ClassVar[tuple[str, ...]] = ("chunked", "recurrent")
+    state_type: ClassVar[type] = MemoryState
+    growth: ClassVar[Growth] = "N"
+    linked: bool = False
+
+    def __init__(
+        self, *, alpha: float, eta: float, theta: float, chunk: int, unit: bool, reads: Reads = "token", **more: float
+    ) -> None:
+        """`unit`: whether queries and keys are scaled to length 1 first. `more`: further rates, by name."""
+        super().__init__()
+        validate.between("alpha", alpha, 0, 1)
+        validate.between("eta", eta, 0, 1)
+        validate.at_least("theta", theta, 0)
+        validate.count("chunk", chunk, 1)
+        validate.one_of("reads", reads, ("token", "chunk"))
+        self.rates = {"alpha": alpha, "eta": eta, "theta": theta, **more}
+        self.chunk, self.unit, self.reads = chunk, unit, reads
+
+    # -- what a system writes ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def initial(self, heads: int, key_dim: int, value_dim: int, like: Tensor) -> Weights:
+        """The memory before the first token, `(heads, out, in)` for each layer, with dtype and device of `like`."""
+
+    @abstractmethod
+    def read(self, layers: Sequence[Layer], q: Tensor) -> Tensor:
+        """The learner's answers `(B, H, C, Dv)` to `q (B, H, C, D)`."""
+
+    @abstractmethod
+    def surprise(self, weights: Weights, k: Tensor, v: Tensor, rates: Mapping[str, Tensor]) -> tuple[Outer, ...]:
+        """Gradients of the inner objective for each token of `k, v (B, H, C, ·)`, all at `weights`; one per layer."""
+
+    def link(self, memory: Tensor) -> Tensor:
+        """The weights `(..., out, in)` that a memory of that shape stands for."""
+        return memory
+
+    # -- what the base makes of it -------------------------------------------------------------------------------------
+
+    @final
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        engine: str,
+        **inputs: Tensor,
+    ) -> Tensor:
+        engine = engine_of(self, engine)
+        if q.shape[2] == 0:
+            return q.new_zeros(*q.shape[:3], v.shape[3])
+        return self._run(q, k, v, mask, scale, engine, inputs)[0]
+
+    @final
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, MemoryState]:
+        return self._run(q, k, v, None, scale, "chunked", inputs)
+
+    @final
+    def go_on(
+        self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState, *, mask: Tensor | None = None, **inputs: Tensor
+    ) -> tuple[Tensor, MemoryState]:
+        """Make as many steps as there are tokens, a chunk at a time where the state stands at the start of one."""
+        self._check(q, k, v, mask, True, inputs)
+        return self._run(q, k, v, mask, self._scale(None, q), "recurrent" if state.place else "chunked", inputs, state)
+
+    @final
+    def recall(self, q: Tensor, state: MemoryState) -> Tensor:
+        """Answer `q (B, H, N, D)` in this state; nothing is written."""
+        wide = q.to(state.memory[0].dtype)
+        wide = F.normalize(wide, dim=-1) if self.unit else wide
+        return self.read([still(self.link(memory)) for memory in state.memory], wide).to(q.dtype)
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, engine: str,
+        inputs: Mapping[str, Tensor], state: MemoryState | None = None,
+    ) -> tuple[Tensor, MemoryState]:  # fmt: skip
+        """The output, and the state after the last token. It goes on from `state`, or begins where None."""
+        run = self._chunks if engine == "chunked" else self._tokens
+        n_queries, n_keys, dtype = q.shape[2], k.shape[2], q.dtype
+        hidden = None if mask is None else ~mask_algebra.keys_of(mask, k.shape[0], n_keys)[:, None]
+        rates = self._rates(inputs, q, k, hidden)
+        q, k, v = self._prepared(q, k, v, hidden, scale)
+        fresh = state is None
+        state = self._begin(q.shape[0], q.shape[1], k.shape[3], v.shape[3], q) if state is None else state
+        if not n_keys:
+            return q.new_zeros(*q.shape[:3], v.shape[3]).to(dtype), state
+        out, state = run(F.pad(q, (0, 0, n_keys - n_queries, 0)), k, v, rates, state)
+        if fresh and hidden is not None:
+            # where nothing has been seen there is no answer, whatever the first weights would say
+            out = out.masked_fill(hidden.cummin(-1).values[..., None], 0.0)
+        return out[:, :, n_keys - n_queries :].to(dtype), state
+
+    def _chunks(
+        self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState
+    ) -> tuple[Tensor, MemoryState]:
+        n, size = k.shape[2], min(self.chunk, k.shape[2])
+        count = -(-n // size)
+        q, k, v = (F.pad(x, (0, 0, 0, count * size - n)).unflatten(2, (count, size)) for x in (q, k, v))
+        rates = {
+            name: F.pad(rate, (0, count * size - n), value=_ABSENT.get(name, 1.0)).unflatten(2, (count, size))
+            for name, rate in rates.items()
+        }
+        parts, out = shares(rates) if self.reads == "token" else shares_at_the_end(rates), []
+        memory, momentum = state.memory, state.momentum
+        # cut once: slices taken one by one would each give back a gradient as large as the whole
+        qs, ks, vs = q.unbind(2), k.unbind(2), v.unbind(2)
+        shared = list(map(Shares, parts.memory.unbind(2), parts.momentum.unbind(2)))
+        rates_of = {name: rate.unbind(2) for name, rate in rates.items()}
+        for t, part in enumerate(shared):
+            here = {name: rate[t] for name, rate in rates_of.items()}
+            anchor = tuple(map(self.link, memory))
+            gradients = self.surprise(anchor, ks[t], vs[t], here)
+            paths = [Path(*each, part) for each in zip(memory, momentum, gradients, strict=True)]
+            out.append(self.read(self._met(anchor, paths), qs[t]))
+            memory, momentum = zip(*(path.end() for path in paths), strict=True)
+        place = n % self.chunk
+        state = MemoryState(memory, momentum, anchor if place else tuple(map(self.link, memory)), place)
+        return torch.cat(out, 2)[:, :, :n], state
+
+    def _met(self, anchor: Weights, paths: Sequence[Path]) -> list[Layer]:
+        """The layers that the queries of a chunk meet."""
+        if self.reads == "chunk":
+            return list(map(still, anchor))
+        return [still(self.link(path.written_out())) if self.linked else path for path in paths]
+
+    def _tokens(
+        self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState
+    ) -> tuple[Tensor, MemoryState]:
+        out = []
+        for t in range(k.shape[2]):
+            at = slice(t, t + 1)
+            here = {name: rate[:, :, at] for name, rate in rates.items()}
+            y, state = self._token(q[:, :, at], k[:, :, at], v[:, :, at], here, state)
+            out.append(y)
+        return torch.cat(out, 2), state
+
+    def _token(
+        self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState
+    ) -> tuple[Tensor, MemoryState]:
+        """The definition: write one token, then read; "chunk" reads what was there when the chunk began."""
+        gradients = self.surprise(state.anchor, k, v, rates)
+        alpha, eta, theta, write = (rates[name][..., None] for name in ("alpha", "eta", "theta", "write"))
+        moved = zip(state.momentum, gradients, strict=True)
+        momentum = tuple(eta * s - theta * (u.left.mT @ u.right) for s, u in moved)
+        memory = tuple((1 - alpha) * m + write * s for m, s in zip(state.memory, momentum, strict=True))
+        weights = tuple(map(self.link, memory))
+        out = self.read(list(map(still, state.anchor if self.reads == "chunk" else weights)), q)
+        place = (state.place + 1) % self.chunk
+        return out, MemoryState(memory, momentum, state.anchor if place else weights, place)
+
+    @final
+    def _weights(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Tensor:
+        raise UnsupportedPattern(f"{self.name} has no matrix of weights over keys")
+
+    @final
+    def _plan(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
+    ) -> Plan:
+        why = "asked for" if engine != "auto" else f"gradients of {self.chunk} tokens at a time, as matrix products"
+        engine, (b, h, nq, d) = engine_of(self, engine), q.shape
+        nk, dv = k.shape[2], v.shape[3]
+        inside = self.chunk if engine == "chunked" else 0
+        flops = 0
+        for matrix in self.initial(h, d, dv, q.new_zeros((), dtype=accumulating(q.dtype))):
+            _, wide, tall = matrix.shape
+            learn = 6 * wide * tall  # there, back, and the sum into the memory
+            look = 2 * wide * tall
+            if self.reads == "token":  # the memory and its momentum, and what the chunk has written since
+                look += 2 * wide * tall + 2 * inside * (wide * tall if self.linked else wide + tall)
+            flops += b * h * (nk * learn + nq * look)
+        traffic = q.numel() + k.numel() + v.numel() + b * h * nq * dv
+        return Plan(engine=engine, flops=flops, bytes=traffic * q.element_size(), why=why)
+
+    @final
+    def _init_state(
+        self,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> MemoryState:
+        return self._begin(batch, heads, key_dim, value_dim, torch.zeros((), dtype=accumulating(dtype), device=device))
+
+    @final
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState, scale: float, **inputs: Tensor
+    ) -> tuple[Tensor, MemoryState]:
+        rates, dtype = self._rates(inputs, q, k, None), q.dtype
+        out, state = self._token(*self._prepared(q, k, v, None, scale), rates, state)
+        return out.to(dtype), state
+
+    def _begin(self, batch: int, heads: int, key_dim: int, value_dim: int, like: Tensor) -> MemoryState:
+        memory = tuple(m.expand(batch, *m.shape) for m in self.initial(heads, key_dim, value_dim, like))
+        return MemoryState(memory, tuple(map(torch.zeros_like, memory)), tuple(map(self.link, memory)), 0)
+
+    def _prepared(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide, heads = accumulating(q.dtype), q.shape[1]
+        q, k, v = q.to(wide), per_query_head(k, heads).to(wide), per_query_head(v, heads).to(wide)
+        if hidden is not None:
+            k, v = k.masked_fill(hidden[..., None], 0.0), v.masked_fill(hidden[..., None], 0.0)
+        if self.unit:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        return q if scale == 1.0 else q * scale, k, v
+
+    def _rates(self, inputs: Mapping[str, Tensor], q: Tensor, k: Tensor, hidden: Tensor | None) -> dict[str, Tensor]:
+        """All rates as `(B, H, Nk)`, those of masked tokens such that nothing happens."""
+        (b, h, _, _), (hkv, n), wide = q.shape, k.shape[1:3], accumulating(q.dtype)
+        rates = {name: q.new_full((b, h, n), value, dtype=wide) for name, value in {**self.rates, "write": 1.0}.items()}
+        for name, given in inputs.items():
+            if not isinstance(given, Tensor) or given.shape not in ((b, h, n), (b, hkv, n)):
+                got = tuple(given.shape) if isinstance(given, Tensor) else given
+                raise ShapeError(f"{name} must be a tensor (B, H, Nk)={(b, h, n)}; got {got}")
+            rates[name] = per_query_head(given, h).to(wide)
+        if hidden is None:
+            return rates
+        return {name: rate.masked_fill(hidden, _ABSENT.get(name, 1.0)) for name, rate in rates.items()}

@@ -1,0 +1,175 @@
+"""The survey's attention: any alignment function under any distribution function.
+
+An Attentive Survey of Attention Models (2019), arXiv 1904.02874.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Self, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate.core import masks, validate
+from foveate.core.call import Problem
+from foveate.core.engines import reference
+from foveate.core.errors import OptionError
+from foveate.core.scoring import SOFTMAX, Scoring, Tile, dot_product
+from foveate.ops.base.kv_cached import Cached
+from foveate.ops.functional import alignment as alignments, normalizers as distributions
+from foveate.ops.functional.alignment import Alignment
+from foveate.ops.functional.normalizers import DISTRIBUTIONS, LocalWindow
+
+
+@final
+class SurveyAttention(Cached):
+    """`p(a(q, k) · scale) v` with the alignment a and the distribution p of one's choice, and a local window if wanted.
+
+    For comparing scores and normalisers in one place; where one of them has a class of its own here, that is the one to
+    use. O(Nq Nk D) time. Inner products (similarity, dot, scaled_dot, general, biased_general, kernel) run on fused
+    kernels under the softmax; additive, concat and deep hold `hidden` numbers for each pair of a tile and are several
+    times slower. What has weights has to be trained: no drop-in for a pretrained model.
+
+    Args:
+        alignment: "scaled_dot", "dot", "similarity" (cosine), "general", "biased_general", "activated_general",
+            "kernel", "concat", "additive", "deep", "location" (no keys), "feature" (no query); or an `Alignment`.
+        distribution: "softmax", "sparsemax", "entmax", "sigmoid", "argmax" or "sample" (both hard: one key; no gradient
+            reaches the logits); or a function of logits, which gives 0 for -inf.
+        heads, head_dim: Hq and D of the calls to come, where anything is learned.
+        hidden: numbers under the activation of concat, additive, deep and feature; D where None.
+        depth: layers of "deep"; 2 where None.
+        activation: "tanh", "relu", "sigmoid", "gelu" or "elu+1" (kernel's default; tanh elsewhere).
+        positions: keys that "location" knows.
+        alpha: of "entmax"; 1.5 where None.
+        window: each query predicts a position and sees that many keys to either side of it (local-p); None for all.
+        sigma: of the Gaussian over the window; half of it where None.
+        generator: what "sample" draws from.
+
+    The scale is 1 unless a call says otherwise, and `D ** -0.5` for "scaled_dot". The forms are the survey's table;
+    positions counted from 0, and the keys that a causal query sees as the S of local-p, are ours.
+
+    Raises:
+        OptionError: an unknown name, or an option that the alignment or distribution lacks or needs.
+    """
+
+    def __init__(
+        self, alignment: str | Alignment = "scaled_dot", distribution: str | Callable[[Tensor], Tensor] = "softmax", *,
+        heads: int | None = None, head_dim: int | None = None, hidden: int | None = None, depth: int | None = None,
+        activation: str | None = None, positions: int | None = None, alpha: float | None = None,
+        window: float | None = None, sigma: float | None = None, generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        options = {"hidden": hidden, "depth": depth, "activation": activation, "positions": positions}
+        if isinstance(alignment, Alignment):
+            if given := sorted(name for name, value in options.items() if value is not None):
+                raise OptionError(f"{', '.join(given)}: options of an alignment by name; this one is built")
+            self.alignment = alignment
+        else:
+            self.alignment = alignments.make_alignment(alignment, heads=heads, head_dim=head_dim, **options)
+        self.default_scale = self.alignment.default_scale
+        self.distribution, self.generator = distribution, generator
+        self._distribute = _distribution(distribution, alpha, generator)
+        self.steps: Literal["exact", "own"] = "own" if distribution == "sample" else "exact"
+        if sigma is not None and window is None:
+            raise OptionError(f"sigma={sigma!r} needs a window")
+        if window is not None and (heads is None or head_dim is None):
+            raise OptionError(f"window={window!r} needs heads and head_dim")
+        self.local = None if window is None else LocalWindow(heads, head_dim, window, sigma)
+
+    def _problem(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Problem:
+        self.alignment.check(q, k.shape[2])
+        scoring = self._scoring(q, k.shape[2], causal)
+        q, k = self.alignment.prepare(q, masks.without_hidden(k, mask))
+        return Problem(q, k, v, scale, mask, causal, scoring=scoring)
+
+    def _weights(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Tensor:
+        return reference.weights(self._problem(q, k, k, mask, causal, scale))
+
+    def _scoring(self, q: Tensor, n_keys: int, causal: bool) -> Scoring:
+        """What a call predicts or draws is made once, so that engines which compute twice see the same."""
+        if self.distribution == "softmax" and self.local is None and self.alignment.is_inner_product:
+            return SOFTMAX
+        seen = torch.arange(n_keys - q.shape[2], n_keys, device=q.device) + 1 if causal else torch.tensor(n_keys)
+        centre = None if self.local is None else self.local.centre(q, seen.to(q.device))
+        uniform = None
+        if self.distribution == "sample":
+            uniform = torch.rand(q.shape[:3], generator=self.generator, device=self.generator.device).to(q.device)
+        return _Call(self, centre, uniform)
+
+    @classmethod
+    def example(cls, heads: int, head_dim: int, length: int) -> Self:
+        sizes = {"heads": heads, "head_dim": head_dim, "hidden": head_dim + 2}
+        return cls("deep", "entmax", depth=2, activation="tanh", window=max(1, length // 3), **sizes)
+
+    @classmethod
+    def exact(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call's scoring."""
+
+    op: SurveyAttention
+    centre: Float[Tensor, "b h q"] | None
+    uniform: Float[Tensor, "b h q"] | None
+
+    @property
+    def is_softmax(self) -> bool:
+        return self.op.distribution == "softmax" and self.centre is None
+
+    def parameters(self) -> Iterator[nn.Parameter | Tensor]:
+        if not self.op.alignment.is_inner_product:
+            yield from self.op.alignment.parameters()
+        if self.centre is not None:
+            yield self.centre
+
+    def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
+        if self.op.alignment.is_inner_product:
+            logits = dot_product(q, k, scale)
+        else:  # an engine may compute in wider numbers than the maps are made of
+            own = next((p.dtype for p in self.op.alignment.parameters()), q.dtype)
+            narrow = own if own in (torch.bfloat16, torch.float16) else q.dtype
+            logits = (scale * self.op.alignment.score(q.to(narrow), k.to(narrow), at)).to(q.dtype)
+        return logits if self.centre is None else self.op.local.cut(logits, _rows(self.centre, at), at.cols)
+
+    def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
+        drawn = () if self.uniform is None else (_rows(self.uniform, at),)
+        weights = self.op._distribute(logits, *drawn)
+        return weights if self.centre is None else self.op.local.dampen(weights, _rows(self.centre, at), at.cols)
+
+    def products(self, width: int) -> int:
+        return self.op.alignment.products(width)
+
+
+def _rows(x: Float[Tensor, "b h q"], at: Tile) -> Float[Tensor, "b h q"]:
+    """Numbers of the tile's queries; `at.rows` counts in keys."""
+    return x[:, :, at.rows - (at.n_keys - at.n_queries)]
+
+
+def _distribution(
+    name: str | Callable[[Tensor], Tensor], alpha: float | None, generator: torch.Generator | None
+) -> Callable[..., Tensor]:
+    if alpha is not None and name != "entmax":
+        raise OptionError(f'alpha={alpha!r} belongs to distribution="entmax"')
+    if (generator is None) == (name == "sample"):
+        raise OptionError('distribution="sample" draws from a generator, and no other does')
+    if not isinstance(name, str):
+        return name
+    validate.one_of("distribution", name, (*DISTRIBUTIONS, "entmax", "sample"))
+    if name == "sample":
+        return distributions.sample
+    if name != "entmax":
+        return DISTRIBUTIONS[name]
+    distributions.entmax(
+        torch.zeros(1), 1.5 if alpha is None else alpha
+    )  # refuses a bad alpha now, not at the first call
+    return partial(distributions.entmax, alpha=1.5 if alpha is None else alpha)

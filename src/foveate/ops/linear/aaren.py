@@ -1,0 +1,213 @@
+"""Aaren: softmax attention as a recurrence, by asking one question of every prefix.
+
+Attention as an RNN (2024), arXiv 2405.13956.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.core import masks as mask_algebra, online_softmax as online, validate
+from foveate.core.call import Plan
+from foveate.core.errors import OptionError
+from foveate.core.online_softmax import Partial
+from foveate.core.readable import known
+from foveate.core.scoring import safe_softmax
+from foveate.ops.functional import causal
+from foveate.ops.functional.heads import accumulating, engine_of, per_query_head
+from foveate.ops.operator import Growth, MaskKind, Operator, Pattern
+
+Form = Literal["scan", "recurrent", "reference"]
+
+#: `(top, total, out)` of two sets of keys to that of both: the associative operation of the scan.
+combine = online.merge
+
+
+@dataclass(frozen=True)
+class AarenState:
+    """All that is kept of the past: 2 + Dv numbers per head, whatever its length, and the question.
+
+    Args:
+        part: the softmax so far: largest score and sum of powers `(B, H, 1, 1)`, weighted values `(B, H, 1, Dv)`.
+        query: `(B, H, 1, D)`, None before the first token.
+    """
+
+    part: Partial
+    query: Tensor | None = None
+
+
+@final
+class Aaren(Operator):
+    """`out_t = softmax(scale q . k_{<= t}) v_{<= t}` with one q for all t: exact softmax attention, as an RNN.
+
+    O(N D) time in all and a constant state, since a new token changes no score of an old one. That is paid for: no
+    token asks a question of its own, it only lengthens the prefix that is asked. The wrong choice where a token must
+    look up what it needs; layers have to be stacked. Causal only.
+
+    The paper's query is learned, and belongs to a layer (`foveate.nn.AarenLayer`). Here it comes as q, `(B, Hq,
+    Nq, D)` like any other's, with the same row for every token (`query.expand`: nothing is copied).
+
+    Args:
+        query: what of q is asked. "same": all its rows, which have to be equal; a call in which they differ is refused.
+            "first": its first row, for all tokens; later rows have no say. A stream asks what its first token asked.
+
+    Engines: "scan" (a parallel scan, the default), "recurrent" (a token loop), "reference" (the whole matrix).
+
+    Raises:
+        OptionError: an unknown `query`, or rows of q that differ.
+    """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
+    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
+    engines: ClassVar[tuple[str, ...]] = ("scan", "recurrent", "reference")
+    state_type: ClassVar[type] = AarenState
+    growth: ClassVar[Growth] = "N"
+
+    def __init__(self, query: Literal["same", "first"] = "same") -> None:
+        super().__init__()
+        validate.one_of("query", query, ("same", "first"))
+        self.query = query
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str,
+        **inputs: Tensor,
+    ) -> Tensor:  # fmt: skip
+        engine = engine_of(self, engine)
+        if q.shape[2] == 0:
+            return q.new_zeros(*q.shape[:3], v.shape[3])
+        scores, values = self._scored(q, k, v, mask, scale)
+        return prefix_attention(scores, values, engine)[:, :, k.shape[2] - q.shape[2] :].to(q.dtype)
+
+    def _weights(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
+    ) -> Tensor:
+        scores, _ = self._scored(q, k, k, mask, scale)
+        return _matrix(scores)[:, :, k.shape[2] - q.shape[2] :].to(q.dtype)
+
+    def _plan(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
+    ) -> Plan:
+        why = "asked for" if engine != "auto" else "one question for all: linear in the length"
+        engine, (b, h, nq, d), (nk, dv) = engine_of(self, engine), q.shape, v.shape[2:]
+        merges = {"scan": math.ceil(math.log2(BLOCK)) + 1, "recurrent": 1, "reference": nk / 2}[engine]
+        traffic = q.numel() + k.numel() + v.numel() + b * h * nq * dv
+        flops = b * h * nk * (2 * d + int(merges * 4 * (dv + 1)))
+        return Plan(engine=engine, flops=flops, bytes=traffic * q.element_size(), why=why)
+
+    def _init_state(
+        self, batch: int, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> AarenState:  # fmt: skip
+        zero = torch.zeros(batch, heads, 1, 1, dtype=accumulating(dtype), device=device)
+        return AarenState(Partial(zero + mask_algebra.NEVER, zero, zero.expand(-1, -1, -1, value_dim)))
+
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: AarenState, scale: float, **inputs: Tensor
+    ) -> tuple[Tensor, AarenState]:
+        asked = q if state.query is None else self._asked(torch.cat([state.query, q], 2))
+        scores, values = self._scored(asked, k, v, None, scale)
+        part = combine(state.part, online.partial(scores[..., None], values))
+        return online.finish(part).to(q.dtype), AarenState(part, asked)
+
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, AarenState]:
+        out = self._attend(q, k, v, None, True, scale, "auto")
+        if q.shape[2] == 0:
+            return out, self._init_state(*q.shape[:2], k.shape[1], k.shape[3], v.shape[3], q.dtype, q.device)
+        scores, values = self._scored(q, k, v, None, scale)
+        return out, AarenState(online.partial(scores[:, :, None], values), self._asked(q))
+
+    def _asked(self, q: Tensor) -> Float[Tensor, "b h 1 d"]:
+        if self.query == "same" and known((q == q[:, :, :1]).all()) is False:
+            raise OptionError('q must be the same in every row, as Aaren asks one question; or query="first"')
+        return q[:, :, :1]
+
+    def _scored(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n dv"]]:
+        """Scores of all keys, -inf where they are masked, and values."""
+        wide, heads = accumulating(q.dtype), q.shape[1]
+        q, k, v = self._asked(q).to(wide), per_query_head(k, heads).to(wide), per_query_head(v, heads).to(wide)
+        if mask is None:
+            return (q * scale @ k.mT)[:, :, 0], v
+        hidden = ~mask_algebra.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
+        k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+        return (q * scale @ k.mT)[:, :, 0].masked_fill(hidden[..., 0], mask_algebra.NEVER), v
+
+    @classmethod
+    def example(cls, heads: int, head_dim: int, length: int) -> Self:
+        return cls("first")
+
+
+#: Tokens that are scanned at a time; the blocks' totals are scanned in turn.
+BLOCK = 32
+
+
+def prefix_attention(
+    scores: Float[Tensor, "b h n"], values: Float[Tensor, "b h n d"], form: Form = "scan"
+) -> Float[Tensor, "b h n d"]:
+    """The softmax attention of every prefix, one score for each token: `out_t = softmax(scores_{<= t}) values_{<= t}`.
+
+    Args:
+        scores: any finite numbers, or -inf for a token that is not there. A prefix of such alone gives zeros.
+        values: what is weighted.
+        form: "scan" makes all prefixes at once in O(log N) passes; "recurrent" goes token by token; "reference" writes
+            out the matrix, O(N²). They agree up to rounding.
+    """
+    validate.one_of("form", form, ("scan", "recurrent", "reference"))
+    if form == "reference":
+        return causal.product(_matrix(scores), values)
+    leaves = online.partial(scores[..., None, None], values[..., None, :])  # one key each: (B, H, N, 1, ·)
+    run = _scanned if form == "scan" else _folded
+    return online.finish(run(leaves)).squeeze(-2)
+
+
+def _matrix(scores: Tensor) -> Float[Tensor, "b h n n"]:
+    n = scores.shape[-1]
+    seen = mask_algebra.causal(n, n, device=scores.device)
+    return safe_softmax(scores[..., None, :].masked_fill(~seen, mask_algebra.NEVER))
+
+
+def _folded(parts: Partial) -> Partial:
+    """Prefixes along axis 2, one after the other."""
+    done = [_at(parts, slice(0, 1))]
+    for t in range(1, parts.top.shape[2]):
+        done.append(combine(done[-1], _at(parts, slice(t, t + 1))))
+    return Partial(*(torch.cat(each, 2) for each in zip(*done, strict=True)))
+
+
+def _scanned(parts: Partial) -> Partial:
+    """Prefixes along axis 2: inside blocks by doubling, then the blocks before each by the same."""
+    n = parts.top.shape[2]
+    if n <= BLOCK:
+        return _doubled(parts, 2)
+    empty = Partial(*(torch.zeros_like(each[:, :, :1]) for each in parts))
+    empty = empty._replace(top=torch.full_like(empty.top, mask_algebra.NEVER))
+    short = -n % BLOCK
+    filled = (torch.cat([x, e.expand(-1, -1, short, -1, -1)], 2) for x, e in zip(parts, empty, strict=True))
+    inside = _doubled(Partial(*(x.unflatten(2, (-1, BLOCK)) for x in filled)), 3)
+    before = _scanned(Partial(*(x[:, :, :-1, -1] for x in inside)))
+    before = Partial(*(torch.cat([e, x], 2)[:, :, :, None] for e, x in zip(empty, before, strict=True)))
+    return Partial(*(x.flatten(2, 3)[:, :, :n] for x in combine(before, inside)))
+
+
+def _doubled(parts: Partial, axis: int) -> Partial:
+    """Prefixes along an axis, each pass reaching twice as far back (Hillis and Steele)."""
+    reach, n = 1, parts.top.shape[axis]
+    while reach < n:
+        older = combine(
+            Partial(*(x.narrow(axis, 0, n - reach) for x in parts)),
+            Partial(*(x.narrow(axis, reach, n - reach) for x in parts)),
+        )
+        parts = Partial(*(torch.cat([x.narrow(axis, 0, reach), y], axis) for x, y in zip(parts, older, strict=True)))
+        reach *= 2
+    return parts
+
+
+def _at(parts: Partial, rows: slice) -> Partial:
+    return Partial(*(x[:, :, rows] for x in parts))

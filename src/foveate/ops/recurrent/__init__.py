@@ -1,1 +1,0 @@
-"""Softmax attention with a state of constant size."""

@@ -1,0 +1,1 @@
+"""Steering of text models."""

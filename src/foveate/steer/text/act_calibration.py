@@ -1,0 +1,233 @@
+"""ACT: take weight off attention sinks that are not at the start, in chosen heads, while the prompt is read.
+
+Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through Attention
+Calibration (2024), arXiv 2406.15765. Where paper and release differ: a sink is a key that receives more than
+`alpha / N` in the paper, more than 0.1 in the release (`variant`); the release calibrates the first sequence of a batch
+only, and a row that sees nothing but sinks becomes NaN. Here every sequence is calibrated, and such a row stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveate.core import masks, validate
+from foveate.core.errors import OptionError, ShapeError
+from foveate.host.entry import apply
+from foveate.host.hf.model import Host, host
+from foveate.host.method import Method
+from foveate.host.site import Site
+
+#: Which heads: a bool table `(layers, heads)`, pairs `(layer, head)`, or `{layer: heads}`; None for all that may be.
+Heads = Tensor | Iterable[tuple[int, int]] | Mapping[int, Iterable[int]] | None
+Example = TypeVar("Example")
+
+#: The constant that the release calls a sink by.
+RELEASE = 0.1
+
+
+@final
+@dataclass(eq=False)
+class ActCalibration(Method):
+    """In the chosen heads, sinks after the first keep `beta` of their weight; the other keys share the rest.
+
+    Nothing is trained and nothing but the prompt is touched: decoding goes on from the calibrated states. Layers with a
+    chosen head give up the fused kernel while the prompt is read, O(N²) memory. Not every sink is bad: without heads
+    from `act_search` this may as well lower accuracy. The last few keys are judged on few queries, as in the paper.
+
+    Args:
+        heads: which to calibrate, from `act_search`: a bool table `(layers, heads)`, pairs `(layer, head)`, or
+            `{layer: heads}`. None is every head but those of the first two layers and the last.
+        beta: share of its weight that a sink keeps; 1 leaves the model as it is.
+        alpha: a key is a sink where it receives more than `alpha / N`, averaged over the queries that see it.
+        variant: "paper", or "release" with its constant threshold of 0.1 in place of `alpha / N`.
+    """
+
+    heads: Heads = None
+    beta: float = 0.4
+    alpha: float = 5.0
+    variant: Literal["paper", "release"] = "paper"
+    _chosen: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self.beta, self.alpha, self.threshold)
+        validate.one_of("variant", self.variant, ("paper", "release"))
+        if not isinstance(self.heads, Tensor | Mapping | None):
+            if not isinstance(self.heads, Iterable):
+                raise OptionError(
+                    f"heads must be a table (layers, heads), pairs (layer, head), a mapping or None; got "
+                    f"{_what(self.heads)}"
+                )
+            self.heads = tuple(self.heads)
+
+    @property
+    def threshold(self) -> float | Literal["alpha/N"]:
+        return RELEASE if self.variant == "release" else "alpha/N"
+
+    def bind(self, host: Host) -> None:
+        self._chosen = _table(self.heads, host)
+
+    def at(self, site: Site) -> bool:
+        reads = site.phase == "prefill" and site.is_causal
+        return reads and self.beta < 1 and bool(self._chosen[site.layer].any())
+
+    def edit_weights(self, site: Site, weights: Tensor) -> Tensor:
+        heads = self._chosen[site.layer].to(weights.device)
+        return calibrate_sinks(weights, heads, self.beta, self.threshold, self.alpha, seen=_seen(site))
+
+
+def calibrate_sinks(
+    attn: Float[Tensor, "b h q k"],
+    heads: Bool[Tensor, " h"] | Sequence[int] | None = None,
+    beta: float = 0.4,
+    thr: float | Literal["alpha/N"] = "alpha/N",
+    alpha: float = 5.0,
+    keep_first: bool = True,
+    *,
+    seen: Bool[Tensor, "b h q k"] | None = None,
+) -> Float[Tensor, "b h q k"]:
+    """Attention maps with the sinks of some heads scaled down and what is freed spread over the other keys.
+
+    Args:
+        attn: weights whose rows sum to 1.
+        heads: which heads, as a bool tensor or as numbers; None is all.
+        beta: share of its weight that a sink keeps.
+        thr: mean weight received from which on a key is a sink: a number, or "alpha/N" with N the keys that are seen.
+        alpha: for "alpha/N".
+        keep_first: spare the first of each head's sinks, wherever it is.
+        seen: which pairs count, `(B, 1 or H, Nq, Nk)`; None is causality, the last query seeing the last key.
+    """
+    _check(beta, alpha, thr)
+    if not isinstance(attn, Tensor) or attn.dim() != 4 or not attn.is_floating_point():
+        raise ShapeError(f"attn must be weights (B, H, Nq, Nk); got {_what(attn)}")
+    if seen is None:
+        seen = masks.causal(attn.shape[2], attn.shape[3], device=attn.device)[None, None]
+    index = _numbers(heads, attn.shape[1], attn.device)
+    some = attn[:, index].to(torch.promote_types(attn.dtype, torch.float32))
+    sinks = find_sinks(some, thr, alpha, seen=seen[:, index] if seen.shape[1] > 1 else seen)
+    if keep_first:
+        sinks = sinks & (sinks.cumsum(-1) > 1)
+    return attn.index_copy(1, index, _spread(some, sinks, beta).to(attn.dtype))
+
+
+def find_sinks(
+    attn: Float[Tensor, "b h q k"], thr: float | Literal["alpha/N"], alpha: float, *, seen: Bool[Tensor, "b h q k"]
+) -> Bool[Tensor, "b h k"]:
+    """The keys that receive more than the threshold, averaged over the queries that see them."""
+    rows = seen.sum(-2)
+    strength = (attn * seen).sum(-2) / rows.clamp_min(1)
+    limit = alpha / (rows > 0).sum(-1, keepdim=True).clamp_min(1) if thr == "alpha/N" else thr
+    return strength > limit
+
+
+def act_search(
+    model: object,
+    calibration_set: Sequence[Example],
+    score: Callable[[Any, Example], float],
+    *,
+    beta: float = 0.4,
+    alpha: float = 5.0,
+    variant: Literal["paper", "release"] = "paper",
+    candidates: Heads = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Bool[Tensor, "l h"]:
+    """The heads `(layers, heads)` whose calibration, each by itself, raises the mean score on a small set.
+
+    It runs the set once for every candidate; the paper takes about a thousand items. One task's heads serve others of
+    its kind.
+
+    Args:
+        model: a decoder.
+        calibration_set: examples of any kind.
+        score: `score(model, example)`, for instance 1.0 for a right answer and 0.0 for a wrong one.
+        beta, alpha, variant: as for `ActCalibration`.
+        candidates: heads to try, in any form that `ActCalibration` takes and with the same meaning of None.
+        progress: called as `progress(done, of, note)` after each head.
+    """
+    if not calibration_set:
+        raise OptionError("calibration_set must hold at least one example")
+    here = host(model)
+    table = _table(candidates, here)
+
+    def accuracy(heads: list[tuple[int, int]]) -> float:
+        with torch.no_grad(), apply(here.model, ActCalibration(heads, beta, alpha, variant)):
+            return sum(float(score(here.model, example)) for example in calibration_set) / len(calibration_set)
+
+    found, base = torch.zeros_like(table), accuracy([])
+    pairs = table.nonzero().tolist()
+    for done, (layer, head) in enumerate(pairs, start=1):
+        mine = accuracy([(layer, head)])
+        found[layer, head] = mine > base
+        if progress is not None:
+            progress(done, len(pairs), f"layer {layer}, head {head}: {mine:.3f}, without {base:.3f}")
+    return found
+
+
+def _spread(attn: Tensor, sinks: Bool[Tensor, "b h k"], beta: float) -> Tensor:
+    """Scale sinks by `beta`, and the others up by what that frees; rows with nothing outside sinks stay."""
+    on_sinks = attn * sinks[:, :, None]
+    elsewhere = attn - on_sinks
+    rest = elsewhere.sum(-1, keepdim=True)
+    freed = (1 - beta) * on_sinks.sum(-1, keepdim=True)
+    grown = elsewhere * (1 + freed / rest.clamp_min(torch.finfo(attn.dtype).tiny))
+    return torch.where(rest > 0, beta * on_sinks + grown, attn)
+
+
+def _seen(site: Site) -> Bool[Tensor, "b h q k"]:
+    """The pairs of a site that count: what the mask allows, without the rows of padding."""
+    b, _, n, _ = site.q.shape
+    mask = site.mask
+    if mask is None:
+        seen = torch.ones(b, 1, n, site.k.shape[2], dtype=torch.bool, device=site.q.device)
+    else:
+        seen = masks.allowed(mask)
+    return seen if site.real_queries is None else seen & site.real_queries[:, None, :, None]
+
+
+def _table(heads: Heads, host: Host) -> Bool[Tensor, "l h"]:
+    """Heads in any form, as a table."""
+    shape = (host.layers, host.heads)
+    if isinstance(heads, Tensor):
+        if heads.dtype != torch.bool or tuple(heads.shape) != shape:
+            raise ShapeError(f"heads must be a bool table (layers, heads)={shape} for this model; got {_what(heads)}")
+        return heads.cpu()
+    table = torch.zeros(shape, dtype=torch.bool)
+    if heads is None:
+        table[2:-1] = True
+        return table
+    by_layer = heads.items() if isinstance(heads, Mapping) else ((layer, (head,)) for layer, head in heads)
+    for layer, head in ((layer, head) for layer, some in by_layer for head in some):
+        if layer not in range(shape[0]) or head not in range(shape[1]):
+            raise OptionError(f"heads: ({layer}, {head}) must be in (0..{shape[0] - 1}, 0..{shape[1] - 1})")
+        table[layer, head] = True
+    return table
+
+
+def _numbers(heads: Tensor | Sequence[int] | None, count: int, device: torch.device) -> Tensor:
+    """Some heads of `count`, as numbers."""
+    if heads is None:
+        return torch.arange(count, device=device)
+    index = torch.as_tensor(heads, device=device)
+    if index.dtype == torch.bool:
+        if tuple(index.shape) != (count,):
+            raise ShapeError(f"heads must be bools (H,)=({count},) or numbers; got {_what(index)}")
+        return index.nonzero().squeeze(-1)
+    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < count):
+        raise OptionError(f"heads={index.tolist()} must be in 0..{count - 1}")
+    return index.long().flatten()
+
+
+def _check(beta: float, alpha: float, thr: float | str) -> None:
+    validate.between("beta", beta, 0.0, 1.0)
+    validate.at_least("alpha", alpha, 0.0)
+    if thr != "alpha/N":
+        validate.at_least("thr", thr, 0.0)  # type: ignore[arg-type]
+
+
+def _what(x: object) -> str:
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

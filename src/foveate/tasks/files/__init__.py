@@ -1,0 +1,1 @@
+"""Prompts from the files that people have."""

@@ -1,0 +1,1 @@
+"""Tasks of long real text."""

@@ -1,0 +1,70 @@
+"""Several pass keys in long text, asked for in order: the data on which retrieval heads show."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.core import validate
+from foveate.tasks.parts.corpus import text
+from foveate.tasks.text.needle import snap
+
+NATO = (
+    "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo "
+    "sierra tango uniform victor whiskey xray yankee zulu"
+).split()
+_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+
+
+@dataclass(frozen=True)
+class Passkeys:
+    """An endless stream of `(ids (1, N), answers (1, N) bool)`: sequences of words hidden in text, then all asked for.
+
+    Args:
+        encode: text to token ids, without special tokens.
+        length: tokens of the text that hides them, about.
+        count: how many sequences, at depths spread over 0.05..0.95; at most 10.
+        words: words in each (from the NATO alphabet).
+        begin: token ids to start with, such as the beginning-of-sequence token.
+        seed: of words and text.
+    """
+
+    encode: Callable[[str], list[int]]
+    length: int = 1024
+    count: int = 10
+    words: int = 32
+    begin: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        validate.at_least("length", self.length, 64)
+        validate.between("count", self.count, 1, len(_ORDINALS))
+        validate.at_least("words", self.words, 1)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        draw = random.Random(self.seed)
+        while True:
+            yield self._example(draw)
+
+    def _example(self, draw: random.Random) -> tuple[Tensor, Tensor]:
+        keys = [" ".join(draw.choices(NATO, k=self.words)) for _ in range(self.count)]
+        source = text("train")
+        start = draw.randrange(len(source) - self.length)
+        filler = source[start : start + self.length]
+        body, last = "", 0
+        for index, key in enumerate(keys):
+            depth = 0.05 + 0.9 * index / max(1, self.count - 1)
+            cut = snap(filler, int(depth * len(filler)))
+            body += filler[last:cut] + f" The {_ORDINALS[index]} pass key is {key}."
+            last = max(cut, last)
+        ids, answers = [*self.begin, *self.encode(body + filler[last:])], []
+        answers = [False] * len(ids)
+        for index, key in enumerate(keys):
+            asked, answer = self.encode(f"\nThe {_ORDINALS[index]} pass key is"), self.encode(f" {key}.")
+            ids += asked + answer
+            answers += [False] * len(asked) + [True] * len(answer)
+        return torch.tensor([ids]), torch.tensor([answers])

@@ -1,0 +1,1 @@
+"""Tasks to train small networks on."""

@@ -1,0 +1,158 @@
+"""Variational attention: the alignment is a latent variable, and training may marginalise, bound or average it.
+
+Latent Alignment and Variational Attention (2018), arXiv 1807.03756.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from foveate.core import masks, validate
+from foveate.core.errors import OptionError, ShapeError
+from foveate.ops.functional.additive_score import pair_score
+from foveate.train.objectives.latent_alignment import (
+    Estimator,
+    Objective,
+    check,
+    latent_attention_loss,
+    marginal_decode,
+)
+
+
+@final
+class VariationalAttention(nn.Module):
+    """Cross-attention with a vocabulary at its end, trained with any of the objectives on the same parameters.
+
+    For outputs that each come from one place of the input. Exact training runs the output layer T times, sampled
+    training `samples` times and once more for the baseline; the inference network costs two LSTMs, and is not used
+    after training. The wrong choice where an output blends its inputs: soft attention does that better.
+
+    Args:
+        src_dim, tgt_dim: widths of memory and query.
+        attn_dim: under the prior's tanh, and of the inference network's LSTMs each way.
+        vocab: number of words.
+        objective, estimator, samples, temperature, generator: see `latent_attention_loss`.
+        score: the prior's: "mlp" is `v . tanh(W x + U q)`, "general" `q W x`.
+
+    As in the release q scores the two LSTMs' states bilinearly. Its source LSTM reads word embeddings; ours reads the
+    memory. The paper's relaxed (Dirichlet) alignments are in no release, and left out.
+    """
+
+    def __init__(
+        self, src_dim: int, tgt_dim: int, attn_dim: int, vocab: int, *, objective: Objective = "elbo",
+        estimator: Estimator = "enum", samples: int = 1, temperature: float = 1.0,
+        score: Literal["mlp", "general"] = "mlp", generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, value in {"src_dim": src_dim, "tgt_dim": tgt_dim, "attn_dim": attn_dim, "vocab": vocab}.items():
+            validate.count(name, value, 1)
+        validate.one_of("score", score, ("mlp", "general"))
+        check(objective, estimator, samples, temperature)
+        if (estimator != "enum") != (generator is not None):
+            raise OptionError(f'a generator goes with an estimator that samples; got estimator="{estimator}"')
+        self.objective = objective
+        self.options = dict(estimator=estimator, samples=samples, temperature=temperature, generator=generator)
+        self.src_dim, self.tgt_dim, self.vocab = src_dim, tgt_dim, vocab
+        self.query = nn.Linear(tgt_dim, attn_dim if score == "mlp" else src_dim, bias=False)
+        self.memory = nn.Linear(src_dim, attn_dim, bias=False) if score == "mlp" else None
+        self.v = nn.Parameter(torch.empty(attn_dim).uniform_(-(attn_dim**-0.5), attn_dim**-0.5))
+        self.join, self.words = nn.Linear(src_dim + tgt_dim, tgt_dim), nn.Linear(tgt_dim, vocab)
+        self.inference = InferenceNetwork(src_dim, vocab, attn_dim) if objective == "elbo" else None
+
+    def prior_logits(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Float[Tensor, "b s t"]:
+        """Of the position that each output comes from, as it can be told before the output is known."""
+        asked = self.query(query)
+        logits = asked @ memory.mT if self.memory is None else pair_score(asked, self.memory(memory), self.v)
+        return _hide(logits, lengths)
+
+    def context(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Float[Tensor, "b s d"]:
+        """What soft attention reads: also what a decoder feeds back, so that its state stays deterministic."""
+        memory = self._real(query, memory, lengths)
+        return torch.softmax(self.prior_logits(query, memory, lengths), -1) @ memory
+
+    def log_probs(self, query: Tensor, context: Float[Tensor, "... s d"]) -> Float[Tensor, "... s v"]:
+        """Of the words, for what was read."""
+        query = query.expand(*context.shape[:-1], self.tgt_dim)
+        return torch.log_softmax(self.words(torch.tanh(self.join(torch.cat([query, context], -1)))), -1)
+
+    def forward(
+        self, query: Float[Tensor, "b s e"], memory: Float[Tensor, "b t d"], target: Int[Tensor, "b s"], *,
+        lengths: Int[Tensor, " b"] | None = None, target_lengths: Int[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b s"]:  # fmt: skip
+        """The loss of each output; 0 past `target_lengths`."""
+        memory = self._real(query, memory, lengths)
+        if target.shape != query.shape[:2]:
+            raise ShapeError(f"target must be {tuple(query.shape[:2])}; got {tuple(target.shape)}")
+        prior = self.prior_logits(query, memory, lengths)
+        post = None if self.inference is None else self.inference(memory, target, lengths, target_lengths)
+
+        def loglik(weights: Tensor) -> Tensor:
+            found = self.log_probs(query, weights @ memory)
+            return found.gather(-1, target[..., None].expand(*found.shape[:-1], 1)).squeeze(-1)
+
+        loss = latent_attention_loss(prior, loglik, post_logits=post, objective=self.objective, **self.options)
+        if target_lengths is None:
+            return loss
+        return loss.masked_fill(_past(target_lengths, target.shape[1]), 0.0)
+
+    def predict(
+        self, query: Tensor, memory: Tensor, *, lengths: Tensor | None = None, top_k: int | None = None
+    ) -> Float[Tensor, "b s v"]:
+        """Log-probabilities of the words: soft attention's own, else marginal, over the prior's `top_k` positions."""
+        if self.objective == "soft":
+            return self.log_probs(query, self.context(query, memory, lengths))
+        memory = self._real(query, memory, lengths)
+        prior = self.prior_logits(query, memory, lengths)
+        if top_k is not None:
+            validate.count("top_k", top_k, 1)
+        prior, best = prior.topk(prior.shape[-1] if top_k is None else min(top_k, prior.shape[-1]), -1)
+        rows = torch.arange(len(memory), device=memory.device)[:, None, None]
+        return marginal_decode(prior, self.log_probs(query[:, :, None], memory[rows, best]))
+
+    def _real(self, query: Tensor, memory: Tensor, lengths: Tensor | None) -> Tensor:
+        """The memory of a call that is in order, with zeros in its padding."""
+        for name, x, width in (("query", query, self.tgt_dim), ("memory", memory, self.src_dim)):
+            if x.dim() != 3 or x.shape[-1] != width:
+                raise ShapeError(f"{name} must be (B, N, {width}); got {tuple(x.shape)}")
+        return memory if lengths is None else memory.masked_fill(_past(lengths, memory.shape[1])[..., None], 0.0)
+
+
+@final
+class InferenceNetwork(nn.Module):
+    """`q(z | x, y)`: LSTMs in both directions over memory and target, and a bilinear score of their states."""
+
+    def __init__(self, src_dim: int, vocab: int, hidden: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, hidden)
+        self.source = nn.LSTM(src_dim, hidden, batch_first=True, bidirectional=True)
+        self.target = nn.LSTM(hidden, hidden, batch_first=True, bidirectional=True)
+        self.w = nn.Linear(2 * hidden, 2 * hidden, bias=False)
+
+    def forward(
+        self, memory: Tensor, target: Tensor, lengths: Tensor | None = None, target_lengths: Tensor | None = None
+    ) -> Float[Tensor, "b s t"]:
+        source = _read(self.source, memory, lengths)
+        return _hide(self.w(_read(self.target, self.embed(target), target_lengths)) @ source.mT, lengths)
+
+
+def _read(lstm: nn.LSTM, x: Tensor, lengths: Tensor | None) -> Tensor:
+    if lengths is None:
+        return lstm(x)[0]
+    packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+    return pad_packed_sequence(lstm(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+
+
+def _hide(logits: Float[Tensor, "b s t"], lengths: Tensor | None) -> Float[Tensor, "b s t"]:
+    if lengths is None:
+        return logits
+    return logits.masked_fill(_past(lengths, logits.shape[-1])[:, None], masks.NEVER)
+
+
+def _past(lengths: Int[Tensor, " b"], size: int) -> Bool[Tensor, "b n"]:
+    """True where a sequence has ended."""
+    return torch.arange(size, device=lengths.device) >= lengths[:, None]
