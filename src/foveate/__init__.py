@@ -30,6 +30,7 @@ _HOME = {
     "System": "foveate.core.catalog",
     "system": "foveate.core.catalog",
     "systems": "foveate.core.catalog",
+    "cite": "foveate.core.cite",
     "FoveateError": "foveate.core.errors",
     "ShapeError": "foveate.core.errors",
     "OptionError": "foveate.core.errors",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:  # the same table, for type checkers; `as` says that a name is
     )
     from foveate.core.call import Plan as Plan
     from foveate.core.catalog import System as System, system as system, systems as systems
+    from foveate.core.cite import cite as cite
     from foveate.core.errors import (
         CatalogError as CatalogError,
         FoveateError as FoveateError,
