@@ -11,11 +11,13 @@ import typer
 from foveate.cli.card import Card, read_card
 from foveate.cli.console import show
 from foveate.core import catalog
+from foveate.core.errors import OptionError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from foveate.cli.search import Match
     from foveate.core.catalog import System
 
 Key = Annotated[str | None, typer.Argument(help="One system's key: show its card.")]
@@ -28,11 +30,22 @@ By = Annotated[
         "family, state of a stream, or growth of time."
     ),
 ]
+Search = Annotated[
+    str | None,
+    typer.Option(help='A need in plain words, such as "long context without retraining": what answers it, and why.'),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def command(key: Key = None, room: Room = None, tag: Tag = None, by: By = None, as_json: Json = False) -> None:
-    """List the published systems that work here and what they can do, or show one system's card."""
+def command(
+    key: Key = None, room: Room = None, tag: Tag = None, by: By = None, search: Search = None, as_json: Json = False
+) -> None:
+    """List the published systems that work here and what they can do, find some, or show one system's card."""
+    if search is not None:
+        if key is not None or by is not None:
+            raise OptionError("--search takes --room, --tag and --json beside it, and neither a KEY nor --by")
+        _show_matches(search, catalog.systems(room, tag), as_json)
+        return
     if key is not None:
         _show_card(catalog.system(key), as_json)
         return
@@ -54,6 +67,37 @@ _LEGEND = (
     "time: in the number of tokens"
 )
 _LETTERS = {"self": "s", "causal self": "c", "cross": "x", "causal cross": "y"}
+
+
+def _show_matches(need: str, rows: list[System], as_json: bool) -> None:
+    from foveate.cli.search import search, understood
+
+    matches = search(need, rows)
+    if as_json:
+        found = [{**_fields(match.system), "score": match.score, "why": match.why} for match in matches]
+        typer.echo(json.dumps(found, indent=1))
+        return
+    hints = [asked.hint for asked in understood(need)[0] if asked.hint]
+    if not matches:
+        show(f"nothing answers {need!r}; `foveate systems` lists everything", *hints)
+        return
+    show(_found(matches), f"{len(matches)} of {len(rows)} systems, best first; `foveate systems KEY` shows one", *hints)
+
+
+def _found(matches: list[Match]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("key", no_wrap=True)
+    table.add_column("room", no_wrap=True)
+    table.add_column("why", ratio=3)
+    table.add_column("title", ratio=2)
+    for match in matches:
+        row = match.system
+        key = Text(row.key, style=f"bold link {row.url}" if row.url else "bold")
+        table.add_row(key, row.room, Text("\n".join(match.why)), Text(f"{row.title} ({row.year})", style="dim"))
+    return table
 
 
 def _show_card(row: System, as_json: bool) -> None:
