@@ -1,4 +1,4 @@
-"""The needle task: the fact is where it says, prompts have their length, and a seed is a seed."""
+"""The needle task: spans locate the fact, prompts have their length, and a seed repeats its examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from foveate.tasks.text.needle import Needle
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.integers(400, 3000), st.integers(0, 5), st.integers(3, 8), st.integers(0, 9))
-def test_prompts(length: int, distractors: int, digits: int, seed: int) -> None:
+def test_prompts_end_in_a_question_about_the_needle(length: int, distractors: int, digits: int, seed: int) -> None:
     task = Needle(length=length, count=3, distractors=distractors, digits=digits, seed=seed)
     for example in task.examples():
         assert len(example.prompt) == length and example.prompt.isascii()
@@ -29,7 +29,7 @@ def test_depths_are_spread() -> None:
     assert min(depths) < 0.15 and max(depths) > 0.75 and 0.35 < sum(depths) / 60 < 0.6
 
 
-def test_score() -> None:
+def test_the_score_accepts_the_digits() -> None:
     task, example = Needle(), Example("p", " 123")
     assert task.score(example, " 123.\nmore") == 1.0 and task.score(example, " 124") == 0.0
 

@@ -1,4 +1,4 @@
-"""A person's own prompts: what is read, and how a bad file is refused."""
+"""The user's own prompts: good files are read, bad ones are refused with their line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from foveate.core.errors import TaskError
 from foveate.tasks.files.prompts import Prompts
 
 
-def test_reads_lines(tmp_path: Path) -> None:
+def test_json_lines_are_read(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "a", "answer": "b"}\n\n{"prompt": "c", "answer": "d", "note": 1}\n')
     assert [(e.prompt, e.answer) for e in Prompts(file).examples()] == [("a", "b"), ("c", "d")]
@@ -18,7 +18,7 @@ def test_reads_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ("", "holds no examples"),
         ("{", "line 1 is not JSON"),
@@ -30,14 +30,14 @@ def test_reads_lines(tmp_path: Path) -> None:
         ('{"prompt": "a", "answer": [" "]}', "answer must be non-empty"),
     ],
 )
-def test_refuses(tmp_path: Path, content: str, says: str) -> None:
+def test_bad_rows_are_refused(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text(content)
-    with pytest.raises(TaskError, match=says):
+    with pytest.raises(TaskError, match=message):
         Prompts(file).examples()
 
 
-def test_missing_and_binary_files(tmp_path: Path) -> None:
+def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="cannot be read"):
         Prompts(tmp_path / "none.jsonl").examples()
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")

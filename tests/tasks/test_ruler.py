@@ -1,4 +1,4 @@
-"""The RULER-like tasks: what is asked stands in the text where the spans say, a seed is a seed, answers score."""
+"""The RULER-like tasks: spans locate the facts, a seed repeats its examples, and answers get their score."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def examples(name: str, length: int = 3000, count: int = 12, seed: int = 0) -> l
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind(name: str) -> None:
+def test_every_task_scores_its_own_answers(name: str) -> None:
     task = kind(name, 3000, 5)
     assert task.name == name
     for example in task.examples():
@@ -37,7 +37,7 @@ def test_every_kind(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "facts", "owners", "asked"),
+    ("name", "facts", "owners", "queries"),
     [
         ("niah_single", 1, 1, 1),
         ("niah_multikey", 8, 8, 1),
@@ -45,14 +45,14 @@ def test_every_kind(name: str) -> None:
         ("niah_multiquery", 6, 6, 3),
     ],
 )
-def test_needles_by_reading_the_text(name: str, facts: int, owners: int, asked: int) -> None:
+def test_needles_are_in_the_text(name: str, facts: int, owners: int, queries: int) -> None:
     for example in examples(name):
         text, question = example.prompt.rsplit("\n", 1)
         shown, text = text.split(".\n\n", 1) if len(example.answers) > 1 else ("", text)
         found = re.findall(r" A pass key of (\w+) is (\d{5})\.", text)
         assert len(found) == facts and len({owner for owner, _ in found}) == owners
         wanted = re.sub("The pass keys? of | (is|are)$", "", question).replace(" and ", ", ").split(", ")
-        assert len(wanted) == asked
+        assert len(wanted) == queries
         assert not {owner for owner, _ in found} & set(re.findall(r"of (\w+) is", shown))
         assert all(shown.count(digits) == 2 for digits in re.findall(r"is (\d{5})", shown))
         assert list(example.answers) == [digits for name in wanted for owner, digits in found if owner == name]
@@ -66,7 +66,7 @@ def test_depths_are_spread() -> None:
     assert min(depths) < 0.15 and max(depths) > 0.75 and 0.35 < sum(depths) / 60 < 0.6
 
 
-def test_a_chain_is_followed_by_hand() -> None:
+def test_the_answer_follows_the_chain() -> None:
     for example in examples("variable_tracking"):
         shown, text = example.prompt.split("\n\n", 1)
         value = re.findall(r"value (\d{5}) are$", text)[0]
@@ -85,14 +85,14 @@ def test_the_common_words_are_the_most_common() -> None:
         assert best[2][1] >= 10 * best[3][1] or best[3][1] <= 2
 
 
-def test_a_set_holds_all_kinds_in_turn() -> None:
+def test_ruler_takes_all_tasks_in_turn() -> None:
     found = Ruler(length=2000, count=13).examples()
     assert len(found) == 13
     for index, name in enumerate(KINDS):
         assert found[index::6] == examples(name, 2000, 3)[: len(found[index::6])]
 
 
-def test_continuations_lie_side_by_side_in_text_that_is_held_out() -> None:
+def test_continuations_are_adjacent_stretches_of_held_out_text() -> None:
     task = Continuation(length=5000, count=4, horizon=300, seed=2)
     found = task.examples()
     assert task.metric == LOSS
@@ -103,33 +103,33 @@ def test_continuations_lie_side_by_side_in_text_that_is_held_out() -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_name_stands_for_a_task(name: str) -> None:
+def test_names_create_tasks(name: str) -> None:
     task = named(name, 1500, 2, seed=1)
     assert task.name == name and len(task.examples()) == 2
     assert named(name).examples()
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: Retrieval(length=100), "length=100"),
         (lambda: Retrieval(keys=0), "keys=0"),
-        (lambda: Retrieval(keys=2, asked=3), "asked=3"),
-        (lambda: Retrieval(length=600, keys=20), "leaves no room for text beside 20 facts"),
+        (lambda: Retrieval(keys=2, queries=3), "queries=3"),
+        (lambda: Retrieval(length=600, keys=20), "20 facts leave no room for text"),
         (lambda: Tracing(length=1000), "length=1000"),
         (lambda: Tracing(hops=9), "hops=9"),
         (lambda: Counting(common=0), "common=0"),
         (lambda: Counting(count=0), "count=0"),
-        (lambda: Continuation(length=10**6), "count=2 stretches of 1000000"),
+        (lambda: Continuation(length=10**6), "count=2 examples of length=1000000"),
         (lambda: kind("vt", 1000, 1), "task='vt'"),
     ],
 )
-def test_bad_options_are_named(make: object, says: str) -> None:
+def test_bad_options_are_named(make: object, message: str) -> None:
     with pytest.raises(OptionError) as caught:
         make()  # type: ignore[operator]
-    assert says in str(caught.value).replace('"vt"', "'vt'")
+    assert message in str(caught.value).replace('"vt"', "'vt'")
 
 
-def test_an_unknown_name() -> None:
+def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(UnknownKey, match="niah_multikey"):
         named("niah_multikeys")

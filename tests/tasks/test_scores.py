@@ -1,4 +1,4 @@
-"""The rules that score an answer: what each takes, and that a part of a word or number is no hit."""
+"""The rules that score an answer: each accepts whole answers, and no part of a word or number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RULES = sorted(scores.SCORES)
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("answer", ["12", " 47111", "Paris", "naïve", "東京", "two words", "-3.5"])
-def test_every_rule_takes_the_answer_itself(rule: str, answer: str) -> None:
+def test_every_rule_accepts_the_answer_itself(rule: str, answer: str) -> None:
     if rule != "first-number" or scores.number(answer) is not None:
         assert scores.SCORES[rule](answer, (answer,)) == 1.0
         assert scores.SCORES[rule](f"\n {answer} \n", (answer,)) == 1.0
@@ -28,7 +28,7 @@ def test_every_rule_takes_the_answer_itself(rule: str, answer: str) -> None:
     ("123456", "12"), ("12th", "12"), ("12.5", "12"), ("12,000", "12"), ("912", "12"), ("0.12", "12"), ("-12", "12"),
     ("Parisian", "Paris"), ("x12", "12"), ("12_000", "12"), ("", "12"), ("cafés", "café"), ("cafe\u0301s", "café"),
 ])  # fmt: skip
-def test_a_part_of_a_word_or_number_is_no_hit(rule: str, output: str, answer: str) -> None:
+def test_a_part_of_a_word_or_number_does_not_match(rule: str, output: str, answer: str) -> None:
     assert scores.SCORES[rule](output, (answer,)) == 0.0 or (rule, output) in {
         ("first-number", "x12"), ("first-number", "12th"), ("rouge", "12.5"), ("rouge", "12,000"), ("rouge", "0.12"),
         ("rouge", "-12"), ("first-number", "12_000"),
@@ -50,14 +50,14 @@ def test_a_part_of_a_word_or_number_is_no_hit(rule: str, output: str, answer: st
     ("rouge", "the cat sat", ("the cat sat down", "dogs"), 6 / 7), ("rouge", "東京", ("東京都",), 4 / 5),
     ("rouge", "", ("x",), 0),
 ])  # fmt: skip
-def test_what_a_rule_takes(rule: str, output: str, answers: tuple[str, ...], score: float) -> None:
+def test_each_rule_by_example(rule: str, output: str, answers: tuple[str, ...], score: float) -> None:
     assert scores.SCORES[rule](output, answers) == pytest.approx(score)
 
 
 def test_a_task_scores_by_its_metric_over_every_accepted_answer() -> None:
     example = Example("p", "12", answers=("12", "twelve"))
     assert Example("p", "12").answers == ("12",)
-    assert [Needle().score(example, said) for said in (" 12.", "twelve", "120", "twelves")] == [1, 1, 0, 0]
+    assert [Needle().score(example, output) for output in (" 12.", "twelve", "120", "twelves")] == [1, 1, 0, 0]
 
 
 def test_scores_are_checked_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,9 @@
 from foveate.tasks.base.scores import SCORES as SCORES
 from foveate.tasks.base.task import Example as Example
 from foveate.tasks.base.task import Task as Task
-from foveate.tasks.base.training_task import Drill as Drill
+from foveate.tasks.base.training_task import TrainingTask as TrainingTask
 from foveate.tasks.files.prompts import Prompts as Prompts
-from foveate.tasks.parts.recited import Recited as Recited
+from foveate.tasks.parts.token_prompts import TokenPrompts as TokenPrompts
 from foveate.tasks.registry import TASKS as TASKS
 from foveate.tasks.registry import named as named
 from foveate.tasks.text.continuation import Continuation as Continuation
@@ -29,20 +29,20 @@ __all__ = [
     "Copying",
     "Counting",
     "Digits",
-    "Drill",
     "Example",
     "Language",
     "MQAR",
     "Needle",
     "Passkeys",
     "Prompts",
-    "Recited",
     "Retrieval",
     "Ruler",
     "SCORES",
     "TASKS",
     "Task",
+    "TokenPrompts",
     "Tracing",
+    "TrainingTask",
     "convex_hull",
     "named",
     "planar_batch",

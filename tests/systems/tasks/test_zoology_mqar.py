@@ -1,4 +1,4 @@
-"""Multi-query associative recall: the generator's invariants, and what attention has that gated convolutions lack."""
+"""Multi-query associative recall: the generator's invariants, and attention against gated convolutions."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ def draw(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("noise", [False, True])
 def test_every_question_can_be_answered(noise: bool) -> None:
-    """A thousand examples: told pairs first, then D questions, each at a told key, each answered with its value."""
+    """Each of 1,000 examples has D pairs, then each key once more, labelled with its value."""
     task = MQAR(vocabulary=40, length=64, pairs=9, random_non_queries=noise)
     tokens, labels = task.sample(1000, draw())
     assert tokens.shape == labels.shape == (1000, 64)
     assert int(tokens.min()) >= 0
     assert int(tokens.max()) < 40
-    for row, asked in zip(tokens.tolist(), labels.tolist(), strict=True):
-        told = dict(zip(row[0:18:2], row[1:18:2], strict=True))
-        assert len(told) == 9
-        assert all(1 <= key < 20 for key in told)
-        assert all(20 <= value < 40 for value in told.values())
-        assert len(set(told.values())) == 9
-        at = [i for i, label in enumerate(asked) if label != IGNORED]
-        assert sorted(row[i] for i in at) == sorted(told)
-        assert all(asked[i] == told[row[i]] for i in at)
+    for row, targets in zip(tokens.tolist(), labels.tolist(), strict=True):
+        pairs = dict(zip(row[0:18:2], row[1:18:2], strict=True))
+        assert len(pairs) == 9
+        assert all(1 <= key < 20 for key in pairs)
+        assert all(20 <= value < 40 for value in pairs.values())
+        assert len(set(pairs.values())) == 9
+        at = [i for i, label in enumerate(targets) if label != IGNORED]
+        assert sorted(row[i] for i in at) == sorted(pairs)
+        assert all(targets[i] == pairs[row[i]] for i in at)
         assert all(i >= 18 and i % 2 == 0 for i in at)
         if not noise:
             assert all(token == 0 for i, token in enumerate(row) if i >= 18 and i not in at)
 
 
-def test_a_seed_is_an_example() -> None:
+def test_a_seed_repeats_its_examples() -> None:
     task = MQAR()
     assert all(torch.equal(a, b) for a, b in zip(task.sample(3, draw(4)), task.sample(3, draw(4)), strict=True))
     assert not torch.equal(task.sample(3, draw(4))[0], task.sample(3, draw(5))[0])
@@ -56,7 +56,7 @@ def test_a_seed_is_an_example() -> None:
 
 @pytest.mark.parametrize("power", [0.01, 0.5, 1.0, 2.0])
 def test_gaps_follow_the_power_law(power: float) -> None:
-    """With one pair, the question's cell g has the chance `g ** (power - 1)` over their sum."""
+    """With one pair, the key recurs in slot g with a chance proportional to `g ** (power - 1)`."""
     task = MQAR(vocabulary=16, length=22, pairs=1, power=power)
     labels = task.sample(20000, draw())[1]
     cells = Counter(((labels != IGNORED).int().argmax(1) - 2).div(2, rounding_mode="floor").tolist())
@@ -66,7 +66,7 @@ def test_gaps_follow_the_power_law(power: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"),
+    ("sizes", "message"),
     [
         (dict(length=63), r"length=63 must be even and at least 4 \* pairs = 16"),
         (dict(length=14), "length=14 must be even and at least"),
@@ -76,13 +76,13 @@ def test_gaps_follow_the_power_law(power: float) -> None:
         (dict(vocabulary=3), "vocabulary=3 must be a whole number, at least 4"),
     ],
 )
-def test_refusals(sizes: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_inconsistent_sizes_are_refused(sizes: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         MQAR(**sizes)
 
 
-def test_recall_hits() -> None:
-    """In "a b c a b" only the last "b" could be said from memory; the first "a b" has nothing before it."""
+def test_recall_hits_are_repeated_bigrams() -> None:
+    """In "a b c a b" recall could predict only the last "b"; nothing comes before the first "a b"."""
     tokens = torch.tensor([[1, 2, 3, 1, 2], [1, 1, 1, 2, 1]])
     assert ar_hits(tokens).tolist() == [[False] * 4 + [True], [False, False, True, False, False]]
     losses = torch.rand(2, 5)
@@ -90,13 +90,13 @@ def test_recall_hits() -> None:
     assert_near(losses[hits].sum() + losses[~hits].sum(), losses.sum(), 1e-6)
 
 
-def test_accuracy_counts_what_is_asked() -> None:
+def test_accuracy_counts_labelled_positions() -> None:
     labels = torch.tensor([[IGNORED, 2, 1]])
-    said = torch.nn.functional.one_hot(torch.tensor([[0, 2, 2]]), 3).float()
-    assert accuracy(said, labels) == 0.5
+    logits = torch.nn.functional.one_hot(torch.tensor([[0, 2, 2]]), 3).float()
+    assert accuracy(logits, labels) == 0.5
 
 
-# -- the layers it is measured with ------------------------------------------------------------------------------------
+# -- the layers that the paper measures it with ------------------------------------------------------------------------
 
 
 def test_a_long_filter_is_a_sum() -> None:
@@ -150,12 +150,12 @@ def test_the_learned_choice_is_soft_in_training_and_hard_after_it() -> None:
     assert layer.penalty(x, 1.0) == 0
 
 
-def test_repeated_tokens() -> None:
+def test_repeated_marks_later_occurrences() -> None:
     assert repeated(torch.tensor([[1, 2, 1, 3, 2, 1]])).tolist() == [[False, False, True, False, True, True]]
 
 
 class Hybrid(nn.Module):
-    """A convolution, then attention at tokens that stood before."""
+    """A convolution, then attention at tokens that occurred before."""
 
     def __init__(self, task: MQAR, dim: int) -> None:
         super().__init__()
@@ -171,13 +171,13 @@ class Hybrid(nn.Module):
 
 @pytest.mark.slow
 def test_attention_recalls_what_convolutions_forget(claim: ClaimFixture) -> None:
-    """Two layers of width 64 on four pairs; a hybrid of both kinds gets most of the difference back."""
+    """Attention recalls four pairs better than convolutions do; a hybrid recovers most of the difference."""
     task, schedule = MQAR(vocabulary=256, length=32, pairs=4), Schedule(steps=900, batch=64, rate=5e-3)
 
     def trained(make) -> float:
         torch.manual_seed(0)
         net = make()
-        fit(net, task, schedule, looks=1)
+        fit(net, task, schedule, evaluations=1)
         return evaluate(net, task, 1000)
 
     def attention() -> nn.Module:

@@ -1,1 +1,1 @@
-"""The seams of tasks: examples with a score, and batches to train on."""
+"""Base classes of tasks: prompts with a score, and batches to train on."""

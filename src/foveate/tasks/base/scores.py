@@ -1,7 +1,7 @@
-"""Rules that score a model's answer beside the accepted ones, each in 0..1.
+"""Rules that compare a model's answer with the accepted ones and return a score in 0..1.
 
-No rule takes a part of a word or of a number for the whole: `12` is not said by `123456`, `1.25` or `12th`. Texts are
-compared in Unicode's composed form, with blanks at either end left out.
+No rule accepts a part of a word or number: `12` does not match `123456`, `1.25` or `12th`. Texts are compared in
+Unicode's composed form (NFC), without blanks at either end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from foveate.core.errors import OptionError, TaskError, unknown
 
 Rule = Callable[[str, tuple[str, ...]], float]
 
-#: Measured from the model's probabilities and not from its words: the mean next-token loss of the answer.
+#: The mean next-token loss of the answer. It needs the model's probabilities, so that no rule below computes it.
 LOSS = "loss"
 #: Scripts that write words without blanks between them: there, a word may begin and end anywhere.
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "BOPOMOFO")
@@ -22,35 +22,35 @@ _NUMBER = re.compile(r"(?<![\w.,])[-+−]?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d
 
 
 def begins(output: str, answers: tuple[str, ...]) -> float:
-    """1.0 where the output begins with an accepted answer."""
-    said = _plain(output)
-    return float(any(said.startswith(answer) and _ends(said, len(answer)) for answer in map(_plain, answers)))
+    """Return 1.0 if the output begins with an accepted answer."""
+    text = _plain(output)
+    return float(any(text.startswith(answer) and _ends(text, len(answer)) for answer in map(_plain, answers)))
 
 
 def exact(output: str, answers: tuple[str, ...]) -> float:
-    """1.0 where the output's first line is an accepted answer, or all of the output where that answer has several."""
-    said = _plain(output)
-    return float(any(said == answer or said.split("\n")[0].rstrip() == answer for answer in map(_plain, answers)))
+    """Return 1.0 if the output's first line is an accepted answer, or the whole output is one of several lines."""
+    text = _plain(output)
+    return float(any(text == answer or text.split("\n")[0].rstrip() == answer for answer in map(_plain, answers)))
 
 
 def contains(output: str, answers: tuple[str, ...]) -> float:
-    """1.0 where an accepted answer stands somewhere in the output, in capitals or not."""
+    """Return 1.0 if the output contains an accepted answer; case is ignored."""
     return float(any(_stands_in(answer, output) for answer in answers))
 
 
 def contains_all(output: str, answers: tuple[str, ...]) -> float:
-    """The share of the answers that stand somewhere in the output, for tasks that ask for several things at once."""
+    """Return the share of the answers that the output contains, for tasks that ask for several things at once."""
     return sum(_stands_in(answer, output) for answer in answers) / len(answers)
 
 
 def first_number(output: str, answers: tuple[str, ...]) -> float:
-    """1.0 where the first number of the output is that of an accepted answer: 1,234.0 is 1234."""
-    said = number(output)
-    return float(said is not None and any(said == number(answer) for answer in answers))
+    """Return 1.0 if the first number of the output equals that of an accepted answer: 1,234.0 equals 1234."""
+    found = number(output)
+    return float(found is not None and any(found == number(answer) for answer in answers))
 
 
 def rouge(output: str, answers: tuple[str, ...]) -> float:
-    """The F-measure of ROUGE-L to the nearest accepted answer (by the package rouge-score, in any script)."""
+    """Return the F-measure of ROUGE-L to the nearest accepted answer (by the package rouge-score, in any script)."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
@@ -65,7 +65,7 @@ SCORES: dict[str, Rule] = {
 
 
 def check(score: str, answers: Iterable[tuple[str, ...]]) -> None:
-    """Refuse a score by an unknown name, and one that these answers cannot have."""
+    """Refuse an unknown score, and a score that is undefined for these answers."""
     if score == LOSS:
         return
     if score not in SCORES:
@@ -76,12 +76,12 @@ def check(score: str, answers: Iterable[tuple[str, ...]]) -> None:
         for index, accepted in enumerate(answers, 1):
             if all(number(answer) is None for answer in accepted):
                 raise TaskError(
-                    f'score="first-number" needs a number in each answer; example {index} has {accepted[0]!r}'
+                    f'score="first-number" needs a number in every answer; example {index} has {accepted[0]!r}'
                 )
 
 
 def number(text: str) -> float | None:
-    """The first number in a text; None where there is none."""
+    """Return the first number in a text, or None."""
     found = _NUMBER.search(text)
     return None if found is None else float(found[0].replace(",", "").replace("−", "-"))
 
@@ -91,17 +91,17 @@ def _plain(text: str) -> str:
 
 
 def _stands_in(answer: str, output: str) -> bool:
-    wanted, said = _plain(answer).casefold(), _plain(output).casefold()
-    at = said.find(wanted) if wanted else -1
+    wanted, text = _plain(answer).casefold(), _plain(output).casefold()
+    at = text.find(wanted) if wanted else -1
     while at >= 0:
-        if _begins(said, at) and _ends(said, at + len(wanted)):
+        if _begins(text, at) and _ends(text, at + len(wanted)):
             return True
-        at = said.find(wanted, at + 1)
+        at = text.find(wanted, at + 1)
     return False
 
 
 def _begins(text: str, at: int) -> bool:
-    """Whether a word or number may begin at this place."""
+    """Return True if a word or number may begin at position `at`."""
     if at == 0 or at == len(text):
         return True
     if text[at].isdigit() and re.search(r"(\d[.,]|(?<![\w)\]])[-−])$", text[max(0, at - 3) : at]):
@@ -110,7 +110,7 @@ def _begins(text: str, at: int) -> bool:
 
 
 def _ends(text: str, at: int) -> bool:
-    """Whether a word or number may end before this place."""
+    """Return True if a word or number may end before position `at`."""
     if at in (0, len(text)):
         return True
     if text[at - 1].isdigit() and re.match(r"[.,]\d", text[at:]):
@@ -129,7 +129,7 @@ def _in_word(char: str) -> bool:
 
 
 class _Words:
-    """Lower-case words; where a script writes without blanks, each character is one."""
+    """A tokenizer for lower-case words; in scripts written without blanks each character is a word."""
 
     def tokenize(self, text: str) -> list[str]:
         found: list[str] = []

@@ -1,4 +1,4 @@
-"""The seam of tasks: examples from a seed, and a score for what a model answers."""
+"""The base class of tasks: examples from a seed, and a score for a model's answer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from foveate.tasks.base.scores import SCORES
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and what a model should continue it with.
+    """One prompt and its expected continuation.
 
     Args:
-        prompt: the text that a model reads.
+        prompt: the text that the model reads.
         answer: the expected continuation.
-        spans: stretches of `prompt` by character offsets `[start, end)`, for instance where the needle lies.
-        answers: every accepted answer; `(answer,)` where none are given.
-        messages: a conversation as `{"role": ..., "content": ...}`, for the model's chat template to put into words;
-            `prompt` is then the same conversation in plain words.
+        spans: stretches of `prompt` by character offsets `[start, end)`, such as that of the needle.
+        answers: every accepted answer; `(answer,)` by default.
+        messages: a conversation as `{"role": ..., "content": ...}`, which the model's chat template formats;
+            `prompt` then holds the same conversation as plain text.
     """
 
     prompt: str
@@ -36,7 +36,7 @@ class Task(ABC):
     """A generator of examples and the rule that scores an answer.
 
     Attributes:
-        metric: which of `foveate.tasks.base.scores` it is scored by, unless somebody asks for another.
+        metric: the default score, one of `foveate.tasks.base.scores.SCORES` or `LOSS`.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Task(ABC):
 
     @abstractmethod
     def examples(self) -> list[Example]:
-        """The examples, the same for the same seed."""
+        """Return the examples; the same seed gives the same ones."""
 
     def score(self, example: Example, output: str) -> float:
-        """How good `output` is as an answer, in 0..1, by the task's own rule."""
+        """Score `output` in 0..1 by the task's own rule."""
         return SCORES[self.metric](output, example.answers)

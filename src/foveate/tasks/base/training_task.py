@@ -1,4 +1,4 @@
-"""The seam of training tasks: batches of tokens without end, and a score for what a model says."""
+"""The base class of training tasks: an endless supply of batches, and the accuracy on them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-#: The label of a position where nothing is asked.
+#: The label of a position without a target.
 IGNORED = -100
-#: The seed of what is held out, unless another one is named.
+#: The default seed of held-out batches.
 HELDOUT = 2**31 - 1
 
 
-class Drill(ABC):
-    """What a small network is trained on. `tokens (B, N)` come with `labels (B, N)`: what to say there, or -100.
+class TrainingTask(ABC):
+    """A task that a small network is trained on.
 
-    A system writes `sample`. Training draws from the given generator; what is held out draws from its own seed, and
-    from other data where the drill has a corpus.
+    `sample` gives `tokens (B, N)` and `labels (B, N)`: the token to predict at each position, or -100 for none.
+    Subclasses define it. Training draws from the given generator; held-out batches draw from a seed of their own, and
+    from other data if the task has a corpus.
     """
 
     name: ClassVar[str]
@@ -30,14 +31,14 @@ class Drill(ABC):
     def sample(
         self, count: int, generator: torch.Generator, *, heldout: bool = False
     ) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
-        """`count` sequences and their labels."""
+        """Draw `count` sequences and their labels."""
 
     def heldout(self, count: int, seed: int = HELDOUT) -> tuple[Tensor, Tensor]:
-        """The same sequences for the same seed, which training never draws from."""
+        """Return the held-out batch of this seed; training never draws it."""
         return self.sample(count, torch.Generator().manual_seed(seed), heldout=True)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of the asked positions where the likeliest token is the label."""
-    asked = labels != IGNORED
-    return (logits.argmax(-1) == labels)[asked].double().mean().item()
+    """Return the share of the labelled positions where the likeliest token is the label."""
+    labelled = labels != IGNORED
+    return (logits.argmax(-1) == labels)[labelled].double().mean().item()

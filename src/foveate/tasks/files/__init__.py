@@ -1,1 +1,1 @@
-"""Prompts from the files that people have."""
+"""Prompts from files: readers, the known row formats, and the task around them."""

@@ -1,8 +1,8 @@
-"""Formats of rows that are recognised by their fields.
+"""Formats of rows, recognised by their fields.
 
 | rows of | fields | prompt |
 |---|---|---|
-| a file of one's own | prompt, answer or answers | as it is |
+| the user's own file | prompt, answer or answers | unchanged |
 | conversations | messages (or conversations), answer | by the model's chat template |
 | lm-eval's samples | doc, arguments, target | the request that was sent |
 | RULER | input, outputs, answer_prefix | input and prefix |
@@ -13,8 +13,8 @@
 | question answering | context, question, answers or answer | context, blank line, question |
 | instructions | instruction, input, output | instruction, blank line, input |
 
-The last four end in `Answer:`. A benchmark's own instructions differ by task and are not in its rows: prompts that
-carry them belong into a `prompt` field.
+Prompts of the last four end in `Answer:`. A benchmark's instructions differ by task and are not in its rows; to use
+them, write the whole prompt into a `prompt` field.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt in its parts: `context` and `question` keep their places, `prefix` begins the answer."""
+    """The parts of a prompt; `prefix` is the beginning of the answer."""
 
     context: str = ""
     question: str = ""
@@ -43,7 +43,7 @@ class Text:
     messages: tuple[dict[str, str], ...] = ()
 
     def example(self, answers: tuple[str, ...]) -> Example:
-        """The parts put together, with their places as spans."""
+        """Join the parts, and record the place of each as a span."""
         prompt, spans = "", {}
         parts = {"context": self.context, "question": self.question, "prefix": self.prefix}
         for name, part in parts.items():
@@ -56,14 +56,14 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Rows that are recognised by their fields.
+class RowFormat:
+    """A row format.
 
     Args:
-        fields: what the prompt is made of.
-        prompt: makes it.
-        answer: finds the accepted answers, or None.
-        metric: how such answers are scored. RULER asks for all of its answers, but for those of its questions (`qa`).
+        fields: a row with all of these fields has this format.
+        prompt: builds the prompt from a row.
+        answer: returns the accepted answers, or None.
+        metric: the default score. RULER asks for all answers, except in its question-answering tasks (`qa`).
     """
 
     fields: frozenset[str]
@@ -73,7 +73,7 @@ class Kind:
 
 
 def text(value: Any, name: str = "prompt") -> str:
-    """Text as a model can read it: lone halves of a surrogate pair, which JSON allows, become U+FFFD."""
+    """Return valid Unicode text: lone surrogates, which JSON allows, become U+FFFD."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
@@ -82,11 +82,12 @@ def text(value: Any, name: str = "prompt") -> str:
 
 
 def listed(value: Any) -> Any:
-    """A list that a table's cell holds as text."""
+    """Parse a list that a table's cell holds as text; other values pass through."""
     return parsed(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
 
 
 def parsed(value: str) -> Any:
+    """Parse JSON or a Python literal; any other text passes through."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(value)
@@ -114,29 +115,30 @@ def _conversation(value: Any) -> Text:
     if not isinstance(value, list) or not value:
         raise ValueError(f"messages must be a list; got {value!r:.40}")
     messages = tuple(_message(item) for item in value)
-    return Text(said(messages), messages=messages)
+    return Text(transcript(messages), messages=messages)
 
 
 def _message(item: Any) -> dict[str, str]:
     if not isinstance(item, dict):
         raise TypeError(f"a message must be an object with role and content; got {item!r:.40}")
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-    if isinstance(content, list):  # OpenAI's parts
+    if isinstance(content, list):  # a list of parts, as in OpenAI's API
         other = [part for part in content if not (isinstance(part, dict) and part.get("type") == "text")]
         if other:
-            raise ValueError(f"a message must hold text alone; got {other[0]!r:.40}")
+            raise ValueError(f"a message must contain only text; got {other[0]!r:.40}")
         content = "".join(part["text"] for part in content)
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f"a message must have role and content; got {item!r:.60}")
     return {"role": _ROLES.get(role, role), "content": text(content)}
 
 
-def said(messages: tuple[dict[str, str], ...]) -> str:
+def transcript(messages: tuple[dict[str, str], ...]) -> str:
+    """Write a conversation as plain text."""
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def _requests(row: Row) -> list[tuple[Any, Any]]:
-    """lm-eval's requests: `(context, what is asked of the model about it)`."""
+    """Return lm-eval's requests as pairs `(context, continuation or generation settings)`."""
     held = row["arguments"]
     held = parsed(held) if isinstance(held, str) else held
     each = list(held.values()) if isinstance(held, dict) else list(held)
@@ -147,14 +149,14 @@ def _requests(row: Row) -> list[tuple[Any, Any]]:
 def _request(row: Row) -> Text:
     requests = _requests(row)
     if not requests:
-        raise ValueError("arguments must hold a context and what is asked about it")
+        raise ValueError(f"arguments must hold a context and a continuation; got {row['arguments']!r:.40}")
     return Text(text(requests[0][0]))
 
 
 def _target(row: Row) -> Any:
-    """The target; of several continuations, the one that the target counts to."""
+    """Return the target; if there are several continuations, the target is an index into them."""
     try:
-        continuations = [asked for _, asked in _requests(row) if isinstance(asked, str)]
+        continuations = [text for _, text in _requests(row) if isinstance(text, str)]
     except (TypeError, ValueError, AttributeError, IndexError):
         return None
     target = listed(row.get("target"))
@@ -179,15 +181,14 @@ def _choices(row: Row) -> Text:
     return Text(text(row["context"]), f"{text(row['question'])}\n{choices}", "\n\nAnswer: (")
 
 
-def _asked(context: str, question: str) -> Callable[[Row], Text]:
-    def made(row: Row) -> Text:
-        asked = text(row[question]).strip()
+def _with_question(context: str, question: str) -> Callable[[Row], Text]:
+    def build(row: Row) -> Text:
         code = str(row.get("dataset", "")).startswith(("lcc", "repobench"))
-        if code:  # to be continued where it ends
+        if code:  # the model continues the code, so that nothing may follow it
             return Text(text(row[context]), text(row[question]), between="")
-        return Text(text(row[context]), asked, "\n\nAnswer:")
+        return Text(text(row[context]), text(row[question]).strip(), "\n\nAnswer:")
 
-    return made
+    return build
 
 
 def _instruction(row: Row) -> Text:
@@ -198,18 +199,18 @@ def _fields(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-#: Kinds of rows, the ones with more fields of their own first.
-KINDS = (
-    Kind(_fields("doc", "arguments"), _request, _target),
-    Kind(_fields("prompt"), _own, _any_of("answer", "answers", "completion", "target"), "begins"),
-    Kind(_fields("messages"), lambda row: _conversation(row["messages"]), _any_of("answer", "answers", "target")),
-    Kind(_fields("conversations"), lambda row: _conversation(row["conversations"]), _any_of("answer", "answers")),
-    Kind(_fields("context", "question", "answer_prefix"), _ruler_kvpress, _any_of("answer"), "contains-all"),
-    Kind(_fields("context", "question", *(f"choice_{x}" for x in "ABCD")), _choices, _any_of("answer"), "begins"),
-    Kind(_fields("input", "outputs", "answer_prefix"), _ruler, _any_of("outputs"), "contains-all"),
-    Kind(_fields("input", "outputs"), _ruler, _any_of("outputs"), "contains-all"),
-    Kind(_fields("input", "question", "target"), _asked("input", "question"), _any_of("target")),
-    Kind(_fields("context", "input"), _asked("context", "input"), _any_of("answers", "answer")),
-    Kind(_fields("context", "question"), _asked("context", "question"), _any_of("answers", "answer")),
-    Kind(_fields("instruction"), _instruction, _any_of("output")),
+#: The known formats, the most specific first.
+FORMATS = (
+    RowFormat(_fields("doc", "arguments"), _request, _target),
+    RowFormat(_fields("prompt"), _own, _any_of("answer", "answers", "completion", "target"), "begins"),
+    RowFormat(_fields("messages"), lambda row: _conversation(row["messages"]), _any_of("answer", "answers", "target")),
+    RowFormat(_fields("conversations"), lambda row: _conversation(row["conversations"]), _any_of("answer", "answers")),
+    RowFormat(_fields("context", "question", "answer_prefix"), _ruler_kvpress, _any_of("answer"), "contains-all"),
+    RowFormat(_fields("context", "question", *(f"choice_{x}" for x in "ABCD")), _choices, _any_of("answer"), "begins"),
+    RowFormat(_fields("input", "outputs", "answer_prefix"), _ruler, _any_of("outputs"), "contains-all"),
+    RowFormat(_fields("input", "outputs"), _ruler, _any_of("outputs"), "contains-all"),
+    RowFormat(_fields("input", "question", "target"), _with_question("input", "question"), _any_of("target")),
+    RowFormat(_fields("context", "input"), _with_question("context", "input"), _any_of("answers", "answer")),
+    RowFormat(_fields("context", "question"), _with_question("context", "question"), _any_of("answers", "answer")),
+    RowFormat(_fields("instruction"), _instruction, _any_of("output")),
 )

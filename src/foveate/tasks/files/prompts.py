@@ -1,4 +1,4 @@
-"""A person's own prompts and expected answers, from the files that people have."""
+"""The task of the user's own prompts and expected answers, read from a file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from foveate.tasks.files import records, rows
 
 @dataclass(frozen=True)
 class Prompts(Task):
-    """Examples from a file: `.jsonl`, `.json`, `.csv`, `.tsv` (these also with `.gz`), `.parquet`, or a folder that
-    Hugging Face's datasets saved.
+    """Examples from a file: `.jsonl`, `.json`, `.csv`, `.tsv` (these also with `.gz`), `.parquet`, or a folder saved by
+    Hugging Face datasets.
 
-    Rows are `{"prompt": ..., "answer": ...}`, or those of a known benchmark (see `tasks/files/formats.py`), or have the
-    fields that are named here.
+    Rows are `{"prompt": ..., "answer": ...}`, rows of a known benchmark (see `tasks/files/formats.py`), or rows with
+    the fields named here.
 
     Args:
         path: the file.
-        count: take so many from the start; None takes all.
-        prompt_field: the field of the prompt, with dots into objects (`doc.question`), or a text with fields in braces
-            (`{context} Question: {question}`).
+        count: how many examples to read, from the start; None reads all.
+        prompt_field: the field of the prompt, with dots into objects (`doc.question`), or a template with fields in
+            braces (`{context} Question: {question}`).
         answer_field: the field of the answer, or of a list of accepted ones.
 
     Raises:
-        TaskError: where the file or a row is unusable, naming the line.
+        TaskError: if the file or a row cannot be used; the message names the line.
     """
 
     path: Path
@@ -57,5 +57,5 @@ class Prompts(Task):
             found.append(example)
             metric = metric or fitting
         if not found:
-            raise TaskError(f"task={str(self.path)!r} holds no examples")
+            raise TaskError(f"task={str(self.path)!r} holds no examples; it must hold at least one")
         return tuple(found), metric

@@ -1,6 +1,6 @@
-"""Rows of the files that people keep prompts in: JSON lines, JSON, CSV, Parquet, folders of Hugging Face datasets.
+"""Readers of rows from JSON lines, JSON, CSV, Parquet, and folders of Hugging Face datasets.
 
-Each reader yields `(place, row)`: the place names the row in an error, as "line 3", and the row is an object.
+Each reader yields `(place, row)`: the place, such as "line 3", is for error messages; a valid row is a dict.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from foveate.core.errors import TaskError
 
 Rows = Iterator[tuple[str, Any]]
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-#: Names under which a JSON file may hold its list of rows.
+#: Keys under which a JSON file may hold its list of rows.
 _LISTS = ("data", "rows", "examples", "instances", "samples")
 _FOLDER = ("dataset_info.json", "dataset_dict.json")
 
 
 def read(path: Path) -> Rows:
-    """The rows of a file or folder, in order.
+    """Yield the rows of a file or folder, in order.
 
     Raises:
-        TaskError: where it is of no kind that is known, cannot be read, or is broken; the line names the place.
+        TaskError: if the file type is unknown or the file is unreadable or damaged; the message names the place.
     """
     try:
         if path.is_dir():
@@ -36,7 +36,7 @@ def read(path: Path) -> Rows:
             return
         reader = READERS.get(kind(path))
         if reader is None:
-            raise TaskError(f"task={str(path)!r} must be one of {', '.join(READERS)}, or a folder of a dataset")
+            raise TaskError(f"task={str(path)!r} must end in one of {', '.join(READERS)}, or be a dataset's folder")
         yield from reader(path)
     except (OSError, EOFError) as error:
         why = getattr(error, "strerror", None) or error
@@ -46,21 +46,21 @@ def read(path: Path) -> Rows:
 
 
 def kind(path: Path) -> str:
-    """The file's kind by the end of its name, less `.gz`."""
+    """Return the file's type: the suffix of its name before any `.gz`."""
     ends = [end.lower() for end in path.suffixes]
     return "".join(ends[-2:-1] if ends[-1:] == [".gz"] else ends[-1:])
 
 
 def is_file(name: str) -> bool:
-    """Whether a name is that of prompts: something that is there, or that would be read if it were."""
+    """Return True if the name is that of a file or folder: it exists, or its suffix is a known one."""
     try:
         return kind(Path(name)) in READERS or Path(name).exists()
-    except OSError:  # a name that no file can have
+    except OSError:  # the name is not valid for a file
         return False
 
 
 def _lines(path: Path) -> Rows:
-    # Only a line feed ends a line: JSON's texts may hold every other separator that Unicode has.
+    # Only a line feed ends a line: JSON strings may contain Unicode's other line separators.
     with _opened(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -79,19 +79,19 @@ def _json(path: Path) -> Rows:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # lines under another name
+        if error.msg == "Extra data":  # JSON lines in a file named .json
             yield from _lines(path)
             return
         raise TaskError(f"task={str(path)!r} is not JSON: {error}") from None
     except (ValueError, RecursionError) as error:
         raise TaskError(f"task={str(path)!r} is not JSON: {error}") from None
     if isinstance(content, dict):
-        held = next((content[name] for name in _LISTS if isinstance(content.get(name), list)), None)
-        content = [content] if held is None else held
+        rows = next((content[name] for name in _LISTS if isinstance(content.get(name), list)), None)
+        content = [content] if rows is None else rows
     if not isinstance(content, list):
         raise TaskError(f"task={str(path)!r} must be a list of objects; got {type(content).__name__}")
     for number, row in enumerate(content, 1):
-        inner = row.get("row") if isinstance(row, dict) else None  # as the hub's viewer writes them
+        inner = row.get("row") if isinstance(row, dict) else None  # the hub's dataset viewer wraps rows like this
         yield f"item {number}", inner if isinstance(inner, dict) else row
 
 
@@ -122,7 +122,7 @@ def _csv(path: Path) -> Rows:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Fields longer than csv's default limit of 131,072 characters: prompts are."""
+    """Lift csv's limit of 131,072 characters per field, since prompts may be longer."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -137,48 +137,48 @@ def _parquet(path: Path) -> Rows:
     except ImportError:
         raise TaskError(f"task={str(path)!r} is a Parquet file; pip install 'foveate[data]' to read it") from None
     try:
-        with path.open("rb") as opened:  # an OSError of ours, with the reason, where it cannot be read
+        with path.open("rb") as opened:  # so that an unreadable file raises OSError, with its reason
             file = parquet.ParquetFile(opened)
             rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield f"row {number}", row
     except pyarrow.ArrowException as error:
-        raise TaskError(f"task={str(path)!r} is no whole Parquet file: {_first(error)}") from None
+        raise TaskError(f"task={str(path)!r} is not a valid Parquet file: {_first_line(error)}") from None
 
 
 def _dataset(path: Path) -> Rows:
     if not any((path / name).is_file() for name in _FOLDER):
         files = sorted(file.name for file in path.iterdir() if kind(file) in READERS and file.is_file())
-        hint = f"; name one of {', '.join(files[:5])}" if files else ""
-        raise TaskError(f"task={str(path)!r} is a folder without {' or '.join(_FOLDER)}{hint}")
+        hint = f"; valid files in it: {', '.join(files[:5])}" if files else ""
+        raise TaskError(f"task={str(path)!r} must contain {' or '.join(_FOLDER)}{hint}")
     try:
         import datasets
     except ImportError:
         raise TaskError(f"task={str(path)!r} is a dataset; pip install 'foveate[data]' to read it") from None
     try:
-        held = datasets.load_from_disk(str(path))
-    except Exception as error:  # noqa: BLE001  it raises what its own readers do, of four packages
-        raise TaskError(f"task={str(path)!r} is a dataset that cannot be read: {_first(error)}") from None
-    if isinstance(held, datasets.DatasetDict):
-        if len(held) != 1:
-            splits = ", ".join(f"{path.name}{os.sep}{split}" for split in held)
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # noqa: BLE001  it raises the errors of several packages
+        raise TaskError(f"task={str(path)!r} is a dataset that cannot be read: {_first_line(error)}") from None
+    if isinstance(dataset, datasets.DatasetDict):
+        if len(dataset) != 1:
+            splits = ", ".join(f"{path.name}{os.sep}{split}" for split in dataset)
             raise TaskError(f"task={str(path)!r} holds several splits; name one of {splits}")
-        held = next(iter(held.values()))
-    for number, row in enumerate(held, 1):
+        dataset = next(iter(dataset.values()))
+    for number, row in enumerate(dataset, 1):
         yield f"row {number}", row
 
 
-def _first(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager
 def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """The file as text, unpacked where it is packed, in the encoding that its first bytes tell."""
+    """Open the file as text: decompress `.gz`, and take the encoding from a byte-order mark (default UTF-8)."""
     opener: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rb") as binary:
-        begins = binary.read(3)
-    encoding = next((name for mark, name in _MARKS if begins.startswith(mark)), "utf-8")
+        start = binary.read(3)
+    encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8")
     with opener(path, "rt", encoding=encoding, newline=newline) as file:
         yield file
 

@@ -1,4 +1,4 @@
-"""From a row of somebody's file to an example: fields by name, or a format that is known."""
+"""Turn a row of a file into an example, by named fields or by a known format."""
 
 from __future__ import annotations
 
@@ -7,94 +7,96 @@ from typing import Any
 
 from foveate.core.errors import TaskError
 from foveate.tasks.base.task import Example
-from foveate.tasks.files.formats import KINDS, Kind, Row, Text, any_answer, listed, parsed, said, text
+from foveate.tasks.files.formats import FORMATS, Row, RowFormat, Text, any_answer, listed, parsed, text, transcript
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
 def example(row: Any, where: str, prompt_field: str | None, answer_field: str | None) -> tuple[Example, str]:
-    """The example that a row stands for, and the name of the score that fits it.
+    """Build an example from a row, and choose its score.
 
     Args:
-        row: an object.
-        where: the row's place, for errors.
-        prompt_field: a field, with dots into objects and lists (`doc.question`), or a text with fields in braces.
-        answer_field: a field.
+        row: the row; it has to be a dict.
+        where: the row's place, for error messages.
+        prompt_field: a field's path, with dots into objects and lists (`doc.question`), or a template with fields in
+            braces.
+        answer_field: a field's path.
     """
     if not isinstance(row, dict):
         raise TaskError(f"{where} must be an object with prompt and answer; got {type(row).__name__}")
     row = {str(name): value for name, value in row.items()}
-    kind = _kind(row, where, prompt_field, answer_field)
+    known = _format(row, where, prompt_field, answer_field)
     if prompt_field is not None:
-        asked = Text(_filled(row, where, prompt_field))
+        prompt = Text(_fill(row, where, prompt_field))
     else:
-        assert kind is not None
-        asked = _made(kind, row, where)
-    told = kind.answer(row) if kind is not None else any_answer(row)
+        assert known is not None
+        prompt = _prompt(known, row, where)
+    answer = known.answer(row) if known is not None else any_answer(row)
     if answer_field is not None:
-        told = listed(_looked_up(row, where, answer_field))
-    if told is None and asked.messages and asked.messages[-1]["role"] == "assistant":
-        asked, told = Text(said(asked.messages[:-1]), messages=asked.messages[:-1]), asked.messages[-1]["content"]
-    found = asked.example(_answers(told, where, answer_field or "answer"))
+        answer = listed(_lookup(row, where, answer_field))
+    if answer is None and prompt.messages and prompt.messages[-1]["role"] == "assistant":
+        *history, last = prompt.messages
+        prompt, answer = Text(transcript(tuple(history)), messages=tuple(history)), last["content"]
+    found = prompt.example(_answers(answer, where, answer_field or "answer"))
     if not found.prompt.strip():
         raise TaskError(f"{where}: {prompt_field or 'prompt'} must be non-empty text; got {found.prompt!r}")
-    return found, _metric(kind, row)
+    return found, _metric(known, row)
 
 
-def _metric(kind: Kind | None, row: Row) -> str:
-    if kind is None:
+def _metric(known: RowFormat | None, row: Row) -> str:
+    if known is None:
         return "begins"
     alternatives = str(row.get("answer_prefix")).strip() == "Answer:" or str(row.get("task")).startswith("qa")
-    return "contains" if kind.metric == "contains-all" and alternatives else kind.metric
+    return "contains" if known.metric == "contains-all" and alternatives else known.metric
 
 
-def _kind(row: Row, where: str, prompt_field: str | None, answer_field: str | None) -> Kind | None:
-    """The first kind that the row has all fields of; None where the caller's fields make one unnecessary."""
-    whole = [kind for kind in KINDS if kind.fields <= row.keys()]
-    found = next((kind for kind in whole if answer_field or kind.answer(row) is not None), None)
-    found = found or next(iter(whole), None)
+def _format(row: Row, where: str, prompt_field: str | None, answer_field: str | None) -> RowFormat | None:
+    """Return the first format whose fields the row has; None if none fits and the caller names the fields."""
+    fitting = [known for known in FORMATS if known.fields <= row.keys()]
+    found = next((known for known in fitting if answer_field or known.answer(row) is not None), None)
+    found = found or next(iter(fitting), None)
     if found is None and prompt_field is None:
         shown = ", ".join(list(row)[:8]) or "no fields"
         raise TaskError(
-            f"{where} has {shown}; it must have prompt and answer, or be a row of a known benchmark; "
-            "--prompt-field and --answer-field name other fields"
+            f"{where} has {shown}; it must have prompt and answer, or be a row of a known benchmark, "
+            "or --prompt-field and --answer-field must name its fields"
         )
     return found
 
 
-def _made(kind: Kind, row: Row, where: str) -> Text:
+def _prompt(known: RowFormat, row: Row, where: str) -> Text:
     try:
-        return kind.prompt(row)
+        return known.prompt(row)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise TaskError(f"{where}: prompt must be non-empty text; {error}") from None
 
 
-def _filled(row: Row, where: str, pattern: str) -> str:
-    """A field's text, or a pattern with fields in braces, in which a shell's `\\n` is a new line."""
+def _fill(row: Row, where: str, pattern: str) -> str:
+    """Return a field's text, or fill a template; `\\n` in a template, as a shell passes it, is a new line."""
     if not _FIELD.search(pattern):
-        return text(_looked_up(row, where, pattern), pattern)
-    return _FIELD.sub(lambda found: text(_looked_up(row, where, found[1]), found[1]), pattern.replace("\\n", "\n"))
+        return text(_lookup(row, where, pattern), pattern)
+    return _FIELD.sub(lambda found: text(_lookup(row, where, found[1]), found[1]), pattern.replace("\\n", "\n"))
 
 
-def _looked_up(row: Row, where: str, path: str) -> Any:
-    """What lies under a name, or under several with dots between them."""
+def _lookup(row: Row, where: str, path: str) -> Any:
+    """Return the value at a path: a field's name, or several names with dots between them."""
     if path in row:
         return row[path]
-    held: Any = row
+    value: Any = row
     for name in path.split("."):
-        if isinstance(held, str) and held.lstrip().startswith(("{", "[")):
-            held = parsed(held)
-        if isinstance(held, list) and name.isdigit() and int(name) < len(held):
-            held = held[int(name)]
-        elif isinstance(held, dict) and name in held:
-            held = held[name]
+        if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+            value = parsed(value)
+        if isinstance(value, list) and name.isdigit() and int(name) < len(value):
+            value = value[int(name)]
+        elif isinstance(value, dict) and name in value:
+            value = value[name]
         else:
             raise TaskError(f"{where} has no field {path!r}; it has {', '.join(list(row)[:8])}")
-    return held
+    return value
 
 
 def _answers(value: Any, where: str, name: str) -> tuple[str, ...]:
-    """Every accepted answer, from a text, a number, a list of them, or an object that holds such a list as `text`."""
+    """Return the accepted answers of a text, a number, a list of them, or an object with such a list as `text`."""
     if isinstance(value, dict):
         value = value.get("text", value.get("value"))
     listed = value if isinstance(value, list | tuple) else [value]

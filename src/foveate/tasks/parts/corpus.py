@@ -1,9 +1,9 @@
 """Real English text that ships with CPython, so that every task runs offline.
 
 The reference manual's topics (`pydoc_data.topics`, about 0.45 MB) are split by topic into "train" and "heldout"; the
-standard library's docstrings (about 1.6 MB) are added to "train" alone. Topics quote each other, so a paragraph that
-stands in "heldout" is taken out of "train". What exactly comes out depends on the CPython version, which is why
-trained labs record `digest("train")`.
+standard library's docstrings (about 1.6 MB) are added to "train" alone. Topics quote each other, so a paragraph of
+"heldout" is removed from "train". The text depends on the CPython version, which is why trained labs record
+`digest("train")`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOT_LIBRARY = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtled
 
 
 def _topics() -> tuple[list[str], list[str]]:
-    """The manual's paragraphs: (train, heldout), with nothing in both."""
+    """Return the manual's paragraphs as (train, heldout); the two share none."""
     from pydoc_data.topics import topics
 
     held = [key for key in sorted(topics) if zlib.crc32(key.encode()) % _HELDOUT_ONE_IN == 0]
@@ -47,7 +47,7 @@ def _docstrings() -> Iterator[str]:
         try:
             tree = ast.parse(path.read_text("utf-8"))
         except (SyntaxError, UnicodeDecodeError, ValueError):
-            continue  # a template or a deliberately broken sample: not text we could read anyway
+            continue  # a template or a deliberately invalid sample: it holds no docstrings to read
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 doc = ast.get_docstring(node)
@@ -57,7 +57,7 @@ def _docstrings() -> Iterator[str]:
 
 @cache
 def text(split: str = "heldout") -> str:
-    """The text of one split ("train" or "heldout"): ASCII, with runs of blanks folded into one."""
+    """Return the text of one split ("train" or "heldout"): ASCII, with runs of blanks replaced by one."""
     if split not in ("train", "heldout"):
         raise OptionError(f'split={split!r} must be "train" or "heldout"')
     train, heldout = _topics()
@@ -67,5 +67,5 @@ def text(split: str = "heldout") -> str:
 
 
 def digest(split: str) -> str:
-    """SHA-256 of a split, to tell whether two machines train on the same bytes."""
+    """Return the SHA-256 of a split, so that two machines can check that they train on the same bytes."""
     return hashlib.sha256(text(split).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Sentences hidden in real text: what the retrieval tasks share."""
+"""Sentences hidden in real text, for all retrieval tasks."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ NAMES = (
 
 
 def hidden(draw: random.Random, sentences: Sequence[str], room: int) -> tuple[str, list[tuple[int, int]]]:
-    """`room` characters of real text with each sentence somewhere in it, and where each sentence went."""
+    """Insert each sentence at a random place of `room` characters of real text; return the text and the places."""
     filler = passage(draw, room)
     cuts = sorted((snap(filler, draw.randrange(room)), index) for index in range(len(sentences)))
     return _inserted(filler, sentences, cuts)
 
 
 def hidden_in_order(draw: random.Random, sentences: Sequence[str], room: int) -> tuple[str, list[tuple[int, int]]]:
-    """As `hidden`, with the sentences in the order in which they are given."""
+    """Insert the sentences as `hidden` does, but in the given order."""
     filler = passage(draw, room)
     cuts = sorted(snap(filler, draw.randrange(room)) for _ in sentences)
     return _inserted(filler, sentences, list(zip(cuts, range(len(sentences)), strict=True)))
 
 
 def passage(draw: random.Random, room: int) -> str:
-    """A stretch of the text that nothing is trained on."""
+    """Return a random stretch of the held-out text, which no model here is trained on."""
     source = text("heldout")
     start = draw.randrange(len(source) - room)
     return source[start : start + room]
 
 
 def snap(filler: str, cut: int) -> int:
-    """The nearest blank at or before `cut`, so that a sentence never splits a word."""
+    """Return the nearest blank at or before `cut`, so that a sentence never splits a word."""
     return max(filler.rfind(" ", 0, cut + 1), 0)
 
 
 def listed(words: Sequence[str]) -> str:
-    """`a`, `a and b`, or `a, b and c`."""
+    """Join words as `a`, `a and b`, or `a, b and c`."""
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 

@@ -1,1 +1,1 @@
-"""Tasks of long real text."""
+"""Tasks with long real text as their prompts."""

@@ -1,4 +1,4 @@
-"""Long real text and what comes next in it: the task behind the next-token loss at a given length."""
+"""Long real text and its continuation: the task that measures the next-token loss at a given length."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from foveate.tasks.parts.corpus import text
 
 @dataclass(frozen=True)
 class Continuation(Task):
-    """`length` characters of the Python manual as the prompt, and the `horizon` characters behind them as the answer.
+    """`length` characters of the Python manual as the prompt, and the `horizon` characters after them as the answer.
 
-    The examples are stretches side by side: no text stands in two of them. The measure is the mean loss of the
-    answer's tokens.
+    The examples are adjacent stretches and share no text. The score is the mean loss of the answer's tokens.
 
     Args:
         length: characters of the prompt.
         count: how many examples.
         horizon: characters of the answer.
-        seed: which stretch of the text is the first.
+        seed: decides where the first stretch begins.
     """
 
     length: int = 16384
@@ -38,8 +37,8 @@ class Continuation(Task):
             validate.at_least(option, getattr(self, option), 1)
         if self.count * (self.length + self.horizon) > len(text("heldout")):
             raise OptionError(
-                f"count={self.count} stretches of {self.length} + {self.horizon} characters are more than the text's "
-                f"{len(text('heldout'))}"
+                f"count={self.count} examples of length={self.length} + horizon={self.horizon} characters must fit the "
+                f"text's {len(text('heldout'))}"
             )
 
     def examples(self) -> list[Example]:

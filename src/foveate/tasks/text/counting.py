@@ -1,4 +1,4 @@
-"""Common words: which words of a long list stand there most often. A kind of RULER (arXiv 2404.06654)."""
+"""Common words: find the most frequent words of a long list. A task of RULER (arXiv 2404.06654)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from foveate.core import validate
 from foveate.tasks.base.task import Example, Task
 from foveate.tasks.parts.corpus import text
 
-_SHOWN = 400  # characters of the worked example's list
-_ASKED = "\nThe most common words of the list are"
+_EXAMPLE_LENGTH = 400  # characters of the list in the worked example
+_QUESTION = "\nThe most common words of the list are"
 
 
 @dataclass(frozen=True)
 class Counting(Task):
-    """A list of words of the manual in which `common` words stand ten times as often as the others.
+    """A list of words from the manual in which `common` words occur ten times as often as the others.
 
-    A worked example with a short list stands before it, as in RULER. The score is the share of the common words in the
-    answer. A model has to look everywhere: no single place holds the answer.
+    As in RULER, a worked example with a short list comes first. The score is the share of the common words that the
+    answer contains. The model has to read the whole list: no single place holds the answer.
 
     Args:
         length: characters of the whole prompt. At least 1024.
         count: how many examples.
         common: words to find.
-        seed: of words and their order.
+        seed: the seed of the words and their order.
     """
 
     length: int = 4096
@@ -50,15 +50,15 @@ class Counting(Task):
     def _example(self, draw: random.Random) -> Example:
         words = list(_words())
         draw.shuffle(words)
-        shown, asked = words[: self.common], words[self.common : 2 * self.common]
+        shown, common = words[: self.common], words[self.common : 2 * self.common]
         rare = words[2 * self.common :]
-        before = f"List: {_list(draw, shown, rare[:50], _SHOWN)}{_ASKED}{_answer(shown)}\n\nList: "
-        body = _list(draw, asked, rare, self.length - len(before) - len(_ASKED))
-        return Example(before + body + _ASKED, _answer(asked), {}, tuple(asked))
+        before = f"List: {_list(draw, shown, rare[:50], _EXAMPLE_LENGTH)}{_QUESTION}{_answer(shown)}\n\nList: "
+        body = _list(draw, common, rare, self.length - len(before) - len(_QUESTION))
+        return Example(before + body + _QUESTION, _answer(common), {}, tuple(common))
 
 
 def _list(draw: random.Random, common: list[str], rare: list[str], room: int) -> str:
-    """About `room` characters: every common word stands for a tenth of them, no other word more than twice."""
+    """Return about `room` characters: each common word takes a tenth of them, other words occur at most twice."""
     times = max(3, room // 10 // (len(common[0]) + 1))
     chosen = common * times
     left = room - sum(len(word) + 1 for word in chosen)
@@ -77,6 +77,6 @@ def _answer(words: list[str]) -> str:
 
 @cache
 def _words() -> tuple[str, ...]:
-    """Words of five to eight letters that the manual uses, in alphabetical order."""
+    """Return the manual's words of five to eight letters, in alphabetical order."""
     found = Counter(re.findall(r"(?<![\w.])[a-z]{5,8}(?![\w.(])", text("heldout")))
     return tuple(sorted(word for word, times in found.items() if times > 1))

@@ -1,8 +1,8 @@
-"""Needle in real text: a fact hidden in the Python manual, to be repeated on request.
+"""Needle in a haystack: a fact hidden in real text, which the model has to repeat.
 
-Facts read ` The pass key of NAME is DIGITS.`; the prompt ends in the same words about one of them, up to ` is`, and
-the answer is its digits. The other facts are distractors of the same form, so that a model has to look for the name and
-cannot get by on "the only digits in sight".
+Facts read ` The pass key of NAME is DIGITS.`; the haystack is the Python manual. The prompt ends in the same words
+about one of the names, up to ` is`, and the answer is its digits. The other facts are distractors of the same form, so
+that a model has to look for the name and cannot simply copy the only digits in the text.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Needle(Task):
     """Retrieve one of several facts from `length` characters of real text.
 
     Args:
-        length: characters of the whole prompt; for the lab model one character is one token. At least 256.
+        length: characters of the whole prompt; the lab model reads one character as one token. At least 256.
         count: how many examples.
         distractors: facts about other names.
         digits: length of the answer, without its leading blank.
-        seed: of names, digits, depths and text.
+        seed: the seed of names, digits, depths and text.
 
-    The depth of the asked fact is uniform over the text; `spans["needle"]` says where it went.
+    The depth of the needle is uniform over the text; `spans["needle"]` holds its place.
     """
 
     length: int = 1024
@@ -51,7 +51,9 @@ class Needle(Task):
         if self.distractors >= len(NAMES):
             raise OptionError(f"distractors={self.distractors} must be under {len(NAMES)}, the number of names")
         if self._filler_length() < 64:
-            raise OptionError(f"length={self.length} leaves no room for text beside {self.distractors + 1} facts")
+            raise OptionError(
+                f"length={self.length} must be larger: {self.distractors + 1} facts leave no room for text"
+            )
 
     def examples(self) -> list[Example]:
         draw = random.Random(self.seed)

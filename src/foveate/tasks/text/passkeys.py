@@ -1,4 +1,4 @@
-"""Several pass keys in long text, asked for in order: the data on which retrieval heads show."""
+"""Several pass keys in long text, requested in order: the data that identifies retrieval heads."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".s
 
 @dataclass(frozen=True)
 class Passkeys:
-    """An endless stream of `(ids (1, N), answers (1, N) bool)`: sequences of words hidden in text, then all asked for.
+    """An endless stream of `(ids (1, N), answers (1, N) bool)`: word sequences hidden in text, then requested.
 
     Args:
-        encode: text to token ids, without special tokens.
-        length: tokens of the text that hides them, about.
-        count: how many sequences, at depths spread over 0.05..0.95; at most 10.
-        words: words in each (from the NATO alphabet).
+        encode: turns text into token ids, without special tokens.
+        length: approximate tokens of the surrounding text.
+        count: number of pass keys, at depths from 0.05 to 0.95; at most 10.
+        words: words in each pass key (from the NATO alphabet).
         begin: token ids to start with, such as the beginning-of-sequence token.
-        seed: of words and text.
+        seed: the seed of words and text.
     """
 
     encode: Callable[[str], list[int]]
@@ -61,10 +61,10 @@ class Passkeys:
             cut = snap(filler, int(depth * len(filler)))
             body += filler[last:cut] + f" The {_ORDINALS[index]} pass key is {key}."
             last = max(cut, last)
-        ids, answers = [*self.begin, *self.encode(body + filler[last:])], []
+        ids = [*self.begin, *self.encode(body + filler[last:])]
         answers = [False] * len(ids)
         for index, key in enumerate(keys):
-            asked, answer = self.encode(f"\nThe {_ORDINALS[index]} pass key is"), self.encode(f" {key}.")
-            ids += asked + answer
-            answers += [False] * len(asked) + [True] * len(answer)
+            question, answer = self.encode(f"\nThe {_ORDINALS[index]} pass key is"), self.encode(f" {key}.")
+            ids += question + answer
+            answers += [False] * len(question) + [True] * len(answer)
         return torch.tensor([ids]), torch.tensor([answers])

@@ -1,4 +1,4 @@
-"""A set of retrieval tasks as in RULER, on real text and small enough for small models.
+"""Six tasks modelled on RULER, on real text and small enough for small models.
 
 RULER: What's the Real Context Size of Your Long-Context Language Models? (2024), arXiv 2404.06654.
 """
@@ -20,28 +20,27 @@ KINDS = (
 
 
 def kind(name: str, length: int = 4096, count: int = 8, seed: int = 0) -> Task:
-    """One task of the set by its name."""
+    """Create one of the six tasks by its name."""
     validate.one_of("task", name, KINDS)
     if name == "variable_tracking":
         return Tracing(length, count, seed=seed)
     if name == "common_words":
         return Counting(length, count, seed=seed)
-    keys, values, asked = {
+    keys, values, queries = {
         "niah_single": (1, 1, 1), "niah_multikey": (8, 1, 1),
         "niah_multivalue": (2, 3, 1), "niah_multiquery": (6, 1, 3),
     }[name]  # fmt: skip
-    return Retrieval(length, count, keys, values, asked, seed=seed)
+    return Retrieval(length, count, keys, values, queries, seed=seed)
 
 
 @dataclass(frozen=True)
 class Ruler(Task):
-    """Examples of all six kinds in turn: needles (one, among many, several of one name, several names), variables that
-    are handed on, and common words.
+    """Examples of the six tasks in turn: four needle tasks, variable tracking and common words.
 
     Args:
         length: characters of each prompt.
         count: how many examples in all.
-        seed: of each kind.
+        seed: the seed of each task.
     """
 
     length: int = 4096
@@ -55,5 +54,5 @@ class Ruler(Task):
 
     def examples(self) -> list[Example]:
         rounds = -(-self.count // len(KINDS))
-        kinds = [kind(name, self.length, rounds, self.seed).examples() for name in KINDS]
-        return [each[turn] for turn in range(rounds) for each in kinds][: self.count]
+        tasks = [kind(name, self.length, rounds, self.seed).examples() for name in KINDS]
+        return [each[turn] for turn in range(rounds) for each in tasks][: self.count]

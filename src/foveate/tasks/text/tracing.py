@@ -1,4 +1,4 @@
-"""Variable tracking: a value that is handed from name to name, in real text. A kind of RULER (arXiv 2404.06654)."""
+"""Variable tracking: follow a value through a chain of assignments. A task of RULER (arXiv 2404.06654)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from foveate.tasks.parts.haystack import hidden_in_order
 
 @dataclass(frozen=True)
 class Tracing(Task):
-    """A chain `VAR A = 12345`, `VAR B = VAR A`, … hidden in text, and the question which variables hold the value.
+    """A chain `VAR A = 12345`, `VAR B = VAR A`, … hidden in text; the question is which variables hold the value.
 
-    A worked example stands before the text, as in RULER. The score is the share of the chain's names in the answer.
+    As in RULER, a worked example comes first. The score is the share of the chain's names that the answer contains.
 
     Args:
         length: characters of the whole prompt. At least 1024.
         count: how many examples.
-        hops: variables of the chain beside the first.
-        seed: of names, values, depths and text.
+        hops: assignments after the first, each to a new variable.
+        seed: the seed of names, values, depths and text.
     """
 
     length: int = 4096
@@ -43,15 +43,15 @@ class Tracing(Task):
         return [self._example(draw) for _ in range(self.count)]
 
     def _example(self, draw: random.Random) -> Example:
-        shown, asked = self._chain(draw), self._chain(draw)
-        while set(shown[0]) & set(asked[0]):
-            asked = self._chain(draw)
-        before = "".join(_steps(*shown)).lstrip() + _question(shown[1]) + _answer(shown[0]) + "\n\n"
-        steps, question = _steps(*asked), _question(asked[1])
-        room = self.length - len(before) - len(question) - sum(map(len, steps))
-        body, spans = hidden_in_order(draw, steps, room)
+        shown, chain = self._chain(draw), self._chain(draw)
+        while set(shown[0]) & set(chain[0]):
+            chain = self._chain(draw)
+        before = "".join(_assignments(*shown)).lstrip() + _question(shown[1]) + _answer(shown[0]) + "\n\n"
+        assignments, question = _assignments(*chain), _question(chain[1])
+        room = self.length - len(before) - len(question) - sum(map(len, assignments))
+        body, spans = hidden_in_order(draw, assignments, room)
         moved = {f"needle {i}": (a + len(before), b + len(before)) for i, (a, b) in enumerate(spans)}
-        return Example(before + body + question, _answer(asked[0]), moved, tuple(asked[0]))
+        return Example(before + body + question, _answer(chain[0]), moved, tuple(chain[0]))
 
     def _chain(self, draw: random.Random) -> tuple[list[str], str]:
         names: list[str] = []
@@ -61,9 +61,9 @@ class Tracing(Task):
         return names, "".join(draw.choices(string.digits, k=5))
 
 
-def _steps(names: list[str], value: str) -> list[str]:
-    handed = [f" VAR {new} = VAR {old}." for old, new in pairwise(names)]
-    return [f" VAR {names[0]} = {value}.", *handed]
+def _assignments(names: list[str], value: str) -> list[str]:
+    later = [f" VAR {new} = VAR {old}." for old, new in pairwise(names)]
+    return [f" VAR {names[0]} = {value}.", *later]
 
 
 def _question(value: str) -> str:

@@ -1,4 +1,4 @@
-"""Copying: a random string, a mark, and the string again."""
+"""Copying: a random string, a separator, and the string again."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
-from foveate.tasks.base.training_task import IGNORED, Drill
+from foveate.tasks.base.training_task import IGNORED, TrainingTask
 
 
 @dataclass(frozen=True)
-class Copying(Drill):
-    """`x_1 ... x_n 0 x_1 ... x_n`: from the mark on, every next token is known. A state has to hold all n.
+class Copying(TrainingTask):
+    """`x_1 ... x_n 0 x_1 ... x_n`: from the separator on, every next token is determined. A state has to hold all n.
 
     Args:
-        vocabulary: tokens; 0 is the mark.
-        length: N of the inputs, even; `n = N / 2`.
+        vocabulary: number of tokens; 0 is the separator.
+        length: N, the length of the inputs, even; `n = N / 2`.
     """
 
     vocabulary: int = 32
@@ -29,13 +29,15 @@ class Copying(Drill):
         validate.count("vocabulary", self.vocabulary, 3)
         validate.count("length", self.length, 2)
         if self.length % 2:
-            raise OptionError(f"length={self.length} must be even: a string, the mark, and the string but for its end")
+            raise OptionError(
+                f"length={self.length} must be even: the string, a separator and the string but for its last token"
+            )
 
     def sample(self, count: int, generator: torch.Generator, *, heldout: bool = False) -> tuple[Tensor, Tensor]:
         half = self.length // 2
         string = torch.randint(1, self.vocabulary, (count, half), generator=generator)
-        mark = torch.zeros(count, 1, dtype=torch.long)
-        whole = torch.cat([string, mark, string], 1)
+        separator = torch.zeros(count, 1, dtype=torch.long)
+        whole = torch.cat([string, separator, string], 1)
         labels = whole[:, 1:].clone()
         labels[:, :half] = IGNORED
         return whole[:, :-1], labels

@@ -1,4 +1,4 @@
-"""Handwritten digits, 8 by 8 pixels: the images that scikit-learn ships."""
+"""Handwritten digits of 8 by 8 pixels: the images that scikit-learn ships."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import TaskError
-from foveate.tasks.base.training_task import Drill
+from foveate.tasks.base.training_task import TrainingTask
 
 
 @dataclass(frozen=True)
-class Digits(Drill):
+class Digits(TrainingTask):
     """`(B, 1, 8, 8)` images in 0..1 and their digits `(B,)`. Every fifth image is held out, whatever the seed."""
 
     vocabulary = 10
@@ -27,7 +27,7 @@ class Digits(Drill):
         return images[drawn], labels[drawn]
 
     def heldout(self, count: int = 0, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """All of the held-out images, or the first `count`."""
+        """Return all held-out images, or the first `count`."""
         images, labels = _split(True)
         return (images[:count], labels[:count]) if count else (images, labels)
 

@@ -1,4 +1,4 @@
-"""Language modelling on text that every Python brings: the next byte."""
+"""Language modelling on text that ships with Python: predict the next byte."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.tasks.base.training_task import Drill
+from foveate.tasks.base.training_task import TrainingTask
 from foveate.tasks.parts import corpus
 
-#: The mark, and all tokens: 256 bytes and room for marks, as the byte tokenizer has them.
+#: The beginning-of-sequence token and the vocabulary of the byte tokenizer: 256 bytes and room for special tokens.
 BOS, VOCABULARY = 256, 260
 
 
 @dataclass(frozen=True)
-class Language(Drill):
-    """Windows of the Python manual, byte by byte after a mark of the beginning; `heldout` windows come from pages that
+class Language(TrainingTask):
+    """Windows of the Python manual as bytes after a beginning-of-sequence token; `heldout` windows come from pages that
     training never sees.
 
     Args:
-        length: N, the mark and N - 1 bytes.
+        length: N: the beginning-of-sequence token and N - 1 bytes.
     """
 
     length: int = 128

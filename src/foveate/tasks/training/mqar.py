@@ -1,4 +1,4 @@
-"""Multi-query associative recall: keys and values first, then keys again, each to be answered with its value.
+"""Multi-query associative recall: key-value pairs, then the keys again, each to be answered with its value.
 
 Zoology: Measuring and Improving Recall in Efficient Language Models (2023), arXiv 2312.04927.
 """
@@ -12,27 +12,27 @@ from torch import Tensor
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
-from foveate.tasks.base.training_task import IGNORED, Drill
+from foveate.tasks.base.training_task import IGNORED, TrainingTask
 
 
 @dataclass(frozen=True)
-class MQAR(Drill):
-    """`k_1 v_1 ... k_D v_D`, then `(length - 2 D) / 2` cells of two tokens; each key comes back once, in one of them.
+class MQAR(TrainingTask):
+    """`k_1 v_1 ... k_D v_D`, then `(length - 2 D) / 2` slots of two tokens; each key recurs once, in one of them.
 
-    The label at a returning key is its value. Which cells the keys take is drawn without replacement with
-    `p(g) ~ g ** (power - 1)` for g = 1, 2, ...: a small power makes most of them come back soon and some late, as words
-    in text do; 1 is uniform. The standard probe of how much a state can hold: D pairs have to fit into it.
+    The label at a recurring key is its value. The keys' slots are drawn without replacement with `p(g) ~ g ** (power -
+    1)` for g = 1, 2, ...: with a small power most keys recur soon and some late, as words in text do; 1 is uniform.
+    This is the standard test of a state's capacity: D pairs have to fit into it.
 
     Args:
-        vocabulary: tokens; keys are 1 .. V/2 - 1, values V/2 .. V - 1, 0 is filler.
+        vocabulary: V tokens; keys are 1 .. V/2 - 1, values V/2 .. V - 1, 0 is padding.
         length: N, even, at least 4 D.
         pairs: D.
         power: the exponent a of the gaps.
-        random_non_queries: whether free slots hold random tokens and not 0. A random token may be a key by chance: it
-            is then not asked for, as in the published generator.
+        random_non_queries: True fills free slots with random tokens, False with 0. A random token may be a key by
+            chance; it has no label then, as in the published generator.
 
     Raises:
-        OptionError: sizes that do not fit each other.
+        OptionError: if the sizes are inconsistent.
     """
 
     vocabulary: int = 8192
@@ -54,16 +54,16 @@ class MQAR(Drill):
             raise OptionError(f"power={self.power!r} must be above 0")
 
     def sample(self, count: int, generator: torch.Generator, *, heldout: bool = False) -> tuple[Tensor, Tensor]:
-        half, told = self.vocabulary // 2, 2 * self.pairs
+        half, context = self.vocabulary // 2, 2 * self.pairs
         keys = 1 + _distinct(count, half - 1, self.pairs, generator)
         values = half + _distinct(count, self.vocabulary - half, self.pairs, generator)
-        cells = (self.length - told) // 2
-        chance = torch.arange(1, cells + 1, dtype=torch.float64) ** (self.power - 1)
-        gaps = torch.multinomial(chance.expand(count, cells), self.pairs, generator=generator)
+        slots = (self.length - context) // 2
+        chance = torch.arange(1, slots + 1, dtype=torch.float64) ** (self.power - 1)
+        gaps = torch.multinomial(chance.expand(count, slots), self.pairs, generator=generator)
 
         tokens = torch.zeros(count, self.length, dtype=torch.long)
-        tokens[:, 0:told:2], tokens[:, 1:told:2] = keys, values
-        at = told + 2 * gaps
+        tokens[:, 0:context:2], tokens[:, 1:context:2] = keys, values
+        at = context + 2 * gaps
         tokens.scatter_(1, at, keys)
         labels = torch.full_like(tokens, IGNORED).scatter_(1, at, values)
         if self.random_non_queries:
@@ -73,14 +73,14 @@ class MQAR(Drill):
 
 
 def _distinct(count: int, choices: int, size: int, generator: torch.Generator) -> Tensor:
-    """`(count, size)` numbers under `choices`, different from each other in each row."""
+    """Draw `(count, size)` numbers below `choices`, distinct within each row."""
     return torch.rand(count, choices, generator=generator).argsort(-1)[:, :size]
 
 
 def ar_hits(tokens: Tensor) -> Tensor:
-    """Positions `(B, N)` whose last two tokens stand next to each other earlier on: recall could have said the second.
+    """Mark the positions `(B, N)` whose bigram occurred before, so that recall could predict the token.
 
-    The slices of a language model's perplexity by this mask show how much of it is recall.
+    A language model's perplexity on and off this mask shows how much of it is due to recall.
     """
     pairs = torch.stack([tokens[:, :-1], tokens[:, 1:]], -1)
     same = (pairs[:, :, None] == pairs[:, None]).all(-1)

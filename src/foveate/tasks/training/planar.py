@@ -1,6 +1,6 @@
-"""Points in the plane and what to say of them: convex hulls and shortest tours, with exact solvers.
+"""Planar problems with exact solvers: convex hulls and shortest tours.
 
-The problems that Pointer Networks (2015) learns.
+Pointer Networks (2015) learns these problems.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from foveate.core import validate
 from foveate.core.errors import OptionError
 
-#: The most points that `shortest_tour` takes; its table doubles with each.
-TOUR = 12
+#: The most points that `shortest_tour` takes; its table doubles with each point.
+MAX_TOUR = 12
 
 
 def planar_batch(
     problem: Literal["hull", "tour", "sort"], count: int, n: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "b n c"], Int[Tensor, "b s"]]:
-    """Problems and their answers as positions in the input.
+    """Draw problems and solve them; the answers are positions in the input.
 
-    "hull": n points, uniform in the unit square; the hull's, then n (stop), then -1. "tour": the shortest tour through
-    them. "sort": n numbers (C = 1), in ascending order.
+    "hull": n points, uniform in the unit square; the answer holds the hull's corners, then n (stop), then -1. "tour":
+    the same points; the shortest tour. "sort": n numbers (C = 1); their ascending order.
     """
     validate.one_of("problem", problem, ("hull", "tour", "sort"))
     validate.count("count", count, 1)
@@ -43,7 +43,7 @@ def planar_batch(
 
 
 def convex_hull(points: Float[Tensor, "n 2"]) -> list[int]:
-    """The hull's corners, counter-clockwise, the one of lowest index first. Points on an edge are no corners."""
+    """Return the hull's corners, counter-clockwise from the lowest index. Points on an edge are no corners."""
     at = points.double().tolist()
     order = sorted(range(len(at)), key=lambda i: at[i])
 
@@ -61,16 +61,18 @@ def convex_hull(points: Float[Tensor, "n 2"]) -> list[int]:
 
 
 def _turn(a: list[float], b: list[float], c: list[float]) -> float:
-    """Above 0 where a, b, c turn left."""
+    """Return twice the signed area of the triangle: above 0 if a, b, c turn left."""
     return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
 
 
 def shortest_tour(points: Float[Tensor, "n 2"]) -> list[int]:
-    """The shortest closed tour from point 0, by Held and Karp's dynamic programme; of its two directions the one whose
-    second point has the lower index."""
+    """Return the shortest closed tour from point 0, by Held and Karp's dynamic programming.
+
+    Of the two directions it takes the one whose second point has the lower index.
+    """
     n = len(points)
-    if n > TOUR:
-        raise OptionError(f"points={n} are too many for an exact tour; at most {TOUR}")
+    if n > MAX_TOUR:
+        raise OptionError(f"points={n} must be at most {MAX_TOUR} for an exact tour")
     if n < 3:
         return list(range(n))
     far = torch.cdist(points.double(), points.double()).tolist()
@@ -91,6 +93,6 @@ def shortest_tour(points: Float[Tensor, "n 2"]) -> list[int]:
 
 
 def tour_length(points: Float[Tensor, "n 2"], tour: list[int]) -> float:
-    """Of the closed tour."""
-    walked = points[tour]
-    return (walked - walked.roll(-1, 0)).norm(dim=-1).sum().item()
+    """Return the length of the closed tour."""
+    path = points[tour]
+    return (path - path.roll(-1, 0)).norm(dim=-1).sum().item()

@@ -1,4 +1,4 @@
-"""Training tasks: what a batch holds, and what is held out."""
+"""Training tasks: the contents of batches, and the held-out data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from foveate.core.errors import OptionError
 from foveate.models.base import byte_tokenizer
 from foveate.tasks.base.training_task import IGNORED
 from foveate.tasks.parts import corpus
-from foveate.tasks.parts.recited import Recited
+from foveate.tasks.parts.token_prompts import TokenPrompts
 from foveate.tasks.training import language
 from foveate.tasks.training.copying import Copying
 from foveate.tasks.training.digits import Digits
@@ -21,25 +21,25 @@ def draw(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_copying_by_hand() -> None:
+def test_copying_repeats_its_string() -> None:
     tokens, labels = Copying(vocabulary=9, length=8).sample(50, draw())
-    for row, asked in zip(tokens.tolist(), labels.tolist(), strict=True):
+    for row, targets in zip(tokens.tolist(), labels.tolist(), strict=True):
         string = row[:4]
         assert row[4:] == [0, *string[:3]]
-        assert asked == [IGNORED] * 4 + string
+        assert targets == [IGNORED] * 4 + string
         assert all(1 <= letter < 9 for letter in string)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"), [(dict(length=7), "length=7 must be even"), (dict(vocabulary=2), "vocabulary=2")]
+    ("sizes", "message"), [(dict(length=7), "length=7 must be even"), (dict(vocabulary=2), "vocabulary=2")]
 )
-def test_copying_refuses(sizes: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_copying_refuses(sizes: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         Copying(**sizes)
 
 
 @pytest.mark.parametrize("heldout", [False, True])
-def test_windows_of_text(heldout: bool) -> None:
+def test_language_windows_come_from_the_corpus(heldout: bool) -> None:
     tokens, labels = Language(length=40).sample(5, draw(), heldout=heldout)
     assert tokens.shape == labels.shape == (5, 40)
     assert (tokens[:, 0] == byte_tokenizer.BOS).all()
@@ -67,15 +67,15 @@ def test_digits_are_split_once() -> None:
     assert not any(tuple(image.flatten().tolist()) in held for image in drawn)
 
 
-def test_a_drill_recited() -> None:
-    task = Recited(MQAR(vocabulary=40, length=24, pairs=4), count=20)
+def test_sequences_become_prompts() -> None:
+    task = TokenPrompts(MQAR(vocabulary=40, length=24, pairs=4), count=20)
     assert (task.name, task.length) == ("mqar", 24)
     for example in task.examples():
-        said = [int(word) for word in example.prompt.split()]
-        told = dict(zip(said[0:8:2], said[1:8:2], strict=True))
-        assert int(example.answer) == told[said[-1]]
+        tokens = [int(word) for word in example.prompt.split()]
+        pairs = dict(zip(tokens[0:8:2], tokens[1:8:2], strict=True))
+        assert int(example.answer) == pairs[tokens[-1]]
         assert task.score(example, f"{example.answer} 7") == 1.0
         assert task.score(example, f"{example.answer}1 7") == 0.0
         assert task.score(example, "") == 0.0
     assert task.examples() == task.examples()
-    assert Recited(task.drill, count=20, seed=1).examples() != task.examples()
+    assert TokenPrompts(task.training_task, count=20, seed=1).examples() != task.examples()
