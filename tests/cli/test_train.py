@@ -16,7 +16,7 @@ from foveate.cli import app
 from foveate.cli.train import TASKS, listing, parsed
 from foveate.core.errors import OptionError
 from foveate.train.loop.loop import Training
-from foveate.train.loop.network import DRILLS
+from foveate.train.loop.network import TRAINING_TASKS
 
 
 def run(*args: object):
@@ -187,7 +187,7 @@ def test_the_help_lists_what_can_be_trained() -> None:
     for part in listing().split("\n\n"):
         assert part in text
     assert {"softmax", "hedgehog", "mega"} <= set(re.findall(r"\w+", listing()))
-    assert list(TASKS) == list(DRILLS)
+    assert list(TASKS) == list(TRAINING_TASKS)
     whole = " ".join(run("--help").stdout.split())
     for part in (*listing().split("\n\n"), "niah_multikey", "razor_attention"):
         assert part in whole

@@ -1,4 +1,4 @@
-"""The lab language model: it retrieves, it models text, and cache policies tell themselves apart on it."""
+"""The lab language model: it retrieves, it models text, and cache policies differ on it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def full() -> float:
     return needles(LENGTH, COUNT)[0]
 
 
-def test_it_is_a_small_standard_checkpoint() -> None:
+def test_the_checkpoint_is_small_and_standard() -> None:
     folder = LABS["lm"].path
     assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.json"} <= {p.name for p in folder.iterdir()}
     assert LABS["lm"].size < 8e6
@@ -37,21 +37,21 @@ def test_it_is_a_small_standard_checkpoint() -> None:
 
 def test_one_token_is_one_byte() -> None:
     _, tokenizer = lab()
-    said = "Grüße,\n\tworld"
-    assert tokenizer(said).input_ids == [tokenizer.bos_token_id, *said.encode()]
-    assert tokenizer.decode(tokenizer(said).input_ids, skip_special_tokens=True) == said
+    text = "Grüße,\n\tworld"
+    assert tokenizer(text).input_ids == [tokenizer.bos_token_id, *text.encode()]
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize(
     ("length", "count", "seeds", "least"), [(1024, 150, (101, 102, 103, 104), 0.95), (2048, 50, (201, 202, 203), 0.90)]
 )
-def test_it_retrieves(length: int, count: int, seeds: tuple[int, ...], least: float) -> None:
-    """Over several seeds, since a single one says little: those here range from 94 to 99 %, and seed 77 gives 89 %."""
+def test_the_lab_retrieves_needles(length: int, count: int, seeds: tuple[int, ...], least: float) -> None:
+    """The mean over several seeds is high; single seeds vary: those here from 94 to 99 %, seed 77 gives 89 %."""
     scores = [needle_accuracy(lab()[0], length, count, seed) for seed in seeds]
     assert sum(scores) / len(scores) >= least, scores
 
 
-def test_it_models_text_better_than_a_trigram() -> None:
+def test_the_lab_models_text_better_than_a_trigram() -> None:
     model, tokenizer = lab()
     heldout = corpus.text("heldout")[:32_768].encode()
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_it_models_text_better_than_a_trigram() -> None:
 
 
 def trigram_bits(train: bytes, heldout: bytes) -> float:
-    """Bits per byte of an interpolated trigram, Witten-Bell: each order backs off by how many kinds followed it."""
+    """Return the bits per byte of an interpolated trigram model with Witten-Bell smoothing."""
     counts = [Counter(train[i : i + n] for i in range(len(train) - n + 1)) for n in (1, 2, 3)]
     kinds = [Counter(gram[:-1] for gram in count) for count in counts]
     total = 0.0
@@ -84,7 +84,7 @@ def test_sinks_and_a_window_lose_the_needle(full: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["duo", "razor"])
-def test_head_splits_keep_it_at_the_same_budget(full: float, name: str) -> None:
+def test_head_splits_keep_the_needle_at_the_same_budget(full: float, name: str) -> None:
     if name == "duo":
         method = DuoAttention.at_budget(BUDGET, lab_host(), LENGTH, gates=lab_gates())
     else:

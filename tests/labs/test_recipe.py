@@ -1,4 +1,4 @@
-"""The lab's recipe: batches carry what they should, and training leaves a checkpoint that loads and can be repeated."""
+"""The lab's recipe: batches contain copies and needles, and training repeats and leaves a checkpoint that loads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY = Recipe(
 )  # fmt: skip
 
 
-def test_batches_pay_for_looking_back() -> None:
+def test_batches_contain_copies_and_needles() -> None:
     ids, weights = data.batch(random.Random(0), 8, 320)
     assert ids.shape == weights.shape == (8, 320) and (ids[:, 0] == tokenizer.BOS).all() and (ids[:, 1:] < 128).all()
     needles, copies = (["".join(map(chr, row[1:])) for row in ids[kind::2].tolist()] for kind in (0, 1))
@@ -39,7 +39,7 @@ def test_the_rate_warms_up_and_cools_down() -> None:
 
 
 def test_training_leaves_a_standard_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(making, "learn_heads", lambda *_: None)  # half a minute, and tested with DuoAttention
+    monkeypatch.setattr(making, "calibrate_heads", lambda *_: None)  # slow, and tested with DuoAttention
     monkeypatch.setattr(making, "scores", lambda model, length: {"needle 256": 0.0})
     seen: list[tuple[int, int]] = []
     record = train(tmp_path / "a", recipe=TINY, seed=3, progress=lambda step, steps, note: seen.append((step, steps)))

@@ -1,4 +1,4 @@
-"""The loop, the networks it is given, and what it saves."""
+"""The training loop, its networks, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from foveate.bench.comparison.run import compare
 from foveate.core.errors import DivergedError, OptionError, TaskError, UnknownKey, UnsupportedModel, UnsupportedPattern
 from foveate.models.base.spec import Mixer, Spec
-from foveate.tasks.base.training_task import IGNORED
+from foveate.tasks.base.training_task import IGNORED, TrainingTask
 from foveate.train.loop import checkpoint, network
 from foveate.train.loop.loop import History, Schedule, evaluate, fit, loss_of
 from tests.tensors import assert_near
@@ -31,60 +31,60 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (dict(steps=0), "steps=0"), (dict(batch=0), "batch=0"), (dict(rate=0), "rate=0 must be above 0"),
         (dict(clip=-1), "clip=-1 must be above 0"), (dict(decay=-1), "decay=-1 must be at least 0"),
     ],
 )  # fmt: skip
-def test_schedules_that_make_no_sense(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_invalid_schedules_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         Schedule(**options)
 
 
-def small(key: str = "hedgehog", task: str = "copy", **sizes) -> tuple[nn.Module, Spec, object]:
-    drill = network.drill(task, **(sizes or ({"vocabulary": 8, "length": 12} if task == "copy" else {})))
-    spec = network.spec(key, drill, dim=16, heads=2)
+def small(key: str = "hedgehog") -> tuple[nn.Module, Spec, TrainingTask]:
+    task = network.training_task("copy", vocabulary=8, length=12)
+    spec = network.spec(key, task, dim=16, heads=2)
     torch.manual_seed(0)
-    return spec.build(), spec, drill
+    return spec.build(), spec, task
 
 
-def test_the_loss_is_over_what_is_asked() -> None:
-    net, _, drill = small()
-    tokens, labels = drill.sample(3, torch.Generator().manual_seed(0))
+def test_the_loss_covers_the_labelled_positions() -> None:
+    net, _, task = small()
+    tokens, labels = task.sample(3, torch.Generator().manual_seed(0))
     logits = net(tokens)
-    asked = labels != IGNORED
-    assert_near(loss_of(net, tokens, labels), F.cross_entropy(logits[asked], labels[asked]), 1e-6)
+    labelled = labels != IGNORED
+    assert_near(loss_of(net, tokens, labels), F.cross_entropy(logits[labelled], labels[labelled]), 1e-6)
 
 
-def test_it_learns_and_says_how_far_it_is() -> None:
-    net, _, drill = small("softmax")
-    said = []
-    history = fit(net, drill, Schedule(steps=150, rate=1e-2), looks=3, progress=lambda *at: said.append(at))
+def test_training_learns_and_reports_its_progress() -> None:
+    net, _, task = small("softmax")
+    calls = []
+    history = fit(net, task, Schedule(steps=150, rate=1e-2), evaluations=3, progress=lambda *at: calls.append(at))
     assert len(history.losses) == 150
     assert list(history.scores) == [50, 100, 150]
     assert history.losses[-1] < 0.6 * history.losses[0]
     assert history.score > 2 * 1 / 7
-    assert history.score == pytest.approx(evaluate(net, drill, 256))
-    assert said[0][:2] == (1, 150)
-    assert said[-1][:2] == (150, 150)
-    assert "accuracy" in said[-1][2]
+    assert history.score == pytest.approx(evaluate(net, task, 256))
+    assert calls[0][:2] == (1, 150)
+    assert calls[-1][:2] == (150, 150)
+    assert "accuracy" in calls[-1][2]
     assert not net.training
 
 
-def test_the_same_seed_is_the_same_training() -> None:
+def test_a_seed_repeats_its_training() -> None:
     runs = []
     for seed in (0, 0, 1):
-        net, _, drill = small()
-        runs.append(fit(net, drill, Schedule(steps=5, seed=seed), looks=1).losses)
+        net, _, task = small()
+        runs.append(fit(net, task, Schedule(steps=5, seed=seed), evaluations=1).losses)
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_a_loss_that_is_no_number_stops_it() -> None:
-    net, _, drill = small()
+def test_a_loss_that_is_not_finite_stops_training() -> None:
+    net, _, task = small()
     nn.init.constant_(net.embed.weight, math.nan)
-    with pytest.raises(DivergedError, match="the loss is nan at step 0: rate="):
-        fit(net, drill, Schedule(steps=2))
+    with pytest.raises(DivergedError, match="must be lower for this network: the loss is nan at step 0"):
+        fit(net, task, Schedule(steps=2))
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
@@ -92,18 +92,18 @@ def test_a_loss_that_is_no_number_stops_it() -> None:
 
 @pytest.mark.parametrize("key", ["softmax", "lightning_attention_2", "titans", "mega", "mhe_attention"])
 def test_any_operator_or_layer_makes_a_decoder(key: str) -> None:
-    net, spec, drill = small(key)
+    net, spec, task = small(key)
     assert Spec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-    tokens, _ = drill.sample(2, torch.Generator().manual_seed(0))
+    tokens, _ = task.sample(2, torch.Generator().manual_seed(0))
     assert net(tokens).shape == (2, 12, 8)
     changed = tokens.clone()
     changed[:, 8:] = 7 - changed[:, 8:]
     assert_near(net(changed)[:, :8], net(tokens)[:, :8], 1e-5)
 
 
-def test_a_decoder_goes_token_by_token() -> None:
-    net, _, drill = small("lightning_attention_2")
-    tokens, _ = drill.sample(2, torch.Generator().manual_seed(0))
+def test_a_decoder_streams_token_by_token() -> None:
+    net, _, task = small("lightning_attention_2")
+    tokens, _ = task.sample(2, torch.Generator().manual_seed(0))
     state, out = net.init_state(2), []
     for t in range(12):
         logits, state = net.step(tokens[:, t : t + 1], state, t)
@@ -113,27 +113,27 @@ def test_a_decoder_goes_token_by_token() -> None:
 
 def test_bidirectional_layers_read_images() -> None:
     for key, causal in (("softmax", False), ("l2vit", False), ("lightning_attention_2", True)):
-        spec = network.spec(key, network.drill("digits"), dim=16, heads=2)
+        spec = network.spec(key, network.training_task("digits"), dim=16, heads=2)
         assert spec.image["causal"] is causal
         assert spec.build().eval()(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "says"),
+    ("call", "error", "message"),
     [
-        (lambda: network.drill("mqat"), UnknownKey, 'unknown task "mqat"; did you mean "mqar"'),
-        (lambda: network.drill("lm", pairs=3), OptionError, "task lm takes no pairs; it takes length"),
-        (lambda: network.drill("copy", pairs=3, length=8), OptionError, "takes no pairs; it takes length, vocabulary"),
-        (lambda: network.drill("digits", length=8), OptionError, "task digits takes no length; it takes none"),
+        (lambda: network.training_task("mqat"), UnknownKey, 'unknown task "mqat"; did you mean "mqar"'),
+        (lambda: network.training_task("lm", pairs=3), OptionError, "takes no pairs; valid are length"),
+        (lambda: network.training_task("copy", pairs=3), OptionError, "valid are length, vocabulary"),
+        (lambda: network.training_task("digits", length=8), OptionError, "takes no length; valid are no sizes"),
         (lambda: small("efficient_attention"), UnsupportedPattern, "a decoder's layers are causal"),
         (lambda: small("sink_recent"), OptionError, 'system "sink_recent" is neither operator nor layer'),
-        (lambda: Spec(8, 2, (Mixer("softmax"),)), OptionError, "reads tokens .* or images"),
+        (lambda: Spec(8, 2, (Mixer("softmax"),)), OptionError, "vocabulary=.* or image="),
         (lambda: Spec(8, 2, (), vocabulary=3).build(), OptionError, "mixers must be layers of one width"),
         (lambda: Spec.from_dict({"dim": 8}), OptionError, "no description of a network"),
     ],
 )
-def test_networks_that_cannot_be(call, error: type, says: str) -> None:
-    with pytest.raises(error, match=says):
+def test_invalid_networks_are_refused(call, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
         call()
 
 
@@ -141,41 +141,41 @@ def test_networks_that_cannot_be(call, error: type, says: str) -> None:
 
 
 def trained(
-    folder: Path, key: str, task: str, steps: int = 3, conv: int | None = None, **sizes
-) -> tuple[nn.Module, object]:
-    drill = network.drill(task, **sizes)
-    spec = network.spec(key, drill, dim=16, heads=2, conv=conv)
+    folder: Path, key: str, name: str, steps: int = 3, conv: int | None = None, **sizes
+) -> tuple[nn.Module, TrainingTask]:
+    task = network.training_task(name, **sizes)
+    spec = network.spec(key, task, dim=16, heads=2, conv=conv)
     torch.manual_seed(0)
     net, schedule = spec.build(), Schedule(steps=steps)
-    history = fit(net, drill, schedule, looks=1)
-    checkpoint.save(net, spec, drill, schedule, history, folder)
-    return net, drill
+    history = fit(net, task, schedule, evaluations=1)
+    checkpoint.save(net, spec, task, schedule, history, folder)
+    return net, task
 
 
 @pytest.mark.parametrize(
-    ("key", "task"),
+    ("key", "name"),
     [("softmax", "mqar"), ("hedgehog", "copy"), ("titans", "lm"), ("softmax", "digits"), ("mega", "copy")],
 )
-def test_what_is_saved_is_loaded(tmp_path: Path, key: str, task: str) -> None:
-    net, drill = trained(tmp_path, key, task)
-    inputs, _ = drill.heldout(3)
+def test_a_saved_network_loads(tmp_path: Path, key: str, name: str) -> None:
+    net, task = trained(tmp_path, key, name)
+    inputs, _ = task.heldout(3)
     assert_near(checkpoint.load(tmp_path)(inputs), net(inputs), 1e-6)
-    assert checkpoint.task_of(tmp_path) == drill
+    assert checkpoint.task_of(tmp_path) == task
     record = json.loads((tmp_path / checkpoint.RECORD).read_text())
     assert len(record["losses"]) == 3
     assert not list(tmp_path.glob("*.bin"))
 
 
 @pytest.mark.parametrize(("key", "conv"), [("softmax", 0), ("softmax", 4), ("hedgehog", 4), ("titans", 4)])
-def test_compare_runs_what_was_saved(tmp_path: Path, key: str, conv: int) -> None:
-    """The answers are those of the network itself, and of the whole sequence at once."""
-    net, drill = trained(tmp_path / "net", key, "mqar", steps=40, conv=conv, vocabulary=16, length=16, pairs=2)
+def test_compare_runs_a_saved_network(tmp_path: Path, key: str, conv: int) -> None:
+    """Each answered token is the likeliest one of the network on the whole sequence."""
+    net, task = trained(tmp_path / "net", key, "mqar", steps=40, conv=conv, vocabulary=16, length=16, pairs=2)
     found = compare(model=str(tmp_path / "net"), examples=8, out=tmp_path / "out", methods=["full"])
     assert [row.method for row in found.rows] == ["full"]
     for answer in found.rows[0].answers:
         ids = [int(word) for word in answer.prompt.split()]
-        said = [int(word) for word in answer.output.split()]
-        for token in said:
+        answered = [int(word) for word in answer.output.split()]
+        for token in answered:
             assert net(torch.tensor([ids]))[0, -1].argmax() == token
             ids.append(token)
 
@@ -188,7 +188,7 @@ def test_cache_policies_apply_to_plain_attention(tmp_path: Path) -> None:
     assert kept["sink_recent"] < 0.7
 
 
-def test_cache_policies_are_refused_where_there_is_no_cache(tmp_path: Path) -> None:
+def test_cache_policies_are_refused_without_a_cache(tmp_path: Path) -> None:
     trained(tmp_path / "net", "hedgehog", "copy")
     with pytest.raises(UnsupportedModel, match="does not go through transformers' attention interface"):
         compare(model=str(tmp_path / "net"), examples=2, out=tmp_path / "out", methods=["sink_recent"])
@@ -196,7 +196,7 @@ def test_cache_policies_are_refused_where_there_is_no_cache(tmp_path: Path) -> N
     assert [row.method for row in found.rows] == ["full"]
 
 
-def test_a_task_that_the_model_was_not_trained_on(tmp_path: Path) -> None:
+def test_a_task_the_model_was_not_trained_on_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "net", "softmax", "copy")
     with pytest.raises(TaskError, match="foveate train --task mqar"):
         compare(model=str(tmp_path / "net"), task="mqar", out=tmp_path / "out")
@@ -204,11 +204,11 @@ def test_a_task_that_the_model_was_not_trained_on(tmp_path: Path) -> None:
         compare(model=str(tmp_path / "net"), length=300, out=tmp_path / "out")
 
 
-def test_a_folder_without_a_network(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="holds no trained network"):
+def test_a_folder_without_a_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="must hold a trained network"):
         checkpoint.load(tmp_path)
     assert checkpoint.task_of(tmp_path) is None
 
 
-def test_history_knows_its_last_score() -> None:
+def test_history_returns_its_last_score() -> None:
     assert History([1.0], {3: 0.2, 7: 0.5}).score == 0.5

@@ -15,7 +15,7 @@ from foveate.bench.comparison.results import write_atomic
 from foveate.core.errors import DivergedError, OptionError
 from foveate.models.base.spec import Mixer, Spec
 from foveate.ops.base import state_size as states
-from foveate.tasks.base.training_task import Drill
+from foveate.tasks.base.training_task import TrainingTask
 from foveate.tasks.training.mqar import MQAR
 from foveate.train.loop import checkpoint, network
 from foveate.train.loop.loop import Schedule, evaluate, fit
@@ -124,7 +124,7 @@ class Recall:
 
 
 def recall(
-    *, drill: Drill | None = None, schedule: Schedule | None = None, rates: Sequence[float] = RATES,
+    *, drill: TrainingTask | None = None, schedule: Schedule | None = None, rates: Sequence[float] = RATES,
     only: list[str] | None = None, dim: int = DIM, heads: int = HEADS, out: Path = Path("foveate-recall"),
     fresh: bool = False, progress: Callable[[int, int, str], None] | None = None,
 ) -> Recall:  # fmt: skip
@@ -154,7 +154,7 @@ def recall(
         labels = ", ".join(contender.label for contender in CONTENDERS)
         raise OptionError(f"only={', '.join(sorted(missing))} names no contender; they are {labels}")
     settings = Recall({"name": drill.name, **vars(drill)}, {**asdict(schedule), "rate": None}, [])
-    checkpoint.writable(out)
+    checkpoint.check_writable(out)
     found = settings if fresh else _resumed(settings, out / RESULTS)
     budget = parameters(spec(CONTENDERS[0], drill, dim, heads))
     runs = [(contender, at) for contender in chosen for at in tried]
@@ -180,9 +180,11 @@ def _named(contender: Contender, schedule: Schedule) -> str:
     return f"{contender.label} at {schedule.rate:g}"
 
 
-def spec(contender: Contender, drill: Drill, dim: int, heads: int) -> Spec:
+def spec(contender: Contender, drill: TrainingTask, dim: int, heads: int) -> Spec:
     """The contender's network, before its parameters are evened out."""
-    mixers = tuple(Mixer(key, options, {**network.around(key), **around}) for key, options, around in contender.layers)
+    mixers = tuple(
+        Mixer(key, options, {**network.layer_options(key), **layer}) for key, options, layer in contender.layers
+    )
     return Spec(dim, heads, mixers, vocabulary=drill.vocabulary, tied=False)
 
 
@@ -197,7 +199,7 @@ def evened(made: Spec, budget: int) -> Spec:
     return replace(made, hidden=max(1, 1 + round((budget - one) / wider)))
 
 
-def state_bytes(made: Spec, drill: Drill) -> int:
+def state_bytes(made: Spec, drill: TrainingTask) -> int:
     """Bytes that one sequence's state takes after the whole of it: what decoding holds in memory."""
     net = made.build()
     state = [block.mixer.prefill(torch.zeros(1, drill.length, made.dim))[1] for block in net.blocks]
@@ -205,7 +207,7 @@ def state_bytes(made: Spec, drill: Drill) -> int:
 
 
 def _point(
-    contender: Contender, drill: Drill, schedule: Schedule, dim: int, heads: int, budget: int, watch: Any
+    contender: Contender, drill: TrainingTask, schedule: Schedule, dim: int, heads: int, budget: int, watch: Any
 ) -> Point:
     made = evened(spec(contender, drill, dim, heads), budget)
     torch.manual_seed(schedule.seed)

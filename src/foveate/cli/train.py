@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from foveate.train.loop.job import Outcome
 
-#: What `--task` takes, in words; `foveate.train.loop.network.DRILLS` has the tasks themselves.
+#: What `--task` takes, in words; `foveate.train.loop.network.TRAINING_TASKS` has the tasks themselves.
 TASKS = {
     "mqar": "multi-query associative recall",
     "copy": "copying a random string",
@@ -92,10 +92,10 @@ def command(
         from foveate.train.loop.loop import Schedule
         from foveate.train.loop.seeds import Trainings
 
-        drill = network.drill(task, length=length, pairs=pairs, vocabulary=vocabulary)
-        spec = network.spec(op, drill, dim=dim, heads=heads, depth=depth, conv=conv, options=parsed(options))
+        training_task = network.training_task(task, length=length, pairs=pairs, vocabulary=vocabulary)
+        spec = network.spec(op, training_task, dim=dim, heads=heads, depth=depth, conv=conv, options=parsed(options))
         schedule = Schedule(steps=steps, batch=batch, rate=rate, seed=seed)
-        planned = Trainings(spec, drill, schedule, folder, torch_device(device), _numbers(seeds))
+        planned = Trainings(spec, training_task, schedule, folder, torch_device(device), _numbers(seeds))
         try:
             with claimed(folder), Stop() as stop:
                 found = planned.run(fresh=fresh, stop=stop, progress=bar.at)

@@ -1,7 +1,7 @@
 """Small real models that ship with the package, and the recipes that made them.
 
-A hub may be out of reach, and random toy models have no sinks and no retrieval heads, so that broken policies pass on
-them. `LABS` can be read without torch; `load(name)` gives the model and its tokenizer.
+They need no download. Randomly initialised toy models would not do: they have no sinks and no retrieval heads, so that
+broken policies pass on them. `LABS` can be read without torch; `bench.loading.load(name)` returns model and tokenizer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Lab:
 
     @property
     def size(self) -> int:
-        """Bytes of the weights; 0 where the checkpoint is missing."""
+        """The size of the weights in bytes; 0 if the checkpoint is missing."""
         weights = self.path / "model.safetensors"
         return weights.stat().st_size if weights.exists() else 0
 

@@ -187,8 +187,8 @@ def test_defaults() -> None:
 @pytest.mark.slow
 def test_a_memory_of_two_layers_learns_text() -> None:
     """The same bytes come again and again within a chunk: with a layer's first rates it does not diverge."""
-    drill = network.drill("lm")
+    task = network.training_task("lm")
     torch.manual_seed(0)
-    net = network.spec("titans", drill, dim=64, heads=2).build()
-    history = fit(net, drill, Schedule(steps=120, rate=3e-3), looks=1)
+    net = network.spec("titans", task, dim=64, heads=2).build()
+    history = fit(net, task, Schedule(steps=120, rate=3e-3), evaluations=1)
     assert sum(history.losses[-10:]) < 0.7 * sum(history.losses[:10])

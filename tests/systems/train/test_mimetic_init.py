@@ -1,4 +1,4 @@
-"""Mimetic initialisation: the products it promises, and what they do to a vision transformer at its start."""
+"""Mimetic initialisation: its weight products, and its effect on a vision transformer's first epochs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(seed: int = 0) -> torch.Generator:
 
 
 class Timm(nn.Module):
-    """Attention as timm writes it."""
+    """An attention module with timm's attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ LAYERS = {
 
 
 def targets(seed: int = 0, **weights: float) -> tuple[list[Tensor], Tensor]:
-    """What the products should be near, drawn as the initialiser draws: a head after the other, then the values."""
+    """Return the target products, drawn in the initialiser's order: each head, then the values."""
     given = {"alpha_qk": 0.7, "beta_qk": 0.7, "alpha_vo": 0.4, "beta_vo": 0.4, **weights}
     random = draw(seed)
 
@@ -51,14 +51,14 @@ def targets(seed: int = 0, **weights: float) -> tuple[list[Tensor], Tensor]:
 
 
 def of_rank(matrix: Tensor, rank: int) -> Tensor:
-    """The nearest matrix of this rank."""
+    """Return the nearest matrix of this rank."""
     u, s, vh = torch.linalg.svd(matrix)
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("weights", [{}, dict(alpha_qk=0.2, beta_qk=0.9, alpha_vo=0.1, beta_vo=0.6)])
-def test_the_products_are_the_promised_ones(kind: str, weights: dict) -> None:
+def test_the_products_approximate_the_targets(kind: str, weights: dict) -> None:
     layer = LAYERS[kind]()
     assert mimetic_init(layer, generator=draw(), **weights) == 1
     heads, values = targets(**weights)
@@ -71,8 +71,8 @@ def test_the_products_are_the_promised_ones(kind: str, weights: dict) -> None:
             assert not parameter.any()
 
 
-def test_torch_and_ours_attend_alike() -> None:
-    """The layouts really are what the initialiser takes them for."""
+def test_torchs_layer_and_ours_agree() -> None:
+    """The initialiser reads both layouts correctly."""
     ours, theirs = LAYERS["ours"](), nn.MultiheadAttention(DIM, HEADS, batch_first=True)
     for layer in (ours, theirs):
         mimetic_init(layer, generator=draw())
@@ -88,13 +88,13 @@ def test_one_head_without_noise_is_the_identity() -> None:
     assert_near(vo, -torch.eye(16), 1e-5)
 
 
-def test_diagonals() -> None:
+def test_diagonals_are_near_their_weights() -> None:
     layer = LAYERS["ours"]()
     torch.manual_seed(0)
     plain = LAYERS["ours"]()
     mimetic_init(layer, generator=draw())
     (qk, vo), (plain_qk, plain_vo) = mimetic_products(layer), mimetic_products(plain)
-    assert 0.25 < qk.diagonal(dim1=1, dim2=2).mean() < 0.4  # a rank of 16 of 64 catches part of 0.7
+    assert 0.25 < qk.diagonal(dim1=1, dim2=2).mean() < 0.4  # rank 16 of 64 captures part of 0.7
     assert abs(vo.diagonal().mean() + 0.4) < 0.05
     assert abs(plain_qk.diagonal(dim1=1, dim2=2).mean()) < 0.05
     assert abs(plain_vo.diagonal().mean()) < 0.05
@@ -123,7 +123,7 @@ def test_tokens_start_by_attending_to_themselves(claim: ClaimFixture) -> None:
     )  # fmt: skip
 
 
-def test_every_layer_inside_is_set_and_nothing_else() -> None:
+def test_only_the_projections_of_each_layer_change() -> None:
     net = digits.vit(MultiHeadAttention, depth=3)
     before = {name: x.clone() for name, x in net.state_dict().items()}
     assert mimetic_init(net, generator=draw()) == 3
@@ -133,29 +133,29 @@ def test_every_layer_inside_is_set_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
-        (lambda: nn.Linear(4, 4), "Linear holds no self-attention layer that mimetic_init knows"),
-        (lambda: MultiHeadAttention(8, 4, kv_heads=2), r"wants projections of C x C=8; got"),
-        (lambda: MultiHeadAttention(8, 2, head_dim=8), r"wants projections of C x C=8; got"),
-        (lambda: nn.MultiheadAttention(8, 2, kdim=4), "keys of another width"),
+        (lambda: nn.Linear(4, 4), "module=Linear must hold a known self-attention layer"),
+        (lambda: MultiHeadAttention(8, 4, kv_heads=2), r"module's projections must be C x C with C=8; got"),
+        (lambda: MultiHeadAttention(8, 2, head_dim=8), r"module's projections must be C x C with C=8; got"),
+        (lambda: nn.MultiheadAttention(8, 2, kdim=4), "kdim=4 and vdim=8 must equal embed_dim=8"),
     ],
 )
-def test_layers_that_it_cannot_set(make, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_unsuitable_layers_are_refused(make, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         mimetic_init(make())
 
 
-def test_bad_weights() -> None:
+def test_bad_arguments_are_refused() -> None:
     with pytest.raises(OptionError, match="beta_vo=-1 must be at least 0"):
         mimetic_init(LAYERS["ours"](), beta_vo=-1)
-    with pytest.raises(OptionError, match="Linear holds no"):
+    with pytest.raises(OptionError, match="module=Linear must hold"):
         mimetic_products(nn.Linear(2, 2))
 
 
 @pytest.mark.slow
-def test_a_small_vit_learns_digits_sooner(claim: ClaimFixture) -> None:
-    """Four layers, ten epochs of a few hundred images, three seeds: accuracy over all epochs, on average."""
+def test_a_small_vit_learns_digits_faster(claim: ClaimFixture) -> None:
+    """The mean accuracy over the first epochs is higher (four layers, 512 images, three seeds)."""
 
     def curve(mimetic: bool, seed: int) -> float:
         net = digits.vit(lambda dim, heads: MultiHeadAttention(dim, heads, bias=True), depth=4, seed=seed)

@@ -1,4 +1,4 @@
-"""Mimetic initialisation of state spaces: what it sets, the linear attention that it leaves, and copying."""
+"""Mimetic initialisation of state spaces: the weights it sets, the resulting linear attention, and copying."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.tensors import assert_near
 DIM, STATE = 32, 16
 
 
-def first(vocabulary: int = 20, layers: int = 1) -> MambaForCausalLM:
+def mamba(vocabulary: int = 20, layers: int = 1) -> MambaForCausalLM:
     torch.manual_seed(0)
     return MambaForCausalLM(
         MambaConfig(vocab_size=vocabulary, hidden_size=DIM, state_size=STATE, num_hidden_layers=layers)
     )
 
 
-def second(vocabulary: int = 20, layers: int = 1, dim: int = DIM, state: int = STATE, seed: int = 0) -> nn.Module:
+def mamba2(vocabulary: int = 20, layers: int = 1, dim: int = DIM, state: int = STATE, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return Mamba2ForCausalLM(
         Mamba2Config(
@@ -39,11 +39,11 @@ def second(vocabulary: int = 20, layers: int = 1, dim: int = DIM, state: int = S
     )  # fmt: skip
 
 
-MODELS = pytest.mark.parametrize("make", [first, second])
+MODELS = pytest.mark.parametrize("make", [mamba, mamba2])
 
 
 @MODELS
-def test_what_it_sets(make) -> None:
+def test_decay_steps_and_projections_are_set(make) -> None:
     model = make()
     before = copy.deepcopy(model)
     assert mimetic_init_ssm(model) == 1
@@ -62,7 +62,7 @@ def test_what_it_sets(make) -> None:
 
 
 @MODELS
-def test_one_step_of_training_separates_what_it_made_equal(make) -> None:
+def test_one_training_step_separates_equal_weights(make) -> None:
     model = make()
     mimetic_init_ssm(model)
     ids = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def test_one_step_of_training_separates_what_it_made_equal(make) -> None:
 
 
 @MODELS
-def test_each_part_can_be_left_alone(make) -> None:
+def test_each_part_is_optional(make) -> None:
     model = make()
     old = next(state_spaces(copy.deepcopy(model)))
     mimetic_init_ssm(model, a_log=-3.0, delta=0.5, tie_bc=False, identity_conv=False, identity_value=True)
@@ -88,7 +88,7 @@ def test_each_part_can_be_left_alone(make) -> None:
 
 
 def scores(model: nn.Module, ids: Tensor) -> Tensor:
-    """`C_t . B_s` of the first layer on these tokens, `(N, N)`, after the convolution and its SiLU."""
+    """Return `C_t . B_s` of the first layer, `(N, N)`, after the convolution and its SiLU."""
     mixer = model.backbone.layers[0].mixer
     x = model.backbone.layers[0].norm(model.backbone.embeddings(ids))
     inner, width = mixer.intermediate_size, mixer.ssm_state_size
@@ -98,8 +98,8 @@ def scores(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_tokens_find_their_like(claim: ClaimFixture) -> None:
-    """Thirty random tokens and then the same again: `C . B` on repeats over its mean size elsewhere."""
+def test_tokens_match_their_repeats(claim: ClaimFixture) -> None:
+    """In a string that occurs twice, `C . B` of a token and its repeat is larger than with other tokens."""
 
     def ratio(model: nn.Module) -> float:
         string = torch.randperm(100, generator=torch.Generator().manual_seed(1))[:30]
@@ -110,7 +110,7 @@ def test_tokens_find_their_like(claim: ClaimFixture) -> None:
         others[30:, :30] = ~torch.eye(30, dtype=torch.bool)
         return (found[same].mean() / found[others].abs().mean()).item()
 
-    plain, ours = (second(100, dim=64, state=32) for _ in range(2))
+    plain, ours = (mamba2(100, dim=64, state=32) for _ in range(2))
     mimetic_init_ssm(ours)
     claim(
         "score of a token with its repeat over that with other tokens, before training",
@@ -121,11 +121,11 @@ def test_tokens_find_their_like(claim: ClaimFixture) -> None:
 
 @torch.no_grad()
 def test_the_layer_is_linear_attention() -> None:
-    """`y_t = sum_s (C_t . B_s) x_s + D x_t`, with B, C and x from the projection and its SiLU alone.
+    """The layer computes `y_t = sum_s (C_t . B_s) x_s + D x_t`, with B, C and x from the projection and its SiLU alone.
 
-    To what little decay is left: the factor per step is exp(-exp(-8)), so 64 tokens later 0.979.
+    It does so up to the remaining decay: the factor per step is exp(-exp(-8)), 0.979 after 64 tokens.
     """
-    model = second()
+    model = mamba2()
     mimetic_init_ssm(model)
     mixer = model.backbone.layers[0].mixer
     seen = {}
@@ -138,12 +138,12 @@ def test_the_layer_is_linear_attention() -> None:
     values, write, read = mixed.split([inner, width, width], -1)
     age = torch.arange(64)[:, None] - torch.arange(64)
     skip, got = mixer.D.repeat_interleave(mixer.head_dim) * values, seen["y"].reshape(64, inner)
-    faded = torch.exp(-math.exp(-8) * age).tril() * (read @ write.mT)
-    assert (got - faded @ values - skip).norm() < 1e-5 * got.norm()
+    decayed = torch.exp(-math.exp(-8) * age).tril() * (read @ write.mT)
+    assert (got - decayed @ values - skip).norm() < 1e-5 * got.norm()
     assert (got - (read @ write.mT).tril() @ values - skip).norm() < 64 * math.exp(-8) * got.norm()
 
 
-def test_linear_attention_gets_the_same_start() -> None:
+def test_linear_attention_is_initialised_alike() -> None:
     layer = MultiHeadAttention(16, 4, kv_heads=2, op="titans", conv=3)
     assert mimetic_init_linear_attention(layer) == 1
     keys = layer.k.weight.unflatten(0, (2, 4))
@@ -156,24 +156,24 @@ def test_linear_attention_gets_the_same_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
-        (lambda: mimetic_init_ssm(nn.Linear(2, 2)), "Linear holds no Mamba layer"),
-        (lambda: mimetic_init_ssm(second(), delta=0.0), "delta=0.0 must be in"),
-        (lambda: mimetic_init_ssm(second(), a_log=float("nan")), "a_log=nan must be in"),
+        (lambda: mimetic_init_ssm(nn.Linear(2, 2)), "module=Linear must hold a Mamba layer"),
+        (lambda: mimetic_init_ssm(mamba2(), delta=0.0), "delta=0.0 must be in"),
+        (lambda: mimetic_init_ssm(mamba2(), a_log=float("nan")), "a_log=nan must be in"),
         (
             lambda: mimetic_init_linear_attention(MultiHeadAttention(4, 2)),
-            "holds no MultiHeadAttention around a linear",
+            "must hold linear MultiHeadAttention",
         ),
     ],
 )
-def test_refusals(call, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_arguments_are_refused(call, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         call()
 
 
 class Logits(nn.Module):
-    """A transformers model as the training loop calls networks."""
+    """A transformers model with the training loop's interface."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -184,18 +184,18 @@ class Logits(nn.Module):
 
 
 @pytest.mark.slow
-def test_copying_is_learnt(claim: ClaimFixture) -> None:
-    """Strings of 16 letters, two layers; the second one is set, the first keeps its convolution. Two seeds."""
+def test_copying_is_learnt_faster(claim: ClaimFixture) -> None:
+    """Two layers copy 16 letters better if the second is initialised and the first keeps its convolution."""
     task = Copying(vocabulary=17, length=32)
 
-    def learnt(mimetic: bool, seed: int) -> float:
-        net = Logits(second(20, layers=2, dim=64, state=32, seed=seed))
+    def accuracy(mimetic: bool, seed: int) -> float:
+        net = Logits(mamba2(20, layers=2, dim=64, state=32, seed=seed))
         if mimetic:
             mimetic_init_ssm(net.model.backbone.layers[1])
-        fit(net, task, Schedule(steps=400, batch=32, rate=3e-3, seed=seed), looks=1)
+        fit(net, task, Schedule(steps=400, batch=32, rate=3e-3, seed=seed), evaluations=1)
         return evaluate(net, task, 512)
 
-    ours, plain = (sum(learnt(mimetic, seed) for seed in (0, 1)) / 2 for mimetic in (True, False))
+    ours, plain = (sum(accuracy(mimetic, seed) for seed in (0, 1)) / 2 for mimetic in (True, False))
     claim(
         "copying 16 letters after 400 steps, Mamba-2 of two layers, two seeds",
         ours=ours, baseline=plain, better="higher", margin=0.15, baseline_name="Mamba-2's default initialisation",

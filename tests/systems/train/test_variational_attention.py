@@ -1,4 +1,4 @@
-"""Latent alignments: bounds and their gaps, estimators and their gradients, and what each objective learns."""
+"""Latent alignments: bounds and their gaps, estimators and their gradients, and a comparison of objectives."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def problem(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of prior and posterior, and a log-likelihood of each position around -5."""
+    """Return logits of prior and posterior, and a log-likelihood of each position around -5."""
     return random(*shape, T, seed=1), random(*shape, T, seed=2), random(*shape, T, seed=3) - 5
 
 
 # -- bounds ------------------------------------------------------------------------------------------------------------
 
 
-def test_objectives_by_hand() -> None:
+def test_objectives_match_their_formulas() -> None:
     prior, post, each = problem(4, 3)
     p, q = torch.softmax(prior, -1), torch.softmax(post, -1)
     divergence = (q * (q.log() - p.log())).sum(-1)
@@ -51,7 +51,7 @@ def test_objectives_by_hand() -> None:
     assert_near(kl(p.log(), p.log()), torch.zeros(4, 3, dtype=torch.float64), 1e-12)
 
 
-def test_bounds_and_their_gaps() -> None:
+def test_the_bounds_gaps_are_divergences() -> None:
     prior, post, each = problem(50)
 
     def value(objective: str, **given) -> Tensor:
@@ -71,25 +71,25 @@ def test_bounds_and_their_gaps() -> None:
     assert ((hard <= between + 1e-12) & (between <= exact)).all()
 
 
-def test_a_certain_prior_makes_all_the_same() -> None:
+def test_all_objectives_agree_with_a_one_hot_prior() -> None:
     each = random(5, T) - 5
     at = torch.tensor([0, 3, 11, 5, 5])
     prior = torch.full((5, T), -math.inf, dtype=torch.float64).scatter(1, at[:, None], 0.0)
-    certain = each.gather(1, at[:, None])[:, 0]
+    expected = each.gather(1, at[:, None])[:, 0]
 
     def loglik(weights: Tensor) -> Tensor:
         return (weights * each).sum(-1)
 
     for objective in ("soft", "exact", "hard", "elbo"):
         loss = latent_attention_loss(prior, loglik, post_logits=prior, objective=objective)
-        assert_near(loss, -certain, 1e-12, objective)
+        assert_near(loss, -expected, 1e-12, objective)
 
 
 # -- estimators --------------------------------------------------------------------------------------------------------
 
 
 def one_sample_gradients(baseline: bool, count: int = 20000) -> tuple[Tensor, Tensor]:
-    """Gradients of the posterior's logits from single samples, each apart, and the exact one."""
+    """Return the gradients of the posterior's logits from single samples, and the exact gradient."""
     prior, post, each = problem()
     soft = torch.logsumexp(torch.log_softmax(prior, -1) + each, -1)
     leaf = post.expand(count, -1).clone().requires_grad_()
@@ -103,7 +103,7 @@ def one_sample_gradients(baseline: bool, count: int = 20000) -> tuple[Tensor, Te
     return found, exact
 
 
-def test_reinforce_is_unbiased_and_its_baseline_makes_it_quiet(claim) -> None:
+def test_reinforce_is_unbiased_and_its_baseline_lowers_its_variance(claim) -> None:
     found, exact = one_sample_gradients(True)
     assert F.cosine_similarity(found.mean(0), exact, dim=0) > 0.98
     assert (found.mean(0) - exact).abs().max() < 0.02
@@ -117,8 +117,8 @@ def test_reinforce_is_unbiased_and_its_baseline_makes_it_quiet(claim) -> None:
 
 @pytest.mark.parametrize("objective", ["hard", "elbo"])
 @pytest.mark.parametrize("baseline", [True, False])
-def test_the_reinforce_estimate(objective: str, baseline: bool) -> None:
-    """Its value is the mean over its samples; all gradients agree with the exact ones in the mean."""
+def test_reinforce_matches_its_formula(objective: str, baseline: bool) -> None:
+    """The value is the mean over the samples, and the gradients agree with the exact ones on average."""
     prior, post, each = (x.requires_grad_() for x in problem(2))
     soft = torch.full((2,), -4.0, dtype=torch.float64, requires_grad=True)
     options = dict(post_logits=post, objective=objective, soft_loglik=soft)
@@ -134,7 +134,7 @@ def test_the_reinforce_estimate(objective: str, baseline: bool) -> None:
         assert_near(one, other, 0.03 if baseline else 0.1)
 
 
-def test_relaxed_samples() -> None:
+def test_relaxed_samples_follow_the_distribution() -> None:
     q = torch.log_softmax(random(5), -1)
     cold, warm = (relaxed(q, 20000, temperature, seeded()) for temperature in (0.05, 1.0))
     assert_near(cold.sum(-1), torch.ones(20000, dtype=torch.float64), 1e-12)
@@ -148,7 +148,7 @@ def test_relaxed_samples() -> None:
     assert_near(relaxed(q, 3, 0.7, seeded()), by_hand, 1e-12)
 
 
-def test_the_gumbel_estimate() -> None:
+def test_gumbel_matches_its_formula() -> None:
     prior, post, each = (x.requires_grad_() for x in problem(2))
     for objective in ("hard", "elbo"):
         options = dict(post_logits=post, objective=objective)
@@ -170,21 +170,23 @@ def test_the_gumbel_estimate() -> None:
     assert_near(cold, latent_attention_loss(prior, each, post_logits=post), 0.02)
 
 
-def test_the_weighted_sample_estimate() -> None:
-    """By its formula, sample by sample; with many samples the exact gradients, and for q towards the posterior."""
+def test_wsram_matches_its_formula() -> None:
+    """Few samples match the formula; many give the exact gradients, and move q towards the posterior."""
     prior, post, each = (x.requires_grad_() for x in problem())
     leaves = [prior, post, each]
     loss = latent_attention_loss(prior, each, post_logits=post, estimator="wsram", samples=4, generator=seeded())
     p, q = torch.log_softmax(prior, -1), torch.log_softmax(post, -1)
     z = sample(q.detach().expand(4, T), torch.rand(4, generator=seeded(), dtype=torch.float64)).argmax(-1).tolist()
     weights = [(p[i] + each[i] - q[i]).exp().item() for i in z]
-    of_prior = [(p[i] - q[i]).exp().item() for i in z]
-    towards = sum(
-        w / sum(weights) * each[i] + (w / sum(weights) - b / sum(of_prior)) * p[i] + (w / sum(weights) - 1 / 4) * q[i]
-        for i, w, b in zip(z, weights, of_prior, strict=True)
+    prior_share = [(p[i] - q[i]).exp().item() for i in z]
+    surrogate = sum(
+        w / sum(weights) * each[i]
+        + (w / sum(weights) - b / sum(prior_share)) * p[i]
+        + (w / sum(weights) - 1 / 4) * q[i]
+        for i, w, b in zip(z, weights, prior_share, strict=True)
     )
     assert abs(loss.item() + math.log(sum(weights) / 4)) < 1e-10
-    for one, other in zip(gradients(loss, leaves), gradients(-towards, leaves), strict=True):
+    for one, other in zip(gradients(loss, leaves), gradients(-surrogate, leaves), strict=True):
         assert_near(one, other, 1e-12)
     many = latent_attention_loss(prior, each, post_logits=post, estimator="wsram", samples=200000, generator=seeded())
     exact = latent_attention_loss(prior, each, objective="exact")
@@ -195,46 +197,48 @@ def test_the_weighted_sample_estimate() -> None:
         assert_near(one, other, 0.02)
 
 
-# -- what the likelihood is asked --------------------------------------------------------------------------------------
+# -- evaluations of the likelihood ------------------------------------------------------------------------------------
 
 
-def test_a_function_is_asked_for_what_is_needed() -> None:
+def test_a_likelihood_function_is_evaluated_only_as_needed() -> None:
     prior, post, each = problem(2)
-    asked: list[Tensor] = []
+    evaluated: list[Tensor] = []
 
     def loglik(weights: Tensor) -> Tensor:
-        asked.append(weights)
+        evaluated.append(weights)
         return (weights * each).sum(-1)
 
-    def ask(**options) -> tuple[Tensor, list[tuple[int, ...]]]:
-        asked.clear()
+    def evaluate(**options) -> tuple[Tensor, list[tuple[int, ...]]]:
+        evaluated.clear()
         loss = latent_attention_loss(prior, loglik, post_logits=post, **options)
-        return loss, [tuple(x.shape) for x in asked]
+        return loss, [tuple(x.shape) for x in evaluated]
 
     for objective in ("exact", "hard", "elbo"):
-        loss, shapes = ask(objective=objective)
+        loss, shapes = evaluate(objective=objective)
         assert_near(loss, latent_attention_loss(prior, each, post_logits=post, objective=objective), 1e-12)
         assert shapes == [(T, 2, T)]
-        assert torch.equal(asked[0][:, 1], torch.eye(T, dtype=torch.float64))
-    loss, shapes = ask(objective="soft")
+        assert torch.equal(evaluated[0][:, 1], torch.eye(T, dtype=torch.float64))
+    loss, shapes = evaluate(objective="soft")
     assert shapes == [(1, 2, T)]
     assert_near(loss, -(torch.softmax(prior, -1) * each).sum(-1), 1e-12)
-    _, shapes = ask(estimator="reinforce", samples=3, generator=seeded())
+    _, shapes = evaluate(estimator="reinforce", samples=3, generator=seeded())
     assert shapes == [(1, 2, T), (3, 2, T)], "the baseline, and the samples"
-    assert_near(asked[0][0], torch.softmax(prior, -1), 1e-12)
-    _, shapes = ask(estimator="reinforce", samples=3, baseline=False, generator=seeded())
+    assert_near(evaluated[0][0], torch.softmax(prior, -1), 1e-12)
+    _, shapes = evaluate(estimator="reinforce", samples=3, baseline=False, generator=seeded())
     assert shapes == [(3, 2, T)]
-    assert (asked[0].sum(-1) == 1).all() and (asked[0].max(-1).values == 1).all()
+    assert (evaluated[0].sum(-1) == 1).all() and (evaluated[0].max(-1).values == 1).all()
     for estimator in ("gumbel", "wsram"):
-        _, shapes = ask(estimator=estimator, samples=3, generator=seeded())
+        _, shapes = evaluate(estimator=estimator, samples=3, generator=seeded())
         assert shapes == [(3, 2, T)]
 
 
 @pytest.mark.parametrize("objective", ["exact", "hard", "elbo"])
 @pytest.mark.parametrize("estimator", ["enum", "reinforce", "gumbel", "wsram"])
-def test_positions_that_are_not_there(objective: str, estimator: str) -> None:
+def test_padding_does_not_matter(objective: str, estimator: str) -> None:
     if estimator != "enum" and (objective == "exact" or (objective, estimator) == ("hard", "wsram")):
-        with pytest.raises(OptionError, match=f'estimator="{estimator}" is none of objective="{objective}"'):
+        with pytest.raises(
+            OptionError, match=f'estimator="{estimator}" must be one of .* with objective="{objective}"'
+        ):
             latent_attention_loss(*problem()[:2], objective=objective, estimator=estimator)
         return
     prior, post, each = problem(2)
@@ -253,7 +257,7 @@ def test_positions_that_are_not_there(objective: str, estimator: str) -> None:
         assert_near(loss, short, 1e-10)
 
 
-def test_decoding() -> None:
+def test_marginal_decoding_matches_its_formula() -> None:
     prior, each = random(3, 4, T), torch.log_softmax(random(3, 4, T, 5), -1)
     p = torch.softmax(prior, -1)
     whole = (p[..., None] * each.exp()).sum(-2).log()
@@ -292,7 +296,7 @@ LENGTHS, ENDS = torch.tensor([7, 4]), torch.tensor([2, 3])
 
 @pytest.mark.parametrize("objective", ["soft", "exact", "hard", "elbo"])
 @pytest.mark.parametrize("score", ["mlp", "general"])
-def test_the_module_by_hand(objective: str, score: str) -> None:
+def test_the_module_matches_its_formulas(objective: str, score: str) -> None:
     net, given = built(objective, score=score), call()
     ours = net(**given, lengths=LENGTHS, target_lengths=ENDS)
     for b, n in enumerate(LENGTHS.tolist()):
@@ -330,7 +334,7 @@ def test_the_module_by_hand(objective: str, score: str) -> None:
             assert_near(read[b, s], torch.softmax(prior, -1) @ x, 1e-10)
 
 
-def test_predictions_from_few_positions() -> None:
+def test_predictions_can_use_few_positions() -> None:
     net, given = built("exact"), call()
     del given["target"]
     whole, few = net.predict(**given, lengths=LENGTHS), net.predict(**given, lengths=LENGTHS, top_k=2)
@@ -348,7 +352,7 @@ def test_predictions_from_few_positions() -> None:
     [("soft", "enum"), ("exact", "enum"), ("hard", "reinforce"), ("elbo", "enum"), ("elbo", "reinforce"),
      ("elbo", "gumbel"), ("elbo", "wsram")],
 )  # fmt: skip
-def test_garbage_in_the_padding(objective: str, estimator: str) -> None:
+def test_garbage_in_padding_does_not_leak(objective: str, estimator: str) -> None:
     found = []
     for garbage in (float("nan"), 3.0):
         net, given = built(objective, estimator), call()
@@ -374,43 +378,43 @@ def test_only_a_bound_has_an_inference_network() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"objective": "vi"}, "objective='vi'"),
         ({"estimator": "sgd"}, "estimator='sgd'"),
-        ({"objective": "exact", "estimator": "reinforce", "generator": seeded()}, "is none of objective"),
+        ({"objective": "exact", "estimator": "reinforce", "generator": seeded()}, "must be one of enum with objective"),
         ({"samples": 0}, "samples=0"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"temperature": True}, "temperature=True"),
         ({"score": "dot"}, "score='dot'"),
-        ({"estimator": "gumbel"}, "a generator goes with an estimator that samples"),
-        ({"generator": seeded()}, "a generator goes with an estimator that samples"),
+        ({"estimator": "gumbel"}, "generator must be given with estimator="),
+        ({"generator": seeded()}, "generator must be None with estimator="),
         ({"src_dim": 0}, "src_dim=0"),
         ({"vocab": 0}, "vocab=0"),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         VariationalAttention(**{"src_dim": 3, "tgt_dim": 4, "attn_dim": 5, "vocab": 6, **options})
 
 
-def test_bad_calls() -> None:
+def test_bad_calls_are_refused() -> None:
     prior, post, each = problem()
-    for options, says in (
+    for options, message in (
         ({}, 'objective="elbo" needs post_logits'),
         ({"post_logits": post, "estimator": "gumbel"}, 'estimator="gumbel" needs a generator'),
         ({"objective": "soft"}, "needs soft_loglik"),
         ({"post_logits": post, "estimator": "reinforce", "generator": seeded()}, "needs soft_loglik"),
     ):
-        with pytest.raises(OptionError, match=says):
+        with pytest.raises(OptionError, match=message):
             latent_attention_loss(prior, each, **options)
     given = call()
-    for wrong, says in (
+    for wrong, message in (
         ({"query": random(2, 3, 5)}, r"query must be \(B, N, 4\)"),
         ({"memory": random(7, 3)}, r"memory must be \(B, N, 3\)"),
         ({"target": given["target"][:, :2]}, r"target must be \(2, 3\); got \(2, 2\)"),
     ):
-        with pytest.raises(ShapeError, match=says):
+        with pytest.raises(ShapeError, match=message):
             built()(**{**given, **wrong})
     with pytest.raises(ShapeError, match="query must be"):
         built("soft").context(random(2, 3, 5), given["memory"])
@@ -424,8 +428,11 @@ def test_bad_calls() -> None:
 
 
 class Dictionary:
-    """Eight words, each marked with one of three marks; a query names a mark, and the answer is the translation of one
-    of the words that bear it, garbled one time in ten."""
+    """A translation task with ambiguous alignments.
+
+    Each of eight words has one of three labels. A query names a label, and the answer is the translation of one of the
+    words with that label; one answer in ten is random.
+    """
 
     def __init__(self, seed: int, words: int = 20, width: int = 6) -> None:
         self.random, self.count = seeded(seed), words
@@ -435,16 +442,16 @@ class Dictionary:
     def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         word, mark = (torch.randint(count, (size, 8), generator=self.random) for count in (self.count, 3))
         source = torch.randint(8, (size, 1), generator=self.random)
-        garbled = torch.rand(size, 1, generator=self.random) < 0.1
+        random_answer = torch.rand(size, 1, generator=self.random) < 0.1
         noise = torch.randint(self.count, (size, 1), generator=self.random)
-        answer = torch.where(garbled, noise, self.translation[word.gather(1, source)])
+        answer = torch.where(random_answer, noise, self.translation[word.gather(1, source)])
         memory = torch.cat([self.vectors[word], 3.0 * F.one_hot(mark, 3)], -1)
         query = 3.0 * F.one_hot(mark.gather(1, source), 32)
         return query, memory, answer
 
 
 def log_likelihood(seed: int, objective: str, estimator: str = "enum", steps: int = 450) -> float:
-    """Of held-out answers, after training."""
+    """Train, and return the mean log-likelihood of held-out answers."""
     task = Dictionary(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -465,21 +472,21 @@ def log_likelihood(seed: int, objective: str, estimator: str = "enum", steps: in
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_what_each_objective_learns(seed: int, claim) -> None:
+def test_exact_and_variational_training_beat_soft_attention(seed: int, claim) -> None:
     soft, exact, hard = (log_likelihood(seed, objective) for objective in ("soft", "exact", "hard"))
     elbo = log_likelihood(seed, "elbo", "reinforce")
-    what = f"held-out log-likelihood in a dictionary with ambiguous alignments (seed {seed})"
+    setting = f"held-out log-likelihood in a dictionary with ambiguous alignments (seed {seed})"
     claim(
-        f"exact marginal training: {what}",
+        f"exact marginal training: {setting}",
         ours=exact, baseline=soft, better="higher", margin=0.3, baseline_name="soft attention", seed=seed,
     )  # fmt: skip
     claim(
-        f"variational training with one sample keeps most of that: {what}",
+        f"variational training with one sample keeps most of that: {setting}",
         ours=elbo, baseline=soft, better="higher", margin=0.5 * (exact - soft), baseline_name="soft attention",
         seed=seed,
     )  # fmt: skip
     claim(
-        f"variational training with one sample: {what}",
+        f"variational training with one sample: {setting}",
         ours=elbo, baseline=hard, better="higher", margin=0.3, baseline_name="hard attention, enumerated", seed=seed,
     )  # fmt: skip
     assert exact >= elbo

@@ -33,10 +33,10 @@ from foveate.core.errors import OptionError, TaskError
 from foveate.host.hf.model import Host, host
 from foveate.tasks.base import scores
 from foveate.tasks.base.task import Task
-from foveate.tasks.base.training_task import Drill
+from foveate.tasks.base.training_task import TrainingTask
 from foveate.tasks.files.prompts import Prompts
 from foveate.tasks.files.records import READERS, is_file
-from foveate.tasks.parts.recited import Recited
+from foveate.tasks.parts.token_prompts import TokenPrompts
 from foveate.tasks.registry import TASKS, named
 from foveate.tasks.text.continuation import Continuation
 from foveate.tasks.text.needle import Needle
@@ -165,7 +165,7 @@ def _complete(result: Comparison, earlier: Comparison | None) -> None:
         result.rows.extend(row for row in earlier.rows if row.method not in there and row.answers)
 
 
-def _task(task: str | None, examples: int | None, length: int | None, seed: int, drilled: Drill | None) -> Task:
+def _task(task: str | None, examples: int | None, length: int | None, seed: int, drilled: TrainingTask | None) -> Task:
     if examples is not None:
         validate.at_least("examples", examples, 1)
     if task in ("mqar", "copy"):
@@ -173,7 +173,7 @@ def _task(task: str | None, examples: int | None, length: int | None, seed: int,
             raise TaskError(f'task="{task}" is for a model that `foveate train --task {task}` made')
         if length is not None:
             raise OptionError(f"length={length} goes with the needle task; {task} has the length of the training")
-        return Recited(drilled, examples or EXAMPLES, seed)
+        return TokenPrompts(drilled, examples or EXAMPLES, seed)
     if task == "lm" and drilled is not None:  # trained on short text: judged by its loss on such, not by needles
         size = drilled.length if length is None else length
         return Continuation(length=size, count=examples or EXAMPLES, horizon=max(1, size // 4), seed=seed)

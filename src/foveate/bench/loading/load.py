@@ -17,7 +17,7 @@ from foveate.bench.loading.source import Source, find
 from foveate.bench.loading.trial import check_causal, check_words
 from foveate.core import validate
 from foveate.core.errors import FoveateError
-from foveate.tasks.base.training_task import Drill
+from foveate.tasks.base.training_task import TrainingTask
 from foveate.train.loop import checkpoint
 
 
@@ -57,7 +57,7 @@ def load(
     return loaded.eval(), tokenizer, folder
 
 
-def trained_on(model: str | None) -> Drill | None:
+def trained_on(model: str | None) -> TrainingTask | None:
     """The task that a folder of `foveate train` was trained on; None for any other model."""
     source = find(model)
     if model is None or source.folder is None or source.gguf is not None:

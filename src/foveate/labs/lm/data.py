@@ -1,7 +1,7 @@
-"""What the lab language model learns from: real text with something in it worth looking back for.
+"""Training data of the lab language model: real text with content that later text refers back to.
 
-Retrieval grows out of copying heads, and those grow only where copying pays. So half of each batch carries random
-strings that are repeated later, and the other half carries the needle task's facts with questions among the text.
+Retrieval develops from copying heads, and those develop only if copying lowers the loss. So half of each batch contains
+random strings that occur again later, and the other half contains the needle task's facts and questions about them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _ANSWER_WEIGHT = 4.0
 
 
 def batch(draw: random.Random, size: int, length: int) -> tuple[Tensor, Tensor]:
-    """`size` sequences of `length` tokens (BOS first): `(ids, weights)`, both `(size, length)`.
+    """Draw `size` sequences of `length` tokens (BOS first): `(ids, weights)`, both `(size, length)`.
 
-    `weights` is each token's weight in the loss: more than 1 on the digits that answer a question.
+    `weights` are the tokens' weights in the loss: above 1 on the digits that answer a question.
     """
     rows = [(_with_copies if index % 2 else _with_needles)(draw, length - 1) for index in range(size)]
     ids = torch.tensor([[BOS, *body.encode()] for body, _ in rows])
@@ -38,7 +38,7 @@ def _passage(draw: random.Random, length: int) -> str:
 
 
 def _with_copies(draw: random.Random, length: int) -> tuple[str, list[float]]:
-    """Text in which random strings stand two to four times."""
+    """Draw text in which random strings occur two to four times."""
     inserts, room = [], length // 2
     while room > 0:
         word = "".join(draw.choices(draw.choice(_ALPHABETS), k=draw.randint(4, 32)))
@@ -56,18 +56,18 @@ def _with_copies(draw: random.Random, length: int) -> tuple[str, list[float]]:
 
 
 def _with_needles(draw: random.Random, length: int) -> tuple[str, list[float]]:
-    """Text with facts in its first three quarters and questions about them after that, the last one at the very end."""
+    """Draw text with facts first and questions about them after that; the last question is at the end."""
     names = draw.sample(NAMES, draw.randint(1, 5))
-    if draw.random() < 0.5:  # made-up names, so that it is the look-up that is learnt and not the list of names
+    if draw.random() < 0.5:  # random names, so that the model learns to look up any name and not a fixed list
         names = ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(3, 8))) for _ in names]
     digits = ["".join(draw.choices(string.digits, k=draw.randint(3, 7))) for _ in names]
     facts = [fact(*pair) for pair in zip(names, digits, strict=True)]
-    asked = list(range(len(names)))
-    draw.shuffle(asked)
-    while sum(len(facts[i]) for i in asked) * 2 > length - 64:
-        asked.pop()
-    facts = [facts[i] for i in asked]
-    names, digits = [names[i] for i in asked], [digits[i] for i in asked]
+    order = list(range(len(names)))
+    draw.shuffle(order)
+    while sum(len(facts[i]) for i in order) * 2 > length - 64:
+        order.pop()
+    facts = [facts[i] for i in order]
+    names, digits = [names[i] for i in order], [digits[i] for i in order]
     room = length - 2 * sum(map(len, facts))
     filler = _passage(draw, room)
     split = int(room * draw.uniform(0.5, 0.95))
@@ -83,8 +83,8 @@ def _with_needles(draw: random.Random, length: int) -> tuple[str, list[float]]:
         if kind == "fact":
             body, weights = body + facts[i], weights + [1.0] * len(facts[i])
         else:
-            asked_text, answer = question(names[i]), f" {digits[i]}."
-            body += asked_text + answer
-            weights += [1.0] * (len(asked_text) + 1) + [_ANSWER_WEIGHT] * len(digits[i]) + [1.0]
+            query, answer = question(names[i]), f" {digits[i]}."
+            body += query + answer
+            weights += [1.0] * (len(query) + 1) + [_ANSWER_WEIGHT] * len(digits[i]) + [1.0]
     body, weights = body + filler[last:], weights + [1.0] * (room - last)
     return body[:length], weights[:length]

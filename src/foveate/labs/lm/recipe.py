@@ -1,8 +1,8 @@
-"""How the lab language model was made: `foveate labs train lm`.
+"""The training recipe of the lab language model, run by `foveate labs train lm`.
 
-Retrieval comes from induction-like heads, which appear late and all at once; orthogonalised updates (Muon) for the
-matrices brought them out after about 1,000 steps where AdamW at the same learning rate had none by 1,200 (one trial of
-each, not kept). The context then grows in stages. What to watch is needle accuracy, not the loss.
+Retrieval needs induction-like heads, which appear late and abruptly. With Muon for the matrices they appeared after
+about 1,000 steps; with AdamW at the same learning rate there were none by 1,200 (one trial of each, not kept). The
+context then grows in stages. Judge progress by needle accuracy, not by the loss.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from foveate.host.hf.model import host
 from foveate.kv.duo_attention import DuoAttention
-from foveate.kv.parts import calibration_store as learnt
+from foveate.kv.parts import calibration_store
 from foveate.labs.lm.data import batch
 from foveate.models.base import byte_tokenizer as tokenizer
 from foveate.tasks.parts import corpus
@@ -32,7 +32,7 @@ from foveate.tasks.text.passkeys import Passkeys
 
 @dataclass(frozen=True)
 class Stage:
-    """Some optimiser steps at one context length."""
+    """A number of optimiser steps at one context length."""
 
     length: int
     batch: int
@@ -41,7 +41,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the checkpoint, besides the text of this CPython and the arithmetic of this machine."""
+    """All settings of the training; the result also depends on the CPython version's text and on the machine."""
 
     hidden: int = 192
     layers: int = 4
@@ -62,7 +62,7 @@ class Recipe:
         return sum(stage.steps for stage in self.stages)
 
     def rate_at(self, step: int) -> float:
-        """Warm-up, constant, then linear to a twentieth over the last `cool_down` share of all steps."""
+        """Return the learning rate: warm-up, constant, then linear decay to 5% over the last `cool_down` share."""
         left = (self.steps - step) / (self.cool_down * self.steps)
         return self.rate * min(1.0, (step + 1) / self.warm_up, max(left, 0.05))
 
@@ -92,18 +92,18 @@ Progress = Callable[[int, int, str], None]
 def train(
     out: Path, *, recipe: Recipe | None = None, seed: int | None = None, progress: Progress | None = None
 ) -> dict[str, object]:
-    """Train the lab and save a Hugging Face checkpoint to `out`; returns what is recorded beside it.
+    """Train the lab, save a Hugging Face checkpoint to `out`, and return the record saved with it.
 
     Args:
         out: folder for `model.safetensors`, the configs, the tokenizer and `recipe.json`.
         recipe: sizes and schedule; the default takes about an hour on one core and made the shipped checkpoint.
-        seed: replaces the recipe's.
+        seed: replaces the recipe's seed.
         progress: called as `progress(step, steps, note)` after every step.
     """
     recipe = recipe or Recipe()
     if seed is not None:
         recipe = Recipe(**{**recipe.__dict__, "seed": seed})
-    model, draw, begun, step = recipe.model(), random.Random(recipe.seed), time.time(), 0
+    model, draw, start, step = recipe.model(), random.Random(recipe.seed), time.time(), 0
     optimisers = _optimisers(model, recipe)
     for stage in recipe.stages:
         for _ in range(stage.steps):
@@ -111,8 +111,8 @@ def train(
             step += 1
             if progress is not None:
                 progress(step, recipe.steps, f"context {stage.length}, loss {loss:.3f}")
-        save(model, recipe, out, {"steps": step, "seconds": round(time.time() - begun), **scores(model, stage.length)})
-    learn_heads(model, out, progress)
+        save(model, recipe, out, {"steps": step, "seconds": round(time.time() - start), **scores(model, stage.length)})
+    calibrate_heads(model, out, progress)
     return json.loads((out / "recipe.json").read_text())
 
 
@@ -146,7 +146,7 @@ def _step(
 
 @torch.no_grad()
 def scores(model: LlamaForCausalLM, length: int, count: int = 50) -> dict[str, float]:
-    """Needle accuracy at lengths up to `length`, and bits per byte of held-out text."""
+    """Return needle accuracy at lengths up to `length`, and bits per byte of held-out text."""
     model.eval()
     found = {f"needle {n}": needle_accuracy(model, n, count) for n in (256, 512, 1024, 2048) if n <= length}
     ids = torch.tensor(
@@ -159,7 +159,7 @@ def scores(model: LlamaForCausalLM, length: int, count: int = 50) -> dict[str, f
 
 @torch.no_grad()
 def needle_accuracy(model: LlamaForCausalLM, length: int, count: int, seed: int = 1234) -> float:
-    """Share of needles whose every digit is the likeliest next token, given the digits before it."""
+    """Return the share of needles whose digits are all the likeliest next token, given the digits before."""
     hits = 0
     for example in Needle(length=length, count=count, seed=seed).examples():
         ids = torch.tensor([[tokenizer.BOS, *(example.prompt + example.answer).encode()]])
@@ -169,16 +169,17 @@ def needle_accuracy(model: LlamaForCausalLM, length: int, count: int, seed: int 
     return hits / count
 
 
-def learn_heads(model: LlamaForCausalLM, out: Path, progress: Progress | None = None) -> None:
-    """Train DuoAttention's gates on the finished lab and save them beside it, where `compare` looks for them."""
+def calibrate_heads(model: LlamaForCausalLM, out: Path, progress: Progress | None = None) -> None:
+    """Train DuoAttention's gates on the trained lab, and save them in its folder, where `compare` looks for them."""
     data = Passkeys(lambda text: list(text.encode()), length=768, count=3, words=6, begin=(tokenizer.BOS,))
     gates = DuoAttention.calibrate(host(model), data, progress)
-    learnt.save(gates, out / "duo_attention.safetensors", learnt.model_digest(model))
+    digest = calibration_store.model_digest(model)
+    calibration_store.save(gates, out / "duo_attention.safetensors", digest)
 
 
 def save(model: LlamaForCausalLM, recipe: Recipe, out: Path, measured: dict[str, object]) -> None:
-    """Write the checkpoint, and beside it what made it and how good it is."""
+    """Write the checkpoint, and a record of its recipe, environment and scores."""
     model.save_pretrained(out)
     tokenizer.build(recipe.context).save_pretrained(out)
-    made_by = {"python": platform.python_version(), "torch": torch.__version__, "corpus": corpus.digest("train")}
-    (out / "recipe.json").write_text(json.dumps({**asdict(recipe), **made_by, **measured}, indent=2) + "\n")
+    environment = {"python": platform.python_version(), "torch": torch.__version__, "corpus": corpus.digest("train")}
+    (out / "recipe.json").write_text(json.dumps({**asdict(recipe), **environment, **measured}, indent=2) + "\n")

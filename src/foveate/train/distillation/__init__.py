@@ -1,1 +1,1 @@
-"""Training against another model."""
+"""Distillation: training against another model."""

@@ -1,7 +1,7 @@
-"""How well one attention imitates another: distillation of weights, and what to look at.
+"""Distillation of attention weights, and measures of how similar two attentions are.
 
-Serves every operator that has a matrix of weights; feature maps of linear attention are trained with it to follow a
-softmax (Hedgehog, arXiv 2402.04347).
+It works with every operator that has a weight matrix. Hedgehog (arXiv 2402.04347) trains the feature maps of linear
+attention with it to imitate softmax attention.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from foveate.ops.operator import Operator
 
 
 def distillation_loss(student: Float[Tensor, "b h q k"], teacher: Float[Tensor, "b h q k"]) -> Float[Tensor, ""]:
-    """Soft cross entropy `-sum_j teacher_ij log student_ij`: mean over the rows that see something, summed over heads.
+    """Return the soft cross entropy `-sum_j teacher_ij log student_ij`: mean over rows that see a key, sum over heads.
 
-    It is at least the teacher's mean entropy, and that only where the weights are the same.
+    Its minimum is the teacher's mean entropy, reached if the weights are equal.
     """
     tiny = torch.finfo(student.dtype).tiny
     crossed = -(teacher * torch.log(student.clamp_min(tiny))).sum(-1)
@@ -34,21 +34,21 @@ def distill(
     op: Operator, batches: Sequence[tuple[Tensor, Tensor]], *, steps: int, lr: float = 1e-2, causal: bool = False,
     teacher: Operator | None = None,
 ) -> list[float]:  # fmt: skip
-    """Train all of `op`'s parameters with Adam until its weights follow the teacher's; returns the loss of each step.
+    """Train all of `op`'s parameters with Adam on the teacher's weights; return the loss of each step.
 
     Args:
         op: an operator with parameters and weights; only its parameters change.
-        batches: pairs `q (B, Hq, Nq, D)`, `k (B, Hkv, Nk, D)` as the frozen model's layer computes them, taken in turn.
-        steps, lr: of the optimiser.
-        causal: as in the model.
-        teacher: whose weights to follow; softmax attention with its usual scale where None.
+        batches: pairs `q (B, Hq, Nq, D)`, `k (B, Hkv, Nk, D)` as the frozen model's layer computes them, used in turn.
+        steps, lr: the optimiser's number of steps and learning rate.
+        causal: True if the model is causal.
+        teacher: the operator to imitate; None is softmax attention with its usual scale.
     """
     validate.count("steps", steps, 1)
     parameters = [p for p in op.parameters() if p.requires_grad]
     if not parameters:
-        raise OptionError(f"{op.name} has no parameters to train")
+        raise OptionError(f"op={op.name} must have parameters to train; it has none")
     if not batches:
-        raise OptionError("batches must hold at least one pair (q, k)")
+        raise OptionError("batches must hold at least one pair (q, k); got none")
     teacher = teacher or Softmax()
     optimiser = torch.optim.Adam(parameters, lr=lr)
     losses = []
@@ -67,15 +67,15 @@ def distill(
 
 
 def attention_entropy(weights: Float[Tensor, "b h q k"]) -> Float[Tensor, "b h"]:
-    """Mean entropy, in nats, of the rows of weights that sum to 1. Low is spiky; `log Nk` is uniform."""
+    """Return the rows' mean entropy in nats, for rows that sum to 1: low if they are peaked, `log Nk` if uniform."""
     rows = torch.special.entr(weights).sum(-1)
     return rows.sum(-1) / (weights.sum(-1) > 0).sum(-1).clamp_min(1)
 
 
 def monotonicity(scores: Float[Tensor, "b h q k"], weights: Float[Tensor, "b h q k"]) -> Float[Tensor, "b h"]:
-    """Mean over the queries of Spearman's rank correlation between scores (such as `q . k`) and weights over the keys.
+    """Return Spearman's rank correlation of scores (such as `q . k`) and weights over the keys, averaged over queries.
 
-    1 where a larger score always means a larger weight, as in a softmax.
+    It is 1 if a larger score always gives a larger weight, as in a softmax.
     """
     a, b = (_ranks(x) for x in (scores, weights))
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
@@ -84,7 +84,7 @@ def monotonicity(scores: Float[Tensor, "b h q k"], weights: Float[Tensor, "b h q
 
 
 def _ranks(x: Tensor) -> Tensor:
-    """Ranks along the last axis; equal numbers share their mean rank."""
+    """Return ranks along the last axis; equal values share their mean rank."""
     ordered = x.contiguous().sort(-1).values
     below = torch.searchsorted(ordered, x.contiguous())
     up_to = torch.searchsorted(ordered, x.contiguous(), right=True)

@@ -1,1 +1,1 @@
-"""Initialisation of weights."""
+"""Initialisers of weights."""

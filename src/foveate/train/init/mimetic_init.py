@@ -1,4 +1,4 @@
-"""Mimetic initialisation: self-attention that starts where trained attention ends.
+"""Mimetic initialisation: start self-attention with the structure that trained attention has.
 
 Mimetic Initialization of Self-Attention Layers (2023), arXiv 2305.09828.
 """
@@ -19,12 +19,12 @@ from foveate.nn import MultiHeadAttention
 
 @dataclass(frozen=True)
 class Projections:
-    """One layer's matrices as rows times columns: tokens are rows, so a query is `x @ q`.
+    """The projections of one layer, oriented so that tokens are rows: a query is `x @ q`.
 
     Args:
         q, k, v: `(C, H * D)`, views of the layer's own weights.
-        out: `(H * D, C)`, likewise.
-        biases: of all of them.
+        out: `(H * D, C)`, also a view.
+        biases: the biases of all four.
         heads: H.
     """
 
@@ -41,33 +41,33 @@ def mimetic_init(
     module: nn.Module, *, alpha_qk: float = 0.7, beta_qk: float = 0.7, alpha_vo: float = 0.4, beta_vo: float = 0.4,
     generator: torch.Generator | None = None,
 ) -> int:  # fmt: skip
-    """Set the projections of every self-attention layer inside `module`, and return how many layers that were.
+    """Set the projections of every self-attention layer inside `module`; return the number of layers.
 
     Trained transformers have `W_q W_kᵀ` near a multiple of the identity and `W_v W_o` near a negative one. So each
     head's `W_q W_kᵀ` becomes the best approximation of rank D to `alpha_qk Z + beta_qk I`, and each layer's `W_v W_o`
-    becomes `alpha_vo Z - beta_vo I`, with fresh `Z` of variance `1 / C`. Nothing else changes, and nothing is tied:
-    training goes on as ever. Cost: one SVD of a C x C matrix per head, and one per layer.
+    becomes `alpha_vo Z - beta_vo I`, with fresh `Z` of variance `1 / C`. Biases of these
+    projections become 0; nothing else changes, and no weights are tied. Cost: one SVD of a C x C matrix per head, and
+    one per layer.
 
-    With sinusoidal or learned positions at the input, attention then starts on a token and its like. Meant for networks
-    trained from scratch on little data; the wrong choice for a pretrained one.
+    With sinusoidal or learned positions at the input, each token then attends to itself and to similar tokens at first.
+    It is meant for networks trained from scratch on little data, and is the wrong choice for a pretrained one.
 
     Args:
-        module: anything that holds `foveate.nn.MultiHeadAttention` (without grouped heads, and with `Dv = D = C / H`),
-            `torch.nn.MultiheadAttention`, or attention as timm writes it (`qkv`, `proj`, `num_heads`).
-        alpha_qk, beta_qk: weights of noise and identity for queries and keys; the paper's for vision transformers.
+        module: a module with `foveate.nn.MultiHeadAttention` layers (without grouped heads, and with `Dv = D = C / H`),
+            `torch.nn.MultiheadAttention`, or timm's attention (`qkv`, `proj`, `num_heads`).
+        alpha_qk, beta_qk: weights of noise and identity for queries and keys; defaults are the paper's for vision
+            transformers.
         alpha_vo, beta_vo: the same for values and output.
-        generator: for Z.
-
-    Biases of these projections become 0.
+        generator: draws Z.
 
     Raises:
-        OptionError: no layer of these kinds, or one whose matrices do not have the shape.
+        OptionError: if there is no such layer, or a layer's matrices have other shapes.
     """
     for name, value in (("alpha_qk", alpha_qk), ("beta_qk", beta_qk), ("alpha_vo", alpha_vo), ("beta_vo", beta_vo)):
         validate.at_least(name, value, 0)
     layers = list(projections(module))
     if not layers:
-        raise OptionError(f"{type(module).__name__} holds no self-attention layer that mimetic_init knows")
+        raise OptionError(f"module={type(module).__name__} must hold a known self-attention layer; it has none")
     for layer in layers:
         _queries_and_keys(layer, alpha_qk, beta_qk, generator)
         left, right = _factors(_target(layer.q, alpha_vo, -beta_vo, generator))
@@ -79,16 +79,16 @@ def mimetic_init(
 
 
 def mimetic_products(module: nn.Module) -> tuple[Float[Tensor, "h c c"], Float[Tensor, "c c"]]:
-    """Each head's `W_q W_kᵀ` and the layer's `W_v W_o`, of the first self-attention layer inside `module`."""
+    """Return each head's `W_q W_kᵀ` and the layer's `W_v W_o`, of the first self-attention layer inside `module`."""
     layer = next(projections(module), None)
     if layer is None:
-        raise OptionError(f"{type(module).__name__} holds no self-attention layer that mimetic_init knows")
+        raise OptionError(f"module={type(module).__name__} must hold a known self-attention layer; it has none")
     q, k = (x.unflatten(1, (layer.heads, -1)).transpose(0, 1) for x in (layer.q, layer.k))
     return q @ k.mT, layer.v @ layer.out
 
 
 def projections(module: nn.Module) -> Iterator[Projections]:
-    """The self-attention layers inside `module`, whoever wrote them."""
+    """Yield the self-attention layers inside `module`: Foveate's, PyTorch's and timm's."""
     for part in module.modules():
         if isinstance(part, MultiHeadAttention):
             yield _checked(_ours(part))
@@ -106,7 +106,10 @@ def _ours(layer: MultiHeadAttention) -> Projections:
 
 def _torchs(layer: nn.MultiheadAttention) -> Projections:
     if layer.in_proj_weight is None:
-        raise OptionError("mimetic_init is for self-attention: this layer has keys of another width than queries")
+        raise OptionError(
+            f"kdim={layer.kdim} and vdim={layer.vdim} must equal embed_dim={layer.embed_dim}: "
+            "mimetic_init sets self-attention only"
+        )
     q, k, v = layer.in_proj_weight.chunk(3)
     biases = () if layer.in_proj_bias is None else (layer.in_proj_bias, layer.out_proj.bias)
     return Projections(q.mT, k.mT, v.mT, layer.out_proj.weight.mT, biases, layer.num_heads)
@@ -122,7 +125,7 @@ def _checked(layer: Projections) -> Projections:
     width = layer.q.shape[0]
     shapes = {tuple(x.shape) for x in (layer.q, layer.k, layer.v, layer.out)}
     if shapes != {(width, width)}:
-        raise OptionError(f"mimetic_init wants projections of C x C={width}; got {sorted(shapes)}")
+        raise OptionError(f"module's projections must be C x C with C={width}; got {sorted(shapes)}")
     return layer
 
 
@@ -142,6 +145,6 @@ def _target(like: Tensor, alpha: float, beta: float, generator: torch.Generator 
 
 
 def _factors(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Two matrices whose product is `target`, with the largest singular values first."""
+    """Return two matrices whose product is `target`, with the largest singular values first."""
     u, s, vh = torch.linalg.svd(target)
     return u * s.sqrt(), s.sqrt()[:, None] * vh

@@ -1,4 +1,4 @@
-"""Mimetic initialisation of state space layers: Mamba that starts as linear attention with a long memory.
+"""Mimetic initialisation of state space layers: start Mamba as linear attention without forgetting.
 
 Mimetic Initialization Helps State Space Models Learn to Recall (2024), arXiv 2410.11135.
 """
@@ -19,14 +19,14 @@ from foveate.nn import MultiHeadAttention
 
 @dataclass(frozen=True)
 class StateSpaceLayer:
-    """What there is to set in one Mamba layer, as views of its own weights.
+    """The weights of a Mamba layer that the initialiser sets, as views.
 
     Args:
-        decay: `A_log`; the state fades by `exp(-exp(A_log) delta)` a step.
+        decay: `A_log`; each step multiplies the state by `exp(-exp(A_log) delta)`.
         step, step_bias: the weights of the step size before its softplus: `delta = softplus(x W + b)`.
-        read, write: `W_C` and `W_B`, `(G * S, inputs)`: what is looked for, and where a token is written.
+        read, write: `W_C` and `W_B`, `(G * S, inputs)`: they make the queries and the keys of the state.
         conv: the short convolution before them.
-        value, out: the matrices on the way of the values, `W_x` and `W_out`.
+        value, out: `W_x` and `W_out`, the projections of values and output.
     """
 
     decay: Tensor
@@ -44,33 +44,33 @@ def mimetic_init_ssm(
     module: nn.Module, *, a_log: float = -8.0, delta: float = 1.0, tie_bc: bool = True, identity_conv: bool = True,
     identity_value: bool = False,
 ) -> int:  # fmt: skip
-    """Set every Mamba layer inside `module` to recall, and return how many layers that were.
+    """Initialise every Mamba layer inside `module` for recall; return the number of layers.
 
-    A Mamba layer is linear attention with C for queries, B for keys and a decay; by default the decay forgets and C has
-    nothing to do with B. Here the state keeps everything (`a_log`), each token is written with the same step (`delta`),
-    and a token is found by its like (`W_C = W_B`). Nothing stays tied: the first step of training separates them.
-    One layer set so is enough for recall if the layer before it keeps its convolution, which brings a key to where its
-    value stands: give that layer alone. The wrong choice for a pretrained model.
+    A Mamba layer is linear attention with C as queries, B as keys and a decay; by default it forgets quickly, and C and
+    B are unrelated. Here the state hardly decays (`a_log`), all tokens have the same step size (`delta`), and a token
+    matches its own kind (`W_C = W_B`). The weights are not tied: the first training step separates them. One such layer
+    is enough for recall if the layer before it keeps its convolution, which moves a key to its value's position; so
+    pass only the later layer. It is the wrong choice for a pretrained model.
 
     Args:
-        module: anything that holds transformers' `MambaMixer` or `Mamba2Mixer`, or layers with those attributes.
-        a_log: the new `A_log`: at -8 the state keeps 0.99966 a step.
+        module: a module with transformers' `MambaMixer` or `Mamba2Mixer`, or layers with their attributes.
+        a_log: the new `A_log`; at -8 each step multiplies the state by 0.99966.
         delta: the step size of every token.
-        tie_bc: whether `W_C` becomes `W_B`, scaled so that the mean diagonal of `W_Bᵀ W_B` is 1.
-        identity_conv: whether the convolution lets tokens through as they are.
-        identity_value: whether values pass the layer unchanged, `W_out W_x` being the identity.
+        tie_bc: set `W_C` to `W_B`, scaled so that the mean diagonal of `W_Bᵀ W_B` is 1.
+        identity_conv: set the convolution to the identity.
+        identity_value: set `W_out W_x` to the identity, so that values pass unchanged.
 
-    `a_log` and `delta` are the defaults of a re-implementation that follows the paper; its own constants, the scale of
-    `W_B`, and what `identity_conv` and `identity_value` do exactly are reconstructed.
+    The defaults of `a_log` and `delta` are those of a re-implementation that follows the paper. The paper's own
+    constants, the scale of `W_B`, and the exact effect of `identity_conv` and `identity_value` are reconstructed.
 
     Raises:
-        OptionError: no such layer, or an option out of range.
+        OptionError: if there is no such layer, or an option is out of range.
     """
     validate.between("a_log", a_log, -60, 10)
     validate.between("delta", delta, 1e-6, 80)
     layers = list(state_spaces(module))
     if not layers:
-        raise OptionError(f"{type(module).__name__} holds no Mamba layer")
+        raise OptionError(f"module={type(module).__name__} must hold a Mamba layer; it holds none")
     for layer in layers:
         layer.decay.fill_(a_log)
         layer.step.zero_()
@@ -79,24 +79,25 @@ def mimetic_init_ssm(
             layer.write.mul_(math.sqrt(layer.write.shape[1]) / layer.write.norm())
             layer.read.copy_(layer.write)
         if identity_conv:
-            _let_through(layer.conv)
+            _identity_conv(layer.conv)
         if identity_value:
-            _pass_values(layer)
+            _identity_values(layer)
     return len(layers)
 
 
 @torch.no_grad()
 def mimetic_init_linear_attention(module: nn.Module) -> int:
-    """The same for linear attention: queries made as keys are, identity convolutions, and no forgetting at first.
+    """Initialise linear attention alike: equal query and key projections, identity convolutions, little decay.
+
+    Gates that decay the state start at a bias of -8 ("alpha", a sigmoid) or 8 (a log-sigmoid). Returns the number of
+    layers.
 
     Args:
-        module: anything that holds `foveate.nn.MultiHeadAttention` around an operator with a state.
-
-    Gates that decay the state start at a bias of -8 ("alpha", a sigmoid) or 8 (a log-sigmoid). Returns how many layers.
+        module: a module with `foveate.nn.MultiHeadAttention` layers around operators with a state.
     """
     layers = [part for part in module.modules() if isinstance(part, MultiHeadAttention) and part.op.growth == "N"]
     if not layers:
-        raise OptionError(f"{type(module).__name__} holds no MultiHeadAttention around a linear operator")
+        raise OptionError(f"module={type(module).__name__} must hold linear MultiHeadAttention; it has none")
     for layer in layers:
         groups = layer.heads // layer.kv_heads
         keys = layer.k.weight.unflatten(0, (layer.kv_heads, layer.head_dim))
@@ -112,43 +113,42 @@ def mimetic_init_linear_attention(module: nn.Module) -> int:
 
 
 def state_spaces(module: nn.Module) -> Iterator[StateSpaceLayer]:
-    """The Mamba layers inside `module`, of either generation."""
+    """Yield the Mamba and Mamba-2 layers inside `module`."""
     for part in module.modules():
         if all(hasattr(part, name) for name in ("A_log", "x_proj", "dt_proj", "conv1d", "in_proj")):
-            yield _first(part)
+            yield _mamba(part)
         elif all(hasattr(part, name) for name in ("A_log", "dt_bias", "conv1d", "in_proj", "n_groups")):
-            yield _second(part)
+            yield _mamba2(part)
 
 
-def _first(part: nn.Module) -> StateSpaceLayer:
-    """Mamba: steps, B and C are made from what the convolution gives."""
+def _mamba(part: nn.Module) -> StateSpaceLayer:
+    """Read a Mamba layer, which projects step sizes, B and C from the convolution's output."""
     states = part.A_log.shape[1]
-    made = part.x_proj.weight
-    write, read = made[-2 * states : -states], made[-states:]
+    weight = part.x_proj.weight
+    write, read = weight[-2 * states : -states], weight[-states:]
     value = part.in_proj.weight.chunk(2)[0]
     return StateSpaceLayer(
         part.A_log, part.dt_proj.weight, part.dt_proj.bias, read, write, part.conv1d, value, part.out_proj.weight
     )
 
 
-def _second(part: nn.Module) -> StateSpaceLayer:
-    """Mamba-2: one projection makes gate, values, B, C and steps; the convolution comes after it."""
+def _mamba2(part: nn.Module) -> StateSpaceLayer:
+    """Read a Mamba-2 layer, which projects gate, values, B, C and step sizes before the convolution."""
     heads, inner = part.A_log.shape[0], part.out_proj.weight.shape[1]
     groups = (part.conv1d.in_channels - inner) // 2
-    made = part.in_proj.weight
-    _, value, write, read, step = made.split([inner, inner, groups, groups, heads])
+    _, value, write, read, step = part.in_proj.weight.split([inner, inner, groups, groups, heads])
     return StateSpaceLayer(part.A_log, step, part.dt_bias, read, write, part.conv1d, value, part.out_proj.weight)
 
 
-def _let_through(conv: nn.Conv1d) -> None:
+def _identity_conv(conv: nn.Conv1d) -> None:
     conv.weight.zero_()
     conv.weight[..., -1] = 1.0
     if conv.bias is not None:
         conv.bias.zero_()
 
 
-def _pass_values(layer: StateSpaceLayer) -> None:
-    """`W_out W_x` is the identity: orthonormal columns in, and the same back."""
+def _identity_values(layer: StateSpaceLayer) -> None:
+    """Set `W_x` to orthonormal columns and `W_out` to their transpose."""
     basis = torch.linalg.qr(layer.value.double()).Q
     layer.value.copy_(basis)
     layer.out.copy_(basis.mT)

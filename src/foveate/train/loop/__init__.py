@@ -1,1 +1,1 @@
-"""The training loop: networks, schedules, checkpoints, seeds."""
+"""The training loop, with its networks, schedules, checkpoints and seeds."""

@@ -1,4 +1,4 @@
-"""Trained networks on disk: safetensors, the network's `Spec`, and how the training went."""
+"""Trained networks on disk: safetensors, the network's `Spec`, and the record of its training."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch import nn
 
 from foveate.core.errors import OptionError
 from foveate.models.base.spec import Spec
-from foveate.tasks.base.training_task import Drill
+from foveate.tasks.base.training_task import TrainingTask
 from foveate.tasks.training.language import Language
 from foveate.train.loop.loop import History, Schedule
-from foveate.train.loop.network import drill
+from foveate.train.loop.network import training_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,22 +29,29 @@ if TYPE_CHECKING:
 RECORD = "training.json"
 NETWORK = "network.json"
 CONFIG = "config.json"
-CONTEXT = 8192  # what the tokenizer of text says that prompts may take
+CONTEXT = 8192  # the tokenizer's longest prompt
 
 
 def save(
-    net: nn.Module, spec: Spec, task: Drill, schedule: Schedule, history: History, folder: Path, *, seconds: float = 0.0
+    net: nn.Module,
+    spec: Spec,
+    task: TrainingTask,
+    schedule: Schedule,
+    history: History,
+    folder: Path,
+    *,
+    seconds: float = 0.0,
 ) -> None:
-    """Write a trained network to `folder`, in the place of an earlier one.
+    """Write a trained network to `folder`, replacing an earlier one.
 
-    Networks of tokens become Hugging Face checkpoints (`foveate compare --model FOLDER`); of images, a
-    `model.safetensors` beside the network's description. The files are complete before the first of them is moved in.
+    A token network becomes a Hugging Face checkpoint (`foveate compare --model FOLDER`), an image network a
+    `model.safetensors` and the network's description. All files are complete before the first is moved into place.
 
     Args:
-        seconds: how long the training took.
+        seconds: the training time.
 
     Raises:
-        OptionError: the folder cannot be written.
+        OptionError: if the folder cannot be written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,30 +68,30 @@ def save(
             _move(draft, folder)
 
 
-def settings(spec: Spec, task: Drill, schedule: Schedule) -> dict[str, Any]:
-    """Everything that tells one training from another, as it is read back from JSON."""
+def settings(spec: Spec, task: TrainingTask, schedule: Schedule) -> dict[str, Any]:
+    """Return the settings that identify a training, in the form that JSON gives back."""
     found = {"task": task.name, "sizes": _sizes(task), "schedule": asdict(schedule), "network": spec.to_dict()}
     return dict(json.loads(json.dumps(found)))
 
 
 def load(folder: Path) -> nn.Module:
-    """The network that `save` wrote: a `Decoder` or an `ImageEncoder`."""
+    """Load the network that `save` wrote: a `Decoder` or an `ImageEncoder`."""
     if (folder / NETWORK).is_file():
         net = Spec.from_dict(json.loads((folder / NETWORK).read_text("utf-8"))).build()
         net.load_state_dict(load_file(folder / "model.safetensors"))
         return net.eval()
     if not (folder / CONFIG).is_file():
-        raise OptionError(f"{folder} holds no trained network ({NETWORK} or {CONFIG})")
+        raise OptionError(f"folder={str(folder)!r} must hold a trained network ({NETWORK} or {CONFIG}); it holds none")
     from foveate.models.base.hf_checkpoint import FoveateForCausalLM
 
     return FoveateForCausalLM.from_pretrained(folder, use_safetensors=True).released().eval()
 
 
 def record(folder: Path) -> dict[str, Any] | None:
-    """How the training went whose network is in `folder`; None where there was none.
+    """Return the training record in `folder`, or None.
 
     Raises:
-        OptionError: a record that cannot be read.
+        OptionError: if the record cannot be read.
     """
     try:
         found = json.loads((folder / RECORD).read_text("utf-8"))
@@ -93,24 +100,24 @@ def record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise OptionError(f"{folder / RECORD} cannot be read: {error}") from None
     if not isinstance(found, dict) or not {"task", "sizes", "losses", "scores"} <= found.keys():
-        raise OptionError(f"{folder / RECORD} is no record of a training")
+        raise OptionError(f"{folder / RECORD} must be a training record with task, sizes, losses and scores")
     return found
 
 
 def history_of(found: dict[str, Any]) -> History:
-    """The losses and scores of a record."""
+    """Return the losses and scores of a record."""
     return History(list(found["losses"]), {int(step): score for step, score in found["scores"].items()})
 
 
-def task_of(folder: Path) -> Drill | None:
-    """The task that a network of tokens in `folder` was trained on; None where the folder has no such record."""
+def task_of(folder: Path) -> TrainingTask | None:
+    """Return the task that the network in `folder` was trained on, or None without a record."""
     found = record(folder)
-    return None if found is None else drill(found["task"], **found["sizes"])
+    return None if found is None else training_task(found["task"], **found["sizes"])
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Say in one line where writing to `folder` fails: no permission, a full disk, a file in its place."""
+    """Turn a failure to write to `folder` into a one-line OptionError."""
     try:
         yield
     except OSError as error:
@@ -119,11 +126,11 @@ def writing(folder: Path) -> Iterator[None]:
         raise OptionError(f"out={str(folder)!r} cannot be written: {error}") from None
 
 
-def writable(folder: Path) -> None:
-    """Try to write to a folder, and leave nothing there.
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be written; the check leaves nothing behind.
 
     Raises:
-        OptionError: it is a file, or cannot be written.
+        OptionError: if it is a file, or cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"out={str(folder)!r} is a file; it must be a folder")
@@ -138,14 +145,14 @@ def writable(folder: Path) -> None:
 
 
 def _move(draft: Path, folder: Path) -> None:
-    """Put the files of `draft` into `folder`, the record last, and take away those of an earlier network."""
+    """Move the files of `draft` into `folder`, the record last, and delete those of an earlier network."""
     for name in {NETWORK, CONFIG} - {path.name for path in draft.iterdir()}:
-        (folder / name).unlink(missing_ok=True)  # the other kind of network, which would be loaded in this one's place
+        (folder / name).unlink(missing_ok=True)  # of the other kind of network; `load` would read it first
     for path in sorted(draft.iterdir(), key=lambda path: path.name == RECORD):
         path.replace(folder / path.name)
 
 
-def _save_decoder(net: nn.Module, spec: Spec, task: Drill, folder: Path) -> None:
+def _save_decoder(net: nn.Module, spec: Spec, task: TrainingTask, folder: Path) -> None:
     from foveate.models.base.hf_checkpoint import FoveateConfig, FoveateForCausalLM
 
     tokenizer = _tokenizer(task)
@@ -159,7 +166,7 @@ def _save_decoder(net: nn.Module, spec: Spec, task: Drill, folder: Path) -> None
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Without transformers' own progress bar, which would run into the command's."""
+    """Turn off transformers' progress bar, which would overwrite the command's."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -171,14 +178,14 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _tokenizer(task: Drill) -> PreTrainedTokenizerBase:
-    """Bytes for text; for other tasks a word for each token, which is its number."""
+def _tokenizer(task: TrainingTask) -> PreTrainedTokenizerBase:
+    """Return the byte tokenizer for text; for other tasks, one whose words are the tokens' numbers."""
     from foveate.models.base import byte_tokenizer, number_tokenizer
 
     return byte_tokenizer.build(CONTEXT) if isinstance(task, Language) else number_tokenizer.build(task.vocabulary)
 
 
-def _sizes(task: Drill) -> dict[str, Any]:
+def _sizes(task: TrainingTask) -> dict[str, Any]:
     return {name: value for name, value in vars(task).items() if not name.startswith("_")}
 
 

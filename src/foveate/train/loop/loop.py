@@ -1,4 +1,4 @@
-"""The loop: batches in, a trained network and its losses out."""
+"""The training loop: it takes batches, trains a network, and records losses and scores."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.errors import DivergedError, OptionError
-from foveate.tasks.base.training_task import HELDOUT, IGNORED, Drill, accuracy
+from foveate.tasks.base.training_task import HELDOUT, IGNORED, TrainingTask, accuracy
 
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast.
+    """The length and pace of a training.
 
     Args:
         steps: optimiser steps.
-        batch: sequences in each.
-        rate: the highest learning rate; it rises over the first tenth of the steps and falls to 0 along a cosine.
+        batch: sequences per step.
+        rate: the peak learning rate: linear warm-up over the first tenth of the steps, then cosine decay to 0.
         decay: AdamW's weight decay, for matrices.
-        clip: largest norm of a gradient.
-        seed: of the batches.
+        clip: the largest norm of the gradient.
+        seed: the seed of the batches.
     """
 
     steps: int = 1000
@@ -55,34 +55,34 @@ class Schedule:
 
 @dataclass
 class History:
-    """What training went through: the loss of each step, and the score on held-out data at some of them."""
+    """The record of a training: the loss of every step, and the held-out score after some of them."""
 
     losses: list[float] = field(default_factory=list)
     scores: dict[int, float] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
-        """The last score."""
+        """Return the last score."""
         return self.scores[max(self.scores)]
 
 
 class Training:
-    """One training, step by step: between two steps it can be put down (`state`) and taken up again (`restore`).
+    """A training that advances step by step; between two steps it can be saved (`state`) and resumed (`restore`).
 
-    A training that was put down and taken up gives the same numbers, bit for bit, as one that was not.
+    A resumed training gives the same numbers, bit for bit, as an uninterrupted one.
 
     Args:
-        net: tokens or images in, logits out; trained in place.
-        looks: how many times the score on held-out data is taken, the last time at the end.
-        heldout: examples for that.
+        net: maps tokens or images to logits; it is trained in place.
+        evaluations: how often to evaluate on held-out data, the last time at the end.
+        heldout: the number of held-out examples.
     """
 
     def __init__(
-        self, net: nn.Module, drill: Drill, schedule: Schedule, *, looks: int = 10, heldout: int = 256
+        self, net: nn.Module, task: TrainingTask, schedule: Schedule, *, evaluations: int = 10, heldout: int = 256
     ) -> None:
-        self.net, self.drill, self.schedule, self.heldout = net, drill, schedule, heldout
+        self.net, self.task, self.schedule, self.heldout = net, task, schedule, heldout
         self.history, self.seconds = History(), 0.0
-        self._every = max(1, schedule.steps // max(1, looks))
+        self._every = max(1, schedule.steps // max(1, evaluations))
         self._generator = torch.Generator().manual_seed(schedule.seed)
         self._trained = [p for p in net.parameters() if p.requires_grad]
         groups = [
@@ -93,7 +93,7 @@ class Training:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """The number of finished steps."""
         return len(self.history.losses)
 
     @property
@@ -102,24 +102,24 @@ class Training:
 
     @property
     def note(self) -> str:
-        """How it stands, in words."""
+        """A short description of the progress."""
         scored = f", accuracy {self.history.score:.1%}" if self.history.scores else ""
         return f"loss {self.history.losses[-1]:.3f}{scored}" if self.history.losses else ""
 
     def advance(self) -> None:
-        """One step, and a look at held-out data where one is due.
+        """Train one step, and evaluate on held-out data if that is due.
 
         Raises:
-            DivergedError: a loss that is no number any more, with the step at which that came.
+            DivergedError: if the loss is not finite; the message names the step.
         """
-        begun, step = time.perf_counter(), self.step
+        start, step = time.perf_counter(), self.step
         self.net.train()
         for group in self._optimiser.param_groups:
             group["lr"] = self.schedule.rate_at(step)
-        loss = loss_of(self.net, *self.drill.sample(self.schedule.batch, self._generator))
+        loss = loss_of(self.net, *self.task.sample(self.schedule.batch, self._generator))
         if not math.isfinite(value := loss.item()):
             raise DivergedError(
-                f"the loss is {value} at step {step}: rate={self.schedule.rate} is too high for this network"
+                f"rate={self.schedule.rate} must be lower for this network: the loss is {value} at step {step}"
             )
         self._optimiser.zero_grad()
         loss.backward()
@@ -127,11 +127,11 @@ class Training:
         self._optimiser.step()
         self.history.losses.append(value)
         if self.step % self._every == 0 or self.done:
-            self.history.scores[self.step] = evaluate(self.net, self.drill, self.heldout)
-        self.seconds += time.perf_counter() - begun
+            self.history.scores[self.step] = evaluate(self.net, self.task, self.heldout)
+        self.seconds += time.perf_counter() - start
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next steps depend on, as tensors on the CPU; `history` and `seconds` are not in it."""
+        """Return all that the next steps depend on, as CPU tensors, without `history` and `seconds`."""
         found = {f"net.{name}": x for name, x in self.net.state_dict().items()}
         for index, parameter in enumerate(self._trained):
             for name, x in self._optimiser.state.get(parameter, {}).items():
@@ -142,12 +142,12 @@ class Training:
         return {name: x.detach().to("cpu", copy=True).contiguous() for name, x in found.items()}
 
     def restore(self, state: dict[str, Tensor], history: History, seconds: float = 0.0) -> None:
-        """Take up what `state` put down, in a training made with the same arguments."""
+        """Resume from what `state` returned, in a training created with the same arguments."""
         self.net.load_state_dict({n.removeprefix("net."): x for n, x in state.items() if n.startswith("net.")})
         for index, parameter in enumerate(self._trained):
             prefix = f"optimiser.{index}."
             own = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
-            if own:  # the count of steps stays on the CPU, as AdamW has it
+            if own:  # AdamW keeps its step count on the CPU
                 self._optimiser.state[parameter] = {n: x if n == "step" else x.to(parameter) for n, x in own.items()}
         self._generator.set_state(state["random.batches"])
         torch.set_rng_state(state["random.cpu"])
@@ -161,19 +161,19 @@ class Training:
 
 
 def fit(
-    net: nn.Module, drill: Drill, schedule: Schedule, *, looks: int = 10, heldout: int = 256,
+    net: nn.Module, task: TrainingTask, schedule: Schedule, *, evaluations: int = 10, heldout: int = 256,
     progress: Progress | None = None,
 ) -> History:  # fmt: skip
-    """Train `net` on `drill` in place, from the first step to the last.
+    """Train `net` on `task` in place, from the first step to the last.
 
     Args:
-        net, drill, schedule, looks, heldout: as for `Training`.
+        net, task, schedule, evaluations, heldout: see `Training`.
         progress: called as `progress(step, steps, note)` after every step.
 
     Raises:
-        DivergedError: a loss that is no number any more, with the step at which that came.
+        DivergedError: if the loss is not finite; the message names the step.
     """
-    training = Training(net, drill, schedule, looks=looks, heldout=heldout)
+    training = Training(net, task, schedule, evaluations=evaluations, heldout=heldout)
     while not training.done:
         training.advance()
         if progress is not None:
@@ -183,17 +183,18 @@ def fit(
 
 
 def loss_of(net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy over what is asked, on the network's device."""
-    where = next(net.parameters()).device
-    logits = net(inputs.to(where)).flatten(0, -2).float()
-    return F.cross_entropy(logits, labels.flatten().to(where), ignore_index=IGNORED)
+    """Return the cross entropy over the labelled positions, on the network's device."""
+    device = next(net.parameters()).device
+    logits = net(inputs.to(device)).flatten(0, -2).float()
+    return F.cross_entropy(logits, labels.flatten().to(device), ignore_index=IGNORED)
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, drill: Drill, count: int = 256, *, batch: int = 64, seed: int = HELDOUT) -> float:
-    """Accuracy on held-out data; another seed draws other examples."""
-    was, where, (inputs, labels) = net.training, next(net.parameters()).device, drill.heldout(count, seed)
+def evaluate(net: nn.Module, task: TrainingTask, count: int = 256, *, batch: int = 64, seed: int = HELDOUT) -> float:
+    """Return the accuracy on held-out data; another seed draws other examples."""
+    was_training, device = net.training, next(net.parameters()).device
+    inputs, labels = task.heldout(count, seed)
     net.eval()
-    logits = torch.cat([net(part.to(where)).cpu() for part in inputs.split(batch)])
-    net.train(was)
+    logits = torch.cat([net(part.to(device)).cpu() for part in inputs.split(batch)])
+    net.train(was_training)
     return accuracy(logits, labels)

@@ -1,4 +1,4 @@
-"""Which network a training run gets: the operator asked for, in a setting that suits its family."""
+"""The network of a training run: the given operator or layer, with options that suit its family."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from foveate.models.base.spec import Mixer, Spec
 from foveate.ops.base.linear import Linear
 from foveate.ops.base.test_time import Memory
 from foveate.ops.operator import Operator
-from foveate.tasks.base.training_task import Drill
+from foveate.tasks.base.training_task import TrainingTask
 from foveate.tasks.training.copying import Copying
 from foveate.tasks.training.digits import Digits
 from foveate.tasks.training.language import Language
 from foveate.tasks.training.mqar import MQAR
 
 CONV = 4
-DRILLS: dict[str, type[Drill]] = {"mqar": MQAR, "copy": Copying, "lm": Language, "digits": Digits}
+TRAINING_TASKS: dict[str, type[TrainingTask]] = {"mqar": MQAR, "copy": Copying, "lm": Language, "digits": Digits}
 
-#: Sizes at which a small network learns the task within minutes; the published ones are the classes' own defaults.
+#: Sizes at which a small network learns the task within minutes; the classes' defaults are the published sizes.
 SMALL: dict[str, dict[str, Any]] = {
     "mqar": dict(vocabulary=64, length=48, pairs=8),
     "copy": dict(vocabulary=32, length=64),
@@ -30,24 +30,26 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def drill(name: str, **sizes: Any) -> Drill:
-    """The task of this name, small, with some sizes replaced."""
-    if name not in DRILLS:
-        raise unknown("task", name, DRILLS)
+def training_task(name: str, **sizes: Any) -> TrainingTask:
+    """Create the task of this name with the sizes `SMALL`, some of them replaced."""
+    if name not in TRAINING_TASKS:
+        raise unknown("task", name, TRAINING_TASKS)
     given = {key: value for key, value in sizes.items() if value is not None}
-    taken = {field.name for field in fields(DRILLS[name])}
+    taken = {field.name for field in fields(TRAINING_TASKS[name])}
     if wrong := sorted(given.keys() - taken):
-        raise OptionError(f"task {name} takes no {', '.join(wrong)}; it takes {', '.join(sorted(taken)) or 'none'}")
-    return DRILLS[name](**{**SMALL[name], **given})
+        raise OptionError(
+            f"task={name!r} takes no {', '.join(wrong)}; valid are {', '.join(sorted(taken)) or 'no sizes'}"
+        )
+    return TRAINING_TASKS[name](**{**SMALL[name], **given})
 
 
-def around(key: str, *, tokens: bool = True, conv: int | None = None) -> dict[str, Any]:
-    """How the layer around an operator is set: nothing for a whole layer.
+def layer_options(key: str, *, tokens: bool = True, conv: int | None = None) -> dict[str, Any]:
+    """Return the options of the layer around an operator; a catalogue row that is a layer gets none.
 
-    Tokens get a short convolution, without which no two-layer network but attention sees which token came before.
-    Operators over all keys get rotary positions; those with a state know the order by it, and have their outputs
-    normalised where nothing bounds them. Softmax attention with `conv=0` is a transformer as others know it: cache
-    policies apply to what is saved of it.
+    Token networks get a short convolution: without it, only two layers of softmax attention learn which token came
+    before. Operators over all keys get rotary positions; operators with a state know the order from it, and their
+    outputs are normalised unless they are bounded. Softmax attention with `conv=0` is a standard transformer, to whose
+    checkpoint cache policies apply.
     """
     cls = system(key).load()
     if not (isinstance(cls, type) and issubclass(cls, Operator)):
@@ -61,9 +63,9 @@ def around(key: str, *, tokens: bool = True, conv: int | None = None) -> dict[st
     return chosen
 
 
-def fitted(key: str, *, heads: int, length: int, tokens: bool) -> dict[str, Any]:
-    """Options without which a small network of this layer cannot be built: sizes that it has no default for, or whose
-    defaults belong to published, larger networks.
+def required_options(key: str, *, heads: int, length: int, tokens: bool) -> dict[str, Any]:
+    """Return the options that a small network of this layer needs: those without a default, and those whose defaults
+    suit only the larger, published networks.
     """
     half = max(1, heads // 2)
     sizes: dict[str, dict[str, Any]] = {
@@ -77,19 +79,19 @@ def fitted(key: str, *, heads: int, length: int, tokens: bool) -> dict[str, Any]
 
 
 def spec(
-    key: str, task: Drill, *, dim: int = 64, heads: int = 2, depth: int = 2, conv: int | None = None,
+    key: str, task: TrainingTask, *, dim: int = 64, heads: int = 2, depth: int = 2, conv: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> Spec:  # fmt: skip
-    """A network of `depth` such layers for this task; `conv` as in `around`."""
+    """Describe a network of `depth` such layers for this task; for `conv` see `layer_options`."""
     validate.count("depth", depth, 1)
     cls = system(key).load()
     image = isinstance(task, Digits)
     patch = 2
     length = (Digits.side // patch) ** 2 if image else task.length
-    chosen = {**fitted(key, heads=heads, length=length, tokens=not image), **(options or {})}
-    mixers = (Mixer(key, chosen, around(key, tokens=not image, conv=conv)),) * depth
+    chosen = {**required_options(key, heads=heads, length=length, tokens=not image), **(options or {})}
+    mixers = (Mixer(key, chosen, layer_options(key, tokens=not image, conv=conv)),) * depth
     if not image:
-        # symbols without a meaning are learnt several times faster with embeddings and a head of their own
+        # tasks of symbols train several times faster if embeddings and head are not tied
         return Spec(dim, heads, mixers, vocabulary=task.vocabulary, tied=isinstance(task, Language))
     causal = "self" not in getattr(cls, "patterns", {"self"})
     shape = {"channels": 1, "side": Digits.side, "classes": Digits.vocabulary, "patch": patch, "causal": causal}

@@ -1,4 +1,4 @@
-"""Trainings that differ in their seed alone: one folder for each, what they have in common, how far they are apart."""
+"""Trainings that differ only in their seed: a folder for each, and mean and deviation over all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from foveate.core.errors import OptionError
 from foveate.models.base.spec import Spec
-from foveate.tasks.base.training_task import Drill
+from foveate.tasks.base.training_task import TrainingTask
 from foveate.train.loop import checkpoint
 from foveate.train.loop.job import LOCK, UNFINISHED, Job, Outcome
 from foveate.train.loop.loop import Progress, Schedule
@@ -22,10 +22,10 @@ SEEDS = "seeds.json"
 
 @dataclass(frozen=True)
 class Trainings:
-    """The same training with each of `seeds` (in `folder/seed-N`), or with the schedule's where none are named."""
+    """The same training with each of `seeds` (in `folder/seed-N`), or with the schedule's seed if there are none."""
 
     spec: Spec
-    drill: Drill
+    task: TrainingTask
     schedule: Schedule
     folder: Path
     device: torch.device | str = "cpu"
@@ -37,10 +37,10 @@ class Trainings:
 
     def jobs(self) -> dict[int, Job]:
         if not self.seeds:
-            return {self.schedule.seed: Job(self.spec, self.drill, self.schedule, self.folder, self.device)}
+            return {self.schedule.seed: Job(self.spec, self.task, self.schedule, self.folder, self.device)}
         return {
             seed: Job(
-                self.spec, self.drill, replace(self.schedule, seed=seed), self.folder / f"seed-{seed}", self.device
+                self.spec, self.task, replace(self.schedule, seed=seed), self.folder / f"seed-{seed}", self.device
             )
             for seed in self.seeds
         }
@@ -48,13 +48,13 @@ class Trainings:
     def run(
         self, *, fresh: bool = False, stop: Callable[[], bool] = lambda: False, progress: Progress | None = None
     ) -> dict[int, Outcome]:
-        """All trainings, one after the other; every one is checked before the first begins.
+        """Run all trainings in turn; all are checked before the first starts.
 
         Args:
-            fresh, stop, progress: as for `Job.run`; steps are counted over all trainings.
+            fresh, stop, progress: see `Job.run`; `progress` counts the steps of all trainings.
 
         Raises:
-            KeyboardInterrupt: with `(step, steps, folder)`, after the training under way was put down.
+            KeyboardInterrupt: with `(step, steps, folder)`, after the interrupted training was saved.
         """
         jobs = self.jobs()
         self._check_folder()
@@ -75,13 +75,13 @@ class Trainings:
         return found
 
     def _check_folder(self) -> None:
-        """Refuse a folder for several seeds in which one training stands, or anything else."""
+        """Refuse a folder for several seeds that holds a single training or other files."""
         if len(set(self.seeds)) < len(self.seeds):
-            raise OptionError(f"seeds={','.join(map(str, self.seeds))} names one twice")
+            raise OptionError(f"seeds={','.join(map(str, self.seeds))} must name each seed once")
         if not self.several or not self.folder.is_dir():
             return
         if any((self.folder / name).exists() for name in (checkpoint.RECORD, UNFINISHED)):
-            raise OptionError(f"out={str(self.folder)!r} holds a training of one seed; name a folder of its own")
+            raise OptionError(f"out={str(self.folder)!r} holds a single training; seeds need a folder of their own")
         for path in sorted(self.folder.iterdir()):
             if path.name not in (SEEDS, "loss.html", LOCK) and not path.name.startswith("seed-"):
                 raise OptionError(f"out={str(self.folder)!r} holds other files ({path.name}); name a folder of its own")
@@ -89,7 +89,7 @@ class Trainings:
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean and the sample standard deviation around it, which one value alone does not have."""
+    """A mean and its sample standard deviation; a single value has none."""
 
     mean: float
     deviation: float | None
@@ -100,7 +100,7 @@ class Spread:
 
 
 def summary(outcomes: dict[int, Outcome]) -> dict[str, Any]:
-    """Accuracy and loss of the trainings, by seed and together, as plain data."""
+    """Return accuracy and loss of each seed, with mean and deviation, as plain data."""
     rows = [
         {"seed": seed, "accuracy": found.history.score, "loss": found.history.losses[-1], "seconds": found.seconds}
         for seed, found in outcomes.items()

@@ -1,4 +1,4 @@
-"""Variational attention: the alignment is a latent variable, and training may marginalise, bound or average it.
+"""Variational attention: attention with a latent alignment, trained by the exact marginal, a bound, or softly.
 
 Latent Alignment and Variational Attention (2018), arXiv 1807.03756.
 """
@@ -26,21 +26,21 @@ from foveate.train.objectives.latent_alignment import (
 
 @final
 class VariationalAttention(nn.Module):
-    """Cross-attention with a vocabulary at its end, trained with any of the objectives on the same parameters.
+    """Cross-attention with a word classifier, trainable with any of the objectives on the same parameters.
 
-    For outputs that each come from one place of the input. Exact training runs the output layer T times, sampled
-    training `samples` times and once more for the baseline; the inference network costs two LSTMs, and is not used
-    after training. The wrong choice where an output blends its inputs: soft attention does that better.
+    It suits outputs that each depend on one input position. Exact training runs the output layer T times, sampled
+    training `samples` times and once more for the baseline; the inference network adds two LSTMs, which prediction does
+    not use. It is the wrong choice if an output mixes several inputs: soft attention does that better.
 
     Args:
         src_dim, tgt_dim: widths of memory and query.
-        attn_dim: under the prior's tanh, and of the inference network's LSTMs each way.
+        attn_dim: the width inside the prior's tanh, and of the inference network's LSTMs in each direction.
         vocab: number of words.
         objective, estimator, samples, temperature, generator: see `latent_attention_loss`.
-        score: the prior's: "mlp" is `v . tanh(W x + U q)`, "general" `q W x`.
+        score: the prior's score: "mlp" is `v . tanh(W x + U q)`, "general" is `q W x`.
 
-    As in the release q scores the two LSTMs' states bilinearly. Its source LSTM reads word embeddings; ours reads the
-    memory. The paper's relaxed (Dirichlet) alignments are in no release, and left out.
+    As in the release, q is a bilinear score of the two LSTMs' states. The release's source LSTM reads word embeddings;
+    this one reads the memory. The paper's relaxed (Dirichlet) alignments are in no release and are left out.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class VariationalAttention(nn.Module):
         validate.one_of("score", score, ("mlp", "general"))
         check(objective, estimator, samples, temperature)
         if (estimator != "enum") != (generator is not None):
-            raise OptionError(f'a generator goes with an estimator that samples; got estimator="{estimator}"')
+            need = "must be given" if generator is None else "must be None"
+            raise OptionError(f'generator {need} with estimator="{estimator}"')
         self.objective = objective
         self.options = dict(estimator=estimator, samples=samples, temperature=temperature, generator=generator)
         self.src_dim, self.tgt_dim, self.vocab = src_dim, tgt_dim, vocab
@@ -65,18 +66,18 @@ class VariationalAttention(nn.Module):
         self.inference = InferenceNetwork(src_dim, vocab, attn_dim) if objective == "elbo" else None
 
     def prior_logits(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Float[Tensor, "b s t"]:
-        """Of the position that each output comes from, as it can be told before the output is known."""
-        asked = self.query(query)
-        logits = asked @ memory.mT if self.memory is None else pair_score(asked, self.memory(memory), self.v)
-        return _hide(logits, lengths)
+        """Return the logits of the prior `p(z | x, query)` over positions, which does not know the output."""
+        projected = self.query(query)
+        logits = projected @ memory.mT if self.memory is None else pair_score(projected, self.memory(memory), self.v)
+        return _mask_padding(logits, lengths)
 
     def context(self, query: Tensor, memory: Tensor, lengths: Tensor | None = None) -> Float[Tensor, "b s d"]:
-        """What soft attention reads: also what a decoder feeds back, so that its state stays deterministic."""
-        memory = self._real(query, memory, lengths)
+        """Return soft attention's context; a decoder feeds it back, so that its state stays deterministic."""
+        memory = self._masked_memory(query, memory, lengths)
         return torch.softmax(self.prior_logits(query, memory, lengths), -1) @ memory
 
     def log_probs(self, query: Tensor, context: Float[Tensor, "... s d"]) -> Float[Tensor, "... s v"]:
-        """Of the words, for what was read."""
+        """Return the log-probabilities of the words, given the context."""
         query = query.expand(*context.shape[:-1], self.tgt_dim)
         return torch.log_softmax(self.words(torch.tanh(self.join(torch.cat([query, context], -1)))), -1)
 
@@ -84,8 +85,8 @@ class VariationalAttention(nn.Module):
         self, query: Float[Tensor, "b s e"], memory: Float[Tensor, "b t d"], target: Int[Tensor, "b s"], *,
         lengths: Int[Tensor, " b"] | None = None, target_lengths: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b s"]:  # fmt: skip
-        """The loss of each output; 0 past `target_lengths`."""
-        memory = self._real(query, memory, lengths)
+        """Return the loss of each output; 0 past `target_lengths`."""
+        memory = self._masked_memory(query, memory, lengths)
         if target.shape != query.shape[:2]:
             raise ShapeError(f"target must be {tuple(query.shape[:2])}; got {tuple(target.shape)}")
         prior = self.prior_logits(query, memory, lengths)
@@ -98,15 +99,18 @@ class VariationalAttention(nn.Module):
         loss = latent_attention_loss(prior, loglik, post_logits=post, objective=self.objective, **self.options)
         if target_lengths is None:
             return loss
-        return loss.masked_fill(_past(target_lengths, target.shape[1]), 0.0)
+        return loss.masked_fill(_padding(target_lengths, target.shape[1]), 0.0)
 
     def predict(
         self, query: Tensor, memory: Tensor, *, lengths: Tensor | None = None, top_k: int | None = None
     ) -> Float[Tensor, "b s v"]:
-        """Log-probabilities of the words: soft attention's own, else marginal, over the prior's `top_k` positions."""
+        """Return the words' log-probabilities: by soft attention if that is the objective, else marginalised.
+
+        `top_k` limits the marginal to the prior's likeliest positions.
+        """
         if self.objective == "soft":
             return self.log_probs(query, self.context(query, memory, lengths))
-        memory = self._real(query, memory, lengths)
+        memory = self._masked_memory(query, memory, lengths)
         prior = self.prior_logits(query, memory, lengths)
         if top_k is not None:
             validate.count("top_k", top_k, 1)
@@ -114,17 +118,17 @@ class VariationalAttention(nn.Module):
         rows = torch.arange(len(memory), device=memory.device)[:, None, None]
         return marginal_decode(prior, self.log_probs(query[:, :, None], memory[rows, best]))
 
-    def _real(self, query: Tensor, memory: Tensor, lengths: Tensor | None) -> Tensor:
-        """The memory of a call that is in order, with zeros in its padding."""
+    def _masked_memory(self, query: Tensor, memory: Tensor, lengths: Tensor | None) -> Tensor:
+        """Check the shapes, and return the memory with zeros at padding."""
         for name, x, width in (("query", query, self.tgt_dim), ("memory", memory, self.src_dim)):
             if x.dim() != 3 or x.shape[-1] != width:
                 raise ShapeError(f"{name} must be (B, N, {width}); got {tuple(x.shape)}")
-        return memory if lengths is None else memory.masked_fill(_past(lengths, memory.shape[1])[..., None], 0.0)
+        return memory if lengths is None else memory.masked_fill(_padding(lengths, memory.shape[1])[..., None], 0.0)
 
 
 @final
 class InferenceNetwork(nn.Module):
-    """`q(z | x, y)`: LSTMs in both directions over memory and target, and a bilinear score of their states."""
+    """The posterior `q(z | x, y)`: a bilinear score of bidirectional LSTM states of memory and target."""
 
     def __init__(self, src_dim: int, vocab: int, hidden: int) -> None:
         super().__init__()
@@ -136,23 +140,23 @@ class InferenceNetwork(nn.Module):
     def forward(
         self, memory: Tensor, target: Tensor, lengths: Tensor | None = None, target_lengths: Tensor | None = None
     ) -> Float[Tensor, "b s t"]:
-        source = _read(self.source, memory, lengths)
-        return _hide(self.w(_read(self.target, self.embed(target), target_lengths)) @ source.mT, lengths)
+        source = _encode(self.source, memory, lengths)
+        return _mask_padding(self.w(_encode(self.target, self.embed(target), target_lengths)) @ source.mT, lengths)
 
 
-def _read(lstm: nn.LSTM, x: Tensor, lengths: Tensor | None) -> Tensor:
+def _encode(lstm: nn.LSTM, x: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return lstm(x)[0]
     packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
     return pad_packed_sequence(lstm(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
 
-def _hide(logits: Float[Tensor, "b s t"], lengths: Tensor | None) -> Float[Tensor, "b s t"]:
+def _mask_padding(logits: Float[Tensor, "b s t"], lengths: Tensor | None) -> Float[Tensor, "b s t"]:
     if lengths is None:
         return logits
-    return logits.masked_fill(_past(lengths, logits.shape[-1])[:, None], masks.NEVER)
+    return logits.masked_fill(_padding(lengths, logits.shape[-1])[:, None], masks.NEVER)
 
 
-def _past(lengths: Int[Tensor, " b"], size: int) -> Bool[Tensor, "b n"]:
-    """True where a sequence has ended."""
+def _padding(lengths: Int[Tensor, " b"], size: int) -> Bool[Tensor, "b n"]:
+    """Mark the positions after each sequence's end."""
     return torch.arange(size, device=lengths.device) >= lengths[:, None]
