@@ -1,4 +1,4 @@
-"""Tiny random models of the kinds that attend differently, and their attention maps as transformers gives them."""
+"""Tiny random models with different kinds of attention, and their eager attention maps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ENCODER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, inter
 
 
 def tiny(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model with weights large enough that its attention is not flat."""
+    """Build a random model with large weights, so that its attention is not uniform."""
     torch.manual_seed(seed)
     makers = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**DECODER | changes)),
@@ -46,7 +46,7 @@ def tiny(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 
 def text(padding: str = "none", n: int = 24) -> dict[str, Tensor]:
-    """Two random texts, the first with seven tokens of padding on one side or none."""
+    """Return two random texts, the first with seven tokens of padding on one side or none."""
     ids = torch.randint(2, 50, (2, n), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     if padding != "none":
@@ -59,7 +59,7 @@ def image() -> dict[str, Tensor]:
 
 
 def eager_maps(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Each layer's weights with `attn_implementation="eager"`, rows of padding zeroed."""
+    """Return each layer's weights with `attn_implementation="eager"`; rows of padding are zero."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Statistics from fused kernels against the whole matrix."""
+"""Statistics from fused kernels agree with the whole matrix."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from foveate.core import oracle
 from foveate.lens.capture import fused
-from foveate.lens.capture.fused import Statistics, carried, received, statistics
+from foveate.lens.capture.fused import Statistics, received, statistics, with_bias
 from tests.tensors import assert_near, qkv
 
 
 @st.composite
 def calls(draw: st.DrawFn) -> dict[str, object]:
-    """A call of any shape: grouped heads, more keys than queries, padding of keys and queries on either side."""
+    """Draw a call: grouped heads, more keys than queries, padding of keys and queries on either side."""
     groups, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     nq, past = draw(st.integers(1, 9)), draw(st.integers(0, 7))
     causal = draw(st.booleans())
@@ -37,7 +37,7 @@ def calls(draw: st.DrawFn) -> dict[str, object]:
 
 
 def dense(call: dict[str, Tensor]) -> Tensor:
-    """The weights of the queries that count, in float64."""
+    """Return the weights of the counted queries, in float64."""
     mask = None if call["key_mask"] is None else call["key_mask"][:, None, None]
     w = oracle.weights(call["q"], call["k"], mask=mask, causal=call["causal"], scale=call["scale"])
     return w if call["query_mask"] is None else w * call["query_mask"][:, None, :, None]
@@ -45,14 +45,14 @@ def dense(call: dict[str, Tensor]) -> Tensor:
 
 @settings(max_examples=80, deadline=None)
 @given(call=calls())
-def test_every_statistic_is_that_of_the_matrix(call) -> None:
+def test_every_statistic_agrees_with_the_matrix(call) -> None:
     w, stats = dense(call), Statistics(**call)
     groups = call["q"].shape[1] // call["k"].shape[1]
-    live = w.sum(-1) > 0
+    counted = w.sum(-1) > 0
     assert_near(stats.received, w.sum(-2), 1e-4, "received")
-    assert torch.equal(stats.live.expand_as(live), live)
-    mean = (w @ call["k"].double().repeat_interleave(groups, 1)) * live[..., None]
-    assert_near(stats.mean_key * live[..., None], mean, 1e-4, "mean key")
+    assert torch.equal(stats.counted.expand_as(counted), counted)
+    mean = (w @ call["k"].double().repeat_interleave(groups, 1)) * counted[..., None]
+    assert_near(stats.mean_key * counted[..., None], mean, 1e-4, "mean key")
     assert_near(stats.visible.expand(-1, w.shape[1], -1), (w > 0).sum(-2), 1e-6, "visible rows")
     chosen = torch.zeros(2, w.shape[3], dtype=torch.bool)
     chosen[0, ::3], chosen[1, -1] = True, True
@@ -71,20 +71,20 @@ def test_values_may_be_wider_or_narrower_than_queries() -> None:
         assert_near(first, w[..., 0], 1e-6)
 
 
-def test_a_query_that_sees_nothing() -> None:
+def test_a_query_that_sees_no_key_gives_zeros() -> None:
     q, k, _ = qkv(4, 4)
     lse, mean = statistics(q, k, k, scale=1.0, key_mask=torch.zeros(2, 4, dtype=torch.bool))
     assert bool((lse == float("-inf")).all()) and bool((mean == 0).all())
     assert bool((received(q, k, lse, scale=1.0) == 0).all())
 
 
-def test_a_bias_carried_by_one_more_dimension_is_a_bias() -> None:
-    """What stands in for a mask where a kernel takes none, as on CUDA."""
+def test_a_bias_as_an_extra_channel_is_a_bias() -> None:
+    """The extra channel replaces a mask for kernels that take none, as on CUDA."""
     q, k, _ = qkv(9, 9, heads=2, dtype=torch.float32)
     bias = torch.randn(2, 1, 9)
     bias[0, :, :4] = fused.HIDDEN
     expected = fused._attend(q, k, k, 1.0, True, bias)
-    wide_q, wide_k = carried(q, k, bias)
+    wide_q, wide_k = with_bias(q, k, bias)
     for ours, theirs in zip(fused._attend(wide_q, wide_k, k, 1.0, True, None), expected, strict=True):
         sees = expected[0] > fused.HIDDEN / 2
         assert_near(ours[sees], theirs[sees], 1e-5)
@@ -92,7 +92,7 @@ def test_a_bias_carried_by_one_more_dimension_is_a_bias() -> None:
 
 @pytest.mark.parametrize("bias", [None, torch.zeros(2, 1, 13)])
 def test_the_cuda_kernel_takes_these_shapes(bias: Tensor | None) -> None:
-    """Run on tensors without memory: widths aligned, heads matched, the log-sum-exp cut to length."""
+    """On meta tensors: widths are aligned, heads repeated, and the log-sum-exp is cut to length."""
     q, k, _ = (x.to("meta") for x in qkv(13, 13, width=6, dtype=torch.float32))
     columns = torch.empty(2, 2, 13, 11, device="meta")
     lse, mean = fused._attend(q, k, columns, 0.5, True, None if bias is None else bias.to("meta"))

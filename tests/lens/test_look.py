@@ -1,4 +1,4 @@
-"""The lens on real model classes: equal to eager maps, in O(N) memory, and without a trace."""
+"""The lens on real model classes: it agrees with eager maps, in O(N) memory, and leaves outputs unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASES = {
 
 
 def expected(maps: list[Tensor], inputs: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    """All measures, from maps."""
+    """Compute all measures from maps."""
     begins = inputs["attention_mask"].argmax(-1) if "attention_mask" in inputs else torch.zeros(2, dtype=torch.long)
     return {
         "entropy": [torch.special.entr(w).sum(-1) for w in maps],
@@ -45,7 +45,7 @@ def expected(maps: list[Tensor], inputs: dict[str, Tensor]) -> dict[str, list[Te
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equal_to_eager_maps(case: str) -> None:
+def test_measures_agree_with_eager_maps(case: str) -> None:
     kind, inputs = CASES[case]
     model = tiny(kind)
     maps = eager_maps(model, inputs)
@@ -59,7 +59,7 @@ def test_equal_to_eager_maps(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_are_bit_for_bit_those_without(case: str) -> None:
+def test_outputs_are_bit_identical(case: str) -> None:
     kind, inputs = CASES[case]
     model = tiny(kind)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_outputs_are_bit_for_bit_those_without(case: str) -> None:
     assert torch.equal(before, during) and torch.equal(before, after)
 
 
-def test_the_table_is_the_mean_over_queries_that_count() -> None:
+def test_the_table_averages_over_counted_queries() -> None:
     model, inputs = tiny("llama"), text("left")
     maps, real = eager_maps(model, inputs), inputs["attention_mask"].bool()
     table = {(row["layer"], row["head"], row["measure"]): row["value"] for row in look(model, inputs).measures()}
@@ -83,8 +83,8 @@ def test_the_table_is_the_mean_over_queries_that_count() -> None:
             assert table[layer, head, "received_mass"] == pytest.approx(share.mean(0)[head].item(), abs=1e-4)
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the most elements that any tensor has which an operation gives."""
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("case", ["llama", "llama, padded left", "bert", "bert, padded"])
 def test_memory_is_linear_on_the_fused_path(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, padding = CASES[case][0], "left" if "padded" in case else "none"
-    n, largest, calls, read = 1024, Largest(), [], Lens.read
+    n, largest, calls, read = 1024, LargestTensor(), [], Lens.read
 
     def watched(self: Lens, site: Site, out: Tensor) -> None:
         calls.append(site.layer)
@@ -115,8 +115,8 @@ def test_memory_is_linear_on_the_fused_path(case: str, monkeypatch: pytest.Monke
     assert largest.elements <= 2 * 4 * n * 16 < n * n  # batch · heads · length · a head's width, padded
 
 
-def test_memory_is_linear_beside_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    n, largest, read = 1024, Largest(), Lens.read
+def test_memory_is_linear_with_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, largest, read = 1024, LargestTensor(), Lens.read
 
     def watched(self: Lens, site: Site, out: Tensor) -> None:
         with largest:
@@ -130,8 +130,8 @@ def test_memory_is_linear_beside_a_window(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_a_prompt_in_pieces_is_one_sequence(kind: str) -> None:
-    """Rows and columns of a prompt that comes in two calls are those of the whole, also where a cache slides."""
+def test_a_prompt_in_two_calls_is_one_sequence(kind: str) -> None:
+    """A prompt in two calls gives the measures of one call, also with a sliding cache."""
     model, inputs = tiny(kind), text("left")
     whole = look(model, inputs, measures=list(MEASURES))
     lens, cache = Lens(list(MEASURES), keep_maps={(0, 0): [2, 20]}), DynamicCache(config=model.config)
@@ -146,7 +146,7 @@ def test_a_prompt_in_pieces_is_one_sequence(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("phase", "rows"), [("prefill", 24), ("decode", 4), ("all", 28)])
-def test_phases_of_generation(phase: str, rows: int) -> None:
+def test_the_phase_selects_calls_of_generation(phase: str, rows: int) -> None:
     model, lens = tiny("llama"), Lens(phase=phase)
     inputs = text()
     with torch.no_grad(), apply(model, lens):
@@ -161,7 +161,7 @@ def test_phases_of_generation(phase: str, rows: int) -> None:
         assert_near(lens.values("received_mass")[layer], received, 1e-4)
 
 
-def test_the_table_is_over_all_sequences_and_values_are_of_the_latest() -> None:
+def test_the_table_averages_sequences_and_values_show_the_latest() -> None:
     model, lens, inputs = tiny("llama"), Lens(["entropy"]), text()
     singles = [{name: x[i : i + 1] for name, x in inputs.items()} for i in range(2)]
     with torch.no_grad(), apply(model, lens):
@@ -176,22 +176,22 @@ def test_the_table_is_over_all_sequences_and_values_are_of_the_latest() -> None:
 
 
 def test_evicted_layers_are_measured_on_what_they_hold() -> None:
-    """Decoding over sinks and a window: sinks hold their mass, and mass stands at the positions that are kept."""
+    """With sinks and a window kept, all mass is at the kept positions, and the sinks' share is right."""
     model, inputs = tiny("llama"), text()
     lens = Lens(["entropy", "sink_mass", "received_mass"], phase="decode", keep_maps={(0, 3): [-1]})
     with torch.no_grad(), apply(model, SinkRecent(sink=2, recent=5), lens):
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
     received, row = lens.values("received_mass")[0], lens.map(0, 3)
     held = torch.zeros(25, dtype=torch.bool)
-    held[:2], held[-6:] = True, True  # the sinks, the window, and the new token before anything is dropped for it
+    held[:2], held[-6:] = True, True  # the sinks, the window, and the new token, for which none is dropped yet
     assert received.shape == (2, 4, 25) and bool((received[..., ~held] == 0).all())
     assert_near(received.sum(-1), torch.ones(2, 4), 1e-5)
     assert_near(row[:, 0], received[:, 3], 1e-5)
     assert_near(lens.values("sink_mass")[0][..., 0], received[..., 0], 1e-5)
 
 
-class Uneven(Method):
-    """Head 0 keeps all its keys, head 1 every other; what is dropped is folded into one summary if asked."""
+class UnevenEviction(Method):
+    """A method whose head 0 keeps all keys and head 1 every other; `folds` merges dropped ones into a summary."""
 
     evicts = True
 
@@ -215,9 +215,9 @@ class Uneven(Method):
 
 
 @pytest.mark.parametrize("folds", [False, True])
-def test_uneven_heads_are_measured_each_on_its_own(folds: bool) -> None:
-    """Mass on a summary belongs to no position: it is in the entropy and in no key's share."""
-    model, method, lens = tiny("llama"), Uneven(folds), Lens(phase="decode", keep_maps={(0, 2): [-1]})
+def test_heads_with_different_keys_are_measured_separately(folds: bool) -> None:
+    """Mass on a summary counts in the entropy, and at no position."""
+    model, method, lens = tiny("llama"), UnevenEviction(folds), Lens(phase="decode", keep_maps={(0, 2): [-1]})
     with torch.no_grad(), apply(model, method, lens):
         model.generate(**text(), max_new_tokens=2, do_sample=False)
     w = method.weights
@@ -230,8 +230,8 @@ def test_uneven_heads_are_measured_each_on_its_own(folds: bool) -> None:
     assert bool((lens.values("received_mass")[0][:, 2:].sum(-1) < 0.999).all()) == folds
 
 
-class Banish(Method):
-    """Takes the first key's weight away."""
+class DropFirstKey(Method):
+    """A method that sets the first key's weight to zero."""
 
     def edit_weights(self, site: Site, weights: Tensor) -> Tensor:
         weights = weights.clone()
@@ -239,37 +239,37 @@ class Banish(Method):
         return weights
 
 
-class Elsewhere(Method):
+class ReplaceAttention(Method):
     def attend(self, site: Site) -> Tensor | None:
         return torch.zeros_like(site.q) if site.layer == 0 else None
 
 
 @pytest.mark.parametrize("lens_first", [True, False])
-def test_edited_weights_are_what_is_measured(lens_first: bool) -> None:
+def test_edited_weights_are_measured(lens_first: bool) -> None:
     model, lens = tiny("llama"), Lens(["sink_mass"])
-    methods = (lens, Banish()) if lens_first else (Banish(), lens)
+    methods = (lens, DropFirstKey()) if lens_first else (DropFirstKey(), lens)
     with torch.no_grad(), apply(model, *methods):
         model(**text())
     assert all(bool((values == 0).all()) for values in lens.values("sink_mass").values())
     assert min(row["value"] for row in look(model, text(), measures=["sink_mass"]).measures()) > 0
 
 
-def test_a_layer_whose_attention_was_replaced_is_named() -> None:
+def test_a_layer_with_replaced_attention_is_listed_as_unseen() -> None:
     model, lens = tiny("llama"), Lens()
-    with torch.no_grad(), apply(model, Elsewhere(), lens):
+    with torch.no_grad(), apply(model, ReplaceAttention(), lens):
         model(**text())
-    assert lens.unseen.keys() == {0} and "in attention's place" in lens.unseen[0]
+    assert lens.unseen.keys() == {0} and "replaced this layer's attention" in lens.unseen[0]
     assert lens.values("entropy").keys() == {1}
 
 
-def test_some_layers_only() -> None:
+def test_layers_limits_the_measured_layers() -> None:
     model = tiny("llama")
     seen = look(model, text()["input_ids"], layers=[1], keep_maps={(0, 0): [-1]}, measures=[SinkMass(first=2)])
     assert seen.values(SinkMass(first=2)).keys() == {1} and seen.map(0, 0).shape == (2, 1, 24)
     assert {row["layer"] for row in seen.measures()} == {1}
 
 
-def test_half_precision_is_measured_in_single() -> None:
+def test_half_precision_is_measured_in_float32() -> None:
     model, inputs = tiny("llama").to(torch.bfloat16), text("left")
     seen = look(model, inputs)
     exact = expected(eager_maps(tiny("llama"), inputs), inputs)
@@ -278,15 +278,15 @@ def test_half_precision_is_measured_in_single() -> None:
         assert_near(seen.values(name)[0], exact[name][0], 0.05, name)
 
 
-def test_foveate_has_look() -> None:
+def test_look_is_public() -> None:
     assert foveate.look is look
 
 
-def test_no_kernel_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no fused kernel tells its log-sum-exp, tiles give the same."""
+def test_devices_without_a_kernel_use_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a fused kernel that returns its log-sum-exp, tiles give the same measures."""
     model, inputs = tiny("llama"), text("left")
     quick = look(model, inputs, measures=list(MEASURES))
-    monkeypatch.setattr(fused, "_runs_on", lambda q: False)
+    monkeypatch.setattr(fused, "_has_kernel", lambda q: False)
     slow = look(model, inputs, measures=list(MEASURES))
     for name in MEASURES:
         for layer, values in quick.values(name).items():
@@ -298,17 +298,17 @@ def test_no_kernel_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (dict(measures=["entorpy"]), 'unknown measure "entorpy"; did you mean "entropy"?'),
         (dict(measures=["entropy", "entropy"]), "different names"),
-        (dict(layers=[2]), "layer 2 must be in 0..1"),
+        (dict(layers=[2]), "layers: 2 must be in 0..1"),
         (dict(keep_maps={(0, 4): [0]}), "head 4 must be in 0..3"),
     ],
 )
-def test_wrong_options(wrong: dict[str, Any], message: str) -> None:
+def test_bad_options_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(FoveateError) as caught:
         look(tiny("llama"), text(), **wrong)
     assert message in str(caught.value)
 
 
-def test_wrong_questions() -> None:
+def test_unmeasured_results_are_refused() -> None:
     seen = look(tiny("llama"), text())
     with pytest.raises(FoveateError, match="keep_maps"):
         seen.map(0, 0)
@@ -318,7 +318,7 @@ def test_wrong_questions() -> None:
         Lens(phase="now")
 
 
-def test_one_stack_at_a_time() -> None:
+def test_a_model_with_two_stacks_is_refused() -> None:
     config = BartConfig(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
                         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)  # fmt: skip
     with pytest.raises(FoveateError, match="a single stack"):

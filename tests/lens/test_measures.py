@@ -1,4 +1,4 @@
-"""Each measure's two ways against each other, and against the definition written out."""
+"""Each measure's two computations agree with each other and with the definition."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 from foveate.core import oracle
 from foveate.core.errors import OptionError, UnknownKey
 from foveate.lens.capture.fused import Statistics
-from foveate.lens.measures import MEASURES, Entropy, ReceivedMass, SinkMass, Tokens, named
+from foveate.lens.measures import MEASURES, Entropy, KeyTokens, ReceivedMass, SinkMass, named
 from tests.tensors import assert_near, qkv
 
 
 @pytest.mark.parametrize("measure", [*MEASURES.values(), SinkMass(first=3), SinkMass(positions=(2, 5))], ids=str)
 @pytest.mark.parametrize("left", [0, 4])
 @pytest.mark.parametrize("causal", [True, False])
-def test_both_ways_agree(measure, left: int, causal: bool) -> None:
+def test_both_computations_agree(measure, left: int, causal: bool) -> None:
     q, k, _ = qkv(12, dtype=torch.float32)
     real = torch.ones(2, 12, dtype=torch.bool)
     real[0, :left] = False
     w = oracle.weights(q, k, mask=real[:, None, None], causal=causal, scale=0.7) * real[:, None, :, None]
-    tokens = Tokens(torch.arange(12).expand(2, 1, 12), real)
+    tokens = KeyTokens(torch.arange(12).expand(2, 1, 12), real)
     call = Statistics(q, k, 0.7, causal, real, real)
     assert_near(measure.fused(call, tokens), measure.from_weights(w, tokens), 1e-4, measure.name)
 
 
-def test_definitions() -> None:
+def test_measures_match_their_definitions() -> None:
     w = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.2, 0.6]])[None, None]
     log = torch.log
     expected = torch.tensor([0.0, log(torch.tensor(2.0)), -0.4 * log(torch.tensor(0.2)) - 0.6 * log(torch.tensor(0.6))])
@@ -39,7 +39,7 @@ def test_definitions() -> None:
     assert_near(ReceivedMass().reduce(total, visible), torch.tensor([[1.7 / 3]]), 1e-6)
 
 
-def test_reduction_leaves_out_what_does_not_count() -> None:
+def test_reductions_leave_out_uncounted_values() -> None:
     values, count = torch.tensor([[[9.0, 1.0, 3.0]]]), torch.tensor([[[False, True, True]]])
     assert Entropy().reduce(values, count).item() == 2.0
     assert Entropy().reduce(values, torch.zeros_like(count)).isnan().all()
@@ -47,13 +47,13 @@ def test_reduction_leaves_out_what_does_not_count() -> None:
 
 def test_first_tokens_are_the_first_real_ones() -> None:
     real = torch.tensor([[False, False, True, True], [True, True, True, True]])
-    tokens = Tokens(torch.arange(4).expand(2, 1, 4), real)
+    tokens = KeyTokens(torch.arange(4).expand(2, 1, 4), real)
     assert tokens.first(1)[:, 0].tolist() == [[False, False, True, False], [True, False, False, False]]
-    evicted = Tokens(torch.tensor([[[-1, 3, 2]], [[0, -2, 3]]]), real)
+    evicted = KeyTokens(torch.tensor([[[-1, 3, 2]], [[0, -2, 3]]]), real)
     assert evicted.first(1)[:, 0].tolist() == [[False, False, True], [True, False, False]]
 
 
-def test_names() -> None:
+def test_names_and_options_are_checked() -> None:
     assert named("entropy") == Entropy() and named(SinkMass(first=4)).first == 4
     with pytest.raises(UnknownKey, match='unknown measure "entorpy"; did you mean "entropy"?'):
         named("entorpy")

@@ -1,4 +1,4 @@
-"""Measures from tiles, for calls that no fused kernel tells of, against the whole matrix."""
+"""Measures from tiles, for calls without fused statistics, agree with the whole matrix."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from foveate.host import Site
 from foveate.lens import MEASURES
 from foveate.lens.capture import tiles
 from foveate.lens.capture.fused import Statistics
-from foveate.lens.measures import Tokens
+from foveate.lens.measures import KeyTokens
 from tests.tensors import assert_near, qkv
 
 
-def site(q: Tensor, k: Tensor, **what: Any) -> Site:
-    """A call as the host would describe it."""
-    return Site(nn.Identity(), 0, q, k, k, **{"scale": 0.6, "attention_mask": None, "is_causal": True, **what})
+def site(q: Tensor, k: Tensor, **fields: Any) -> Site:
+    """Build a call as the host would describe it."""
+    return Site(nn.Identity(), 0, q, k, k, **{"scale": 0.6, "attention_mask": None, "is_causal": True, **fields})
 
 
-def measured(call: Site) -> tiles.Readings:
+def measure(call: Site) -> tiles.Measurements:
     assert Statistics.of(call) is None
-    return tiles.readings(call, list(MEASURES.values()), Tokens.of(call))
+    return tiles.measure_call(call, list(MEASURES.values()), KeyTokens.of(call))
 
 
-def check(found: tiles.Readings, w: Tensor, seen: Tensor) -> None:
-    """`found` is what the matrix `w` says, `seen` being the pairs that count."""
+def check(found: tiles.Measurements, w: Tensor, seen: Tensor) -> None:
+    """Check `found` against the matrix `w` and the visible pairs `seen`."""
     assert_near(found.values["entropy"], torch.special.entr(w).sum(-1), 1e-4)
     assert_near(found.values["sink_mass"], w[..., 0], 1e-4)
     assert_near(found.values["received_mass"], w.sum(-2), 1e-4)
-    assert torch.equal(found.live, w.sum(-1) > 0)
+    assert torch.equal(found.counted, w.sum(-1) > 0)
     assert_near(found.visible, seen.expand_as(w).sum(-2), 1e-6)
 
 
@@ -45,51 +45,51 @@ def _tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 pytestmark = pytest.mark.usefixtures("_tile", "poisoned_memory")
 
 
-def test_a_soft_cap() -> None:
+def test_soft_caps_are_measured() -> None:
     q, k, _ = qkv(9, 13, dtype=torch.float32)
     logits = 0.5 * torch.tanh(0.6 * q @ k.repeat_interleave(2, 1).mT / 0.5)
     seen = masks.causal(9, 13)
-    check(measured(site(q, k, softcap=0.5)), logits.masked_fill(~seen, float("-inf")).softmax(-1), seen)
+    check(measure(site(q, k, softcap=0.5)), logits.masked_fill(~seen, float("-inf")).softmax(-1), seen)
 
 
 @pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min])
-def test_a_bias_of_the_callers(hidden: float) -> None:
+def test_a_float_bias_is_measured(hidden: float) -> None:
     q, k, _ = qkv(9, 9, dtype=torch.float32)
     seen = masks.window(9, 9, 4)[None, None].clone()
     bias = torch.randn(2, 1, 9, 9).masked_fill(~seen, hidden)
     w = oracle.weights(q, k, mask=bias.masked_fill(~seen, float("-inf")), scale=0.6)
-    check(measured(site(q, k, attention_mask=bias)), w, seen)
+    check(measure(site(q, k, attention_mask=bias)), w, seen)
 
 
-def test_a_mask_with_rows_that_see_nothing() -> None:
+def test_masks_with_empty_rows_are_measured() -> None:
     q, k, _ = qkv(9, 9, dtype=torch.float32)
     seen = torch.rand(2, 4, 9, 9, generator=torch.Generator().manual_seed(0)) < 0.3
     seen[0, 1, 3] = False
-    check(measured(site(q, k, attention_mask=seen)), oracle.weights(q, k, mask=seen, scale=0.6), seen)
+    check(measure(site(q, k, attention_mask=seen)), oracle.weights(q, k, mask=seen, scale=0.6), seen)
 
 
-def test_selected_keys() -> None:
+def test_selected_keys_are_measured() -> None:
     q, k, _ = qkv(6, 9, dtype=torch.float32)
     chosen = Indices(torch.tensor([[[[0, 3, 5], [1, 2, 8]]]]), 6, 9, group=3)
     seen = chosen.dense() & masks.causal(6, 9)
-    found = measured(site(q, k, selections=[chosen]))
+    found = measure(site(q, k, selections=[chosen]))
     check(found, oracle.weights(q, k, mask=seen, scale=0.6), seen)
 
 
-def test_weights_that_somebody_made() -> None:
+def test_given_weights_are_measured() -> None:
     q, k, _ = qkv(9, 9, dtype=torch.float32)
     w = torch.rand(2, 4, 9, 9).tril()
     w = w / w.sum(-1, keepdim=True)
     call = site(q, k, weights=w)
-    check(measured(call), w, masks.causal(9, 9))
+    check(measure(call), w, masks.causal(9, 9))
     assert_near(tiles.weights_of(call, slice(2, 5), 3), w[:, 3, 2:5], 1e-6)
 
 
-def test_other_devices_and_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hidden keys may hold anything."""
-    monkeypatch.setattr("foveate.lens.capture.fused._runs_on", lambda q: False)
+def test_nan_in_hidden_keys_does_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden keys may hold NaN, also on devices without a fused kernel."""
+    monkeypatch.setattr("foveate.lens.capture.fused._has_kernel", lambda q: False)
     q, k, _ = qkv(9, 9, dtype=torch.float32)
     seen = masks.causal(9, 9)[None, None] & (torch.arange(9) != 4)
     w = oracle.weights(q, k, mask=seen, scale=0.6)
     k[:, :, 4] = float("nan")
-    check(measured(site(q, k, attention_mask=seen)), w, seen)
+    check(measure(site(q, k, attention_mask=seen)), w, seen)

@@ -1,4 +1,4 @@
-"""Looking: where attention goes, measured while the fast kernel runs."""
+"""Analysis of attention: measures that are taken while the fused kernel runs."""
 
 from foveate.core.public import lazy
 

@@ -1,4 +1,4 @@
-"""Interventions at inference."""
+"""Interventions on a model's attention at inference."""
 
 from foveate.core.public import lazy
 

@@ -1,4 +1,4 @@
-"""Experiments that show a theorem or a prediction of a paper."""
+"""Experiments that demonstrate a theorem or a prediction of a paper."""
 
 from foveate.core.public import lazy
 

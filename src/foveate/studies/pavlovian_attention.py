@@ -1,8 +1,8 @@
-"""Attention as conditioning: keys are conditional stimuli, values unconditional ones, a query tests what was learned.
+"""Attention as conditioning: keys are conditional stimuli, values unconditional stimuli, and queries test the memory.
 
-Understanding Transformers through the Lens of Pavlovian Conditioning (2025), arXiv 2508.08289. Of the paper its
+Understanding Transformers through the Lens of Pavlovian Conditioning (2025), arXiv 2508.08289. Only the paper's
 abstract was read: a head stores O(sqrt(d_k)) associations without error, O(d_k) on average, and redundant heads must
-balance depth. How interference, capacity and reliability are measured here (and in `hebbian_capacity.py`) is a
+compensate for depth. The measures of interference, capacity and reliability here and in `hebbian_capacity.py` are a
 reconstruction, checked at its limits.
 """
 
@@ -30,49 +30,52 @@ from foveate.studies.hebbian_capacity import retrieval_snr
 
 Rule = Literal["hebb", "delta", "oja", "decay"]
 
-# -- learning and asking -----------------------------------------------------------------------------------------------
+# -- learning and retrieval --------------------------------------------------------------------------------------------
 
 
 def hebbian_retrieval(
     q: Float[Tensor, "b h m d"], k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n dv"], rule: Rule = "hebb", *,
-    eta: float = 1.0, fade: float = 0.1, causal: bool = False,
+    eta: float = 1.0, decay: float = 0.1, causal: bool = False,
 ) -> Float[Tensor, "b h m dv"]:  # fmt: skip
-    """What the queries recall after the pairs (k, v) were met in order, by a rule of plasticity for the memory S.
+    """Return what the queries retrieve after a memory S has learned the pairs (k, v) in order, by a plasticity rule.
 
     Args:
-        rule: "hebb": `S += eta v kᵀ`, un-normalised linear attention. "delta": `S += eta (v - S k) kᵀ`, Rescorla and
-            Wagner's, which learns from surprise. "oja": `S += eta (v kᵀ - S diag(k²))`, which bounds S. "decay":
-            `S <- (1 - fade) S + eta v kᵀ`, which extinguishes with time.
-        eta: the rate. For "oja", `eta k²` may be at most 1.
-        causal: each query asks when its own token has been met, and those after it have not (the last query at the last
-            token); otherwise all ask at the end.
+        rule: "hebb": `S += eta v kᵀ`, un-normalised linear attention. "delta": `S += eta (v - S k) kᵀ`, the rule of
+            Rescorla and Wagner, which learns from prediction errors. "oja": `S += eta (v kᵀ - S diag(k²))`, which
+            bounds S. "decay": `S <- (1 - decay) S + eta v kᵀ`, which forgets with time.
+        eta: the learning rate. For "oja", `eta k²` may be at most 1.
+        decay: the forgetting rate of "decay".
+        causal: True lets each query retrieve after its own token has been learned and before later ones, aligned at the
+            last token; False lets all retrieve at the end.
     """
-    op = _operator(rule, eta, fade)
+    op = _operator(rule, eta, decay)
     if rule == "oja" and bool((eta * k.square() > 1).any()):
-        raise OptionError(f"eta={eta} is too large for these keys: oja needs eta k² of at most 1 in every channel")
+        raise OptionError(
+            f"eta={eta} must give eta k² of at most 1 in every channel with rule='oja'; these keys give more"
+        )
     if causal:
         return op(q, k, v, causal=True)
     n, m = k.shape[2], q.shape[2]
-    k, v = F.pad(k, (0, 0, 0, m)), F.pad(v, (0, 0, 0, m))  # places for the tests, where nothing is learned
+    k, v = F.pad(k, (0, 0, 0, m)), F.pad(v, (0, 0, 0, m))  # positions of the queries, where nothing is learned
     return op(q, k, v, causal=True, mask=(torch.arange(n + m, device=k.device) < n)[None, None, None])
 
 
-def _operator(rule: Rule, eta: float, fade: float) -> Operator:
+def _operator(rule: Rule, eta: float, decay: float) -> Operator:
     validate.one_of("rule", rule, ("hebb", "delta", "oja", "decay"))
     validate.at_least("eta", eta, 0)
-    validate.between("fade", fade, 0, 1)
+    validate.between("decay", decay, 0, 1)
     if rule == "oja":
         return _Oja(eta)
     if rule == "delta":
         return Miras("l2", "none", theta=eta, chunk=1, unit=False)
     if rule == "decay":
-        return Miras("dot", "l2", theta=eta, alpha=fade, chunk=64, unit=False)
+        return Miras("dot", "l2", theta=eta, alpha=decay, chunk=64, unit=False)
     return Miras("dot", "none", theta=eta, chunk=64, unit=False)
 
 
 @final
 class _Oja(Linear):
-    """Each key channel forgets as much as it is used: a linear operator with a decay per feature."""
+    """A linear operator with a decay per feature: each key channel forgets in proportion to its use."""
 
     patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
     default_scale: ClassVar[float | None] = 1.0
@@ -94,13 +97,14 @@ class _Oja(Linear):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Responses of a memory to stimuli A and B, alone, where the unconditional stimulus is 1.
+    """A memory's responses to the single stimuli A and B; the unconditional stimulus (US) is 1.
 
     Args:
-        acquired: to A after A was followed by it.
-        extinguished: to A after A was then met as often without it.
-        blocked: to B after A was followed by it, and then A and B together: a learner from surprise leaves B out.
-        interference: to B after only `A + B / 2` was followed by it: what overlaps is answered alike.
+        acquired: the response to A after pairings of A with the US.
+        extinguished: the response to A after as many further presentations of A without the US.
+        blocked: the response to B after pairings of A, then of A and B together, with the US. A rule that learns from
+            prediction errors does not learn B.
+        interference: the response to B after pairings of only `A + B / 2` with the US: overlapping keys respond alike.
     """
 
     acquired: float
@@ -109,8 +113,8 @@ class Conditioning:
     interference: float
 
 
-def conditioning(rule: Rule, *, eta: float = 1.0, fade: float = 0.1, trials: int = 1) -> Conditioning:
-    """The experiments that tell rules apart, each phase of `trials` pairings."""
+def conditioning(rule: Rule, *, eta: float = 1.0, decay: float = 0.1, trials: int = 1) -> Conditioning:
+    """Run the experiments that distinguish the rules, with `trials` presentations in each phase."""
     validate.count("trials", trials, 1)
     a, b = torch.eye(2, dtype=torch.float64)
 
@@ -118,7 +122,7 @@ def conditioning(rule: Rule, *, eta: float = 1.0, fade: float = 0.1, trials: int
         k = torch.stack([cue for cue, _ in phases]).repeat_interleave(trials, 0)
         v = torch.tensor([us for _, us in phases], dtype=k.dtype).repeat_interleave(trials)[:, None]
         shaped = (x.reshape(1, 1, -1, x.shape[-1]) for x in (test[None], k, v))
-        return hebbian_retrieval(*shaped, rule, eta=eta, fade=fade).item()
+        return hebbian_retrieval(*shaped, rule, eta=eta, decay=decay).item()
 
     return Conditioning(
         acquired=response(a, (a, 1.0)),
@@ -128,22 +132,22 @@ def conditioning(rule: Rule, *, eta: float = 1.0, fade: float = 0.1, trials: int
     )
 
 
-# -- a real head -------------------------------------------------------------------------------------------------------
+# -- a real model ------------------------------------------------------------------------------------------------------
 
 
 def conditioning_report(
     model: object, inputs: Tensor | Mapping[str, Any] | None = None, *, layers: Iterable[int] | None = None, **more: Any
 ) -> list[dict[str, Any]]:
-    """How full the heads' memories are, if they are read as Hebbian ones: from the keys and values of a real model.
+    """Measure a real model's keys and values as if each head were a Hebbian memory.
 
     Args:
-        model, inputs, more: as for `foveate.look`.
-        layers: which; all where None.
+        model, inputs, more: see `foveate.look`.
+        layers: the layers to measure; None is all.
 
     Returns:
         A row for each layer and key/value head, means over the batch: `tokens` stored; `coherence`, the root mean
         square of the keys' cosines (`d_k ** -0.5` at random); `snr`, see `Retrieval.overall`; and `effective`, the
-        number of random unit keys that would interfere as much, `1 + d_k / snr`.
+        number of random unit keys with the same interference, `1 + d_k / snr`.
     """
     reader = _Reader(layers)
     if isinstance(inputs, Tensor):
@@ -156,7 +160,7 @@ def conditioning_report(
 @final
 @dataclass(eq=False)
 class _Reader(Method):
-    """Reads keys and values where they are attended to."""
+    """A method that measures keys and values at each attention call."""
 
     layers: Iterable[int] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list, init=False)
@@ -165,7 +169,7 @@ class _Reader(Method):
         self.layers = tuple(range(host.layers) if self.layers is None else self.layers)
         for layer in self.layers:
             if layer not in range(host.layers):
-                raise OptionError(f"layer {layer} must be in 0..{host.layers - 1}, the layers of this model")
+                raise OptionError(f"layers: {layer} must be in 0..{host.layers - 1} for this model")
 
     def at(self, site: Site) -> bool:
         return site.layer in (self.layers or ())
@@ -174,15 +178,15 @@ class _Reader(Method):
         k, v = site.k.double(), site.v.double()
         real = k.new_ones(k.shape[0], k.shape[2]) if site.real is None else site.real.to(k.dtype)
         for head in range(k.shape[1]):
-            found = [_head(k[b, head][real[b] > 0], v[b, head][real[b] > 0]) for b in range(k.shape[0])]
+            found = [_measure_head(k[b, head][real[b] > 0], v[b, head][real[b] > 0]) for b in range(k.shape[0])]
             means = {name: sum(row[name] for row in found) / len(found) for name in found[0]}
             self.rows.append({"layer": site.layer, "head": head, **means})
 
 
-def _head(k: Float[Tensor, "n d"], v: Float[Tensor, "n dv"]) -> dict[str, float]:
+def _measure_head(k: Float[Tensor, "n d"], v: Float[Tensor, "n dv"]) -> dict[str, float]:
     n, d = k.shape
     unit = F.normalize(k, dim=-1)
-    pairs = (unit.mT @ unit).square().sum() - n  # of cosines, squared
+    pairs = (unit.mT @ unit).square().sum() - n  # the sum of squared cosines of different keys
     snr = retrieval_snr(k, v).overall
     return {
         "tokens": n, "coherence": (pairs.clamp_min(0) / max(n * (n - 1), 1)).sqrt().item(), "snr": snr.item(),

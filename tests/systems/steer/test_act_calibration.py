@@ -1,4 +1,4 @@
-"""ACT: what its paper says, on an attention-pool classifier with constructed weights."""
+"""ACT: the paper's claims, on an attention-pooling classifier with constructed weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ LENGTH = 32
 
 
 def pool() -> LlamaForCausalLM:
-    """Four layers of which the third pools the prompt into two classes, by four heads; the others pass it on.
+    """Build four layers; the third pools the prompt into two classes, with four heads, and the others are identities.
 
-    Head STEALS pools content, but a delimiter takes most of its attention and says "class 0". INITIAL pools content
-    beside a sink at the start. EVEN says nothing. HELPS attends to a verdict later in the prompt, which is worth it.
+    Head STEALS pools content, but a delimiter gets most of its attention and votes for class 0. INITIAL pools content
+    and has a sink at the start. EVEN contributes nothing. HELPS attends to a verdict later in the prompt, which is
+    informative.
     """
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=4, num_attention_heads=4,
@@ -39,7 +40,7 @@ def pool() -> LlamaForCausalLM:
         EVEN: {},
         HELPS: {BOS: 12, VERDICT[0]: 30, VERDICT[1]: 30},
     }
-    says = {
+    votes = {
         STEALS: {CONTENT[0]: (1, 0), CONTENT[1]: (0, 1), DELIMITER: (0.16, 0)},
         INITIAL: {CONTENT[0]: (0.1, 0), CONTENT[1]: (0, 0.1)},
         EVEN: {},
@@ -55,19 +56,19 @@ def pool() -> LlamaForCausalLM:
         attention = model.model.layers[2].self_attn
         model.model.layers[2].input_layernorm.weight.fill_((2 / WIDTH) ** 0.5)
         for head in range(4):
-            first, still = head * HEAD, head * HEAD + HEAD // 2 - 1  # a pair that rotary embedding hardly turns
+            first, still = head * HEAD, head * HEAD + HEAD // 2 - 1  # the pair of channels that rotates least
             attention.q_proj.weight[still, ONE] = HEAD**0.5
             for token, times in mass[head].items():
                 attention.k_proj.weight[still, token] = torch.tensor(float(times)).log()
-            for token, answer in says[head].items():
+            for token, answer in votes[head].items():
                 attention.v_proj.weight[first : first + 2, token] = torch.tensor(answer, dtype=torch.float32)
             attention.o_proj.weight[ANSWER : ANSWER + 2, first : first + 2] = torch.eye(2)
     return model
 
 
 def prompts(count: int, seed: int) -> list[tuple[Tensor, int]]:
-    """Prompts of noisy content with a delimiter and a mostly right verdict inside, and their classes."""
-    draw, made = torch.Generator().manual_seed(seed), []
+    """Draw prompts of noisy content, with a delimiter and a mostly right verdict, and their classes."""
+    draw, examples = torch.Generator().manual_seed(seed), []
     for index in range(count):
         label = index % 2
         rare = torch.rand(LENGTH, generator=draw) < 0.35
@@ -76,8 +77,8 @@ def prompts(count: int, seed: int) -> list[tuple[Tensor, int]]:
         right = torch.rand((), generator=draw) < 0.9
         ids[places] = torch.tensor([DELIMITER, VERDICT[label if right else 1 - label]])
         ids[0], ids[-1] = BOS, END
-        made.append((ids, label))
-    return made
+        examples.append((ids, label))
+    return examples
 
 
 def right(model: LlamaForCausalLM, example: tuple[Tensor, int]) -> float:
@@ -96,7 +97,7 @@ def model() -> LlamaForCausalLM:
 
 
 def causal_maps(n: int = 12, heads: int = 3, seed: int = 0) -> Tensor:
-    """Random causal maps with a few strong columns."""
+    """Draw causal maps with a few strong columns."""
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, heads, n, n, generator=draw) + 4.0 * (torch.rand(2, heads, 1, n, generator=draw) < 0.3)
     return logits.masked_fill(~torch.ones(n, n).tril().bool(), float("-inf")).softmax(-1)
@@ -104,7 +105,7 @@ def causal_maps(n: int = 12, heads: int = 3, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("beta", [0.0, 0.4, 0.9])
-def test_rows_sum_to_one_and_stay_causal_and_the_first_sink_is_spared(seed: int, beta: float) -> None:
+def test_rows_stay_causal_distributions_and_the_first_sink_is_kept(seed: int, beta: float) -> None:
     before = causal_maps(seed=seed)
     after = calibrate_sinks(before, None, beta, alpha=2.0)
     assert_near(after.sum(-1), torch.ones(2, 3, 12), 1e-6)
@@ -124,8 +125,8 @@ def test_a_beta_of_one_is_the_identity() -> None:
     assert torch.equal(calibrate_sinks(before, [], alpha=1.0), before)
 
 
-def test_a_written_out_case() -> None:
-    """Six tokens; keys 0 and 2 receive 0.567 and 0.35 of the queries that see them, more than 2/6."""
+def test_calibration_of_a_small_map() -> None:
+    """Of six tokens, keys 0 and 2 receive 0.567 and 0.35 on average, more than 2/6."""
     before = torch.tensor([
         [1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
         [0.6, 0.4, 0.0, 0.0, 0.0, 0.0],
@@ -144,17 +145,19 @@ def test_a_written_out_case() -> None:
     ])  # fmt: skip
     assert_near(calibrate_sinks(before[None, None], alpha=2.0)[0, 0], after, 1e-6)
     assert_near(calibrate_sinks(before[None, None], thr=0.34)[0, 0], after, 1e-6)
-    assert torch.equal(calibrate_sinks(before[None, None], thr=0.36)[0, 0], before)  # key 0 alone is spared
+    assert torch.equal(
+        calibrate_sinks(before[None, None], thr=0.36)[0, 0], before
+    )  # only key 0 is a sink, and it is kept
 
 
-def test_a_row_that_sees_only_sinks_stays() -> None:
+def test_a_row_with_only_sinks_is_unchanged() -> None:
     before = torch.tensor([[1.0, 0.0], [0.5, 0.5]])[None, None]
     assert torch.equal(calibrate_sinks(before, thr=0.1, keep_first=False), before)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_rows_of_padding_are_not_asked(side: str) -> None:
-    """Whatever they attend to: sinks are found on the rows and keys that count."""
+def test_rows_of_padding_do_not_count(side: str) -> None:
+    """Sinks are found on the visible rows and keys only."""
     part, n = causal_maps(n=12), 20
     real = slice(8, None) if side == "left" else slice(0, 12)
     whole, seen = torch.full((2, 3, n, n), 1 / n), torch.zeros(n, n, dtype=torch.bool)
@@ -173,8 +176,8 @@ def test_only_the_chosen_heads_change() -> None:
 
 def test_calibration_of_the_stealing_head_helps(model: LlamaForCausalLM, claim: ClaimFixture) -> None:
     examples = prompts(200, seed=1)
-    taken = causal_map(model, examples[0][0])[STEALS, -1, examples[0][0] == DELIMITER]
-    assert 0.55 < taken.item() < 0.65
+    stolen = causal_map(model, examples[0][0])[STEALS, -1, examples[0][0] == DELIMITER]
+    assert 0.55 < stolen.item() < 0.65
     claim(
         "Scaling down a later sink in the head that it steals 60% of raises accuracy",
         ours=accuracy(model, ActCalibration([(2, STEALS)]), examples),
@@ -194,16 +197,18 @@ def test_not_all_sinks_are_worth_calibrating(model: LlamaForCausalLM, claim: Cla
 
 
 def test_the_search_picks_the_stealing_head_alone(model: LlamaForCausalLM) -> None:
-    told: list[tuple[int, int, str]] = []
-    found = act_search(model, prompts(60, seed=2), right, progress=lambda *what: told.append(what))
+    calls: list[tuple[int, int, str]] = []
+    found = act_search(model, prompts(60, seed=2), right, progress=lambda *call: calls.append(call))
     assert found.nonzero().tolist() == [[2, STEALS]]
-    assert [done for done, _, _ in told] == [1, 2, 3, 4] and told[0][1] == 4  # layer 2 of 4 is what may be tried
+    assert [done for done, _, _ in calls] == [1, 2, 3, 4] and calls[0][
+        1
+    ] == 4  # the default candidates are layer 2's heads
     examples = prompts(20, seed=3)
     assert accuracy(model, ActCalibration(found), examples) == accuracy(model, ActCalibration({2: [STEALS]}), examples)
 
 
 def causal_map(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
-    """Layer 2's weights `(heads, N, N)`."""
+    """Return layer 2's weights `(heads, N, N)`."""
     model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = model(ids[None], output_attentions=True).attentions[2][0]
@@ -225,7 +230,7 @@ def test_a_head_with_the_initial_sink_only_is_unchanged(model: LlamaForCausalLM)
 @pytest.mark.parametrize(
     "method", [ActCalibration(beta=1.0), ActCalibration([]), ActCalibration(torch.zeros(4, 4).bool())]
 )
-def test_exact_limits_and_no_trace(model: LlamaForCausalLM, method: ActCalibration) -> None:
+def test_exact_limits_leave_the_outputs_unchanged(model: LlamaForCausalLM, method: ActCalibration) -> None:
     ids = torch.stack([ids for ids, _ in prompts(3, seed=5)])
     with torch.no_grad():
         before = model(ids).logits
@@ -238,8 +243,8 @@ def test_exact_limits_and_no_trace(model: LlamaForCausalLM, method: ActCalibrati
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("variant", ["paper", "release"])
-def test_padding_and_company_change_nothing(side: str, variant: str) -> None:
-    """A short prompt beside a longer one is calibrated as it is alone, with sinks in every head of a random model."""
+def test_padding_and_other_sequences_change_nothing(side: str, variant: str) -> None:
+    """A short prompt in a padded batch is calibrated as it is alone."""
     model, draw = tiny("llama", num_hidden_layers=4), torch.Generator().manual_seed(0)
     long, short = torch.randint(2, 50, (24,), generator=draw), torch.randint(2, 50, (13,), generator=draw)
     gap = torch.full((11,), 7)
@@ -254,7 +259,7 @@ def test_padding_and_company_change_nothing(side: str, variant: str) -> None:
     assert_near(together[1, -1 if side == "left" else 12], alone[1], 1e-4)
 
 
-def test_only_the_prompt_is_touched(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_prompt_is_calibrated(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, edit = [], ActCalibration.edit_weights
 
     def watched(self, site, weights):
@@ -267,7 +272,7 @@ def test_only_the_prompt_is_touched(model: LlamaForCausalLM, monkeypatch: pytest
     assert seen == [(2, LENGTH)]
 
 
-def test_variants() -> None:
+def test_variants_set_the_threshold() -> None:
     assert ActCalibration().threshold == "alpha/N" and ActCalibration(variant="release").threshold == 0.1
 
 
@@ -285,7 +290,7 @@ def test_variants() -> None:
         (lambda model: act_search(model, [], right), "calibration_set"),
     ],
 )
-def test_wrong_options(model: LlamaForCausalLM, make, message: str) -> None:
+def test_bad_options_are_refused(model: LlamaForCausalLM, make, message: str) -> None:
     with pytest.raises(FoveateError) as caught:
         make(model)
     assert message in str(caught.value)

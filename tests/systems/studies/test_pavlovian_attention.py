@@ -1,4 +1,4 @@
-"""Pavlovian conditioning: what a Hebbian memory recalls, how much it holds, and how full a real head's is."""
+"""Pavlovian conditioning: retrieval and capacity of a Hebbian memory, and the report on a real model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from foveate.host.entry import apply
 from foveate.host.method import Method
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.studies.hebbian_capacity import capacity_curve, error_propagation, retrieval_snr
-from foveate.studies.pavlovian_attention import _head, conditioning, conditioning_report, hebbian_retrieval
+from foveate.studies.pavlovian_attention import _measure_head, conditioning, conditioning_report, hebbian_retrieval
 from tests.lens.models import text, tiny
 from tests.tensors import assert_near
 
@@ -25,8 +25,8 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def by_hand(rule: str, q: Tensor, k: Tensor, v: Tensor, eta: float, fade: float, causal: bool) -> Tensor:
-    """One memory a head, one pair after the other."""
+def reference(rule: str, q: Tensor, k: Tensor, v: Tensor, eta: float, decay: float, causal: bool) -> Tensor:
+    """Update one memory per head, pair by pair."""
     s, states = torch.zeros(*v.shape[:2], v.shape[3], k.shape[3], dtype=k.dtype), []
     for t in range(k.shape[2]):
         key, value = k[:, :, t], v[:, :, t]
@@ -35,29 +35,29 @@ def by_hand(rule: str, q: Tensor, k: Tensor, v: Tensor, eta: float, fade: float,
             write = write - torch.einsum("bhvj,bhj,bhk->bhvk", s, key, key)
         elif rule == "oja":
             write = write - s * key[:, :, None] ** 2
-        s = (1 - fade if rule == "decay" else 1) * s + eta * write
+        s = (1 - decay if rule == "decay" else 1) * s + eta * write
         states.append(s)
     past = k.shape[2] - q.shape[2]
-    asked = [states[past + i] if causal else s for i in range(q.shape[2])]
-    return torch.stack([torch.einsum("bhvk,bhk->bhv", state, q[:, :, i]) for i, state in enumerate(asked)], 2)
+    memories = [states[past + i] if causal else s for i in range(q.shape[2])]
+    return torch.stack([torch.einsum("bhvk,bhk->bhv", state, q[:, :, i]) for i, state in enumerate(memories)], 2)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("queries", [3, 9, 12])
-def test_each_rule_is_its_sum(rule: str, causal: bool, queries: int) -> None:
+def test_each_rule_matches_its_recurrence(rule: str, causal: bool, queries: int) -> None:
     if causal and queries > 9:
         return
     q, k, v = draw(2, 3, queries, 4), 0.3 * draw(2, 3, 9, 4, seed=1), draw(2, 3, 9, 5, seed=2)
-    found = hebbian_retrieval(q, k, v, rule, eta=0.4, fade=0.2, causal=causal)
-    assert_near(found, by_hand(rule, q, k, v, 0.4, 0.2, causal), 1e-12)
+    found = hebbian_retrieval(q, k, v, rule, eta=0.4, decay=0.2, causal=causal)
+    assert_near(found, reference(rule, q, k, v, 0.4, 0.2, causal), 1e-12)
 
 
-def test_hebb_is_linear_attention_and_delta_the_delta_rule() -> None:
+def test_hebb_is_linear_attention_and_delta_is_deltanet() -> None:
     q, k, v = draw(2, 3, 20, 6), draw(2, 3, 20, 6, seed=1), draw(2, 3, 20, 5, seed=2)
     assert_near(hebbian_retrieval(q, k, v, causal=True), LightningAttention2([1.0] * 3)(q, k, v, causal=True), 1e-6)
     k, out, s = F.normalize(k, dim=-1), [], torch.zeros(2, 3, 5, 6, dtype=torch.float64)
-    for t in range(20):  # DeltaNet with beta = 1: the old value of the key goes, the new one comes
+    for t in range(20):  # DeltaNet with beta = 1 replaces the key's old value by the new one
         key, value = k[:, :, t], v[:, :, t]
         old = (s @ key[..., None])[..., 0]
         s = s + (value - old)[..., None] * key[:, :, None]
@@ -66,7 +66,7 @@ def test_hebb_is_linear_attention_and_delta_the_delta_rule() -> None:
 
 
 @pytest.mark.parametrize("rule", ["hebb", "delta"])
-def test_orthonormal_keys_are_recalled_in_full(rule: str) -> None:
+def test_orthonormal_keys_are_retrieved_exactly(rule: str) -> None:
     k = torch.linalg.qr(draw(16, 16))[0][None, None]
     v = draw(1, 1, 16, 5, seed=1)
     assert_near(hebbian_retrieval(k, k, v, rule), v, 1e-6)
@@ -78,7 +78,7 @@ def test_orthonormal_keys_are_recalled_in_full(rule: str) -> None:
 # -- capacity ----------------------------------------------------------------------------------------------------------
 
 
-def test_signal_and_interference_by_hand() -> None:
+def test_signal_and_interference_match_their_sums() -> None:
     k, v = draw(2, 7, 4), draw(2, 7, 5, seed=1)
     found = retrieval_snr(k, v)
     for b in range(2):
@@ -91,8 +91,8 @@ def test_signal_and_interference_by_hand() -> None:
             assert_near(found.error[b, j], noise.norm() / signal.norm(), 1e-10)
     energy = [x.flatten(1).norm(dim=1) ** 2 for x in (found.signal, found.interference)]
     assert_near(found.overall, energy[0] / energy[1], 1e-10)
-    asked = hebbian_retrieval(k[:, None], k[:, None], v[:, None])[:, 0]
-    assert_near(found.signal + found.interference, asked, 1e-12)
+    retrieved = hebbian_retrieval(k[:, None], k[:, None], v[:, None])[:, 0]
+    assert_near(found.signal + found.interference, retrieved, 1e-12)
     with pytest.raises(ShapeError, match="k and v must share all but their width"):
         retrieval_snr(k, v[:, 1:])
 
@@ -107,7 +107,7 @@ def test_random_keys_have_the_snr_of_a_random_walk(d_k: int) -> None:
 
 
 def slope(case: str, widths: tuple[int, ...], candidates, eps: float = 0.5) -> float:
-    """Of the number that fits, in the logarithm of the width: least squares."""
+    """Return the exponent with which the capacity grows with the width, by least squares in logarithms."""
     fits = []
     for d_k in widths:
         g = torch.Generator().manual_seed(0)
@@ -117,7 +117,7 @@ def slope(case: str, widths: tuple[int, ...], candidates, eps: float = 0.5) -> f
     return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
 
 
-def test_what_fits_grows_with_the_width_on_average_and_with_its_root_at_worst(claim) -> None:
+def test_capacity_grows_with_the_width_on_average_and_its_root_at_worst(claim) -> None:
     average = slope("average", (32, 64, 128), lambda d: range(d // 5, d // 3))
     worst = slope("worst", (64, 128, 256, 512), lambda d: range(2, 2 * math.isqrt(d)))
     assert average == pytest.approx(1, abs=0.15)
@@ -129,7 +129,7 @@ def test_what_fits_grows_with_the_width_on_average_and_with_its_root_at_worst(cl
     )  # fmt: skip
 
 
-def test_errors_of_the_worst_case_add_up_in_full() -> None:
+def test_errors_of_the_worst_case_add_up_linearly() -> None:
     found = capacity_curve(64, [1, 2, 5, 9, 63], 0.51, case="worst")
     assert found.lengths == (1, 2, 5, 9, 63)
     for n, error in zip(found.lengths, found.errors, strict=True):
@@ -146,15 +146,15 @@ def test_errors_of_the_worst_case_add_up_in_full() -> None:
     ("options", "message"),
     [
         ({"case": "best"}, "case='best' must be one of 'average', 'worst'"),
-        ({"lengths": []}, r"lengths=\[\] must be at least 1"),
-        ({"lengths": [0, 3]}, r"lengths=\[0, 3\] must be at least 1"),
-        ({"lengths": [16], "case": "worst"}, "less than d_k=16"),
+        ({"lengths": []}, r"lengths=\[\] must each be at least 1"),
+        ({"lengths": [0, 3]}, r"lengths=\[0, 3\] must each be at least 1"),
+        ({"lengths": [16], "case": "worst"}, "below d_k=16"),
         ({"trials": 0}, "trials=0"),
         ({"eps": -1}, "eps=-1"),
         ({"d_k": 1}, "d_k=1"),
     ],
 )
-def test_bad_curves(options: dict, message: str) -> None:
+def test_bad_arguments_of_curves_are_refused(options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         capacity_curve(**{"d_k": 16, "lengths": [2], **options})
 
@@ -163,7 +163,7 @@ def test_bad_curves(options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.5, 1.3])
-def test_averaged_errors_by_hand(gain: float) -> None:
+def test_averaged_errors_match_their_recurrence(gain: float) -> None:
     noise, expected = 0.0, []
     for _ in range(6):
         noise = gain**2 * noise + 0.3**2 / 4
@@ -173,7 +173,7 @@ def test_averaged_errors_by_hand(gain: float) -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 5])
-def test_votes_by_counting(heads: int) -> None:
+def test_votes_match_an_enumeration(heads: int) -> None:
     eps, fails = 0.2, 0.0
     for outcome in range(2**heads):
         wrong = outcome.bit_count()
@@ -183,8 +183,8 @@ def test_votes_by_counting(heads: int) -> None:
     assert_near(found.error, torch.tensor([1 - (1 - fails) ** (i + 1) for i in range(5)], dtype=torch.float64), 1e-12)
 
 
-def test_redundancy_buys_depth(claim) -> None:
-    # noise passes the signal after heads / eps² layers
+def test_redundant_heads_allow_more_layers(claim) -> None:
+    # noise exceeds the signal after heads / eps² layers
     depths = {heads: error_propagation(1000, heads, 0.5).depth for heads in (1, 4, 16)}
     assert depths == {1: 5, 4: 17, 16: 65}
     assert error_propagation(64, 16, 0.5).depth is None
@@ -209,7 +209,7 @@ def test_redundancy_buys_depth(claim) -> None:
         ({"gain": -1}, "gain=-1"),
     ],
 )
-def test_bad_propagation(options: dict, message: str) -> None:
+def test_bad_arguments_of_propagation_are_refused(options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         error_propagation(**{"layers": 2, "heads": 2, "eps": 0.1, **options})
 
@@ -217,7 +217,7 @@ def test_bad_propagation(options: dict, message: str) -> None:
 # -- conditioning ------------------------------------------------------------------------------------------------------
 
 
-def test_blocking(claim) -> None:
+def test_the_delta_rule_shows_blocking(claim) -> None:
     found = {rule: conditioning(rule) for rule in RULES}
     assert found["hebb"].blocked > 0.8
     claim(
@@ -228,8 +228,8 @@ def test_blocking(claim) -> None:
     assert found["delta"].blocked < 0.2
 
 
-def test_what_else_tells_the_rules_apart() -> None:
-    found = {rule: conditioning(rule, eta=0.5, fade=0.2, trials=10) for rule in RULES}
+def test_the_rules_match_their_closed_forms() -> None:
+    found = {rule: conditioning(rule, eta=0.5, decay=0.2, trials=10) for rule in RULES}
     assert found["hebb"].acquired == pytest.approx(5)  # without bound
     assert found["hebb"].extinguished == pytest.approx(5)
     assert found["delta"].acquired == pytest.approx(1 - 0.5**10)
@@ -248,21 +248,21 @@ def test_what_else_tells_the_rules_apart() -> None:
     [
         ({"rule": "bcm"}, "rule='bcm' must be one of 'hebb', 'delta', 'oja', 'decay'"),
         ({"eta": -1.0}, "eta=-1.0"),
-        ({"fade": 1.5}, "fade=1.5 must be in 0..1"),
-        ({"rule": "oja", "eta": 1.01}, "eta=1.01 is too large for these keys"),
+        ({"decay": 1.5}, "decay=1.5 must be in 0..1"),
+        ({"rule": "oja", "eta": 1.01}, "eta=1.01 must give eta k² of at most 1"),
         ({"trials": 0}, "trials=0"),
     ],
 )
-def test_bad_options(options: dict, message: str) -> None:
+def test_bad_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         conditioning(**{"rule": "hebb", **options})
 
 
-# -- a real head -------------------------------------------------------------------------------------------------------
+# -- a real model ------------------------------------------------------------------------------------------------------
 
 
-class Keep(Method):
-    """Keys and values by layer."""
+class KeepKeysAndValues(Method):
+    """A method that stores keys and values by layer."""
 
     def __init__(self) -> None:
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -272,8 +272,8 @@ class Keep(Method):
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-def test_the_report_on_a_model(padding: str) -> None:
-    model, inputs, keep = tiny("llama"), text(padding), Keep()
+def test_the_report_matches_a_direct_computation(padding: str) -> None:
+    model, inputs, keep = tiny("llama"), text(padding), KeepKeysAndValues()
     rows = conditioning_report(model, inputs)
     with torch.no_grad(), apply(model, keep):
         model(**inputs)
@@ -295,21 +295,21 @@ def test_the_report_on_a_model(padding: str) -> None:
             assert row[name] == pytest.approx(sum(values) / 2, rel=1e-6), name
 
 
-def test_the_report_knows_random_keys() -> None:
-    """Where keys are random units, as many are effective as there are, and their coherence is that of chance."""
+def test_random_keys_have_their_expected_report() -> None:
+    """For random unit keys, the effective number is their number, and the coherence is `d_k ** -0.5`."""
     k, v = (F.normalize(draw(2000, 64, seed=s), dim=-1) for s in (0, 1))
-    row = _head(k, v)
+    row = _measure_head(k, v)
     assert row["effective"] == pytest.approx(2000, rel=0.05)
     assert row["coherence"] == pytest.approx(1 / 8, rel=0.02)
     assert row["snr"] == pytest.approx(64 / 1999, rel=0.05)
 
 
-def test_layers_and_inputs_of_the_report() -> None:
+def test_the_report_takes_layers_and_inputs() -> None:
     model, inputs = tiny("llama"), text()
     some = conditioning_report(model, inputs["input_ids"], layers=[1])
     assert {row["layer"] for row in some} == {1}
     whole = [row for row in conditioning_report(model, inputs) if row["layer"] == 1]
     assert some == whole
     assert len(conditioning_report(model, input_ids=inputs["input_ids"])) == 4
-    with pytest.raises(OptionError, match=r"layer 2 must be in 0..1"):
+    with pytest.raises(OptionError, match=r"layers: 2 must be in 0..1"):
         conditioning_report(model, inputs, layers=[2])

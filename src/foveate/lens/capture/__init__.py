@@ -1,1 +1,1 @@
-"""How statistics of attention are computed while a model runs."""
+"""Statistics of attention, computed while a model runs."""

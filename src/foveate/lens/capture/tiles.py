@@ -1,7 +1,7 @@
-"""Statistics from the weights themselves, some rows at a time: for whatever no fused kernel computes.
+"""Statistics from the weights, a few rows at a time, for attention that no fused kernel computes.
 
-Windows, soft caps, masks of the caller's own, evicted layers, selected keys and edited weights come this way. Exact,
-several times slower than the kernel; memory stays linear, and rows are cut to the columns that some query sees.
+This covers windows, soft caps, the caller's masks, evicted layers, selected keys and edited weights. It is exact and
+several times slower than the kernel. Memory stays linear, and rows are cut to the columns that a query sees.
 """
 
 from __future__ import annotations
@@ -19,73 +19,75 @@ from foveate.host.attention import soft_capped, softmax
 from foveate.host.hf.mask import MaskPlan
 from foveate.host.site import Site
 from foveate.lens.capture.fused import Statistics, grouped
-from foveate.lens.measures import Measure, Tokens
+from foveate.lens.measures import KeyTokens, Measure
 
-#: Elements of weights that a tile may hold.
+#: The largest number of weights in a tile.
 TILE = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class Readings:
-    """Measures of one call, by name, and what to count: queries whose rows count, and how many of them see each key."""
+class Measurements:
+    """The measures of one call by name, the queries whose rows count, and the number of them that see each key."""
 
     values: dict[str, Tensor]
-    live: Bool[Tensor, "b h nq"]
+    counted: Bool[Tensor, "b h nq"]
     visible: Float[Tensor, "b h nk"]
 
 
 @dataclass(frozen=True, eq=False)
-class Tile:
-    """Weights of some rows and some columns; everything outside is zero. `seen` is None where every pair counts."""
+class WeightTile:
+    """Weights of some rows and columns; all others are zero. `seen` is None if every pair is visible."""
 
     weights: Float[Tensor, "b h r k"]
     seen: Bool[Tensor, "b h r k"] | None
     keys: slice
 
     def visible(self) -> Float[Tensor, "b h k"]:
-        """How many rows that hold any weight see each key."""
-        live = (self.weights.sum(-1, keepdim=True) > 0).to(self.weights.dtype)
-        return (live.expand(self.weights.shape) if self.seen is None else live * self.seen).sum(-2)
+        """Return the number of nonzero rows that see each key."""
+        counted = (self.weights.sum(-1, keepdim=True) > 0).to(self.weights.dtype)
+        return (counted.expand(self.weights.shape) if self.seen is None else counted * self.seen).sum(-2)
 
 
-def readings(site: Site, measures: Sequence[Measure], tokens: Tokens) -> Readings:
-    """All measures of a call, the cheapest way that tells the truth."""
+def measure_call(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> Measurements:
+    """Compute all measures of a call, from fused statistics if they are exact there, else from weights."""
     call = Statistics.of(site)
     if call is None:
         return from_tiles(site, measures, tokens)
-    return Readings({m.name: m.fused(call, tokens) for m in measures}, call.live, call.visible)
+    return Measurements({m.name: m.fused(call, tokens) for m in measures}, call.counted, call.visible)
 
 
-def from_tiles(site: Site, measures: Sequence[Measure], tokens: Tokens) -> Readings:
-    """All measures of a call from its weights, a slab of rows at a time."""
+def from_tiles(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> Measurements:
+    """Compute all measures of a call from its weights, a few rows at a time."""
     b, h, n = site.q.shape[:3]
     size = site.k.shape[2]
     dtype = torch.promote_types(site.q.dtype, torch.float32)
-    visible, live = site.q.new_zeros(b, h, size, dtype=dtype), []
+    visible, counted = site.q.new_zeros(b, h, size, dtype=dtype), []
     rows: dict[str, list[Tensor]] = {m.name: [] for m in measures if m.over == "queries"}
     keys = {m.name: torch.zeros_like(visible) for m in measures if m.over == "keys"}
     for tile in _tiles(site, max(1, TILE // (b * h * size)), n):
         visible[..., tile.keys] += tile.visible()
-        live.append(tile.weights.sum(-1) > 0)
+        counted.append(tile.weights.sum(-1) > 0)
         for measure in measures:
             value = measure.from_weights(tile.weights, tokens.narrow(tile.keys))
             if measure.over == "queries":
                 rows[measure.name].append(value)
             else:
                 keys[measure.name][..., tile.keys] += value
-    return Readings(keys | {name: torch.cat(parts, 2) for name, parts in rows.items()}, torch.cat(live, 2), visible)
+    return Measurements(
+        keys | {name: torch.cat(parts, 2) for name, parts in rows.items()}, torch.cat(counted, 2), visible
+    )
 
 
 def weights_of(site: Site, rows: slice, head: int) -> Float[Tensor, "b r s"]:
-    """One head's weights of some rows, over all keys."""
-    tile = tile_of(site, rows, slice(head, head + 1))
+    """Return one head's weights of some rows, over all keys."""
+    tile = weight_tile(site, rows, slice(head, head + 1))
     whole = tile.weights.new_zeros(*tile.weights.shape[:3], site.k.shape[2])
     whole[..., tile.keys] = tile.weights
     return whole[:, 0]
 
 
-def tile_of(site: Site, rows: slice, heads: slice = slice(None)) -> Tile:
-    """The weights of some rows as they were used, in float32 or better; rows of padding are zeros."""
+def weight_tile(site: Site, rows: slice, heads: slice = slice(None)) -> WeightTile:
+    """Return the weights of some rows as they were used, in float32 or better; rows of padding are zero."""
     mask = _mask(site, rows, heads)
     seen = None if mask is None else _allowed(mask)
     keys = _span(seen, site.k.shape[2])
@@ -98,11 +100,11 @@ def tile_of(site: Site, rows: slice, heads: slice = slice(None)) -> Tile:
         weights = _softmax(site, rows, heads, keys, mask, seen)
     if site.real_queries is not None:
         weights = weights.masked_fill(~site.real_queries[:, None, rows, None], 0.0)
-    return Tile(weights, seen, keys)
+    return WeightTile(weights, seen, keys)
 
 
-def _tiles(site: Site, step: int, n: int) -> Iterator[Tile]:
-    return (tile_of(site, slice(start, min(start + step, n))) for start in range(0, n, step))
+def _tiles(site: Site, step: int, n: int) -> Iterator[WeightTile]:
+    return (weight_tile(site, slice(start, min(start + step, n))) for start in range(0, n, step))
 
 
 def _softmax(
@@ -118,7 +120,7 @@ def _softmax(
 
 
 def _mask(site: Site, rows: slice, heads: slice) -> Tensor | None:
-    """What some queries may see: the model's mask and what methods selected; the whole mask is not made for it."""
+    """Combine the model's mask and the methods' selections for some rows, without building the whole mask."""
     plan, n = site.attention_mask, site.q.shape[2]
     if site.is_whole and isinstance(plan, MaskPlan):
         mask: Tensor | None = plan.rows(rows)
@@ -134,12 +136,12 @@ def _mask(site: Site, rows: slice, heads: slice) -> Tensor | None:
 
 
 def _allowed(mask: Tensor) -> Bool[Tensor, "b h r k"]:
-    """Pairs that count: a float bias hides also with the least finite number, as transformers does."""
+    """Return the visible pairs; a float bias may also hide with the least finite number, as transformers does."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _span(seen: Tensor | None, n: int) -> slice:
-    """From the first to the last key that any of the rows sees."""
+    """Return the range from the first to the last key that any row sees."""
     if seen is None or seen.shape[-1] == 1:
         return slice(0, n)
     some = seen.flatten(0, -2).any(0).nonzero()

@@ -1,9 +1,9 @@
-"""ACT: take weight off attention sinks that are not at the start, in chosen heads, while the prompt is read.
+"""ACT: reduce the weight of attention sinks after the first, in chosen heads, while the prompt is read.
 
 Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through Attention
-Calibration (2024), arXiv 2406.15765. Where paper and release differ: a sink is a key that receives more than
-`alpha / N` in the paper, more than 0.1 in the release (`variant`); the release calibrates the first sequence of a batch
-only, and a row that sees nothing but sinks becomes NaN. Here every sequence is calibrated, and such a row stays.
+Calibration (2024), arXiv 2406.15765. Paper and release differ: a sink is a key that receives more than
+`alpha / N` in the paper, more than 0.1 in the release (`variant`). The release calibrates only the first sequence of a
+batch, and a row that sees only sinks becomes NaN. Here every sequence is calibrated, and such a row stays unchanged.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from foveate.host.hf.model import Host, host
 from foveate.host.method import Method
 from foveate.host.site import Site
 
-#: Which heads: a bool table `(layers, heads)`, pairs `(layer, head)`, or `{layer: heads}`; None for all that may be.
+#: Chosen heads: a bool table `(layers, heads)`, pairs `(layer, head)`, or `{layer: heads}`; None for the default.
 Heads = Tensor | Iterable[tuple[int, int]] | Mapping[int, Iterable[int]] | None
 Example = TypeVar("Example")
 
-#: The constant that the release calls a sink by.
+#: The release's constant threshold of a sink.
 RELEASE = 0.1
 
 
 @final
 @dataclass(eq=False)
 class ActCalibration(Method):
-    """In the chosen heads, sinks after the first keep `beta` of their weight; the other keys share the rest.
+    """A method that scales down the sinks after the first, in the chosen heads, and scales up the other keys.
 
-    Nothing is trained and nothing but the prompt is touched: decoding goes on from the calibrated states. Layers with a
-    chosen head give up the fused kernel while the prompt is read, O(N²) memory. Not every sink is bad: without heads
-    from `act_search` this may as well lower accuracy. The last few keys are judged on few queries, as in the paper.
+    Nothing is trained, and only the prompt is calibrated: decoding continues from its states. Layers with a chosen head
+    do not use the fused kernel while the prompt is read, which takes O(N²) memory. Not every sink is harmful: without
+    heads from `act_search` the method may lower accuracy. As in the paper, few queries judge the last few keys.
 
     Args:
-        heads: which to calibrate, from `act_search`: a bool table `(layers, heads)`, pairs `(layer, head)`, or
-            `{layer: heads}`. None is every head but those of the first two layers and the last.
-        beta: share of its weight that a sink keeps; 1 leaves the model as it is.
-        alpha: a key is a sink where it receives more than `alpha / N`, averaged over the queries that see it.
-        variant: "paper", or "release" with its constant threshold of 0.1 in place of `alpha / N`.
+        heads: the heads to calibrate, from `act_search`: a bool table `(layers, heads)`, pairs `(layer, head)`, or
+            `{layer: heads}`. None is every head except those of the first two layers and the last.
+        beta: the share of its weight that a sink keeps; 1 leaves the model unchanged.
+        alpha: a key is a sink if it receives more than `alpha / N`, averaged over the queries that see it.
+        variant: "paper", or "release" with the constant threshold 0.1 instead of `alpha / N`.
     """
 
     heads: Heads = None
@@ -61,7 +61,7 @@ class ActCalibration(Method):
             if not isinstance(self.heads, Iterable):
                 raise OptionError(
                     f"heads must be a table (layers, heads), pairs (layer, head), a mapping or None; got "
-                    f"{_what(self.heads)}"
+                    f"{_describe(self.heads)}"
                 )
             self.heads = tuple(self.heads)
 
@@ -91,34 +91,34 @@ def calibrate_sinks(
     *,
     seen: Bool[Tensor, "b h q k"] | None = None,
 ) -> Float[Tensor, "b h q k"]:
-    """Attention maps with the sinks of some heads scaled down and what is freed spread over the other keys.
+    """Scale down the sinks of some heads, and distribute the freed weight over the other keys.
 
     Args:
         attn: weights whose rows sum to 1.
-        heads: which heads, as a bool tensor or as numbers; None is all.
-        beta: share of its weight that a sink keeps.
-        thr: mean weight received from which on a key is a sink: a number, or "alpha/N" with N the keys that are seen.
-        alpha: for "alpha/N".
-        keep_first: spare the first of each head's sinks, wherever it is.
-        seen: which pairs count, `(B, 1 or H, Nq, Nk)`; None is causality, the last query seeing the last key.
+        heads: the heads, as a bool tensor or as indices; None is all.
+        beta: the share of its weight that a sink keeps.
+        thr: a key is a sink if its mean received weight exceeds this number, or "alpha/N" with N the visible keys.
+        alpha: the factor in "alpha/N".
+        keep_first: leave the first of each head's sinks, at any position, unchanged.
+        seen: the visible pairs, `(B, 1 or H, Nq, Nk)`; None is a causal mask, aligned at the last key.
     """
     _check(beta, alpha, thr)
     if not isinstance(attn, Tensor) or attn.dim() != 4 or not attn.is_floating_point():
-        raise ShapeError(f"attn must be weights (B, H, Nq, Nk); got {_what(attn)}")
+        raise ShapeError(f"attn must be weights (B, H, Nq, Nk); got {_describe(attn)}")
     if seen is None:
         seen = masks.causal(attn.shape[2], attn.shape[3], device=attn.device)[None, None]
-    index = _numbers(heads, attn.shape[1], attn.device)
+    index = _indices(heads, attn.shape[1], attn.device)
     some = attn[:, index].to(torch.promote_types(attn.dtype, torch.float32))
     sinks = find_sinks(some, thr, alpha, seen=seen[:, index] if seen.shape[1] > 1 else seen)
     if keep_first:
         sinks = sinks & (sinks.cumsum(-1) > 1)
-    return attn.index_copy(1, index, _spread(some, sinks, beta).to(attn.dtype))
+    return attn.index_copy(1, index, _calibrate(some, sinks, beta).to(attn.dtype))
 
 
 def find_sinks(
     attn: Float[Tensor, "b h q k"], thr: float | Literal["alpha/N"], alpha: float, *, seen: Bool[Tensor, "b h q k"]
 ) -> Bool[Tensor, "b h k"]:
-    """The keys that receive more than the threshold, averaged over the queries that see them."""
+    """Mark the keys that receive more than the threshold, averaged over the queries that see them."""
     rows = seen.sum(-2)
     strength = (attn * seen).sum(-2) / rows.clamp_min(1)
     limit = alpha / (rows > 0).sum(-1, keepdim=True).clamp_min(1) if thr == "alpha/N" else thr
@@ -136,50 +136,50 @@ def act_search(
     candidates: Heads = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Bool[Tensor, "l h"]:
-    """The heads `(layers, heads)` whose calibration, each by itself, raises the mean score on a small set.
+    """Find the heads `(layers, heads)` whose calibration, one at a time, raises the mean score on a small set.
 
-    It runs the set once for every candidate; the paper takes about a thousand items. One task's heads serve others of
-    its kind.
+    Cost: one run of the set per candidate; the paper uses about a thousand examples. Heads found on one task also serve
+    similar tasks.
 
     Args:
         model: a decoder.
-        calibration_set: examples of any kind.
-        score: `score(model, example)`, for instance 1.0 for a right answer and 0.0 for a wrong one.
-        beta, alpha, variant: as for `ActCalibration`.
-        candidates: heads to try, in any form that `ActCalibration` takes and with the same meaning of None.
-        progress: called as `progress(done, of, note)` after each head.
+        calibration_set: examples of any type.
+        score: `score(model, example)`, such as 1.0 for a right answer and 0.0 for a wrong one.
+        beta, alpha, variant: see `ActCalibration`.
+        candidates: the heads to try, as in `ActCalibration`, with the same default.
+        progress: called as `progress(done, total, note)` after each head.
     """
     if not calibration_set:
-        raise OptionError("calibration_set must hold at least one example")
-    here = host(model)
-    table = _table(candidates, here)
+        raise OptionError("calibration_set must hold at least one example; got none")
+    target = host(model)
+    table = _table(candidates, target)
 
     def accuracy(heads: list[tuple[int, int]]) -> float:
-        with torch.no_grad(), apply(here.model, ActCalibration(heads, beta, alpha, variant)):
-            return sum(float(score(here.model, example)) for example in calibration_set) / len(calibration_set)
+        with torch.no_grad(), apply(target.model, ActCalibration(heads, beta, alpha, variant)):
+            return sum(float(score(target.model, example)) for example in calibration_set) / len(calibration_set)
 
     found, base = torch.zeros_like(table), accuracy([])
     pairs = table.nonzero().tolist()
     for done, (layer, head) in enumerate(pairs, start=1):
-        mine = accuracy([(layer, head)])
-        found[layer, head] = mine > base
+        own = accuracy([(layer, head)])
+        found[layer, head] = own > base
         if progress is not None:
-            progress(done, len(pairs), f"layer {layer}, head {head}: {mine:.3f}, without {base:.3f}")
+            progress(done, len(pairs), f"layer {layer}, head {head}: {own:.3f}, without {base:.3f}")
     return found
 
 
-def _spread(attn: Tensor, sinks: Bool[Tensor, "b h k"], beta: float) -> Tensor:
-    """Scale sinks by `beta`, and the others up by what that frees; rows with nothing outside sinks stay."""
+def _calibrate(attn: Tensor, sinks: Bool[Tensor, "b h k"], beta: float) -> Tensor:
+    """Scale sinks by `beta` and the other keys up by the freed weight; rows with only sinks stay unchanged."""
     on_sinks = attn * sinks[:, :, None]
-    elsewhere = attn - on_sinks
-    rest = elsewhere.sum(-1, keepdim=True)
+    others = attn - on_sinks
+    rest = others.sum(-1, keepdim=True)
     freed = (1 - beta) * on_sinks.sum(-1, keepdim=True)
-    grown = elsewhere * (1 + freed / rest.clamp_min(torch.finfo(attn.dtype).tiny))
-    return torch.where(rest > 0, beta * on_sinks + grown, attn)
+    raised = others * (1 + freed / rest.clamp_min(torch.finfo(attn.dtype).tiny))
+    return torch.where(rest > 0, beta * on_sinks + raised, attn)
 
 
 def _seen(site: Site) -> Bool[Tensor, "b h q k"]:
-    """The pairs of a site that count: what the mask allows, without the rows of padding."""
+    """Return the pairs that the mask of a site allows, without rows of padding."""
     b, _, n, _ = site.q.shape
     mask = site.mask
     if mask is None:
@@ -190,11 +190,13 @@ def _seen(site: Site) -> Bool[Tensor, "b h q k"]:
 
 
 def _table(heads: Heads, host: Host) -> Bool[Tensor, "l h"]:
-    """Heads in any form, as a table."""
+    """Convert chosen heads from any form to a table."""
     shape = (host.layers, host.heads)
     if isinstance(heads, Tensor):
         if heads.dtype != torch.bool or tuple(heads.shape) != shape:
-            raise ShapeError(f"heads must be a bool table (layers, heads)={shape} for this model; got {_what(heads)}")
+            raise ShapeError(
+                f"heads must be a bool table (layers, heads)={shape} for this model; got {_describe(heads)}"
+            )
         return heads.cpu()
     table = torch.zeros(shape, dtype=torch.bool)
     if heads is None:
@@ -208,14 +210,14 @@ def _table(heads: Heads, host: Host) -> Bool[Tensor, "l h"]:
     return table
 
 
-def _numbers(heads: Tensor | Sequence[int] | None, count: int, device: torch.device) -> Tensor:
-    """Some heads of `count`, as numbers."""
+def _indices(heads: Tensor | Sequence[int] | None, count: int, device: torch.device) -> Tensor:
+    """Convert chosen heads of a layer to indices."""
     if heads is None:
         return torch.arange(count, device=device)
     index = torch.as_tensor(heads, device=device)
     if index.dtype == torch.bool:
         if tuple(index.shape) != (count,):
-            raise ShapeError(f"heads must be bools (H,)=({count},) or numbers; got {_what(index)}")
+            raise ShapeError(f"heads must be bools (H,)=({count},) or indices; got {_describe(index)}")
         return index.nonzero().squeeze(-1)
     if index.numel() and not (0 <= int(index.min()) and int(index.max()) < count):
         raise OptionError(f"heads={index.tolist()} must be in 0..{count - 1}")
@@ -229,5 +231,5 @@ def _check(beta: float, alpha: float, thr: float | str) -> None:
         validate.at_least("thr", thr, 0.0)  # type: ignore[arg-type]
 
 
-def _what(x: object) -> str:
+def _describe(x: object) -> str:
     return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
