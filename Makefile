@@ -4,6 +4,7 @@
 # make real   fetches two pretrained models (740 MB, once), compares all cache policies on them and runs the tests marked
 #             `real`; FULL=1 measures everything for docs/real.md
 # make bench  every benchmark; make claims / systems / docs rewrite what is generated under docs/
+# make docs-site  the documentation as a site that needs no network: build/site/index.html
 #
 # PYTHON=python3.12 chooses the interpreter. On a machine without a GPU, PyPI's torch for Linux brings CUDA along;
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu gets the small build instead.
@@ -21,7 +22,7 @@ INSTALLED_DEV := $(VENV)/installed-dev-$(KEY)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo install install-dev test test-all real parity lint format bench claims systems models mutants picture notebooks docs clean
+.PHONY: demo install install-dev test test-all real parity lint format bench claims systems models mutants picture notebooks docs docs-site clean
 
 demo: $(INSTALLED)
 	$(BIN)/foveate compare
@@ -111,6 +112,13 @@ notebooks: $(INSTALLED_DEV)
 docs: claims systems picture notebooks
 	$(BIN)/foveate compare
 	$(BIN)/python docs/fill.py
+
+# the guides, the API of every public name and a page for each system. Warnings are errors; then every link is followed,
+# and what a page loads has to lie beside it
+docs-site: $(INSTALLED_DEV)
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+	$(BIN)/python docs/site/check.py build/site
 
 clean:
 	rm -rf $(VENV) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
