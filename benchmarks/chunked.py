@@ -26,7 +26,7 @@ from torch import Tensor
 
 from _report import finish
 from foveate.core import engines
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.ops import create
 
 HEADS, WIDTH = 1, 64
@@ -53,7 +53,7 @@ def attend(engine: str, backward: bool, n: int) -> Tensor:
     if engine == OPERATOR:
         out = create(OPERATOR)(*inputs)
     else:
-        out = engines.run(Problem(*inputs, WIDTH**-0.5, causal=False), engine)
+        out = engines.run(AttentionCall(*inputs, WIDTH**-0.5, causal=False), engine)
     if backward:
         out.backward(torch.ones_like(out))
     seconds = time.perf_counter() - begun

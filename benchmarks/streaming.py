@@ -56,7 +56,7 @@ def streams(wanted: list[str] | None) -> Iterator[tuple[str, Operator]]:
     """The operators that keep no cache, and softmax attention."""
     for row in systems("ops"):
         cls = row.load()
-        if not (isinstance(cls, type) and issubclass(cls, Operator)) or cls.steps != "exact":
+        if not (isinstance(cls, type) and issubclass(cls, Operator)) or cls.capabilities.streaming != "exact":
             continue
         torch.manual_seed(0)
         op = cls.example(HEADS, WIDTH, 64).eval()

@@ -100,10 +100,10 @@ def calls(*, masked: bool = False, causal: bool = False) -> pytest.MarkDecorator
     found = []
     for key in KEYS:
         layer = example(key)
-        for pattern in sorted(layer.patterns):
+        for pattern in sorted(layer.capabilities.patterns):
             if causal and not pattern.startswith("causal"):
                 continue
-            kinds = sorted(layer.masks) if masked else [None]
+            kinds = sorted(layer.capabilities.masks) if masked else [None]
             found += [Call(key, pattern, kind) for kind in kinds]
     return pytest.mark.parametrize("call", found, ids=str)
 
@@ -113,5 +113,5 @@ def layers(where=lambda layer: True) -> pytest.MarkDecorator:
 
 
 def main_call(key: str) -> Call:
-    patterns = example(key).patterns
+    patterns = example(key).capabilities.patterns
     return Call(key, next(p for p in ("self", "causal self", "cross") if p in patterns))

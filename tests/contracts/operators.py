@@ -53,7 +53,7 @@ def exact(key: str, length: int) -> Operator | None:
 
 def twin(key: str) -> str:
     """The engine that decides what is right."""
-    return "reference" if "reference" in CLASSES[key].engines else "recurrent"
+    return "reference" if "reference" in CLASSES[key].capabilities.engines else "recurrent"
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def a_mask(kind: MaskKind, n_queries: int, n_keys: int) -> Tensor:
 def calls(key: str) -> Iterator[Call]:
     """Every pattern and mask kind that the operator declares."""
     cls = CLASSES[key]
-    for pattern in sorted(cls.patterns):
-        for kind in (None, *sorted(cls.masks)):
+    for pattern in sorted(cls.capabilities.patterns):
+        for kind in (None, *sorted(cls.capabilities.masks)):
             yield Call(key, pattern, kind)
 
 
@@ -152,7 +152,7 @@ def each_engine(*, at_limit: bool) -> pytest.MarkDecorator:
     for key, cls in CLASSES.items():
         for call in calls(key):
             op = exact(key, call.lengths[1]) if at_limit else example(key)
-            for engine in cls.engines if op is not None else ():
+            for engine in cls.capabilities.engines if op is not None else ():
                 named = Call(key, call.pattern, call.mask_kind, engine)
                 if (at_limit or engine != twin(key)) and named.is_accepted(op):
                     found.append(named)
@@ -164,7 +164,9 @@ def each_causal_engine() -> pytest.MarkDecorator:
     found = []
     for key, cls in CLASSES.items():
         for call in calls(key):
-            for engine in ("auto", *cls.engines) if call.causal and call.mask_kind in (None, "keys") else ():
+            for engine in (
+                ("auto", *cls.capabilities.engines) if call.causal and call.mask_kind in (None, "keys") else ()
+            ):
                 named = Call(key, call.pattern, call.mask_kind, engine)
                 if named.is_accepted(example(key)):
                     found.append(named)
@@ -173,8 +175,8 @@ def each_causal_engine() -> pytest.MarkDecorator:
 
 def on_flex() -> pytest.MarkDecorator:
     """Calls that compiled FlexAttention takes: float32 only, so that they are apart from the rest."""
-    keys = [key for key, cls in CLASSES.items() if "flex" in cls.engines]
-    cases = (Call(key, pattern, None, "flex") for key in keys for pattern in sorted(CLASSES[key].patterns))
+    keys = [key for key, cls in CLASSES.items() if "flex" in cls.capabilities.engines]
+    cases = (Call(key, pattern, None, "flex") for key in keys for pattern in sorted(CLASSES[key].capabilities.patterns))
     return over(call for call in cases if call.is_accepted(example(call.key), torch.float32))
 
 
@@ -184,4 +186,8 @@ def each_operator(where=lambda cls: True) -> pytest.MarkDecorator:
 
 def main_call(key: str) -> Call:
     """A pattern that the operator has, preferably the plainest."""
-    return next(Call(key, pattern) for pattern in ("self", "causal self", *LENGTHS) if pattern in CLASSES[key].patterns)
+    return next(
+        Call(key, pattern)
+        for pattern in ("self", "causal self", *LENGTHS)
+        if pattern in CLASSES[key].capabilities.patterns
+    )

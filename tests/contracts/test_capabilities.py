@@ -27,20 +27,20 @@ def test_the_saved_facts_are_those_of_the_classes() -> None:
 def test_time_grows_as_declared(key: str) -> None:
     """By the operations that a plan counts on one engine, at lengths where what does not grow is small."""
     op = example(key)
-    causal, engine = "self" not in op.patterns, "gather" if isinstance(op, Selective) else "auto"
+    causal, engine = "self" not in op.capabilities.patterns, "gather" if isinstance(op, Selective) else "auto"
 
     def flops(length: int) -> float:
         q, k, v = (x.float() for x in qkv(length, batch=1, heads=HEADS, kv_heads=HEADS, width=WIDTH))
         return op.float().plan(q, k, v, causal=causal, engine=engine).flops
 
-    low, high = RANGES[op.growth]
-    length = 4096 if op.growth == "N" else 1024  # a window's blocks have reached their size there
-    assert low <= flops(4 * length) / flops(length) <= high, op.growth
+    low, high = RANGES[op.capabilities.growth]
+    length = 4096 if op.capabilities.growth == "N" else 1024  # a window's blocks have reached their size there
+    assert low <= flops(4 * length) / flops(length) <= high, op.capabilities.growth
 
 
 def test_a_layer_grows_as_its_operator_does() -> None:
-    assert MultiHeadAttention(16, 2).growth == "N²"
-    assert MultiHeadAttention(16, 2, op="hedgehog").growth == "N"
+    assert MultiHeadAttention(16, 2).capabilities.growth == "N²"
+    assert MultiHeadAttention(16, 2, op="hedgehog").capabilities.growth == "N"
 
 
 def test_systems_without_such_facts() -> None:

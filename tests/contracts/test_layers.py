@@ -10,6 +10,7 @@ import torch
 from foveate.core import masks
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn import Block, MultiHeadAttention
+from foveate.nn.base.layer import StreamingLayer
 from foveate.nn.parts import build
 from foveate.ops.operator import Operator
 from tests.contracts.layers import (
@@ -94,10 +95,10 @@ def test_what_is_masked_has_no_say(call: Call) -> None:
         assert_near(out[:, seen], outs[-1][:, seen], 1e-12)
 
 
-@layers(lambda layer: "keys" in layer.masks and not layer.grid)
+@layers(lambda layer: "keys" in layer.capabilities.masks and not layer.capabilities.grid)
 def test_padding_is_absence(key: str) -> None:
     """Hidden tokens at the end give what a call without them gives."""
-    for pattern in sorted(example(key).patterns - {"cross"}):
+    for pattern in sorted(example(key).capabilities.patterns - {"cross"}):
         call = Call(key, pattern, "keys")
         layer, (x, _) = example(key), call.tokens()
         padded = call(layer, x, mask=hiding(call, slice(LENGTH - 4, LENGTH)))
@@ -149,16 +150,18 @@ def test_no_parameter_is_left_without_a_gradient(key: str) -> None:
     """In a layer with its defaults, or around an operator with its own; an example where there are none."""
     torch.manual_seed(0)
     try:
-        built = SYSTEMS[key](64, 4) if key in KEYS else build.layer(key, 64, 4)
+        built = SYSTEMS[key](64, 4) if key in KEYS else build.create(key, 64, 4)
     except (KeyError, TypeError, OptionError):
         built = example(key) if key in KEYS else MultiHeadAttention(64, 4, op=CLASSES[key].example(4, 16, LENGTH))
     built = built.float().train()
-    pattern = next(p for p in ("self", "causal self", "cross") if p in built.patterns)
+    pattern = next(p for p in ("self", "causal self", "cross") if p in built.capabilities.patterns)
     memory = torch.randn(BATCH, MEMORY, built.dim) if pattern == "cross" else None
     given = {} if key not in SYSTEMS else SYSTEMS[key].example_inputs(BATCH, LENGTH)
     op = getattr(built, "op", None)
     if isinstance(op, Operator):
-        given |= {name: op.example_input(name, BATCH, 4, LENGTH).float() for name in built.inputs - set(given)}
+        given |= {
+            name: op.example_input(name, BATCH, 4, LENGTH).float() for name in built.capabilities.inputs - set(given)
+        }
     given = {name: i.float() if is_real(i) else i for name, i in given.items()}
     out = built(torch.randn(BATCH, LENGTH, built.dim), memory, causal=pattern == "causal self", **given)
     (out * torch.randn(out.shape)).sum().backward()
@@ -176,7 +179,7 @@ def test_bfloat16(call: Call) -> None:
     assert (out.double() - expected).norm() < 0.05 * expected.norm()
 
 
-@layers(lambda layer: layer.steps == "exact")
+@layers(lambda layer: layer.capabilities.streaming == "exact")
 def test_token_by_token_is_the_causal_call(key: str) -> None:
     call = Call(key, "causal self")
     layer, (x, _) = example(key), call.tokens()
@@ -193,10 +196,14 @@ def test_token_by_token_is_the_causal_call(key: str) -> None:
         assert_near(y, expected[:, t : t + 1], 1e-10)
 
 
-@layers(lambda layer: layer.steps is None)
+@layers(lambda layer: layer.capabilities.streaming is None)
 def test_what_does_not_stream_says_so(key: str) -> None:
+    layer = example(key)
+    if not isinstance(layer, StreamingLayer):
+        assert not hasattr(layer, "init_state"), "no stub"
+        return
     with pytest.raises(UnsupportedPattern, match="cannot go one token at a time"):
-        example(key).init_state(BATCH)
+        layer.init_state(BATCH)
 
 
 @layers()
@@ -229,7 +236,7 @@ def test_it_fits_a_block(key: str) -> None:
 @layers()
 def test_patterns_that_it_does_not_define(key: str) -> None:
     layer, x = example(key), torch.zeros(BATCH, LENGTH, DIM, dtype=torch.float64)
-    for pattern in {"self", "causal self", "cross", "causal cross"} - layer.patterns:
+    for pattern in {"self", "causal self", "cross", "causal cross"} - layer.capabilities.patterns:
         memory = x if "cross" in pattern else None
         with pytest.raises(UnsupportedPattern, match=f'does not define "{pattern}" attention; it does'):
             layer(x, memory, causal=pattern.startswith("causal"), **example_inputs(key))
@@ -239,7 +246,7 @@ def test_patterns_that_it_does_not_define(key: str) -> None:
 def test_masks_that_it_does_not_take(key: str) -> None:
     call = main_call(key)
     layer, (x, memory) = example(key), call.tokens()
-    for kind in {"keys", "pairs", "bias"} - layer.masks:
+    for kind in {"keys", "pairs", "bias"} - layer.capabilities.masks:
         shaped = Call(key, call.pattern, kind)
         with pytest.raises(UnsupportedPattern, match=f'mask of kind "{kind}"; it takes'):
             call(layer, x, memory, hiding(shaped, slice(0, 1)))
@@ -258,12 +265,12 @@ def test_malformed_calls(key: str) -> None:
         layer(x, memory, causal=1, **inputs)
     with pytest.raises(OptionError, match="takes no input 'nonsense'"):
         layer(x, memory, causal=call.causal, nonsense=x, **inputs)
-    if layer.grid:
+    if layer.capabilities.grid:
         with pytest.raises(ShapeError, match=r"size=\(5, 7\) must be \(H, W\)"):
             layer(x, memory, causal=call.causal, **{**inputs, "size": (5, 7)})
     else:
         with pytest.raises(OptionError, match="knows no grid"):
             layer(x, memory, causal=call.causal, size=(3, 4), **inputs)
-    if layer.masks:
+    if layer.capabilities.masks:
         with pytest.raises(ShapeError, match="mask must broadcast"):
             call(layer, x, memory, torch.ones(BATCH, 1, 1, 77, dtype=torch.bool))

@@ -44,7 +44,7 @@ def grouped(x: torch.Tensor) -> torch.Tensor:
 def test_at_the_exact_limit_it_is_softmax_attention(call: Call) -> None:
     q, k, v = call.tensors()
     op = exact(call.key, call.lengths[1])
-    scale = WIDTH**-0.5 if op.default_scale is None else op.default_scale
+    scale = WIDTH**-0.5 if op.capabilities.default_scale is None else op.capabilities.default_scale
     assert_near(call(op, q, k, v), oracle.attention(q, k, v, mask=call.mask, causal=call.causal, scale=scale), 1e-10)
 
 
@@ -52,7 +52,7 @@ def test_at_the_exact_limit_it_is_softmax_attention(call: Call) -> None:
 def test_the_output_is_weights_times_values(call: Call) -> None:
     q, k, v = call.tensors()
     op = example(call.key)
-    if not op.has_weights:
+    if not op.capabilities.has_weights:
         with pytest.raises(UnsupportedPattern, match=f"{op.name} has no matrix of weights"):
             op.weights(q, k, mask=call.mask, causal=call.causal)
         return
@@ -97,7 +97,7 @@ def test_any_shape(
         n_queries, n_queries + extra, batch=batch, heads=groups * kv_heads, kv_heads=kv_heads, width=width, seed=seed
     )
     kind = "cross" if extra else "self"
-    for pattern in sorted({kind, f"causal {kind}"} & CLASSES[key].patterns):
+    for pattern in sorted({kind, f"causal {kind}"} & CLASSES[key].capabilities.patterns):
         op = example(key, n_queries + extra, groups * kv_heads, width)
         out = op(q, k, v, causal=pattern.startswith("causal"))
         assert out.isfinite().all()
@@ -110,7 +110,7 @@ def test_any_shape(
 @each_pattern(causal=True)
 def test_the_future_does_not_reach_back(call: Call) -> None:
     op = example(call.key)
-    at = op.grain * (call.lengths[0] // 2 // op.grain)
+    at = op.capabilities.selection_group * (call.lengths[0] // 2 // op.capabilities.selection_group)
     assert 0 < at, "the example's groups of queries are longer than half of its length"
     q, k, v = call.tensors(grad=True)
     out = call(op, q, k, v)[:, :, :at]
@@ -129,13 +129,13 @@ def test_the_future_does_not_reach_back(call: Call) -> None:
 def test_garbage_in_the_future_does_not_reach_back(call: Call, garbage: float) -> None:
     """Later queries, keys and values may hold anything: nothing of it is in an earlier output."""
     op = example(call.key)
-    at = op.grain * (call.lengths[0] // 2 // op.grain)
+    at = op.capabilities.selection_group * (call.lengths[0] // 2 // op.capabilities.selection_group)
     clean = call.tensors()
     dirty = with_garbage(clean, (at, at + call.shift, at + call.shift), garbage)
     assert_near(call(op, *dirty)[:, :, :at], call(op, *clean)[:, :, :at], 1e-12)
 
 
-@each_operator(lambda cls: cls.steps == "exact")
+@each_operator(lambda cls: cls.capabilities.streaming == "exact")
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
 def test_a_stream_with_garbage_is_the_call_with_garbage(key: str, garbage: float) -> None:
     """A prompt and a stream give what they give without the garbage, up to it."""
@@ -181,8 +181,10 @@ def test_what_is_masked_has_no_say(call: Call) -> None:
 def test_without_queries_there_is_no_output(key: str) -> None:
     op = example(key)
     q, k, v = qkv(0, 8, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
-    inputs = {name: op.example_input(name, 2, HEADS, 0 if name.endswith("_q") else 8) for name in op.inputs}
-    causal = "self" not in op.patterns
+    inputs = {
+        name: op.example_input(name, 2, HEADS, 0 if name.endswith("_q") else 8) for name in op.capabilities.inputs
+    }
+    causal = "self" not in op.capabilities.patterns
     assert op(q, k, v, causal=causal, **inputs).shape == (2, HEADS, 0, WIDTH)
     assert op.plan(q, k, v, causal=causal).flops >= 0
 
@@ -202,7 +204,7 @@ def test_a_query_that_sees_nothing_gives_zeros(call: Call) -> None:
         assert not call(op, q, k, v)[:, :, call.lengths[0] // 2].any()
 
 
-@each_operator(lambda cls: "keys" in cls.masks)
+@each_operator(lambda cls: "keys" in cls.capabilities.masks)
 def test_batch_items_do_not_meet(key: str) -> None:
     call = main_call(key)
     op, (q, k, v) = example(key), call.tensors()
@@ -256,14 +258,14 @@ def stream(op, q, k, v) -> torch.Tensor:
     return torch.cat(out, 2)
 
 
-@each_operator(lambda cls: cls.steps == "exact")
+@each_operator(lambda cls: cls.capabilities.streaming == "exact")
 def test_token_by_token_is_the_causal_call(key: str) -> None:
     q, k, v = qkv(12, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
     op = example(key)
     assert_near(stream(op, q, k, v), op(q, k, v, causal=True), 1e-10)
 
 
-@each_operator(lambda cls: cls.steps is not None and cls.exact(HEADS, WIDTH, 12) is not None)
+@each_operator(lambda cls: cls.capabilities.streaming is not None and cls.exact(HEADS, WIDTH, 12) is not None)
 def test_token_by_token_at_the_exact_limit(key: str) -> None:
     q, k, v = qkv(12, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
     op = exact(key, 12)
@@ -294,7 +296,7 @@ def test_state_dict_round_trip(key: str) -> None:
 def test_the_plan_is_sane(call: Call) -> None:
     op, tensors = example(call.key), call.tensors()
     plan = op.plan(*tensors, mask=call.mask, causal=call.causal)
-    assert plan.engine in op.engines
+    assert plan.engine in op.capabilities.engines
     assert plan.flops > 0
     assert plan.bytes > 0
     assert 0 < plan.density <= 1

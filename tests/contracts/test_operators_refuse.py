@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,15 @@ import torch
 import foveate
 from foveate.core.errors import FoveateError, OptionError, ShapeError, UnsupportedPattern
 from foveate.ops.base.scored import Scored
+from foveate.ops.base.streaming import Streaming
 from foveate.ops.operator import ALL_MASKS, ALL_PATTERNS
 from tests.contracts.operators import CLASSES, HEADS, KV_HEADS, WIDTH, Call, each_operator, example, main_call
 from tests.tensors import gradients, qkv
 
 
 @pytest.mark.parametrize(
-    ("key", "pattern"), [(key, p) for key, cls in CLASSES.items() for p in sorted(ALL_PATTERNS - cls.patterns)]
+    ("key", "pattern"),
+    [(key, p) for key, cls in CLASSES.items() for p in sorted(ALL_PATTERNS - cls.capabilities.patterns)],
 )
 def test_a_pattern_that_it_lacks_is_refused_by_name(key: str, pattern: Any) -> None:
     call = Call(key, pattern)
@@ -27,7 +30,8 @@ def test_a_pattern_that_it_lacks_is_refused_by_name(key: str, pattern: Any) -> N
 
 
 @pytest.mark.parametrize(
-    ("key", "kind"), [(key, kind) for key, cls in CLASSES.items() for kind in sorted(ALL_MASKS - cls.masks)]
+    ("key", "kind"),
+    [(key, kind) for key, cls in CLASSES.items() for kind in sorted(ALL_MASKS - cls.capabilities.masks)],
 )
 def test_a_mask_that_it_cannot_take_is_refused_by_name(key: str, kind: Any) -> None:
     call = Call(key, main_call(key).pattern, kind)
@@ -76,12 +80,12 @@ def test_an_option_that_it_lacks_is_refused_by_name(key: str) -> None:
         foveate.attend(*call.tensors(), CLASSES[key], causal=call.causal, nonsense=1)
 
 
-@each_operator(lambda cls: cls.inputs)
+@each_operator(lambda cls: cls.capabilities.inputs)
 def test_further_inputs_are_used_and_checked(key: str) -> None:
     call = main_call(key)
     op, tensors = example(key), call.tensors()
     plain = call(op, *tensors)
-    for name in sorted(op.inputs):
+    for name in sorted(op.capabilities.inputs):
         given = op.example_input(name, 2, HEADS, call.lengths[1]).double().requires_grad_()
         out = call(op, *tensors, **{name: given})
         assert not torch.allclose(out, plain)
@@ -92,7 +96,7 @@ def test_further_inputs_are_used_and_checked(key: str) -> None:
             call(op, *tensors, **{name: given[..., :-1]})
 
 
-@each_operator(lambda cls: cls.steps is not None)
+@each_operator(lambda cls: cls.capabilities.streaming is not None)
 def test_a_malformed_step_is_refused(key: str) -> None:
     q, k, v = qkv(1, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
     op = example(key)
@@ -113,11 +117,15 @@ def test_a_malformed_step_is_refused(key: str) -> None:
 class Offline(Scored):
     """An operator that cannot stream, so that this is tested whether or not the catalogue has one."""
 
-    steps = None
+    capabilities = replace(Scored.capabilities, streaming=None)
 
 
 def test_what_cannot_stream_says_so() -> None:
-    for op in (Offline(), *(example(key) for key, cls in CLASSES.items() if cls.steps is None)):
+    still = [example(key) for key, cls in CLASSES.items() if cls.capabilities.streaming is None]
+    for op in (Offline(), *still):
+        if not isinstance(op, Streaming):
+            assert not hasattr(op, "step"), "no stub"
+            continue
         with pytest.raises(UnsupportedPattern, match=f"{op.name} cannot go one token at a time"):
             op.init_state(2, HEADS, KV_HEADS, WIDTH, WIDTH)
         with pytest.raises(UnsupportedPattern, match=f"{op.name} cannot go one token at a time"):

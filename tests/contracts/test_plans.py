@@ -20,16 +20,16 @@ KEYS = [key for key, cls in CLASSES.items() if not issubclass(cls, Selective) an
 
 def counted(op: Operator, engine: str) -> tuple[float, float]:
     """Multiply-adds, counted as two, that PyTorch saw in a call, and those that its plan says."""
-    causal = "self" not in op.patterns
+    causal = "self" not in op.capabilities.patterns
     given = [x.float() for x in qkv(N, batch=1, heads=HEADS, kv_heads=HEADS, width=WIDTH)]
-    inputs = {name: op.example_input(name, 1, HEADS, N).float() for name in op.inputs}
+    inputs = {name: op.example_input(name, 1, HEADS, N).float() for name in op.capabilities.inputs}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         op(*given, causal=causal, engine=engine, **inputs)
     whole = causal and engine == "reference" and not isinstance(op, Linear)  # the plan counts the past alone
     return counter.get_total_flops(), op.plan(*given, causal=causal, engine=engine).flops * (2 * N / (N + 1)) ** whole
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if "reference" in CLASSES[key].engines])
+@pytest.mark.parametrize("key", [key for key in KEYS if "reference" in CLASSES[key].capabilities.engines])
 def test_a_plan_counts_what_is_multiplied(key: str) -> None:
     seen, planned = counted(example(key, N).float(), "reference")
     assert planned / 1.06 <= seen <= 1.06 * planned

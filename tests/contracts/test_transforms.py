@@ -67,7 +67,7 @@ WAYS: dict[str, Callable[[Called, tuple[Tensor, ...]], None]] = {
 
 def try_out(name: str, way: str) -> None:
     called, tensors = example(name)
-    if way in called.inner.transforms:
+    if way in called.inner.capabilities.transforms:
         WAYS[way](called, tensors)
         return
     with pytest.raises(Exception, match="data-dependent|item"):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from foveate.bench.parts.memory import peak_bytes
 from foveate.core import engines, masks, oracle, precision
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.core.engines import chunked, flex, gather, slices
 from foveate.core.errors import ShapeError, UnknownKey, UnsupportedEngine
 from foveate.core.scoring import SOFTMAX, SoftmaxScoring, Tile
@@ -78,7 +78,7 @@ def test_dense_engines_are_the_oracle(engine: str, kind: str | None, n_queries: 
     q, k, v = qkv(n_queries, n_keys, value_width=5, grad=True)
     mask = a_mask(kind, n_queries, n_keys)
     expected = oracle.attention(q, k, v, mask=mask, causal=causal, scale=0.7)
-    out = engines.run(Problem(q, k, v, 0.7, mask, causal), engine)
+    out = engines.run(AttentionCall(q, k, v, 0.7, mask, causal), engine)
     assert_near(out, expected, 1e-12)
     for ours, theirs in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
         assert_near(ours, theirs, 1e-12)
@@ -99,7 +99,7 @@ def test_sparse_engines_are_the_oracle(
     mask, selection = a_mask(kind, n_queries, n_keys), a_selection(form, heads, n_queries, n_keys)
     chosen = selection.for_heads(4).dense()
     expected = oracle.attention(q, k, v, mask=masks.combine(mask, chosen), causal=causal)
-    out = engines.run(Problem(q, k, v, 8**-0.5, mask, causal, selection), engine)
+    out = engines.run(AttentionCall(q, k, v, 8**-0.5, mask, causal, selection), engine)
     assert_near(out, expected, 1e-12)
     for ours, theirs in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
         assert_near(ours, theirs, 1e-12)
@@ -114,7 +114,7 @@ def test_chunks_of_any_size(scoring, queries: int, keys: int, causal: bool, kind
     mask = a_mask(kind, 7, 9)
     if kind == "bias":
         mask.requires_grad_()
-    problem = Problem(q, k, v, 1.0, mask, causal, scoring=scoring)
+    problem = AttentionCall(q, k, v, 1.0, mask, causal, scoring=scoring)
     wanted = [q, k, v, *([mask] if kind == "bias" else []), *getattr(scoring, "parameters", tuple)()]
     out, expected = chunked.attend(problem, queries, keys), engines.run(problem, "reference")
     assert_near(out, expected, 1e-12)
@@ -144,7 +144,7 @@ def test_chunks_skip_what_a_selection_leaves_out(is_softmax: bool, causal: bool,
     chosen = (column == row) | (column == row + 1)
     chosen[2], chosen[4] = False, column > 6
     counted, plain = Counted(is_softmax), Capped()
-    problem = Problem(q, k, v, 1.0, None, causal, Blocks(chosen[None, None], (4, 3), 22, 23), counted)
+    problem = AttentionCall(q, k, v, 1.0, None, causal, Blocks(chosen[None, None], (4, 3), 22, 23), counted)
     out = chunked.attend(problem, queries, keys)
     if queries < 4 and not causal:
         assert counted.pairs < 22 * 23 / 2
@@ -158,7 +158,7 @@ def test_chunks_skip_what_a_selection_leaves_out(is_softmax: bool, causal: bool,
 def test_chunks_never_keep_the_matrix() -> None:
     q, k, v = qkv(1024, batch=1, heads=1, kv_heads=1, width=4, dtype=torch.float32, grad=True)
     for scoring in (SOFTMAX, Unmerged()):
-        problem = Problem(q, k, v, 1.0, causal=True, scoring=scoring)
+        problem = AttentionCall(q, k, v, 1.0, causal=True, scoring=scoring)
         work = lambda problem=problem: chunked.attend(problem, 16, 64).sum().backward()  # noqa: E731
         assert peak_bytes(work, q.device) < 4 * 1024**2 / 8
 
@@ -167,8 +167,8 @@ def test_chunks_never_keep_the_matrix() -> None:
 def test_chunks_in_half_precision_add_up_in_float32(scoring) -> None:
     q, k, v = qkv(300, dtype=torch.bfloat16, grad=True)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out = chunked.attend(Problem(q, k, v, 0.35, scoring=scoring), 4, 16)
-    expected = engines.run(Problem(*exact, 0.35, scoring=scoring), "reference")
+    out = chunked.attend(AttentionCall(q, k, v, 0.35, scoring=scoring), 4, 16)
+    expected = engines.run(AttentionCall(*exact, 0.35, scoring=scoring), "reference")
     for ours, theirs in zip(gradients(out, [q, k, v]), gradients(expected, exact), strict=True):
         assert ours.dtype == torch.bfloat16
         assert_near(ours, theirs, 0.02)
@@ -177,7 +177,7 @@ def test_chunks_in_half_precision_add_up_in_float32(scoring) -> None:
 def test_chunks_notice_parameters_that_were_swapped() -> None:
     scoring = Capped()
     q, k, v = qkv(4, grad=True)
-    out = chunked.attend(Problem(q, k, v, 1.0, scoring=scoring))
+    out = chunked.attend(AttentionCall(q, k, v, 1.0, scoring=scoring))
     scoring.cap = scoring.cap.detach().clone().requires_grad_()
     with pytest.raises(UnsupportedEngine, match="parameters of its forward pass"):
         out.sum().backward()
@@ -187,7 +187,7 @@ def test_chunks_notice_parameters_that_were_swapped() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_huge_scores_stay_finite(engine: str, causal: bool) -> None:
     q, k, v = qkv(9, grad=True, dtype=torch.float32)
-    out = engines.run(Problem(q * 1e3, k, v, 1.0, causal=causal), engine)
+    out = engines.run(AttentionCall(q * 1e3, k, v, 1.0, causal=causal), engine)
     assert_near(out, oracle.attention(q * 1e3, k, v, causal=causal, scale=1.0), 1e-3)
     assert all(grad.isfinite().all() for grad in gradients(out, (q, k, v)))
 
@@ -196,7 +196,7 @@ def test_huge_scores_stay_finite(engine: str, causal: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(engine: str, dtype: torch.dtype) -> None:
     q, k, v = qkv(20, 300, dtype=dtype)
-    out = engines.run(Problem(q, k, v, 8**-0.5, causal=True), engine)
+    out = engines.run(AttentionCall(q, k, v, 8**-0.5, causal=True), engine)
     assert out.dtype == dtype
     assert_near(out, oracle.attention(q, k, v, causal=True), 0.02)
 
@@ -215,7 +215,7 @@ def test_halves_are_multiplied_as_the_processor_does_fast(
 
     monkeypatch.setattr(precision, "_has_halves", lambda dtype: fast)
     q, k, v = qkv(20, dtype=torch.bfloat16, grad=True)
-    out = engines.run(Problem(q, k, v, 8**-0.5, causal=True, scoring=Spied()), engine)
+    out = engines.run(AttentionCall(q, k, v, 8**-0.5, causal=True, scoring=Spied()), engine)
     assert seen == {torch.bfloat16 if fast else torch.float32}
     assert out.dtype == torch.bfloat16
     assert all(grad.dtype == torch.bfloat16 for grad in gradients(out, (q, k, v)))
@@ -228,7 +228,7 @@ def test_halves_are_multiplied_as_the_processor_does_fast(
 def test_a_mask_of_any_rank(engine: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     q, k, v = qkv(9)
     mask = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4).to(dtype)
-    out = engines.run(Problem(q, k, v, 1.0, mask), engine)
+    out = engines.run(AttentionCall(q, k, v, 1.0, mask), engine)
     assert_near(out, oracle.attention(q, k, v, mask=mask, scale=1.0), 1e-12)
 
 
@@ -239,7 +239,7 @@ def test_nothing_to_do(engine: str, batch: int, n_queries: int, n_keys: int) -> 
     index = torch.zeros(1, 1, n_queries, 0 if n_keys == 0 else 1, dtype=torch.long)
     tiles = Blocks(torch.ones(1, 1, -(-n_queries // 2), -(-n_keys // 2), dtype=torch.bool), (2, 2), n_queries, n_keys)
     selection = {"gather": Indices(index, n_queries, n_keys), "slices": tiles}.get(engine)
-    problem = Problem(q, k, v, 1.0, selection=selection)
+    problem = AttentionCall(q, k, v, 1.0, selected=selection)
     assert engines.plan(problem, engine).density <= 1
     out = engines.run(problem, engine)
     assert out.shape == (batch, 4, n_queries, 5)
@@ -255,8 +255,8 @@ def test_hidden_garbage_never_leaks(engine: str, grad: bool) -> None:
     dirty_k, dirty_v = k.detach().clone(), v.detach().clone()
     dirty_k[:, :, 3], dirty_v[:, :, 3] = float("nan"), float("inf")
     selection = window(9, 9, 4, 0, q.device) if engine in SPARSE else None
-    clean = engines.run(Problem(q, k, v, 1.0, seen, selection=selection), "auto")
-    dirty = Problem(q, dirty_k.requires_grad_(), dirty_v.requires_grad_(), 1.0, seen, selection=selection)
+    clean = engines.run(AttentionCall(q, k, v, 1.0, seen, selected=selection), "auto")
+    dirty = AttentionCall(q, dirty_k.requires_grad_(), dirty_v.requires_grad_(), 1.0, seen, selected=selection)
     out = engines.run(dirty, engine)
     assert_near(out, clean, 1e-12)
     if not grad:
@@ -277,8 +277,8 @@ def test_garbage_shows_to_those_who_see_it_alone(engine: str, where: str, grad: 
     {"k": k, "v": v}[where][:, :, 4] = float("nan")
     selection = window(9, 9, 3, 0, q.device) if engine in SPARSE else None
     inputs = [x.requires_grad_(grad) for x in (q, k, v)]
-    out = engines.run(Problem(*inputs, 1.0, causal=True, selection=selection), engine)
-    expected = engines.run(Problem(*clean, 1.0, causal=True, selection=selection), "reference")
+    out = engines.run(AttentionCall(*inputs, 1.0, causal=True, selected=selection), engine)
+    expected = engines.run(AttentionCall(*clean, 1.0, causal=True, selected=selection), "reference")
     sees = slice(4, 7) if engine in SPARSE else slice(4, None)
     assert out[:, :, sees].isnan().all()
     blind = [i for i in range(9) if i not in range(9)[sees]]
@@ -294,34 +294,34 @@ def test_garbage_in_a_query_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(9)
     q[:, :, 3] = float("nan")
     monkeypatch.setattr(chunked, "attend", None)  # no reason to go there
-    out = engines.run(Problem(q, k, v, 1.0, masks.causal(9, 9)))
+    out = engines.run(AttentionCall(q, k, v, 1.0, masks.causal(9, 9)))
     assert out[:, :, 3].isnan().all()
     assert out[:, :, [i for i in range(9) if i != 3]].isfinite().all()
 
 
-def plain(n: int, device: str = "cpu", grad: bool = False) -> Problem:
+def plain(n: int, device: str = "cpu", grad: bool = False) -> AttentionCall:
     x = torch.zeros(1, 1, n, 4, device=device, requires_grad=grad)
-    return Problem(x, x, x, 1.0, causal=True)
+    return AttentionCall(x, x, x, 1.0, causal=True)
 
 
-def by_head(n: int, heads: int = 4, tile: int = 64) -> Problem:
+def by_head(n: int, heads: int = 4, tile: int = 64) -> AttentionCall:
     """Heads that choose blocks of their own, an eighth of them."""
     random = torch.Generator().manual_seed(2)
     chosen = torch.rand(1, heads, n // tile, n // tile, generator=random) < 1 / 8
     q, k, v = qkv(n, batch=1, heads=heads, kv_heads=heads, width=4, dtype=torch.float32)
-    return Problem(q, k, v, 1.0, None, True, Blocks(chosen, (tile, tile), n, n))
+    return AttentionCall(q, k, v, 1.0, None, True, Blocks(chosen, (tile, tile), n, n))
 
 
 def test_what_auto_chooses() -> None:
     device = torch.device("cpu")
-    banded = replace(plain(8192), selection=window(8192, 8192, 64, 0, device))
-    listed = replace(plain(8192), selection=Indices(torch.zeros(1, 1, 8192, 1, dtype=torch.long), 8192, 8192))
-    short = replace(plain(64), selection=window(64, 64, 8, 0, device))
+    banded = replace(plain(8192), selected=window(8192, 8192, 64, 0, device))
+    listed = replace(plain(8192), selected=Indices(torch.zeros(1, 1, 8192, 1, dtype=torch.long), 8192, 8192))
+    short = replace(plain(64), selected=window(64, 64, 8, 0, device))
     assert engines.choose(plain(64))[0] == engines.choose(plain(8192))[0] == "fused"
     assert engines.choose(banded)[0] == engines.choose(short)[0] == "slices"
-    assert "of which 9" in engines.choose(replace(banded, selection=window(8192, 8192, 1024, 0, device)))[1]
+    assert "of which 9" in engines.choose(replace(banded, selected=window(8192, 8192, 1024, 0, device)))[1]
     assert engines.choose(listed)[0] == engines.choose(by_head(512))[0] == "gather"
-    assert engines.choose(replace(short, q=short.q[:, :, -8:], selection=window(8, 64, 8, 0, device)))[0] == "gather"
+    assert engines.choose(replace(short, q=short.q[:, :, -8:], selected=window(8, 64, 8, 0, device)))[0] == "gather"
     assert engines.choose(replace(banded, mask=torch.ones(1, 8192)))[0] == "slices"
     assert engines.choose(replace(banded, q=banded.q.clone().requires_grad_()))[0] == "slices"
     assert engines.choose(replace(plain(64), scoring=Capped()))[0] == "reference"
@@ -357,7 +357,7 @@ def test_slices_hold_what_a_window_needs() -> None:
     """The work and the memory of a window, forward and backward, are those of its keys."""
     n, size = 2048, 128
     q, k, v = qkv(n, batch=1, heads=1, kv_heads=1, width=4, dtype=torch.float32, grad=True)
-    problem = Problem(q, k, v, 1.0, None, True, window(n, n, size, 4, q.device))
+    problem = AttentionCall(q, k, v, 1.0, None, True, window(n, n, size, 4, q.device))
     assert n * size < slices.pairs(problem.selection, True) < 3 * n * size
     assert peak_bytes(lambda: slices.attend(problem).sum().backward(), q.device) < 4 * n**2 / 4
 
@@ -373,7 +373,7 @@ def test_slices_leave_keys_where_they_are(sinks: int, monkeypatch: pytest.Monkey
         return kernel(q, k, v, *args, **kwargs)
 
     q, k, v = qkv(1024, batch=1, heads=1, kv_heads=1, width=4, dtype=torch.float32)
-    problem = Problem(q, k, v, 1.0, None, True, window(1024, 1024, 100, sinks, q.device))
+    problem = AttentionCall(q, k, v, 1.0, None, True, window(1024, 1024, 100, sinks, q.device))
     expected = engines.run(problem, "reference")
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     assert_near(slices.attend(problem), expected, 1e-5)
@@ -386,13 +386,13 @@ def test_slices_leave_keys_where_they_are(sinks: int, monkeypatch: pytest.Monkey
     ("engine", "change", "says"),
     [
         ("fused", {"scoring": Capped()}, "softmax over dot products only"),
-        ("fused", {"selection": window(64, 64, 8, 0, torch.device("cpu"))}, "waste the selection"),
+        ("fused", {"selected": window(64, 64, 8, 0, torch.device("cpu"))}, "waste the selection"),
         ("gather", {}, "needs a selection"),
         ("gather", {"scoring": Capped()}, "softmax over dot products only"),
         ("flex", {}, "needs a selection of blocks"),
         ("slices", {}, "needs a selection of blocks"),
         ("slices", {"scoring": Capped()}, "softmax over dot products only"),
-        ("flex", {"selection": window(64, 64, 8, 0, torch.device("cpu")), "mask": torch.ones(64)}, "no tensor mask"),
+        ("flex", {"selected": window(64, 64, 8, 0, torch.device("cpu")), "mask": torch.ones(64)}, "no tensor mask"),
         ("chunked", {"dropout": 0.5}, "cannot drop any"),
     ],
 )
@@ -411,7 +411,7 @@ def test_an_unknown_engine_is_refused() -> None:
 
 def test_a_selection_for_another_call_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"selection is for \(Nq, Nk\)=\(8, 8\); the call has \(9, 9\)"):
-        replace(plain(9), selection=window(8, 8, 2, 0, torch.device("cpu")))
+        replace(plain(9), selected=window(8, 8, 2, 0, torch.device("cpu")))
 
 
 def test_a_plan_counts_what_is_computed() -> None:
@@ -420,8 +420,8 @@ def test_a_plan_counts_what_is_computed() -> None:
     assert half.flops == 2 * 512 * 513 // 2 * 8
     assert whole.bytes == 4 * 512 * 4 * 4
     assert whole.density == half.density == 1.0
-    one = Problem(torch.zeros(1, 2, 1, 4), *torch.zeros(2, 1, 1, 512, 4), 1.0, causal=True)
-    few = replace(one, selection=Indices(torch.arange(16)[None, None, None], 1, 512))
+    one = AttentionCall(torch.zeros(1, 2, 1, 4), *torch.zeros(2, 1, 1, 512, 4), 1.0, causal=True)
+    few = replace(one, selected=Indices(torch.arange(16)[None, None, None], 1, 512))
     assert engines.plan(few).density == 16 / 512
     assert engines.plan(few).bytes == 4 * (8 + 8 + 2 * 16 * 4)
     assert "gather" in str(engines.plan(few))
@@ -436,12 +436,12 @@ def test_a_sparse_engine_never_makes_the_matrix(engine: str, form: str, monkeypa
     monkeypatch.setattr(Indices, "dense", refuse)
     q, k, v = qkv(9)
     for mask in (None, a_mask("bias", 9, 9)):
-        engines.run(Problem(q, k, v, 1.0, mask, True, a_selection(form, 2, 9, 9)), engine)
+        engines.run(AttentionCall(q, k, v, 1.0, mask, True, a_selection(form, 2, 9, 9)), engine)
 
 
 def test_without_a_compiler_flex_is_skipped_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """A window needs none, and says nothing."""
-    banded = replace(plain(8192), selection=window(8192, 8192, 64, 0, torch.device("cpu")))
+    banded = replace(plain(8192), selected=window(8192, 8192, 64, 0, torch.device("cpu")))
     monkeypatch.setattr(engines, "LONG", 256)
     monkeypatch.setattr(flex.shutil, "which", lambda name: None)
     flex.has_compiler.cache_clear()
@@ -461,7 +461,7 @@ def test_without_a_compiler_flex_is_skipped_with_one_warning(monkeypatch: pytest
 
 
 @pytest.fixture
-def repeated(monkeypatch: pytest.MonkeyPatch) -> Problem:
+def repeated(monkeypatch: pytest.MonkeyPatch) -> AttentionCall:
     """A call that `auto` runs in FlexAttention."""
     problem = by_head(256)
     monkeypatch.setattr(flex, "has_compiler", lambda: True)
@@ -472,7 +472,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> Problem:
     return problem
 
 
-def test_flex_is_never_run_uncompiled(repeated: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_is_never_run_uncompiled(repeated: AttentionCall, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled, it would attend to every key: `auto` gathers in its place, and the engine by name says no."""
     monkeypatch.setattr(flex, "_compiled", lambda: flex._kernel)
     assert_near(engines.run(repeated), engines.run(repeated, "reference"), 1e-5)
@@ -480,7 +480,7 @@ def test_flex_is_never_run_uncompiled(repeated: Problem, monkeypatch: pytest.Mon
         engines.run(repeated, "flex")
 
 
-def test_a_broken_compiler_is_as_a_missing_one(repeated: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_compiler_is_as_a_missing_one(repeated: AttentionCall, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> Tensor:
         raise TorchDynamoException("CppCompileError: C++ compile error\n\nCommand:\ng++ main.cpp")
 
@@ -499,7 +499,7 @@ def test_a_broken_compiler_is_as_a_missing_one(repeated: Problem, monkeypatch: p
 
 @pytest.mark.slow
 @pytest.mark.skipif(not flex.has_compiler(), reason="needs a C++ compiler")
-def test_a_compiler_that_fails_is_noticed(repeated: Problem) -> None:
+def test_a_compiler_that_fails_is_noticed(repeated: AttentionCall) -> None:
     from torch._inductor import config
 
     torch._dynamo.reset()
@@ -523,7 +523,7 @@ def test_one_kernel_serves_many_lengths(monkeypatch: pytest.MonkeyPatch) -> None
     counters.clear()
     for n in (300, 512, 333, 257):
         q, k, v = qkv(n, batch=1, heads=2, kv_heads=2, width=16, dtype=torch.float32)
-        problem = Problem(q, k, v, 1.0, None, True, window(n, n, 40, 3, q.device))
+        problem = AttentionCall(q, k, v, 1.0, None, True, window(n, n, 40, 3, q.device))
         assert_near(engines.run(problem, "flex"), engines.run(problem, "reference"), 1e-5)
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -534,7 +534,7 @@ def test_flex_stops_at_so_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*lengths: int) -> None:
         for n in lengths:
             q, k, v = qkv(n, dtype=torch.float32)
-            engines.run(Problem(q, k, v, 1.0, None, True, window(n, n, 7, 0, q.device)), "flex")
+            engines.run(AttentionCall(q, k, v, 1.0, None, True, window(n, n, 7, 0, q.device)), "flex")
 
     monkeypatch.setattr(flex, "COMPILED", 1)
     with pytest.raises(flex.NotCompiled, match="1 different calls"):
@@ -552,11 +552,11 @@ def test_compiled_flex_is_the_oracle(per_head: bool) -> None:
         selection = Blocks(chosen, (64, 64), 200, 330)
     else:
         selection = window(200, 330, 40, 3, q.device)
-    out = engines.run(Problem(q, k, v, 0.25, None, True, selection), "flex")
+    out = engines.run(AttentionCall(q, k, v, 0.25, None, True, selection), "flex")
     assert_near(out, oracle.attention(q, k, v, mask=selection.dense(), causal=True), 1e-5)
 
 
 def test_fused_is_what_torch_does() -> None:
     q, k, v = qkv(9, kv_heads=4, dtype=torch.float32)
-    out = engines.run(Problem(q, k, v, 8**-0.5, causal=True))
+    out = engines.run(AttentionCall(q, k, v, 8**-0.5, causal=True))
     assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, is_causal=True))

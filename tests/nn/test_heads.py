@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from foveate.core.errors import OptionError, UnsupportedPattern
 from foveate.nn import Alibi, MultiHeadAttention, RelativeBias, Rotary
-from foveate.nn.parts.heads import HeadScheme, Rates, merge, split, squash, width
+from foveate.nn.parts.heads import HeadScheme, Rates, activation, merge, split, width
 from foveate.ops import create
 from foveate.ops.calls import sized
 from tests.tensors import assert_near
@@ -58,18 +58,17 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_it_is_what_the_house_s_layer_is(options: dict) -> None:
     plain, twin = pair(**options)
-    for name in ("patterns", "masks", "inputs", "growth", "steps"):
-        assert getattr(plain, name) == getattr(twin, name), name
+    assert plain.capabilities == twin.capabilities
     x, memory = tokens(), tokens(5, seed=3)
-    for pattern in sorted(plain.patterns):
+    for pattern in sorted(plain.capabilities.patterns):
         causal, source = pattern.startswith("causal"), memory if "cross" in pattern else None
         assert_near(plain(x, source, causal=causal), twin(x, source, causal=causal), 1e-12)
-        if source is None and "pairs" in plain.masks:
+        if source is None and "pairs" in plain.capabilities.masks:
             mask = (torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(4)) > 0.3) | torch.eye(
                 LENGTH
             ).bool()
             for given in (mask, torch.zeros(LENGTH, LENGTH).double().masked_fill(~mask, -torch.inf)):
-                if given.dtype == torch.bool or "bias" in plain.masks:
+                if given.dtype == torch.bool or "bias" in plain.capabilities.masks:
                     assert_near(plain(x, mask=given, causal=causal), twin(x, mask=given, causal=causal), 1e-12)
 
 
@@ -77,7 +76,7 @@ def test_it_is_what_the_house_s_layer_is(options: dict) -> None:
 def test_streams(options: dict) -> None:
     plain, _ = pair(**options)
     x = tokens()
-    if plain.steps is None:
+    if plain.capabilities.streaming is None:
         with pytest.raises(UnsupportedPattern, match="one token at a time"):
             plain.init_state(2)
         return
@@ -112,10 +111,10 @@ def test_split_and_merge() -> None:
 def test_rates() -> None:
     op, x = sized("titans", HEADS, 4, 4), tokens().float()
     rates = Rates(DIM, HEADS, op)
-    assert set(rates) == op.inputs & set(op.gates) != set()
+    assert set(rates) == op.capabilities.inputs & set(op.capabilities.gates) != set()
     for name, rate in rates(x).items():
-        assert_near(rate, squash(rates[name](x), op.gates[name].squash).transpose(1, 2), 0)
-        assert rates[name].bias.unique().tolist() == pytest.approx([op.gates[name].bias])
+        assert_near(rate, activation(rates[name](x), op.capabilities.gates[name].activation).transpose(1, 2), 0)
+        assert rates[name].bias.unique().tolist() == pytest.approx([op.capabilities.gates[name].bias])
     assert Rates(DIM, HEADS, create("softmax"))(x) == {}
 
 
@@ -129,14 +128,14 @@ def test_rates_are_of_the_token_that_asks_or_of_the_one_that_is_asked() -> None:
             assert_near(rate, own[name], 0)
 
 
-def test_squashes() -> None:
+def test_activations() -> None:
     x = torch.tensor([-1.0, 0.5])
     expected = {
         "sigmoid": 1 / (1 + (-x).exp()), "softplus": (1 + x.exp()).log(), "exp": x.exp(),
         "logsigmoid": -(1 + (-x).exp()).log(), "silu": x / (1 + (-x).exp()), None: x,
     }  # fmt: skip
     for how, value in expected.items():
-        assert_near(squash(x, how), value, 1e-6)
+        assert_near(activation(x, how), value, 1e-6)
 
 
 def test_widths() -> None:

@@ -85,8 +85,8 @@ def test_the_layer_by_hand(options: dict) -> None:
 
 def test_a_convolution_leaves_the_causal_pattern_and_masks_of_keys() -> None:
     layer = built(conv=2)
-    assert layer.patterns == {"causal self"}
-    assert layer.masks == {"keys"}
+    assert layer.capabilities.patterns == {"causal self"}
+    assert layer.capabilities.masks == {"keys"}
     assert isinstance(layer.init_state(1), ConvState)
     assert isinstance(built().init_state(1), HeadState)
     x, seen = tokens(), torch.tensor([False, False, True, True, True, True, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import ClassVar, final
 
 import pytest
@@ -37,8 +38,7 @@ class Elu(Linear):
 class Gated(Linear):
     """One data-dependent decay for each token and head, brought by the call."""
 
-    patterns: ClassVar[frozenset[Pattern]] = CAUSAL
-    inputs: ClassVar[frozenset[str]] = frozenset({"gate"})
+    capabilities = replace(Linear.capabilities, patterns=CAUSAL, inputs=frozenset({"gate"}))
     normalised: ClassVar[bool] = False
     block = 8
 
@@ -56,8 +56,7 @@ class Gated(Linear):
 class GatedByFeature(Linear):
     """One data-dependent decay for each token, head and feature; normalised, so that the sum fades with them."""
 
-    patterns: ClassVar[frozenset[Pattern]] = CAUSAL
-    inputs: ClassVar[frozenset[str]] = frozenset({"gates"})
+    capabilities = replace(Linear.capabilities, patterns=CAUSAL, inputs=frozenset({"gates"}))
     block = 12  # neither a power of 2 nor a multiple of the tile
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:
@@ -74,7 +73,7 @@ class GatedByFeature(Linear):
 class FadingFeatures(Linear):
     """A fixed decay for each head and feature, one of them 1."""
 
-    patterns: ClassVar[frozenset[Pattern]] = CAUSAL
+    capabilities = replace(Linear.capabilities, patterns=CAUSAL)
     normalised: ClassVar[bool] = False
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:
@@ -97,7 +96,7 @@ OPERATORS = {
     "hedgehog": lambda: Hedgehog(HEADS, DIM).double(),
 }
 EVERY = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
-CASES = [(name, pattern) for name, make in OPERATORS.items() for pattern in sorted(make().patterns)]
+CASES = [(name, pattern) for name, make in OPERATORS.items() for pattern in sorted(make().capabilities.patterns)]
 PATTERNS = pytest.mark.parametrize(("name", "pattern"), CASES, ids=[", ".join(case) for case in CASES])
 
 
@@ -111,12 +110,12 @@ def inputs_of(
         name: F.logsigmoid(torch.randn(2, HEADS, n, *more, generator=g, dtype=torch.float64)).requires_grad_()
         for name, more in (("gate", ()), ("gates", (DIM,)))
     }
-    return qkv, {name: extra[name] for name in op.inputs}
+    return qkv, {name: extra[name] for name in op.capabilities.inputs}
 
 
 def naive(op: Linear, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Tensor], causal: bool) -> Tensor:
     """The definition, pair by pair."""
-    scale = op.default_scale or q.shape[-1] ** -0.5
+    scale = op.capabilities.default_scale or q.shape[-1] ** -0.5
     fq, fk = op.query_features(q, scale), op.key_features(k, scale)
     decay = op.log_decay(k, **extra)
     factor = torch.ones(2, HEADS, k.shape[2], fk.shape[-1], dtype=torch.float64)
@@ -156,7 +155,7 @@ def test_forms_agree_in_outputs_and_gradients(name, pattern, n, n_queries):
     seen = torch.randn(2, HEADS, n_queries, VALUE, dtype=torch.float64)
     wanted = [q, k, v, *(x for x in extra.values() if causal), *op.parameters()]
     found = {}
-    for engine in op.engines:
+    for engine in op.capabilities.engines:
         out = op(q, k, v, causal=causal, engine=engine, **extra)
         found[engine] = [out, *torch.autograd.grad((out * seen).sum(), wanted)]
     for engine in ("chunked", "recurrent"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import ClassVar, final
 
 import pytest
@@ -15,7 +16,7 @@ from foveate.ops.base import linear_spans as spans
 from foveate.ops.base.linear import Linear
 from foveate.ops.linear.based import TaylorAttention
 from foveate.ops.linear.hedgehog import Hedgehog
-from foveate.ops.operator import Pattern
+from foveate.ops.operator import CAUSAL_PATTERNS, Pattern
 
 HEADS, DIM, VALUE, BLOCK = 4, 6, 5, 8
 PATTERNS: tuple[Pattern, ...] = ("self", "causal self", "cross", "causal cross")
@@ -25,7 +26,7 @@ PATTERNS: tuple[Pattern, ...] = ("self", "causal self", "cross", "causal cross")
 class Fading(Linear):
     """A fixed decay for each head, or one that each key brings for each feature."""
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
+    capabilities = replace(Linear.capabilities, patterns=CAUSAL_PATTERNS)
     tokenwise: ClassVar[bool] = True
 
     def __init__(self, by_key: bool) -> None:
@@ -48,7 +49,12 @@ OPERATORS = {
     "fading": lambda: Fading(False),
     "fading by key": lambda: Fading(True),
 }
-CASES = [(name, pattern) for name, make in OPERATORS.items() for pattern in PATTERNS if pattern in make().patterns]
+CASES = [
+    (name, pattern)
+    for name, make in OPERATORS.items()
+    for pattern in PATTERNS
+    if pattern in make().capabilities.patterns
+]
 
 
 @pytest.fixture

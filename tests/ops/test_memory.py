@@ -56,7 +56,10 @@ def inputs_of(op: Memory, n: int = LENGTH, n_queries: int | None = None, kv_head
     shapes = ((2, HEADS, n_queries or n, DIM), (2, kv_heads, n, DIM), (2, kv_heads, n, VALUE))
     qkv = tuple(torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes)
     most = {"alpha": 0.4, "eta": 0.8, "theta": 0.3 if op.unit else 0.01, "delta": 2.0}  # long keys need short steps
-    drawn = {name: most[name] * torch.rand(2, HEADS, n, generator=g, dtype=torch.float64) for name in sorted(op.inputs)}
+    drawn = {
+        name: most[name] * torch.rand(2, HEADS, n, generator=g, dtype=torch.float64)
+        for name in sorted(op.capabilities.inputs)
+    }
     return qkv, {name: rate.requires_grad_() for name, rate in drawn.items()}
 
 
@@ -97,7 +100,7 @@ def test_both_engines_are_gradient_descent_by_autograd(depth, chunk, reads):
     op = titans(depth=depth, chunk=chunk, reads=reads)
     (q, k, v), rates = inputs_of(op)
     exact = naive(op, *(x.detach() for x in (q, k, v)), {n: x.detach() for n, x in rates.items()})
-    for engine in op.engines:
+    for engine in op.capabilities.engines:
         torch.testing.assert_close(op(q, k, v, causal=True, engine=engine, **rates), exact, rtol=1e-10, atol=1e-12)
 
 
@@ -109,7 +112,7 @@ def test_engines_agree_in_outputs_and_gradients(make, chunk, n_queries):
     (q, k, v), rates = inputs_of(op, n_queries=n_queries, kv_heads=2)
     seen = torch.randn(2, HEADS, n_queries, VALUE, dtype=torch.float64)
     found = {}
-    for engine in op.engines:
+    for engine in op.capabilities.engines:
         out = op(q, k, v, causal=True, engine=engine, **rates)
         wanted = [q, k, v, *rates.values(), *op.parameters()]
         found[engine] = [out, *torch.autograd.grad((out * seen).sum(), wanted, allow_unused=True)]
@@ -138,7 +141,9 @@ def test_steps_are_the_causal_call(make, chunk):
 def test_rates_may_be_numbers_or_tensors(make):
     op = make(4)
     (q, k, v), _ = inputs_of(op)
-    same = {name: torch.full((2, HEADS, LENGTH), op.rates[name], dtype=torch.float64) for name in op.inputs}
+    same = {
+        name: torch.full((2, HEADS, LENGTH), op.rates[name], dtype=torch.float64) for name in op.capabilities.inputs
+    }
     torch.testing.assert_close(op(q, k, v, causal=True), op(q, k, v, causal=True, **same))
 
 
@@ -159,7 +164,10 @@ def test_the_scale_is_a_factor_on_queries_as_they_enter(make):
 @pytest.mark.parametrize("cls", [Titans, Miras])
 def test_a_layer_begins_with_small_rates(cls):
     """Of a token that says nothing: after 128 most is still there, a surprise fades soon, and steps are short."""
-    begun = {name: torch.sigmoid(torch.tensor(cls.gates[name].bias)).item() for name in ("alpha", "eta", "theta")}
+    begun = {
+        name: torch.sigmoid(torch.tensor(cls.capabilities.gates[name].bias)).item()
+        for name in ("alpha", "eta", "theta")
+    }
     assert (1 - begun["alpha"]) ** 128 > 0.7
     assert 0.05 < begun["eta"] < 0.2
     assert 0 < begun["theta"] < 0.01
@@ -187,7 +195,7 @@ def test_masked_tokens_leave_chunks_as_they_are():
     (q, k, v), rates = inputs_of(op)
     mask = torch.ones(LENGTH, dtype=torch.bool)
     mask[[1, 6]] = False
-    found = [op(q, k, v, mask=mask, causal=True, engine=engine, **rates) for engine in op.engines]
+    found = [op(q, k, v, mask=mask, causal=True, engine=engine, **rates) for engine in op.capabilities.engines]
     torch.testing.assert_close(*found)
 
 
@@ -252,7 +260,7 @@ def test_before_anything_is_seen_the_answer_is_zero(make):
     (q, k, v), rates = inputs_of(op)
     mask = torch.arange(LENGTH) >= 2
     mask[6] = False
-    for engine in op.engines:
+    for engine in op.capabilities.engines:
         out = op(q, k, v, mask=mask, causal=True, engine=engine, **rates)
         assert not out[:, :, :2].any()
         assert (out[:, :, 2:].abs().amax((0, 1, 3)) > 0).all()

@@ -7,20 +7,23 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from foveate.core.call import AttentionCall
 from foveate.core.errors import ShapeError, UnsupportedEngine
 from foveate.ops import create
 from foveate.ops.base.kv_state import KVState
 from foveate.ops.base.state_size import state_bytes, tensors
 from foveate.ops.functional import alibi
-from foveate.ops.functional.heads import accumulating, engine_of, per_query_head
+from foveate.ops.functional.heads import accumulating, per_query_head
 from tests.tensors import qkv
 
 
 def test_auto_is_the_first_engine() -> None:
     op = create("lightning_attention_2")
-    assert [engine_of(op, name) for name in ("auto", *op.engines)] == ["chunked", *op.engines]
+    q, k, v = qkv(4)
+    names = op.capabilities.engines
+    assert [op._engine(AttentionCall(q, k, v, 1.0, engine=name)) for name in ("auto", *names)] == ["chunked", *names]
     with pytest.raises(UnsupportedEngine, match='engine="flex" cannot run .* it runs on auto, chunked, recurrent'):
-        engine_of(op, "flex")
+        op(q, k, v, causal=True, engine="flex")
 
 
 def test_heads_are_repeated_in_groups_and_not_copied_where_they_agree() -> None:

@@ -19,6 +19,7 @@ from foveate.core.errors import UnsupportedPattern
 from foveate.core.selection import Selection
 from foveate.ops.base.kv_cached import Cached
 from foveate.ops.base.linear import Linear
+from foveate.ops.base.streaming import Streaming
 from foveate.ops.base.test_time import Memory
 from foveate.ops.memory.miras import Miras
 from foveate.ops.operator import Operator
@@ -28,7 +29,8 @@ from tests.tensors import assert_near, gradients, qkv
 
 STREAMS = [
     key for key, cls in CLASSES.items()
-    if issubclass(cls, Linear | Memory) and cls.steps == "exact" and "causal self" in cls.patterns
+    if issubclass(cls, Linear | Memory) and cls.capabilities.streaming == "exact"
+    and "causal self" in cls.capabilities.patterns
 ]  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def test_parallel_chunked_and_steps_agree_in_float32(key: str) -> None:
     q, k, v = qkv(70, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH, dtype=torch.float32, grad=True)
     op = steady(key, 70).float()
     wanted = [q, k, v, *op.parameters()]
-    outs = {name: op(q, k, v, causal=True, engine=name) for name in op.engines}
+    outs = {name: op(q, k, v, causal=True, engine=name) for name in op.capabilities.engines}
     outs["steps"], _ = steps(op, q, k, v, begin(op, q, k, v))
     found = {name: [out, *gradients(out, wanted)] for name, out in outs.items()}
     for name in outs.keys() - {"chunked"}:
@@ -80,13 +82,15 @@ def test_parallel_chunked_and_steps_agree_in_float32(key: str) -> None:
             assert_near(one, other, 1e-5, name)
 
 
-@each_operator(lambda cls: cls.steps == "exact")
+@each_operator(lambda cls: cls.capabilities.streaming == "exact")
 @pytest.mark.parametrize(("prompt", "queries"), [(1, 1), (9, 9), (10, 3)])
 def test_steps_go_on_from_a_prefilled_prompt(key: str, prompt: int, queries: int) -> None:
     q, k, v = qkv(12, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
     op = example(key)
     whole = op(q, k, v, causal=True)
-    if prompt != queries and ("causal cross" not in op.patterns or not isinstance(op, Linear | Memory | Cached)):
+    if prompt != queries and (
+        "causal cross" not in op.capabilities.patterns or not isinstance(op, Linear | Memory | Cached)
+    ):
         return  # others may ask something else of fewer queries
     first = q[:, :, prompt - queries : prompt], k[:, :, :prompt], v[:, :, :prompt]
     out, state = op.prefill(*first)
@@ -111,10 +115,14 @@ def test_a_prefilled_state_is_the_one_that_steps_reach(key: str) -> None:
         assert_near(one, other, 0.0)
 
 
-@each_operator(lambda cls: cls.steps is None)
+@each_operator(lambda cls: cls.capabilities.streaming is None)
 def test_what_cannot_stream_cannot_be_prefilled(key: str) -> None:
+    op = example(key)
+    if not isinstance(op, Streaming):
+        assert not hasattr(op, "prefill"), "no stub"
+        return
     with pytest.raises(UnsupportedPattern, match="cannot go one token at a time"):
-        example(key).prefill(*qkv(6, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH))
+        op.prefill(*qkv(6, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH))
 
 
 LONG, LOOK = 100_000, 1000

@@ -1,7 +1,8 @@
 # The public names of foveate.core; written by `make systems` from the catalogue.
 
+from foveate.core.call import AttentionCall as AttentionCall
 from foveate.core.call import Plan as Plan
-from foveate.core.call import Problem as Problem
+from foveate.core.call import StateSizes as StateSizes
 from foveate.core.catalog import System as System
 from foveate.core.catalog import Taxonomy as Taxonomy
 from foveate.core.catalog import capabilities as capabilities
@@ -34,6 +35,7 @@ from foveate.core.selection import Indices as Indices
 from foveate.core.selection import Selection as Selection
 
 __all__ = [
+    "AttentionCall",
     "Blocks",
     "CatalogError",
     "DivergedError",
@@ -43,12 +45,12 @@ __all__ = [
     "NEVER",
     "OptionError",
     "Plan",
-    "Problem",
     "SOFTMAX",
     "Scoring",
     "Selection",
     "ShapeError",
     "SoftmaxScoring",
+    "StateSizes",
     "System",
     "TaskError",
     "Taxonomy",

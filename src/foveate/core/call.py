@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,8 +17,23 @@ from foveate.core.selection import Blocks, Selection
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
-    """q, k, v and everything that decides who attends to whom. Already validated."""
+class AttentionCall:
+    """q, k, v and everything that decides who attends to whom. Already validated.
+
+    Args:
+        q: queries `(B, Hq, Nq, D)`.
+        k: keys `(B, Hkv, Nk, D)`; `Hq` is a multiple of `Hkv`.
+        v: values `(B, Hkv, Nk, Dv)`.
+        scale: the factor on the dot products.
+        mask: bool, True = may attend, or a float bias; broadcastable to `(B, Hq, Nq, Nk)`.
+        causal: only the past; the last query sees the last key.
+        selected: the keys that each query sees, for all query heads or for the heads of k.
+        scoring: how logits are made and become weights.
+        dropout: the share of weights that is dropped.
+        chunk: queries and keys of a tile, where the call is to be computed in such chunks.
+        engine: who computes; see `foveate.core.engines`.
+        inputs: further per-token inputs of a mechanism (gates, rates, poses), by name.
+    """
 
     q: Tensor
     k: Tensor
@@ -24,18 +41,24 @@ class Problem:
     scale: float
     mask: Tensor | None = None
     causal: bool = False
-    selection: Selection | None = None
+    selected: Selection | None = None
     scoring: Scoring = field(default=SOFTMAX)
     dropout: float = 0.0
-    chunk: tuple[int, int] | None = None  # queries and keys of a tile: the call is to be computed in such chunks
+    chunk: tuple[int, int] | None = None
+    engine: str = "auto"
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.selection is None:
+        if self.selected is None:
             return
-        made, needed = (self.selection.n_queries, self.selection.n_keys), (self.n_queries, self.n_keys)
+        made, needed = (self.selected.n_queries, self.selected.n_keys), (self.n_queries, self.n_keys)
         if made != needed:
             raise ShapeError(f"selection is for (Nq, Nk)={made}; the call has {needed}")
-        object.__setattr__(self, "selection", self.selection.for_heads(self.q.shape[1]))
+
+    @cached_property
+    def selection(self) -> Selection | None:
+        """The selection for all query heads."""
+        return None if self.selected is None else self.selected.for_heads(self.q.shape[1])
 
     @property
     def n_queries(self) -> int:
@@ -49,6 +72,18 @@ class Problem:
     def groups(self) -> int:
         """Query heads to each key/value head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def no_output(self) -> Tensor:
+        """Zeros in the shape of the output `(B, Hq, Nq, Dv)`."""
+        return self.q.new_zeros(*self.q.shape[:3], self.v.shape[3])
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of q, k, v and the output, once each."""
+        b, h, nq, _ = self.q.shape
+        numbers = self.q.numel() + self.k.numel() + self.v.numel() + b * h * nq * self.v.shape[3]
+        return numbers * self.q.element_size()
 
     @property
     def is_empty(self) -> bool:
@@ -111,6 +146,35 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class StateSizes:
+    """The sizes of a stream, which its empty state is made for.
+
+    Args:
+        batch: B.
+        heads: Hq.
+        kv_heads: Hkv.
+        key_dim: D.
+        value_dim: Dv.
+        dtype: of the calls to come.
+        device: of the calls to come.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> StateSizes:
+        """The sizes of a call."""
+        (b, heads, _, d), q = call.q.shape, call.q
+        return cls(b, heads, call.k.shape[1], d, call.v.shape[3], q.dtype, q.device)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a call will cost, and why it is computed as it is.
 
@@ -135,22 +199,22 @@ class Plan:
         return f"{self.engine}: {work} ({self.why})"
 
 
-def cost(problem: Problem, engine: str, why: str) -> Plan:
-    """The `Plan` of a problem on an engine."""
-    (b, hq, nq, d), nk, dv = problem.q.shape, problem.n_keys, problem.v.shape[-1]
-    visible = nq * nk - (nq * (nq - 1) // 2 if problem.causal else 0)
+def cost(call: AttentionCall, engine: str, why: str) -> Plan:
+    """The `Plan` of a call on an engine."""
+    (b, hq, nq, d), nk, dv = call.q.shape, call.n_keys, call.v.shape[-1]
+    visible = nq * nk - (nq * (nq - 1) // 2 if call.causal else 0)
     pairs, read = float(visible), float(nk)
-    selection = problem.selection
-    if selection is not None and not problem.is_empty:
-        if problem.causal and isinstance(selection, Blocks):
+    selection = call.selection
+    if selection is not None and not call.is_empty:
+        if call.causal and isinstance(selection, Blocks):
             selection = selection.without_future
         per_query = selection.keys_read()
         pairs, read = min(nq * per_query, pairs), min(nq * per_query, read)
-    numbers = problem.q.numel() + b * hq * nq * dv + b * problem.k.shape[1] * read * (d + dv)
+    numbers = call.q.numel() + b * hq * nq * dv + b * call.k.shape[1] * read * (d + dv)
     return Plan(
         engine=engine,
-        flops=int(2 * b * hq * pairs * (problem.scoring.products(d) + dv)),
-        bytes=int(numbers * problem.q.element_size()),
+        flops=int(2 * b * hq * pairs * (call.scoring.score_macs(d) + dv)),
+        bytes=int(numbers * call.q.element_size()),
         why=why,
         density=pairs / max(visible, 1),
     )

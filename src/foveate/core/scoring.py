@@ -39,7 +39,7 @@ class Scoring(Protocol):
     def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
         """Weights of rows of masked logits; 0 where a logit is -inf, and a row of zeros where all are."""
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         """Multiply-adds in the logit of one pair, where queries have `width` channels: for plans."""
 
 
@@ -64,7 +64,7 @@ class SoftmaxScoring:
     def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
         return safe_softmax(logits)
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         return width
 
 

@@ -1,6 +1,8 @@
 # The public names of foveate.nn; written by `make systems` from the catalogue.
 
 from foveate.nn.base.layer import Layer as Layer
+from foveate.nn.base.layer import LayerCapabilities as LayerCapabilities
+from foveate.nn.base.layer import StreamingLayer as StreamingLayer
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention as GaussianAdaptiveAttention
 from foveate.nn.channel.gaam import GaussianBlock as GaussianBlock
 from foveate.nn.channel.gaam import importance_factor as importance_factor
@@ -115,6 +117,7 @@ __all__ = [
     "InLineAttention",
     "KeyDrivenGQA",
     "Layer",
+    "LayerCapabilities",
     "LayoutEmbedding",
     "LightNet",
     "LightNetLayer",
@@ -158,6 +161,7 @@ __all__ = [
     "Skimformer",
     "SlimAttention",
     "Source",
+    "StreamingLayer",
     "SuperAttention",
     "SymbolicAttention",
     "Symbols",

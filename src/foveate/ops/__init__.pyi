@@ -11,6 +11,7 @@ from foveate.ops.base.linear import LinearState as LinearState
 from foveate.ops.base.scored import Scored as Scored
 from foveate.ops.base.selective import Selective as Selective
 from foveate.ops.base.state_size import state_bytes as state_bytes
+from foveate.ops.base.streaming import Streaming as Streaming
 from foveate.ops.base.test_time import Memory as Memory
 from foveate.ops.base.test_time import MemoryState as MemoryState
 from foveate.ops.calls import attend as attend
@@ -55,6 +56,7 @@ from foveate.ops.linear.lightning_attention_2 import LightningAttention2 as Ligh
 from foveate.ops.linear.relu_linear import ReLULinear as ReLULinear
 from foveate.ops.memory.miras import Miras as Miras
 from foveate.ops.memory.titans import Titans as Titans
+from foveate.ops.operator import Capabilities as Capabilities
 from foveate.ops.operator import Gate as Gate
 from foveate.ops.operator import Operator as Operator
 from foveate.ops.sparse.hip import HiP as HiP
@@ -67,6 +69,7 @@ __all__ = [
     "Aaren",
     "AdaptiveFilterAttention",
     "Cached",
+    "Capabilities",
     "Converted",
     "EfficientAttention",
     "FeatureMap",
@@ -106,6 +109,7 @@ __all__ = [
     "SlidingWindow",
     "Softmax",
     "SparseDistributedMemory",
+    "Streaming",
     "SurveyAttention",
     "TaylorAttention",
     "Titans",

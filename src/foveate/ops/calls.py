@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from inspect import signature
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from foveate.core.catalog import system, systems
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, nearest
 from foveate.ops.operator import Operator
 
 if TYPE_CHECKING:
@@ -14,47 +19,14 @@ if TYPE_CHECKING:
 
     from foveate.core.call import Plan
 
-
-def create(key: str | type[Operator] | Operator, /, **options: Any) -> Operator:
-    """The operator with this catalogue key, built with `options`; an `Operator` is returned as it is."""
-    if isinstance(key, Operator):
-        if options:
-            raise OptionError(f"options {sorted(options)} go with a key; {key.name} is already built")
-        return key
-    cls = key if isinstance(key, type) else _class(key)
-    try:
-        return cls(**options)
-    except TypeError as error:
-        asked = signature(cls).parameters.values()
-        missing = [option.name for option in asked if option.default is option.empty and option.name not in options]
-        if "missing" in str(error):  # and no option that it lacks
-            raise OptionError(f'operator "{key}" needs {", ".join(f"{name}=..." for name in missing)}') from None
-        raise OptionError(f'operator "{key}": {error}') from None
-
-
-def sized(
-    key: str | type[Operator] | Operator, heads: int, head_dim: int, value_dim: int | None = None, **options: Any
-) -> Operator:
-    """The operator with this key, built for calls of such a size: where its class asks for sizes, it gets these."""
-    if isinstance(key, Operator):
-        return create(key, **options)
-    cls = key if isinstance(key, type) else _class(key)
-    known = signature(cls).parameters
-    sizes = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim}
-    return create(key, **{name: size for name, size in sizes.items() if name in known}, **options)
-
-
-def _class(key: str) -> type[Operator]:
-    found = system(key).load()
-    if not (isinstance(found, type) and issubclass(found, Operator)):
-        known = ", ".join(row.key for row in systems(room="ops"))
-        raise OptionError(f'system "{key}" is no operator; operators: {known}')
-    return found
+#: The seed of parameters that are drawn where a call brings no generator.
+SEED = 0
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, key: str | Operator = "softmax", *,
-    mask: Tensor | None = None, causal: bool = False, scale: float | None = None, engine: str = "auto", **options: Any,
+    q: Tensor, k: Tensor, v: Tensor, op: str | type[Operator] | Operator = "softmax", *,
+    mask: Tensor | None = None, causal: bool = False, scale: float | None = None, engine: str = "auto",
+    inputs: Mapping[str, Tensor] | None = None, generator: torch.Generator | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """Attend with any operator of the catalogue.
 
@@ -64,16 +36,131 @@ def attend(
 
     Args:
         q, k, v: `(B, Hq, Nq, D)`, `(B, Hkv, Nk, D)`, `(B, Hkv, Nk, Dv)`.
-        key: a catalogue key or an `Operator`.
+        op: a catalogue key, an `Operator`, or its class.
         mask, causal, scale, engine: as for `Operator.forward`.
-        options: the operator's own, such as `window=256`.
+        inputs: per-token inputs of the mechanism by name, such as `{"poses": ...}`; see `Capabilities.inputs`. They may
+            also be given as keywords of their own.
+        generator: draws the parameters of an operator that has some. Without one they are the same at every call.
+        options: the operator's own, such as `window=256`. The sizes that q, k and v tell (`heads`, `head_dim`,
+            `value_dim`) are filled in.
+
+    Raises:
+        ShapeError, OptionError: a malformed call.
+        UnknownKey: no such system.
+        UnsupportedPattern: something that the mechanism does not define.
     """
-    return create(key, **options)(q, k, v, mask=mask, causal=causal, scale=scale, engine=engine)  # type: ignore[no-any-return]
+    made, given = _made(q, k, v, op, inputs, generator, options)
+    return made(q, k, v, mask=mask, causal=causal, scale=scale, engine=engine, **given)  # type: ignore[no-any-return]
 
 
 def plan(
-    q: Tensor, k: Tensor, v: Tensor, key: str | Operator = "softmax", *,
-    mask: Tensor | None = None, causal: bool = False, scale: float | None = None, engine: str = "auto", **options: Any,
+    q: Tensor, k: Tensor, v: Tensor, op: str | type[Operator] | Operator = "softmax", *,
+    mask: Tensor | None = None, causal: bool = False, scale: float | None = None, engine: str = "auto",
+    inputs: Mapping[str, Tensor] | None = None, generator: torch.Generator | None = None, **options: Any,
 ) -> Plan:  # fmt: skip
     """Say what `attend` with the same arguments would cost, which engine would compute it, and why."""
-    return create(key, **options).plan(q, k, v, mask=mask, causal=causal, scale=scale, engine=engine)
+    made, given = _made(q, k, v, op, inputs, generator, options)
+    return made.plan(q, k, v, mask=mask, causal=causal, scale=scale, engine=engine, **given)
+
+
+def create(op: str | type[Operator] | Operator, /, **options: Any) -> Operator:
+    """Build the operator with this catalogue key, or of this class; an `Operator` is returned as it is.
+
+    Raises:
+        OptionError: options that do not fit; the message names the nearest right one, or what is missing.
+    """
+    if isinstance(op, Operator):
+        if options:
+            raise OptionError(f"options {sorted(options)} go with a key; {op.name} is already built")
+        return op
+    cls, name = (op, op.__name__) if isinstance(op, type) else (_class(op), op)
+    known = _constructor(cls)
+    for option in options:
+        if option not in known:
+            near = nearest(option, known)
+            hint = f'did you mean "{near}"?' if near else f"options: {', '.join(known) or 'none'}"
+            raise OptionError(f'operator "{name}" has no option "{option}"; {hint}')
+    missing = [each for each, required in known.items() if required and each not in options]
+    if missing:
+        raise OptionError(f'operator "{name}" needs {", ".join(f"{each}=..." for each in missing)}')
+    return cls(**options)
+
+
+def sized(
+    op: str | type[Operator] | Operator, heads: int, head_dim: int, value_dim: int | None = None, **options: Any
+) -> Operator:
+    """Build an operator for calls of such a size: where its class asks for sizes, it gets these."""
+    if isinstance(op, Operator):
+        return create(op, **options)
+    known = _constructor(op if isinstance(op, type) else _class(op))
+    sizes = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim}
+    return create(op, **{name: size for name, size in sizes.items() if name in known}, **options)
+
+
+def _made(
+    q: Tensor, k: Tensor, v: Tensor, op: str | type[Operator] | Operator, inputs: Mapping[str, Tensor] | None,
+    generator: torch.Generator | None, options: dict[str, Any],
+) -> tuple[Operator, dict[str, Tensor]]:  # fmt: skip
+    """The operator of a call, and the call's per-token inputs."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise OptionError(f"generator={generator!r} must be a torch.Generator or None")
+    given = dict(inputs or {})
+    known: Mapping[str, bool] = {}
+    if not isinstance(op, Operator):
+        cls = op if isinstance(op, type) else _class(op)
+        known, own = _constructor(cls), cls.capabilities.inputs
+        given |= {name: options.pop(name) for name in list(options) if name in own and name not in known}
+    else:
+        given |= {name: options.pop(name) for name in list(options) if name in op.capabilities.inputs}
+        return create(op, **options), given
+    if generator is not None and "generator" in known:
+        options["generator"] = generator
+    sizes = _sizes(q, v)
+    options = {**{name: size for name, size in sizes.items() if name in known}, **options}
+    with _drawing(generator):
+        made = create(op, **options)
+    first = next(made.parameters(), None)
+    if first is not None and first.device != q.device:
+        made = made.to(q.device)
+    return made, given
+
+
+def _sizes(q: Tensor, v: Tensor) -> dict[str, int]:
+    """The sizes that tensors tell; none where they are malformed, which the call itself will say."""
+    fits = all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, v))
+    return {"heads": q.shape[1], "head_dim": q.shape[3], "value_dim": v.shape[3]} if fits else {}
+
+
+@contextmanager
+def _drawing(generator: torch.Generator | None) -> Iterator[None]:
+    """Draw parameters from a seed, and leave PyTorch's own generator as it was."""
+    source = torch.default_generator
+    before = source.get_state()
+    seed = SEED
+    if generator is not None:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    source.manual_seed(seed)
+    try:
+        yield
+    finally:
+        source.set_state(before)
+
+
+@cache
+def _constructor(cls: type[Operator]) -> dict[str, bool]:
+    """The options of a class, each with whether it is required."""
+    kinds = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return {
+        name: option.default is option.empty
+        for name, option in signature(cls).parameters.items()
+        if option.kind not in kinds
+    }
+
+
+@cache
+def _class(key: str) -> type[Operator]:
+    found = system(key).load()
+    if not (isinstance(found, type) and issubclass(found, Operator)):
+        known = ", ".join(row.key for row in systems(room="ops"))
+        raise OptionError(f'system "{key}" is no operator; operators: {known}')
+    return found

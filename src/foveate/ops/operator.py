@@ -1,25 +1,25 @@
 """The seam of operators: `q, k, v -> out`, under one signature, with declared capabilities.
 
 An `Operator` is an `nn.Module`. The base class checks a call, refuses by name what the mechanism does not define, and
-leaves the mathematics to one of four families: `Scored`, `Selective`, `Linear`, `Memory`.
+leaves the mathematics to one of four families: `Scored`, `Selective`, `Linear`, `Memory`. An operator that can go one
+token at a time is also `Streaming` (`ops/base/streaming.py`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from foveate.core import validate
-from foveate.core.call import Plan
+from foveate.core.call import AttentionCall, Plan
 from foveate.core.engines import ENGINES
-from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
-from foveate.ops.base.kv_state import KVState
+from foveate.core.errors import OptionError, UnsupportedEngine, UnsupportedPattern, nearest
 
 Pattern = Literal["self", "causal self", "cross", "causal cross"]
 MaskKind = Literal["keys", "pairs", "bias"]
@@ -27,62 +27,78 @@ Growth = Literal["N", "N log N", "N²"]
 Transform = Literal["meta", "vmap", "export"]
 
 ALL_PATTERNS: frozenset[Pattern] = frozenset({"self", "causal self", "cross", "causal cross"})
+CAUSAL_PATTERNS: frozenset[Pattern] = frozenset({"causal self", "causal cross"})
 ALL_MASKS: frozenset[MaskKind] = frozenset({"keys", "pairs", "bias"})
 ALL_TRANSFORMS: frozenset[Transform] = frozenset({"meta", "vmap", "export"})
 
 
 class Gate(NamedTuple):
-    """How a layer makes one of an operator's inputs: `squash(w x + bias)`, one number per head.
+    """The way in which a layer makes one of an operator's inputs: `activation(w x + bias)`, one number per head.
 
     Args:
-        squash: the function of that name.
-        bias: where training starts.
-        of: whether x is the token that the query comes from, or the one that key and value come from.
+        activation: the function of that name.
+        bias: the value at which training starts.
+        of: "query" where x is the token that the query comes from, "key" where key and value come from it.
     """
 
-    squash: Literal["sigmoid", "softplus", "exp", "logsigmoid"]
+    activation: Literal["sigmoid", "softplus", "exp", "logsigmoid"]
     bias: float
     of: Literal["query", "key"] = "key"
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Facts that an operator declares about itself, which programs may read.
+
+    Args:
+        patterns: what it can compute: "self" and "cross" over all keys, "causal self" and "causal cross" over the past.
+        masks: kinds of mask that it takes: "keys" (bool `(B, 1, 1, Nk)`), "pairs" (any bool mask), "bias" (float).
+        has_weights: whether there is a matrix of weights such that `out = weights @ values(v)`.
+        streaming: "exact" where `step` gives what the causal call over the whole sequence gives, "own" where one query
+            at a time chooses or learns differently by design, None where it cannot stream.
+        default_scale: the factor on `q k`; None for `D ** -0.5`.
+        inputs: names of further per-token tensors that a call may bring (gates, rates).
+        gates: for those that a layer should learn to make from the tokens, how it makes them.
+        engines: names that `engine` may take besides "auto"; a call that one of them cannot run is refused.
+        selection_group: neighbouring queries that choose their keys together, counted from the first. Causal calls
+            never let a later token into an earlier output, but within such a group it may change which keys are seen.
+        growth: how time grows with the number of tokens.
+        reads_keys: whether keys have an effect at all; a layer does not train what makes them where they have none.
+        transforms: what a call goes through besides running: "meta" (the meta device, shapes alone), "vmap", "export"
+            (`torch.export`, where what chooses keys makes the whole matrix).
+    """
+
+    patterns: frozenset[Pattern] = ALL_PATTERNS
+    masks: frozenset[MaskKind] = ALL_MASKS
+    has_weights: bool = True
+    streaming: Literal["exact", "own"] | None = "exact"
+    default_scale: float | None = None
+    inputs: frozenset[str] = frozenset()
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    engines: tuple[str, ...] = tuple(ENGINES)
+    selection_group: int = 1
+    growth: Growth = "N²"
+    reads_keys: bool = True
+    transforms: frozenset[Transform] = ALL_TRANSFORMS
 
 
 class Operator(nn.Module, ABC):
     """Attention from queries, keys and values.
 
-    Declared facts, which programs may read:
-        patterns: what it can compute: "self" and "cross" over all keys, "causal self" and "causal cross" over the past.
-        masks: kinds of mask it takes: "keys" (bool `(B, 1, 1, Nk)`), "pairs" (any bool mask), "bias" (float).
-        has_weights: whether there is a matrix of weights such that `out = weights @ values(v)`.
-        steps: "exact" where `step` gives what the causal call over the whole sequence gives, "own" where one query at
-            a time chooses or learns differently by design, None where it cannot stream.
-        default_scale: the factor on `q k`, None for `D ** -0.5`.
-        inputs: names of further per-token tensors that a call may bring (gates, rates).
-        gates: for those that a layer should learn to make from the tokens, how, and where they start.
-        engines: names that `engine` may take besides "auto"; a call that one of them cannot run is refused.
-        state_type: what `init_state` gives and `step` takes.
-        grain: neighbouring queries that choose their keys together, counted from the first. Causal calls never let a
-            later token into an earlier output, but within such a group it may have a say in which keys are seen.
-        growth: how time grows with the number of tokens.
-        reads_keys: whether keys have a say at all; a layer does not train what makes them where they have none.
-        transforms: what a call goes through besides running: "meta" (the meta device, shapes alone), "vmap", "export"
-            (`torch.export`, where what chooses keys makes the whole matrix).
+    Attributes:
+        capabilities: what it can do. A class declares it; an instance whose options change it sets its own.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = ALL_PATTERNS
-    masks: ClassVar[frozenset[MaskKind]] = ALL_MASKS
-    has_weights: ClassVar[bool] = True
-    steps: ClassVar[Literal["exact", "own"] | None] = "exact"
-    default_scale: ClassVar[float | None] = None
-    inputs: ClassVar[frozenset[str]] = frozenset()
-    gates: ClassVar[Mapping[str, Gate]] = {}
-    engines: ClassVar[tuple[str, ...]] = tuple(ENGINES)
-    state_type: ClassVar[type] = KVState
-    grain: int = 1
-    growth: ClassVar[Growth] = "N²"
-    transforms: ClassVar[frozenset[Transform]] = ALL_TRANSFORMS
-    reads_keys: bool = True
+    capabilities: Capabilities = Capabilities()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a fact that is declared beside `capabilities`, where it would be read by nobody."""
+        super().__init_subclass__(**options)
+        if astray := sorted({each.name for each in fields(Capabilities)} & vars(cls).keys()):
+            raise TypeError(f"{cls.__name__} declares {', '.join(astray)}: that belongs into its `capabilities`")
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Refuses an option of the wrong type before anything is made."""
+        """Refuse an option of the wrong type before anything is made."""
         validate.options(cls, args, options)
         return super().__new__(cls)
 
@@ -116,8 +132,7 @@ class Operator(nn.Module, ABC):
             ShapeError, OptionError: a malformed call.
             UnsupportedPattern: something that the mechanism does not define.
         """
-        self._check(q, k, v, mask, causal, inputs)
-        return self._attend(q, k, v, mask, causal, self._scale(scale, q), engine, **inputs)
+        return self._attend(self._call(q, k, v, mask, causal, scale, engine, inputs))
 
     def weights(
         self,
@@ -129,11 +144,10 @@ class Operator(nn.Module, ABC):
         scale: float | None = None,
         **inputs: Tensor,
     ) -> Float[Tensor, "b hq nq nk"]:
-        """The matrix that multiplies the values, `(B, Hq, Nq, Nk)`; O(N²) memory, for looking and testing."""
-        if not self.has_weights:
+        """Return the matrix that multiplies the values, `(B, Hq, Nq, Nk)`. It takes O(N²) memory."""
+        if not self.capabilities.has_weights:
             raise UnsupportedPattern(f"{self.name} has no matrix of weights over keys")
-        self._check(q, k, k, mask, causal, inputs)
-        return self._weights(q, k, mask, causal, self._scale(scale, q), **inputs)
+        return self._weights(self._call(q, k, k, mask, causal, scale, "auto", inputs))
 
     def plan(
         self,
@@ -145,60 +159,13 @@ class Operator(nn.Module, ABC):
         causal: bool = False,
         scale: float | None = None,
         engine: str = "auto",
+        **inputs: Tensor,
     ) -> Plan:
-        """What such a call would cost, who would compute it, and why."""
-        self._check(q, k, v, mask, causal)
-        return self._plan(q, k, v, mask, causal, self._scale(scale, q), engine)
-
-    def init_state(
-        self, batch: int, heads: int, kv_heads: int, key_dim: int, value_dim: int, *,
-        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-    ) -> Any:  # fmt: skip
-        """An empty state for `step`. `heads` is Hq."""
-        self._check_steps()
-        for name, value in (
-            ("batch", batch),
-            ("heads", heads),
-            ("kv_heads", kv_heads),
-            ("key_dim", key_dim),
-            ("value_dim", value_dim),
-        ):
-            validate.count(name, value, 1)
-        if heads % kv_heads:
-            raise OptionError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
-        return self._init_state(batch, heads, kv_heads, key_dim, value_dim, dtype, torch.device(device))
-
-    def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Any, *, scale: float | None = None, **inputs: Tensor
-    ) -> tuple[Tensor, Any]:
-        """One token: `q (B, Hq, 1, D)`, `k, v (B, Hkv, 1, ·)` and a state give `(out (B, Hq, 1, Dv), state)`."""
-        self._check_steps()
-        validate.tensors(q, k, v)
-        self._check_inputs(inputs)
-        if not isinstance(state, self.state_type):
-            raise OptionError(f"state must come from init_state or step; got {type(state).__name__}")
-        if q.shape[2] != 1 or k.shape[2] != 1:
-            raise ShapeError(f"step takes one token; got Nq={q.shape[2]}, Nk={k.shape[2]}")
-        return self._step(q, k, v, state, self._scale(scale, q), **inputs)
-
-    def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **inputs: Tensor
-    ) -> tuple[Float[Tensor, "b hq nq dv"], Any]:
-        """A causal call, and the state after it: `step` goes on from a long prompt without going through it.
-
-        Args:
-            q, k, v: as for a call; queries may be the last few only.
-            scale, inputs: as for a call.
-
-        Returns:
-            What `forward(q, k, v, causal=True)` gives, and what `step` takes.
-        """
-        self._check_steps()
-        self._check(q, k, v, None, True, inputs)
-        return self._prefill(q, k, v, self._scale(scale, q), **inputs)
+        """Say what such a call would cost, which engine would compute it, and why."""
+        return self._plan(self._call(q, k, v, mask, causal, scale, engine, inputs))
 
     def values(self, v: Tensor) -> Tensor:
-        """What `weights` multiplies: v, unless the mechanism weighs values by what they hold."""
+        """Return what `weights` multiplies: v, unless the mechanism weighs values by what they hold."""
         return v
 
     # -- what tests and tables read ------------------------------------------------------------------------------------
@@ -209,7 +176,7 @@ class Operator(nn.Module, ABC):
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
-        """An instance fit for inputs of such a size, and in which the mechanism really is at work.
+        """Make an instance fit for inputs of such a size, in which the mechanism really is at work.
 
         Tests run it: a window shorter than `length`, learned parts away from where they do nothing.
         """
@@ -217,106 +184,83 @@ class Operator(nn.Module, ABC):
 
     @classmethod
     def example_input(cls, name: str, batch: int, heads: int, length: int) -> Tensor:
-        """One of `inputs` for calls of such a size: `(batch, heads, length)` unless a mechanism wants another shape."""
+        """Make one of the inputs for such a call: `(batch, heads, length)` unless a mechanism wants another shape."""
         return torch.full((batch, heads, length), 0.123)
 
     @classmethod
     def exact(cls, heads: int, head_dim: int, length: int) -> Self | None:
-        """The instance at which the mechanism equals softmax attention exactly; None where there is no such limit."""
+        """Make the instance that equals softmax attention exactly; None where there is no such limit."""
         return None
 
     @classmethod
     def at_budget(cls, budget: float, length: int) -> Self:
-        """The instance that reads about this share of `length` keys; the only one, where there is no such knob."""
+        """Make the instance that reads about this share of `length` keys; the only one, where there is no such knob."""
         return cls()
 
     # -- what a family writes ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        engine: str,
-        **inputs: Tensor,
-    ) -> Tensor: ...
+    def _attend(self, call: AttentionCall) -> Tensor:
+        """Return the output `(B, Hq, Nq, Dv)` of a checked call."""
 
     @abstractmethod
-    def _weights(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Tensor: ...
+    def _weights(self, call: AttentionCall) -> Tensor:
+        """Return the weights `(B, Hq, Nq, Nk)` of a checked call, whose v is its k."""
 
     @abstractmethod
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
-    ) -> Plan: ...
+    def _plan(self, call: AttentionCall) -> Plan:
+        """Return the plan of a checked call."""
 
-    @abstractmethod
-    def _init_state(
-        self,
-        batch: int,
-        heads: int,
-        kv_heads: int,
-        key_dim: int,
-        value_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Any: ...
+    # -- checks --------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Any, scale: float, **inputs: Tensor
-    ) -> tuple[Tensor, Any]: ...
+    def _declare(self, **facts: Any) -> None:
+        """Set capabilities that this instance's options change; for `__init__`."""
+        self.capabilities = replace(self.capabilities, **facts)
 
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, Any]:
-        """Families that know better than one token after the other override it."""
-        heads, kv_heads, past = q.shape[1], k.shape[1], k.shape[2] - q.shape[2]
-        state = self._init_state(q.shape[0], heads, kv_heads, k.shape[3], v.shape[3], q.dtype, q.device)
-        padded, out = F.pad(q, (0, 0, past, 0)), []
-        for t in range(k.shape[2]):
-            at = slice(t, t + 1)
-            here = {name: x[:, :, at] for name, x in inputs.items()}
-            y, state = self._step(padded[:, :, at], k[:, :, at], v[:, :, at], state, scale, **here)
-            out.append(y)
-        return torch.cat([*out[past:], q.new_zeros(*q.shape[:2], 0, v.shape[3])], 2), state
+    def _call(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None,
+        engine: str = "auto", inputs: Mapping[str, Tensor] | None = None,
+    ) -> AttentionCall:  # fmt: skip
+        """The checked call."""
+        self._check(q, k, v, mask, causal, inputs or {})
+        return AttentionCall(q, k, v, self._scale(scale, q), mask, causal, engine=engine, inputs=inputs or {})
 
     def _check(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        inputs: dict[str, Tensor] | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, inputs: Mapping[str, Tensor]
     ) -> None:
         validate.tensors(q, k, v, mask, causal)
-        self._check_inputs(inputs or {})
-        pattern = ("causal " if causal else "") + ("self" if q.shape[2] == k.shape[2] else "cross")
-        if pattern not in self.patterns:
+        self._check_inputs(inputs)
+        can, pattern = (
+            self.capabilities,
+            ("causal " if causal else "") + ("self" if q.shape[2] == k.shape[2] else "cross"),
+        )
+        if pattern not in can.patterns:
             raise UnsupportedPattern(
-                f'{self.name} does not define "{pattern}" attention; it does {listed(self.patterns)}'
+                f'{self.name} does not define "{pattern}" attention; it does {listed(can.patterns)}'
             )
-        if mask is not None and (kind := mask_kind(mask)) not in self.masks:
-            raise UnsupportedPattern(
-                f'{self.name} does not take a mask of kind "{kind}"; it takes {listed(self.masks)}'
-            )
+        if mask is not None and (kind := mask_kind(mask)) not in can.masks:
+            raise UnsupportedPattern(f'{self.name} does not take a mask of kind "{kind}"; it takes {listed(can.masks)}')
 
-    def _check_steps(self) -> None:
-        if self.steps is None:
-            why = "its output depends on the whole sequence"
-            raise UnsupportedPattern(f"{self.name} cannot go one token at a time: {why}")
-
-    def _check_inputs(self, inputs: dict[str, Tensor]) -> None:
+    def _check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         for name in inputs:
-            if name not in self.inputs:
-                raise OptionError(f"{self.name} takes no input {name!r}; it takes {listed(self.inputs)}")
+            if name not in self.capabilities.inputs:
+                near = nearest(name, self.capabilities.inputs)
+                hint = f'; did you mean "{near}"?' if near else f"; it takes {listed(self.capabilities.inputs)}"
+                raise OptionError(f"{self.name} takes no input {name!r}{hint}")
+
+    def _engine(self, call: AttentionCall) -> str:
+        """The engine of its own that runs a call: the first one that it declares for "auto"."""
+        engines = self.capabilities.engines
+        if call.engine == "auto":
+            return engines[0]
+        if call.engine not in engines:
+            raise UnsupportedEngine(
+                f'engine="{call.engine}" cannot run {self.name}; it runs on auto, {", ".join(engines)}'
+            )
+        return call.engine
 
     def _scale(self, scale: float | None, q: Tensor) -> float:
-        return validate.scale(self.default_scale if scale is None else scale, q.shape[-1])
+        return validate.scale(self.capabilities.default_scale if scale is None else scale, q.shape[-1])
 
 
 def mask_kind(mask: Tensor) -> MaskKind:

@@ -225,12 +225,12 @@ def test_one_retriever_serves_all_layers() -> None:
 def test_any_operator() -> None:
     x = tokens()
     layer = dual(op="hedgehog")
-    assert layer.growth == "N"
+    assert layer.capabilities.growth == "N"
     first, state = layer.prefill(x[:, :-1])
     assert_near(torch.cat([first, layer.step(x[:, -1:], state)[0]], 1), layer(x, causal=True), 1e-10)
     with pytest.raises(OptionError, match="take plain weights over keys; Hedgehog"):
         dual(op="hedgehog", rel_act="relu")
-    assert dual(rel_act="relu").growth == "N²"
+    assert dual(rel_act="relu").capabilities.growth == "N²"
     assert dual(op="sliding_window", rel_act="relu")(x, causal=True).shape == x.shape
 
 

@@ -273,10 +273,10 @@ def test_biases_depend_on_the_offset_alone():
 
 
 def test_what_it_declares():
-    assert (Mega(8).growth, Mega(8, chunk=4).growth) == ("N²", "N log N")
+    assert (Mega(8).capabilities.growth, Mega(8, chunk=4).capabilities.growth) == ("N²", "N log N")
     both = Mega(8, bidirectional=True)
-    assert (both.patterns, both.steps) == ({"self"}, None)
-    assert (Mega(8).patterns, Mega(8).steps) == ({"self", "causal self"}, "exact")
+    assert (both.capabilities.patterns, both.capabilities.streaming) == ({"self"}, None)
+    assert (Mega(8).capabilities.patterns, Mega(8).capabilities.streaming) == ({"self", "causal self"}, "exact")
     with pytest.raises(UnsupportedPattern, match='does not define "causal self"'):
         both(tokens(dim=8).float(), causal=True)
 

@@ -226,7 +226,7 @@ def test_induced_points_make_cost_linear(claim) -> None:
         ours=scores(induced, 4000) / scores(induced, 1000), baseline=scores(full, 4000) / scores(full, 1000),
         better="lower", margin=12.0, baseline_name="the full block (SAB)", seed=0,
     )  # fmt: skip
-    assert (ISAB.growth, SAB.growth) == ("N", "N²")
+    assert (ISAB.capabilities.growth, SAB.capabilities.growth) == ("N", "N²")
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_what_it_starts_from():
     assert MemoryAsGate(DIM, HEADS, reads="chunk").memory.op.reads == "chunk"
     assert [conv.kernel for conv in memory.convs] == [4, 4, 4]
     for name, rate in memory.rates.items():
-        assert (rate.bias == memory.op.gates[name].bias).all()
+        assert (rate.bias == memory.op.capabilities.gates[name].bias).all()
 
 
 # -- beside attention --------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_defaults_are_declared():
     assert gate.persistent.shape == ctx.persistent.shape == (16, DIM)
     assert gate.attention.op.sinks == 16
     assert MemoryAsLayer(DIM).residual
-    assert all(layer.growth == "N" for layer in (gate, ctx, NeuralMemory(DIM)))
+    assert all(layer.capabilities.growth == "N" for layer in (gate, ctx, NeuralMemory(DIM)))
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,9 @@ class Mixer(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = nn.Conv1d(3 * dim, 3 * dim, 4, groups=3 * dim)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.gates = nn.ModuleDict({name: nn.Linear(dim, heads) for name in sorted(op.inputs & set(FIRST))})
+        self.gates = nn.ModuleDict(
+            {name: nn.Linear(dim, heads) for name in sorted(op.capabilities.inputs & set(FIRST))}
+        )
         for name, gate in self.gates.items():
             nn.init.constant_(gate.bias, FIRST[name])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import final
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from tests.systems.ops.recall import VOCAB
 class Elu(Linear):
     """Classic linear attention: features `elu + 1`, over the sum of the weights."""
 
-    default_scale = 1.0
+    capabilities = replace(Linear.capabilities, default_scale=1.0)
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:
         return F.elu(q * scale) + 1

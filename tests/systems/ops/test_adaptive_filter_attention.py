@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from foveate.core import oracle
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.core.engines import chunked
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.ops.dense.adaptive_filter_attention import AdaptiveFilterAttention
@@ -242,7 +242,7 @@ def test_chunks_add_up_with_gradients_of_times() -> None:
         assert_near(one_grad, other, 1e-10)
         assert one_grad.any()
     t = gaps.cumsum(2).detach()
-    problem = Problem(*(x.detach() for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))), 1.0,
+    problem = AttentionCall(*(x.detach() for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))), 1.0,
                       causal=True, scoring=op.scoring(t))  # fmt: skip
     assert_near(chunked.attend(problem, 16, 16), chunked.attend(problem, 50, 50), 1e-12)
 

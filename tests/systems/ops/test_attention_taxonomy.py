@@ -209,8 +209,8 @@ def test_samples() -> None:
     op = sampler(0)
     mean = sum(op.weights(0.5 * q, k) for _ in range(400)) / 400
     assert (mean - torch.softmax(0.5 * plain_logits(op, q, k), -1)).abs().mean() < 0.02
-    assert op.steps == "own"
-    assert built().steps == "exact"
+    assert op.capabilities.streaming == "own"
+    assert built().capabilities.streaming == "exact"
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

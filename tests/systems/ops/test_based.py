@@ -72,7 +72,7 @@ def test_the_output_is_the_quadratic_form(symmetric: bool, scale: float | None) 
         weights = 1 + s + s**2 / 2
         weights = weights.tril() if causal else weights
         expected = weights @ v.double() / (weights.sum(-1, keepdim=True) + 1e-12)
-        for engine in op.engines:
+        for engine in op.capabilities.engines:
             assert_near(op(q, k, v, causal=causal, scale=scale, engine=engine), expected, 1e-4)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar, final
+from typing import final
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from foveate.ops.linear.dsf import NormalisedAttention, state_size, to_dsf
 from foveate.ops.linear.hedgehog import Hedgehog
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.ops.memory.miras import Miras
-from foveate.ops.operator import Pattern
+from foveate.ops.operator import CAUSAL_PATTERNS
 from tests.contracts.operators import CLASSES, example
 from tests.systems.ops.recall import Recall, accuracy, train
 from tests.systems.ops.recall_layers import Elu, around
@@ -196,8 +197,7 @@ def test_taylor_states_approach_softmax_attention() -> None:
 class Gated(Linear):
     """A decay that a call brings: one for the whole state, or one for each feature."""
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
-    inputs: ClassVar[frozenset[str]] = frozenset({"decay"})
+    capabilities = replace(Linear.capabilities, patterns=CAUSAL_PATTERNS, inputs=frozenset({"decay"}))
     normalised = False
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:
@@ -214,7 +214,7 @@ class Gated(Linear):
 class Faded(Linear):
     """Normalised, and one constant decay per head."""
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self"})
+    capabilities = replace(Linear.capabilities, patterns=frozenset({"causal self"}))
     eps = 0.3
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:
@@ -260,7 +260,7 @@ def test_every_linear_operator_of_the_catalogue_converts() -> None:
     q, k, v = draw(B, 4, N, 8), draw(B, 2, N, 8, seed=1), draw(B, 2, N, 8, seed=2)
     for key in linear:
         op = example(key, N)
-        if "causal self" not in op.patterns:
+        if "causal self" not in op.capabilities.patterns:
             with pytest.raises(UnsupportedPattern, match=f'{op.name} does not define "causal self"'):
                 to_dsf(op, q, k, v)
             continue
@@ -340,7 +340,7 @@ def test_a_normaliser_learned_from_the_queries(activation: str) -> None:
     act = {"exp": torch.exp, "softplus": lambda x: (1 + x.exp()).log(), "sigmoid": lambda x: 1 / (1 + (-x).exp())}
     eta = torch.stack([act[activation](q[:, h] @ op.weight[h] + op.bias[h]) for h in range(H)], 1)
     assert_near(op(q, k, v, causal=True), op(q, k, v, causal=True, eta=eta), 1e-12)
-    assert op.gates == {}
+    assert op.capabilities.gates == {}
 
 
 @pytest.mark.parametrize("activation", ["exp", "softplus", "sigmoid"])

@@ -171,7 +171,7 @@ def test_the_default_is_the_papers() -> None:
     assert [name for name, _ in op.named_parameters()] == ["trans_coeff"]
     assert op.trans_coeff.item() == pytest.approx(0.01)
     assert not list(GTA(8, {"so2": 8}).parameters())
-    assert GTA(8, {"so2": 8}, v_transform=False).has_weights
+    assert GTA(8, {"so2": 8}, v_transform=False).capabilities.has_weights
     with pytest.raises(UnsupportedPattern, match="GTA has no matrix of weights"):
         op.weights(*qkv(3, width=64)[:2])
 

@@ -50,7 +50,7 @@ def test_weights_are_a_distribution_and_the_forms_agree(form, causal):
     weights = op.weights(q, k, causal=causal)
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 128))
-    found = [op(q, k, v, causal=causal, engine=engine) for engine in op.engines]
+    found = [op(q, k, v, causal=causal, engine=engine) for engine in op.capabilities.engines]
     assert max((x - found[0]).abs().max() for x in found[1:]) < 1e-4
 
 

@@ -146,6 +146,6 @@ def test_the_plan_counts_the_search() -> None:
     for queries in (1, 256):
         with FlopCounterMode(display=False) as counter:
             op.selection(q[:, :, -queries:], k, True, 1.0)
-        assert counter.get_total_flops() == 2 * op.choice_products(q[:, :, -queries:], k, True) > 0
+        assert counter.get_total_flops() == 2 * op.selection_macs(q[:, :, -queries:], k, True) > 0
     plan = op.plan(q[:, :, -1:], k, v, causal=True)
-    assert plan.flops == 2 * 2 * 4 * 16 * (8 + 8) + 2 * op.choice_products(q[:, :, -1:], k, True)
+    assert plan.flops == 2 * 2 * 4 * 16 * (8 + 8) + 2 * op.selection_macs(q[:, :, -1:], k, True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import count
-from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from foveate.nn import Layer
 from foveate.nn.sequence.lightnet import MDLRPE, MDTPE, LightNet, LightNetLayer, places
 from foveate.ops import create
 from foveate.ops.linear.lightnet import LightNetAttention
-from foveate.ops.operator import Pattern
 from tests.systems.nn import digits
 from tests.tensors import assert_near, qkv
 
@@ -307,7 +306,7 @@ def test_layers_refuse() -> None:
 class RasterScan(Layer):
     """The same layer around linear attention with fixed decays, row after row: what a single scan was before."""
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
+    capabilities = replace(Layer.capabilities, patterns=frozenset({"self"}))
 
     def __init__(self, dim: int, heads: int, layer: int) -> None:
         super().__init__(dim, heads)

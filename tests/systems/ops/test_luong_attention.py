@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from foveate.core.call import AttentionCall
 from foveate.core.engines import chunked
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn.seq2seq.luong_decoder import LuongDecoder
@@ -99,7 +100,7 @@ def test_chunks_agree_with_every_gradient(score: str, mode: str) -> None:
     q, k, v = qkv(9, 11, grad=True)
     op = built(score, mode, window=3, spread=0.5)
     mask = PADDING["right"][:, None, None]
-    ours = chunked.attend(op._problem(q, k, v, mask, False, 1.0), 4, 3)
+    ours = chunked.attend(op._prepared(AttentionCall(q, k, v, 1.0, mask)), 4, 3)
     theirs = op(q, k, v, mask=mask, engine="reference")
     assert_near(ours, theirs, 1e-12)
     wanted = [q, v, *op.parameters()]

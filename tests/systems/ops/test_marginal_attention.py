@@ -152,8 +152,8 @@ def test_a_sample_is_drawn_once() -> None:
     for one, other in zip(gradients(chunks, [q, k, v]), gradients(whole, [q, k, v]), strict=True):
         assert_near(one, other, 1e-12)
     assert not torch.equal(sampler(1)(q, k, v, causal=True), whole)
-    assert sampler().steps == "own"
-    assert MarginalAttention(estimate="map").steps == "exact"
+    assert sampler().capabilities.streaming == "own"
+    assert MarginalAttention(estimate="map").capabilities.streaming == "exact"
 
 
 # -- by slot -----------------------------------------------------------------------------------------------------------

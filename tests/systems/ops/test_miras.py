@@ -303,7 +303,7 @@ def test_an_mlp_descends_as_autograd_says(memory, chunk, bias, retention, loss):
     op = mlp(bias, retention, alpha=0.1, theta=0.05, delta=0.8, chunk=chunk, smooth=0.0, memory=memory)
     q, k, v = small()
     expected = learned(op, q, k, v, loss)
-    for engine in op.engines:
+    for engine in op.capabilities.engines:
         same(op(q, k, v, causal=True, engine=engine), expected)
 
 

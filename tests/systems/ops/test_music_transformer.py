@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from foveate.core.call import AttentionCall
 from foveate.core.engines import chunked
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.ops.base.scored import Scored
@@ -111,7 +112,7 @@ def test_tile_by_tile_with_every_gradient(options: dict, tiles: tuple[int, int],
     q, k, v = qkv(*lengths, grad=True)
     op = built(max_len=6, **options)
     mask = torch.rand(2, 4, *lengths, generator=torch.Generator().manual_seed(0)) < 0.8
-    ours = chunked.attend(op._problem(q, k, v, mask, True, 0.4), *tiles)
+    ours = chunked.attend(op._prepared(AttentionCall(q, k, v, 0.4, mask, True)), *tiles)
     theirs = op(q, k, v, mask=mask, causal=True, scale=0.4, engine="reference")
     assert_near(ours, theirs, 1e-12)
     for one, two in zip(*(gradients(x, [q, k, v, op.table]) for x in (ours, theirs)), strict=True):
@@ -211,7 +212,7 @@ def test_blocks_save_work(claim) -> None:
         baseline_name="1/10 of the global form", seed=0,
     )  # fmt: skip
     op = MusicTransformer(1, 8, 64, block=64)
-    assert op.growth == "N"
+    assert op.capabilities.growth == "N"
     assert op.plan(q, k, v, causal=True).density < 0.1
 
 

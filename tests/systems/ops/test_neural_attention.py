@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from foveate.core import masks
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.core.engines import chunked
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import safe_softmax
@@ -87,7 +87,7 @@ def test_chunks_add_up(size: int) -> None:
     leaves = [q, k, v, *op.parameters()]
     expected = op(q, k, v, causal=True, engine="reference")
     near, far = op.prepare(q, k, torch.arange(100))
-    out = chunked.attend(Problem(near, far, v, 1.0, None, True, scoring=op.scoring()), size, size)
+    out = chunked.attend(AttentionCall(near, far, v, 1.0, None, True, scoring=op.scoring()), size, size)
     assert_near(out, expected, 1e-12)
     for ours, theirs in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
         assert_near(ours, theirs, 1e-11)
@@ -146,7 +146,7 @@ def fit(scores, parameters: list[nn.Parameter], steps: int, lr: float, near: flo
 def test_it_tells_apart_what_no_bilinear_score_can(claim) -> None:
     """Is the key within 0.3 of the query? Both are numbers in (-1, 1), embedded as (x, 1)."""
     op = built(2, 16).float()
-    at = Problem(*qkv(64, heads=1, kv_heads=1, width=2), 1.0).tile()
+    at = AttentionCall(*qkv(64, heads=1, kv_heads=1, width=2), 1.0).tile()
     bilinear = nn.Parameter(torch.zeros(2, 2))
     ours = fit(lambda q, k: op.score(*op.prepare(q, k, at.rows), 1.0, at), list(op.parameters()), 500, 0.01)
     theirs = fit(lambda q, k: q @ bilinear @ k.mT, [bilinear], 500, 0.1)

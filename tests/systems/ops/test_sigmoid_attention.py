@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.core.engines import chunked
 from foveate.core.errors import OptionError, UnsupportedPattern
 from foveate.ops.base.scored import Scored
@@ -58,7 +58,7 @@ def test_limits() -> None:
 def test_chunks_add_up(size: int) -> None:
     q, k, v = qkv(200, grad=True)
     op = SigmoidAttention()
-    out = chunked.attend(Problem(q, k, v, 8**-0.5, None, True, scoring=op.scoring()), queries=size)
+    out = chunked.attend(AttentionCall(q, k, v, 8**-0.5, None, True, scoring=op.scoring()), queries=size)
     expected = op(q, k, v, causal=True, engine="reference")
     assert_near(out, expected, 1e-12)
     for ours, theirs in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True):

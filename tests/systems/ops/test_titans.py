@@ -51,7 +51,7 @@ def test_without_momentum_and_forgetting_it_is_the_delta_rule(given_unit_keys):
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     op = Titans(2, 16, depth=1, alpha=0.0, eta=0.0, theta=0.3, chunk=1, unit=not given_unit_keys).double()
     exact = delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta=0.6)
-    for engine in op.engines:
+    for engine in op.capabilities.engines:
         assert (op(q, k, v, causal=True, engine=engine) - exact).abs().max() < 1e-12
 
 

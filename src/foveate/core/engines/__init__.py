@@ -1,6 +1,6 @@
 """Who computes an attention call: six engines, one choice, and what it costs.
 
-`run(problem, "auto")` picks by what is asked, shape, device and dtype; `plan` says what would be picked and why. An
+`run(call, "auto")` picks by what is asked, shape, device and dtype; `plan` says what would be picked and why. An
 engine named by the caller that cannot do the job raises `UnsupportedEngine`; nothing else is run in its place.
 """
 
@@ -13,7 +13,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from foveate.core.call import Plan, Problem, cost
+from foveate.core.call import AttentionCall, Plan, cost
 from foveate.core.engines import chunked, flex, fused, gather, reference, slices
 from foveate.core.errors import UnsupportedEngine, unknown
 from foveate.core.precision import multiplying
@@ -40,97 +40,97 @@ SPREAD = 1.5
 _came: Counter[tuple[object, ...]] = Counter()
 
 
-def run(problem: Problem, engine: str = "auto") -> Tensor:
-    """The output `(B, Hq, Nq, Dv)` of a validated problem."""
-    name, _ = choose(problem, engine)
-    if problem.is_empty:
-        return problem.q.new_zeros(*problem.q.shape[:3], problem.v.shape[-1])
-    if engine == "auto" and name in ("gather", "flex") and _may_repay(problem):
-        _count(problem, name)
+def run(call: AttentionCall, engine: str = "auto") -> Tensor:
+    """The output `(B, Hq, Nq, Dv)` of a validated call."""
+    name, _ = choose(call, engine)
+    if call.is_empty:
+        return call.q.new_zeros(*call.q.shape[:3], call.v.shape[-1])
+    if engine == "auto" and name in ("gather", "flex") and _may_repay(call):
+        _count(call, name)
     if name in ("reference", "chunked"):
-        return ENGINES[name].attend(_widened(problem)).to(problem.q.dtype)
-    if not problem.hides_keys:
-        return ENGINES[name].attend(problem)
+        return ENGINES[name].attend(_widened(call)).to(call.q.dtype)
+    if not call.hides_keys:
+        return ENGINES[name].attend(call)
     try:
-        return _guarded(problem, name)
+        return _guarded(call, name)
     except flex.NotCompiled:
         if engine != "auto":
             raise
-        return _guarded(problem, "gather")
+        return _guarded(call, "gather")
 
 
-def _widened(problem: Problem) -> Problem:
-    """The problem in numbers that plain matrix products are fast for; fused kernels see to that themselves."""
-    dtype = multiplying(problem.q.dtype, problem.q.device)
-    if dtype == problem.q.dtype:
-        return problem
-    return replace(problem, q=problem.q.to(dtype), k=problem.k.to(dtype), v=problem.v.to(dtype))
+def _widened(call: AttentionCall) -> AttentionCall:
+    """The call in numbers that plain matrix products are fast for; fused kernels see to that themselves."""
+    dtype = multiplying(call.q.dtype, call.q.device)
+    if dtype == call.q.dtype:
+        return call
+    return replace(call, q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
 
 
-def _guarded(problem: Problem, name: str) -> Tensor:
+def _guarded(call: AttentionCall, name: str) -> Tensor:
     """Fused kernels let 0 * NaN through: what they give stands unless it shows that, and keys or values are the cause.
 
     The gradient may suffer where the output does not, so that keys and values are looked at first where one is wanted.
     """
-    if not problem.wants_grad:
-        out = ENGINES[name].attend(problem)
-        if problem.shows_no_garbage(out) or not problem.has_garbage():
+    if not call.wants_grad:
+        out = ENGINES[name].attend(call)
+        if call.shows_no_garbage(out) or not call.has_garbage():
             return out
-    elif not problem.has_garbage():
-        return ENGINES[name].attend(problem)
-    return ENGINES["chunked" if chunked.refuses(problem) is None else "reference"].attend(problem)
+    elif not call.has_garbage():
+        return ENGINES[name].attend(call)
+    return ENGINES["chunked" if chunked.refuses(call) is None else "reference"].attend(call)
 
 
-def plan(problem: Problem, engine: str = "auto") -> Plan:
+def plan(call: AttentionCall, engine: str = "auto") -> Plan:
     """What `run` would do, and what it costs."""
-    return cost(problem, *choose(problem, engine))
+    return cost(call, *choose(call, engine))
 
 
-def choose(problem: Problem, engine: str = "auto") -> tuple[str, str]:
+def choose(call: AttentionCall, engine: str = "auto") -> tuple[str, str]:
     """The engine's name and the reason for it."""
     if engine != "auto":
         if engine not in ENGINES:
             raise unknown("engine", engine, [*ENGINES, "auto"])
-        reason = ENGINES[engine].refuses(problem)
-        if problem.chunk is not None and engine not in ("chunked", "reference"):
+        reason = ENGINES[engine].refuses(call)
+        if call.chunk is not None and engine not in ("chunked", "reference"):
             reason = "the call names the chunks to compute it in"
         if reason is not None:
             raise UnsupportedEngine(f'engine="{engine}" cannot run this call: {reason}; use engine="auto"')
         return engine, "asked for"
-    if problem.chunk is not None:
-        return "chunked", f"in chunks of {problem.chunk[0]} queries and {problem.chunk[1]} keys, as asked for"
-    if problem.selection is not None and problem.is_plain and not problem.dropout:
-        return _sparse(problem)
-    if fused.refuses(problem) is None:
+    if call.chunk is not None:
+        return "chunked", f"in chunks of {call.chunk[0]} queries and {call.chunk[1]} keys, as asked for"
+    if call.selection is not None and call.is_plain and not call.dropout:
+        return _sparse(call)
+    if fused.refuses(call) is None:
         return "fused", "softmax over dot products: PyTorch's fused kernel"
-    if chunked.refuses(problem) is None and problem.n_queries * problem.n_keys > WHOLE:
+    if chunked.refuses(call) is None and call.n_queries * call.n_keys > WHOLE:
         return "chunked", "a scoring that no fused kernel computes, and a matrix too large to keep"
     return "reference", "a scoring that no fused kernel computes, and a matrix small enough to keep"
 
 
-def _sparse(problem: Problem) -> tuple[str, str]:
-    selection = problem.selection
-    if has_shapes_alone(problem.q):
+def _sparse(call: AttentionCall) -> tuple[str, str]:
+    selection = call.selection
+    if has_shapes_alone(call.q):
         return "reference", "shapes alone: nothing says how many keys are chosen"
     if not isinstance(selection, Blocks):
         return "gather", "chosen keys gathered"
-    if problem.q.device.type != "cpu":
-        reason = flex.refuses(problem)
+    if call.q.device.type != "cpu":
+        reason = flex.refuses(call)
         return ("flex", "blocks, compiled") if reason is None else ("gather", f"chosen keys gathered: {reason}")
-    if problem.n_queries < slices.FEW:
+    if call.n_queries < slices.FEW:
         return "gather", "chosen keys gathered for a few queries"
-    held, chosen = slices.pairs(selection, problem.causal), _chosen(selection, problem.causal)
+    held, chosen = slices.pairs(selection, call.causal), _chosen(selection, call.causal)
     if held <= SPREAD * chosen:
         return "slices", f"fused slices of keys, of which {chosen / max(held, 1):.0%} are chosen"
-    if _came[_kind(problem)] >= OFTEN and _may_repay(problem):
-        return "flex", f"blocks per head over {problem.n_queries} queries, in a call of a kind that keeps coming back"
-    return "gather", f"chosen keys gathered: {_against_flex(problem)}"
+    if _came[_kind(call)] >= OFTEN and _may_repay(call):
+        return "flex", f"blocks per head over {call.n_queries} queries, in a call of a kind that keeps coming back"
+    return "gather", f"chosen keys gathered: {_against_flex(call)}"
 
 
-def _against_flex(problem: Problem) -> str:
-    if problem.n_queries < LONG:
-        return f"{problem.n_queries} queries are too few to repay compiling FlexAttention"
-    return flex.refuses(problem) or f"FlexAttention is compiled for calls that have come {OFTEN} times"
+def _against_flex(call: AttentionCall) -> str:
+    if call.n_queries < LONG:
+        return f"{call.n_queries} queries are too few to repay compiling FlexAttention"
+    return flex.refuses(call) or f"FlexAttention is compiled for calls that have come {OFTEN} times"
 
 
 def _chosen(selection: Blocks, causal: bool) -> float:
@@ -138,26 +138,26 @@ def _chosen(selection: Blocks, causal: bool) -> float:
     return (selection.without_future if causal else selection).keys_read() * selection.n_queries
 
 
-def _may_repay(problem: Problem) -> bool:
+def _may_repay(call: AttentionCall) -> bool:
     """Whether compiled FlexAttention would serve this call on a CPU."""
-    long = isinstance(problem.selection, Blocks) and problem.n_queries >= LONG
-    return long and problem.q.device.type == "cpu" and flex.refuses(problem) is None
+    long = isinstance(call.selection, Blocks) and call.n_queries >= LONG
+    return long and call.q.device.type == "cpu" and flex.refuses(call) is None
 
 
-def _kind(problem: Problem) -> tuple[object, ...]:
+def _kind(call: AttentionCall) -> tuple[object, ...]:
     """What one compiled kernel serves: many lengths."""
-    q, k, selection = problem.q, problem.k, problem.selection
+    q, k, selection = call.q, call.k, call.selection
     assert isinstance(selection, Blocks)
-    shapes = *q.shape[:2], k.shape[1], q.shape[3], problem.v.shape[3], *flex.rounded_lengths(problem)
-    return shapes, q.dtype, selection.size, problem.causal
+    shapes = *q.shape[:2], k.shape[1], q.shape[3], call.v.shape[3], *flex.rounded_lengths(call)
+    return shapes, q.dtype, selection.size, call.causal
 
 
-def _count(problem: Problem, name: str) -> None:
-    kind = _kind(problem)
+def _count(call: AttentionCall, name: str) -> None:
+    kind = _kind(call)
     _came[kind] += 1
     if name == "flex" and _came[kind] == OFTEN + 1:
         warnings.warn(
-            f"compiling FlexAttention, once, for calls with {problem.q.shape[1]} heads over blocks of their own; "
+            f"compiling FlexAttention, once, for calls with {call.q.shape[1]} heads over blocks of their own; "
             'engine="gather" does without',
             stacklevel=3,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foveate.core import masks, online_softmax as online
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.core.engines import reference
 from foveate.core.errors import UnsupportedEngine
 from foveate.core.selection import Blocks
@@ -30,41 +30,41 @@ class Tiling(NamedTuple):
     whole: bool  # whether a chunk sees whole rows: a normaliser needs them, or keys must be masked value by value
 
 
-def refuses(problem: Problem) -> str | None:
-    if problem.dropout:
+def refuses(call: AttentionCall) -> str | None:
+    if call.dropout:
         return "chunked computes weights again in the backward pass and cannot drop any"
     return None
 
 
-def attend(problem: Problem, queries: int | None = None, keys: int | None = None) -> Tensor:
+def attend(call: AttentionCall, queries: int | None = None, keys: int | None = None) -> Tensor:
     """The output `(B, Hq, Nq, Dv)`, in chunks of `queries` rows and tiles of `keys` columns.
 
-    Where they are None, the problem's own, if it has any.
+    Where they are None, the call's own, if it has any.
     """
-    own = problem.chunk or (QUERIES, KEYS)
+    own = call.chunk or (QUERIES, KEYS)
     queries, keys = queries or own[0], keys or own[1]
-    tiling = Tiling(queries, keys, not problem.scoring.is_softmax or (problem.hides_keys and problem.has_garbage()))
-    inputs = (problem.q, problem.k, problem.v, problem.mask, *_parameters(problem))
+    tiling = Tiling(queries, keys, not call.scoring.is_softmax or (call.hides_keys and call.has_garbage()))
+    inputs = (call.q, call.k, call.v, call.mask, *_parameters(call))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _Chunked.apply(problem, tiling, *inputs)
-    return _forward(problem, tiling)[0]
+        return _Chunked.apply(call, tiling, *inputs)
+    return _forward(call, tiling)[0]
 
 
-def _parameters(problem: Problem) -> tuple[Tensor, ...]:
-    return tuple(getattr(problem.scoring, "parameters", tuple)())
+def _parameters(call: AttentionCall) -> tuple[Tensor, ...]:
+    return tuple(getattr(call.scoring, "parameters", tuple)())
 
 
-def _chunks(problem: Problem, tiling: Tiling) -> Iterator[tuple[slice, slice]]:
+def _chunks(call: AttentionCall, tiling: Tiling) -> Iterator[tuple[slice, slice]]:
     """Rows of each chunk, and the keys that they may see: all of these lie between two ends."""
-    for start in range(0, problem.n_queries, tiling.queries):
-        rows = slice(start, min(start + tiling.queries, problem.n_queries))
-        seen = problem.n_keys - problem.n_queries + rows.stop if problem.causal else problem.n_keys
-        yield rows, _between(problem, rows, seen if problem.scoring.is_softmax else problem.n_keys)
+    for start in range(0, call.n_queries, tiling.queries):
+        rows = slice(start, min(start + tiling.queries, call.n_queries))
+        seen = call.n_keys - call.n_queries + rows.stop if call.causal else call.n_keys
+        yield rows, _between(call, rows, seen if call.scoring.is_softmax else call.n_keys)
 
 
-def _between(problem: Problem, rows: slice, seen: int) -> slice:
+def _between(call: AttentionCall, rows: slice, seen: int) -> slice:
     """The first `seen` keys, less what a selection of blocks leaves out at either end."""
-    selection = problem.selection
+    selection = call.selection
     if isinstance(selection, Blocks):
         tall, wide = selection.size
         chosen = selection.blocks[:, :, rows.start // tall : -(-rows.stop // tall)].flatten(0, 2).any(0).nonzero()
@@ -79,19 +79,19 @@ def _tiles(seen: slice, tiling: Tiling) -> Iterator[slice]:
     return (slice(start, min(start + tiling.keys, seen.stop)) for start in starts)
 
 
-def _forward(problem: Problem, tiling: Tiling) -> tuple[Tensor, Tensor | None]:
+def _forward(call: AttentionCall, tiling: Tiling) -> tuple[Tensor, Tensor | None]:
     """The output and, where tiles are merged, the log-sum-exp of each row."""
-    out = problem.q.new_empty(*problem.q.shape[:3], problem.v.shape[-1])
+    out = call.q.new_empty(*call.q.shape[:3], call.v.shape[-1])
     if tiling.whole:
-        for rows, seen in _chunks(problem, tiling):
-            out[:, :, rows] = reference.attend(problem, rows, seen)
+        for rows, seen in _chunks(call, tiling):
+            out[:, :, rows] = reference.attend(call, rows, seen)
         return out, None
     sums = out.new_empty(*out.shape[:3], 1, dtype=torch.promote_types(out.dtype, torch.float32))
-    for rows, seen in _chunks(problem, tiling):
+    for rows, seen in _chunks(call, tiling):
         part: online.Partial | None = None
         for cols in _tiles(seen, tiling):
-            logits = _logits(problem, problem.q[:, :, rows], problem.k[:, :, cols], None, rows, cols)
-            new = online.partial(logits, problem.grouped(problem.v[:, :, cols]), spend=problem.is_plain)
+            logits = _logits(call, call.q[:, :, rows], call.k[:, :, cols], None, rows, cols)
+            new = online.partial(logits, call.grouped(call.v[:, :, cols]), spend=call.is_plain)
             del logits  # one tile at a time, not two
             part = new if part is None else online.merge(part, new)
         assert part is not None
@@ -99,13 +99,13 @@ def _forward(problem: Problem, tiling: Tiling) -> tuple[Tensor, Tensor | None]:
     return out, sums
 
 
-def _logits(problem: Problem, q: Tensor, k: Tensor, mine: Tensor | None, rows: slice, cols: slice) -> Tensor:
+def _logits(call: AttentionCall, q: Tensor, k: Tensor, mine: Tensor | None, rows: slice, cols: slice) -> Tensor:
     """Masked logits of a tile. `mine`: the caller's mask for it, where a gradient to that is wanted."""
-    logits = problem.scoring.logits(q, problem.grouped(k), problem.scale, problem.tile(rows, cols))
-    first = problem.n_keys - problem.n_queries + rows.start
-    if problem.causal and cols.stop - 1 <= first:
-        problem = replace(problem, causal=False)  # wholly in the past: nothing to compare
-    mask = problem.tile_mask(rows, cols, mine)
+    logits = call.scoring.logits(q, call.grouped(k), call.scale, call.tile(rows, cols))
+    first = call.n_keys - call.n_queries + rows.start
+    if call.causal and cols.stop - 1 <= first:
+        call = replace(call, causal=False)  # wholly in the past: nothing to compare
+    mask = call.tile_mask(rows, cols, mine)
     if mask is None:
         return logits
     if mask.dtype != torch.bool:
@@ -117,9 +117,9 @@ class _Chunked(torch.autograd.Function):
     """Keeps inputs, output and log-sum-exps; inputs are q, k, v, the mask and the scoring's parameters."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, tiling: Tiling, *inputs: Tensor | None) -> Tensor:
-        out, sums = _forward(problem, tiling)
-        ctx.problem, ctx.tiling = problem, tiling
+    def forward(ctx: Any, call: AttentionCall, tiling: Tiling, *inputs: Tensor | None) -> Tensor:
+        out, sums = _forward(call, tiling)
+        ctx.call, ctx.tiling = call, tiling
         ctx.save_for_backward(*inputs, out, sums)
         return out
 
@@ -127,33 +127,33 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, out, sums = ctx.saved_tensors
-        parameters = _parameters(ctx.problem)
+        parameters = _parameters(ctx.call)
         if [p.data_ptr() for p in parameters] != [p.data_ptr() for p in inputs[4:]]:
             raise UnsupportedEngine('engine="chunked" needs the parameters of its forward pass again; use "reference"')
         q, k, v, mask = (None if x is None else x.detach() for x in inputs[:4])
-        problem = replace(ctx.problem, q=q, k=k, v=v, mask=mask)
+        call = replace(ctx.call, q=q, k=k, v=v, mask=mask)
         totals = Totals([q, k, v, mask, *parameters], ctx.needs_input_grad[2:])
-        for rows, seen in _chunks(problem, ctx.tiling):
+        for rows, seen in _chunks(call, ctx.tiling):
             if sums is None:
-                _whole_backward(problem, totals, rows, seen, grad[:, :, rows])
+                _whole_backward(call, totals, rows, seen, grad[:, :, rows])
             else:
                 part = grad[:, :, rows], out[:, :, rows], sums[:, :, rows]
-                _merged_backward(problem, totals, rows, _tiles(seen, ctx.tiling), *part)
+                _merged_backward(call, totals, rows, _tiles(seen, ctx.tiling), *part)
         return None, None, *totals.finished()
 
 
-def _whole_backward(problem: Problem, totals: Totals, rows: slice, cols: slice, grad: Tensor) -> None:
+def _whole_backward(call: AttentionCall, totals: Totals, rows: slice, cols: slice, grad: Tensor) -> None:
     """A chunk of whole rows, differentiated by autograd."""
     leaves = totals.leaves(rows, cols, whole=True)
     q, k, v, mine, *_ = leaves
     assert q is not None and k is not None and v is not None
     with torch.enable_grad():
-        out = reference.attend(replace(problem, q=q, k=k, v=v), rows, cols, mine)
+        out = reference.attend(replace(call, q=q, k=k, v=v), rows, cols, mine)
     totals.add(out, leaves, grad, rows, cols, whole=True)
 
 
 def _merged_backward(
-    problem: Problem, totals: Totals, rows: slice, tiles: Iterator[slice], grad: Tensor, out: Tensor, sums: Tensor
+    call: AttentionCall, totals: Totals, rows: slice, tiles: Iterator[slice], grad: Tensor, out: Tensor, sums: Tensor
 ) -> None:
     """A chunk under a softmax, tile by tile: the log-sum-exp gives weights.
 
@@ -162,32 +162,32 @@ def _merged_backward(
     wide = sums.dtype
     mean = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
     sums = sums.masked_fill(sums == masks.NEVER, 0.0)
-    by_hand = problem.is_plain and totals.sums[3] is None
+    by_hand = call.is_plain and totals.sums[3] is None
     for cols in tiles:
         leaves = totals.leaves(rows, cols)
         q, k, _, mine, *_ = leaves
         assert q is not None and k is not None
         with torch.set_grad_enabled(not by_hand):
-            logits = _logits(problem, q, k, mine, rows, cols).to(wide)
+            logits = _logits(call, q, k, mine, rows, cols).to(wide)
         weights = (logits.sub_(sums) if by_hand else logits.detach() - sums).exp_()
-        v = problem.v[:, :, cols]
+        v = call.v[:, :, cols]
         if totals.sums[2] is not None:
             totals.sums[2][:, :, cols] += _per_kv_head(weights.to(grad.dtype).transpose(-1, -2) @ grad, v)
-        towards = (grad @ problem.grouped(v).transpose(-1, -2)).to(wide).sub_(mean).mul_(weights)
+        towards = (grad @ call.grouped(v).transpose(-1, -2)).to(wide).sub_(mean).mul_(weights)
         if by_hand:
-            _add_products(problem, totals, towards.to(q.dtype), rows, cols)
+            _add_products(call, totals, towards.to(q.dtype), rows, cols)
         else:
             totals.add(logits, leaves, towards, rows, cols)
         del logits, weights, towards  # before the next tile takes as much again
 
 
-def _add_products(problem: Problem, totals: Totals, slope: Tensor, rows: slice, cols: slice) -> None:
+def _add_products(call: AttentionCall, totals: Totals, slope: Tensor, rows: slice, cols: slice) -> None:
     """The gradients of q and k from that of a tile's scaled dot products."""
-    q, k = problem.q[:, :, rows], problem.k[:, :, cols]
+    q, k = call.q[:, :, rows], call.k[:, :, cols]
     if totals.sums[0] is not None:
-        totals.sums[0][:, :, rows] += (slope @ problem.grouped(k)) * problem.scale
+        totals.sums[0][:, :, rows] += (slope @ call.grouped(k)) * call.scale
     if totals.sums[1] is not None:
-        totals.sums[1][:, :, cols] += _per_kv_head(slope.transpose(-1, -2) @ (q * problem.scale), k)
+        totals.sums[1][:, :, cols] += _per_kv_head(slope.transpose(-1, -2) @ (q * call.scale), k)
 
 
 def _per_kv_head(x: Tensor, like: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.core.errors import UnsupportedEngine
 from foveate.core.selection import Blocks
 
@@ -50,38 +50,38 @@ def has_compiler() -> bool:
 _failures: list[str] = []
 
 
-def refuses(problem: Problem) -> str | None:
-    if not problem.is_plain:
+def refuses(call: AttentionCall) -> str | None:
+    if not call.is_plain:
         return "flex computes softmax over dot products here"
-    if not isinstance(problem.selection, Blocks):
+    if not isinstance(call.selection, Blocks):
         return "flex needs a selection of blocks"
-    if problem.mask is not None:
+    if call.mask is not None:
         return "flex takes no tensor mask"
-    if problem.dropout:
+    if call.dropout:
         return "flex does not drop weights"
-    if problem.q.dtype == torch.float64:
+    if call.q.dtype == torch.float64:
         return "FlexAttention does not compile for float64"
-    if problem.q.device.type == "cpu":
-        if problem.wants_grad:
+    if call.q.device.type == "cpu":
+        if call.wants_grad:
             return "FlexAttention has no backward pass on CPU"
         if not has_compiler():
             return "there is no C++ compiler"
     return _failures[0] if _failures else None
 
 
-def attend(problem: Problem) -> Tensor:
+def attend(call: AttentionCall) -> Tensor:
     """The output `(B, Hq, Nq, Dv)`."""
-    selection = problem.selection
+    selection = call.selection
     assert isinstance(selection, Blocks)
-    n_queries = problem.n_queries
-    q, k, v, selection = _rounded(problem, selection.without_future if problem.causal else selection)
+    n_queries = call.n_queries
+    q, k, v, selection = _rounded(call, selection.without_future if call.causal else selection)
     from torch._dynamo import config
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.exc import InductorError
 
     try:
         with config.patch(recompile_limit=COMPILED):
-            out = _compiled()(q, k, v, selection.block_mask, problem.scale, problem.groups > 1)
+            out = _compiled()(q, k, v, selection.block_mask, call.scale, call.groups > 1)
     except FailOnRecompileLimitHit:
         raise NotCompiled(f"flex has compiled FlexAttention for {COMPILED} different calls already") from None
     except (TorchDynamoException, InductorError) as error:
@@ -97,20 +97,20 @@ def _failed(error: Exception) -> str:
     return _failures[0]
 
 
-def rounded_lengths(problem: Problem) -> tuple[int, int]:
+def rounded_lengths(call: AttentionCall) -> tuple[int, int]:
     """Queries and keys of the kernel that serves a call."""
-    selection = problem.selection
+    selection = call.selection
     assert isinstance(selection, Blocks)
-    if not problem.causal and problem.n_keys % selection.size[1]:
-        return problem.n_queries, problem.n_keys  # nothing would hide the keys that fill up the last tile
-    tiles = zip((problem.n_queries, problem.n_keys), selection.size, strict=True)
+    if not call.causal and call.n_keys % selection.size[1]:
+        return call.n_queries, call.n_keys  # nothing would hide the keys that fill up the last tile
+    tiles = zip((call.n_queries, call.n_keys), selection.size, strict=True)
     rounded = [size << max(-(-n // size) - 1, 0).bit_length() for n, size in tiles]
     return rounded[0], rounded[1]
 
 
-def _rounded(problem: Problem, selection: Blocks) -> tuple[Tensor, Tensor, Tensor, Blocks]:
-    q, k, v, (n_queries, n_keys) = problem.q, problem.k, problem.v, rounded_lengths(problem)
-    if (n_queries, n_keys) == (problem.n_queries, problem.n_keys):
+def _rounded(call: AttentionCall, selection: Blocks) -> tuple[Tensor, Tensor, Tensor, Blocks]:
+    q, k, v, (n_queries, n_keys) = call.q, call.k, call.v, rounded_lengths(call)
+    if (n_queries, n_keys) == (call.n_queries, call.n_keys):
         return q, k, v, selection
     larger = selection.__dict__.get("_larger")
     if larger is None:

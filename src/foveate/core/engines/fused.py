@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.core.readable import known
 
 #: Queries up to which a group's queries go to the kernel as one head's: with one bf16 query, grouped heads as such are
@@ -15,26 +15,26 @@ from foveate.core.readable import known
 FEW = 16
 
 
-def refuses(problem: Problem) -> str | None:
-    if not problem.is_plain:
+def refuses(call: AttentionCall) -> str | None:
+    if not call.is_plain:
         return "fused computes softmax over dot products only"
-    if problem.selection is not None:
+    if call.selection is not None:
         return "fused attends to every key and would waste the selection"
     return None
 
 
-def attend(problem: Problem) -> Tensor:
+def attend(call: AttentionCall) -> Tensor:
     """The output `(B, Hq, Nq, Dv)`."""
-    mask, is_causal = problem.mask, problem.causal
-    packs = 1 < problem.groups and problem.n_queries <= FEW
-    if is_causal and (packs or mask is not None or problem.n_queries != problem.n_keys):
+    mask, is_causal = call.mask, call.causal
+    packs = 1 < call.groups and call.n_queries <= FEW
+    if is_causal and (packs or mask is not None or call.n_queries != call.n_keys):
         # the kernel aligns causality top-left; a single query needs none, and the rest is said as a mask
-        mask = masks.full(mask, problem.n_queries > 1, problem.n_queries, problem.n_keys, problem.q.device)
+        mask = masks.full(mask, call.n_queries > 1, call.n_queries, call.n_keys, call.q.device)
         is_causal = False
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)  # the kernel wants two dimensions or more
-        mask = mask if mask.dtype == torch.bool else mask.to(problem.q.dtype)
-    out = kernel(problem.q, problem.k, problem.v, problem.scale, mask, problem.dropout, is_causal)
+        mask = mask if mask.dtype == torch.bool else mask.to(call.q.dtype)
+    out = kernel(call.q, call.k, call.v, call.scale, mask, call.dropout, is_causal)
     if mask is None:
         return out
     seen = masks.allowed(mask).any(-1, keepdim=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.core.engines import fused
 from foveate.core.readable import known
 from foveate.core.selection import Blocks, Indices
@@ -22,46 +22,46 @@ from foveate.core.selection import Blocks, Indices
 SLAB = 1 << 22
 
 
-def refuses(problem: Problem) -> str | None:
-    if not problem.is_plain:
+def refuses(call: AttentionCall) -> str | None:
+    if not call.is_plain:
         return "gather computes softmax over dot products only"
-    if problem.selection is None:
+    if call.selection is None:
         return "gather needs a selection"
-    if problem.dropout:
+    if call.dropout:
         return "gather does not drop weights"
     return None
 
 
-def attend(problem: Problem) -> Tensor:
+def attend(call: AttentionCall) -> Tensor:
     """The output `(B, Hq, Nq, Dv)`."""
-    selection = problem.selection
+    selection = call.selection
     assert isinstance(selection, Blocks | Indices)
-    if isinstance(selection, Indices) and _is_one_list(problem, selection.own or selection):
-        return _one_list(problem, selection.own or selection)
-    if problem.causal and isinstance(selection, Blocks):
+    if isinstance(selection, Indices) and _is_one_list(call, selection.own or selection):
+        return _one_list(call, selection.own or selection)
+    if call.causal and isinstance(selection, Blocks):
         selection = selection.causal()
-    out = [_slab(problem, selection, rows) for rows in _slabs(problem, selection)]
-    return torch.cat(out, 2)[:, :, : problem.n_queries]
+    out = [_slab(call, selection, rows) for rows in _slabs(call, selection)]
+    return torch.cat(out, 2)[:, :, : call.n_queries]
 
 
-def _is_one_list(problem: Problem, chosen: Indices) -> bool:
+def _is_one_list(call: AttentionCall, chosen: Indices) -> bool:
     """Whether all queries, few as they are, share one list of keys for each key/value head, as in decoding."""
     heads, rows = chosen.indices.shape[1:3]
-    plain = problem.mask is None or problem.mask.dim() < 4 or problem.mask.shape[1] == 1
-    return plain and rows == 1 and heads in (1, problem.k.shape[1]) and problem.n_queries <= fused.FEW
+    plain = call.mask is None or call.mask.dim() < 4 or call.mask.shape[1] == 1
+    return plain and rows == 1 and heads in (1, call.k.shape[1]) and call.n_queries <= fused.FEW
 
 
-def _one_list(problem: Problem, chosen: Indices) -> Tensor:
+def _one_list(call: AttentionCall, chosen: Indices) -> Tensor:
     """Copy each key/value head's keys once, and attend to them with all its query heads."""
     index, seen = chosen.gathered(slice(None))
-    b, heads = problem.k.shape[:2]
+    b, heads = call.k.shape[:2]
     rows, mask = index[:, :, 0].expand(b, heads, -1), None
-    if chosen.valid is not None or problem.mask is not None or (problem.causal and problem.n_queries > 1):
-        mask = _mask(problem, index, seen[..., : problem.n_queries, :], 0)[:, :, 0]
+    if chosen.valid is not None or call.mask is not None or (call.causal and call.n_queries > 1):
+        mask = _mask(call, index, seen[..., : call.n_queries, :], 0)[:, :, 0]
         if mask.shape[1] > 1:
-            mask = mask.repeat_interleave(problem.groups, 1)
-    k, v = taken(rows, problem.k, problem.v)
-    return fused.attend(Problem(problem.q, k, v, problem.scale, mask))
+            mask = mask.repeat_interleave(call.groups, 1)
+    k, v = taken(rows, call.k, call.v)
+    return fused.attend(AttentionCall(call.q, k, v, call.scale, mask))
 
 
 def taken(index: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -96,57 +96,57 @@ def _rows(index: Tensor, batch: int, head: int, row: int) -> Tensor:
     return index.flatten()
 
 
-def _slabs(problem: Problem, selection: Blocks | Indices) -> Iterator[slice]:
+def _slabs(call: AttentionCall, selection: Blocks | Indices) -> Iterator[slice]:
     if isinstance(selection, Blocks):
         n_rows, widest = selection.blocks.shape[2], int(selection.blocks.sum(-1).max()) * selection.size[1]
     else:
         n_rows, widest = selection.indices.shape[2], selection.indices.shape[3]
-    b, hq, _, d = problem.q.shape
+    b, hq, _, d = call.q.shape
     step = max(1, SLAB // max(1, b * hq * widest * d))
     return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
-def _slab(problem: Problem, selection: Blocks | Indices, rows: slice) -> Tensor:
+def _slab(call: AttentionCall, selection: Blocks | Indices, rows: slice) -> Tensor:
     """Some block rows, side by side in the batch: `(B, Hq, queries, Dv)`."""
-    b, hq, nq, d = problem.q.shape
+    b, hq, nq, d = call.q.shape
     tall = selection.size[0] if isinstance(selection, Blocks) else selection.group
     index, seen = selection.gathered(rows)
     count, first, last = index.shape[2], rows.start * tall, min(rows.stop * tall, nq)
     if count == 1:
         tall = last - first  # a single query, when decoding
-    queries = F.pad(problem.q[:, :, first:last], (0, 0, 0, count * tall - (last - first)))
+    queries = F.pad(call.q[:, :, first:last], (0, 0, 0, count * tall - (last - first)))
     queries = queries.unflatten(2, (count, tall)).transpose(1, 2).flatten(0, 1)
-    k, v = _take(problem, problem.k, index), _take(problem, problem.v, index)
-    bias = _mask(problem, index, seen[..., :tall, :], first).transpose(1, 2)  # one for all heads where that is so
+    k, v = _take(call, call.k, index), _take(call, call.v, index)
+    bias = _mask(call, index, seen[..., :tall, :], first).transpose(1, 2)  # one for all heads where that is so
     bias = bias.expand(b, *bias.shape[1:]).flatten(0, 1)
-    out = F.scaled_dot_product_attention(queries, k, v, bias, scale=problem.scale)
+    out = F.scaled_dot_product_attention(queries, k, v, bias, scale=call.scale)
     sees = masks.allowed(bias).any(-1, keepdim=True)
     if not known(sees.all()):
         out = torch.where(sees, out, 0.0)
     return out.unflatten(0, (b, count)).transpose(1, 2).flatten(2, 3)
 
 
-def _take(problem: Problem, x: Tensor, index: Tensor) -> Tensor:
+def _take(call: AttentionCall, x: Tensor, index: Tensor) -> Tensor:
     """Gather `x (B, Hkv, Nk, D)` at `index (B or 1, Hq or 1, R, n)` into `(B * R, Hq, n, D)`."""
-    b, hq = problem.q.shape[:2]
+    b, hq = call.q.shape[:2]
     if index.shape[:2] == (1, 1):
-        taken = problem.grouped(x[:, :, index[0, 0].flatten()])
+        taken = call.grouped(x[:, :, index[0, 0].flatten()])
         return taken.unflatten(2, index.shape[2:]).transpose(1, 2).flatten(0, 1)
     batch = torch.arange(b, device=x.device)[:, None, None, None]
-    head = torch.arange(hq, device=x.device)[:, None] // problem.groups
+    head = torch.arange(hq, device=x.device)[:, None] // call.groups
     return x[batch, head, index.transpose(1, 2).expand(b, -1, hq, -1)].flatten(0, 1)
 
 
-def _mask(problem: Problem, index: Tensor, seen: Tensor, first: int) -> Tensor:
+def _mask(call: AttentionCall, index: Tensor, seen: Tensor, first: int) -> Tensor:
     """Selection, causality and the caller's mask on the gathered keys: `(B or 1, Hq or 1, R, tall, n)`."""
-    shift, (count, tall) = problem.n_keys - problem.n_queries, seen.shape[2:4]
+    shift, (count, tall) = call.n_keys - call.n_queries, seen.shape[2:4]
     query = torch.arange(first, first + count * tall, device=index.device).reshape(count, tall, 1)
     index = index[..., None, :]
-    if problem.causal and isinstance(problem.selection, Indices):
+    if call.causal and isinstance(call.selection, Indices):
         seen = seen & (index <= query + shift)
-    if problem.mask is None:
+    if call.mask is None:
         return seen
-    mask = problem.mask.reshape((1,) * (4 - problem.mask.dim()) + problem.mask.shape)
+    mask = call.mask.reshape((1,) * (4 - call.mask.dim()) + call.mask.shape)
     batch, head = (torch.arange(n, device=index.device) for n in mask.shape[:2])
     key = index if mask.shape[3] > 1 else torch.zeros_like(index)
     mine = mask[batch[:, None, None, None, None], head[:, None, None, None], query.clamp_max(mask.shape[2] - 1), key]

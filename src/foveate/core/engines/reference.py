@@ -6,41 +6,41 @@ import torch
 from torch import Tensor
 
 from foveate.core import masks
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.core.readable import is_clean, known
 
 
-def refuses(problem: Problem) -> str | None:
+def refuses(call: AttentionCall) -> str | None:
     return None
 
 
 def weights(
-    problem: Problem, rows: slice = slice(None), cols: slice = slice(None), mine: Tensor | None = None
+    call: AttentionCall, rows: slice = slice(None), cols: slice = slice(None), mine: Tensor | None = None
 ) -> Tensor:
     """Attention weights `(B, Hq, nq, nk)` of some rows, over all keys or a leading part with all that may be seen.
 
-    `mine`: see `Problem.tile_mask`.
+    `mine`: see `AttentionCall.tile_mask`.
     """
-    keys, hidden = _finite(problem.grouped(problem.k[:, :, cols]))
-    at, mask = problem.tile(rows, cols), problem.tile_mask(rows, cols, mine)
-    logits = problem.scoring.logits(problem.q[:, :, rows], keys, problem.scale, at)
+    keys, hidden = _finite(call.grouped(call.k[:, :, cols]))
+    at, mask = call.tile(rows, cols), call.tile_mask(rows, cols, mine)
+    logits = call.scoring.logits(call.q[:, :, rows], keys, call.scale, at)
     if hidden is not None:
         logits = logits.masked_fill(hidden.any(-1)[..., None, :], float("nan"))
     if mask is not None:
         if mask.dtype != torch.bool:
             logits = logits + mask
         logits = torch.where(masks.allowed(mask), logits, masks.NEVER)
-    return problem.scoring.normalize(logits, at)
+    return call.scoring.normalize(logits, at)
 
 
 def attend(
-    problem: Problem, rows: slice = slice(None), cols: slice = slice(None), mine: Tensor | None = None
+    call: AttentionCall, rows: slice = slice(None), cols: slice = slice(None), mine: Tensor | None = None
 ) -> Tensor:
     """The output `(B, Hq, nq, Dv)` of some rows."""
-    w = weights(problem, rows, cols, mine)
-    if problem.dropout:
-        w = torch.nn.functional.dropout(w, problem.dropout)
-    return apply_weights(w, problem.grouped(problem.v[:, :, cols]))
+    w = weights(call, rows, cols, mine)
+    if call.dropout:
+        w = torch.nn.functional.dropout(w, call.dropout)
+    return apply_weights(w, call.grouped(call.v[:, :, cols]))
 
 
 def apply_weights(w: Tensor, values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.core.readable import known
 from foveate.core.selection import Blocks
 
@@ -45,12 +45,12 @@ class Run(NamedTuple):
     seen: Tensor | None = None
 
 
-def refuses(problem: Problem) -> str | None:
-    if not problem.is_plain:
+def refuses(call: AttentionCall) -> str | None:
+    if not call.is_plain:
         return "slices computes softmax over dot products only"
-    if not isinstance(problem.selection, Blocks):
+    if not isinstance(call.selection, Blocks):
         return "slices needs a selection of blocks"
-    if problem.dropout:
+    if call.dropout:
         return "slices does not drop weights"
     return None
 
@@ -61,21 +61,21 @@ def pairs(selection: Blocks, causal: bool) -> int:
     return sum((run.queries.stop - run.queries.start) * _length(run.keys) for run in runs)
 
 
-def attend(problem: Problem) -> Tensor:
+def attend(call: AttentionCall) -> Tensor:
     """The output `(B, Hq, Nq, Dv)`."""
-    assert isinstance(problem.selection, Blocks)
-    selection = problem.selection.without_future if problem.causal else problem.selection
+    assert isinstance(call.selection, Blocks)
+    selection = call.selection.without_future if call.causal else call.selection
     runs = _runs(selection)
-    queries = problem.q.split([run.queries.stop - run.queries.start for run in runs], 2)
-    keys, values = _Cut(problem.k, runs, problem.wants_grad), _Cut(problem.v, runs, problem.wants_grad)
-    out, bias = [], _Bias(problem, selection)
+    queries = call.q.split([run.queries.stop - run.queries.start for run in runs], 2)
+    keys, values = _Cut(call.k, runs, call.wants_grad), _Cut(call.v, runs, call.wants_grad)
+    out, bias = [], _Bias(call, selection)
     for q, run in zip(queries, runs, strict=True):
         if not run.keys:
-            out.append(q.new_zeros(*q.shape[:3], problem.v.shape[3]))
+            out.append(q.new_zeros(*q.shape[:3], call.v.shape[3]))
             continue
         added, sees = bias.of(run)
         y = F.scaled_dot_product_attention(
-            q, keys.of(run), values.of(run), added, scale=problem.scale, enable_gqa=problem.groups > 1
+            q, keys.of(run), values.of(run), added, scale=call.scale, enable_gqa=call.groups > 1
         )
         out.append(y if sees is None else torch.where(sees, y, 0.0))
     return torch.cat(out, 2)
@@ -204,21 +204,21 @@ def _length(keys: tuple[Stretch, ...]) -> int:
 class _Bias:
     """What the kernel adds to the logits of a run; neighbours that see alike have the same."""
 
-    def __init__(self, problem: Problem, selection: Blocks) -> None:
-        self.problem, self.selection = problem, selection
+    def __init__(self, call: AttentionCall, selection: Blocks) -> None:
+        self.call, self.selection = call, selection
         self.seen: Tensor | None = None
         self.made: tuple[Tensor | None, Tensor | None] = None, None
 
     def of(self, run: Run) -> tuple[Tensor | None, Tensor | None]:
         """The bias, None for nothing, and which queries see a key at all, None for all."""
-        if run.seen is None or self.problem.mask is not None:
+        if run.seen is None or self.call.mask is not None:
             return self._made(run)
         if self.seen is not run.seen:
             self.seen, self.made = run.seen, self._made(run)
         return self.made
 
     def _made(self, run: Run) -> tuple[Tensor | None, Tensor | None]:
-        mine = masks.rows_of(self.problem.mask, run.queries)
+        mine = masks.rows_of(self.call.mask, run.queries)
         if mine is not None and mine.dim() and mine.shape[-1] > 1:
             mine = mine[..., _positions(run, mine.device)]
         mask = masks.combine(mine, run.seen if run.seen is not None else _seen(self.selection, run))
@@ -226,4 +226,4 @@ class _Bias:
             return None, None
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
         sees = masks.allowed(mask).any(-1, keepdim=True)
-        return masks.as_bias(mask, self.problem.q.dtype), None if known(sees.all()) else sees
+        return masks.as_bias(mask, self.call.q.dtype), None if known(sees.all()) else sees

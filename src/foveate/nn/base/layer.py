@@ -1,13 +1,14 @@
 """The seam of layers: a token mixer `(B, N, C) -> (B, N, C)`, with declared capabilities.
 
 A `Layer` owns projections around some way to attend. The base class checks a call and refuses by name what the layer
-does not define; a system writes `_mix`, and `_step` where it can stream.
+does not define; a system writes `_mix`. A layer that can go one token at a time is a `StreamingLayer`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -27,13 +28,14 @@ from foveate.ops.operator import (
 )
 
 
-class Layer(nn.Module, ABC):
-    """Attention as a network uses it.
+@dataclass(frozen=True)
+class LayerCapabilities:
+    """Facts that a layer declares about itself, which programs may read.
 
-    Declared facts, which programs may read:
+    Args:
         patterns: "self" over all tokens, "cross" over those of `memory`, "causal self" over the past.
-        masks: kinds of mask it takes: "keys" (bool `(B, 1, 1, Nk)`), "pairs" (any bool mask), "bias" (float).
-        steps: "exact" where `step` gives what the causal call gives, None where it cannot stream.
+        masks: kinds of mask that it takes: "keys" (bool `(B, 1, 1, Nk)`), "pairs" (any bool mask), "bias" (float).
+        streaming: "exact" where `step` gives what the causal call gives, None where it cannot stream.
         grid: whether tokens lie on a grid, row by row, whose `size=(H, W)` a call has to bring.
         prefix: tokens of a layer of grids that come before those of the grid (a class token).
         inputs: names of further tensors that a call may bring.
@@ -41,14 +43,30 @@ class Layer(nn.Module, ABC):
         transforms: what a call goes through besides running: "meta" (the meta device), "vmap", "export".
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "causal self", "cross"})
-    masks: ClassVar[frozenset[MaskKind]] = ALL_MASKS
-    steps: ClassVar[Literal["exact"] | None] = None
-    grid: ClassVar[bool] = False
-    prefix: ClassVar[int] = 0
-    inputs: ClassVar[frozenset[str]] = frozenset()
-    growth: ClassVar[Growth] = "N²"
-    transforms: ClassVar[frozenset[Transform]] = ALL_TRANSFORMS
+    patterns: frozenset[Pattern] = frozenset({"self", "causal self", "cross"})
+    masks: frozenset[MaskKind] = ALL_MASKS
+    streaming: Literal["exact"] | None = None
+    grid: bool = False
+    prefix: int = 0
+    inputs: frozenset[str] = frozenset()
+    growth: Growth = "N²"
+    transforms: frozenset[Transform] = ALL_TRANSFORMS
+
+
+class Layer(nn.Module, ABC):
+    """Attention as a network uses it.
+
+    Attributes:
+        capabilities: what it can do. A class declares it; an instance whose options change it sets its own.
+    """
+
+    capabilities: LayerCapabilities = LayerCapabilities()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a fact that is declared beside `capabilities`, where it would be read by nobody."""
+        super().__init_subclass__(**options)
+        if astray := sorted({each.name for each in fields(LayerCapabilities)} & vars(cls).keys()):
+            raise TypeError(f"{cls.__name__} declares {', '.join(astray)}: that belongs into its `capabilities`")
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Refuses an option of the wrong type before anything is made."""
@@ -89,28 +107,8 @@ class Layer(nn.Module, ABC):
             UnsupportedPattern: something that the layer does not define.
         """
         self._check(x, memory, mask, causal, size, inputs)
-        given: dict[str, Any] = {**inputs, "size": size} if self.grid else dict(inputs)
+        given: dict[str, Any] = {**inputs, "size": size} if self.capabilities.grid else dict(inputs)
         return self._mix(x, memory, mask, causal, **given)
-
-    def init_state(self, batch: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
-        """An empty state for `step`."""
-        self._check_steps()
-        validate.count("batch", batch, 1)
-        return self._init_state(batch, dtype, torch.device(device))
-
-    def step(self, x: Float[Tensor, "b 1 c"], state: Any, **inputs: Tensor) -> tuple[Float[Tensor, "b 1 c"], Any]:
-        """One token and a state give its output and the next state."""
-        self._check_steps()
-        self._check(x, None, None, True, None, inputs)
-        if x.shape[1] != 1:
-            raise ShapeError(f"step takes one token; got N={x.shape[1]}")
-        return self._step(x, state, **inputs)
-
-    def prefill(self, x: Float[Tensor, "b n c"], **inputs: Tensor) -> tuple[Float[Tensor, "b n c"], Any]:
-        """The causal call on a prompt, and the state to go on from it with `step`."""
-        self._check_steps()
-        self._check(x, None, None, True, None, inputs)
-        return self._prefill(x, **inputs)
 
     # -- what tests and tables read ------------------------------------------------------------------------------------
 
@@ -134,19 +132,9 @@ class Layer(nn.Module, ABC):
     def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         """The layer's output. Layers of grids find `size` among the inputs."""
 
-    def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
-        raise NotImplementedError
-
-    def _step(self, x: Tensor, state: Any, **inputs: Tensor) -> tuple[Tensor, Any]:
-        raise NotImplementedError
-
-    def _prefill(self, x: Tensor, **inputs: Tensor) -> tuple[Tensor, Any]:
-        """Token by token, where a layer knows no faster way."""
-        state, out = self._init_state(x.shape[0], x.dtype, x.device), []
-        for t in range(x.shape[1]):
-            y, state = self._step(x[:, t : t + 1], state, **{name: i[:, t : t + 1] for name, i in inputs.items()})
-            out.append(y)
-        return torch.cat(out, 1), state
+    def _declare(self, **facts: Any) -> None:
+        """Set capabilities that this instance's options change; for `__init__`."""
+        self.capabilities = replace(self.capabilities, **facts)
 
     # -- refusals ------------------------------------------------------------------------------------------------------
 
@@ -158,15 +146,15 @@ class Layer(nn.Module, ABC):
         if not isinstance(causal, bool):
             raise OptionError(f"causal={causal!r} must be True or False")
         pattern = ("causal " if causal else "") + ("self" if memory is None else "cross")
-        if pattern not in self.patterns:
+        if pattern not in self.capabilities.patterns:
             raise UnsupportedPattern(
-                f'{self.name} does not define "{pattern}" attention; it does {listed(self.patterns)}'
+                f'{self.name} does not define "{pattern}" attention; it does {listed(self.capabilities.patterns)}'
             )
         self._check_mask(mask, x, x if memory is None else memory)
         self._check_size(x, size)
         for name in inputs:
-            if name not in self.inputs:
-                raise OptionError(f"{self.name} takes no input {name!r}; it takes {listed(self.inputs)}")
+            if name not in self.capabilities.inputs:
+                raise OptionError(f"{self.name} takes no input {name!r}; it takes {listed(self.capabilities.inputs)}")
 
     def _check_tokens(self, x: Tensor, memory: Tensor | None) -> None:
         for name, given in (("x", x), ("memory", memory)):
@@ -181,20 +169,64 @@ class Layer(nn.Module, ABC):
     def _check_mask(self, mask: Tensor | None, x: Tensor, keys: Tensor) -> None:
         if mask is None:
             return
-        if (kind := mask_kind(mask)) not in self.masks:
+        if (kind := mask_kind(mask)) not in self.capabilities.masks:
             raise UnsupportedPattern(
-                f'{self.name} does not take a mask of kind "{kind}"; it takes {listed(self.masks)}'
+                f'{self.name} does not take a mask of kind "{kind}"; it takes {listed(self.capabilities.masks)}'
             )
         validate.attention_mask(mask, (x.shape[0], self.heads, x.shape[1], keys.shape[1]), x.device)
 
     def _check_size(self, x: Tensor, size: tuple[int, int] | None) -> None:
-        if not self.grid:
+        prefix = self.capabilities.prefix
+        if not self.capabilities.grid:
             if size is not None:
                 raise OptionError(f"{self.name} knows no grid; got size={size!r}")
-        elif size is None or len(size) != 2 or size[0] * size[1] != x.shape[1] - self.prefix:
-            before = f" - {self.prefix}" if self.prefix else ""
-            raise ShapeError(f"size={size!r} must be (H, W) with H * W = N{before} = {x.shape[1] - self.prefix}")
+        elif size is None or len(size) != 2 or size[0] * size[1] != x.shape[1] - prefix:
+            before = f" - {prefix}" if prefix else ""
+            raise ShapeError(f"size={size!r} must be (H, W) with H * W = N{before} = {x.shape[1] - prefix}")
 
-    def _check_steps(self) -> None:
-        if self.steps is None:
+
+class StreamingLayer(Layer, ABC):
+    """A layer with `init_state`, `step` and `prefill`: it goes one token at a time, with a state in place of the past.
+
+    Options may rule streaming out: `capabilities.streaming` is then None, and all three are refused.
+    """
+
+    def init_state(self, batch: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
+        """Make an empty state for `step`."""
+        self._check_streaming()
+        validate.count("batch", batch, 1)
+        return self._init_state(batch, dtype, torch.device(device))
+
+    def step(self, x: Float[Tensor, "b 1 c"], state: Any, **inputs: Tensor) -> tuple[Float[Tensor, "b 1 c"], Any]:
+        """Take one token: with a state, it gives its output and the next state."""
+        self._check_streaming()
+        self._check(x, None, None, True, None, inputs)
+        if x.shape[1] != 1:
+            raise ShapeError(f"step takes one token; got N={x.shape[1]}")
+        return self._step(x, state, **inputs)
+
+    def prefill(self, x: Float[Tensor, "b n c"], **inputs: Tensor) -> tuple[Float[Tensor, "b n c"], Any]:
+        """Make the causal call on a prompt, and the state to go on from it with `step`."""
+        self._check_streaming()
+        self._check(x, None, None, True, None, inputs)
+        return self._prefill(x, **inputs)
+
+    # -- what a system writes ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Any: ...
+
+    @abstractmethod
+    def _step(self, x: Tensor, state: Any, **inputs: Tensor) -> tuple[Tensor, Any]: ...
+
+    def _prefill(self, x: Tensor, **inputs: Tensor) -> tuple[Tensor, Any]:
+        """Go token by token; a layer that knows a faster way overrides it."""
+        state, out = self._init_state(x.shape[0], x.dtype, x.device), []
+        for t in range(x.shape[1]):
+            y, state = self._step(x[:, t : t + 1], state, **{name: i[:, t : t + 1] for name, i in inputs.items()})
+            out.append(y)
+        return torch.cat(out, 1), state
+
+    def _check_streaming(self) -> None:
+        if self.capabilities.streaming is None:
             raise UnsupportedPattern(f"{self.name} cannot go one token at a time")

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError
-from foveate.nn.base.layer import Layer
+from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts import positions
 from foveate.nn.parts.linear_maps import Linear
 from foveate.nn.parts.positions import Position
+from foveate.ops.base.streaming import Streaming
 from foveate.ops.calls import sized
 from foveate.ops.operator import Operator
 
@@ -33,7 +34,7 @@ def merge(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n hd"]:
     return rearrange(x, "b h n d -> b n (h d)")
 
 
-def squash(x: Tensor, how: str | None) -> Tensor:
+def activation(x: Tensor, how: str | None) -> Tensor:
     """`x` through the function of this name (see `foveate.ops.operator.Gate`), or as it is."""
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "sigmoid": torch.sigmoid, "softplus": F.softplus, "exp": torch.exp, "logsigmoid": F.logsigmoid, "silu": F.silu,
@@ -48,8 +49,10 @@ class Rates(nn.ModuleDict):
     """
 
     def __init__(self, dim: int, heads: int, op: Operator) -> None:
-        super().__init__({name: Linear(dim, heads) for name in sorted(op.inputs & set(op.gates))})
-        self.gates = {name: op.gates[name] for name in self}
+        super().__init__(
+            {name: Linear(dim, heads) for name in sorted(op.capabilities.inputs & set(op.capabilities.gates))}
+        )
+        self.gates = {name: op.capabilities.gates[name] for name in self}
         for name, rate in self.items():
             assert isinstance(rate, nn.Linear)
             nn.init.constant_(rate.bias, self.gates[name].bias)
@@ -57,7 +60,7 @@ class Rates(nn.ModuleDict):
     def forward(self, x: Float[Tensor, "b n c"], memory: Tensor | None = None) -> dict[str, Float[Tensor, "b h n"]]:
         seen = {"query": x, "key": x if memory is None else memory}
         made = {name: rate(seen[self.gates[name].of]) for name, rate in self.items()}
-        return {name: squash(rate, self.gates[name].squash).transpose(1, 2) for name, rate in made.items()}
+        return {name: activation(rate, self.gates[name].activation).transpose(1, 2) for name, rate in made.items()}
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class HeadState:
     seen: int
 
 
-class HeadScheme(Layer):
+class HeadScheme(StreamingLayer):
     """`concat_h(op(q, k, v)_h) W_o`: what q, k and v are, and what is done to a head's output, a system says.
 
     It writes `project`, and `weigh` where it changes what heads give. The base attends, turns queries and keys by their
@@ -103,23 +106,24 @@ class HeadScheme(Layer):
         self.op, self.position = sized(op, heads, self.head_dim, self.value_dim), position
         self.rates = Rates(dim, heads, self.op)
         self.out = Linear(heads * self.value_dim, dim if out_dim is None else out_dim, bias=bias)
-        self._declare()
+        self._declare_operator()
 
     @property
     def name(self) -> str:
         return f"{super().name} of {self.op.name}"
 
-    def _declare(self) -> None:
-        """Declare what the operator can do and the positions leave."""
+    def _declare_operator(self) -> None:
+        """Derive capabilities from those of the operator and the position scheme."""
         biased = self.position is not None and self.position.biased
-        if biased and "bias" not in self.op.masks:
+        if biased and "bias" not in self.op.capabilities.masks:
             raise OptionError(f"position={type(self.position).__name__} adds a bias; {self.op.name} takes none")
-        self.inputs = self.op.inputs - set(self.rates)  # type: ignore[misc]
-        self.growth = self.op.growth  # type: ignore[misc]
-        self.patterns = self.op.patterns & Layer.patterns  # type: ignore[misc]
-        self.masks = self.op.masks  # type: ignore[misc]
-        streams = self.op.steps == "exact" and "causal self" in self.patterns and not biased
-        self.steps = "exact" if streams else None  # type: ignore[misc]
+        can = self.op.capabilities
+        patterns = can.patterns & Layer.capabilities.patterns
+        streams = can.streaming == "exact" and "causal self" in patterns and not biased
+        self._declare(
+            inputs=can.inputs - set(self.rates), growth=can.growth, patterns=patterns, masks=can.masks,
+            streaming="exact" if streams else None,
+        )  # fmt: skip
 
     # -- what a system writes ------------------------------------------------------------------------------------------
 
@@ -153,11 +157,16 @@ class HeadScheme(Layer):
         """Queries or keys as the positions turn them, the first of which is at place `start`."""
         return x if self.position is None else self.position.turn(x, _places(start, x, x.device))
 
+    @property
+    def _streaming_op(self) -> Streaming:
+        assert isinstance(self.op, Streaming)  # `capabilities.streaming` says so
+        return self.op
+
     # -- a stream ------------------------------------------------------------------------------------------------------
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
         sizes = batch, self.heads, self.kv_heads, self.head_dim, self.value_dim
-        return HeadState(self.op.init_state(*sizes, dtype=dtype, device=device), 0)
+        return HeadState(self._streaming_op.init_state(*sizes, dtype=dtype, device=device), 0)
 
     def _step(self, x: Tensor, state: Any, **inputs: Tensor) -> tuple[Tensor, Any]:
         return self.attend_next(*self.project(x, x, None), x, state, **inputs)
@@ -170,12 +179,14 @@ class HeadScheme(Layer):
     ) -> tuple[Tensor, HeadState]:
         """`_step` from projected heads on."""
         at = state.seen
-        out, op = self.op.step(self._turned(q, at), self._turned(k, at), v, state.op, **self.rates(x), **inputs)
+        out, op = self._streaming_op.step(
+            self._turned(q, at), self._turned(k, at), v, state.op, **self.rates(x), **inputs
+        )
         return self.out(merge(self.weigh(out, x, q))), HeadState(op, at + 1)
 
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **inputs: Any) -> tuple[Tensor, HeadState]:
         """`_prefill` from projected heads on."""
-        out, op = self.op.prefill(self._turned(q, 0), self._turned(k, 0), v, **self.rates(x), **inputs)
+        out, op = self._streaming_op.prefill(self._turned(q, 0), self._turned(k, 0), v, **self.rates(x), **inputs)
         return self.out(merge(self.weigh(out, x, q))), HeadState(op, x.shape[1])
 
 

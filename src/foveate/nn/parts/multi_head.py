@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import masks, validate
-from foveate.nn.parts.heads import HeadScheme, HeadState, merge, split, squash
+from foveate.nn.parts.heads import HeadScheme, HeadState, activation, merge, split
 from foveate.nn.parts.linear_maps import Linear
 from foveate.nn.parts.positions import Position, Rotary
 from foveate.nn.parts.short_conv import ShortConv
@@ -46,8 +46,8 @@ class MultiHeadAttention(HeadScheme):
         gate: a gate on the outputs, from the token: "sigmoid", "silu", or None.
         bias: whether the projections have biases.
 
-    What the operator takes from each token (`op.gates`: rates of decay, of learning) the layer makes by a linear map.
-    An operator's other inputs are passed on: `layer(x, poses=...)`.
+    The layer makes what the operator takes from each token (`Capabilities.gates`: rates of decay, of learning) by a
+    linear map. It passes an operator's other inputs on: `layer(x, poses=...)`.
 
     Raises:
         OptionError: an option out of range, or options that exclude each other.
@@ -66,14 +66,14 @@ class MultiHeadAttention(HeadScheme):
         validate.one_of("gate", gate, (None, "sigmoid", "silu"))
         widths = heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim
         self.q, self.k, self.v = (Linear(dim, width, bias=bias) for width in widths)
-        self.k.requires_grad_(self.op.reads_keys)
+        self.k.requires_grad_(self.op.capabilities.reads_keys)
         self.conv = ShortConv(sum(widths), conv) if conv else None
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim) if qk_norm else None for _ in range(2))
         self.out_norm = nn.RMSNorm(self.value_dim) if out_norm else None
         self.gate, self.gating = gate, Linear(dim, heads * self.value_dim, bias=bias) if gate else None
         if conv:
-            self.patterns = self.patterns & {"causal self"}  # type: ignore[misc]
-            self.masks = self.masks & {"keys"}  # type: ignore[misc]
+            can = self.capabilities
+            self._declare(patterns=can.patterns & {"causal self"}, masks=can.masks & {"keys"})
 
     def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if self.conv is None:
@@ -98,7 +98,7 @@ class MultiHeadAttention(HeadScheme):
     def weigh(self, out: Tensor, x: Tensor, q: Tensor | None = None) -> Tensor:
         if self.out_norm is not None:
             out = self.out_norm(out)
-        return out if self.gating is None else out * split(squash(self.gating(x), self.gate), self.heads)
+        return out if self.gating is None else out * split(activation(self.gating(x), self.gate), self.heads)
 
     # -- for who attends by other means --------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, final
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, final
 
 import torch
 from einops import rearrange
@@ -15,7 +15,7 @@ from foveate.core import validate
 from foveate.nn.base.layer import Layer
 from foveate.nn.parts.grid import Size
 from foveate.nn.parts.multi_head import MultiHeadAttention
-from foveate.ops.operator import Growth, MaskKind, Operator, Pattern
+from foveate.ops.operator import Operator
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,7 @@ class WindowAttention(Layer):
             the projection's bias), or "hidden".
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset()
-    grid: ClassVar[bool] = True
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(Layer.capabilities, patterns=frozenset({"self"}), masks=frozenset(), grid=True, growth="N")
 
     def __init__(
         self, dim: int, heads: int, window: int | Size = 7, *, op: str | Operator = "softmax", bias: bool = True,

@@ -119,7 +119,11 @@ class LuongDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor, State]:
         """Some steps from number `first` on: one with input feeding, any number without."""
         h, state = self.lstm(torch.cat([x, fed], -1) if self.input_feeding else x, state)
-        own = {"t": torch.arange(first, first + x.shape[1], device=x.device)} if self.attention.inputs else {}
+        own = (
+            {"t": torch.arange(first, first + x.shape[1], device=x.device)}
+            if self.attention.capabilities.inputs
+            else {}
+        )
         source = memory[:, None]
         context = self.attention(h[:, None], source, source, mask=mask, **own)[:, 0]
         return h, torch.tanh(self.combine(torch.cat([context, h], -1))), state

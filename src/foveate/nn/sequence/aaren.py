@@ -5,7 +5,8 @@ Attention as an RNN (2024), arXiv 2405.13956.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from dataclasses import replace
+from typing import final
 
 import torch
 from einops import rearrange
@@ -13,13 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core.errors import OptionError
-from foveate.nn.base.layer import Layer
+from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.ops.linear.aaren import Aaren, AarenState
-from foveate.ops.operator import Growth, MaskKind, Pattern
 
 
 @final
-class AarenLayer(Layer):
+class AarenLayer(StreamingLayer):
     """`y_t = W_o softmax(q . W_k x_{<= t}) W_v x_{<= t}` with `q = W_q token` learned: a set of what has come so far.
 
     Streams with a constant state at the numbers of the parallel call. By itself it does not know the order inside a
@@ -38,10 +38,13 @@ class AarenLayer(Layer):
         OptionError: `heads` does not divide `dim`.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    steps: ClassVar[Literal["exact"] | None] = "exact"
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(
+        Layer.capabilities,
+        patterns=frozenset({"causal self"}),
+        masks=frozenset({"keys"}),
+        streaming="exact",
+        growth="N",
+    )
 
     def __init__(self, dim: int, heads: int = 1, *, bias: bool = False) -> None:
         super().__init__(dim, heads)

@@ -5,20 +5,20 @@ Zoology: Measuring and Improving Recall in Efficient Language Models (2023), arX
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from foveate.core import masks as mask_algebra, validate
 from foveate.core.errors import ShapeError
-from foveate.nn.base.layer import Layer
+from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts.short_conv import ShortConv
-from foveate.ops.operator import Growth, MaskKind, Pattern
 
 
 @final
-class BaseConv(Layer):
+class BaseConv(StreamingLayer):
     """`(x W + b) * (h conv x + b')`, the filter h causal and each channel's own, fixed once it is trained.
 
     O(N) with a short filter, O(N log N) with a long one. What it reads does not depend on what it reads: to recall K of
@@ -33,9 +33,9 @@ class BaseConv(Layer):
         ShapeError: more tokens than `length`.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(
+        Layer.capabilities, patterns=frozenset({"causal self"}), masks=frozenset({"keys"}), growth="N"
+    )
 
     def __init__(self, dim: int, kernel: int = 3, *, length: int | None = None) -> None:
         super().__init__(dim)
@@ -43,10 +43,11 @@ class BaseConv(Layer):
         self.gate = nn.Linear(dim, dim)
         self.length = length
         if length is None:
-            self.conv, self.steps = ShortConv(dim, kernel), "exact"  # type: ignore[misc]
+            self.conv = ShortConv(dim, kernel)
+            self._declare(streaming="exact")
         else:
             validate.count("length", length, 1)
-            self.growth = "N log N"  # type: ignore[misc]
+            self._declare(growth="N log N")
             self.filter = nn.Parameter(torch.randn(dim, length) * length**-0.5)
             self.bias = nn.Parameter(torch.zeros(dim))
 

@@ -5,7 +5,8 @@ Zoology: Measuring and Improving Recall in Efficient Language Models (2023), arX
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self, final
+from dataclasses import replace
+from typing import Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from foveate.core import masks as mask_algebra, validate
 from foveate.nn.base.layer import Layer
 from foveate.nn.parts.multi_head import MultiHeadAttention
 from foveate.nn.parts.positions import Position
-from foveate.ops.operator import MaskKind, Pattern
 
 
 @final
@@ -35,9 +35,9 @@ class ChosenAttention(Layer):
     does not, and it is ours.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    inputs: ClassVar[frozenset[str]] = frozenset({"chosen"})
+    capabilities = replace(
+        Layer.capabilities, patterns=frozenset({"causal self"}), masks=frozenset({"keys"}), inputs=frozenset({"chosen"})
+    )
 
     def __init__(
         self, dim: int, heads: int, *, select: Literal["learned", "given"] = "learned", position: Position | None = None
@@ -48,7 +48,7 @@ class ChosenAttention(Layer):
         self.selector = nn.Linear(dim, 1) if select == "learned" else None
         if self.selector is None:
             return
-        self.inputs = frozenset()  # type: ignore[misc]
+        self._declare(inputs=frozenset())
 
     def _mix(
         self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, chosen: Tensor | None = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
-from foveate.nn.base.layer import Layer
+from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts.heads import HeadScheme, HeadState, split
 from foveate.nn.parts.positions import Position
 from foveate.nn.parts.symbols import RelativeSymbols, SymbolicAttention, Symbols
@@ -44,7 +44,7 @@ class DualState:
 
 
 @final
-class DualAttention(Layer):
+class DualAttention(StreamingLayer):
     """Ordinary heads and relational heads side by side, their outputs concatenated.
 
     Ordinary heads read what the tokens that they attend to are; relational ones (`RelationalAttention`) read how these
@@ -102,21 +102,21 @@ class DualAttention(Layer):
                 **around,
             )
             self.symbols = SymbolicAttention(dim) if symbols is None else symbols
-        self._declare()
+        self._declare_operator()
 
-    def _declare(self) -> None:
-        """What the operator can do and the symbols leave."""
+    def _declare_operator(self) -> None:
+        """Derive capabilities from those of the operator and from the symbols."""
         op = next(kind.op for kind in (self.sensory, self.relational) if kind is not None)
-        self.growth, self.masks = op.growth, op.masks  # type: ignore[misc]
-        self.patterns = op.patterns & Layer.patterns  # type: ignore[misc]
-        streams = op.steps == "exact" and "causal self" in self.patterns
+        can = op.capabilities
+        growth, patterns = can.growth, can.patterns & Layer.capabilities.patterns
+        streams = can.streaming == "exact" and "causal self" in patterns
         if isinstance(self.symbols, RelativeSymbols):
-            self.patterns = self.patterns - {"cross"}  # type: ignore[misc]
+            patterns = patterns - {"cross"}
         if self.relational is not None and not self.relational.at_once(self.symbols):
             if not isinstance(op, Cached) or type(op).values is not Operator.values:
                 raise OptionError(f"relations apart from values take plain weights over keys; {op.name} has none")
-            self.growth, streams = "N²", streams and "causal cross" in op.patterns  # type: ignore[misc]
-        self.steps = "exact" if streams else None  # type: ignore[misc]
+            growth, streams = "N²", streams and "causal cross" in can.patterns
+        self._declare(growth=growth, masks=can.masks, patterns=patterns, streaming="exact" if streams else None)
 
     def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         out = []

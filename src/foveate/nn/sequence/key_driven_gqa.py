@@ -6,7 +6,8 @@ Beyond Uniform Query Distribution: Key-Driven Grouped Query Attention (2024), ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self, final
+from dataclasses import replace
+from typing import Literal, Self, final
 
 import torch
 from einops import reduce
@@ -17,7 +18,7 @@ from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.parts.heads import HeadScheme, split
 from foveate.nn.parts.positions import Position
-from foveate.ops.operator import Operator, Transform
+from foveate.ops.operator import Operator
 
 Rule = Literal["gqa", "kdgqa", "dgqa_diff", "dgqa_ema", "pgqa"]
 RULES: tuple[Rule, ...] = ("gqa", "kdgqa", "dgqa_diff", "dgqa_ema", "pgqa")
@@ -58,7 +59,7 @@ class KeyDrivenGQA(HeadScheme):
     """
 
     # who gets how many heads depends on numbers
-    transforms: ClassVar[frozenset[Transform]] = frozenset({"meta"})
+    capabilities = replace(HeadScheme.capabilities, transforms=frozenset({"meta"}))
 
     cache: Tensor
     allocation: Tensor
@@ -81,9 +82,9 @@ class KeyDrivenGQA(HeadScheme):
         self.register_buffer("allocation", torch.full((kv_heads,), heads // kv_heads))
         self.register_buffer("trained", torch.tensor(0))
         if rule != "gqa":
-            self.patterns = self.patterns - {"causal self"}  # type: ignore[misc]
-            self.masks = self.masks & (frozenset() if rule == "pgqa" else {"keys"})  # type: ignore[misc]
-            self.steps = None  # type: ignore[misc]
+            can = self.capabilities
+            masks = can.masks & (frozenset() if rule == "pgqa" else frozenset({"keys"}))
+            self._declare(patterns=can.patterns - {"causal self"}, masks=masks, streaming=None)
 
     def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (

@@ -6,7 +6,8 @@ The operator is `foveate.ops.linear.lightnet`.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self, final
+from dataclasses import replace
+from typing import Any, Literal, Self, final
 
 import torch
 from einops import rearrange
@@ -16,12 +17,12 @@ from torch.nn import functional as F
 
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
-from foveate.nn.base.layer import Layer
+from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts.blocks import Block
 from foveate.ops.functional import linear_forms as forms
 from foveate.ops.functional.heads import accumulating
 from foveate.ops.linear.lightnet import LightNetAttention
-from foveate.ops.operator import Growth, MaskKind, Operator, Pattern
+from foveate.ops.operator import Operator
 
 Size = tuple[int, int]
 
@@ -96,7 +97,7 @@ class MDTPE(nn.Module):
 
 
 @final
-class LightNetLayer(Layer):
+class LightNetLayer(StreamingLayer):
     """`RMSNorm(o) * silu(x W_g1 W_g2)`, times `W_o`, where o is LightNet's attention: O(N), one pass, no decay to tune.
 
     Args:
@@ -111,8 +112,7 @@ class LightNetLayer(Layer):
     The norm is over all heads together, as in the release (eps 1e-6). On a grid "causal" is not defined.
     """
 
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(Layer.capabilities, masks=frozenset({"keys"}), growth="N")
 
     def __init__(
         self, dim: int, heads: int, *, expand: int = 128, axes: Literal[1, 2] = 1, lrpe: bool = True,
@@ -128,10 +128,10 @@ class LightNetLayer(Layer):
             raise OptionError(f"lrpe=True turns LightNet's features; with op={op.name} it must be False")
         self.op = LightNetAttention() if op is None else op
         self.expand = expand
-        self.grid = axes == 2  # type: ignore[misc]
-        own: frozenset[Pattern] = frozenset({"self"} if self.grid else {"self", "causal self"})
-        self.patterns = self.op.patterns & own  # type: ignore[misc]
-        self.steps = None if lrpe or self.grid else self.op.steps  # type: ignore[assignment, misc]
+        can, grid = self.op.capabilities, axes == 2
+        patterns = can.patterns & ({"self"} if grid else {"self", "causal self"})
+        streams = can.streaming == "exact" and not lrpe and not grid
+        self._declare(grid=grid, patterns=patterns, streaming="exact" if streams else None)
         self.q, self.k = (nn.Linear(dim, heads * expand, bias=False) for _ in range(2))
         self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(2))
         self.gate = nn.Sequential(nn.Linear(dim, gate_rank, bias=False), nn.Linear(gate_rank, dim, bias=False))

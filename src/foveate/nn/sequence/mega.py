@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, final
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,10 @@ from torch.nn import functional as F
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError
 from foveate.core.scoring import safe_softmax
-from foveate.nn.base.layer import Layer
+from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts.ema import DampedEMA
 from foveate.nn.parts.positions import Position, RelativeBias
 from foveate.ops.functional import causal as past, rotary
-from foveate.ops.operator import MaskKind
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class MegaState:
 
 
 @final
-class Mega(Layer):
+class Mega(StreamingLayer):
     """Attention with one head, told about the neighbourhood by a damped moving average, and about how much to change.
 
     With `x' = norm(x)` and `m = silu(ema(x') + omega x')`: queries and keys are two scalings of one projection
@@ -66,7 +65,7 @@ class Mega(Layer):
         OptionError: an option out of range.
     """
 
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
+    capabilities = replace(Layer.capabilities, masks=frozenset({"keys"}))
 
     def __init__(
         self, dim: int, zdim: int | None = None, hdim: int | None = None, *, ema_dim: int = 16,
@@ -95,9 +94,10 @@ class Mega(Layer):
         self.gain = nn.Parameter(torch.randn(2, self.zdim) * 0.02)
         self.shift = nn.Parameter(torch.zeros(2, self.zdim))
         self.bias: RotaryBias | RelativeBias = RotaryBias(self.zdim) if bias == "rotary" else _simple(reach, chunk)
-        self.patterns = frozenset({"self"} if bidirectional else {"self", "causal self"})  # type: ignore[misc]
-        self.steps = None if bidirectional else "exact"  # type: ignore[misc]
-        self.growth = "N²" if chunk is None else "N log N"  # type: ignore[misc]
+        self._declare(
+            patterns=frozenset({"self"} if bidirectional else {"self", "causal self"}),
+            streaming=None if bidirectional else "exact", growth="N²" if chunk is None else "N log N",
+        )  # fmt: skip
 
     def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         seen = None if mask is None else masks.keys_of(mask, x.shape[0], x.shape[1])

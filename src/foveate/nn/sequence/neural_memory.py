@@ -5,8 +5,8 @@ Titans: Learning to Memorize at Test Time (2025), arXiv 2501.00663.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, final
+from dataclasses import dataclass, replace
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError
-from foveate.nn.base.layer import Layer
+from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts.heads import Rates, merge, split, width
 from foveate.nn.parts.linear_maps import Linear
 from foveate.nn.parts.multi_head import MultiHeadAttention
@@ -22,7 +22,7 @@ from foveate.nn.parts.positions import Position
 from foveate.nn.parts.short_conv import ShortConv
 from foveate.ops.base.test_time import MemoryState, Reads
 from foveate.ops.memory.titans import Titans as Learner
-from foveate.ops.operator import Growth, MaskKind, Operator, Pattern
+from foveate.ops.operator import Operator
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class NeuralMemoryState:
 
 
 @final
-class NeuralMemory(Layer):
+class NeuralMemory(StreamingLayer):
     """An MLP that learns, token by token, to answer keys with values: Titans (LMM), the memory without attention.
 
     Queries, keys and values are projected, convolved over a few tokens and passed through SiLU, queries and keys scaled
@@ -51,10 +51,13 @@ class NeuralMemory(Layer):
         OptionError: an option out of range.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    steps: ClassVar[Literal["exact"] | None] = "exact"
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(
+        Layer.capabilities,
+        patterns=frozenset({"causal self"}),
+        masks=frozenset({"keys"}),
+        streaming="exact",
+        growth="N",
+    )
 
     def __init__(
         self, dim: int, heads: int = 1, *, depth: int = 2, expansion: int = 2, chunk: int = 16, reads: Reads = "token",
@@ -132,7 +135,7 @@ class NeuralMemory(Layer):
         return self
 
 
-class Titans(Layer):
+class Titans(StreamingLayer):
     """The common part of the layers of `foveate.nn.sequence.titans`: attention, a memory, persistent tokens.
 
     Causal only. Cost O(N), and a stream has a state of constant size.
@@ -147,10 +150,13 @@ class Titans(Layer):
         OptionError: an option out of range.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    steps: ClassVar[Literal["exact"] | None] = "exact"
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(
+        Layer.capabilities,
+        patterns=frozenset({"causal self"}),
+        masks=frozenset({"keys"}),
+        streaming="exact",
+        growth="N",
+    )
 
     def __init__(
         self, dim: int, heads: int, op: str | Operator, persistent: int, position: Position | None,

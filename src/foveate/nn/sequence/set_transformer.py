@@ -5,7 +5,8 @@ Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Ne
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self, final
+from dataclasses import replace
+from typing import Any, Literal, Self, final
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,6 @@ from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.base.layer import Layer
 from foveate.nn.parts.linear_maps import Linear
 from foveate.ops.dense.softmax import Softmax
-from foveate.ops.operator import Growth, MaskKind, Pattern
 
 Scale = Literal["full", "head"]
 Variant = Literal["paper", "release"]
@@ -67,8 +67,7 @@ class MAB(nn.Module):
 class _SetLayer(Layer):
     """The common part of both encoders: elements see all elements that are there."""
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
+    capabilities = replace(Layer.capabilities, patterns=frozenset({"self"}), masks=frozenset({"keys"}))
 
 
 @final
@@ -107,7 +106,7 @@ class ISAB(_SetLayer):
         dim_in: width of the elements that come in.
     """
 
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(_SetLayer.capabilities, growth="N")
 
     def __init__(
         self, dim: int, heads: int, inducing: int = 32, *, dim_in: int | None = None, ln: bool = False,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
-from foveate.nn.base.layer import Layer
+from foveate.nn.base.layer import StreamingLayer
 from foveate.nn.parts.heads import HeadScheme, HeadState, split
 from foveate.nn.parts.positions import Position
 from foveate.ops.functional import causal as past
@@ -76,7 +76,7 @@ class SuperState:
 
 
 @final
-class SuperAttention(Layer):
+class SuperAttention(StreamingLayer):
     """Slim attention whose values are first mixed across places by a learned matrix: `V = W_A x`, W_A `(L, L)`.
 
     All heads and inputs share W_A: what goes where is learned by place, and attention then decides by content. It has
@@ -112,9 +112,9 @@ class SuperAttention(Layer):
         self.slim = SlimAttention(dim, heads, op=op, position=position, bias=bias)
         self.context_len = context_len
         self.alignment = nn.Parameter(torch.eye(context_len))
-        self.inputs, self.steps = self.slim.inputs, self.slim.steps  # type: ignore[misc]
-        self.patterns = self.slim.patterns & {"causal self"} if causal else self.slim.patterns  # type: ignore[misc]
-        self.masks = self.slim.masks & {"keys"}  # type: ignore[misc]
+        can = self.slim.capabilities
+        patterns = can.patterns & {"causal self"} if causal else can.patterns
+        self._declare(inputs=can.inputs, streaming=can.streaming, patterns=patterns, masks=can.masks & {"keys"})
 
     def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         source = x if memory is None else memory

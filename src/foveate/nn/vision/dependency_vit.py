@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, final
+from dataclasses import replace
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +18,6 @@ from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.base.layer import Layer
 from foveate.ops.dense.reversed_attention import ReversedAttention
-from foveate.ops.operator import MaskKind, Pattern
 
 
 class Sent(NamedTuple):
@@ -54,9 +54,9 @@ class DependencyAttention(Layer):
     `C / 2` follow an unmerged port to timm; its author was unsure of them, and trained nothing.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    inputs: ClassVar[frozenset[str]] = frozenset({"message"})
+    capabilities = replace(
+        Layer.capabilities, patterns=frozenset({"self"}), masks=frozenset({"keys"}), inputs=frozenset({"message"})
+    )
 
     def __init__(self, dim: int, heads: int = 12, *, temperature: float = 0.1) -> None:
         super().__init__(dim, heads)

@@ -52,8 +52,10 @@ class EfficientAttention2d(nn.Module):
             if value % heads:
                 raise OptionError(f"heads={heads} must divide {name}={value}")
         self.op = EfficientAttention() if op is None else op
-        if "self" not in self.op.patterns:
-            raise UnsupportedPattern(f"pixels attend to all others; {self.op.name} does {listed(self.op.patterns)}")
+        if "self" not in self.op.capabilities.patterns:
+            raise UnsupportedPattern(
+                f"pixels attend to all others; {self.op.name} does {listed(self.op.capabilities.patterns)}"
+            )
         self.in_channels, self.heads = in_channels, heads
         self.queries, self.keys = (nn.Conv2d(in_channels, key_channels, 1) for _ in range(2))
         self.values = nn.Conv2d(in_channels, value_channels, 1)

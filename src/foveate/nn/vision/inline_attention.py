@@ -6,7 +6,8 @@ Bridging the Divide: Reconsidering Softmax and Linear Attention (2024), arXiv 24
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Self, final
+from dataclasses import replace
+from typing import Any, Self, final
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,6 @@ from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.base.layer import Layer
 from foveate.nn.parts.grid import Size, dynamic_conv
 from foveate.ops.linear.inline import FeatureMap, InLine
-from foveate.ops.operator import Growth, MaskKind, Pattern
 
 KERNEL = 3
 
@@ -45,10 +45,7 @@ class InLineAttention(Layer):
         OptionError: `heads` does not divide `dim`, or an unknown `phi`.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset()
-    grid: ClassVar[bool] = True
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(Layer.capabilities, patterns=frozenset({"self"}), masks=frozenset(), grid=True, growth="N")
 
     def __init__(
         self, dim: int, heads: int, *, phi: FeatureMap = "identity", local: bool = True, class_token: bool = False,
@@ -57,7 +54,8 @@ class InLineAttention(Layer):
         super().__init__(dim, heads)
         if dim % heads:
             raise OptionError(f"heads={heads} must divide dim={dim}")
-        self.prefix = int(class_token)  # type: ignore[misc]
+        self.prefix = int(class_token)
+        self._declare(prefix=self.prefix)
         self.op = InLine(phi)
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=bias), nn.Linear(dim, dim)
         self.local = LocalKernels(dim, heads) if local else None

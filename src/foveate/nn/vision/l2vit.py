@@ -6,7 +6,8 @@ The Linear Attention Resurrection in Vision Transformer (2025), arXiv 2501.16182
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, Self, final
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, Self, final
 
 import torch
 from jaxtyping import Float
@@ -20,16 +21,12 @@ from foveate.nn.parts.grid import DepthwiseConv, Size, local_mass
 from foveate.nn.parts.multi_head import MultiHeadAttention
 from foveate.nn.parts.window import WindowAttention
 from foveate.ops.linear.relu_linear import ReLULinear
-from foveate.ops.operator import Growth, MaskKind, Pattern
 
 
 class _Block(Layer):
     """What both blocks share: tokens of a grid, seen all at once."""
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset()
-    grid: ClassVar[bool] = True
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(Layer.capabilities, patterns=frozenset({"self"}), masks=frozenset(), grid=True, growth="N")
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
         super().__init__(dim, heads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from foveate.core.errors import OptionError, ShapeError
 from foveate.core.readable import is_clean
 from foveate.ops.base.linear import Linear
 from foveate.ops.functional import alibi, causal
-from foveate.ops.operator import Pattern
+from foveate.ops.operator import CAUSAL_PATTERNS
 
 Variant = Literal["paper", "release"]
 
@@ -32,8 +33,7 @@ class FixedDecay(Linear, ABC):
     The decay is a constant: it gets no gradient. `scale` is 1 unless a call says otherwise.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
-    default_scale: ClassVar[float | None] = 1.0
+    capabilities = replace(Linear.capabilities, patterns=CAUSAL_PATTERNS, default_scale=1.0)
     normalised: ClassVar[bool] = False
 
     def __init__(

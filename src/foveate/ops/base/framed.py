@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, final
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 
 from foveate.core import engines, masks
-from foveate.core.call import Plan, Problem
+from foveate.core.call import AttentionCall, Plan, StateSizes
 from foveate.core.engines import reference
 from foveate.core.scoring import SOFTMAX, Scoring
 from foveate.ops.base.kv_state import KVState
-from foveate.ops.operator import Operator
+from foveate.ops.base.streaming import Streaming
+from foveate.ops.operator import Capabilities
 
 
 class Frame(Protocol):
@@ -63,91 +64,70 @@ class FramedState:
     marks: Tensor | None
 
 
-class Framed(Operator):
+class Framed(Streaming):
     """A system says in `frames` where tokens stand, from a call's inputs, and may bring a `scoring` of its own.
 
     The base brings masking, causality, engines and streaming: cached keys stay as they are, for frames are absolute.
     """
 
-    has_weights: ClassVar[bool] = False
+    capabilities = Capabilities(has_weights=False)
     state_type: ClassVar[type] = FramedState
 
     @abstractmethod
     def frames(self, tokens: Tokens, inputs: Mapping[str, Tensor]) -> tuple[Frame, Frame]:
-        """Where the queries stand, and where the keys."""
+        """Return the frames of the queries, and those of the keys."""
 
     def scoring(self, marks: Tensor | None) -> Scoring:
-        """Who scores a call, from the marks of its keys; the fused kernels' softmax unless overridden."""
+        """Return the scoring of a call, from the marks of its keys; the fused kernels' softmax unless overridden."""
         return SOFTMAX
 
-    def _problem(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> tuple[Problem, Frame, Frame]:
-        mine, theirs = self.frames(Tokens(q, k, v, 0, causal), inputs)
+    def _framed(self, call: AttentionCall) -> tuple[AttentionCall, Frame, Frame]:
+        """The call in the common frame, and the frames of its queries and keys."""
+        q, k, v, mask = call.q, call.k, call.v, call.mask
+        mine, theirs = self.frames(Tokens(q, k, v, 0, call.causal), call.inputs)
         k, v = theirs.key(masks.without_hidden(k, mask)), theirs.value(masks.without_hidden(v, mask))
-        problem = Problem(mine.query(q), k, v, scale, mask, causal, scoring=self.scoring(theirs.marks))
-        return problem, mine, theirs
+        return replace(call, q=mine.query(q), k=k, v=v, scoring=self.scoring(theirs.marks)), mine, theirs
 
     @final
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        engine: str,
-        **inputs: Tensor,
-    ) -> Tensor:
-        problem, mine, _ = self._problem(q, k, v, mask, causal, scale, **inputs)
-        return mine.back(engines.run(problem, engine))
+    def _attend(self, call: AttentionCall) -> Tensor:
+        framed, mine, _ = self._framed(call)
+        return mine.back(engines.run(framed, call.engine))
 
     @final
-    def _weights(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Tensor:
-        return reference.weights(self._problem(q, k, k, mask, causal, scale, **inputs)[0])
+    def _weights(self, call: AttentionCall) -> Tensor:
+        return reference.weights(self._framed(call)[0])
 
     @final
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
-    ) -> Plan:
-        return engines.plan(self._problem(q, k, v, mask, causal, scale)[0], engine)
+    def _plan(self, call: AttentionCall) -> Plan:
+        return engines.plan(self._framed(call)[0], call.engine)
 
     @final
-    def _init_state(
-        self,
-        batch: int,
-        heads: int,
-        kv_heads: int,
-        key_dim: int,
-        value_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> FramedState:
-        sizes = (heads, key_dim), (kv_heads, key_dim), (kv_heads, value_dim)
-        q, k, v = (torch.empty(batch, count, 0, width, dtype=dtype, device=device) for count, width in sizes)
+    def _init_state(self, sizes: StateSizes) -> FramedState:
+        shapes = (sizes.heads, sizes.key_dim), (sizes.kv_heads, sizes.key_dim), (sizes.kv_heads, sizes.value_dim)
+        q, k, v = (
+            torch.empty(sizes.batch, count, 0, width, dtype=sizes.dtype, device=sizes.device) for count, width in shapes
+        )
         _, theirs = self.frames(Tokens(q, k, v, 0, True), {})
         return FramedState(KVState(theirs.key(k), theirs.value(v)), theirs.marks)
 
     @final
-    def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Any, scale: float, **inputs: Tensor
-    ) -> tuple[Tensor, FramedState]:
-        mine, theirs = self.frames(Tokens(q, k, v, state.cache.k.shape[2], True), inputs)
-        cache = state.cache.append(theirs.key(k), theirs.value(v))
-        marks = None if theirs.marks is None else _joined(state.marks, theirs.marks)
-        problem = Problem(mine.query(q), cache.k, cache.v, scale, None, True, scoring=self.scoring(marks))
-        return mine.back(engines.run(problem)), FramedState(cache, marks)
+    def _step(self, call: AttentionCall, state: FramedState) -> tuple[Tensor, FramedState]:
+        return self._prefill(call, state)
 
     @final
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, FramedState]:
-        problem, mine, theirs = self._problem(q, k, v, None, True, scale, **inputs)
-        return mine.back(engines.run(problem)), FramedState(KVState(problem.k, problem.v), theirs.marks)
+    def _prefill(self, call: AttentionCall, state: FramedState | None) -> tuple[Tensor, FramedState]:
+        if state is None:
+            framed, mine, theirs = self._framed(call)
+            return mine.back(engines.run(framed)), FramedState(KVState(framed.k, framed.v), theirs.marks)
+        mine, theirs = self.frames(Tokens(call.q, call.k, call.v, state.cache.k.shape[2], True), call.inputs)
+        cache = state.cache.append(theirs.key(call.k), theirs.value(call.v))
+        marks = None if theirs.marks is None else _joined(state.marks, theirs.marks)
+        framed = replace(call, q=mine.query(call.q), k=cache.k, v=cache.v, scoring=self.scoring(marks))
+        return mine.back(engines.run(framed)), FramedState(cache, marks)
 
 
-def _joined(old: Tensor, new: Tensor) -> Tensor:
+def _joined(old: Tensor | None, new: Tensor) -> Tensor:
     """Marks one after another; those that are shared by heads or batch items are repeated where others are not."""
+    assert old is not None
     shared = torch.broadcast_shapes(old.shape[:2], new.shape[:2])
     return torch.cat([old.expand(*shared, -1), new.expand(*shared, -1)], 2)

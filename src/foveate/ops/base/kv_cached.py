@@ -4,74 +4,58 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, final
+from typing import final
 
-import torch
 from torch import Tensor
 
 from foveate.core import engines
-from foveate.core.call import Plan, Problem
+from foveate.core.call import AttentionCall, Plan, StateSizes
+from foveate.core.engines import reference
 from foveate.ops.base.kv_state import KVState
-from foveate.ops.operator import Operator
+from foveate.ops.base.streaming import Streaming
 
 
-class Cached(Operator):
-    """A call is a `Problem` for an engine; streaming is the same call on a growing cache, with one query."""
+class Cached(Streaming):
+    """A call goes to an engine as it is, or prepared; streaming is the same call on a growing cache, with one query."""
 
     @abstractmethod
-    def _problem(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Problem: ...
+    def _prepared(self, call: AttentionCall) -> AttentionCall:
+        """Return the call that an engine computes."""
 
-    def kept(self, state: KVState) -> KVState:
-        """What a stream goes on with: everything, unless a mechanism never looks at some of it again."""
+    def trim_state(self, state: KVState) -> KVState:
+        """Return what a stream goes on with: everything, unless a mechanism never looks at some of it again."""
         return state
 
-    def choice_products(self, q: Tensor, k: Tensor, causal: bool) -> int:
-        """Multiply-adds before queries read: to choose keys by content, or to share them out. For plans."""
+    def selection_macs(self, q: Tensor, k: Tensor, causal: bool) -> int:
+        """Count multiply-adds before queries read: to choose keys by content, or to share them out. For plans."""
         return 0
 
     @final
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        engine: str,
-        **inputs: Tensor,
-    ) -> Tensor:
-        return engines.run(self._problem(q, k, v, mask, causal, scale, **inputs), engine)
+    def _attend(self, call: AttentionCall) -> Tensor:
+        return engines.run(self._prepared(call), call.engine)
+
+    def _weights(self, call: AttentionCall) -> Tensor:
+        return reference.weights(self._prepared(call))
 
     @final
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
-    ) -> Plan:
-        found = engines.plan(self._problem(q, k, v, mask, causal, scale), engine)
-        return replace(found, flops=found.flops + 2 * self.choice_products(q, k, causal))
+    def _plan(self, call: AttentionCall) -> Plan:
+        found = engines.plan(self._prepared(call), call.engine)
+        return replace(found, flops=found.flops + 2 * self.selection_macs(call.q, call.k, call.causal))
 
     @final
-    def _init_state(
-        self,
-        batch: int,
-        heads: int,
-        kv_heads: int,
-        key_dim: int,
-        value_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> KVState:
-        return KVState.empty(batch, kv_heads, key_dim, value_dim, dtype, device)
+    def _init_state(self, sizes: StateSizes) -> KVState:
+        return KVState.empty(sizes.batch, sizes.kv_heads, sizes.key_dim, sizes.value_dim, sizes.dtype, sizes.device)
 
     @final
-    def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Any, scale: float, **inputs: Tensor
-    ) -> tuple[Tensor, KVState]:
-        state = self.kept(state.append(k, v))
-        return self._attend(q, state.k, state.v, None, True, scale, "auto", **inputs), state
+    def _step(self, call: AttentionCall, state: KVState) -> tuple[Tensor, KVState]:
+        state = self.trim_state(state.append(call.k, call.v))
+        return self._attend(replace(call, k=state.k, v=state.v)), state
 
     @final
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, KVState]:
-        return self._attend(q, k, v, None, True, scale, "auto", **inputs), self.kept(KVState(k, v))
+    def _prefill(self, call: AttentionCall, state: KVState | None) -> tuple[Tensor, KVState]:
+        if state is None:
+            return self._attend(call), self.trim_state(KVState(call.k, call.v))
+        if type(self).trim_state is not Cached.trim_state or call.inputs:  # places in a trimmed state are not those
+            return super()._prefill(call, state)  # of the sequence, and earlier tokens' inputs are gone
+        state = state.append(call.k, call.v)
+        return self._attend(replace(call, k=state.k, v=state.v)), state

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks as mask_algebra
-from foveate.core.call import Plan
+from foveate.core.call import AttentionCall, Plan, StateSizes
 from foveate.core.errors import ShapeError
 from foveate.ops.base import linear_spans as spans
+from foveate.ops.base.streaming import Streaming
 from foveate.ops.functional import causal as past, linear_forms as forms
-from foveate.ops.functional.heads import accumulating, engine_of, per_query_head
-from foveate.ops.operator import Growth, MaskKind, Operator
+from foveate.ops.functional.heads import accumulating, per_query_head
+from foveate.ops.operator import Capabilities
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class LinearState:
         return self.memory[..., -1] if self.normalised else None
 
 
-class Linear(Operator):
+class Linear(Streaming):
     """Kernelised attention: weights `fq_i . fk_j`, faded by a decay, over their sum where the mechanism normalises.
 
     A system writes `query_features` and `key_features`, and `log_decay` where the past fades (then only the causal
@@ -65,10 +67,8 @@ class Linear(Operator):
             training keeps them for the backward pass. `scan` is not asked.
     """
 
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    engines: ClassVar[tuple[str, ...]] = ("chunked", "recurrent", "reference")
+    capabilities = Capabilities(masks=frozenset({"keys"}), engines=("chunked", "recurrent", "reference"), growth="N")
     state_type: ClassVar[type] = LinearState
-    growth: ClassVar[Growth] = "N"
     normalised: ClassVar[bool] = True
     eps: ClassVar[float] = 0.0
     block: int = 64
@@ -84,7 +84,7 @@ class Linear(Operator):
     def key_features(self, k: Tensor, scale: float) -> Float[Tensor, "b h n f"]:
         """Features of `k (B, H, N, D)`, one head to each query head; token by token."""
 
-    def map_products(self, width: int) -> int:
+    def feature_macs(self, width: int) -> int:
         """Multiply-adds in the features of one query or key of `width` numbers: for plans."""
         return 0
 
@@ -96,12 +96,12 @@ class Linear(Operator):
         """
         return None
 
-    def encode_queries(self, q: Tensor, scale: float, inputs: dict[str, Tensor]) -> Tensor:
+    def encode_queries(self, q: Tensor, scale: float, inputs: Mapping[str, Tensor]) -> Tensor:
         """Features of all queries of a call; a system in which they depend on the call's inputs overrides it."""
         return self.query_features(q, scale)
 
     def encode_keys(
-        self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: dict[str, Tensor]
+        self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """Features and log decays of all keys of a call; a system in which they depend on each other overrides it.
 
@@ -131,136 +131,121 @@ class Linear(Operator):
     # -- what the base makes of it -------------------------------------------------------------------------------------
 
     @final
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        engine: str,
-        **inputs: Tensor,
-    ) -> Tensor:
-        engine = engine_of(self, engine)
-        if q.shape[2] == 0:
-            return q.new_zeros(*q.shape[:3], v.shape[3])
+    def _attend(self, call: AttentionCall) -> Tensor:
+        engine = self._engine(call)
+        if call.n_queries == 0:
+            return call.no_output
         if engine == "chunked" and self.tokenwise:
-            return spans.attend(self, q, k, v, mask, causal, scale)[0]
-        if engine == "chunked" and not causal and not inputs:
-            fk, v, _ = self.encoded_keys(k, v, q.shape[1], mask, causal, scale, inputs)
-            return spans.read(self, q, forms.absorb(fk, v), scale)
-        fq, fk, v, decay = self.encoded(q, k, v, mask, causal, scale, inputs)
+            return spans.attend(self, call)[0]
+        if engine == "chunked" and not call.causal and not call.inputs:
+            fk, v, _ = self.encoded_keys(call)
+            return spans.read(self, call.q, forms.absorb(fk, v), call.scale)
+        fq, fk, v, decay = self.encoded(call)
         if engine == "reference":
-            weights = forms.matrix(fq, fk, causal, decay)
-            out = past.product(weights, v) if causal else weights @ v
-        elif causal:
+            weights = forms.matrix(fq, fk, call.causal, decay)
+            out = past.product(weights, v) if call.causal else weights @ v
+        elif call.causal:
             out = self._causal(fq, fk, v, decay, engine)
         else:
             out = fq @ _written(fk, v, None, engine)
-        return self.normalise(out).to(q.dtype)
+        return self.normalise(out).to(call.q.dtype)
 
-    def _causal(self, fq: Tensor, fk: Tensor, v: Tensor, decay: Tensor | None, engine: str) -> Tensor:
+    def _causal(
+        self, fq: Tensor, fk: Tensor, v: Tensor, decay: Tensor | None, engine: str, state: Tensor | None = None
+    ) -> Tensor:
+        """The causal form of the last queries, from a state on."""
         earlier = fk.shape[2] - fq.shape[2]
         if not earlier:  # a cut would give back a gradient as large as the whole, filled up with zeros
-            state = fk.new_zeros(*fk.shape[:2], fk.shape[3], v.shape[3])
+            state = fk.new_zeros(*fk.shape[:2], fk.shape[3], v.shape[3]) if state is None else state
         else:
             (old_k, fk), (old_v, v) = (x.tensor_split([earlier], 2) for x in (fk, v))
             old, decay = (None, None) if decay is None else decay.tensor_split([earlier], 2)
-            state = _written(old_k, old_v, old, engine)
+            state = _written(old_k, old_v, old, engine, state)
         if not fq.shape[2]:
             return fq @ state
         run = self.scan if engine == "chunked" else forms.recurrent
         return run(fq, fk, v, decay, state)
 
     @final
-    def _weights(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Tensor:
-        fq, fk, _, decay = self.encoded(q, k, k, mask, causal, scale, inputs)
-        weights = forms.matrix(fq, fk, causal, decay)
+    def _weights(self, call: AttentionCall) -> Tensor:
+        fq, fk, _, decay = self.encoded(call)
+        weights = forms.matrix(fq, fk, call.causal, decay)
         if self.normalised:
             weights = self.normalise(torch.cat([weights, weights.sum(-1, keepdim=True)], -1))
-        return weights.to(q.dtype)
+        return weights.to(call.q.dtype)
 
     @final
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
-    ) -> Plan:
-        why = "asked for" if engine != "auto" else "a state of fixed size: linear in the length"
-        engine = engine_of(self, engine)
+    def _plan(self, call: AttentionCall) -> Plan:
+        why = "asked for" if call.engine != "auto" else "a state of fixed size: linear in the length"
+        engine, q = self._engine(call), call.q
         b, h, nq, _ = q.shape
-        nk, width, out = k.shape[2], self._width(q, scale), v.shape[-1] + self.normalised
-        inside = {"reference": nk, "chunked": self.block if causal else 0, "recurrent": 0}[engine]
+        nk, width, out = call.n_keys, self._width(q, call.scale), call.v.shape[-1] + self.normalised
+        inside = {"reference": nk, "chunked": self.block if call.causal else 0, "recurrent": 0}[engine]
         state = 0 if engine == "reference" else 2 * (nq + nk) * width * out
-        traffic = q.numel() + k.numel() + v.numel() + b * h * nq * v.shape[-1]
-        maps = 2 * (nq + nk) * self.map_products(q.shape[3])
+        maps = 2 * (nq + nk) * self.feature_macs(q.shape[3])
         flops = b * h * (2 * nq * inside * (width + out) + state + maps)
-        return Plan(engine=engine, flops=flops, bytes=traffic * q.element_size(), why=why)
+        return Plan(engine=engine, flops=flops, bytes=call.traffic, why=why)
 
     @final
-    def _init_state(
-        self,
-        batch: int,
-        heads: int,
-        kv_heads: int,
-        key_dim: int,
-        value_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> LinearState:
-        key = torch.zeros(batch, heads, 1, key_dim, dtype=accumulating(dtype), device=device)
-        memory = key.new_zeros(batch, heads, self._width(key, 1.0), value_dim + self.normalised)
+    def _init_state(self, sizes: StateSizes) -> LinearState:
+        key = torch.zeros(
+            sizes.batch, sizes.heads, 1, sizes.key_dim, dtype=accumulating(sizes.dtype), device=sizes.device
+        )
+        memory = key.new_zeros(sizes.batch, sizes.heads, self._width(key, 1.0), sizes.value_dim + self.normalised)
         return LinearState(memory, self.normalised, self.carried(key[:, :, :0]))
 
     @final
-    def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, scale: float, **inputs: Tensor
-    ) -> tuple[Tensor, LinearState]:
-        carry = state.carry
-        if carry is not None:  # the past stands before the token as one key, which is not written again
-            k = torch.cat([carry, per_query_head(k, q.shape[1]).to(carry.dtype)], 2)
-            v = F.pad(per_query_head(v, q.shape[1]), (0, 0, 1, 0))
-            carry = self.carried(k)
-        fq, fk, v, decay = self.encoded(q, k, v, None, True, scale, inputs)
+    def _step(self, call: AttentionCall, state: LinearState) -> tuple[Tensor, LinearState]:
+        carried, carry = self._after(call, state)
+        fq, fk, v, decay = self.encoded(carried)
         decay = None if decay is None else decay[:, :, -1:].to(v.dtype)
         memory = forms.write(state.memory, fk[:, :, -1:].to(v.dtype), v[:, :, -1:], decay)
-        return self.normalise(fq @ memory).to(q.dtype), LinearState(memory, self.normalised, carry)
+        return self.normalise(fq @ memory).to(call.q.dtype), LinearState(memory, self.normalised, carry)
 
     @final
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, LinearState]:
+    def _prefill(self, call: AttentionCall, state: LinearState | None) -> tuple[Tensor, LinearState]:
+        before = None if state is None else state.memory
         if self.tokenwise:
-            out, memory = spans.attend(self, q, k, v, None, True, scale)
+            out, memory = spans.attend(self, call, before)
             return out, LinearState(memory, self.normalised)
-        carry = self.carried(per_query_head(k, q.shape[1]).to(accumulating(k.dtype)))
-        fq, fk, v, decay = self.encoded(q, k, v, None, True, scale, inputs)
-        out = self.normalise(self._causal(fq, fk, v, decay, "chunked"))
-        return out.to(q.dtype), LinearState(_written(fk, v, decay, "chunked"), self.normalised, carry)
+        carried, carry = self._after(call, state)
+        fq, fk, v, decay = self.encoded(carried)
+        if carried.n_keys > call.n_keys:  # the key that stands for the past is in the state already
+            fk, v, decay = fk[:, :, 1:], v[:, :, 1:], None if decay is None else decay[:, :, 1:]
+        out = self.normalise(self._causal(fq, fk, v, decay, "chunked", before))
+        memory = _written(fk, v, decay, "chunked", before)
+        return out.to(call.q.dtype), LinearState(memory, self.normalised, carry)
+
+    def _after(self, call: AttentionCall, state: LinearState | None) -> tuple[AttentionCall, Tensor | None]:
+        """The call with the past before its tokens as one key, where features depend on it; and that key after it."""
+        heads, past_key = call.q.shape[1], None if state is None else state.carry
+        if past_key is None:
+            wide = accumulating(call.k.dtype)
+            return call, self.carried(per_query_head(call.k, heads).to(wide)) if state is None else None
+        k = torch.cat([past_key, per_query_head(call.k, heads).to(past_key.dtype)], 2)
+        v = F.pad(per_query_head(call.v, heads), (0, 0, 1, 0))
+        return replace(call, k=k, v=v), self.carried(k)
 
     @final
-    def encoded(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
-        inputs: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """The summands of a checked call: features of queries and keys, values (with a column of ones where
-        `normalised`) and log decays, clean of what is masked."""
-        fq = self.encode_queries(q.to(accumulating(q.dtype)), scale, inputs)
-        return fq, *self.encoded_keys(k, v, q.shape[1], mask, causal, scale, inputs)
+    def encoded(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The summands of a call, clean of what is masked: features of queries and keys, values, and log decays.
+
+        Values have a column of ones where `normalised`.
+        """
+        fq = self.encode_queries(call.q.to(accumulating(call.q.dtype)), call.scale, call.inputs)
+        return fq, *self.encoded_keys(call)
 
     @final
-    def encoded_keys(
-        self, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, causal: bool, scale: float,
-        inputs: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """The part of `encoded` besides the queries' features; `heads` is Hq."""
-        wide = accumulating(v.dtype)
-        v = per_query_head(v, heads).to(wide)
-        k = per_query_head(k, heads).to(torch.promote_types(k.dtype, wide))
+    def encoded_keys(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The part of `encoded` besides the queries' features."""
+        heads, wide, mask = call.q.shape[1], accumulating(call.v.dtype), call.mask
+        v = per_query_head(call.v, heads).to(wide)
+        k = per_query_head(call.k, heads).to(torch.promote_types(call.k.dtype, wide))
         hidden = None if mask is None else ~mask_algebra.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
         if hidden is not None:
             # before the features and after them: neither a value nor a gradient of what stands there may get out
             k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-        fk, decay = self.encode_keys(k, scale, causal, hidden, inputs)
+        fk, decay = self.encode_keys(k, call.scale, call.causal, hidden, call.inputs)
         decay = self._decay(decay, fk, hidden)
         if self.normalised:
             v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
@@ -286,11 +271,11 @@ class Linear(Operator):
             return self.key_features(torch.zeros_like(q[:1, :, :1], dtype=accumulating(q.dtype)), scale).shape[-1]
 
 
-def _written(fk: Tensor, v: Tensor, decay: Tensor | None, engine: str) -> Tensor:
-    """The state after some keys, as the engine goes about it."""
+def _written(fk: Tensor, v: Tensor, decay: Tensor | None, engine: str, state: Tensor | None = None) -> Tensor:
+    """The state after some keys, as the engine goes about it; it goes on from `state`."""
     if engine == "chunked":
-        return forms.absorb(fk, v, decay)
-    state = fk.new_zeros(*fk.shape[:2], fk.shape[3], v.shape[3])
+        return forms.absorb(fk, v, decay, state)
+    state = fk.new_zeros(*fk.shape[:2], fk.shape[3], v.shape[3]) if state is None else state
     for index in range(fk.shape[2]):
         at = slice(index, index + 1)
         state = forms.write(state, fk[:, :, at], v[:, :, at], None if decay is None else decay[:, :, at])

@@ -6,18 +6,17 @@ what is made on the way still lies in the cache of a processor when it is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from foveate.core import masks
+from foveate.core.call import AttentionCall
 from foveate.ops.functional import linear_forms as forms
 from foveate.ops.functional.heads import accumulating
-
-if TYPE_CHECKING:
-    from foveate.ops.base.linear import Linear
 
 #: Rows of features, of all heads and sequences, in a span on a CPU: one or two megabytes, which stay in its cache.
 #: A GPU would rather have few large products.
@@ -26,35 +25,49 @@ ROWS = 2048
 Keys = tuple[Tensor, Tensor, Tensor | None]
 
 
-def attend(
-    op: Linear, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The output `(B, Hq, Nq, Dv)` of a checked call, and the state `(B, Hq, F, E)` after all of its keys."""
-    n, wide = q.shape[2], accumulating(q.dtype)
+class Encoder(Protocol):
+    """What is asked of a linear operator; see `foveate.ops.Linear`."""
+
+    block: int
+
+    def encode_queries(self, q: Tensor, scale: float, inputs: Mapping[str, Tensor]) -> Tensor: ...
+    def encoded_keys(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]: ...
+    def normalise(self, out: Tensor) -> Tensor: ...
+
+
+def attend(op: Encoder, call: AttentionCall, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the output `(B, Hq, Nq, Dv)` of a call, and the state `(B, Hq, F, E)` after all of its keys.
+
+    Args:
+        op: the operator.
+        call: without `inputs`.
+        state: the state before the first key; None for nothing.
+    """
+    q, n = call.q, call.n_queries
     size = _size(q, op.block)
-    past = k.shape[2] - n if causal else k.shape[2]  # keys that every query sees
-    old, own = _cut(k, v, mask, past)
-    one_by_one = causal and n > 0
+    past = call.n_keys - n if call.causal else call.n_keys  # keys that every query sees
+    old, own = _cut(call, past)
+    one_by_one = call.causal and n > 0
 
     def encoded(keys: Keys) -> tuple[Tensor, Tensor, Tensor | None]:
-        return op.encoded_keys(*keys[:2], q.shape[1], keys[2], causal, scale, {})
+        k, v, seen = keys
+        return op.encoded_keys(replace(call, k=k, v=v, mask=seen))
 
-    state: Tensor | None = None
     for keys in _spans(old, size) if past or not one_by_one else ():
         state = forms.absorb(*encoded(keys), state)
     if not one_by_one:
         assert state is not None
-        return read(op, q, state, scale), state
+        return read(op, q, state, call.scale), state
     out = []
     for part, keys in zip(q.split(size, 2), _spans(own, size), strict=True):
-        fq = op.encode_queries(part.to(wide), scale, {})
+        fq = op.encode_queries(part.to(accumulating(q.dtype)), call.scale, {})
         y, state = forms.span(fq, *encoded(keys), state, min(op.block, n))
         out.append(op.normalise(y).to(q.dtype))
     assert state is not None
     return torch.cat(out, 2), state
 
 
-def read(op: Linear, q: Tensor, state: Tensor, scale: float) -> Tensor:
+def read(op: Encoder, q: Tensor, state: Tensor, scale: float) -> Tensor:
     """Read one state `(B, Hq, F, E)` with all queries `(B, Hq, Nq, D)`; their call brings no inputs."""
     wide, out = accumulating(q.dtype), []
     for part in q.split(_size(q, op.block), 2):
@@ -70,8 +83,9 @@ def _size(q: Tensor, block: int) -> int:
     return max(tokens // block, 1) * block
 
 
-def _cut(k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> tuple[Keys, Keys]:
+def _cut(call: AttentionCall, past: int) -> tuple[Keys, Keys]:
     """The first `past` keys, and the others."""
+    k, v, mask = call.k, call.v, call.mask
     seen = None if mask is None else masks.keys_of(mask, k.shape[0], k.shape[2])[:, None, None]
     if not past:  # a cut would give back a gradient as large as the whole, filled up with zeros
         return (k[:, :, :0], v[:, :, :0], None), (k, v, seen)

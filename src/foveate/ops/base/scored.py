@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core import masks
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.core.engines import reference
 from foveate.core.scoring import SOFTMAX, Scoring, Tile, dot_product, safe_softmax
 from foveate.core.selection import Selection
@@ -26,8 +27,8 @@ class Scored(Cached):
     The base brings masking, causality, chunks of O(N) memory forward and backward, streaming and weights.
 
     Four more are for systems that need them: `select` (a window by place), `context` (named tensors for `score` and
-    `normalize`, such as a call's `inputs`), `is_plain` (options under which the fused kernels do) and `products` (what
-    a score costs).
+    `normalize`, such as a call's `inputs`), `is_plain` (options under which the fused kernels do) and `score_macs`
+    (the cost of a score).
     """
 
     def prepare(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ class Scored(Cached):
         """
         return inputs
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         """Multiply-adds in the score of one pair; `width` is that of the queries that `prepare` gives."""
         return width
 
@@ -71,27 +72,25 @@ class Scored(Cached):
         """`score` and `normalize` as engines see them: the shared softmax where that is what they are."""
         return SOFTMAX if self.is_plain else _Hooks(self, context)
 
-    def _problem(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Problem:
-        scoring = self.scoring(**self.context(q, k, mask, **inputs))
-        selection = self.select(q.shape[2], k.shape[2], q.device)
-        own = type(self)
-        if own.prepare is not Scored.prepare or own.values is not Operator.values:
-            positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-            q, k = self.prepare(q, masks.without_hidden(k, mask), positions)
-            v = self.values(masks.without_hidden(v, mask))
-        return Problem(q, k, v, scale, mask, causal, selection, scoring)
+    def _prepared(self, call: AttentionCall) -> AttentionCall:
+        scored = self._scored(call)
+        if type(self).values is Operator.values:
+            return scored
+        return replace(scored, v=self.values(masks.without_hidden(call.v, call.mask)))
 
     @final
-    def _weights(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Tensor:
-        scoring = self.scoring(**self.context(q, k, mask, **inputs))
-        selection = self.select(q.shape[2], k.shape[2], q.device)
-        positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-        q, k = self.prepare(q, masks.without_hidden(k, mask), positions)
-        return reference.weights(Problem(q, k, k, scale, mask, causal, selection, scoring))
+    def _weights(self, call: AttentionCall) -> Tensor:
+        return reference.weights(self._scored(call))
+
+    def _scored(self, call: AttentionCall) -> AttentionCall:
+        """The call with q and k as they are scored, and with the mechanism's scoring and selection."""
+        q, k, mask = call.q, call.k, call.mask
+        scoring = self.scoring(**self.context(q, k, mask, **call.inputs))
+        selection = self.select(call.n_queries, call.n_keys, q.device)
+        if type(self).prepare is not Scored.prepare:
+            positions = torch.arange(call.n_keys - call.n_queries, call.n_keys, device=q.device)
+            q, k = self.prepare(q, masks.without_hidden(k, mask), positions)
+        return replace(call, q=q, k=k, selected=selection, scoring=scoring)
 
 
 class _Hooks:
@@ -100,7 +99,7 @@ class _Hooks:
     def __init__(self, op: Scored, context: dict[str, Tensor]) -> None:
         self.op, self.context = op, context
         self.is_softmax = type(op).normalize is Scored.normalize
-        self.parameters, self.products = op.parameters, op.products
+        self.parameters, self.score_macs = op.parameters, op.score_macs
 
     def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Tensor:
         return self.op.score(q, k, scale, at, **self.context)

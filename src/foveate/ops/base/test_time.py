@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks as mask_algebra, validate
-from foveate.core.call import Plan
+from foveate.core.call import AttentionCall, Plan, StateSizes
 from foveate.core.errors import ShapeError, UnsupportedPattern
+from foveate.ops.base.streaming import Streaming
 from foveate.ops.functional.fast_weights import Layer, Outer, Path, Shares, Weights, shares, shares_at_the_end, still
-from foveate.ops.functional.heads import accumulating, engine_of, per_query_head
-from foveate.ops.operator import Gate, Growth, MaskKind, Operator, Pattern
+from foveate.ops.functional.heads import accumulating, per_query_head
+from foveate.ops.operator import CAUSAL_PATTERNS, Capabilities, Gate
 
 #: The weights that answer a query: those that its token has written, or those at the start of its chunk.
 Reads = Literal["token", "chunk"]
@@ -42,7 +43,7 @@ class MemoryState:
     place: int
 
 
-class Memory(Operator):
+class Memory(Streaming):
     """A learner trained on the keys and values as they pass, and read by the queries. Causal only; no weights.
 
     For each token, with `u` the gradient of the inner objective at the weights `W`:
@@ -64,19 +65,15 @@ class Memory(Operator):
     so by `linked`: they are then written out for each token, which costs `chunk` times the memory.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    has_weights: ClassVar[bool] = False
-    default_scale: ClassVar[float | None] = 1.0
-    inputs: ClassVar[frozenset[str]] = frozenset({"alpha", "eta", "theta"})
-    # forget little, for at -4 nine tenths are gone after 128 tokens, and recall with them; some momentum; and a short
-    # step, for those of a chunk add up: from -5 on, text with its repeats could make two layers diverge
-    gates: ClassVar[Mapping[str, Gate]] = {
-        "alpha": Gate("sigmoid", -6.0), "eta": Gate("sigmoid", -2.0), "theta": Gate("sigmoid", -6.0),
-    }  # fmt: skip
-    engines: ClassVar[tuple[str, ...]] = ("chunked", "recurrent")
+    capabilities = Capabilities(
+        patterns=CAUSAL_PATTERNS, masks=frozenset({"keys"}), has_weights=False, default_scale=1.0,
+        inputs=frozenset({"alpha", "eta", "theta"}),
+        # forget little, for at -4 nine tenths are gone after 128 tokens, and recall with them; some momentum; and a
+        # short step, for those of a chunk add up: from -5 on, text with its repeats could make two layers diverge
+        gates={"alpha": Gate("sigmoid", -6.0), "eta": Gate("sigmoid", -2.0), "theta": Gate("sigmoid", -6.0)},
+        engines=("chunked", "recurrent"), growth="N",
+    )  # fmt: skip
     state_type: ClassVar[type] = MemoryState
-    growth: ClassVar[Growth] = "N"
     linked: bool = False
 
     def __init__(
@@ -113,33 +110,20 @@ class Memory(Operator):
     # -- what the base makes of it -------------------------------------------------------------------------------------
 
     @final
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        engine: str,
-        **inputs: Tensor,
-    ) -> Tensor:
-        engine = engine_of(self, engine)
-        if q.shape[2] == 0:
-            return q.new_zeros(*q.shape[:3], v.shape[3])
-        return self._run(q, k, v, mask, scale, engine, inputs)[0]
+    def _attend(self, call: AttentionCall) -> Tensor:
+        engine = self._engine(call)
+        return self._run(call, engine)[0] if call.n_queries else call.no_output
 
     @final
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, MemoryState]:
-        return self._run(q, k, v, None, scale, "chunked", inputs)
+    def _prefill(self, call: AttentionCall, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
+        return self._run(call, "recurrent" if state is not None and state.place else "chunked", state)
 
     @final
     def go_on(
         self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState, *, mask: Tensor | None = None, **inputs: Tensor
     ) -> tuple[Tensor, MemoryState]:
-        """Make as many steps as there are tokens, a chunk at a time where the state stands at the start of one."""
-        self._check(q, k, v, mask, True, inputs)
-        return self._run(q, k, v, mask, self._scale(None, q), "recurrent" if state.place else "chunked", inputs, state)
+        """Make as many steps as there are tokens, as `prefill` from a state does, with a mask of the tokens."""
+        return self._prefill(self._call(q, k, v, mask, True, None, "auto", inputs), state)
 
     @final
     def recall(self, q: Tensor, state: MemoryState) -> Tensor:
@@ -148,25 +132,22 @@ class Memory(Operator):
         wide = F.normalize(wide, dim=-1) if self.unit else wide
         return self.read([still(self.link(memory)) for memory in state.memory], wide).to(q.dtype)
 
-    def _run(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, engine: str,
-        inputs: Mapping[str, Tensor], state: MemoryState | None = None,
-    ) -> tuple[Tensor, MemoryState]:  # fmt: skip
+    def _run(self, call: AttentionCall, engine: str, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
         """The output, and the state after the last token. It goes on from `state`, or begins where None."""
         run = self._chunks if engine == "chunked" else self._tokens
-        n_queries, n_keys, dtype = q.shape[2], k.shape[2], q.dtype
-        hidden = None if mask is None else ~mask_algebra.keys_of(mask, k.shape[0], n_keys)[:, None]
-        rates = self._rates(inputs, q, k, hidden)
-        q, k, v = self._prepared(q, k, v, hidden, scale)
+        n_queries, n_keys, mask = call.n_queries, call.n_keys, call.mask
+        hidden = None if mask is None else ~mask_algebra.keys_of(mask, call.k.shape[0], n_keys)[:, None]
+        rates = self._rates(call, hidden)
+        q, k, v = self._prepared(call, hidden)
         fresh = state is None
         state = self._begin(q.shape[0], q.shape[1], k.shape[3], v.shape[3], q) if state is None else state
         if not n_keys:
-            return q.new_zeros(*q.shape[:3], v.shape[3]).to(dtype), state
+            return call.no_output, state
         out, state = run(F.pad(q, (0, 0, n_keys - n_queries, 0)), k, v, rates, state)
         if fresh and hidden is not None:
             # where nothing has been seen there is no answer, whatever the first weights would say
             out = out.masked_fill(hidden.cummin(-1).values[..., None], 0.0)
-        return out[:, :, n_keys - n_queries :].to(dtype), state
+        return out[:, :, n_keys - n_queries :].to(call.q.dtype), state
 
     def _chunks(
         self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState
@@ -227,71 +208,56 @@ class Memory(Operator):
         return out, MemoryState(memory, momentum, state.anchor if place else weights, place)
 
     @final
-    def _weights(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Tensor:
+    def _weights(self, call: AttentionCall) -> Tensor:
         raise UnsupportedPattern(f"{self.name} has no matrix of weights over keys")
 
     @final
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
-    ) -> Plan:
-        why = "asked for" if engine != "auto" else f"gradients of {self.chunk} tokens at a time, as matrix products"
-        engine, (b, h, nq, d) = engine_of(self, engine), q.shape
-        nk, dv = k.shape[2], v.shape[3]
+    def _plan(self, call: AttentionCall) -> Plan:
+        why = (
+            "asked for" if call.engine != "auto" else f"gradients of {self.chunk} tokens at a time, as matrix products"
+        )
+        engine, (b, h, nq, d), nk = self._engine(call), call.q.shape, call.n_keys
         inside = self.chunk if engine == "chunked" else 0
         flops = 0
-        for matrix in self.initial(h, d, dv, q.new_zeros((), dtype=accumulating(q.dtype))):
+        for matrix in self.initial(h, d, call.v.shape[3], call.q.new_zeros((), dtype=accumulating(call.q.dtype))):
             _, wide, tall = matrix.shape
             learn = 6 * wide * tall  # there, back, and the sum into the memory
             look = 2 * wide * tall
             if self.reads == "token":  # the memory and its momentum, and what the chunk has written since
                 look += 2 * wide * tall + 2 * inside * (wide * tall if self.linked else wide + tall)
             flops += b * h * (nk * learn + nq * look)
-        traffic = q.numel() + k.numel() + v.numel() + b * h * nq * dv
-        return Plan(engine=engine, flops=flops, bytes=traffic * q.element_size(), why=why)
+        return Plan(engine=engine, flops=flops, bytes=call.traffic, why=why)
 
     @final
-    def _init_state(
-        self,
-        batch: int,
-        heads: int,
-        kv_heads: int,
-        key_dim: int,
-        value_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> MemoryState:
-        return self._begin(batch, heads, key_dim, value_dim, torch.zeros((), dtype=accumulating(dtype), device=device))
+    def _init_state(self, sizes: StateSizes) -> MemoryState:
+        like = torch.zeros((), dtype=accumulating(sizes.dtype), device=sizes.device)
+        return self._begin(sizes.batch, sizes.heads, sizes.key_dim, sizes.value_dim, like)
 
     @final
-    def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState, scale: float, **inputs: Tensor
-    ) -> tuple[Tensor, MemoryState]:
-        rates, dtype = self._rates(inputs, q, k, None), q.dtype
-        out, state = self._token(*self._prepared(q, k, v, None, scale), rates, state)
-        return out.to(dtype), state
+    def _step(self, call: AttentionCall, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        out, state = self._token(*self._prepared(call, None), self._rates(call, None), state)
+        return out.to(call.q.dtype), state
 
     def _begin(self, batch: int, heads: int, key_dim: int, value_dim: int, like: Tensor) -> MemoryState:
         memory = tuple(m.expand(batch, *m.shape) for m in self.initial(heads, key_dim, value_dim, like))
         return MemoryState(memory, tuple(map(torch.zeros_like, memory)), tuple(map(self.link, memory)), 0)
 
-    def _prepared(
-        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wide, heads = accumulating(q.dtype), q.shape[1]
-        q, k, v = q.to(wide), per_query_head(k, heads).to(wide), per_query_head(v, heads).to(wide)
+    def _prepared(self, call: AttentionCall, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        wide, heads = accumulating(call.q.dtype), call.q.shape[1]
+        q, k, v = call.q.to(wide), per_query_head(call.k, heads).to(wide), per_query_head(call.v, heads).to(wide)
         if hidden is not None:
             k, v = k.masked_fill(hidden[..., None], 0.0), v.masked_fill(hidden[..., None], 0.0)
         if self.unit:
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        return q if scale == 1.0 else q * scale, k, v
+        return q if call.scale == 1.0 else q * call.scale, k, v
 
-    def _rates(self, inputs: Mapping[str, Tensor], q: Tensor, k: Tensor, hidden: Tensor | None) -> dict[str, Tensor]:
+    def _rates(self, call: AttentionCall, hidden: Tensor | None) -> dict[str, Tensor]:
         """All rates as `(B, H, Nk)`, those of masked tokens such that nothing happens."""
-        (b, h, _, _), (hkv, n), wide = q.shape, k.shape[1:3], accumulating(q.dtype)
-        rates = {name: q.new_full((b, h, n), value, dtype=wide) for name, value in {**self.rates, "write": 1.0}.items()}
-        for name, given in inputs.items():
+        (b, h, _, _), (hkv, n), wide = call.q.shape, call.k.shape[1:3], accumulating(call.q.dtype)
+        rates = {
+            name: call.q.new_full((b, h, n), value, dtype=wide) for name, value in {**self.rates, "write": 1.0}.items()
+        }
+        for name, given in call.inputs.items():
             if not isinstance(given, Tensor) or given.shape not in ((b, h, n), (b, hkv, n)):
                 got = tuple(given.shape) if isinstance(given, Tensor) else given
                 raise ShapeError(f"{name} must be a tensor (B, H, Nk)={(b, h, n)}; got {got}")

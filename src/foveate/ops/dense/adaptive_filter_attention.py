@@ -6,7 +6,8 @@ Attention as an Adaptive Filter (2025), arXiv 2509.04154.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Self, final
+from dataclasses import replace
+from typing import Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from foveate.ops.base.framed import Framed, Tokens
 from foveate.ops.functional import rotary
 from foveate.ops.functional.heads import per_query_head
 from foveate.ops.functional.linear_sde import EPS, Dynamics, fixed
-from foveate.ops.operator import Pattern
+from foveate.ops.operator import CAUSAL_PATTERNS
 
 
 @final
@@ -63,9 +64,7 @@ class AdaptiveFilterAttention(Framed):
         ShapeError: a call of another size, or times of another shape.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
-    default_scale: ClassVar[float | None] = 1.0
-    inputs: ClassVar[frozenset[str]] = frozenset({"t"})
+    capabilities = replace(Framed.capabilities, patterns=CAUSAL_PATTERNS, default_scale=1.0, inputs=frozenset({"t"}))
 
     def __init__(
         self, heads: int, head_dim: int, value_dim: int | None = None, *, robust: bool = True,
@@ -88,7 +87,7 @@ class AdaptiveFilterAttention(Framed):
             raise OptionError(f"value_dim={value_dim} must be head_dim={head_dim} unless separate=True")
         self.heads, self.head_dim, self.value_dim = heads, head_dim, value_dim
         self.robust, self.residual, self.rotate_values = robust, residual, rotate_values
-        self.has_weights = not rotate_values  # type: ignore[misc]
+        self._declare(has_weights=not rotate_values)
         numbers = {"mu": mu, "sigma2": sigma2, "eta2": eta2, "gamma2": gamma2}
         own = (omega, length, variant, generator)
         self.key_dynamics = Dynamics(heads, head_dim, numbers, *own)
@@ -188,7 +187,7 @@ class _Filter:
     def normalize(self, logits: Tensor, at: Tile) -> Tensor:
         return safe_softmax(logits) * self.op.value_dynamics.decay(self._gap(at).to(logits.dtype))
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         return width
 
     def _gap(self, at: Tile) -> Tensor:

@@ -6,6 +6,7 @@ Attention Approximates Sparse Distributed Memory (2021), arXiv 2111.05498.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from math import comb
 from typing import Literal, Self, final
@@ -54,7 +55,7 @@ class SparseDistributedMemory(Scored):
         ShapeError: vectors of another width than n, in the modes of bits.
     """
 
-    default_scale = 1.0
+    capabilities = replace(Scored.capabilities, default_scale=1.0)
 
     def __init__(
         self, n: int = 64, radius: int = 11, mode: Literal["continuous", "binary", "neurons"] = "continuous", *,
@@ -85,7 +86,7 @@ class SparseDistributedMemory(Scored):
             return scale * _log_counts(self.n, self.radius).to(q)[((self.n - q @ k.mT) / 2).long()]
         return scale * (self._active(q) @ self._active(k).mT).log()
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         return len(self.addresses) if self.mode == "neurons" else width
 
     def _active(self, signs: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n r"]:

@@ -6,17 +6,16 @@ An Attentive Survey of Attention Models (2019), arXiv 1904.02874.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Self, final
+from typing import Self, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import masks, validate
-from foveate.core.call import Problem
-from foveate.core.engines import reference
+from foveate.core.call import AttentionCall
 from foveate.core.errors import OptionError
 from foveate.core.scoring import SOFTMAX, Scoring, Tile, dot_product
 from foveate.ops.base.kv_cached import Cached
@@ -70,28 +69,22 @@ class SurveyAttention(Cached):
             self.alignment = alignment
         else:
             self.alignment = alignments.make_alignment(alignment, heads=heads, head_dim=head_dim, **options)
-        self.default_scale = self.alignment.default_scale
         self.distribution, self.generator = distribution, generator
         self._distribute = _distribution(distribution, alpha, generator)
-        self.steps: Literal["exact", "own"] = "own" if distribution == "sample" else "exact"
+        self._declare(
+            default_scale=self.alignment.default_scale, streaming="own" if distribution == "sample" else "exact"
+        )
         if sigma is not None and window is None:
             raise OptionError(f"sigma={sigma!r} needs a window")
         if window is not None and (heads is None or head_dim is None):
             raise OptionError(f"window={window!r} needs heads and head_dim")
         self.local = None if window is None else LocalWindow(heads, head_dim, window, sigma)
 
-    def _problem(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Problem:
-        self.alignment.check(q, k.shape[2])
-        scoring = self._scoring(q, k.shape[2], causal)
-        q, k = self.alignment.prepare(q, masks.without_hidden(k, mask))
-        return Problem(q, k, v, scale, mask, causal, scoring=scoring)
-
-    def _weights(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Tensor:
-        return reference.weights(self._problem(q, k, k, mask, causal, scale))
+    def _prepared(self, call: AttentionCall) -> AttentionCall:
+        self.alignment.check(call.q, call.n_keys)
+        scoring = self._scoring(call.q, call.n_keys, call.causal)
+        q, k = self.alignment.prepare(call.q, masks.without_hidden(call.k, call.mask))
+        return replace(call, q=q, k=k, scoring=scoring)
 
     def _scoring(self, q: Tensor, n_keys: int, causal: bool) -> Scoring:
         """What a call predicts or draws is made once, so that engines which compute twice see the same."""
@@ -146,8 +139,8 @@ class _Call:
         weights = self.op._distribute(logits, *drawn)
         return weights if self.centre is None else self.op.local.dampen(weights, _rows(self.centre, at), at.cols)
 
-    def products(self, width: int) -> int:
-        return self.op.alignment.products(width)
+    def score_macs(self, width: int) -> int:
+        return self.op.alignment.score_macs(width)
 
 
 def _rows(x: Float[Tensor, "b h q"], at: Tile) -> Float[Tensor, "b h q"]:

@@ -6,7 +6,8 @@ GTA: A Geometry-Aware Attention Mechanism for Multi-View Transformers (2023), ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Self, final
+from dataclasses import replace
+from typing import Self, final
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class GTA(Framed):
         ShapeError: another width than `head_dim`, or inputs of another shape.
     """
 
-    inputs: ClassVar[frozenset[str]] = frozenset({"poses", "coords", "poses_q", "coords_q"})
+    capabilities = replace(Framed.capabilities, inputs=frozenset({"poses", "coords", "poses_q", "coords_q"}))
 
     def __init__(
         self, head_dim: int, dims: Mapping[str, int] | None = None, *, axes: int = 2, base: float | None = None,
@@ -82,7 +83,7 @@ class GTA(Framed):
         self.dims = {name: dims[name] for name in KINDS if dims.get(name)}
         self.head_dim, self.axes, self.grid, self.euclid = head_dim, axes, grid, euclid
         self.v_transform = v_transform
-        self.has_weights = not v_transform  # type: ignore[misc]
+        self._declare(has_weights=not v_transform)
         count = dims.get("so2", 0) // (2 * axes)
         self.base = base
         self.rates = groups.octaves(count) if base is None or not count else rotary.rotary_frequencies(2 * count, base)

@@ -5,6 +5,7 @@ Effective Approaches to Attention-based Neural Machine Translation (2015), arXiv
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, Self, final
 
 import torch
@@ -17,7 +18,6 @@ from foveate.core.scoring import Tile, dot_product, safe_softmax
 from foveate.ops.base.scored import Scored
 from foveate.ops.functional import local_window as location
 from foveate.ops.functional.additive_score import pair_score
-from foveate.ops.operator import MaskKind, Pattern
 
 
 @final
@@ -49,10 +49,13 @@ class LuongAttention(Scored):
     with "local_p"; "location" is for "global" only.
     """
 
-    patterns: frozenset[Pattern] = frozenset({"self", "cross"})
-    masks: frozenset[MaskKind] = frozenset({"keys"})
-    steps = None
-    default_scale = 1.0
+    capabilities = replace(
+        Scored.capabilities,
+        patterns=frozenset({"self", "cross"}),
+        masks=frozenset({"keys"}),
+        streaming=None,
+        default_scale=1.0,
+    )
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class LuongAttention(Scored):
         if mode == "local_p":
             self.w_place, self.v_place = _weight(heads, head_dim, hidden), _weight(heads, hidden)
         if mode == "local_m":
-            self.inputs = frozenset({"t"})
+            self._declare(inputs=frozenset({"t"}))
 
     @property
     def is_plain(self) -> bool:
@@ -117,7 +120,7 @@ class LuongAttention(Scored):
             return logits
         return location.cut(logits, place, self.centre(q, at, **context), self.window)
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         return self.v_score.shape[-1] if self.kind == "concat" else width
 
     def normalize(self, logits: Tensor, at: Tile, **context: Tensor) -> Float[Tensor, "b h q k"]:

@@ -6,7 +6,7 @@ Attention: Marginal Probability is All You Need? (2023), arXiv 2304.04556.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self, final
 
 import torch
@@ -15,13 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks, validate
-from foveate.core.call import Problem
-from foveate.core.engines import reference
+from foveate.core.call import AttentionCall
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import SOFTMAX, Tile, dot_product
 from foveate.ops.base.kv_cached import Cached
 from foveate.ops.functional import normalizers as distribution
-from foveate.ops.operator import Pattern
 
 #: The most joint states that `enumerate_edges` will go through.
 STATES = 1 << 16
@@ -63,34 +61,28 @@ class MarginalAttention(Cached):
             raise OptionError(f'estimate="sample" draws from a generator, and no other does; got estimate="{estimate}"')
         self.potential, self.estimate, self.axis, self.generator = potential, estimate, axis, generator
         if axis == "slot":
-            self.patterns: frozenset[Pattern] = frozenset({"self", "cross"})
-        self.steps = None if axis == "slot" else "own" if estimate == "sample" else "exact"
+            self._declare(patterns=frozenset({"self", "cross"}), streaming=None)
+        elif estimate == "sample":
+            self._declare(streaming="own")
 
-    def _problem(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Problem:
-        q, k = self._joined(q, masks.without_hidden(k, mask))
+    def _prepared(self, call: AttentionCall) -> AttentionCall:
+        q, k = self._joined(call.q, masks.without_hidden(call.k, call.mask))
         if self.axis == "key":
             drawn = None if self.estimate != "sample" else self._uniform(q.shape[:3], q.device)
             scoring = SOFTMAX if self.estimate == "mean" else _HardKeys(drawn)
-            return Problem(q, k, v, scale, mask, causal, scoring=scoring)
-        logits = _logits(q, k, mask, scale)
+            return replace(call, q=q, k=k, scoring=scoring)
+        logits = _logits(q, k, call.mask, call.scale)
         if self.estimate == "mean":  # shares that keys give to slots: softmax over slots, as a bias on the keys
-            return Problem(q, k, v, scale, masks.combine(mask, -_evidence(logits, -2)), causal)
+            return replace(call, q=q, k=k, mask=masks.combine(call.mask, -_evidence(logits, -2)))
         columns = logits.mT
         if self.estimate == "map":
             chosen = columns.argmax(-1)
         else:
             chosen = distribution.sample(columns, self._uniform(columns.shape[:3], q.device)).argmax(-1)
-        allowed = None if mask is None else masks.allowed(mask)
-        return Problem(q, k, v, scale, allowed, causal, scoring=_HardSlots(chosen))
+        allowed = None if call.mask is None else masks.allowed(call.mask)
+        return replace(call, q=q, k=k, mask=allowed, scoring=_HardSlots(chosen))
 
-    def _weights(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Tensor:
-        return reference.weights(self._problem(q, k, k, mask, causal, scale))
-
-    def choice_products(self, q: Tensor, k: Tensor, causal: bool) -> int:
+    def selection_macs(self, q: Tensor, k: Tensor, causal: bool) -> int:
         """By slot, all pairs are scored before any query reads: keys have to know who else asks."""
         width = q.shape[3] + (0 if self.potential == "dot" else 2)
         return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * width if self.axis == "slot" else 0
@@ -100,8 +92,8 @@ class MarginalAttention(Cached):
         mask: Tensor | None = None, scale: float | None = None,
     ) -> Float[Tensor, "b h n"]:  # fmt: skip
         """`log sum prior psi` over what the latent edge may be: of each query, or by slot of each key (none: 0)."""
-        self._check(q, k, k, mask, False)
-        logits = _logits(*self._joined(q, masks.without_hidden(k, mask)), mask, self._scale(scale, q))
+        call = self._call(q, k, k, mask, False, scale)
+        logits = _logits(*self._joined(q, masks.without_hidden(k, mask)), mask, call.scale)
         dim = -1 if self.axis == "key" else -2
         return _evidence(logits, dim).squeeze(dim)
 
@@ -154,7 +146,7 @@ class _HardKeys:
             return distribution.argmax(logits)
         return distribution.sample(logits, self.uniform[:, :, at.rows - (at.n_keys - at.n_queries)])
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         return width
 
 
@@ -176,8 +168,8 @@ class _HardSlots:
     def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
         return SOFTMAX.normalize(logits, at)
 
-    def products(self, width: int) -> int:
-        return 0  # see `choice_products`
+    def score_macs(self, width: int) -> int:
+        return 0  # see `selection_macs`
 
 
 def expectation_maximisation(

@@ -6,12 +6,10 @@ Self-attention Does Not Need O(n²) Memory (2021), arXiv 2112.05682.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Self, final
-
-from torch import Tensor
+from typing import Self, final
 
 from foveate.core import validate
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.ops.base.scored import Scored
 
 
@@ -37,7 +35,7 @@ class MemoryEfficientAttention(Scored):
         OptionError: a chunk that is no whole number, or below 1.
     """
 
-    engines: ClassVar[tuple[str, ...]] = ("chunked", "reference")
+    capabilities = replace(Scored.capabilities, engines=("chunked", "reference"))
 
     def __init__(self, q_chunk: int = 1024, k_chunk: int = 4096) -> None:
         super().__init__()
@@ -45,11 +43,8 @@ class MemoryEfficientAttention(Scored):
         validate.count("k_chunk", k_chunk, 1)
         self.q_chunk, self.k_chunk = q_chunk, k_chunk
 
-    def _problem(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Problem:
-        problem = super()._problem(q, k, v, mask, causal, scale, **inputs)
-        return replace(problem, chunk=(self.q_chunk, self.k_chunk))
+    def _prepared(self, call: AttentionCall) -> AttentionCall:
+        return replace(super()._prepared(call), chunk=(self.q_chunk, self.k_chunk))
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:

@@ -6,19 +6,20 @@ Monotonic Location Attention for Length Generalization (2023), arXiv 2305.20019.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal, NamedTuple, Self, final
+from dataclasses import replace
+from typing import Literal, NamedTuple, Self, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from foveate.core import masks, validate
-from foveate.core.call import Plan, Problem, cost
+from foveate.core.call import AttentionCall, Plan, cost
 from foveate.core.errors import ShapeError
 from foveate.core.scoring import safe_softmax
-from foveate.ops.functional.heads import accumulating, engine_of, per_query_head
+from foveate.ops.functional.heads import accumulating, per_query_head
 from foveate.ops.functional.local_window import log_bell, places
-from foveate.ops.operator import MaskKind, Operator, Pattern
+from foveate.ops.operator import Capabilities, Operator
 
 #: The smallest width of the bell and the sharpness of the stairs, in source tokens and as in the release.
 NARROWEST, SHARPNESS = 0.27, 20.0
@@ -60,10 +61,9 @@ class MonotonicLocationAttention(Operator):
     here each head its own. The older location attention that the paper starts from (leaky clamp, gates) is left out.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "cross"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    engines: ClassVar[tuple[str, ...]] = ("recurrent",)
-    steps = None
+    capabilities = Capabilities(
+        patterns=frozenset({"self", "cross"}), masks=frozenset({"keys"}), engines=("recurrent",), streaming=None
+    )
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class MonotonicLocationAttention(Operator):
         validate.one_of("mix", mix, (True, False))
         validate.one_of("past", past, ("mixed", "location"))
         self.heads, self.head_dim, self.step_kind, self.past = heads, head_dim, step, past
-        self.reads_keys = mix
+        self._declare(reads_keys=mix)
         self.position = nn.Parameter(torch.empty(heads, head_dim, head_dim))
         self.position_bias = nn.Parameter(torch.empty(heads, head_dim))
         self.w_sigma, self.w_rho = (nn.Parameter(torch.empty(heads, head_dim, 1)) for _ in range(2))
@@ -106,20 +106,19 @@ class MonotonicLocationAttention(Operator):
         scale: float | None = None,
     ) -> tuple[Float[Tensor, "b hq nq dv"], Float[Tensor, "b hq 1"]]:
         """A call that goes on from the place `past` (None: the start), and the place where it ends: for decoders."""
-        self._check(q, k, v, mask, False)
+        call = self._call(q, k, v, mask, False, scale)
         if past is not None and past.shape != (*q.shape[:2], 1):
             raise ShapeError(f"past must be (B, Hq, 1)={(*q.shape[:2], 1)}; got {tuple(past.shape)}")
-        return self._walk(q, k, v, past, mask, self._scale(scale, q))
+        return self._walk(call, past)
 
-    def _walk(
-        self, q: Tensor, k: Tensor, v: Tensor, past: Tensor | None, mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        source, wide = _Source.of(q, k, v, mask), accumulating(q.dtype)
+    def _walk(self, call: AttentionCall, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        q = call.q
+        source, wide = _Source.of(q, call.k, call.v, call.mask), accumulating(q.dtype)
         past, out = q.new_zeros(*q.shape[:2], 1, dtype=wide) if past is None else past.to(wide), []
-        for intent in self._intents(q.to(wide), source, scale):
+        for intent in self._intents(q.to(wide), source, call.scale):
             weights, past = self._look(intent, source, past)
             out.append((weights[:, :, None] @ source.v)[:, :, 0])
-        return torch.stack(out, 2).to(q.dtype), past
+        return (torch.stack(out, 2).to(q.dtype) if out else call.no_output), past
 
     def _intents(self, q: Float[Tensor, "b h n d"], source: _Source, scale: float) -> Iterator[_Intent]:
         """What each query makes up its mind about, wherever it stands."""
@@ -157,31 +156,19 @@ class MonotonicLocationAttention(Operator):
 
     # -- the seam ------------------------------------------------------------------------------------------------------
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str,
-        **inputs: Tensor,
-    ) -> Tensor:  # fmt: skip
-        engine_of(self, engine)
-        if q.shape[2] == 0:
-            return q.new_zeros(*q.shape[:3], v.shape[3])
-        return self._walk(q, k, v, None, mask, scale)[0]
+    def _attend(self, call: AttentionCall) -> Tensor:
+        self._engine(call)
+        if call.n_queries == 0:
+            return call.no_output
+        return self._walk(call, None)[0]
 
-    def _weights(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Tensor:
+    def _weights(self, call: AttentionCall) -> Tensor:
+        k = call.k
         one_hot = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
-        return self._walk(q, k, one_hot, None, mask, scale)[0]
+        return self._walk(replace(call, v=one_hot), None)[0]
 
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
-    ) -> Plan:
-        return cost(Problem(q, k, v, scale, mask), engine_of(self, engine), "a query starts where the last one looked")
-
-    def _init_state(self, *sizes: Any) -> Any:
-        raise NotImplementedError
-
-    def _step(self, *call: Any, **inputs: Tensor) -> Any:
-        raise NotImplementedError
+    def _plan(self, call: AttentionCall) -> Plan:
+        return cost(call, self._engine(call), "a query starts where the last one looked")
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:

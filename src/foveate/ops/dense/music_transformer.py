@@ -5,6 +5,7 @@ Music Transformer (2018), arXiv 1809.04281.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, Self, final
 
 import torch
@@ -17,7 +18,7 @@ from foveate.core.scoring import Tile, dot_product
 from foveate.core.selection import Blocks, Selection
 from foveate.ops.base.scored import Scored
 from foveate.ops.functional import relative_position as relative
-from foveate.ops.operator import Pattern
+from foveate.ops.operator import CAUSAL_PATTERNS
 
 
 @final
@@ -45,7 +46,7 @@ class MusicTransformer(Scored):
     place_j`, clipped.
     """
 
-    patterns: frozenset[Pattern] = frozenset({"causal self", "causal cross"})
+    capabilities = replace(Scored.capabilities, patterns=CAUSAL_PATTERNS)
 
     def __init__(
         self,
@@ -75,9 +76,9 @@ class MusicTransformer(Scored):
             {name: self._table(heads, 2 * span - 1, head_dim) for name, span in spans.items() if span is not None}
         )
         if block is not None:
-            self.growth = "N"
+            self._declare(growth="N")
         if self.grid:
-            self.inputs, self.steps = frozenset(self.grid), None
+            self._declare(inputs=frozenset(self.grid), streaming=None)
 
     def score(self, q: Tensor, k: Tensor, scale: float, at: Tile, **grid: Tensor) -> Float[Tensor, "b h q k"]:
         heads, width = self.heads, self.table.shape[-1]
@@ -93,7 +94,7 @@ class MusicTransformer(Scored):
             logits = logits + _by_difference(q, self.grid[name].to(q), difference)
         return logits
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         return width * (2 + len(self.grid))
 
     def embeddings(self, distance: Int[Tensor, "..."]) -> Float[Tensor, "h ... d"]:

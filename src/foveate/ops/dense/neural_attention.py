@@ -5,7 +5,8 @@ Neural Attention: A Novel Mechanism for Enhanced Expressive Power in Transformer
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self, final
+from dataclasses import replace
+from typing import Literal, Self, final
 
 import torch
 from jaxtyping import Float
@@ -44,7 +45,7 @@ class NeuralAttention(Scored):
     1,500 steps) dot products learned faster: the paper's gain in perplexity is not among what the tests could show.
     """
 
-    default_scale: ClassVar[float | None] = 1.0
+    capabilities = replace(Scored.capabilities, default_scale=1.0)
 
     def __init__(
         self, head_dim: int, proj_dim: int | None = None, *, layers: Literal[1, 2] = 2,
@@ -82,7 +83,7 @@ class NeuralAttention(Scored):
             inside = act(_linear(inside, self.hidden.weight, self.hidden.bias))
         return _linear(inside, self.last.weight, self.last.bias).squeeze(-1) * scale
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         inner = 0 if self.hidden is None else self.hidden.weight.numel()
         return inner + self.last.in_features
 

@@ -5,17 +5,18 @@ Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self, final
+from dataclasses import replace
+from typing import Self, final
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from foveate.core import masks, validate
-from foveate.core.call import Plan
+from foveate.core.call import AttentionCall, Plan
 from foveate.core.scoring import safe_softmax
-from foveate.ops.functional.heads import accumulating, engine_of, per_query_head
-from foveate.ops.operator import Operator, Pattern
+from foveate.ops.functional.heads import accumulating, per_query_head
+from foveate.ops.operator import Operator
 
 
 @final
@@ -36,23 +37,20 @@ class ReversedAttention(Operator):
     A mask says which key may send to which query; one of kind "keys" says which may send at all.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "cross"})
-    steps: ClassVar[None] = None
-    engines: ClassVar[tuple[str, ...]] = ("chunked", "reference")
+    capabilities = replace(
+        Operator.capabilities, patterns=frozenset({"self", "cross"}), streaming=None, engines=("chunked", "reference")
+    )
 
     def __init__(self, block: int = 256) -> None:
         super().__init__()
         validate.count("block", block, 1)
         self.block = block
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str,
-        **inputs: Tensor,
-    ) -> Tensor:  # fmt: skip
-        dtype = q.dtype
-        size = self.block if engine_of(self, engine) == "chunked" else max(k.shape[2], 1)
-        v = per_query_head(masks.without_hidden(v, mask), q.shape[1]).to(accumulating(v.dtype))
-        q, k = _wide(q, k, mask, scale)
+    def _attend(self, call: AttentionCall) -> Tensor:
+        mask, heads = call.mask, call.q.shape[1]
+        size = self.block if self._engine(call) == "chunked" else max(call.n_keys, 1)
+        v = per_query_head(masks.without_hidden(call.v, mask), heads).to(accumulating(call.v.dtype))
+        q, k = _wide(call)
         out = v.new_zeros(*q.shape[:3], v.shape[3])
         wanted = any(x is not None and x.requires_grad for x in (q, k, v, mask))
         again = size < k.shape[2] and wanted and torch.is_grad_enabled()
@@ -60,37 +58,26 @@ class ReversedAttention(Operator):
             at = slice(start, start + size)
             part = k[:, :, at], v[:, :, at], None if mask is None else masks.columns_of(mask, at)
             out = out + (checkpoint(_sent, q, *part, use_reentrant=False) if again else _sent(q, *part))
-        return out.to(dtype)
+        return out.to(call.q.dtype)
 
-    def _weights(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Tensor:
-        return _shares(*_wide(q, k, mask, scale), mask).mT.to(q.dtype)
+    def _weights(self, call: AttentionCall) -> Tensor:
+        return _shares(*_wide(call), call.mask).mT.to(call.q.dtype)
 
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
-    ) -> Plan:
-        why = "asked for" if engine != "auto" else "each key needs its scores with all queries at once"
-        b, h, nq, width = q.shape
-        flops = 2 * b * h * nq * k.shape[2] * (width + v.shape[3])
-        traffic = q.numel() + k.numel() + v.numel() + b * h * nq * v.shape[3]
-        return Plan(engine=engine_of(self, engine), flops=flops, bytes=traffic * q.element_size(), why=why)
-
-    def _init_state(self, *sizes: Any) -> Any:
-        raise NotImplementedError
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, scale: float, **inputs: Tensor) -> tuple[Tensor, Any]:
-        raise NotImplementedError
+    def _plan(self, call: AttentionCall) -> Plan:
+        why = "asked for" if call.engine != "auto" else "each key needs its scores with all queries at once"
+        b, h, nq, width = call.q.shape
+        flops = 2 * b * h * nq * call.n_keys * (width + call.v.shape[3])
+        return Plan(engine=self._engine(call), flops=flops, bytes=call.traffic, why=why)
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
         return cls(block=max(1, length // 3))
 
 
-def _wide(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _wide(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Scaled queries, and keys with one head to each of theirs, free of what nobody may see."""
-    wide = accumulating(q.dtype)
-    return q.to(wide) * scale, per_query_head(masks.without_hidden(k, mask), q.shape[1]).to(wide)
+    wide, heads = accumulating(call.q.dtype), call.q.shape[1]
+    return call.q.to(wide) * call.scale, per_query_head(masks.without_hidden(call.k, call.mask), heads).to(wide)
 
 
 def _sent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

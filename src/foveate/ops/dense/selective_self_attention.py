@@ -6,6 +6,7 @@ Selective Attention: Enhancing Transformer through Principled Context Control (2
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal, Self, final
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.ops.base.scored import Scored
-from foveate.ops.operator import Pattern
+from foveate.ops.operator import CAUSAL_PATTERNS
 
 
 @final
@@ -44,7 +45,7 @@ class SelectiveSelfAttention(Scored):
     The paper's system is a layer; as it acts on q and v alone, it is an operator here, for any layer to use.
     """
 
-    patterns: frozenset[Pattern] = frozenset({"causal self", "causal cross"})
+    capabilities = replace(Scored.capabilities, patterns=CAUSAL_PATTERNS)
 
     def __init__(
         self,

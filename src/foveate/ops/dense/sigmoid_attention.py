@@ -50,7 +50,7 @@ class SigmoidAttention(Scored):
         validate.one_of("variant", variant, ("paper", "release"))
         self.bias, self.alibi, self.variant = bias, alibi, variant
         if bias == "-log n":
-            self.steps = None
+            self._declare(streaming=None)
 
     def score(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
         logits = dot_product(q, k, scale)

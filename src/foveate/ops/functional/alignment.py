@@ -44,7 +44,7 @@ class Alignment(nn.Module):
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
         return q @ k.mT
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         """Multiply-adds in the score of one pair of vectors of `width` numbers."""
         return width
 
@@ -157,7 +157,7 @@ class Pairwise(Learned):
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
         return pair_score(*self.project(q, k), self.w, self.act)
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         return self.hidden
 
 
@@ -202,7 +202,7 @@ class Deep(Additive):
             hidden = self.act(hidden @ w.mT[:, None] + b[:, None, None])
         return read_out(hidden, self.w) + self.b_out[:, None, None]
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         return self.hidden * (1 + len(self.layers) * self.hidden)
 
 
@@ -237,7 +237,7 @@ class Feature(Pairwise):
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
         return self.own(k)[:, :, None].expand(-1, -1, q.shape[2], -1)
 
-    def products(self, width: int) -> int:
+    def score_macs(self, width: int) -> int:
         return 0  # a key's logit is made once
 
 

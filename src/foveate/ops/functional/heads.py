@@ -1,25 +1,9 @@
-"""What the recurrent families do with a call before they compute it: one head count, one wide dtype, a known engine."""
+"""Head and dtype helpers of the families: one head count for q, k and v, and a dtype that is wide enough for sums."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-from foveate.core.errors import UnsupportedEngine
-
-if TYPE_CHECKING:
-    from foveate.ops.operator import Operator
-
-
-def engine_of(op: Operator, engine: str) -> str:
-    """The engine that runs a call: the operator's first one for "auto"."""
-    if engine == "auto":
-        return op.engines[0]
-    if engine not in op.engines:
-        raise UnsupportedEngine(f'engine="{engine}" cannot run {op.name}; it runs on auto, {", ".join(op.engines)}')
-    return engine
 
 
 def per_query_head(x: Tensor, heads: int) -> Tensor:

@@ -6,7 +6,7 @@ Attention as an RNN (2024), arXiv 2405.13956.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self, final
 
 import torch
@@ -14,14 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core import masks as mask_algebra, online_softmax as online, validate
-from foveate.core.call import Plan
+from foveate.core.call import AttentionCall, Plan, StateSizes
 from foveate.core.errors import OptionError
 from foveate.core.online_softmax import Partial
 from foveate.core.readable import known
 from foveate.core.scoring import safe_softmax
+from foveate.ops.base.streaming import Streaming
 from foveate.ops.functional import causal
-from foveate.ops.functional.heads import accumulating, engine_of, per_query_head
-from foveate.ops.operator import Growth, MaskKind, Operator, Pattern
+from foveate.ops.functional.heads import accumulating, per_query_head
+from foveate.ops.operator import CAUSAL_PATTERNS
 
 Form = Literal["scan", "recurrent", "reference"]
 
@@ -43,7 +44,7 @@ class AarenState:
 
 
 @final
-class Aaren(Operator):
+class Aaren(Streaming):
     """`out_t = softmax(scale q . k_{<= t}) v_{<= t}` with one q for all t: exact softmax attention, as an RNN.
 
     O(N D) time in all and a constant state, since a new token changes no score of an old one. That is paid for: no
@@ -63,76 +64,67 @@ class Aaren(Operator):
         OptionError: an unknown `query`, or rows of q that differ.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    engines: ClassVar[tuple[str, ...]] = ("scan", "recurrent", "reference")
+    capabilities = replace(
+        Streaming.capabilities,
+        patterns=CAUSAL_PATTERNS,
+        masks=frozenset({"keys"}),
+        engines=("scan", "recurrent", "reference"),
+        growth="N",
+    )
     state_type: ClassVar[type] = AarenState
-    growth: ClassVar[Growth] = "N"
 
     def __init__(self, query: Literal["same", "first"] = "same") -> None:
         super().__init__()
         validate.one_of("query", query, ("same", "first"))
         self.query = query
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str,
-        **inputs: Tensor,
-    ) -> Tensor:  # fmt: skip
-        engine = engine_of(self, engine)
-        if q.shape[2] == 0:
-            return q.new_zeros(*q.shape[:3], v.shape[3])
-        scores, values = self._scored(q, k, v, mask, scale)
-        return prefix_attention(scores, values, engine)[:, :, k.shape[2] - q.shape[2] :].to(q.dtype)
+    def _attend(self, call: AttentionCall) -> Tensor:
+        engine = self._engine(call)
+        if call.n_queries == 0:
+            return call.no_output
+        out = prefix_attention(*self._scored(call), engine)
+        return out[:, :, call.n_keys - call.n_queries :].to(call.q.dtype)
 
-    def _weights(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, **inputs: Tensor
-    ) -> Tensor:
-        scores, _ = self._scored(q, k, k, mask, scale)
-        return _matrix(scores)[:, :, k.shape[2] - q.shape[2] :].to(q.dtype)
+    def _weights(self, call: AttentionCall) -> Tensor:
+        scores, _ = self._scored(call)
+        return _matrix(scores)[:, :, call.n_keys - call.n_queries :].to(call.q.dtype)
 
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, engine: str
-    ) -> Plan:
-        why = "asked for" if engine != "auto" else "one question for all: linear in the length"
-        engine, (b, h, nq, d), (nk, dv) = engine_of(self, engine), q.shape, v.shape[2:]
+    def _plan(self, call: AttentionCall) -> Plan:
+        why = "asked for" if call.engine != "auto" else "one question for all: linear in the length"
+        engine, (b, h, _, d), (nk, dv) = self._engine(call), call.q.shape, call.v.shape[2:]
         merges = {"scan": math.ceil(math.log2(BLOCK)) + 1, "recurrent": 1, "reference": nk / 2}[engine]
-        traffic = q.numel() + k.numel() + v.numel() + b * h * nq * dv
         flops = b * h * nk * (2 * d + int(merges * 4 * (dv + 1)))
-        return Plan(engine=engine, flops=flops, bytes=traffic * q.element_size(), why=why)
+        return Plan(engine=engine, flops=flops, bytes=call.traffic, why=why)
 
-    def _init_state(
-        self, batch: int, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype,
-        device: torch.device,
-    ) -> AarenState:  # fmt: skip
-        zero = torch.zeros(batch, heads, 1, 1, dtype=accumulating(dtype), device=device)
-        return AarenState(Partial(zero + mask_algebra.NEVER, zero, zero.expand(-1, -1, -1, value_dim)))
+    def _init_state(self, sizes: StateSizes) -> AarenState:
+        zero = torch.zeros(sizes.batch, sizes.heads, 1, 1, dtype=accumulating(sizes.dtype), device=sizes.device)
+        return AarenState(Partial(zero + mask_algebra.NEVER, zero, zero.expand(-1, -1, -1, sizes.value_dim)))
 
-    def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: AarenState, scale: float, **inputs: Tensor
-    ) -> tuple[Tensor, AarenState]:
-        asked = q if state.query is None else self._asked(torch.cat([state.query, q], 2))
-        scores, values = self._scored(asked, k, v, None, scale)
+    def _step(self, call: AttentionCall, state: AarenState) -> tuple[Tensor, AarenState]:
+        asked = call.q if state.query is None else self._asked(torch.cat([state.query, call.q], 2))
+        scores, values = self._scored(replace(call, q=asked))
         part = combine(state.part, online.partial(scores[..., None], values))
-        return online.finish(part).to(q.dtype), AarenState(part, asked)
+        return online.finish(part).to(call.q.dtype), AarenState(part, asked)
 
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **inputs: Tensor) -> tuple[Tensor, AarenState]:
-        out = self._attend(q, k, v, None, True, scale, "auto")
-        if q.shape[2] == 0:
-            return out, self._init_state(*q.shape[:2], k.shape[1], k.shape[3], v.shape[3], q.dtype, q.device)
-        scores, values = self._scored(q, k, v, None, scale)
-        return out, AarenState(online.partial(scores[:, :, None], values), self._asked(q))
+    def _prefill(self, call: AttentionCall, state: AarenState | None) -> tuple[Tensor, AarenState]:
+        if state is not None:
+            return super()._prefill(call, state)
+        out = self._attend(call)
+        if call.n_queries == 0:
+            return out, self._init_state(StateSizes.of(call))
+        scores, values = self._scored(call)
+        return out, AarenState(online.partial(scores[:, :, None], values), self._asked(call.q))
 
     def _asked(self, q: Tensor) -> Float[Tensor, "b h 1 d"]:
         if self.query == "same" and known((q == q[:, :, :1]).all()) is False:
             raise OptionError('q must be the same in every row, as Aaren asks one question; or query="first"')
         return q[:, :, :1]
 
-    def _scored(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-    ) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n dv"]]:
+    def _scored(self, call: AttentionCall) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n dv"]]:
         """Scores of all keys, -inf where they are masked, and values."""
-        wide, heads = accumulating(q.dtype), q.shape[1]
-        q, k, v = self._asked(q).to(wide), per_query_head(k, heads).to(wide), per_query_head(v, heads).to(wide)
+        wide, heads, mask, scale = accumulating(call.q.dtype), call.q.shape[1], call.mask, call.scale
+        q = self._asked(call.q).to(wide)
+        k, v = per_query_head(call.k, heads).to(wide), per_query_head(call.v, heads).to(wide)
         if mask is None:
             return (q * scale @ k.mT)[:, :, 0], v
         hidden = ~mask_algebra.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]

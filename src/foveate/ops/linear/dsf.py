@@ -6,7 +6,7 @@ arXiv 2405.15731. The framework itself is `foveate.ops.functional.state_space`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -19,9 +19,10 @@ from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.ops.base.kv_state import KVState
 from foveate.ops.base.linear import Linear
 from foveate.ops.base.state_size import tensors
+from foveate.ops.base.streaming import Streaming
 from foveate.ops.functional import state_space
 from foveate.ops.functional.state_space import StateSpace
-from foveate.ops.operator import Gate, Operator, Pattern
+from foveate.ops.operator import CAUSAL_PATTERNS, Gate, Operator
 
 Activation = Literal["exp", "softplus", "sigmoid"]
 Equivalent = Literal["linear attention", "normalised linear attention", "SSD", "normalised SSD", "diagonal SSM"]
@@ -50,9 +51,7 @@ class NormalisedAttention(Linear):
         ShapeError: eta of another shape.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
-    inputs: ClassVar[frozenset[str]] = frozenset({"eta"})
-    default_scale: ClassVar[float | None] = 1.0
+    capabilities = replace(Linear.capabilities, patterns=CAUSAL_PATTERNS, inputs=frozenset({"eta"}), default_scale=1.0)
     normalised: ClassVar[bool] = False
 
     def __init__(
@@ -63,7 +62,7 @@ class NormalisedAttention(Linear):
         validate.one_of("features", features, ("identity", "elu1"))
         validate.one_of("activation", activation, ("exp", "softplus", "sigmoid"))
         self.features, self.activation = features, activation
-        self.gates = {} if learned else {"eta": Gate(activation, 0.0, of="query")}  # type: ignore[misc]
+        self._declare(gates={} if learned else {"eta": Gate(activation, 0.0, of="query")})
         self.weight = self.bias = None
         if learned is not None:
             for name, size in zip(("learned heads", "learned head_dim"), learned, strict=True):
@@ -137,10 +136,10 @@ def to_dsf(op: Operator, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None
     """
     if not isinstance(op, Linear):
         raise UnsupportedPattern(f"{op.name} has no linear state: only the linear family is a sum of features")
-    op._check(q, k, v, None, True, inputs)
+    call = op._call(q, k, v, None, True, scale, "auto", inputs)
     if q.shape[2] != k.shape[2]:
         raise ShapeError(f"a system has one output per input; got Nq={q.shape[2]}, Nk={k.shape[2]}")
-    fq, fk, values, decay = op.encoded(q, k, v, None, True, op._scale(scale, q), inputs)
+    fq, fk, values, decay = op.encoded(call)
     if op.normalised:  # what the operator makes of a row that sums to `total` and holds a single 1
         total = state_space.sum_of_weights(fq, fk, decay)
         fq = fq * op.normalise(torch.stack([torch.ones_like(total), total], -1))
@@ -164,5 +163,7 @@ def state_size(op: Operator, head_dim: int, value_dim: int, *, heads: int = 1) -
     Raises:
         UnsupportedPattern: an operator that cannot stream.
     """
+    if not isinstance(op, Streaming):
+        raise UnsupportedPattern(f"{op.name} cannot go one token at a time")
     state = op.init_state(1, heads, heads, head_dim, value_dim)
     return None if isinstance(state, KVState) else sum(x.numel() for x in tensors(state)) // heads

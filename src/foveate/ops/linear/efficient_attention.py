@@ -5,6 +5,7 @@ Efficient Attention: Attention with Linear Complexities (2018), arXiv 1812.01243
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from foveate.core import validate
 from foveate.ops.base.linear import Linear
-from foveate.ops.operator import Pattern
 
 
 @final
@@ -36,9 +36,9 @@ class EfficientAttention(Linear):
         OptionError: an unknown normalizer.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "cross"})
-    steps: ClassVar[Literal["exact", "own"] | None] = None
-    default_scale: ClassVar[float | None] = 1.0
+    capabilities = replace(
+        Linear.capabilities, patterns=frozenset({"self", "cross"}), streaming=None, default_scale=1.0
+    )
     normalised: ClassVar[bool] = False
 
     def __init__(self, normalizer: Literal["softmax", "scaling"] = "softmax") -> None:

@@ -6,6 +6,7 @@ The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import ClassVar, Literal, Self, final
 
 import torch
@@ -47,7 +48,7 @@ class Hedgehog(Linear):
         ShapeError: a call with other heads or another width.
     """
 
-    default_scale: ClassVar[float | None] = 1.0
+    capabilities = replace(Linear.capabilities, default_scale=1.0)
     tokenwise: ClassVar[bool] = True
 
     def __init__(
@@ -64,7 +65,7 @@ class Hedgehog(Linear):
     def key_features(self, k: Tensor, scale: float) -> Tensor:
         return self.key_map(_rooted(k, scale))
 
-    def map_products(self, width: int) -> int:
+    def feature_macs(self, width: int) -> int:
         return width**2
 
     @classmethod

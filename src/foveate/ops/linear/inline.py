@@ -6,6 +6,7 @@ Bridging the Divide: Reconsidering Softmax and Linear Attention (2024), arXiv 24
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar, Literal, Self, final
 
 import torch
@@ -15,7 +16,6 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.ops.base.linear import Linear
-from foveate.ops.operator import Pattern
 
 FeatureMap = Literal["identity", "relu", "leaky_relu", "exp"]
 
@@ -43,8 +43,7 @@ class InLine(Linear):
     A call's `scale` multiplies the products; the `1 / n` that the release folds into it stands apart here.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "cross"})
-    steps: ClassVar[None] = None
+    capabilities = replace(Linear.capabilities, patterns=frozenset({"self", "cross"}), streaming=None)
     normalised: ClassVar[bool] = False
 
     def __init__(self, phi: FeatureMap = "identity") -> None:

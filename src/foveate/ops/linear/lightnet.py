@@ -5,6 +5,7 @@ You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, final
 
 import torch
@@ -31,7 +32,7 @@ class LightNetAttention(Linear):
     `D ** -0.5`, which the norm after it undoes.
     """
 
-    default_scale: ClassVar[float | None] = 1.0
+    capabilities = replace(Linear.capabilities, default_scale=1.0)
     normalised: ClassVar[bool] = False
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:

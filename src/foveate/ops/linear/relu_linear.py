@@ -5,7 +5,8 @@ The Linear Attention Resurrection in Vision Transformer (2025), arXiv 2501.16182
 
 from __future__ import annotations
 
-from typing import ClassVar, Self, final
+from dataclasses import replace
+from typing import Self, final
 
 import torch
 from jaxtyping import Float
@@ -34,7 +35,7 @@ class ReLULinear(Linear):
     The paper's use is bidirectional; the causal form clamps the sum over the keys so far.
     """
 
-    default_scale: ClassVar[float] = 1.0
+    capabilities = replace(Linear.capabilities, default_scale=1.0)
 
     def __init__(self, heads: int, head_dim: int, clamp: float = 100.0, *, temperature: float | None = None) -> None:
         super().__init__()

@@ -7,7 +7,8 @@ It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, final
+from dataclasses import replace
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +74,11 @@ class Miras(Memory):
         ShapeError: a call to an MLP with other heads or widths.
     """
 
-    inputs: ClassVar[frozenset[str]] = frozenset({"alpha", "eta", "theta", "delta"})
-    gates: ClassVar[Mapping[str, Gate]] = {**Memory.gates, "delta": Gate("softplus", 0.0)}
+    capabilities = replace(
+        Memory.capabilities,
+        inputs=frozenset({"alpha", "eta", "theta", "delta"}),
+        gates={**Memory.capabilities.gates, "delta": Gate("softplus", 0.0)},
+    )
 
     def __init__(
         self, bias: Bias = "l2", retention: Retention = "l2", *, p: float = 3.0, q: float = 4.0, delta: float = 1.0,
@@ -94,10 +98,10 @@ class Miras(Memory):
         if retention == "none" and alpha:
             raise OptionError(f'alpha={alpha} decays, and retention="none" does not; use retention="l2"')
         if retention == "none":
-            self.inputs = self.inputs - {"alpha"}  # type: ignore[misc]  # this one takes no decay from a call either
+            self._declare(inputs=self.capabilities.inputs - {"alpha"})  # this one takes no decay from a call either
         if not bias.startswith("huber"):  # nobody would ask for delta, nor train what makes it
-            self.inputs = self.inputs - {"delta"}  # type: ignore[misc]
-            self.gates = {name: gate for name, gate in self.gates.items() if name != "delta"}  # type: ignore[misc]
+            gates = {name: gate for name, gate in self.capabilities.gates.items() if name != "delta"}
+            self._declare(inputs=self.capabilities.inputs - {"delta"}, gates=gates)
         self.linked = retention == "kl" or (retention == "lq" and q != 2)
         self.bias, self.retention = bias, retention
         self.p, self.q, self.mass, self.slices, self.smooth = p, q, mass, slices, smooth

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar, Literal, NamedTuple, Self, final
+from dataclasses import replace
+from typing import Literal, NamedTuple, Self, final
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.core.selection import Indices, Selection
 from foveate.ops.base.selective import Selective
-from foveate.ops.operator import Growth, Pattern
+from foveate.ops.operator import CAUSAL_PATTERNS
 
 #: Elements of keys that one round of the search may hold at a time.
 SLAB = 1 << 23
@@ -34,7 +35,8 @@ class HiP(Selective):
     Args:
         keep: keys for each block of queries; a multiple of `block_k`.
         block_q: queries that share a choice. A causal call never shows a query a later token, but the later queries of
-            its block have a say in what the block keeps (`grain`). When decoding, each query chooses for itself.
+            its block have a say in what the block keeps (`Capabilities.selection_group`). When decoding, each query
+            chooses for itself.
         block_k: keys in the smallest chunk.
         rep: the block that stands for a chunk: its "first" (the authors' v1.1 code) or its "middle" (the paper's text).
         sinks: first keys that are kept besides (v1.1: 256).
@@ -44,9 +46,7 @@ class HiP(Selective):
     Reusing a choice for several decoding steps, and keeping the first layers dense, is up to the host.
     """
 
-    patterns: frozenset[Pattern] = frozenset({"causal self", "causal cross"})
-    growth: ClassVar[Growth] = "N log N"
-    steps = "own"
+    capabilities = replace(Selective.capabilities, patterns=CAUSAL_PATTERNS, growth="N log N", streaming="own")
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class HiP(Selective):
             raise OptionError(f"keep={keep} must be a multiple of block_k={block_k}")
         self.keep, self.block_k, self.rep = keep, block_k, rep
         self.sinks, self.window = sinks, window
-        self.grain = block_q
+        self._declare(selection_group=block_q)
 
     def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
         n_queries, n_keys = q.shape[2], k.shape[2]
@@ -78,7 +78,7 @@ class HiP(Selective):
         indices, valid = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
         return Indices(indices, n_queries, n_keys, valid, self._group(n_queries))
 
-    def choice_products(self, q: Tensor, k: Tensor, causal: bool) -> int:
+    def selection_macs(self, q: Tensor, k: Tensor, causal: bool) -> int:
         found, (b, h, n_queries, width) = 0, q.shape
         for groups, chunks in self._slabs(q, k):
             queries = len(groups) * self._group(n_queries)
@@ -100,7 +100,7 @@ class HiP(Selective):
 
     def _group(self, n_queries: int) -> int:
         """Queries in a group."""
-        return min(self.grain, max(n_queries, 1))
+        return min(self.capabilities.selection_group, max(n_queries, 1))
 
     def _slabs(self, q: Tensor, k: Tensor) -> Iterator[tuple[range, int]]:
         """Groups that are searched for together, with the chunks that each of them goes on with."""

@@ -5,6 +5,7 @@ Efficient LLM Training and Serving with Heterogeneous Context Sharding among Att
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Self, final
 
 import torch
@@ -16,7 +17,7 @@ from foveate.core.errors import OptionError
 from foveate.core.readable import remembered
 from foveate.core.selection import Blocks, Selection
 from foveate.ops.base.selective import Selective
-from foveate.ops.operator import Pattern
+from foveate.ops.operator import CAUSAL_PATTERNS
 
 
 @final
@@ -34,7 +35,7 @@ class S2Attention(Selective):
             counted with this one number; the release mixes query and key/value heads, and then leaves gaps.
     """
 
-    patterns: frozenset[Pattern] = frozenset({"causal self", "causal cross"})
+    capabilities = replace(Selective.capabilities, patterns=CAUSAL_PATTERNS)
 
     def __init__(self, block: int = 64, local_blocks: int = 16, stride: int = 8, shards: int | None = None) -> None:
         super().__init__()

@@ -5,7 +5,8 @@ Efficient Streaming Language Models with Attention Sinks (2023), arXiv 2309.1745
 
 from __future__ import annotations
 
-from typing import ClassVar, Self, final
+from dataclasses import replace
+from typing import Self, final
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from foveate.core.selection import Selection
 from foveate.core.window_selection import window
 from foveate.ops.base.kv_state import KVState
 from foveate.ops.base.selective import Selective
-from foveate.ops.operator import Growth, Pattern
+from foveate.ops.operator import CAUSAL_PATTERNS
 
 
 @final
@@ -30,8 +31,7 @@ class SlidingWindow(Selective):
         sinks: first keys that every query sees (the paper uses 4); 0 for a plain window.
     """
 
-    patterns: frozenset[Pattern] = frozenset({"causal self", "causal cross"})
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(Selective.capabilities, patterns=CAUSAL_PATTERNS, growth="N")
 
     def __init__(self, window: int = 512, sinks: int = 4) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class SlidingWindow(Selective):
     def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
         return window(q.shape[2], k.shape[2], self.window, self.sinks, q.device)
 
-    def kept(self, state: KVState) -> KVState:
+    def trim_state(self, state: KVState) -> KVState:
         if state.k.shape[2] <= self.sinks + self.window:
             return state
         first, last = slice(0, self.sinks), slice(state.k.shape[2] - self.window, None)

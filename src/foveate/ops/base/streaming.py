@@ -1,0 +1,103 @@
+"""Streaming: an operator that goes one token at a time, with a state in place of the past."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core import validate
+from foveate.core.call import AttentionCall, StateSizes
+from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
+from foveate.ops.base.kv_state import KVState
+from foveate.ops.operator import Operator
+
+
+class Streaming(Operator, ABC):
+    """An operator with `init_state`, `step` and `prefill`.
+
+    Options may rule streaming out: `capabilities.streaming` is then None, and all three are refused.
+
+    Attributes:
+        state_type: what `init_state` gives and `step` takes.
+    """
+
+    state_type: ClassVar[type] = KVState
+
+    def init_state(
+        self, batch: int, heads: int, kv_heads: int, key_dim: int, value_dim: int, *,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    ) -> Any:  # fmt: skip
+        """Make an empty state for `step`. `heads` is Hq."""
+        self._check_streaming()
+        sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "key_dim": key_dim, "value_dim": value_dim}
+        for name, value in sizes.items():
+            validate.count(name, value, 1)
+        if heads % kv_heads:
+            raise OptionError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
+        return self._init_state(StateSizes(**sizes, dtype=dtype, device=torch.device(device)))
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Any, *, scale: float | None = None, **inputs: Tensor
+    ) -> tuple[Tensor, Any]:
+        """Take one token: `q (B, Hq, 1, D)`, `k, v (B, Hkv, 1, ·)` and a state give `(out (B, Hq, 1, Dv), state)`."""
+        self._check_streaming()
+        validate.tensors(q, k, v)
+        self._check_inputs(inputs)
+        self._check_state(state)
+        if q.shape[2] != 1 or k.shape[2] != 1:
+            raise ShapeError(f"step takes one token; got Nq={q.shape[2]}, Nk={k.shape[2]}")
+        return self._step(AttentionCall(q, k, v, self._scale(scale, q), causal=True, inputs=inputs), state)
+
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None, scale: float | None = None, **inputs: Tensor
+    ) -> tuple[Float[Tensor, "b hq nq dv"], Any]:
+        """Make a causal call, and the state after it: `step` goes on from a long prompt without going through it.
+
+        Args:
+            q, k, v: as for a call; queries may be the last few only.
+            state: the state to go on from, of earlier tokens; None at the start of a sequence.
+            scale, inputs: as for a call.
+
+        Returns:
+            What `forward(q, k, v, causal=True)` gives, with the state's tokens before these, and what `step` takes.
+        """
+        self._check_streaming()
+        if state is not None:
+            self._check_state(state)
+        return self._prefill(self._call(q, k, v, None, True, scale, "auto", inputs), state)
+
+    # -- what a family writes ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _init_state(self, sizes: StateSizes) -> Any: ...
+
+    @abstractmethod
+    def _step(self, call: AttentionCall, state: Any) -> tuple[Tensor, Any]: ...
+
+    def _prefill(self, call: AttentionCall, state: Any) -> tuple[Tensor, Any]:
+        """Go token by token; families that know better override it."""
+        past, out = call.n_keys - call.n_queries, []
+        state = self._init_state(StateSizes.of(call)) if state is None else state
+        padded = F.pad(call.q, (0, 0, past, 0))
+        for t in range(call.n_keys):
+            at = slice(t, t + 1)
+            here = {name: x[:, :, at] for name, x in call.inputs.items()}
+            one = replace(call, q=padded[:, :, at], k=call.k[:, :, at], v=call.v[:, :, at], inputs=here)
+            y, state = self._step(one, state)
+            out.append(y)
+        return torch.cat([*out[past:], call.no_output[:, :, :0]], 2), state
+
+    def _check_state(self, state: Any) -> None:
+        if not isinstance(state, self.state_type):
+            raise OptionError(f"state must come from init_state, step or prefill; got {type(state).__name__}")
+
+    def _check_streaming(self) -> None:
+        if self.capabilities.streaming is None:
+            why = "its output depends on the whole sequence"
+            raise UnsupportedPattern(f"{self.name} cannot go one token at a time: {why}")
