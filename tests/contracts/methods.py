@@ -1,4 +1,4 @@
-"""Every method of the catalogue that acts on a decoder, at work on a small one."""
+"""Every method of the catalogue that acts on a decoder, with options for a small model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tests.contracts.policies import LENGTHS, POLICIES, policy
 OPERATORS: dict[str, type[Operator]] = {
     row.key: cls
     for row in systems(room="ops")
-    if isinstance(cls := row.load(), type) and issubclass(cls, Operator) and "causal self" in cls.patterns
+    if isinstance(cls := row.load(), type) and issubclass(cls, Operator) and "causal self" in cls.capabilities.patterns
 }
 
 
 def swap(key: str) -> PrefillSwap:
-    """An operator at toy size, in the model's float64."""
+    """Make an operator of small size, in the model's float64."""
     return PrefillSwap(OPERATORS[key].example(4, 8, LENGTHS[0]).double().eval())
 
 
-#: Policies, operators that read a prompt, and the rest of the catalogue's methods with options under which they act.
+#: Policies, operators that read a prompt, and the catalogue's other methods, with options that have an effect.
 METHODS: dict[str, Callable[[], Method]] = {
     **{key: lambda key=key: policy(key, 0.25, LENGTHS[0] + 6) for key in POLICIES},  # type: ignore[misc]
     **{key: lambda key=key: swap(key) for key in OPERATORS},  # type: ignore[misc]
@@ -31,7 +31,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "packed": Packed,
 }
 
-#: Those that change nothing beyond the last bits.
+#: Methods that change no more than the last bits.
 EXACT = {"packed", *(key for key, cls in OPERATORS.items() if cls.__name__ in ("Softmax", "MemoryEfficientAttention"))}
-#: Methods that read a prompt in one call only.
-WHOLE = {key for key, cls in OPERATORS.items() if "causal cross" not in cls.patterns}
+#: Methods that can read a prompt in one call only.
+WHOLE = {key for key, cls in OPERATORS.items() if "causal cross" not in cls.capabilities.patterns}

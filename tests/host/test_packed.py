@@ -1,4 +1,4 @@
-"""Packed heads: the same attention through one pass over the keys."""
+"""Packed heads compute the same attention in one pass over the keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import foveate
 from foveate.core import engines, oracle
-from foveate.core.call import Problem
+from foveate.core.call import AttentionCall
 from foveate.core.engines import fused
 from tests.host_models import DECODERS, Recent, feed, model, padded, tokens
 
@@ -45,7 +45,7 @@ def test_packing_keeps_the_mask(groups: int, n: int, kind: str) -> None:
     if kind in shapes:
         mask = torch.rand(shapes[kind], generator=draw) > 0.4
         mask = mask.float() * 3 if kind == "bias" else mask
-    problem = Problem(q, k, v, 0.3, mask, causal=kind == "causal")
+    problem = AttentionCall(q, k, v, 0.3, mask, causal=kind == "causal")
     got = fused.attend(problem)
     expected = oracle.attention(q, k, v, mask=mask, causal=kind == "causal", scale=0.3)
     torch.testing.assert_close(got.double(), expected.double(), atol=1e-5, rtol=1e-5)

@@ -91,15 +91,15 @@ def _facts(made: Any, state: str | None) -> dict[str, Any]:
     return {
         "kind": "operator" if operates else "layer",
         "family": _family(type(made)) if operates else None,
-        "patterns": tuple(sorted(made.patterns)),
-        "masks": tuple(sorted(made.masks)),
-        "streams": made.steps,
-        "state": None if made.steps is None else state,
-        "weights": operates and made.has_weights,
-        "growth": made.growth,
-        "transforms": tuple(sorted(made.transforms)),
+        "patterns": tuple(sorted(made.capabilities.patterns)),
+        "masks": tuple(sorted(made.capabilities.masks)),
+        "streams": made.capabilities.streaming,
+        "state": None if made.capabilities.streaming is None else state,
+        "weights": operates and made.capabilities.has_weights,
+        "growth": made.capabilities.growth,
+        "transforms": tuple(sorted(made.capabilities.transforms)),
         "parameters": sum(p.numel() for p in made.parameters() if p.requires_grad),
-        "inputs": tuple(sorted(made.inputs)),
+        "inputs": tuple(sorted(made.capabilities.inputs)),
     }
 
 
@@ -111,7 +111,7 @@ def _family(cls: type[Operator]) -> str:
 @torch.no_grad()
 def _state(made: Operator | Layer) -> str | None:
     """Whether the state of a stream is larger after more tokens."""
-    if made.steps is None:
+    if made.capabilities.streaming is None:
         return None
     sizes = [state_bytes(_after(made, length)) for length in (LENGTH // 2, LENGTH)]
     return "constant" if sizes[0] == sizes[1] else "grows"
@@ -121,5 +121,5 @@ def _after(made: Operator | Layer, length: int) -> Any:
     if isinstance(made, Layer):
         return made.prefill(torch.zeros(1, length, made.dim))[1]
     q = torch.zeros(1, HEADS, length, WIDTH)
-    inputs = {name: made.example_input(name, 1, HEADS, length) for name in made.inputs}
+    inputs = {name: made.example_input(name, 1, HEADS, length) for name in made.capabilities.inputs}
     return made.prefill(q, q, q, **inputs)[1]

@@ -1,4 +1,4 @@
-"""One attention call of a model under methods: the cheapest path that their hooks allow."""
+"""Compute one attention call of a model under methods, on the cheapest path that their hooks allow."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import engines, masks
-from foveate.core.call import Problem
-from foveate.core.engines import fused, reference
+from foveate.core.call import AttentionCall
+from foveate.core.engines import fused, gather, reference
 from foveate.core.errors import UnsupportedModel
 from foveate.core.scoring import dot_product, safe_softmax
 from foveate.core.selection import Blocks, Indices, Selection
@@ -25,7 +25,7 @@ Native = Callable[[Site], tuple[Tensor, Tensor | None]]
 
 
 def run(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, float]:
-    """The per-head output `(B, Hq, Nq, Dv)` after all hooks, and the share of keys that was read."""
+    """Return the per-head output `(B, Hq, Nq, Dv)` after all hooks, and the share of keys that was read."""
     active = [method for method in methods if method.at(site)]
     out, density = _attend(site, active, native)
     for method in active:
@@ -36,13 +36,13 @@ def run(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, floa
 
 
 def _attend(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, float]:
-    for method in reversed(methods):  # the method applied last has the last word
+    for method in reversed(methods):  # the method that was applied last decides
         out = method.attend(site) if overrides(method, "attend") else None
         if out is not None:
             if site.is_biased:
                 raise UnsupportedModel(
-                    f"{type(method).__name__} attends by itself, without the learnt sinks or the bias by position of "
-                    f"{type(site.module).__name__}"
+                    f"{type(method).__name__} replaces attention, and would ignore the learnt sinks or the position "
+                    f"bias of {type(site.module).__name__}"
                 )
             site.replaced = True
             return out, 1.0
@@ -57,14 +57,14 @@ def _attend(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, 
         return _softmax(site, [], None), 1.0
     if site.is_whole:
         if _packs(site, methods):
-            return engines.run(Problem(site.q, site.k, site.v, site.scale, site.mask), "fused"), 1.0
+            return engines.run(AttentionCall(site.q, site.k, site.v, site.scale, site.mask), "fused"), 1.0
         out, site.weights = native(site)
         return out.transpose(1, 2), 1.0
     return _slots(site), 1.0
 
 
 def _packs(site: Site, methods: list[Method]) -> bool:
-    """Whether a method asks for the packed kernel at a call that it can do."""
+    """Return whether a method asks for the packed kernel and the kernel can compute this call."""
     if site.wants_weights:
         return False
     few = site.q.shape[2] <= fused.FEW and not site.dropout and site.softcap is None and not site.is_biased
@@ -72,7 +72,10 @@ def _packs(site: Site, methods: list[Method]) -> bool:
 
 
 def selected(site: Site, selections: list[Selection]) -> tuple[Tensor, float]:
-    """Attention to chosen keys. Several selections, or a soft cap, meet as masks; a single one is gathered."""
+    """Return attention to chosen keys and the share of keys that was read.
+
+    A single selection is gathered. Several selections, a soft cap, sinks, a bias or dropout take masks.
+    """
     if not selections:
         return _softmax(site, [], None), 1.0
     (first, *others) = selections
@@ -82,10 +85,21 @@ def selected(site: Site, selections: list[Selection]) -> tuple[Tensor, float]:
         for other in others:
             allowed = allowed & other.dense()
         return _softmax(site, [], allowed), density
-    causal = site.is_plain_causal  # then no matrix of the mask is made
+    causal = site.is_plain_causal  # in that case no mask matrix is made
     mask = site.key_mask if causal else site.mask
-    problem = Problem(site.q, site.k, site.v, site.scale, mask, causal and site.is_causal, selection=first)
+    problem = AttentionCall(site.q, site.k, site.v, site.scale, mask, causal and site.is_causal, selected=first)
+    if isinstance(first, Indices) and _hides_nothing_gathered(problem, first):
+        return gather.attend(problem), density
     return engines.run(problem), density
+
+
+def _hides_nothing_gathered(problem: AttentionCall, chosen: Indices) -> bool:
+    """Return whether a query sees every key that is gathered for it.
+
+    No hidden NaN can then reach the output. So the engine's check for NaN, which waits for the device, is not needed.
+    """
+    one = problem.n_queries == 1 and chosen.valid is None and problem.mask is None
+    return one and not problem.is_empty and chosen.indices.shape[-1] > 0
 
 
 def _whole_matrix(site: Site, methods: list[Method], selections: list[Selection]) -> Tensor:
@@ -96,13 +110,13 @@ def _whole_matrix(site: Site, methods: list[Method], selections: list[Selection]
 
 
 def softmax_over(site: Site) -> Tensor:
-    """Attention to all keys of a call, soft cap included, with its matrix in the open."""
+    """Compute attention to all keys of a call, soft cap included, from its whole matrix."""
     return _softmax(site, [], None)
 
 
 def _softmax(site: Site, methods: list[Method], allowed: Tensor | None) -> Tensor:
-    """Attention with its matrix in the open, so that methods can edit it."""
-    problem = Problem(site.q, site.k, site.v, site.scale)
+    """Compute attention from its whole matrix, so that methods can edit it."""
+    problem = AttentionCall(site.q, site.k, site.v, site.scale)
     logits = dot_product(site.q, problem.grouped(site.k), site.scale)
     logits = soft_capped(logits, site.softcap)
     for method in methods:
@@ -119,18 +133,18 @@ def _softmax(site: Site, methods: list[Method], allowed: Tensor | None) -> Tenso
 
 
 def _slots(site: Site) -> Tensor:
-    """Attention of an evicted layer."""
+    """Compute the attention of a layer from which tokens were evicted."""
     assert site.slots is not None and site.slots.store is not None
     store = site.slots.store
     if site.softcap is not None or site.is_biased or not isinstance(site.attention_mask, MaskPlan):
         return _softmax(site, [], None)
     if site.expanded:
-        return engines.run(Problem(site.q, site.k, site.v, site.scale, site.mask, dropout=site.dropout), "fused")
+        return engines.run(AttentionCall(site.q, site.k, site.v, site.scale, site.mask, dropout=site.dropout), "fused")
     return stored(site.q, store, site.attention_mask, site.scale, site.dropout)
 
 
 def stored(q: Tensor, store: Store, plan: MaskPlan, scale: float, dropout: float = 0.0) -> Float[Tensor, "b hq nq dv"]:
-    """Attention to all that a layer stores, on the fused kernel: each group of equally long heads by itself."""
+    """Compute attention to all that a layer stores, by the fused kernel, one group of equally long heads at a time."""
     groups = q.shape[1] // store.n_heads
     parts = [_group(q[:, _queries(group, groups)], group, groups, plan, scale, dropout) for group in store.groups]
     if len(parts) == 1:
@@ -142,7 +156,7 @@ def stored(q: Tensor, store: Store, plan: MaskPlan, scale: float, dropout: float
 
 
 def _queries(group: Group, groups: int) -> slice | Tensor:
-    """The query heads that read a group."""
+    """Return the query heads that read a group."""
     if isinstance(group.index, slice):
         return slice(group.index.start * groups, group.index.stop * groups)
     return query_heads(group.heads, groups)
@@ -155,13 +169,16 @@ def _group(q: Tensor, group: Group, groups: int, plan: MaskPlan, scale: float, d
     if plan.sees_all() and not group.has_empty:
         return fused.kernel(q, slots.k, slots.v, scale, bias, dropout)
     mask = masks.combine(plan.at(slots.positions).repeat_interleave(groups, 1), bias)
-    return engines.run(Problem(q, slots.k, slots.v, scale, mask, dropout=dropout), "fused")
+    return engines.run(AttentionCall(q, slots.k, slots.v, scale, mask, dropout=dropout), "fused")
 
 
 def softmax(
     site: Site, logits: Float[Tensor, "b h q s"], rows: slice = slice(None), heads: slice = slice(None)
 ) -> Float[Tensor, "b h q s"]:
-    """Weights of logits of some rows and heads; learnt sinks are one more logit, whose weight goes nowhere."""
+    """Return the weights for the logits of some rows and heads.
+
+    A learnt sink is one more logit; its weight is left out of the result.
+    """
     if site.sinks is None:
         return safe_softmax(logits)
     sinks = site.sinks[:, heads] if site.sinks.shape[2] == 1 else site.sinks[:, heads, rows]
@@ -169,7 +186,7 @@ def softmax(
 
 
 def query_heads(kv_heads: Tensor, groups: int) -> Tensor:
-    """The query heads that read some key/value heads."""
+    """Return the query heads that read some key/value heads."""
     return (kv_heads[:, None] * groups + torch.arange(groups, device=kv_heads.device)).flatten()
 
 

@@ -1,4 +1,4 @@
-"""An operator in place of a pretrained model's attention while it reads the prompt."""
+"""Replace a pretrained model's attention by an operator while it reads the prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.host.method import Method
-from foveate.host.padding import each_alone, tokens
+from foveate.host.padding import attend_unpadded, tokens
 from foveate.host.site import Site
 from foveate.ops.operator import Operator
 
@@ -18,15 +18,15 @@ from foveate.ops.operator import Operator
 @final
 @dataclass(eq=False)
 class PrefillSwap(Method):
-    """Attend to the prompt with any operator; decoding stays the model's own, over the full cache.
+    """Attend to the prompt with any operator; decoding uses the model's own attention over the full cache.
 
-    Time to the first token falls with the operator's cost. Sequences with padding are read one by one, so that the
-    operator sees each as if it stood alone. Layers with a sliding window, a soft cap or a mask of the caller's own keep
-    the model's attention.
+    Time to the first token falls with the operator's cost. Padded sequences are read one by one, so that the operator
+    sees each without its padding. Layers with a sliding window, a soft cap or a mask of the caller's own keep the
+    model's attention.
 
     Args:
-        operator: defines "causal self", and "causal cross" for prompts that come in several calls.
-        layers: which layers, by their number in the cache; None is all. Papers often leave the first few dense.
+        operator: has to define "causal self", and "causal cross" for prompts that are read in several calls.
+        layers: numbers of the layers in the cache; None is all. Papers often leave the first few dense.
     """
 
     operator: Operator
@@ -35,7 +35,7 @@ class PrefillSwap(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator):
             raise OptionError(f"operator must be an Operator; got {type(self.operator).__name__}")
-        if "causal self" not in self.operator.patterns:
+        if "causal self" not in self.operator.capabilities.patterns:
             raise OptionError(f'operator={self.operator.name} does not define "causal self" attention')
 
         if self.layers is not None:
@@ -49,7 +49,7 @@ class PrefillSwap(Method):
         return chosen and site.phase == "prefill" and site.is_causal and site.is_plain_causal
 
     def attend(self, site: Site) -> Tensor:
-        return self._read(site) if tokens(site) is None else each_alone(site, lambda part, rows: self._read(part))
+        return self._read(site) if tokens(site) is None else attend_unpadded(site, lambda part, rows: self._read(part))
 
     def _read(self, site: Site) -> Tensor:
         out = self.operator(site.q, site.k, site.v, causal=True, scale=site.scale)

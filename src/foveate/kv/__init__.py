@@ -1,4 +1,4 @@
-"""Cache and prefill policies for decoders: which tokens are kept, and which are read."""
+"""Cache policies for decoders: they choose the tokens that are kept, or those that are read."""
 
 from foveate.core.public import lazy
 

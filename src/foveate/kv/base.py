@@ -1,4 +1,4 @@
-"""The seam of cache policies: methods that spend a given share of a decoder's cache."""
+"""The base class of cache policies: methods that use a given share of a decoder's cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.core import validate
 from foveate.host import Host
-from foveate.host.hf import layout
+from foveate.host.hf.layout import layout
 from foveate.host.method import Method
 
 #: `progress(step, steps, note)`.
@@ -18,7 +18,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def check_budget(budget: float, length: int) -> None:
-    """Refuse a share or a number of tokens that is none."""
+    """Refuse a budget that is not in 0..1, and a length that is not a positive whole number."""
     validate.between("budget", budget, 0.0, 1.0)
     validate.count("length", length, 1)
 
@@ -36,30 +36,33 @@ class Policy(Method):
     def calibrate(
         cls, host: Host, data: Iterable[tuple[Tensor, Tensor]], progress: Progress | None = None
     ) -> dict[str, Tensor]:
-        """What the policy has to learn about a model once, as named tensors for `at_budget`; most learn nothing.
+        """Measure what the policy has to know about a model, once. Most policies measure nothing.
 
         Args:
             host: the model.
             data: `(ids (B, N), answers (B, N) bool)`, long text with something to retrieve; see
                 `foveate.tasks.Passkeys`.
-            progress: called as the work goes on.
+            progress: called as the work advances.
+
+        Returns:
+            Named tensors for `at_budget`.
         """
         return {}
 
     @classmethod
     @abstractmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
-        """The policy that keeps (or, where it evicts nothing, reads) about this share of a cache of `length` tokens.
+        """Return the policy that keeps (or, if it evicts nothing, reads) about this share of `length` tokens' cache.
 
         Args:
             budget: in 0..1, of all slots over all layers and heads.
-            host: the model it is for.
-            length: tokens of the prompts to come.
-            learnt: what `calibrate` returned.
+            host: the model that the policy is for.
+            length: expected number of prompt tokens.
+            learnt: the result of `calibrate`.
         """
 
     @staticmethod
     def tokens(budget: float, length: int) -> int:
-        """The budget in tokens, at least one."""
+        """Return the budget in tokens, at least one."""
         check_budget(budget, length)
         return max(1, round(budget * length))

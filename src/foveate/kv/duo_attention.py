@@ -1,9 +1,9 @@
-"""DuoAttention: retrieval heads keep the whole cache, streaming heads only sinks and a recent window.
+"""DuoAttention: retrieval heads keep the whole cache, streaming heads keep only sinks and a recent window.
 
 DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads (2024), arXiv 2410.10819. Where
 release and paper differ: the release's training step takes the full stream's attention output, detached, in the gated
 sum; here, as in the paper, both outputs come from the mixed stream's own q, k, v. The paper leaves open how the squared
-distance is reduced over channels; its weight of 0.05 goes with the release's mean, which is used here.
+distance is reduced over channels; its weight of 0.05 fits the release's mean, which is used here.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from foveate.core.selection import Blocks, Selection
 from foveate.core.window_selection import window
 from foveate.host import Ends, Host, apply, decoder_inputs
 from foveate.host.attention import selected
-from foveate.host.hf import layout
+from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
 from foveate.host.method import Method
 from foveate.host.padding import tokens
 from foveate.host.site import Site
 from foveate.kv.base import Policy, Progress, check_budget
 from foveate.kv.parts.head_split import HeadTable, check_heads, keep_ends, split_at_budget
-from foveate.kv.parts.training_state import Unfinished
+from foveate.kv.parts.training_state import TrainingState
 
 
 @final
@@ -40,16 +40,14 @@ class DuoAttention(Policy):
     """Heads with a low gate keep sinks and a window; the others keep everything. Gates come from `duo_train`.
 
     Memory falls to `1 - sparsity · (1 - (sink + recent) / N)` of the cache. Keys keep their original positions.
-    Prefill is dense for what comes in one call; text that is fed in several calls is streamed: a streaming head then
-    sees sinks, window and the current chunk. The wrong choice without gates that fit the model: a random split loses
-    retrieval.
+    Prefill is dense for a prompt in one call. A prompt in several calls is streamed: a streaming head then sees sinks,
+    window and the current chunk. The wrong choice without gates that fit the model: a random split loses retrieval.
 
     Args:
-        gates: `(layers, kv_heads)` in 0..1, one a head.
-        sparsity: share of heads that become streaming, those with the lowest gates; ties go to the earlier head.
+        gates: `(layers, kv_heads)` in 0..1, one for each head.
+        sparsity: share of heads that stream, those with the lowest gates; among equal gates, the earlier head streams.
         sink, recent: tokens that streaming heads keep.
-        prefill_chunk: also within one call, cut the prompt into chunks of so many tokens for streaming heads; None:
-            whole.
+        prefill_chunk: size of the chunks into which one call's prompt is cut for streaming heads; None does not cut it.
     """
 
     gates: Tensor
@@ -113,12 +111,12 @@ class DuoAttention(Policy):
 def full_heads(
     gates: Float[Tensor, "l h"], sparsity: float, table: Bool[Tensor, "l h"] | None = None
 ) -> Bool[Tensor, "l h"]:
-    """The heads that keep everything: all but the `sparsity` share with the lowest gates.
+    """Return the heads that keep everything: all but the `sparsity` share with the lowest gates.
 
     Args:
-        gates: one a head.
-        sparsity: share of heads that become streaming.
-        table: which entries stand for a head; None is all.
+        gates: one for each head.
+        sparsity: share of heads that stream.
+        table: True for the entries that are heads; None is all.
     """
     chosen = torch.ones_like(gates, dtype=torch.bool) if table is None else table.clone()
     some = chosen.flatten().nonzero()[:, 0]
@@ -128,9 +126,9 @@ def full_heads(
 
 
 def _chunked(full: Bool[Tensor, " hkv"], site: Site, sink: int, recent: int, chunk: int) -> Selection:
-    """Full heads see everything; streaming heads the sinks, the window before their chunk, and their chunk.
+    """Select all keys for full heads, and for streaming heads the sinks, the window before a chunk, and the chunk.
 
-    Tokens are counted from each sequence's own first one, wherever the slots lie that hold them.
+    Tokens are counted from each sequence's own first one, whatever the order of the slots.
     """
     n, total, found = site.q.shape[2], site.k.shape[2], tokens(site)
     heads, first = full.repeat_interleave(site.groups), site.seen - n
@@ -142,20 +140,20 @@ def _chunked(full: Bool[Tensor, " hkv"], site: Site, sink: int, recent: int, chu
         own, query, before = found.own(site.positions), found.rank[:, first:], found.before(first)[:, None]
     begin = (query - before).clamp_min(0) // chunk * chunk + before
     own, begin = own.repeat_interleave(site.groups, 1), begin.expand(site.q.shape[0], -1)
-    own = torch.where(heads[:, None], site.seen, own)  # as if everything had just been
+    own = torch.where(heads[:, None], site.seen, own)  # every key counts as recent
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        where = own[b, h, k]
-        return (where >= 0) & (where < sink) | (where >= begin[b, q.clamp_max(n - 1)] - recent)
+        place = own[b, h, k]
+        return (place >= 0) & (place < sink) | (place >= begin[b, q.clamp_max(n - 1)] - recent)
 
     blocks = torch.ones(1, heads.numel(), -(-n // chunk), 1, dtype=torch.bool, device=site.q.device)
     return Blocks(blocks.expand(site.q.shape[0], -1, -1, -1), (chunk, total), n, total, rule)
 
 
 class Mixed(Method):
-    """Training: each head's output is `gate · full + (1 - gate) · streaming`, on its own queries, keys and values.
+    """A method for training: each head's output becomes `gate · full + (1 - gate) · streaming`.
 
-    The full output is the model's own, so that with all gates at 1 nothing changes.
+    Both use the same queries, keys and values. The full output is the model's own: with all gates at 1 nothing changes.
     """
 
     def __init__(self, gates: Tensor, sink: int, recent: int) -> None:
@@ -189,18 +187,18 @@ def duo_train(
     progress: Progress | None = None,
     partial: Path | None = None,
 ) -> Float[Tensor, "l hkv"]:
-    """Gates `(layers, kv_heads)` in 0..1 by distillation; the model's weights stay frozen.
+    """Train gates `(layers, kv_heads)` in 0..1 by distillation; the model's weights stay frozen.
 
     Args:
         model: a decoder.
-        data: `(ids (B, N), answers (B, N) bool)`: the loss looks at the answers' tokens, see `foveate.tasks.Passkeys`.
-        steps: optimiser steps of AdamW: linear warm-up over the first fifth, linear decay over the last.
+        data: `(ids (B, N), answers (B, N) bool)`: the loss covers the answers' tokens; see `foveate.tasks.Passkeys`.
+        steps: optimiser steps of AdamW, with linear warm-up over the first fifth and linear decay over the last.
         rate: learning rate.
         reg: weight of the mean gate, which pushes heads towards streaming.
-        sink, recent: the streaming heads' view in training.
+        sink, recent: the tokens that streaming heads see in training.
         progress: called as `progress(step, steps, note)`.
-        partial: a file for what an interrupted training has reached; the same call goes on from there. It is gone once
-            the training is over.
+        partial: a file for the state of an interrupted training; the same call continues from it. It is deleted when
+            the training ends.
     """
     here = host(model)
     validate.at_least("steps", steps, 1)
@@ -209,8 +207,8 @@ def duo_train(
     with torch.inference_mode(False):
         gates = torch.ones(found.table.shape, requires_grad=True)
     optimiser = torch.optim.AdamW([gates], lr=rate, weight_decay=0.0)
-    kept = None if partial is None else Unfinished(partial, f"{steps} {rate} {reg} {sink} {recent}")
-    done = 0 if kept is None else kept.load(gates, optimiser)
+    state = None if partial is None else TrainingState(partial, f"{steps} {rate} {reg} {sink} {recent}")
+    done = 0 if state is None else state.load(gates, optimiser)
     stream = islice(data, done, None)
     frozen = [p for p in here.model.parameters() if p.requires_grad]
     for parameter in frozen:
@@ -223,20 +221,20 @@ def duo_train(
             optimiser.step()
             optimiser.zero_grad()
             gates.data.clamp_(0.0, 1.0)
-            if kept is not None:
-                kept.save(step + 1, gates, optimiser)
+            if state is not None:
+                state.save(step + 1, gates, optimiser)
             if progress is not None:
                 progress(step + 1, steps, f"distance {distance:.4f}, mean gate {gates.mean().item():.2f}")
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-    if kept is not None:
-        kept.file.unlink(missing_ok=True)
+    if state is not None:
+        state.file.unlink(missing_ok=True)
     return gates.detach()
 
 
 def _backward(here: Host, mixing: Mixed, ids: Tensor, answers: Tensor, reg: float) -> float:
-    """The gates' gradient of one batch, and the squared distance of the two streams."""
+    """Compute the gates' gradient on one batch, and return the squared distance of the two streams."""
     with torch.inference_mode(False), torch.enable_grad():
         with torch.no_grad():
             full = _states(here, ids, answers)
@@ -248,9 +246,9 @@ def _backward(here: Host, mixing: Mixed, ids: Tensor, answers: Tensor, reg: floa
 
 
 def _states(here: Host, ids: Tensor, answers: Tensor) -> Float[Tensor, "n c"]:
-    """The decoder's last hidden states at the answers."""
+    """Return the decoder's last hidden states at the answers."""
     assert here.decoder is not None
-    whole = here.decoder is here.model  # then it gives logits, and its states on request
+    whole = here.decoder is here.model  # in that case it returns logits, and its states on request
     out = here.decoder(**decoder_inputs(here, ids), use_cache=False, output_hidden_states=whole)
     states = out.hidden_states[-1] if whole else out.last_hidden_state
     return states[answers.to(states.device)]

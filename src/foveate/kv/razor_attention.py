@@ -1,9 +1,9 @@
-"""RazorAttention: whole caches for retrieval heads, and one compensation token for what the others drop.
+"""RazorAttention: retrieval heads keep whole caches, the others one compensation token for all that they drop.
 
 RazorAttention: Efficient KV Cache Compression Through Retrieval Heads (2024), arXiv 2407.15891. There is no official
-code. Two things that the text leaves open are arguments here: whether echo and induction scores sum or average over
-earlier occurrences, and whether the window counts the new token (it does). The ALiBi branch, which reads head horizons
-off weights, is not needed for rotary models and is not here.
+code. The text leaves two points open. Whether echo and induction scores sum or average over earlier occurrences is an
+argument here. The window counts the new token. The ALiBi branch, which reads head horizons from weights, is not needed
+for rotary models and is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import safe_softmax
 from foveate.host import SUMMARY, Ends, Host, Layout, Slots
-from foveate.host.hf import layout
+from foveate.host.hf.layout import layout
 from foveate.host.method import Method
 from foveate.host.padding import tokens
 from foveate.host.site import Site
@@ -34,7 +34,7 @@ from foveate.kv.parts.head_split import (
     split_at_budget,
     top,
 )
-from foveate.kv.parts.probing import kept, logits_of, read
+from foveate.kv.parts.probing import cached, logits_of, read
 
 _ROWS = 256
 
@@ -42,21 +42,21 @@ _ROWS = 256
 @final
 @dataclass(eq=False)
 class RazorAttention(Policy):
-    """Retrieval heads keep the whole cache; the others keep sinks, a window, and the mean of what they dropped.
+    """Retrieval heads keep the whole cache; the others keep sinks, a window, and the mean of their dropped tokens.
 
-    Prefill is dense; the cache is cut once after it and then slides. A dropped stretch of `N_d` tokens leaves one slot
-    with its mean key and mean value and `log N_d` added to its logit, which is exact where keys and values do not vary
-    over it. Memory falls to about `share + (1 - share) · window / N`. Needs rotary positions and some heads that repeat
-    what they saw; heads are found with random tokens, without data.
+    Prefill is dense. After it the cache is cut once, and then the window slides. `N_d` dropped tokens become one slot
+    with their mean key and mean value; `log N_d` is added to its logit. This is exact if keys and values do not vary
+    among them. Memory falls to about `share + (1 - share) · window / N`. Needs rotary positions and some heads that
+    repeat earlier tokens; these heads are found with random tokens, without data.
 
     Args:
         heads: bool `(layers, kv_heads)`, True keeps everything; None finds them when the method is applied.
-        echo, induction: shares of query heads that are protected for attending to the same token, and to the token
-            after it, of an earlier occurrence (the paper's 1 % and 14 %); read where `heads` is None.
+        echo, induction: shares of query heads that are protected because they attend to an earlier occurrence of the
+            same token, and to the token after it (the paper's 1 % and 14 %); used if `heads` is None.
         sink: first tokens that every head keeps.
-        min_window: least window of the other heads; it is `max(min_window, N / ratio)`.
+        min_window: smallest window of the other heads; the window is `max(min_window, N / ratio)`.
         ratio: see `min_window`.
-        compensate: whether dropped tokens leave their compensation slot.
+        compensate: whether dropped tokens become a compensation slot.
     """
 
     heads: Tensor | None = None
@@ -106,7 +106,7 @@ class RazorAttention(Policy):
     def fold(self, site: Site, dropped: Slots, summary: Slots | None) -> Slots | None:
         if not self.compensate:
             return None
-        if (found := tokens(site)) is not None:  # padding is no loss
+        if (found := tokens(site)) is not None:  # padding does not count
             dropped = replace(dropped, positions=found.own(dropped.positions))
         return compensation(dropped, summary)
 
@@ -118,9 +118,7 @@ class RazorAttention(Policy):
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
-        """See `Policy.at_budget`. Heads are protected in the paper's proportion, one by echo to fourteen by
-        induction.
-        """
+        """See `Policy.at_budget`. The paper's proportion holds: for one head by echo, fourteen by induction."""
         check_budget(budget, length)
         may, full, window = split_at_budget(budget, host, length)
         scores, found = learnt or head_scores(host), layout(host)
@@ -134,9 +132,9 @@ class RazorAttention(Policy):
 
 
 def compensation(dropped: Slots, summary: Slots | None) -> Slots | None:
-    """One slot a head that stands for everything dropped so far: running means of keys and values, and their count.
+    """Return one slot for each head that represents all dropped tokens: means of keys and values, and their count.
 
-    Means are kept in float32: in a shorter type they would not move any more once many tokens are counted.
+    Means are stored in float32: in a shorter type they would stop changing after many tokens.
     """
     real = (dropped.positions >= 0).float()
     if summary is None or summary.count is None:
@@ -148,11 +146,12 @@ def compensation(dropped: Slots, summary: Slots | None) -> Slots | None:
     new = real.sum(-1, keepdim=True)
     count = count + new
     share = (new / count.clamp_min(1.0))[..., None]  # of the new tokens in the mean
-    return Slots(_moved(k, dropped.k, real, new, share), _moved(v, dropped.v, real, new, share), positions, count)
+    k, v = _updated_mean(k, dropped.k, real, new, share), _updated_mean(v, dropped.v, real, new, share)
+    return Slots(k, v, positions, count)
 
 
-def _moved(mean: Tensor, x: Tensor, real: Tensor, count: Tensor, share: Tensor) -> Float[Tensor, "b h 1 d"]:
-    """A mean in float32, moved on by some slots, whatever their type; what is hidden may be anything."""
+def _updated_mean(mean: Tensor, x: Tensor, real: Tensor, count: Tensor, share: Tensor) -> Float[Tensor, "b h 1 d"]:
+    """Return a mean in float32 with some slots of any type added; slots that are not `real` may hold anything."""
     x = torch.where(real[..., None] > 0, x, 0.0)
     if x.shape[2] > 1:
         x = x.sum(2, keepdim=True, dtype=torch.float32) / count.clamp_min(1.0)[..., None]
@@ -175,8 +174,9 @@ def razor_heads(
     induction: float = 0.14,
     seed: int = 0,
 ) -> Bool[Tensor, "l hkv"]:
-    """Key/value heads to protect: the union of the best query heads by echo and by induction score, as shares of
-    all.
+    """Return the key/value heads to protect: those of the best query heads by echo and by induction score.
+
+    `echo` and `induction` are shares of all query heads. See `head_scores` for the rest.
     """
     scores, found = head_scores(host, length=length, repeats=repeats, seed=seed), layout(host)
     total = sum(layer.heads for layer in found.layers)
@@ -192,16 +192,16 @@ def head_scores(
     seed: int = 0,
     occurrences: Literal["sum", "mean"] = "sum",
 ) -> dict[str, Float[Tensor, "l hq"]]:
-    """Each query head's `"echo"` and `"induction"` score on `length` random tokens repeated `repeats` times.
+    """Return each query head's `"echo"` and `"induction"` score on `length` random tokens repeated `repeats` times.
 
-    Heads of layers whose window ends before the last occurrence score 0. What was found is kept for as long as the
-    model lives and its weights stay what they are.
+    Heads of layers whose window ends before the last occurrence score 0. The scores are stored as long as the model
+    lives and its weights do not change.
 
     Args:
         host: the model.
         length: random tokens; None is the paper's 2,500, or a quarter of what the trained context holds.
-        repeats: how often they stand; queries of the second and later ones count.
-        seed: of the tokens.
+        repeats: number of repetitions; queries of the second and later ones count.
+        seed: seed of the tokens.
         occurrences: whether a query's weights on its earlier occurrences add up or are averaged.
     """
     context = int(getattr(host.config, "max_position_embeddings", None) or 10_000)
@@ -210,7 +210,7 @@ def head_scores(
     validate.at_least("repeats", repeats, 2)
     validate.one_of("occurrences", occurrences, ("sum", "mean"))
     options = ("head_scores", length, repeats, seed, occurrences)
-    return kept(host, options, lambda: _probe(host, length, repeats, seed, occurrences))
+    return cached(host, options, lambda: _probe(host, length, repeats, seed, occurrences))
 
 
 def _probe(host: Host, length: int, repeats: int, seed: int, occurrences: str) -> dict[str, Float[Tensor, "l hq"]]:
@@ -228,7 +228,7 @@ def _probe(host: Host, length: int, repeats: int, seed: int, occurrences: str) -
 
 
 class _Probe(Method):
-    """Reads the weights at whole periods back (echo) and one after that (induction), a few rows at a time."""
+    """A method that sums the weights whole periods back (echo) and one token later (induction), some rows at a time."""
 
     def __init__(self, period: int, occurrences: str, layers: list[int]) -> None:
         self.period, self.occurrences, self.layers = period, occurrences, layers
@@ -247,7 +247,7 @@ class _Probe(Method):
         self.found[site.layer] = (totals / (site.q.shape[0] * (n - self.period))).cpu()
 
     def _at(self, weights: Tensor, rows: Tensor, shift: int) -> Tensor:
-        """`(B, H, rows)` weight on `shift` after each earlier occurrence of the query's token."""
+        """Return the weight `(B, H, rows)` on the keys `shift` after each earlier occurrence of the query's token."""
         back = torch.arange(1, int(rows[-1]) // self.period + 1, device=rows.device) * self.period
         keys = rows[:, None] - back + shift
         real = (keys - shift >= 0) & (keys >= 0)

@@ -1,9 +1,9 @@
-"""Recycled Attention: now and then a full step; in between, steps that read again what the full one attended to.
+"""Recycled Attention: some steps are full; the steps between them read what the last full step attended to.
 
 Recycled Attention: Efficient inference for long-context language models (2024), arXiv 2411.05787. There is no official
-code. What the paper leaves open is an argument here: where in the schedule the first full step falls (`phase`), whether
-the set grows with the tokens that come (`grow`), and the smoothing (`pool`). How layers agree on a dynamic schedule is
-reconstructed: all compare at the same step, and the mean decides about the next one.
+code. Three points that the paper leaves open are arguments here: the place of the first full step in the schedule
+(`phase`), whether the set grows with new tokens (`grow`), and the smoothing (`pool`). We reconstructed how layers agree
+on a dynamic schedule: all compare at the same step, and the mean decides about the next one.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from foveate.core.errors import OptionError
 from foveate.core.scoring import safe_softmax
 from foveate.core.selection import Indices, Selection
 from foveate.host import Host
-from foveate.host.hf import layout
+from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
 from foveate.host.method import Method
 from foveate.host.padding import last_query, tokens
 from foveate.host.site import Site
 from foveate.kv.base import Policy
 from foveate.kv.parts.head_split import check_reach, far_layers, far_numbers
-from foveate.kv.parts.last_query import cosine, has_everything, last_logits, most
+from foveate.kv.parts.last_query import cosine, has_everything, last_logits, top_keys
 from foveate.kv.parts.probing import logits_of, read
 
 
 @dataclass(frozen=True)
 class Dynamic:
-    """A schedule by need: every so many tokens the layers compare their query with that of the last full step.
+    """A dynamic schedule: every `every` tokens, the layers compare their query with that of the last full step.
 
-    Where the mean cosine over layers and sequences is under the threshold, the next step is full.
+    If the mean cosine over layers and sequences is below the threshold, the next step is full. Each comparison makes
+    the host wait for the device once.
     """
 
     threshold: float = 0.8
@@ -52,21 +53,22 @@ class Dynamic:
 @final
 @dataclass(eq=False)
 class RecycledAttention(Policy):
-    """Every `stride`-th decoding step is full and chooses `k` tokens a head; the others read those and what came since.
+    """Every `stride`-th decoding step is full and chooses `k` tokens per head; the others read these and newer tokens.
 
-    Nothing is evicted, so that what was passed over can come back: memory stays, and reads fall to about
-    `1 / stride + k / N`. Prefill is dense, and makes the first choice. The wrong choice where each token needs
-    something else from far away than its forerunners. Layers with a window of their own, or that another method evicts
-    from, read all they have.
+    Nothing is evicted, so that a token that was not chosen can be chosen later: memory stays, and reads fall to about
+    `1 / stride + k / N`. Prefill is dense and makes the first choice. The wrong choice if each token needs other
+    distant tokens than the one before. Layers with a window of their own, or from which another method evicts, read all
+    that they hold.
 
     Args:
         k: tokens chosen per key/value head.
         stride: a full step every so many tokens; 1 is dense decoding.
-        group_reduce: how the weights of the query heads on one key/value head are taken together.
-        pool: odd width of a max-pool along the weights, so that neighbours come along; 0 is none.
-        dynamic: a schedule by need in place of `stride`. It couples the sequences of a batch.
-        grow: whether the set grows by each token until the next full step; else the least of the old ones goes.
-        phase: the first full step after the prompt, and the others every `stride` from it; 0 counts from the prompt.
+        group_reduce: how the weights of the query heads of one key/value head are combined.
+        pool: odd width of a max-pool along the weights, which also chooses neighbours; 0 is none.
+        dynamic: a dynamic schedule that replaces `stride`. It couples the sequences of a batch.
+        grow: whether the set grows by each token until the next full step; else each new token replaces the one with
+            the least weight.
+        phase: the first full step after the prompt; the others follow every `stride` steps. 0 counts from the prompt.
     """
 
     k: int = 4096
@@ -98,33 +100,33 @@ class RecycledAttention(Policy):
         return site.layer in self._far and has_everything(site)
 
     def select(self, site: Site) -> Selection | None:
-        memory, total = site.memory(self), site.k.shape[2]
-        if self._is_full(site) or "chosen" not in memory:
+        notes, total = site.notes(self), site.k.shape[2]
+        if self._is_full(site) or "chosen" not in notes:
             return None
-        chosen, since = memory["chosen"], torch.arange(memory["seen"], total, device=site.k.device)
+        chosen, since = notes["chosen"], torch.arange(notes["seen"], total, device=site.k.device)
         if not self.grow:
-            chosen = chosen[..., : max(0, chosen.shape[-1] - since.numel())]  # in order of their weight
+            chosen = chosen[..., : max(0, chosen.shape[-1] - since.numel())]  # sorted by weight
             since = since[-self.k :]
         index = torch.cat([chosen, since.expand(*chosen.shape[:2], -1)], -1)[:, :, None]
         return Indices(index, 1, total) if index.shape[-1] < total else None
 
     def read(self, site: Site, out: Tensor) -> None:
-        memory = site.memory(self)
+        notes = site.notes(self)
         if self._is_full(site):
-            memory.update(chosen=self._choose(site), seen=site.seen)
+            notes.update(chosen=self._choose(site), seen=site.seen)
             if self.dynamic is not None:
-                memory["query"] = last_query(site)[0].clone()
+                notes["query"] = last_query(site)[0].clone()
             return
-        shared = site.memory(self, all_layers=True)
-        if self.dynamic is not None and shared["step"] % self.dynamic.every == 0 and "query" in memory:
-            shared["cosines"].append(cosine(site.q[:, :, -1], memory["query"]).mean().item())
+        shared = site.notes(self, all_layers=True)
+        if self.dynamic is not None and shared["step"] % self.dynamic.every == 0 and "query" in notes:
+            shared["cosines"].append(cosine(site.q[:, :, -1], notes["query"]).mean())
 
     def _is_full(self, site: Site) -> bool:
-        """Whether this is a full step; the first layer of a pass decides for all."""
+        """Return whether this is a full step; the first layer of a pass decides for all layers."""
         if id(self) in site.step:
             return site.step[id(self)]
-        shared = site.memory(self, all_layers=True)
-        if site.phase == "prefill" or shared.get("seen") != site.seen - 1:  # or a cache that was cropped or copied
+        shared = site.notes(self, all_layers=True)
+        if site.phase == "prefill" or shared.get("seen") != site.seen - 1:  # the cache may be cropped or copied
             shared["step"], full = 0, True
         else:
             shared["step"] += 1
@@ -132,28 +134,31 @@ class RecycledAttention(Policy):
         shared["seen"], shared["cosines"], site.step[id(self)] = site.seen, [], full
         return full
 
-    def _is_due(self, step: int, cosines: list[float]) -> bool:
+    def _is_due(self, step: int, cosines: list[Tensor]) -> bool:
         if self.dynamic is None:
             return step >= self.phase and (step - self.phase) % self.stride == 0
-        return bool(cosines) and sum(cosines) / len(cosines) < self.dynamic.threshold
+        if not cosines:
+            return False
+        mean = torch.stack([cosine.to(cosines[0].device) for cosine in cosines]).mean()
+        return mean.item() < self.dynamic.threshold  # the host waits for the device here
 
     def _choose(self, site: Site) -> Int[Tensor, "b hkv k"]:
-        """Choose what each sequence's last token attends to; where a call brings it none, the earlier choice stays."""
+        """Choose the keys that each sequence's last token attends to; without a new token the last choice stays."""
         weights = safe_softmax(last_logits(site)).unflatten(1, (site.k.shape[1], -1))
         scores = weights.amax(2) if self.group_reduce == "max" else weights.mean(2)
-        has, before = last_query(site)[1], site.memory(self).get("chosen")
+        has, before = last_query(site)[1], site.notes(self).get("chosen")
         if has is not None and (before is None or before.shape[2] < self.k):
             real = tokens(site).real[:, None].to(scores.dtype)  # type: ignore[union-attr]
-            return most(torch.where(has[:, None, None], scores, real), self.k, site, self.pool)
-        chosen = most(scores, self.k, site, self.pool)
+            return top_keys(torch.where(has[:, None, None], scores, real), self.k, site, self.pool)
+        chosen = top_keys(scores, self.k, site, self.pool)
         return chosen if has is None or before is None else torch.where(has[:, None, None], chosen, before)
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
-        """See `Policy.at_budget`. A quarter of it goes to full steps, as far as a stride of 50 needs that.
+        """See `Policy.at_budget`. A quarter of the budget pays for full steps, or less if the stride reaches 50.
 
-        Choices are smoothed over 13 tokens: what stands behind a hit is often what the next steps look for.
-        The width was chosen on the lab's needles, so that its score there is not an independent one.
+        Choices are smoothed over 13 tokens: the tokens after a chosen one are often needed in the next steps. The width
+        was chosen on the lab's needle task, so its score there is not independent.
         """
         cls.tokens(budget, length)
         stride = min(50, max(2, math.ceil(4 / max(budget, 0.08))))
@@ -162,7 +167,7 @@ class RecycledAttention(Policy):
 
 
 class Overlap(NamedTuple):
-    """Share of the attention mass that is recovered, per lag: by an earlier step's choice; by sinks and a window."""
+    """Share of the attention mass that is recovered, per lag, by an earlier step's choice and by sinks and a window."""
 
     recycled: Float[Tensor, " lags"]
     sink_recent: Float[Tensor, " lags"]
@@ -172,9 +177,9 @@ class Overlap(NamedTuple):
 def attention_overlap(model: object, ids: Int[Tensor, "b n"], k: int, lags: Sequence[int]) -> Overlap:
     """Measure how well a step's `k` strongest keys serve later steps.
 
-    That is the weight which queries some tokens later give to them and to the tokens since, next to what they give to
-    the same number of sinks (4) and recent tokens. Mean over heads, sequences, and the layers that attend to all
-    tokens.
+    That is the weight that queries `lag` tokens later give to these keys and to newer tokens, compared with the weight
+    that they give to the same number of sinks (4) and recent tokens. Both are means over heads, sequences, and the
+    layers that attend to all tokens.
 
     Args:
         model: a decoder.
@@ -193,7 +198,7 @@ def attention_overlap(model: object, ids: Int[Tensor, "b n"], k: int, lags: Sequ
 
 
 class _Recovery(Method):
-    """Reads, layer by layer, the mass on a set chosen at row `start` when later rows attend."""
+    """A method that reads, layer by layer, the mass of later rows on a set that was chosen at row `start`."""
 
     def __init__(self, k: int, start: int, rows: list[int], layers: list[int]) -> None:
         self.k, self.start, self.rows, self.layers = k, start, rows, layers

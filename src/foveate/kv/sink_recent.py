@@ -21,11 +21,11 @@ from foveate.kv.parts.head_split import keep_ends
 @final
 @dataclass(eq=False)
 class SinkRecent(Policy):
-    """Every head keeps the first `sink` and the last `recent` tokens; the rest is evicted.
+    """Every head keeps the first `sink` and the last `recent` tokens; the others are evicted.
 
-    Memory and time per token are constant. The prompt is read densely, in one piece or in the pieces it comes in. Keys
-    keep their original positions (the paper renumbers them; within the trained length that changes little). Whatever
-    lies between the sinks and the window is gone: the wrong choice for retrieval.
+    Memory and time per token are constant. The prompt is read densely, in one or several pieces. Keys keep their
+    original positions (the paper renumbers them, as `Renumbered` does; within the trained length this changes little).
+    All tokens between the sinks and the window are lost: the wrong choice for retrieval.
 
     Args:
         sink: first tokens kept (the paper's 4).

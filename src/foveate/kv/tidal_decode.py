@@ -1,8 +1,8 @@
-"""TidalDecode: a few layers find what matters at this step, and the others read only that.
+"""TidalDecode: a few layers choose the tokens of a decoding step, and the others read only these.
 
 TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention (2024), arXiv 2410.05076. The
-optional cache correction, which reads recent tokens again with full attention, is not here: it is a second forward pass
-of the model, which a method cannot start from within an attention call. The release takes one re-selection layer.
+optional cache correction, which reads recent tokens again with full attention, is left out: it is a second forward pass
+of the model, which a method cannot start inside an attention call. The release uses one re-selection layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError, UnsupportedModel
 from foveate.core.selection import Indices, Selection
 from foveate.host import Host
-from foveate.host.hf import layout
+from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
 from foveate.host.method import Method
 from foveate.host.site import Site
@@ -34,22 +34,22 @@ Per = Literal["head", "group", "layer"]
 @final
 @dataclass(eq=False)
 class TidalDecode(Policy):
-    """While decoding, a few layers read everything and pick `top_k` tokens; the layers after them read those alone.
+    """While decoding, a few layers read everything and choose `top_k` tokens; the layers after them read only these.
 
-    Nothing is evicted and prefill is dense; a step makes `dense_layers + 1 + len(reselect_layers)` full reads in place
-    of one a layer. The set lives for one step. The wrong choice for shallow models, where the full reads are most of
-    the work, and with a re-selection layer that does not know yet what the later ones look for: `calibrate` measures
-    which one does. Layers with a window of their own, or that another method evicts from, read all they have. Layers
-    are counted among those that attend to all tokens (where none does, among those with the widest window): a hybrid
-    model's others are left out.
+    Nothing is evicted and prefill is dense. A step makes `dense_layers + 1 + len(reselect_layers)` full reads instead
+    of one per layer. The set is used for one step. The wrong choice for shallow models, whose full reads are most of
+    the work, and with a re-selection layer whose choice does not suit the later layers: `calibrate` measures which one
+    suits them. Layers with a window of their own, or from which another method evicts, read all that they hold. Layer
+    numbers count only the layers that attend to all tokens (if there are none, those with the widest window), and skip
+    a hybrid model's other layers.
 
     Args:
         top_k: tokens that a sparse layer reads.
-        dense_layers: layers before the first selection, which read everything; the layer of that number selects.
-        reselect_layers: further layers that read everything and select anew.
-        per: whose set it is: each query "head" has its own, a "group" of heads on one key/value head (then each key is
-            read once for all of them), or the "layer".
-        reduce: how a group's or a layer's heads are taken together: the largest logit, or their sum.
+        dense_layers: number of layers before the first selection, which read everything; the next layer selects.
+        reselect_layers: further layers that read everything and select again.
+        per: the owner of a set: each query "head", each "group" of heads of one key/value head (each key is then read
+            once for the group), or the "layer".
+        reduce: how the heads of a group or a layer are combined: by the largest logit ("max"), or by their "sum".
     """
 
     top_k: int = 256
@@ -66,7 +66,7 @@ class TidalDecode(Policy):
         validate.one_of("per", self.per, ("head", "group", "layer"))
         validate.one_of("reduce", self.reduce, ("max", "sum"))
         if not isinstance(self.reselect_layers, tuple | list):
-            raise OptionError(f"reselect_layers={self.reselect_layers!r} must be a tuple of layers' numbers")
+            raise OptionError(f"reselect_layers={self.reselect_layers!r} must be a tuple of layer numbers")
         for layer in self.reselect_layers:
             validate.count("reselect_layers", layer)
 
@@ -113,7 +113,7 @@ class TidalDecode(Policy):
     def calibrate(
         cls, host: Host, data: Iterable[tuple[Tensor, Tensor]], progress: Progress | None = None
     ) -> dict[str, Tensor]:
-        """The layers' overlap where one example answers: `at_budget` puts the re-selection where it serves best."""
+        """Measure how much the layers' choices overlap on one example. `at_budget` places the re-selection by it."""
         ids, answers = next(iter(data))
         overlap = topk_overlap(host.model, ids, max(1, ids.shape[1] // 16), answers)
         if progress is not None:
@@ -122,23 +122,24 @@ class TidalDecode(Policy):
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
-        """See `Policy.at_budget`. Two dense layers in eight or more, else a quarter of them, and one re-selection.
+        """See `Policy.at_budget`. There is one re-selection, and min(2, a quarter of the layers) dense layers.
 
-        That is the layer with whose choice the later ones agree best (and those before it with the first selection's),
-        where `calibrate` has measured it, else the one at 13/32 of the depth. `top_k` spends what the full reads leave.
-        Where they leave nothing, the model is too shallow for its budget: it reads more, and sparse layers that share.
+        The re-selection layer is the one whose choice agrees best with those of the later layers (and the first
+        selection with those of the layers before it), if `calibrate` has measured this. Otherwise it is the layer at
+        13/32 of the depth. `top_k` uses the budget that the full reads leave. If they leave none, the model is too
+        shallow for the budget: sparse layers then read the budget's share, and the whole model reads more.
         """
-        return cls(*spent(budget, len(far_layers(layout(host))), length, learnt.get("overlap")))
+        return cls(*split_budget(budget, len(far_layers(layout(host))), length, learnt.get("overlap")))
 
 
-def spent(budget: float, layers: int, length: int, overlap: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
-    """A budget as `(top_k, dense_layers, reselect_layers)` for so many layers; see `TidalDecode.at_budget`."""
+def split_budget(budget: float, layers: int, length: int, overlap: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
+    """Split a budget for some layers into `(top_k, dense_layers, reselect_layers)`; see `TidalDecode.at_budget`."""
     check_budget(budget, length)
     if overlap is not None and tuple(overlap.shape) != (layers, layers):
         raise ShapeError(f"overlap must be ({layers}, {layers}) for this model; got {tuple(overlap.shape)}")
     dense = min(2, layers // 4)
     again: tuple[int, ...] = ()
-    # the last layer serves itself, by reading all, where no earlier choice fits it; two or three have none to spare
+    # the last layer may reselect for itself alone, unless there are three layers or fewer
     later = range(dense + 1, layers if layers > 3 else layers - 1)
     if later:
         middle = min(max(round(layers * 13 / 32), later[0]), later[-1])
@@ -149,7 +150,7 @@ def spent(budget: float, layers: int, length: int, overlap: Tensor | None) -> tu
 
 
 def _best_layer(overlap: Float[Tensor, "l l"], first: int, later: range) -> int:
-    """The re-selection layer with which the sparse layers agree best, each with the selection that it would read."""
+    """Return the re-selection layer for which the sparse layers agree best with the selection that they would read."""
     worth = {r: overlap[first, first + 1 : r].sum() + overlap[r, r + 1 :].sum() for r in later}
     return max(worth, key=lambda layer: float(worth[layer]))
 
@@ -158,14 +159,15 @@ def _best_layer(overlap: Float[Tensor, "l l"], first: int, later: range) -> int:
 def topk_overlap(
     model: object, ids: Int[Tensor, "b n"], k: int, queries: Bool[Tensor, "b n"] | None = None
 ) -> Float[Tensor, "l l"]:
-    """Measure how far layers agree: the mean share of the `k` keys with the largest logits that two layers have in
-    common, head by head. Of the layers that attend to all tokens; see `TidalDecode`.
+    """Measure how much the choices of layers overlap: the mean share of their `k` largest logits' keys in common.
+
+    Heads are compared one by one, in the layers that attend to all tokens; see `TidalDecode`.
 
     Args:
         model: a decoder.
         ids: text without padding.
         k: keys in a set.
-        queries: whose choices to compare; None is the last token's.
+        queries: the queries whose choices are compared; None is the last token.
     """
     here = host(model)
     validate.at_least("k", k, 1)
@@ -179,7 +181,7 @@ def topk_overlap(
 
 
 class _Sets(Method):
-    """Reads which keys each chosen query holds largest: `(rows, S)` a layer."""
+    """A method that reads the keys with the largest logits of some queries: `(rows, S)` per layer."""
 
     def __init__(self, k: int, queries: Tensor, layers: list[int]) -> None:
         self.k, self.layers = k, layers

@@ -1,10 +1,10 @@
-"""TokenSelect: all heads of a layer vote on which tokens of the cache are worth reading.
+"""TokenSelect: all heads of a layer vote on the tokens of the cache to read.
 
 TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via Dynamic Token-Level KV Cache
-Selection (2024), arXiv 2411.02886. Positions are kept: the renumbering that carries a model past its trained length
-needs keys from before the rotary embedding, and a site's keys come after it. Where heads are grouped, a query head
-scores the keys of its own group; the release's kernel reads them in another order. The release ships with its selection
-cache off (here: a `sim_threshold` over 1).
+Selection (2024), arXiv 2411.02886. Positions are kept: the paper's renumbering, which extends the trained length, needs
+keys from before the rotary embedding, and a site's keys have it. With grouped heads, a query head scores the keys of
+its own group; the release's kernel reads them in another order. The release has its selection cache off by default
+(here: a `sim_threshold` above 1).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from foveate.core.scoring import dot_product, safe_softmax
 from foveate.core.selection import Indices, Selection
 from foveate.host.attention import selected
 from foveate.host.hf.model import Host
-from foveate.host.padding import each_alone, tokens
+from foveate.host.padding import attend_unpadded, tokens
 from foveate.host.site import Site
 from foveate.kv.base import Policy
 from foveate.kv.parts.head_split import check_reach, far_numbers
-from foveate.kv.parts.last_query import cosine, has_everything, max_pooled, most, visible
+from foveate.kv.parts.last_query import cosine, has_everything, max_pooled, top_keys, visible
 
 
 @final
@@ -36,18 +36,19 @@ class TokenSelect(Policy):
     """Each step and each prompt chunk reads the sinks, a local window and `k` tokens that the layer's heads vote for.
 
     Nothing is evicted: memory stays, and reads fall to `(sink + local + k) / N` plus one scoring pass over the keys,
-    which is left out while the query stays similar. Works on a frozen model without calibration. The wrong choice where
-    memory is what runs short, or where the heads of a layer need different tokens (they share one set). Layers with a
-    window of their own, or that another method evicts from, read all they have.
+    which is skipped while the query stays similar. The decision to skip it makes the host wait for the device, once in
+    every layer. Works on a frozen model without calibration. The wrong choice if memory is the limit, or if the heads
+    of a layer need different tokens (they share one set). Layers with a window of their own, or from which another
+    method evicts, read all that they hold.
 
     Args:
-        sink: first tokens, always read.
-        local: tokens before the query, or before its chunk, always read.
-        k: tokens voted for among the rest.
-        sim_threshold: cosine, between the queries of now and of the last vote, from which its result is used again;
-            above 1 every step votes, at -1 the first vote stays.
-        pool: odd width of a max-pool along the votes, so that a hit's neighbours come along; 0 is none.
-        chunk: queries of a prompt that share one vote, on their mean; also for prompts that come in one call.
+        sink: number of first tokens that are always read.
+        local: number of tokens before the query, or before its chunk, that are always read.
+        k: number of other tokens, which are voted for.
+        sim_threshold: a vote is used again if the cosine between its query and the current one reaches this; above 1
+            every step votes, at -1 the first vote stays.
+        pool: odd width of a max-pool along the votes, which also chooses neighbours; 0 is none.
+        chunk: number of queries of a prompt that share one vote, by their mean; also for prompts in one call.
     """
 
     sink: int = 128
@@ -68,7 +69,7 @@ class TokenSelect(Policy):
 
     @property
     def reads(self) -> int:
-        """Tokens that a step reads beside its own."""
+        """Number of tokens that a step reads beside its own."""
         return self.sink + self.local + self.k
 
     def bind(self, host: Host) -> None:
@@ -80,24 +81,24 @@ class TokenSelect(Policy):
         return site.layer in self._far and site.seen - 1 > self.reads and has_everything(site)
 
     def attend(self, site: Site) -> Tensor | None:
-        """A padded prompt of several pieces, sequence by sequence: each is cut from its own first token."""
+        """Attend in a padded prompt of several chunks, sequence by sequence: chunks count from its own first token."""
         if site.q.shape[2] <= self.chunk or tokens(site) is None:
             return None
-        return each_alone(site, lambda part, rows: self._alone(site, part, rows))
+        return attend_unpadded(site, lambda part, rows: self._attend_rows(site, part, rows))
 
-    def _alone(self, site: Site, part: Site, rows: Tensor) -> Tensor:
-        found, memory = tokens(site), site.memory(self)
+    def _attend_rows(self, site: Site, part: Site, rows: Tensor) -> Tensor:
+        found, notes = tokens(site), site.notes(self)
         assert found is not None
-        memory.update({**self._nothing(site), **memory})
-        mine = {name: x[rows] if isinstance(x, Tensor) else x for name, x in memory.items()}
+        notes.update({**self._empty_notes(site), **notes})
+        mine = {name: x[rows] if isinstance(x, Tensor) else x for name, x in notes.items()}
         mine["chosen"] = found.rank[rows].gather(1, mine["chosen"]).clamp_min(0).long()
-        part.memories[id(self), part.layer] = mine
+        part.all_notes[id(self), part.layer] = mine
         selection = self.select(part) if self.at(part) else None
         out, _ = selected(part, [] if selection is None else [selection.for_heads(part.q.shape[1])])
         mine["chosen"] = found.order[rows].gather(1, mine["chosen"])
-        memory["whole"] = False
+        notes["whole"] = False
         for name in ("query", "chosen", "real", "past"):
-            memory[name] = memory[name].index_copy(0, rows, mine[name])
+            notes[name] = notes[name].index_copy(0, rows, mine[name])
         return out
 
     def select(self, site: Site) -> Selection | None:
@@ -116,7 +117,7 @@ class TokenSelect(Policy):
         return Indices(index[:, None], n, total, valid[:, None], self.chunk)
 
     def _working_set(self, site: Site, start: int, stop: int) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"] | None]:
-        """The keys that a piece of the queries reads, and which of them count; None where all do."""
+        """Return the keys that a chunk of the queries reads, and a mask of those that count; None if all do."""
         batch, device = site.q.shape[0], site.q.device
         past, end = (site.k.shape[2] - site.q.shape[2] + x for x in (start, stop))
         if past <= self.reads:
@@ -136,44 +137,48 @@ class TokenSelect(Policy):
         return torch.cat([found.at(sinks), chosen, found.at(near), new], 1), valid
 
     def _vote(self, site: Site, start: int, stop: int, past: int) -> tuple[Tensor, Tensor | None]:
-        """`(B, k)` tokens and which of them count: this piece's vote, or the last one where queries are alike."""
-        memory, found = site.memory(self), tokens(site)
+        """Return the tokens `(B, k)` that were voted for, and a mask of those that count; None if all do.
+
+        Sequences whose query is like that of their last vote keep that vote.
+        """
+        notes, found = site.notes(self), tokens(site)
         query, has = _mean_query(site, start, stop)
         own = torch.full_like(site.begins, past) if found is None else found.before(past).long()
         alike = torch.zeros_like(has)
-        if "past" in memory:  # that is -1 without a vote, and larger where the cache was cropped since
-            held = (memory["past"] >= 0) & (memory["past"] <= own)
-            alike = held & ((cosine(query, memory["query"]) >= self.sim_threshold) | ~has)
-        if not bool(alike.all()):
-            memory.update(self._fresh(site, query, past, alike, slice(start, stop)))
-        # a sequence that padding makes short reads all it has: no vote to hold on to
+        votes = "past" not in notes or (self.sim_threshold > 1 and found is None)
+        if not votes:  # `past` is -1 without a vote, and larger than `own` if the cache was cropped since
+            held = (notes["past"] >= 0) & (notes["past"] <= own)
+            alike = held & ((cosine(query, notes["query"]) >= self.sim_threshold) | ~has)
+        if votes or not bool(alike.all()):  # the host waits for the device only if it does not know already
+            notes.update(self._fresh(site, query, past, alike, slice(start, stop)))
+        # a sequence that is short without its padding reads all its tokens, and keeps no vote
         held = alike | (own > self.reads)
-        before = memory.get("past", torch.full_like(own, -1))
-        memory["past"] = torch.where(has, own.masked_fill(~held, -1), before)
-        return memory["chosen"], None if memory["whole"] else memory["real"]
+        before = notes.get("past", torch.full_like(own, -1))
+        notes["past"] = torch.where(has, own.masked_fill(~held, -1), before)
+        return notes["chosen"], None if notes["whole"] else notes["real"]
 
     def _fresh(self, site: Site, query: Tensor, past: int, alike: Tensor, rows: slice) -> dict[str, Any]:
-        """Vote, and return what to remember; sequences that are `alike` keep their last vote."""
-        found, seen, memory = tokens(site), visible(site, rows), site.memory(self)
+        """Vote, and return the new notes; sequences that are `alike` keep their last vote."""
+        found, seen, notes = tokens(site), visible(site, rows), site.notes(self)
         first, end, candidate = 0, past, None
         if found is not None:
             rank = found.rank[:, :past]
             candidate = (rank >= self.sink) & (rank < found.before(past)[:, None] - self.local)
-        else:  # whoever may be voted for lies side by side
+        else:  # the candidates are consecutive
             first, end = self.sink, past - self.local
         if seen is not None:
             candidate = seen[:, first:end] if candidate is None else candidate & seen[:, first:end]
         votes = soft_vote(query, site.k[:, :, first:end], 0, site.scale, candidate)
-        place = most(votes, self.k, site, self.pool, candidate, ranked=False).sort().values
+        place = top_keys(votes, self.k, site, self.pool, candidate, ranked=False).sort().values
         real = torch.ones_like(place, dtype=torch.bool) if candidate is None else candidate.gather(1, place)
         fresh: dict[str, Any] = {"query": query, "chosen": place + first, "real": real}
         for name, value in fresh.items():
             old = alike.view(-1, *[1] * (value.dim() - 1))
-            fresh[name] = torch.where(old, memory.get(name, value), value)
-        return {**fresh, "whole": seen is None and found is None and memory.get("whole", True)}
+            fresh[name] = torch.where(old, notes.get(name, value), value)
+        return {**fresh, "whole": seen is None and found is None and notes.get("whole", True)}
 
-    def _nothing(self, site: Site) -> dict[str, Any]:
-        """The memory of sequences that have not voted yet."""
+    def _empty_notes(self, site: Site) -> dict[str, Any]:
+        """Return the notes of sequences that have not voted yet."""
         b, hq, _, d = site.q.shape
         chosen = torch.zeros(b, self.k, dtype=torch.long, device=site.q.device)
         past = torch.full_like(site.begins, -1)
@@ -183,14 +188,14 @@ class TokenSelect(Policy):
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
-        """See `Policy.at_budget`. Sinks, window and votes share it as in the defaults, 1 : 4 : 16; at least 4 sinks."""
+        """See `Policy.at_budget`. Sinks, window and votes share it as by default, 1 : 4 : 16, with at least 4 sinks."""
         total = cls.tokens(budget, length)
         sink, local = min(128, max(min(4, total // 4), total // 21)), min(512, 4 * total // 21)
         return cls(sink, local, max(1, total - sink - local - 1))
 
 
 def _mean_query(site: Site, start: int, stop: int) -> tuple[Float[Tensor, "b hq d"], Bool[Tensor, " b"]]:
-    """The mean of some queries that are tokens, and which sequences have any."""
+    """Return the mean of some queries without padding, and a mask of the sequences that have any."""
     real = site.real_queries if tokens(site) is not None else None
     if real is None:
         return site.q[:, :, start:stop].mean(2), torch.ones_like(site.begins, dtype=torch.bool)
@@ -207,14 +212,14 @@ def soft_vote(
     scale: float | None = None,
     candidates: Bool[Tensor, "*b n"] | None = None,
 ) -> Float[Tensor, "*b n"]:
-    """Sum the softmax weights of a layer's heads for each key; each head has one vote to split.
+    """Sum the softmax weights of a layer's heads for each key; each head splits one vote.
 
     Args:
-        q: one query a head.
+        q: one query for each head.
         k: keys; `Hq` is a multiple of `Hkv`.
         pool: odd width of a max-pool along the keys; 0 is none.
-        scale: of the logits; None is `d ** -0.5`.
-        candidates: who may be voted for; None is everyone.
+        scale: scale of the logits; None is `d ** -0.5`.
+        candidates: the keys that may be voted for; None is all.
     """
     groups = q.unflatten(-2, (k.shape[-3], -1))
     logits = dot_product(groups, k, q.shape[-1] ** -0.5 if scale is None else scale).float()

@@ -1,4 +1,4 @@
-"""Whole networks, built from layers: decoders over tokens, transformers over image patches, and papers' own models."""
+"""Whole networks, built from layers: decoders over tokens, transformers over image patches, and published models."""
 
 from foveate.core.public import lazy
 

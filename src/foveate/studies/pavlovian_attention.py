@@ -9,7 +9,7 @@ reconstruction, checked at its limits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -25,7 +25,7 @@ from foveate.host.method import Method
 from foveate.host.site import Site
 from foveate.ops.base.linear import Linear
 from foveate.ops.memory.miras import Miras
-from foveate.ops.operator import Operator, Pattern
+from foveate.ops.operator import CAUSAL_PATTERNS, Operator
 from foveate.studies.hebbian_capacity import retrieval_snr
 
 Rule = Literal["hebb", "delta", "oja", "decay"]
@@ -77,8 +77,7 @@ def _operator(rule: Rule, eta: float, decay: float) -> Operator:
 class _Oja(Linear):
     """A linear operator with a decay per feature: each key channel forgets in proportion to its use."""
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self", "causal cross"})
-    default_scale: ClassVar[float | None] = 1.0
+    capabilities = replace(Linear.capabilities, patterns=CAUSAL_PATTERNS, default_scale=1.0)
     normalised: ClassVar[bool] = False
 
     def __init__(self, eta: float) -> None:

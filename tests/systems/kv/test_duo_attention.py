@@ -1,4 +1,4 @@
-"""DuoAttention: what its paper says, on an induction model with constructed weights."""
+"""DuoAttention does what its paper claims, on an induction model with constructed weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from foveate.core.errors import FoveateError
 from foveate.host import Method, apply
-from foveate.host.hf import layout
+from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
 from foveate.kv import duo_attention
 from foveate.kv.duo_attention import DuoAttention, Mixed, duo_train, full_heads
@@ -25,12 +25,12 @@ from tests.host_models import DECODERS, Reads
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    """Two layers of four heads, each its own key/value head; head 2 of layer 1 retrieves."""
+    """Make two layers of four heads, each with its own key/value head; head 2 of layer 1 retrieves."""
     return induction_lm(layers=2, heads=4, kv_heads=4, matching=[(1, 2)])
 
 
 def data(length: int = 96) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Recall prompts with their answers, of which the answers count."""
+    """Yield recall prompts with their answers; only the answers count."""
     seed = 100
     while True:
         ids, answers = recall(2, length=length, answer=3, seed=seed)
@@ -44,7 +44,7 @@ def gates(model: LlamaForCausalLM) -> torch.Tensor:
     return duo_train(model, data(), steps=60, rate=0.05, reg=0.05, sink=2, recent=8)
 
 
-def test_an_interrupted_training_goes_on(model: LlamaForCausalLM, gates: torch.Tensor, tmp_path: Path) -> None:
+def test_an_interrupted_training_continues(model: LlamaForCausalLM, gates: torch.Tensor, tmp_path: Path) -> None:
     sizes, file = dict(steps=20, rate=0.05, reg=0.05, sink=2, recent=8), tmp_path / "partial.safetensors"
     whole = duo_train(model, data(), **sizes)
     seen: list[int] = []
@@ -64,8 +64,8 @@ def test_an_interrupted_training_goes_on(model: LlamaForCausalLM, gates: torch.T
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_tables_and_gates_follow_the_queries(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They stay on the CPU, while each layer's queries may be on a device of their own."""
+def test_tables_and_gates_move_to_the_queries_device(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are stored on the CPU, while each layer's queries may be on another device."""
     sites, found = Reads(lambda site: site), layout(host(model))
     with torch.no_grad(), apply(model, sites):
         model(recall(1, length=12, answer=2)[0])
@@ -83,7 +83,7 @@ def test_tables_and_gates_follow_the_queries(model: LlamaForCausalLM, monkeypatc
     assert bool(gates.grad[1].any()) and not bool(gates.grad[0].any())
 
 
-def test_what_other_settings_left_is_passed_over(model: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_a_state_of_other_settings_is_ignored(model: LlamaForCausalLM, tmp_path: Path) -> None:
     file, seen = tmp_path / "partial.safetensors", []
 
     def stop(step: int, steps: int, note: str) -> None:
@@ -119,7 +119,7 @@ def test_gates_of_one_distil_without_loss(model: LlamaForCausalLM) -> None:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_gates_of_one_are_any_model(name: str) -> None:
-    """Bit for bit, also where layers have windows and soft caps; a window hides from streaming heads what it hides."""
+    """Bit for bit, also with windows and soft caps; a window hides the same keys from streaming heads."""
     subject, ids = host_models.model(name), host_models.tokens(2, 20)
     with torch.no_grad():
         expected = subject(ids, use_cache=False).logits
@@ -146,7 +146,7 @@ def test_streaming_heads_hold_sink_and_window_only(model: LlamaForCausalLM) -> N
 
 
 def test_chunks_equal_one_masked_prefill(model: LlamaForCausalLM) -> None:
-    """Feeding the prompt in chunks through evicting caches is the same as one call with `prefill_chunk`."""
+    """Reading the prompt in chunks through evicting caches equals one call with `prefill_chunk`."""
     torch.manual_seed(0)
     ids, gates = torch.randint(1, 40, (2, 48)), torch.rand(2, 4)
     cache, parts = DynamicCache(config=model.config), []
@@ -170,7 +170,7 @@ def test_trained_gates_keep_recall(model: LlamaForCausalLM, gates: torch.Tensor,
 
     ours = score(gates)
     draws = [score(torch.rand(2, 4, generator=torch.Generator().manual_seed(seed))) for seed in range(5)]
-    streaming = score(gates.new_zeros(2, 4).index_fill(1, torch.tensor([0, 1, 3]), 1.0))  # keeps all but the retriever
+    streaming = score(gates.new_zeros(2, 4).index_fill(1, torch.tensor([0, 1, 3]), 1.0))  # the retrieval head streams
     assert ours >= 0.9 and streaming <= 0.3
     claim(
         "trained gates keep recall at half the heads where random choices lose it",
@@ -185,7 +185,7 @@ def test_the_penalty_closes_gates(model: LlamaForCausalLM, gates: torch.Tensor) 
     assert gates[1, 2] > gates.flatten().median()
 
 
-def test_training_leaves_the_model_alone(model: LlamaForCausalLM) -> None:
+def test_training_does_not_change_the_model(model: LlamaForCausalLM) -> None:
     before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
     duo_train(model, data(48), steps=2, sink=1, recent=4)
     for name, parameter in model.named_parameters():

@@ -1,1 +1,1 @@
-"""What several cache policies share."""
+"""Parts that several cache policies share."""

@@ -1,4 +1,4 @@
-"""What a policy learnt about a model, in a file that says which model that was."""
+"""Files of a policy's calibration, each with the digest of its model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from foveate.core.errors import OptionError
 
 _MODEL = "model"  # the metadata's name for the digest of the model
-_SAMPLE = 4096  # numbers of each tensor that are hashed in their order; the rest of it goes into an exact sum
+_SAMPLE = 4096  # numbers of each tensor that are hashed; the others enter an exact sum
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
-    """The digest of named tensors: of each its name, shape, the sum of its bits and evenly spread numbers of it.
+    """Return the digest of named tensors: of their names, shapes, sums of bits and evenly spread samples.
 
     Args:
         tensors: any mapping.
-        dtype: what floating numbers are brought to first, so that a copy in another precision has the same digest.
+        dtype: the type to which floating numbers are converted first; a copy in another precision then has the same
+            digest.
 
-    It reads the tensors once, at the speed of memory: hashing all bits of eight billion numbers would take a minute.
+    This reads the tensors once, at memory bandwidth. Hashing all bits of eight billion numbers would take a minute.
     """
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -40,15 +41,15 @@ def digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> s
 
 
 def model_digest(model: nn.Module) -> str:
-    """The digest of a model's weights in any precision (they are compared as bfloat16)."""
+    """Return the digest of a model's weights; it is the same in every precision, since they are read as bfloat16."""
     return digest(model.state_dict(), torch.bfloat16)
 
 
 def save(learnt: Mapping[str, Tensor], file: Path, model: str) -> None:
-    """Write what was learnt about the model with this `model_digest`.
+    """Write the calibration of the model with this `model_digest`.
 
     Raises:
-        OptionError: where the file cannot be written.
+        OptionError: the file cannot be written.
     """
     draft = file.with_name(f".{file.name}.tmp")
     try:
@@ -61,13 +62,13 @@ def save(learnt: Mapping[str, Tensor], file: Path, model: str) -> None:
 
 
 def load(file: Path, model: str) -> dict[str, Tensor] | None:
-    """What was learnt about the model with this `model_digest`; None where the file has nothing about it."""
+    """Return the calibration of the model with this `model_digest`; None if the file does not have it."""
     if not file.is_file():
         return None
     try:
         with safe_open(file, "pt") as opened:
             if (opened.metadata() or {}).get(_MODEL) != model:
                 return None
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no mapping
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
     except (SafetensorError, OSError):
         return None

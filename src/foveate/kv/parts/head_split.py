@@ -1,4 +1,4 @@
-"""Splitting the cache by head: some key/value heads keep everything, the others sinks and a recent window."""
+"""Split the cache by head: some key/value heads keep everything, the others keep sinks and a recent window."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from foveate.core.errors import ShapeError, UnsupportedModel
 from foveate.host import AttendingLayer, Ends, Host, Layout
-from foveate.host.hf import layout
+from foveate.host.hf.layout import layout
 from foveate.host.padding import tokens
 from foveate.host.site import Site
 
 
 def far_layers(found: Layout) -> tuple[AttendingLayer, ...]:
-    """The layers that see furthest: those without a window, or, where all have one, those with the widest."""
+    """Return the layers that see furthest: those without a window or, if all have one, those with the widest."""
     if any(layer.window is None for layer in found.layers):
         return tuple(layer for layer in found.layers if layer.window is None)
     widest = max(layer.window or 0 for layer in found.layers)
@@ -22,12 +22,12 @@ def far_layers(found: Layout) -> tuple[AttendingLayer, ...]:
 
 
 def far_numbers(host: Host) -> frozenset[int]:
-    """The numbers in the cache of the layers that see furthest."""
+    """Return the numbers in the cache of the layers that see furthest."""
     return frozenset(layer.layer for layer in far_layers(layout(host)))
 
 
 def check_reach(name: str, reads: int, host: Host) -> None:
-    """Refuse a policy that reads as many tokens as the widest window of a model has: it would never leave one out."""
+    """Refuse a policy that reads as many tokens as the widest window of a model holds: it would change nothing."""
     window = far_layers(layout(host))[0].window
     if window is not None and reads >= window:
         raise UnsupportedModel(
@@ -37,7 +37,7 @@ def check_reach(name: str, reads: int, host: Host) -> None:
 
 
 class HeadTable:
-    """A table of heads `(layers, kv_heads)` as sites look it up: by their layer, on their device."""
+    """A table of heads `(layers, kv_heads)` that sites read by their layer, on their device."""
 
     def __init__(self, heads: Bool[Tensor, "l hkv"], found: Layout) -> None:
         self._rows = {layer.layer: row[: layer.kv_heads] for layer, row in zip(found.layers, heads, strict=True)}
@@ -46,11 +46,11 @@ class HeadTable:
         self._placed: dict[tuple[int, torch.device], Tensor] = {}
 
     def holds_all(self, site: Site) -> bool:
-        """Whether every head of this layer is in the table; a layer that it says nothing of counts so too."""
+        """Return whether every head of this layer is in the table; true also for a layer without a row."""
         return self._all.get(site.layer, True)
 
     def numbers(self, site: Site) -> frozenset[int]:
-        """The heads of this layer that are in the table."""
+        """Return the heads of this layer that are in the table."""
         return self._numbers[site.layer]
 
     def of(self, site: Site) -> Bool[Tensor, " hkv"]:
@@ -63,8 +63,9 @@ class HeadTable:
 def keep_ends(
     site: Site, sink: int, recent: int | Tensor, full: frozenset[int] = frozenset()
 ) -> Ends | Bool[Tensor, "b hkv s"]:
-    """Keep all of the `full` heads, and of the others the first `sink` and the last `recent` tokens of each
-    sequence (a number, or one for each sequence). A mask where sequences are padded.
+    """Keep all tokens of the `full` heads, and the first `sink` and last `recent` tokens of the others.
+
+    `recent` is a number, or one for each sequence. The result is a mask if sequences are padded, else `Ends`.
     """
     found = tokens(site)
     if found is None:
@@ -78,17 +79,17 @@ def keep_ends(
 
 
 def own_lengths(site: Site) -> int | Tensor:
-    """Tokens of the sequence so far; one number for each sequence `(B,)` where some are padded."""
+    """Return the number of tokens so far; one number for each sequence `(B,)` if some are padded."""
     found = tokens(site)
     return site.seen if found is None else found.count
 
 
 def split_at_budget(budget: float, host: Host, length: int) -> tuple[Bool[Tensor, "l hkv"], int, int]:
-    """Spend a budget on a head split: `(heads that may be full, how many of them, tokens of the others)`.
+    """Split a budget by head: `(heads that may be full, number of full heads, tokens of the others)`.
 
-    The window is at least a sixteenth of the prompt, so that most of the budget buys whole heads: those are what
-    retrieval needs. What is left when no further head fits makes it longer. Heads of layers with a window of their own
-    cannot look back further, and keep the short one.
+    The window of the others is a sixteenth of the prompt, so that most of the budget pays for full heads, which
+    retrieval needs. The rest of the budget, if no further full head fits, lengthens the window. Heads of layers with a
+    window of their own cannot see further and are never full.
     """
     found = layout(host)
     far = torch.tensor([layer.window is None or layer.window > length for layer in found.layers])
@@ -102,14 +103,14 @@ def split_at_budget(budget: float, host: Host, length: int) -> tuple[Bool[Tensor
 
 
 def top(scores: Float[Tensor, "l h"], count: int) -> Bool[Tensor, "l h"]:
-    """The `count` heads with the largest scores over all layers."""
+    """Return the `count` heads with the largest scores over all layers."""
     chosen = torch.zeros(scores.numel(), dtype=torch.bool)
     chosen[scores.flatten().argsort(descending=True, stable=True)[:count]] = True
     return chosen.view_as(scores)
 
 
 def per_kv_head(scores: Float[Tensor, "l hq"], found: Layout) -> Float[Tensor, "l hkv"]:
-    """Scores of query heads as scores of key/value heads: a group is worth its best member."""
+    """Convert scores of query heads to scores of key/value heads: each gets the best score of its group."""
     out = scores.new_full((len(found), found.kv_heads), float("-inf"))
     for row, layer in enumerate(found.layers):
         out[row, : layer.kv_heads] = scores[row, : layer.heads].unflatten(0, (layer.kv_heads, -1)).amax(-1)
@@ -117,7 +118,7 @@ def per_kv_head(scores: Float[Tensor, "l hq"], found: Layout) -> Float[Tensor, "
 
 
 def check_heads(name: str, heads: Tensor, host: Host) -> None:
-    """Refuse a table of heads that is not `(layers, kv_heads)`, and models whose heads share what the cache holds."""
+    """Refuse a table of heads that is not `(layers, kv_heads)`, and models whose heads share a cache."""
     found, model = layout(host), type(host.model).__name__
     if found.expands:
         raise UnsupportedModel(

@@ -1,4 +1,4 @@
-"""Shared parts of policies that evict nothing and read few keys: what may be read, and how much it matters."""
+"""Parts of policies that evict nothing and read few keys: visible keys, their logits, and the largest of them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from foveate.host.attention import soft_capped
 from foveate.host.padding import last_query, tokens
 from foveate.host.site import Site
 
-#: What a tie is worth per token, as a share of the score and beside a score of zero: under the rounding of float32.
+#: Added for each token to break ties: as a share of the score, and to a score of zero. Both are below float32 rounding.
 _TIE, _TINY = 1e-14, 1e-300
 
 
 def has_everything(site: Site) -> bool:
-    """Whether a causal call has all tokens of its sequence at hand; a window, or a policy that evicts, leaves fewer."""
+    """Return whether a causal call holds all tokens of its sequence; a window or an evicting policy leaves fewer."""
     return site.is_causal and site.is_whole and site.k.shape[2] == site.seen
 
 
 def visible(site: Site, rows: slice = slice(None)) -> Bool[Tensor, "b s"] | None:
-    """The keys that some head of some of these queries may see, the future included; None for all."""
+    """Return a mask of the keys that any of these queries may see in any head, the future included; None for all."""
     if site.is_plain_causal:
         return None if site.key_mask is None else site.key_mask[:, 0, 0]
     if site.mask is None:
@@ -32,7 +32,7 @@ def visible(site: Site, rows: slice = slice(None)) -> Bool[Tensor, "b s"] | None
 
 
 def last_logits(site: Site) -> Float[Tensor, "b hq s"]:
-    """The logits of each sequence's last query that is a token, -inf where it may not look."""
+    """Return the logits of each sequence's last query that is a token, -inf for keys that it may not see."""
     query, has, last = last_query(site)
     groups = query.unflatten(1, (site.k.shape[1], -1))
     logits = soft_capped(dot_product(groups, site.k, site.scale), site.softcap).flatten(1, 2).float()
@@ -49,28 +49,27 @@ def last_logits(site: Site) -> Float[Tensor, "b hq s"]:
 
 
 def max_pooled(scores: Float[Tensor, "*b n"], width: int) -> Float[Tensor, "*b n"]:
-    """Each score raised to the largest within `width` places (odd; 0 and 1 change nothing): neighbours come along."""
+    """Max-pool scores over `width` places, which is odd; 0 and 1 change nothing."""
     if width <= 1:
         return scores
     return F.max_pool1d(scores.reshape(-1, 1, scores.shape[-1]), width, 1, width // 2).reshape(scores.shape)
 
 
-def most(
+def top_keys(
     scores: Float[Tensor, "b *h n"], k: int, site: Site, pool: int = 0, allowed: Bool[Tensor, "b *h n"] | None = None,
     ranked: bool = True,
 ) -> Int[Tensor, "b *h k"]:  # fmt: skip
-    """The `k` keys with the largest scores after a max-pool along each sequence, `ranked` the largest first.
+    """Return the `k` keys with the largest scores after a max-pool along each sequence, sorted if `ranked`.
 
-    Padding is no neighbour and is taken last, after the keys that are not `allowed`. Of equal scores, as a pool makes
-    them, the later token is taken, so that the choice is the same in a batch and alone.
+    Padding is left out of the pool and is chosen last, after the keys that are not `allowed`. Among equal scores, which
+    a pool produces, the later token is chosen, so that the choice is the same with and without a batch.
     """
     found = tokens(site) if pool > 1 else None
     n, between = scores.shape[-1], (1,) * (scores.dim() - 2)
     if found is None:
         scores = max_pooled(scores, pool)
     else:
-        order = found.order[found.order < n].view(-1, *between, n)
-        index = order.expand_as(scores)
+        index = _first_places(found.order, n).view(-1, *between, n).expand_as(scores)
         scores = torch.empty_like(scores).scatter_(-1, index, max_pooled(scores.gather(-1, index), pool))
         scores = scores.masked_fill(~found.real[:, :n].view(-1, *between, n), -2.0)
     if allowed is not None:
@@ -81,6 +80,13 @@ def most(
     return scores.topk(min(k, n), sorted=ranked).indices
 
 
+def _first_places(order: Int[Tensor, "b n"], n: int) -> Int[Tensor, "b k"]:
+    """Return each row of an order without the places from `n` on. A mask as index would make the host wait."""
+    if n == order.shape[1]:
+        return order
+    return order.gather(1, (order >= n).to(torch.uint8).argsort(dim=-1, stable=True)[:, :n])
+
+
 def cosine(a: Float[Tensor, "b hq d"], b: Float[Tensor, "b hq d"]) -> Float[Tensor, " b"]:
-    """The cosine between two steps' queries, over all heads of a layer at once."""
+    """Return the cosine between two steps' queries, over all heads of a layer at once."""
     return F.cosine_similarity(a.flatten(1).float(), b.flatten(1).float(), -1)

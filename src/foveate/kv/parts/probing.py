@@ -1,4 +1,4 @@
-"""Probes: what a model attends to, seen through its own windows, chunks and soft caps; and what was found, kept."""
+"""Probes: read a model's own attention logits, and cache the results of probes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from foveate.host.attention import soft_capped
 from foveate.host.hf.mask import MaskPlan
 from foveate.host.site import Site
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
-_KEPT: WeakKeyDictionary[nn.Module, dict[Hashable, object]] = WeakKeyDictionary()
+_CACHED: WeakKeyDictionary[nn.Module, dict[Hashable, object]] = WeakKeyDictionary()
 
 
 def read(host: Host, ids: Int[Tensor, "b n"], *methods: Method) -> None:
-    """The decoder reads a text under methods, without a cache and without making logits of it."""
+    """Run the decoder on a text under methods, without a cache and without computing its logits."""
     assert host.decoder is not None
     with torch.no_grad(), apply(host.model, *methods, on="decoder"):
         host.decoder(**decoder_inputs(host, ids), use_cache=False)
 
 
 def logits_of(site: Site, rows: Int[Tensor, " r"], batch: int | None = None) -> Float[Tensor, "b hq r s"]:
-    """The logits of some queries, as the model's own attention has them: capped, and -inf where they may not look.
+    """Compute the attention logits of some queries as the model does: capped, and -inf for keys that they may not see.
 
     Args:
-        site: a call of a decoder that reads its text in one piece.
-        rows: the queries' numbers, in order.
-        batch: one sequence; None is all.
+        site: a call of a decoder that reads its whole text at once.
+        rows: numbers of the queries, in order.
+        batch: number of one sequence; None is all.
     """
     some = slice(None) if batch is None else slice(batch, batch + 1)
     first, last = int(rows[0]), int(rows[-1])
@@ -51,7 +51,7 @@ def logits_of(site: Site, rows: Int[Tensor, " r"], batch: int | None = None) -> 
 
 
 def _mask(site: Site, start: int, stop: int, keys: int) -> Tensor:
-    """Who may see what, for the queries `start ... stop` and the first keys: `(B or 1, 1 or Hq, R, keys)`."""
+    """Return the mask of the queries `start ... stop` and the first keys: `(B or 1, 1 or Hq, R, keys)`."""
     plan = site.attention_mask
     if isinstance(plan, MaskPlan):
         return plan.rows(slice(start, stop)).to(site.q.device)[..., :keys]
@@ -61,9 +61,9 @@ def _mask(site: Site, start: int, stop: int, keys: int) -> Tensor:
     return (torch.arange(keys, device=site.q.device) <= query)[None, None]
 
 
-def kept(host: Host, key: Hashable, probe: Callable[[], Found]) -> Found:
-    """What a probe finds about a model: once, for as long as the model lives and its weights stay what they are."""
-    known = _KEPT.setdefault(host.model, {})
+def cached(host: Host, key: Hashable, probe: Callable[[], Result]) -> Result:
+    """Run a probe on a model, and store its result as long as the model lives and its weights do not change."""
+    known = _CACHED.setdefault(host.model, {})
     state = _state(host.model)
     if known.get("state") != state:
         known.clear()
@@ -74,5 +74,5 @@ def kept(host: Host, key: Hashable, probe: Callable[[], Found]) -> Found:
 
 
 def _state(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Another one after every change of a weight: where each lies, and how often it was written to."""
+    """Return a value that changes with every weight: the address of each, and the number of writes to it."""
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())

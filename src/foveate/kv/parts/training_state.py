@@ -1,4 +1,4 @@
-"""A training of a few numbers that may be interrupted: where it stands, in one small file."""
+"""The state of a short training that may be interrupted, in one small file."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
-class Unfinished:
-    """The parameter, the optimiser's state of it, and the steps that are done.
+class TrainingState:
+    """The file of a parameter, the optimiser's state for it, and the number of finished steps.
 
     Args:
-        file: where it stands.
-        settings: what the training was asked for; what other settings left is passed over.
+        file: path of the file.
+        settings: settings of the training; a file with other settings is ignored.
     """
 
     file: Path
     settings: str
 
     def save(self, done: int, parameter: Tensor, optimiser: Optimizer) -> None:
-        """Write down where the training stands after `done` steps; an older state is replaced in one step."""
+        """Write the state after `done` steps; it replaces an older one atomically."""
         state = {f"state.{name}": torch.as_tensor(value) for name, value in optimiser.state[parameter].items()}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         draft = self.file.with_name(f".{self.file.name}.tmp")
@@ -33,13 +33,13 @@ class Unfinished:
         draft.replace(self.file)
 
     def load(self, parameter: Tensor, optimiser: Optimizer) -> int:
-        """Put parameter and optimiser where an earlier training stopped; returns the steps that are done."""
+        """Restore parameter and optimiser from an interrupted training; return the number of finished steps."""
         if not self.file.is_file():
             return 0
         try:
             with safe_open(self.file, "pt") as opened:
                 about = opened.metadata() or {}
-                found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no mapping
+                found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
         except (SafetensorError, OSError):
             return 0
         if about.get("settings") != self.settings or found["parameter"].shape != parameter.shape:

@@ -1,1 +1,1 @@
-"""What networks share: decoders, encoders, specifications, checkpoints and tokenizers."""
+"""Parts that networks share: decoders, encoders, specifications, checkpoints and tokenizers."""

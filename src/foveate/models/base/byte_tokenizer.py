@@ -1,4 +1,4 @@
-"""One token a byte, in the standard Hugging Face format: the tokenizer of the lab and of small models of text."""
+"""A tokenizer with one token for each byte, in the standard Hugging Face format, for small models of text."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ VOCAB = 260  # 256 bytes and three special tokens, rounded up to a multiple of f
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    """Return the printable character of each byte in a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     spare = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
 
 
 def build(max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose ids 0..255 are the bytes themselves and which begins every text with `<bos>`."""
+    """Return a tokenizer whose ids 0..255 are the bytes themselves. It puts `<bos>` before every text."""
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
     vocabulary |= {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

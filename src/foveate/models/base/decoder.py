@@ -1,4 +1,4 @@
-"""A small decoder over tokens: any layers, stacked; it reads in parallel or goes token by token."""
+"""A small decoder over tokens, built from any causal layers. It runs in parallel or token by token."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from foveate.nn import Block, GatedMLP, Layer
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks of mixer and MLP behind RMSNorms, and a head: tokens `(B, N)` to logits `(B, N, vocabulary)`.
+    """A decoder from tokens `(B, N)` to logits `(B, N, vocabulary)`: embedding, pre-norm blocks with RMSNorm, and head.
 
     Args:
-        vocabulary: how many tokens there are.
+        vocabulary: number of tokens.
         mixers: the layers, first to last, all of one width and causal.
-        places: learned embeddings of so many positions, added to the tokens'; 0 for none (recurrent layers, rotary).
+        places: number of learned position embeddings, which are added to the tokens'; 0 for none, as with recurrent
+            layers or rotary positions.
         mlp: whether blocks have a gated MLP; without it a block is its mixer alone, as in Zoology's figures.
-        tied: whether the head is the embedding again.
-        hidden: width inside the MLPs; their own choice where None.
+        tied: whether the head uses the embedding's weights.
+        hidden: width inside the MLPs; None is their default.
 
     Raises:
         OptionError: no layers, or layers of different widths.
@@ -47,11 +48,11 @@ class Decoder(nn.Module):
         if not mixers or len({mixer.dim for mixer in mixers}) > 1:
             raise OptionError(f"mixers must be layers of one width; got widths {[mixer.dim for mixer in mixers]}")
         for mixer in mixers:
-            if "causal self" not in mixer.patterns:
+            if "causal self" not in mixer.capabilities.patterns:
                 raise UnsupportedPattern(f"a decoder's layers are causal; {mixer.name} defines no causal attention")
         dim = mixers[0].dim
         self.embed = nn.Embedding(vocabulary, dim)
-        if tied:  # else logits would begin as large as the width
+        if tied:  # larger weights would make the first logits as large as the width
             nn.init.normal_(self.embed.weight, std=0.02)
         self.places = nn.Embedding(places, dim) if places else None
         if self.places is not None:
@@ -73,14 +74,14 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
     def init_state(self, batch: int) -> list[Any]:
-        """Each layer's state before the first token; layers that cannot stream say so."""
+        """Return each layer's state before the first token; a layer that cannot stream raises an error."""
         like = self.embed.weight
         return [block.init_state(batch, dtype=like.dtype, device=like.device) for block in self.blocks]
 
     def step(
         self, token: Int[Tensor, "b 1"], state: list[Any], at: int = 0
     ) -> tuple[Float[Tensor, "b 1 v"], list[Any]]:
-        """Logits after one more token, the `at`-th, and the next state."""
+        """Return the logits after one more token, at position `at`, and the next state."""
         x, after = self.embedded(token, at), []
         for block, before in zip(self.blocks, state, strict=True):
             x, now = block.step(x, before)
@@ -88,11 +89,11 @@ class Decoder(nn.Module):
         return self.head(self.norm(x)), after
 
     def embedded(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """What the first block reads; `first` is the place of the first of these tokens."""
+        """Return the input of the first block; `first` is the position of the first of these tokens."""
         x = self.embed(tokens)
         if self.places is None:
             return x
         last = first + tokens.shape[1]
         if last > self.places.num_embeddings:
-            raise ShapeError(f"the decoder knows places={self.places.num_embeddings} positions; got N={last}")
+            raise ShapeError(f"the decoder has places={self.places.num_embeddings} positions; got N={last}")
         return x + self.places(torch.arange(first, last, device=tokens.device))

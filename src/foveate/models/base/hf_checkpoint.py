@@ -1,6 +1,6 @@
-"""A trained decoder as a Hugging Face model: saved and loaded in the standard format, run by whatever runs those.
+"""A trained decoder as a Hugging Face model, saved and loaded in the standard format.
 
-Importing this module makes `AutoModelForCausalLM` and `AutoConfig` know the model type "foveate".
+Importing this module registers the model type "foveate" with `AutoModelForCausalLM` and `AutoConfig`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from foveate.ops.dense.softmax import Softmax
 
 
 class FoveateConfig(PreTrainedConfig):
-    """The network's `Spec` as `network`, and what transformers wants to know of a decoder."""
+    """A configuration: the network's `Spec` as `network`, and the fields that transformers reads of a decoder."""
 
     model_type = "foveate"
 
@@ -50,13 +50,13 @@ class FoveateConfig(PreTrainedConfig):
 
 
 def _kv_heads(spec: Spec) -> int:
-    """How many heads the first layer that caches keys and values has for them."""
+    """Return the number of key/value heads of the first layer that has its own number of them."""
     grouped = (mixer.around.get("kv_heads") for mixer in spec.mixers)
     return next((count for count in grouped if count), spec.heads)
 
 
-class Standing(DynamicLayer):
-    """A layer's own state in the place of cached keys and values: it counts tokens and stores what the layer stores."""
+class StateLayer(DynamicLayer):
+    """A cache layer that holds a layer's own state instead of keys and values, and counts tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,10 +68,10 @@ class Standing(DynamicLayer):
 
 
 class Attention(nn.Module):
-    """A decoder's layer as transformers calls it.
+    """A decoder's layer, called as transformers calls attention modules.
 
-    Plain softmax attention goes through transformers' attention interface: cache policies, steering and looking work as
-    on any other model. Every other layer keeps its own state in the cache and goes token by token when decoding.
+    Plain softmax attention uses transformers' attention interface, so that cache policies, steering and `look` work as
+    on any other model. Every other layer keeps its own state in the cache and decodes token by token.
     """
 
     def __init__(self, layer: Layer, config: FoveateConfig, index: int) -> None:
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         self.layer, self.layer_idx = layer, index
         if goes_through_interface(layer):
             self.config, self.is_causal = config, True
-            self.scaling = layer.op.default_scale or layer.head_dim**-0.5
+            self.scaling = layer.op.capabilities.default_scale or layer.head_dim**-0.5
             self.num_key_value_groups = layer.heads // layer.kv_heads
 
     def forward(
@@ -100,8 +100,8 @@ class Attention(nn.Module):
         if cache is None:
             return self.layer(x, causal=True)
         held = cache.layers[self.layer_idx]
-        if not isinstance(held, Standing):
-            held = cache.layers[self.layer_idx] = Standing()
+        if not isinstance(held, StateLayer):
+            held = cache.layers[self.layer_idx] = StateLayer()
         if held.seen == 0 and x.shape[1] > 1:
             out, held.state = self.layer.prefill(x)
         else:
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         held.seen += x.shape[1]
         return out
 
-    def _stepped(self, x: Tensor, held: Standing) -> Tensor:
+    def _stepped(self, x: Tensor, held: StateLayer) -> Tensor:
         state = held.state or self.layer.init_state(x.shape[0], dtype=x.dtype, device=x.device)
         out = []
         for t in range(x.shape[1]):
@@ -120,7 +120,7 @@ class Attention(nn.Module):
 
 
 def goes_through_interface(layer: Layer) -> bool:
-    """Whether the layer is softmax attention with nothing that transformers' interface could not do."""
+    """Return whether the layer is softmax attention that transformers' interface can compute."""
     plain = isinstance(layer, MultiHeadAttention) and type(layer.op) is Softmax and layer.conv is None
     return plain and not (layer.position is not None and layer.position.biased)
 
@@ -128,7 +128,7 @@ def goes_through_interface(layer: Layer) -> bool:
 def eager_attention_forward(
     module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attention with its weights at hand, as transformers' own models have it beside the fused ones."""
+    """Compute attention and its weights, as transformers' own eager functions do."""
     k, v = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (k, v))
     scores = (q * scaling) @ k.mT
     weights = torch.softmax(scores if attention_mask is None else scores + attention_mask, -1, dtype=torch.float32)
@@ -144,27 +144,27 @@ class FoveatePreTrainedModel(PreTrainedModel):
     _tied_weights_keys = {"decoder.head.weight": "decoder.embed.weight"}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Layers initialise themselves."""
+        """Do nothing: layers initialise themselves."""
 
 
 class Backbone(nn.Module):
-    """A decoder without its head, called as transformers calls one: `get_decoder()` gives it to whoever reads states.
+    """A decoder without its head, called as transformers calls one. `get_decoder()` returns it.
 
-    It shares the modules of the decoder that it is made of, under the same names.
+    It shares the modules of its decoder, under the same names.
     """
 
-    embedded = Decoder.embedded  # on this module's own embeddings, which may be others by then (resized, quantised)
+    embedded = Decoder.embedded  # it reads this module's own embeddings, which may have been resized or quantised
 
     def __init__(self, decoder: Decoder, config: FoveateConfig) -> None:
         super().__init__()
-        self.config, self._decoder = config, [decoder]  # in a list: the modules below are its only registered ones
+        self.config, self._decoder = config, [decoder]  # a list is not registered as a module
         self.embed, self.places, self.blocks = decoder.embed, decoder.places, decoder.blocks
         self.norm, self.head = decoder.norm, decoder.head
         for index, block in enumerate(self.blocks):
             block.mixer = Attention(block.mixer, config, index)
 
     def released(self) -> Decoder:
-        """The decoder by itself again."""
+        """Return the decoder without the wrappers."""
         for block in self.blocks:
             block.mixer = block.mixer.layer
         (decoder,) = self._decoder
@@ -205,18 +205,18 @@ class FoveateForCausalLM(FoveatePreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FoveateConfig) -> None:
         super().__init__(config)
-        with torch.device("cpu"):  # transformers builds on the meta device, where tables that nothing saves stay empty
+        with torch.device("cpu"):  # on transformers' meta device, tables that are not saved would stay empty
             built = Spec.from_dict(config.network).build()
         assert isinstance(built, Decoder)
         self.adopt(built)
         self.post_init()
 
     def adopt(self, decoder: Decoder) -> None:
-        """Run this decoder; its layers are wrapped for transformers."""
+        """Use this decoder; its layers are wrapped for transformers."""
         self.decoder = Backbone(decoder, self.config)
 
     def released(self) -> Decoder:
-        """The decoder by itself again; this model is then of no more use."""
+        """Return the decoder without the wrappers; this model can then no longer be used."""
         return self.decoder.released()
 
     def get_decoder(self) -> Backbone:

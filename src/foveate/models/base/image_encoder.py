@@ -1,4 +1,4 @@
-"""A small transformer over image patches: any layers, stacked, and a class at the end."""
+"""A small transformer over image patches, built from any layers, that classifies images."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from foveate.nn import Block, GatedMLP, Layer
 
 
 class ImageEncoder(nn.Module):
-    """Patches, learned positions, blocks, the mean over tokens, and a head: `(B, C, H, W)` to `(B, classes)`.
+    """A classifier from images `(B, C, H, W)` to `(B, classes)`: patches, positions, blocks, mean over tokens, head.
 
     Args:
-        channels, side: of the images, which are square.
-        classes: how many.
-        mixers: the layers, first to last, of one width. Layers of grids are told the grid.
+        channels, side: channels and side of the images, which are square.
+        classes: number of classes.
+        mixers: the layers, first to last, of one width. Layers of grids get the grid's size.
         patch: side of a patch, a divisor of `side`.
-        hidden: width inside the MLPs; their own choice where None.
-        causal: whether tokens see only those before them, row by row.
+        hidden: width inside the MLPs; None is their default.
+        causal: whether tokens see only earlier tokens, row by row.
     """
 
     def __init__(
@@ -60,5 +60,5 @@ class ImageEncoder(nn.Module):
         patches = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=self.patch, q=self.patch)
         x = self.embed(patches) + self.places
         for block in self.blocks:
-            x = block(x, causal=self.causal, **({"size": self.grid} if block.mixer.grid else {}))
+            x = block(x, causal=self.causal, **({"size": self.grid} if block.mixer.capabilities.grid else {}))
         return self.head(self.norm(x).mean(1))

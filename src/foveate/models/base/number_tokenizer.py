@@ -1,4 +1,4 @@
-"""One token a number: how sequences without text ("17 42 3") are written, in the standard Hugging Face format."""
+"""A tokenizer with one token for each number, for sequences such as "17 42 3", in the Hugging Face format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def build(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose ids are the numbers themselves, written with blanks between them."""
+    """Return a tokenizer whose ids are the numbers themselves, separated by spaces."""
     words = {str(number): number for number in range(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(vocab=words, unk_token="0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""A small network as plain data, so that it can be saved, compared and built again."""
+"""A small network as plain data, which can be saved, compared and built again."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Mixer:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a `Decoder` or an `ImageEncoder` is made of.
+    """The options of a `Decoder` or an `ImageEncoder`.
 
     Args:
         dim, heads: C and H of every layer.
         mixers: the layers, first to last.
-        vocabulary: tokens of a decoder; None for images.
-        places, mlp, tied: of `Decoder`.
-        hidden: width inside the MLPs; their own choice where None.
-        image: `channels`, `side`, `classes`, `patch`, `causal` of `ImageEncoder`; None for tokens.
+        vocabulary: number of tokens of a decoder; None for images.
+        places, mlp, tied: see `Decoder`.
+        hidden: width inside the MLPs; None is their default.
+        image: `channels`, `side`, `classes`, `patch` and `causal` of an `ImageEncoder`; None for tokens.
     """
 
     dim: int
@@ -48,10 +48,10 @@ class Spec:
         validate.count("dim", self.dim, 1)
         validate.count("heads", self.heads, 1)
         if (self.vocabulary is None) == (self.image is None):
-            raise OptionError("a network reads tokens (vocabulary=...) or images (image=...), one of the two")
+            raise OptionError("a network needs either vocabulary=... (for tokens) or image=... (for images), not both")
 
     def build(self) -> Decoder | ImageEncoder:
-        """The network, with fresh parameters from torch's global generator."""
+        """Build the network, with new parameters from torch's global generator."""
         mixers = [create(m.key, self.dim, self.heads, options=m.options, **m.around) for m in self.mixers]
         if self.image is not None:
             return ImageEncoder(mixers=mixers, hidden=self.hidden, **self.image)
@@ -66,4 +66,4 @@ class Spec:
         try:
             return cls(**{**given, "mixers": tuple(Mixer(**mixer) for mixer in given["mixers"])})
         except (TypeError, KeyError) as error:
-            raise OptionError(f"no description of a network: {error}") from None
+            raise OptionError(f"this is no description of a network: {error}") from None

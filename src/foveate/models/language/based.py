@@ -6,7 +6,7 @@ Simple linear attention language models balance the recall-throughput tradeoff (
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,10 @@ from torch.nn import functional as F
 from foveate.core import masks as mask_algebra, validate
 from foveate.core.errors import OptionError
 from foveate.models.base.decoder import Decoder
-from foveate.nn import Layer, MultiHeadAttention, Rotary, ShortConv
+from foveate.nn import Layer, MultiHeadAttention, Rotary, ShortConv, StreamingLayer
 from foveate.nn.parts.heads import HeadState
 from foveate.ops.base.kv_state import KVState
 from foveate.ops.linear.based import TaylorAttention
-from foveate.ops.operator import Growth, MaskKind, Pattern
 from foveate.ops.sparse.sliding_window import SlidingWindow
 
 KINDS = ("conv", "linear", "window")
@@ -27,20 +26,20 @@ KINDS = ("conv", "linear", "window")
 
 @final
 class Based(Decoder):
-    """Tokens to logits through layers of three kinds: local mixing, global memory, exact attention to the last few.
+    """A decoder with layers of three kinds: short convolutions, linear attention, and exact attention to recent tokens.
 
-    Reads in O(N) and streams with a state that stops growing once the window is full; `feature_dim` and `window` trade
-    its bytes for recall. Trained from scratch: it is no drop-in for a pretrained transformer.
+    Reads in O(N). Its state stops growing once the window is full; `feature_dim` and `window` trade bytes of state for
+    recall. It has to be trained from scratch: it does not replace a pretrained transformer.
 
     Args:
-        vocabulary, dim, depth: tokens, C, layers.
+        vocabulary, dim, depth: number of tokens, C, number of layers.
         heads: H of the linear and the window layers, a divisor of `dim`.
-        feature_dim: D of queries and keys of the linear layers; their state has 1 + D + D² rows a head.
-        window: keys that a window layer sees, the query's own included. The release's `window_size` of w sees w // 2
-            keys before the query, and its own.
-        pattern: the kinds of layers, separated by commas, over and over until `depth`: "conv" (`GatedConv`), "linear"
+        feature_dim: D of queries and keys of the linear layers; their state has 1 + D + D² rows per head.
+        window: number of keys that a window layer sees, including the query's own. The release's `window_size` of w
+            means w // 2 keys before the query, and its own.
+        pattern: the kinds of layers, separated by commas and repeated until `depth`: "conv" (`GatedConv`), "linear"
             (`TaylorAttention`, without positions), "window" (`SlidingWindow`, with rotary positions). The default has
-            the release's mix: every fifth layer linear, and the one after it a window.
+            the release's mix: every fifth layer is linear, and the layer after it has a window.
         symmetric: see `TaylorAttention`.
         tied: see `Decoder`.
 
@@ -65,12 +64,12 @@ class Based(Decoder):
         super().__init__(vocabulary, [makers[kinds[i % len(kinds)]]() for i in range(depth)], tied=tied)
 
     def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
-        """What all layers together remember of a text of `length` tokens."""
+        """Return the bytes of all layers' states after a text of `length` tokens."""
         return sum(state_bytes(block.mixer, length, dtype) for block in self.blocks)
 
 
 def linear_layer(dim: int, heads: int, feature_dim: int = 16, *, symmetric: bool = False) -> MultiHeadAttention:
-    """Taylor linear attention between projections without biases, and no positions."""
+    """Make a layer of Taylor linear attention, with projections without biases and without positions."""
     if dim % heads:
         raise OptionError(f"heads={heads} must divide dim={dim}")
     op = TaylorAttention(symmetric=symmetric)
@@ -78,24 +77,27 @@ def linear_layer(dim: int, heads: int, feature_dim: int = 16, *, symmetric: bool
 
 
 @final
-class GatedConv(Layer):
-    """`(silu(conv(x W_c)) * x W_u) W_o`, the convolution causal and each channel by itself (BaseConv). O(N).
+class GatedConv(StreamingLayer):
+    """`(silu(conv(x W_c)) * x W_u) W_o`, with a causal convolution of each channel by itself (BaseConv). O(N).
 
-    Sees `kernel` tokens and no further.
+    A query sees the last `kernel` tokens only.
 
     Args:
         dim: C.
-        kernel: tokens that it sees, its own included.
-        expand: channels inside, in multiples of C: 2 in the release's language models, 1 in its default.
+        kernel: number of tokens that a query sees, its own included.
+        expand: inner channels, in multiples of C: 2 in the release's language models, 1 in its default.
 
-    The release's biases: on the projections, none on the convolution. SiLU is the release's; the paper's formula has
-    none.
+    As in the release, the projections have biases and the convolution has none. SiLU comes from the release; the
+    paper's formula has no activation.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    steps: ClassVar[Literal["exact"] | None] = "exact"
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(
+        Layer.capabilities,
+        patterns=frozenset({"causal self"}),
+        masks=frozenset({"keys"}),
+        streaming="exact",
+        growth="N",
+    )
 
     def __init__(self, dim: int, kernel: int = 3, *, expand: int = 2) -> None:
         super().__init__(dim)
@@ -125,17 +127,15 @@ class GatedConv(Layer):
 
 
 @final
-class WindowAttention(Layer):
-    """Softmax attention to the last `window` tokens, with rotary positions, at O(N window); its cache holds no more.
+class WindowAttention(StreamingLayer):
+    """Softmax attention to the last `window` tokens with rotary positions, in O(N window); its cache holds only these.
 
     Args:
         dim, heads: C and H.
-        window: keys, the query's own included.
+        window: number of keys, the query's own included.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self"})
-    steps: ClassVar[Literal["exact"] | None] = "exact"
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(Layer.capabilities, patterns=frozenset({"causal self"}), streaming="exact", growth="N")
 
     def __init__(self, dim: int, heads: int, window: int = 64) -> None:
         super().__init__(dim, heads)
@@ -159,10 +159,10 @@ class WindowAttention(Layer):
 
 
 def state_bytes(layer: Layer, length: int, dtype: torch.dtype = torch.float32) -> int:
-    """What one of BASED's layers remembers of `length` tokens of one text while it streams.
+    """Return the bytes of the state of one of BASED's layers after `length` tokens of one text.
 
-    A linear layer: the same for every length, in float32 at least. A window: `min(length, window)` keys and values. A
-    convolution: its last few inputs.
+    A linear layer has the same state for every length, in float32 or wider. A window layer has `min(length, window)`
+    keys and values. A convolution has its last few inputs.
     """
     validate.count("length", length, 0)
     if isinstance(layer, GatedConv):

@@ -1,4 +1,4 @@
-"""TransNormerLLM: a decoder around lightning attention, without softmax and without parameters in its norms.
+"""TransNormerLLM: a decoder with lightning attention, without softmax and without parameters in its norms.
 
 Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention (2024), arXiv 2405.17381.
 """
@@ -6,7 +6,8 @@ Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Atte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self, final
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, Self, final
 
 import torch
 from einops import rearrange
@@ -16,16 +17,15 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
-from foveate.nn import Block, Layer
+from foveate.nn import Block, Layer, StreamingLayer
 from foveate.nn.parts.blocks import GatedMLP
 from foveate.ops.base.fixed_decay import Variant
 from foveate.ops.functional.heads import accumulating
 from foveate.ops.linear.lightning_attention import LightningAttention
-from foveate.ops.operator import Growth, MaskKind, Pattern
 
 
 class SimpleRMSNorm(nn.Module):
-    """`x / (|x|₂ / sqrt(C))`: a root mean square norm that has nothing to learn. `eps` is added under the root."""
+    """`x / (|x|₂ / sqrt(C))`: a root mean square norm without parameters. `eps` is added under the root."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -36,9 +36,9 @@ class SimpleRMSNorm(nn.Module):
 
 
 class LRPE(nn.Module):
-    """`[x cos(i theta), x sin(i theta)]` at place i: products then carry `cos((i - j) theta)`, channel by channel.
+    """`[x cos(i theta), x sin(i theta)]` at position i, so that each channel's product has `cos((i - j) theta)`.
 
-    The frequencies are learned, from `10000^(-2 c / C)` for channel c of all C, so that heads start out different.
+    The frequencies are learned. They start at `10000^(-2 c / C)` for channel c of all C, so that heads start different.
     """
 
     def __init__(self, heads: int, head_dim: int) -> None:
@@ -47,10 +47,10 @@ class LRPE(nn.Module):
         self.theta = nn.Parameter(10_000 ** (-2 / width * torch.arange(width)).view(heads, 1, head_dim))
 
     def forward(self, x: Float[Tensor, "b h n d"], first: int = 0) -> Float[Tensor, "b h n two_d"]:
-        """`first` is the place of the first of these tokens."""
-        theta = self.theta.to(accumulating(self.theta.dtype))  # bfloat16 knows no places beyond 256
-        turn = torch.arange(first, first + x.shape[2], device=x.device, dtype=theta.dtype)[:, None] * theta
-        return torch.cat([x * turn.cos(), x * turn.sin()], -1).to(x.dtype)
+        """Encode positions; `first` is the position of the first of these tokens."""
+        theta = self.theta.to(accumulating(self.theta.dtype))  # bfloat16 has no exact integers beyond 256
+        angle = torch.arange(first, first + x.shape[2], device=x.device, dtype=theta.dtype)[:, None] * theta
+        return torch.cat([x * angle.cos(), x * angle.sin()], -1).to(x.dtype)
 
 
 class GLAState(NamedTuple):
@@ -59,19 +59,22 @@ class GLAState(NamedTuple):
 
 
 @final
-class GatedLightning(Layer):
+class GatedLightning(StreamingLayer):
     """GLA: `SRMSNorm(lightning(silu(x W_q), silu(x W_k), x W_v)) * (x W_u)`, times `W_o`; causal, O(N).
 
     Args:
         dim, heads: C, and H, which divides it.
         op: the operator, with this layer's decays.
-        lrpe: whether queries and keys are turned by `LRPE`, for which they become twice as wide.
+        lrpe: whether queries and keys are encoded by `LRPE`, which makes them twice as wide.
     """
 
-    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self"})
-    masks: ClassVar[frozenset[MaskKind]] = frozenset({"keys"})
-    steps: ClassVar[Literal["exact"] | None] = "exact"
-    growth: ClassVar[Growth] = "N"
+    capabilities = replace(
+        Layer.capabilities,
+        patterns=frozenset({"causal self"}),
+        masks=frozenset({"keys"}),
+        streaming="exact",
+        growth="N",
+    )
 
     def __init__(self, dim: int, heads: int, op: LightningAttention | None = None, *, lrpe: bool = False) -> None:
         super().__init__(dim, heads)
@@ -111,22 +114,22 @@ class GatedLightning(Layer):
 
 @final
 class TransNormerLLM(nn.Module):
-    """Tokens `(B, N)` to logits `(B, N, vocabulary)`: O(N) time to train, and a state of constant size to decode with.
+    """A decoder from tokens `(B, N)` to logits `(B, N, vocabulary)`. Trains in O(N), decodes with a constant state.
 
     Blocks are `x + GLA(SRMSNorm(x))`, then `x + SGLU(SRMSNorm(x))` with `SGLU(x) = (x W_1 * x W_2) W_3`. The first
-    layer knows places by `LRPE` and a decay, the others by their decays alone, which reach further back from layer to
-    layer. The wrong choice where a token has to be looked up among many: nothing compares keys exactly.
+    layer has `LRPE` and a decay as positions, the others only their decays, which reach further back from layer to
+    layer. The wrong choice if a token has to be retrieved among many: no layer compares keys exactly.
 
     Args:
-        vocabulary: how many tokens there are.
-        dim, depth, heads: width, blocks, and heads of each.
-        hidden: width inside the channel mixer; as `GatedMLP` has it where None.
-        decay: "transnormer", each layer its own (see `transnormer_decay`), or factors per step `(heads,)` for all.
-        variant: which slopes, for "transnormer": "paper" or "release".
-        block: tokens in a block of the attention.
+        vocabulary: number of tokens.
+        dim, depth, heads: width, number of blocks, and heads of each.
+        hidden: width inside the channel mixer; None is the default of `GatedMLP`.
+        decay: "transnormer", a decay for each layer (see `transnormer_decay`), or factors per step `(heads,)` for all.
+        variant: the slopes of "transnormer": "paper" or "release".
+        block: number of tokens in a block of the attention.
 
-    As in the release: learned frequencies of LRPE, a gate without activation, no biases. Its later versions (SiLU on
-    the values, a norm with parameters, a low-rank sigmoid gate) are not here.
+    As in the release, the frequencies of LRPE are learned, the gate has no activation, and there are no biases. The
+    release's later versions (SiLU on the values, a norm with parameters, a low-rank sigmoid gate) are left out.
 
     Raises:
         OptionError: an option out of range.
@@ -156,12 +159,12 @@ class TransNormerLLM(nn.Module):
         return self.head(self.norm(x))
 
     def init_state(self, batch: int) -> list[Any]:
-        """Each layer's state before the first token."""
+        """Return each layer's state before the first token."""
         like = self.embed.weight
         return [block.init_state(batch, dtype=like.dtype, device=like.device) for block in self.blocks]  # type: ignore[operator]
 
     def step(self, token: Int[Tensor, "b 1"], state: list[Any]) -> tuple[Float[Tensor, "b 1 v"], list[Any]]:
-        """Logits after one more token, and the next state."""
+        """Return the logits after one more token, and the next state."""
         x, after = self.embed(token), []
         for block, before in zip(self.blocks, state, strict=True):
             x, now = block.step(x, before)  # type: ignore[operator]

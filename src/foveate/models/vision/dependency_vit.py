@@ -1,4 +1,4 @@
-"""DependencyViT: an image classifier whose tokens send to their parents, and its lighter form.
+"""DependencyViT: an image classifier whose tokens send messages to their parents, and its pruned form.
 
 Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention (2023), arXiv 2304.03282.
 """
@@ -20,18 +20,21 @@ from foveate.nn.vision.dependency_vit import DependencyAttention, Sent, Tree, de
 
 @final
 class DependencyViT(nn.Module):
-    """`(B, channels, side, side)` to `(B, classes)`: patches, blocks of `DependencyAttention`, the mean of messages.
+    """A classifier from `(B, channels, side, side)` to `(B, classes)`: `DependencyAttention` blocks on patches.
+
+    The class is read from the mean over tokens, each weighted by its message.
 
     Args:
-        side, patch: of the image and of a patch, in pixels.
-        channels, classes: of images and labels.
+        side, patch: side of the image and of a patch, in pixels.
+        channels, classes: number of channels and of classes.
         dim, depth, heads: width, blocks and heads; the paper's "tiny" has 192, 12, 12 and its "small" 384, 12, 12.
-        mlp_ratio: hidden width of the MLPs over `dim`.
-        layer_scale: start of the learned factor on what a block adds. 1e-6 follows the port named in
-            `DependencyAttention`; small nets want 1.
-        prune_after: blocks, counted from 1, after whose attention tokens go: (2, 5, 8, 11) is the paper's Lite.
-        ratio: share of all tokens that goes each time.
-        score: who goes: those that send least ("message", as the abstract has it), or that "received" least (the port).
+        mlp_ratio: hidden width of the MLPs, as a multiple of `dim`.
+        layer_scale: initial value of the learned factor on a block's output. 1e-6 follows the port named in
+            `DependencyAttention`; small networks need 1.
+        prune_after: blocks, counted from 1, after whose attention tokens are pruned: (2, 5, 8, 11) is the paper's Lite.
+        ratio: share of all tokens that is pruned each time.
+        score: the tokens that are pruned: those with the smallest "message", as in the abstract, or those that
+            "received" least, as in the port.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class DependencyViT(nn.Module):
 
     @torch.no_grad()
     def tree(self, images: Float[Tensor, "b c h w"]) -> Tree:
-        """Who depends on whom among all patches, none pruned."""
+        """Return the dependency tree of all patches; none is pruned."""
         x, found = self._embedded(images), []
         message = x.new_ones(x.shape[:2])
         for block in self._blocks():
@@ -90,7 +93,7 @@ class DependencyViT(nn.Module):
 
 @final
 class DependencyBlock(nn.Module):
-    """`x + s attention(norm(x))`, and after the pruning `x + s' MLP(norm(x))`."""
+    """A block: `x + s attention(norm(x))`, and after the pruning `x + s' MLP(norm(x))`."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, layer_scale: float) -> None:
         super().__init__()

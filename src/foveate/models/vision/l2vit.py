@@ -28,17 +28,17 @@ SIZES = {
 
 @final
 class L2ViT(nn.Module):
-    """`(B, channels, H, W)` to `(B, classes)`, at a cost that is linear in the pixels.
+    """A classifier from `(B, channels, H, W)` to `(B, classes)`, at a cost linear in the number of pixels.
 
-    Stages of blocks, of which those at even places attend in windows and those at odd ones to the whole image; before
-    each stage a convolution halves the sides (and adds zeros below and right where they are odd).
+    In each stage, blocks with even numbers attend in windows, and blocks with odd numbers attend to the whole image.
+    Between stages a convolution halves the sides; if a side is odd, zeros are added at the bottom or on the right.
 
     Args:
         depths, dims, heads: blocks, width and heads of each stage; `L2ViT.of("tiny")` has the paper's.
         window: side of the windows.
-        channels, classes: of images and labels.
-        patch: pixels to a side of the first stage's tokens: 4 is the paper's stem of two convolutions, another number
-            a single one, for small images.
+        channels, classes: number of channels and of classes.
+        patch: side of the first stage's tokens in pixels. 4 gives the paper's stem of two convolutions, another number
+            a single convolution, for small images.
         clamp, kernel: see `LinearGlobalBlock`.
         padding: see `LocalWindowBlock`.
     """
@@ -50,7 +50,9 @@ class L2ViT(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if not len(depths) == len(dims) == len(heads) > 0:
-            raise OptionError(f"depths, dims and heads must be as long; got {len(depths)}, {len(dims)}, {len(heads)}")
+            raise OptionError(
+                f"depths, dims and heads must be as long as each other; got {len(depths)}, {len(dims)}, {len(heads)}"
+            )
         for name, count in (("channels", channels), ("classes", classes), ("patch", patch)):
             validate.count(name, count, 1)
         for name, counts in (("depths", depths), ("dims", dims)):
@@ -75,7 +77,7 @@ class L2ViT(nn.Module):
 
     @classmethod
     def of(cls, name: str, **options: Any) -> Self:
-        """The paper's "tiny", "small" or "base"."""
+        """Make the paper's "tiny", "small" or "base"."""
         if name not in SIZES:
             raise unknown("size of L2ViT", name, SIZES)
         return cls(*SIZES[name], **options)
@@ -103,7 +105,7 @@ def _stem(channels: int, dim: int, patch: int) -> nn.Module:
 
 @final
 class _Stage(nn.ModuleList):
-    """Blocks, one after the other."""
+    """A stage: blocks in order."""
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         for block in self:
@@ -113,7 +115,7 @@ class _Stage(nn.ModuleList):
 
 @final
 class _Down(nn.Module):
-    """A norm, and a convolution of 2x2 tokens into one."""
+    """A norm, and a convolution of 2x2 tokens to one."""
 
     def __init__(self, dim: int, wider: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""MambaOut: Mamba's block without its state space model, and when such a thing would be of use.
+"""MambaOut: Mamba's block without its state space model, and the lengths at which such a model pays.
 
 MambaOut: Do We Really Need Mamba for Vision? (2024), arXiv 2405.07992.
 """
@@ -17,7 +17,7 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, unknown
 from foveate.nn.base.layer import Layer
 
-#: Blocks and width of each stage.
+#: Number of blocks and width of each stage.
 SIZES = {
     "femto": ((3, 3, 9, 3), (48, 96, 192, 288)),
     "kobe": ((3, 3, 15, 3), (48, 96, 192, 288)),
@@ -33,15 +33,15 @@ Size = Literal["femto", "kobe", "tiny", "small", "base"]
 class GatedCNNBlock(nn.Module):
     """`x + (gelu(g) * [i, conv(c)]) W_2` with `[g, i, c] = LN(x) W_1`: images `(B, H, W, C)` in and out.
 
-    A gated MLP in some of whose channels each pixel sees its neighbourhood: what is left of a Mamba block without the
-    state space model. Cost O(H W C²). Sees `kernel` pixels and no further: the wrong choice where far pixels have to
-    meet, for which `with_token_mixer` puts a mixer behind the convolution.
+    This is a Mamba block without the state space model: a gated MLP with a depthwise convolution in some channels. Cost
+    O(H W C²). A pixel sees `kernel` pixels in each direction of the grid: the wrong choice if distant pixels have to be
+    compared. For that, `with_token_mixer` puts a mixer after the convolution.
 
     Args:
         dim: C.
-        expansion: width of the gate over C, rounded down.
+        expansion: width of the gate, as a multiple of C, rounded down.
         kernel: side of the convolution, odd.
-        conv_ratio: channels that are convolved over C, rounded down; with 0 pixels do not meet.
+        conv_ratio: number of convolved channels, as a multiple of C, rounded down; with 0 there is no mixing of pixels.
 
     The release's stochastic depth is left out.
     """
@@ -73,17 +73,18 @@ class GatedCNNBlock(nn.Module):
     def _mixed(self, x: Tensor) -> Tensor:
         if self.mixer is None:
             return x
-        grid = {"size": (x.shape[1], x.shape[2])} if self.mixer.grid else {}
+        grid = {"size": (x.shape[1], x.shape[2])} if self.mixer.capabilities.grid else {}
         return self.mixer(x.flatten(1, 2), causal=self.causal, **grid).view_as(x)
 
 
 def with_token_mixer(block: GatedCNNBlock, mixer: Layer | None, *, causal: bool = False) -> GatedCNNBlock:
-    """A copy of a block in which `mixer` works on what its convolution gives, where Mamba has its state space model.
+    """Return a copy of a block with `mixer` after its convolution, the place of Mamba's state space model.
 
     Args:
         block: its parameters are copied.
-        mixer: any layer as wide as the convolution; it sees pixels row by row. None gives MambaOut's block.
-        causal: whether the mixer sees only the pixels before, as a state space model does (the convolution sees both).
+        mixer: any layer as wide as the convolution; it reads pixels row by row. None gives MambaOut's block.
+        causal: whether the mixer sees only earlier pixels, as a state space model does (the convolution sees both
+            sides).
     """
     if mixer is not None and (block.conv is None or mixer.dim != block.split[2]):
         raise OptionError(f"mixer must be as wide as the convolution ({block.split[2]}); got dim={mixer.dim}")
@@ -94,15 +95,16 @@ def with_token_mixer(block: GatedCNNBlock, mixer: Layer | None, *, causal: bool 
 
 @final
 class MambaOut(nn.Module):
-    """`(B, channels, H, W)` to `(B, classes)`: four stages of gated CNN blocks, at a quarter to a 32nd of the side.
+    """A classifier from `(B, channels, H, W)` to `(B, classes)`: stages of gated CNN blocks.
 
-    Parts bear the names that they have in timm, so that its weights load as they are.
+    The four stages of the paper's sizes work at 1/4, 1/8, 1/16 and 1/32 of the image's side. Parts have timm's names,
+    so that its weights load unchanged.
 
     Args:
         name: "femto", "kobe", "tiny", "small" or "base".
-        channels, classes: of images and labels.
+        channels, classes: number of channels and of classes.
         expansion, kernel, conv_ratio: see `GatedCNNBlock`.
-        depths, dims: blocks and width of each stage, in the place of the named size's.
+        depths, dims: number of blocks and width of each stage; they replace those of the named size.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class MambaOut(nn.Module):
             raise unknown("size of MambaOut", name, SIZES)
         depths, dims = SIZES[name][0] if depths is None else depths, SIZES[name][1] if dims is None else dims
         if not len(depths) == len(dims) > 0:
-            raise OptionError(f"depths and dims must be as long; got {len(depths)}, {len(dims)}")
+            raise OptionError(f"depths and dims must be as long as each other; got {len(depths)}, {len(dims)}")
         sizes = [("channels", channels), ("classes", classes)]
         for option, value in [*sizes, *(("depths", d) for d in depths), *(("dims", d) for d in dims)]:
             validate.count(option, value, 1)
@@ -171,7 +173,7 @@ class _Stage(nn.Module):
 
 @final
 class _Head(nn.Module):
-    """The mean over pixels, and a classifier of two layers, the hidden one four times as wide."""
+    """The mean over pixels, and a classifier with one hidden layer, which is four times as wide."""
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
@@ -185,21 +187,24 @@ class _Head(nn.Module):
 
 
 class Flops(NamedTuple):
-    """Of a transformer block with an MLP of four times the width."""
+    """The operations of a transformer block whose MLP is four times as wide."""
 
     linear: int
     attention: int
 
 
 def block_flops(tokens: int, dim: int) -> Flops:
-    """`24 C² L` of the projections and the MLP, `4 C L²` of the scores and their sum over values."""
+    """Count operations: `24 C² L` for the projections and the MLP, `4 C L²` for scores and their sum over values."""
     validate.count("tokens", tokens, 1)
     validate.count("dim", dim, 1)
     return Flops(24 * dim * dim * tokens, 4 * dim * tokens * tokens)
 
 
 def is_long_sequence(tokens: int, dim: int) -> bool:
-    """Whether attention is most of a transformer block's cost, `L > 6 C`: where the paper expects recurrence to pay."""
+    """Return whether attention is most of a transformer block's cost, `L > 6 C`.
+
+    The paper expects recurrence to pay then.
+    """
     linear, attention = block_flops(tokens, dim)
     return attention > linear
 

@@ -95,7 +95,9 @@ def mimetic_init_linear_attention(module: nn.Module) -> int:
     Args:
         module: a module with `foveate.nn.MultiHeadAttention` layers around operators with a state.
     """
-    layers = [part for part in module.modules() if isinstance(part, MultiHeadAttention) and part.op.growth == "N"]
+    layers = [
+        part for part in module.modules() if isinstance(part, MultiHeadAttention) and part.op.capabilities.growth == "N"
+    ]
     if not layers:
         raise OptionError(f"module={type(module).__name__} must hold linear MultiHeadAttention; it has none")
     for layer in layers:
@@ -105,7 +107,7 @@ def mimetic_init_linear_attention(module: nn.Module) -> int:
         if layer.conv is not None:
             layer.conv.identity_()
         for name, gate in layer.rates.items():
-            kind = layer.op.gates[name].squash
+            kind = layer.op.capabilities.gates[name].activation
             if name == "alpha" or kind == "logsigmoid":
                 gate.weight.zero_()
                 gate.bias.fill_(8.0 if kind == "logsigmoid" else -8.0)

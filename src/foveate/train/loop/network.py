@@ -93,6 +93,7 @@ def spec(
     if not image:
         # tasks of symbols train several times faster if embeddings and head are not tied
         return Spec(dim, heads, mixers, vocabulary=task.vocabulary, tied=isinstance(task, Language))
-    causal = "self" not in getattr(cls, "patterns", {"self"})
+    able = getattr(cls, "capabilities", None)
+    causal = able is not None and "self" not in able.patterns
     shape = {"channels": 1, "side": Digits.side, "classes": Digits.vocabulary, "patch": patch, "causal": causal}
     return Spec(dim, heads, mixers, image=shape)
