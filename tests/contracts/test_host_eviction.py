@@ -1,7 +1,7 @@
-"""Caches that forget, held against a model with a full cache that hides the same keys behind a mask.
+"""Evicting caches give the same result as a full cache that masks the dropped keys.
 
-Another number of tokens survives in each layer, head and sequence. The oracle is an attention function of its own,
-eager and without any of the host's code: it sees every key there ever was, and masks those that the rule has dropped.
+A different number of tokens stays in each layer, head and sequence. The oracle is a separate eager attention function
+without any of the host's code: it has every key, and masks those that the rule has dropped.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from foveate.host.slots.slots import SUMMARY, Slots
 from tests.host_models import DECODERS, WINDOW, KeepsAll, SameWeights, feed, model, padded, tokens
 
 
-def alive(positions: Tensor, seen: int, layer: int, by_sequence: bool) -> Tensor:
-    """Which tokens `(B, H, S)` are left after `seen` were read: sinks, a window, and some older ones for a while."""
+def stays(positions: Tensor, seen: int, layer: int, by_sequence: bool) -> Tensor:
+    """Return the mask `(B, H, S)` of the tokens that stay after `seen`: sinks, a window, and some older ones."""
     batch, heads = positions.shape[:2]
     sequence, head = torch.arange(batch)[:, None, None], torch.arange(heads)[:, None]
     window = 3 + 2 * layer + 3 * head + 2 * by_sequence * sequence
@@ -31,12 +31,12 @@ def alive(positions: Tensor, seen: int, layer: int, by_sequence: bool) -> Tensor
     return (positions < 1 + layer) | (positions >= seen - window) | scattered
 
 
-class Forgets(Method):
+class Drops(Method):
     def __init__(self, by_sequence: bool = False) -> None:
         self.by_sequence = by_sequence
 
     def keep(self, site: Site) -> Tensor:
-        return alive(site.positions, site.seen, site.layer, self.by_sequence)
+        return stays(site.positions, site.seen, site.layer, self.by_sequence)
 
 
 class SelectsHalf(Method):
@@ -46,14 +46,14 @@ class SelectsHalf(Method):
 
 
 class Hides(Method):
-    """The same on a full cache, through the host: keys that were dropped before this call get no weight."""
+    """A method that hides the same keys of a full cache: those dropped before this call get no weight."""
 
     def __init__(self, by_sequence: bool) -> None:
         self.by_sequence = by_sequence
 
     def edit_logits(self, site: Site, logits: Tensor) -> Tensor:
         before = site.seen - site.q.shape[2]
-        seen = alive(site.positions, before, site.layer, self.by_sequence) | (site.positions >= before)
+        seen = stays(site.positions, before, site.layer, self.by_sequence) | (site.positions >= before)
         return logits.masked_fill(~seen.repeat_interleave(site.groups, 1)[:, :, None], float("-inf"))
 
 
@@ -63,7 +63,7 @@ def _oracle(by_sequence: bool) -> Callable[..., tuple[Tensor, None]]:
     ) -> tuple[Tensor, None]:
         (b, hq, nq, _), (_, hkv, nk, _) = q.shape, k.shape
         positions = torch.arange(nk).expand(b, hkv, nk)
-        seen = alive(positions, nk - nq, module.layer_idx, by_sequence) | (positions >= nk - nq)
+        seen = stays(positions, nk - nq, module.layer_idx, by_sequence) | (positions >= nk - nq)
         group = torch.arange(hq) // (hq // hkv)
         logits = torch.einsum("bhid,bhjd->bhij", q.double(), k.double()[:, group]) * scaling
         if (cap := options.get("softcap")) is not None:
@@ -83,7 +83,7 @@ for _name, _by_sequence in (("oracle", False), ("oracle by sequence", True)):
 
 @pytest.fixture(params=DECODERS)
 def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A model's name; its own kernel is put back afterwards."""
+    """Yield a model's name, and restore its implementation afterwards."""
     before = model(request.param).config._attn_implementation
     yield request.param
     model(request.param).set_attn_implementation(before)
@@ -95,25 +95,25 @@ PIECES = {"decoding": [12, *[1] * 12], "chunks": [7, 5, 1, 1, 8, 1, 1]}
 @pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("side", ["none", "left"])
 @torch.no_grad()
-def test_forgotten_is_hidden(decoder: str, pieces: str, side: str) -> None:
+def test_a_dropped_key_is_a_hidden_key(decoder: str, pieces: str, side: str) -> None:
     ids, mask = padded(tokens(3, 24), side, 3)
     whole = feed(model(decoder), ids, mask, PIECES[pieces])
-    with apply(model(decoder), Forgets(by_sequence=True)):
+    with apply(model(decoder), Drops(by_sequence=True)):
         got = feed(model(decoder), ids, mask, PIECES[pieces])
-    with apply(model(decoder), Forgets(by_sequence=True), SameWeights()):
+    with apply(model(decoder), Drops(by_sequence=True), SameWeights()):
         as_matrix = feed(model(decoder), ids, mask, PIECES[pieces])
     with apply(model(decoder), Hides(by_sequence=True)):
         hidden = feed(model(decoder), ids, mask, PIECES[pieces])
     model(decoder).set_attn_implementation("oracle by sequence")
     expected = feed(model(decoder), ids, mask, PIECES[pieces])
-    assert (expected - whole).abs().max() > 0.1  # it matters what is dropped
+    assert (expected - whole).abs().max() > 0.1  # the dropped keys matter
     for ours in (got, as_matrix, hidden):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @torch.no_grad()
-def test_generation_from_a_forgetful_cache(decoder: str, beams: int) -> None:
+def test_generation_from_an_evicting_cache(decoder: str, beams: int) -> None:
     ids, mask = padded(tokens(2, 14), "left")
 
     def generate() -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ def test_generation_from_a_forgetful_cache(decoder: str, beams: int) -> None:
         return made.sequences, torch.stack(made.logits)
 
     _, whole = generate()
-    with apply(model(decoder), Forgets()):
+    with apply(model(decoder), Drops()):
         got = generate()
     model(decoder).set_attn_implementation("oracle")
     expected = generate()
@@ -136,7 +136,7 @@ def test_generation_from_a_forgetful_cache(decoder: str, beams: int) -> None:
 @pytest.mark.parametrize("how", ["alone", "left padding"])
 @torch.no_grad()
 def test_a_sequence_does_not_depend_on_its_batch(how: str) -> None:
-    """Rules that count from each sequence's own start give a padded sequence what it gets alone."""
+    """A rule that counts from each sequence's own start gives a padded sequence the same as alone."""
 
     class FromItsStart(Method):
         def keep(self, site: Site) -> Tensor:
@@ -155,7 +155,7 @@ def test_a_sequence_does_not_depend_on_its_batch(how: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bool", "float", "per head"])
 @torch.no_grad()
-def test_a_mask_of_the_callers_own_is_read_where_the_slots_lie(kind: str) -> None:
+def test_a_mask_of_the_callers_own_is_read_at_the_slots(kind: str) -> None:
     llama, ids = model("llama"), tokens(2, 20)
     draw = torch.Generator().manual_seed(2)
     mask = torch.rand(2, 4 if kind == "per head" else 1, 4, 20, generator=draw) > 0.3
@@ -167,7 +167,7 @@ def test_a_mask_of_the_callers_own_is_read_where_the_slots_lie(kind: str) -> Non
         llama(ids[:, :16], past_key_values=cache)
         return llama(ids[:, 16:], attention_mask=given, past_key_values=cache).logits
 
-    with apply(llama, Forgets(by_sequence=True)):
+    with apply(llama, Drops(by_sequence=True)):
         got = call()
     with apply(llama, Hides(by_sequence=True)):
         expected = call()
@@ -176,7 +176,7 @@ def test_a_mask_of_the_callers_own_is_read_where_the_slots_lie(kind: str) -> Non
 
 @torch.no_grad()
 def test_a_narrow_mask_of_the_callers_own_ends_with_the_last_key() -> None:
-    """A sliding layer has fewer keys than the sequence has tokens, and so has the mask that is made for it."""
+    """A sliding layer has fewer keys than the sequence has tokens, and its mask has as many as the layer."""
     mistral, ids = model("mistral"), tokens(2, 20)
     mask = torch.rand(2, 1, 2, WINDOW + 1, generator=torch.Generator().manual_seed(2)) > 0.4
     mask[..., -2:] = torch.tensor([[True, False], [True, True]])
@@ -196,13 +196,13 @@ def test_a_narrow_mask_of_the_callers_own_ends_with_the_last_key() -> None:
 
 @torch.no_grad()
 def test_memory_falls() -> None:
-    """As many slots are stored as survive, in each head by itself; a tensor has room for at most one token more."""
+    """Each head stores exactly the slots that stay; a tensor has room for at most one token more."""
     llama, cache, batch, seen = model("llama"), DynamicCache(), 2, 40
-    with apply(llama, Forgets()) as run:
+    with apply(llama, Drops()) as run:
         llama(tokens(batch, seen - 1), past_key_values=cache)
         full = 3 * 2 * seen * batch * 2 * 8 * 4  # layers, heads, tokens, sequences, keys and values, width, float32
         llama(tokens(batch, 1, seed=1), past_key_values=cache)
-        rule = [alive(torch.arange(seen).expand(batch, 2, seen), seen, layer, False) for layer in range(3)]
+        rule = [stays(torch.arange(seen).expand(batch, 2, seen), seen, layer, False) for layer in range(3)]
         survivors = sum(int(left.sum()) for left in rule)
         assert run.stats.kept == survivors / (3 * batch * 2 * seen) < 0.5
         assert run.stats.cache_bytes == survivors * 2 * 8 * 4
@@ -221,22 +221,22 @@ def test_memory_falls() -> None:
 
 
 @torch.no_grad()
-def test_a_ragged_batch_pays_for_its_longest_sequence() -> None:
-    """Sequences that keep unequal numbers share a tensor: the store counts what is in memory, empty slots included."""
-    with apply(model("llama"), Forgets(by_sequence=True)) as run:
+def test_a_ragged_batch_costs_its_longest_sequence() -> None:
+    """Sequences that keep unequal numbers share a tensor: the store counts its memory, with empty slots."""
+    with apply(model("llama"), Drops(by_sequence=True)) as run:
         cache = DynamicCache()
         model("llama")(tokens(3, 40), past_key_values=cache)
-        rule = [alive(torch.arange(40).expand(3, 2, 40), 40, layer, True) for layer in range(3)]
+        rule = [stays(torch.arange(40).expand(3, 2, 40), 40, layer, True) for layer in range(3)]
         assert run.stats.kept == sum(3 * int(left.sum(-1).amax(0).sum()) for left in rule) / (3 * 3 * 2 * 40)
 
 
 @torch.no_grad()
 def test_what_decoding_reads() -> None:
-    with apply(model("llama"), Forgets()) as run:
+    with apply(model("llama"), Drops()) as run:
         model("llama").generate(tokens(2, 30), max_new_tokens=2, do_sample=False)
-    left = sum(int(alive(torch.arange(30).expand(1, 2, 30), 30, layer, False).sum()) for layer in range(3))
+    left = sum(int(stays(torch.arange(30).expand(1, 2, 30), 30, layer, False).sum()) for layer in range(3))
     assert run.stats.calls == 3 * 2
-    assert run.stats.read == pytest.approx((left + 3 * 2) / (3 * 2 * 31))  # what was left, and the token itself
+    assert run.stats.read == pytest.approx((left + 3 * 2) / (3 * 2 * 31))  # the tokens that stayed, and the query's own
     with apply(model("llama"), SelectsHalf()) as run:
         model("llama").generate(tokens(2, 30), max_new_tokens=2, do_sample=False)
     assert run.stats.read == pytest.approx(15 / 31)
@@ -247,7 +247,7 @@ def test_what_decoding_reads() -> None:
 
 
 def test_a_sliding_layer_keeps_its_window_only() -> None:
-    with torch.no_grad(), apply(model("mistral"), Forgets()):
+    with torch.no_grad(), apply(model("mistral"), Drops()):
         cache = DynamicCache(config=model("mistral").config)
         model("mistral")(tokens(1, 30), past_key_values=cache)
         assert all(isinstance(layer, SlotLayer) for layer in cache.layers)
@@ -259,7 +259,7 @@ def test_a_sliding_layer_keeps_its_window_only() -> None:
 
 
 class Folds(Method):
-    """Drops all but a window, and leaves the mean of what is dropped."""
+    """A method that drops all but a window, and folds dropped tokens into their mean."""
 
     def keep(self, site: Site) -> Tensor:
         return site.positions >= site.seen - 4
@@ -277,7 +277,7 @@ class Folds(Method):
 @pytest.mark.parametrize("through", ["the kernel", "the matrix", "a mask of the caller's own"])
 @torch.no_grad()
 def test_a_summary_of_equal_tokens_is_exact(through: str) -> None:
-    """Equal tokens without positions have equal keys and values: their mean, counted, stands for them exactly."""
+    """Equal tokens without positions have equal keys and values: their mean and count replace them exactly."""
     llama = model("llama")
     ids = torch.full((2, 20), 7)
     where = dict(position_ids=torch.zeros(2, 20, dtype=torch.long))

@@ -1,7 +1,7 @@
-"""Generation in all the ways that people call it, under methods: the same text as without the shortcut.
+"""Every mode of generation works under methods.
 
-Greedy decoding is the measure: a static cache, prompt lookup and an assistant are shortcuts, so that under a method,
-too, they have to give what plain decoding under that method gives.
+A static cache, prompt lookup and an assistant model only save time. So under a method they have to generate the same
+text as plain greedy decoding under that method.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.host_models import DECODERS, SLIDING, VOCAB, KeepsAll, Reads, Recent,
 
 GATES = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
 
-#: Methods that change what is generated, each made anew.
+#: Methods that evict nothing, by name; each call makes new ones.
 READING: dict[str, Callable[[], list[Method]]] = {
     "no method": list,
     "packed": lambda: [foveate.Packed()],
@@ -52,7 +52,7 @@ LENGTH, NEW = 32, 24
 
 
 def prompt() -> Tensor:
-    """Text that repeats itself, so that prompt lookup has drafts from the first call on."""
+    """Return text that repeats itself, so that prompt lookup has drafts from the first call on."""
     return torch.cat([tokens(1, 20), tokens(1, 20)[:, : LENGTH - 20]], 1)
 
 
@@ -91,13 +91,13 @@ def test_a_static_cache_without_methods_is_the_models_own(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", *SLIDING])
 @torch.no_grad()
 def test_sites_of_a_static_cache_are_those_of_a_dynamic_one(name: str) -> None:
-    """A site leaves out the room that no token fills yet: its keys, positions and mask are those of the tokens."""
+    """A site leaves out the room that no token fills yet: it has keys, positions and mask of the tokens only."""
 
     def sites(cache: DynamicCache | StaticCache) -> list[tuple[Tensor, ...]]:
-        looks = Reads(lambda s: (s.k.clone(), s.v.clone(), s.positions.clone(), s.seen, s.phase, _dense(s)))
-        with apply(model(name), looks):
+        reader = Reads(lambda s: (s.k.clone(), s.v.clone(), s.positions.clone(), s.seen, s.phase, _dense(s)))
+        with apply(model(name), reader):
             feed(model(name), prompt(), torch.ones(1, LENGTH, dtype=torch.long), [5, 13, *[1] * (LENGTH - 18)], cache)
-        return looks.seen
+        return reader.seen
 
     config = model(name).config
     dynamic, static = sites(DynamicCache(config=config)), sites(StaticCache(config=config, max_cache_len=LENGTH + 9))
@@ -129,7 +129,7 @@ DRAFTED.remove(("tidal_decode", "gemma3"))
 
 @pytest.mark.parametrize("kind, name", DRAFTED)
 def test_drafts_do_not_change_the_text(kind: str, name: str) -> None:
-    """Prompt lookup, on which whole calls of drafts are accepted and taken back."""
+    """Prompt lookup accepts and removes whole calls of drafts."""
     make, drafted = {**READING, **EVICTING}[kind], Reads(lambda s: s.q.shape[2] if s.phase == "decode" else 0)
     expected = generated(name, make())
     assert torch.equal(generated(name, [*make(), drafted], prompt_lookup_num_tokens=4), expected)
@@ -144,8 +144,8 @@ def test_an_assistant_does_not_change_the_text(kind: str) -> None:
     assert torch.equal(generated("llama", make(), assistant_model=model("qwen2")), expected)
 
 
-def test_drafts_leave_as_much_as_plain_decoding() -> None:
-    """What is dropped for good waits for what is taken back, and no longer."""
+def test_drafts_keep_as_much_as_plain_decoding() -> None:
+    """Drops wait until rejected drafts are removed, and no longer."""
     cache = DynamicCache()
     with apply(model("llama"), SinkRecent(2, 6)) as run:
         made = model("llama").generate(
@@ -157,15 +157,15 @@ def test_drafts_leave_as_much_as_plain_decoding() -> None:
 
 @torch.no_grad()
 def test_phases() -> None:
-    """Pieces of a prompt are read; single tokens, drafts, and a few tokens after the prompt are decoded."""
-    looks = Reads(lambda s: (s.layer, s.q.shape[2], s.phase, s.prompt))
+    """Pieces of a prompt are prefill; single tokens, drafts, and a few tokens after the prompt are decoding."""
+    reader = Reads(lambda s: (s.layer, s.q.shape[2], s.phase, s.prompt))
     llama, cache = model("llama"), DynamicCache()
-    with apply(llama, looks):
+    with apply(llama, reader):
         for size in (20, 5, 1, 3, 17):
             llama(tokens(1, size), past_key_values=cache)
         cache.crop(-(46 - 10))
         llama(tokens(1, 5), past_key_values=cache)
-    phases = [seen[1:] for seen in looks.seen if seen[0] == 1]
+    phases = [seen[1:] for seen in reader.seen if seen[0] == 1]
     assert phases == [
         (20, "prefill", None), (5, "prefill", None), (1, "decode", None), (3, "decode", 25), (17, "prefill", 25),
         (5, "prefill", None),
@@ -185,7 +185,7 @@ SEARCHES: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("how", SEARCHES)
 @pytest.mark.parametrize("kind", ["no method", "lens", "keeps all"])
 def test_searches_and_samples_are_the_models_own(how: str, kind: str) -> None:
-    """Methods that change nothing leave beams, their order and every drawn token as they are."""
+    """Methods without effect do not change beams, their order or any sampled token."""
     ids, mask = padded(tokens(2, 12), "left")
 
     def run() -> tuple[Tensor, Tensor]:
@@ -211,7 +211,7 @@ def test_searches_and_samples_are_the_models_own(how: str, kind: str) -> None:
     [("t5", "no method"), *itertools.product(["bart", "whisper"], ["no method", "keeps all", "recent"])],
 )
 def test_encoder_decoders_with_everything_returned(name: str, kind: str) -> None:
-    """Outputs as a dictionary, the cache among them; a method that drops tokens acts on the decoder's own."""
+    """Outputs are a dictionary with the cache; a method that drops tokens acts on the decoder's own."""
     subject, inputs = encoder_decoder(name)
 
     def run() -> tuple[Tensor, Tensor, EncoderDecoderCache]:
@@ -258,7 +258,7 @@ def encoder_decoder(name: str) -> tuple[hf.PreTrainedModel, dict[str, Tensor]]:
 
 
 def test_continuous_batching() -> None:
-    """Without a method it is the model's own; with one it is refused before it begins, and works again after."""
+    """Without a method it is the model's own; with one it is refused before it starts, and works again afterwards."""
     llama = model("llama")
 
     def run() -> list[list[int]]:
@@ -274,7 +274,7 @@ def test_continuous_batching() -> None:
     assert [len(tokens) for tokens in expected] == [4, 4]
     with apply(llama):
         assert run() == expected
-    with apply(llama, SinkRecent(2, 6)), pytest.raises(UnsupportedModel, match="keeps pages in place of a cache"):
+    with apply(llama, SinkRecent(2, 6)), pytest.raises(UnsupportedModel, match="stores pages instead of a cache"):
         run()
     assert run() == expected
 
@@ -285,7 +285,7 @@ def test_continuous_batching() -> None:
 @pytest.mark.parametrize("around", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_training(around: bool, reentrant: bool) -> None:
-    """Gradients with checkpoints are those without, whether the backward pass runs in the block or after it."""
+    """Gradients with checkpoints equal those without in the block; a backward pass after the block is refused."""
     llama, ids = copy.deepcopy(model("llama")).train(), tokens(2, 14)
 
     class Scales(Method):
@@ -319,7 +319,7 @@ def test_checkpointed_training(around: bool, reentrant: bool) -> None:
 
 @pytest.mark.parametrize("kind", [*READING, *EVICTING])
 def test_a_copy_made_inside_the_block_is_a_plain_model(kind: str) -> None:
-    """It generates as the model does without methods, in the block and after it, and takes methods of its own."""
+    """It generates as the model without methods, in the block and after it, and can have methods of its own."""
     llama, make = model("llama"), {**READING, **EVICTING}[kind]
     plain, expected = generated("llama", []), generated("llama", make())
 
@@ -343,6 +343,6 @@ def test_another_implementation_inside_the_block_is_refused() -> None:
     llama = copy.deepcopy(model("llama"))
     with apply(llama, Recent()):
         llama.set_attn_implementation("eager")
-        with pytest.raises(UnsupportedModel, match=r"takes the methods off; call it before"):
+        with pytest.raises(UnsupportedModel, match=r"removes the methods; call it before"):
             llama(tokens())
     assert llama(tokens()).logits.shape == (2, 14, VOCAB)

@@ -1,4 +1,4 @@
-"""Methods side by side: runs nest, hooks compose in order, and what cannot be done is refused in one line."""
+"""Methods compose: runs nest, hooks act in order, and impossible requests are refused in one line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 import foveate
 from foveate.core.errors import FoveateError, OptionError, UnsupportedModel
+from foveate.core.selection import Indices, Selection
 from foveate.host import Method, Site
 from foveate.host.hf import dispatch
 from foveate.host.hf.attach import OPEN
@@ -21,7 +22,7 @@ from tests.host_models import Evicts, Reads, Recent, model, padded, tokens, use
 @pytest.mark.parametrize("order", ["evicts in reads", "reads in evicts", "together"])
 @torch.no_grad()
 def test_a_reader_beside_a_policy(order: str) -> None:
-    """Both see the same call: the reader sees the slots that the policy left, and changes nothing."""
+    """Both get the same call: the reader gets the slots that the policy kept, and changes nothing."""
     llama, ids, mask = model("llama"), *padded(tokens(), "left")
 
     def generate() -> Tensor:
@@ -100,8 +101,8 @@ def test_methods_compose_in_order(nested: bool) -> None:
 
 
 @torch.no_grad()
-def test_edits_of_the_matrix_compose_and_come_at_their_place() -> None:
-    """Logits after the scale and before the mask; weights after the softmax, in the order of the methods."""
+def test_edits_of_the_matrix_compose_in_order() -> None:
+    """Logits are edited after the scale and before the mask, weights after the softmax, in the order of methods."""
     llama, ids = model("llama"), tokens(1, 5)
     rows = Reads(lambda site: site.weights[0])
 
@@ -123,7 +124,7 @@ def test_edits_of_the_matrix_compose_and_come_at_their_place() -> None:
 
 
 @torch.no_grad()
-def test_the_last_method_that_attends_has_the_last_word() -> None:
+def test_the_last_method_that_attends_decides() -> None:
     class Attends(Method):
         def __init__(self, value: float | None) -> None:
             self.value = value
@@ -137,6 +138,31 @@ def test_the_last_method_that_attends_has_the_last_word() -> None:
     with foveate.apply(model("llama"), Attends(1.0), Attends(2.0), Attends(None), outputs):
         use(model("llama"))
     assert values == [2.0] * 3
+
+
+class SelectsAllButOne(Method):
+    """Selects every key but one for each decoding query."""
+
+    def select(self, site: Site) -> Selection | None:
+        n, total = site.q.shape[2], site.k.shape[2]
+        keys = torch.tensor([key for key in range(total) if key != 3])
+        return Indices(keys.expand(1, 1, 1, -1), n, total) if n == 1 else None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_a_key_that_is_not_selected_may_hold_nan(masked: bool) -> None:
+    """One list of keys is gathered without an engine's check for NaN: hidden keys are not read."""
+    llama, ids, out = model("llama"), tokens(2, 12), []
+    for value in (0.0, float("nan")):
+        cache = DynamicCache()
+        with foveate.apply(llama, SelectsAllButOne()):
+            llama(ids, past_key_values=cache)
+            for layer in cache.layers:
+                layer.keys[:, :, 3] = layer.values[:, :, 3] = value
+            mask = torch.ones(2, 13, dtype=torch.long) if masked else None
+            out.append(llama(tokens(2, 1), attention_mask=mask, past_key_values=cache).logits)
+    assert torch.equal(*out) and out[0].isfinite().all()
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Compress once, then go on plainly: tokens are dropped at the end of the prompt, and none later."""
+"""With `evict="after prompt"`, tokens are dropped at the end of the prompt, and none later."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ METHODS: dict[str, Callable[[], Method]] = {
 TEXT, QUESTION = tokens(1, 24), tokens(1, 5, seed=1)
 
 
-def go_on(subject: PreTrainedModel, cache: DynamicCache, ids: Tensor = QUESTION, steps: int = 6) -> Tensor:
-    """Logits of the first token, of the rest at once, and of greedy steps after them."""
+def continue_from(subject: PreTrainedModel, cache: DynamicCache, ids: Tensor = QUESTION, steps: int = 6) -> Tensor:
+    """Return the logits of the first token, of the others at once, and of greedy steps after them."""
     pieces, out = [ids[:, :1], ids[:, 1:]], []
     for step in range(steps):
         piece = pieces[step] if step < len(pieces) else out[-1][:, -1:].argmax(-1)
@@ -60,56 +60,56 @@ def test_nothing_is_dropped_after_the_prompt(kind: str, chunks: list[int]) -> No
         rows = {"even": [2 * 8] * 3, "uneven": [8 + 24] * 3}[kind]
         if kind == "even" or len(chunks) == 1:
             assert before == rows
-        go_on(llama, cache)
+        continue_from(llama, cache)
         assert [layer.store.stored for layer in cache.layers] == [count + 2 * 9 for count in before]
         assert run.stats.kept == sum(count + 18 for count in before) / (3 * 2 * (24 + 9))
 
 
 @pytest.mark.parametrize("kind", METHODS)
 @torch.no_grad()
-def test_always_goes_on_dropping(kind: str) -> None:
-    """The contrast: without the option, every step drops."""
+def test_always_drops_at_every_step(kind: str) -> None:
+    """Without the option, every step drops tokens."""
     llama, cache = model("llama"), DynamicCache()
     with apply(llama, METHODS[kind]()):
         llama(TEXT, past_key_values=cache)
-        go_on(llama, cache)
+        continue_from(llama, cache)
         assert [layer.store.stored for layer in cache.layers] == [8 + (8 if kind == "even" else 33)] * 3
 
 
 @pytest.mark.parametrize("how", ["as it is", "deep copy", "pickle", "torch.save"])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @torch.no_grad()
-def test_an_even_cache_goes_on_without_foveate(name: str, how: str) -> None:
+def test_an_even_cache_works_without_foveate(name: str, how: str) -> None:
     subject, cache = model(name), DynamicCache(config=model(name).config)
     with apply(subject, METHODS["even"](), evict="after prompt"):
         subject(TEXT, past_key_values=cache)
-        expected = go_on(subject, copy.deepcopy(cache))
+        expected = continue_from(subject, copy.deepcopy(cache))
     assert all(type(layer) is CompressedLayer for layer in cache.layers)
     cache = cache if how == "as it is" else saved(cache, how)
-    torch.testing.assert_close(go_on(subject, cache), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(continue_from(subject, cache), expected, atol=1e-5, rtol=1e-5)
     cache.crop(24 - cache.get_seq_length())
     other = tokens(1, 5, seed=2)
     with apply(subject, METHODS["even"](), evict="after prompt"):
         fresh = DynamicCache(config=subject.config)
         subject(TEXT, past_key_values=fresh)
-        again = go_on(subject, fresh, other)
-    torch.testing.assert_close(go_on(subject, cache, other), again, atol=1e-5, rtol=1e-5)
+        again = continue_from(subject, fresh, other)
+    torch.testing.assert_close(continue_from(subject, cache, other), again, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["as it is", "deep copy", "pickle", "torch.save", "saved inside"])
 @torch.no_grad()
-def test_an_uneven_cache_goes_on_inside_another_block(how: str) -> None:
+def test_an_uneven_cache_works_inside_another_block(how: str) -> None:
     llama, cache = model("llama"), DynamicCache()
     with apply(llama, METHODS["uneven"](), evict="after prompt"):
         llama(TEXT, past_key_values=cache)
-        expected = go_on(llama, copy.deepcopy(cache))
+        expected = continue_from(llama, copy.deepcopy(cache))
         inside = saved(cache, "torch.save")
     cache = {"as it is": lambda: cache, "saved inside": lambda: inside}.get(how, lambda: saved(cache, how))()
-    with pytest.raises(UnsupportedModel, match=r"go on inside foveate.apply\(model\)"):
-        go_on(llama, cache)
+    with pytest.raises(UnsupportedModel, match=r"use it inside foveate.apply\(model\)"):
+        continue_from(llama, cache)
     for methods in ([], [METHODS["uneven"]()]):
         with apply(llama, *methods, evict="after prompt"):
-            torch.testing.assert_close(go_on(llama, cache), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(continue_from(llama, cache), expected, atol=1e-5, rtol=1e-5)
             cache.crop(24 - cache.get_seq_length())
     assert all(isinstance(layer, SlotLayer) for layer in cache.layers)
 
@@ -117,7 +117,7 @@ def test_an_uneven_cache_goes_on_inside_another_block(how: str) -> None:
 @pytest.mark.parametrize("kind", METHODS)
 @torch.no_grad()
 def test_a_long_second_turn_is_no_prompt(kind: str) -> None:
-    """A cache that was compressed before counts as read, also where many tokens come at once."""
+    """The prompt of a compressed cache counts as read, also if many tokens come at once."""
     llama, cache, turn = model("llama"), DynamicCache(), tokens(1, 20, seed=3)
     with apply(llama, METHODS[kind](), evict="after prompt"):
         llama(TEXT, past_key_values=cache)
@@ -133,13 +133,13 @@ def test_a_long_second_turn_is_no_prompt(kind: str) -> None:
 
 @pytest.mark.parametrize("name", SLIDING)
 @torch.no_grad()
-def test_windows_go_on_sliding(name: str) -> None:
+def test_windows_keep_sliding(name: str) -> None:
     subject, cache = model(name), DynamicCache(config=model(name).config)
     with apply(subject, SinkRecent(2, 6), evict="after prompt"):
         subject(TEXT, past_key_values=cache)
-        expected = go_on(subject, copy.deepcopy(cache))
+        expected = continue_from(subject, copy.deepcopy(cache))
     with apply(subject):
-        torch.testing.assert_close(go_on(subject, cache), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(continue_from(subject, cache), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -147,13 +147,13 @@ def test_a_new_sequence_has_a_prompt_of_its_own() -> None:
     llama, cache = model("llama"), DynamicCache()
     with apply(llama, Recent(6), evict="after prompt"):
         llama(TEXT, past_key_values=cache)
-        go_on(llama, cache)
+        continue_from(llama, cache)
         cache.reset()
         for piece in TEXT.split([8, 16], 1):
             llama(piece, past_key_values=cache)
         assert [layer.store.stored for layer in cache.layers] == [2 * 6] * 3
 
 
-def test_when_is_named() -> None:
+def test_an_unknown_time_is_refused() -> None:
     with pytest.raises(OptionError, match="evict='once' must be one of 'always', 'after prompt'"):
         apply(model("llama"), Recent(), evict="once")  # type: ignore[arg-type]

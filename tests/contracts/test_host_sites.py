@@ -1,4 +1,4 @@
-"""What a site says of its call, and what methods may remember from one call to the next."""
+"""A site describes its call, and holds the notes of methods from one call to the next."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_sites_of_a_decoder(name: str, cache: str) -> None:
     with foveate.apply(subject, sites):
         for begin, end in ((0, 1), (1, 2), (2, 14), (14, 15)):
             subject(tokens(2, 15)[:, begin:end], past_key_values=past)
-    asked = [("prefill", 1, [0]), ("decode", 2, [1]), ("decode", 14, [*range(2, 14)]), ("decode", 15, [14])]
-    asked = [(phase, seen, queries, 2, (2, len(queries), 32)) for phase, seen, queries in asked]
-    assert sites.seen == [(layer, *rest) for rest in asked for layer in range(3)]
+    expected = [("prefill", 1, [0]), ("decode", 2, [1]), ("decode", 14, [*range(2, 14)]), ("decode", 15, [14])]
+    expected = [(phase, seen, queries, 2, (2, len(queries), 32)) for phase, seen, queries in expected]
+    assert sites.seen == [(layer, *rest) for rest in expected for layer in range(3)]
 
 
 @torch.no_grad()
 def test_positions_of_sliding_layers() -> None:
-    """A window's layer holds later tokens only; each key stays beside its position, stored natively or in slots."""
+    """A layer with a window holds recent tokens only; each key keeps its position, stored natively or in slots."""
     mistral = model("mistral")
     for methods in ((), (Evicts(),)):
         cache, found = (
@@ -75,7 +75,7 @@ def test_sites_of_encoders() -> None:
 
 @torch.no_grad()
 def test_sites_of_an_encoder_decoder() -> None:
-    """Cross-attention has no slots of its own: the decoder forgets what it wrote, not what it reads."""
+    """Cross-attention has no slots: the decoder drops its own tokens, not the encoder's."""
     bart, (ids, mask) = model("bart"), padded(tokens(), "right")
     sites = Reads(lambda site: (site.is_causal, site.slots is not None, site.seen, site.k.shape[2]))
     encoder, decoder = [(False, False, 14, 14)] * 2, []
@@ -89,7 +89,7 @@ def test_sites_of_an_encoder_decoder() -> None:
 
 
 @torch.no_grad()
-def test_where_padded_sequences_begin() -> None:
+def test_padded_sequences_begin_at_their_first_token() -> None:
     for side, begins in (("left", [4, 0]), ("right", [0, 0]), ("none", [0, 0])):
         ids, mask = padded(tokens(), side)
         sites = Reads(lambda site: site.begins.tolist())
@@ -100,7 +100,7 @@ def test_where_padded_sequences_begin() -> None:
 
 @torch.no_grad()
 def test_arguments_by_position() -> None:
-    """A model may hand its attention modules the hidden states and the cache by position."""
+    """A model may pass the hidden states and the cache to its attention modules by position."""
     llama, cache = model("llama"), DynamicCache()
     hidden, attention = torch.randn(2, 9, 32), model("llama").model.layers[0].self_attn
     rotary = llama.model.rotary_emb(hidden, torch.arange(9)[None])
@@ -111,66 +111,66 @@ def test_arguments_by_position() -> None:
     assert sites.seen == [(True, True, True, 9)]
 
 
-# -- memory of methods -------------------------------------------------------------------------------------------------
+# -- notes of methods --------------------------------------------------------------------------------------------------
 
 
-class Remembers(Method):
-    """Counts its calls of a sequence, and keeps each sequence's first token apart."""
+class Counts(Method):
+    """A method that counts its calls: per layer, per sequence and per forward pass."""
 
     def __init__(self) -> None:
-        self.noted: list[tuple[int, int, int]] = []
+        self.counts: list[tuple[int, int, int]] = []
 
     def read(self, site: Site, out: Tensor) -> None:
-        memory, shared = site.memory(self), site.memory(self, all_layers=True)
-        memory["calls"] = memory.get("calls", 0) + 1
+        notes, shared = site.notes(self), site.notes(self, all_layers=True)
+        notes["calls"] = notes.get("calls", 0) + 1
         shared["calls"] = shared.get("calls", 0) + 1
         site.step["calls"] = site.step.get("calls", 0) + 1
-        self.noted.append((memory["calls"], shared["calls"], site.step["calls"]))
+        self.counts.append((notes["calls"], shared["calls"], site.step["calls"]))
 
 
 @torch.no_grad()
-def test_memory_is_of_a_layer_and_a_sequence() -> None:
-    llama, method = model("llama"), Remembers()
+def test_notes_belong_to_a_layer_and_a_sequence() -> None:
+    llama, method = model("llama"), Counts()
     with foveate.apply(llama, method):
         for caches in ((DynamicCache(),), (DynamicCache(),)):
             for _ in range(2):
                 llama(tokens(2, 3), past_key_values=caches[0])
-    assert method.noted == [(1, 1, 1), (1, 2, 2), (1, 3, 3), (2, 4, 1), (2, 5, 2), (2, 6, 3)] * 2
+    assert method.counts == [(1, 1, 1), (1, 2, 2), (1, 3, 3), (2, 4, 1), (2, 5, 2), (2, 6, 3)] * 2
 
 
 @torch.no_grad()
-def test_memory_ends_with_the_sequence_and_with_the_run() -> None:
-    llama, cache, method = model("llama"), DynamicCache(), Remembers()
+def test_notes_end_with_the_sequence_and_with_the_run() -> None:
+    llama, cache, method = model("llama"), DynamicCache(), Counts()
     once = [(1, 1, 1), (1, 2, 2), (1, 3, 3)]
     with foveate.apply(llama):
         for _ in range(2):
             with foveate.apply(llama, method):
                 llama(tokens(2, 3), past_key_values=cache)
-        assert method.noted == once * 2
+        assert method.counts == once * 2
         cache.reset()
         with foveate.apply(llama, method):
             llama(tokens(2, 3), past_key_values=cache)
             cache.reset()
             llama(tokens(2, 3), past_key_values=cache)
-    assert method.noted == once * 4
+    assert method.counts == once * 4
 
 
 @torch.no_grad()
-def test_memory_follows_beam_search() -> None:
-    """What a method noted of a sequence goes along when the sequence moves to another place in the batch."""
+def test_notes_follow_beam_search() -> None:
+    """The notes on a sequence move with it to another place in the batch."""
     llama = model("llama")
 
     class Follows(Method):
         checks = 0
 
         def read(self, site: Site, out: Tensor) -> None:
-            memory = site.memory(self)
+            notes = site.notes(self)
             if site.phase == "prefill":
-                memory["first"] = site.k[:, 0, :, 0].clone()
+                notes["first"] = site.k[:, 0, :, 0].clone()
                 return
-            n = memory["first"].shape[1]
-            assert torch.equal(site.k[:, 0, :n, 0], memory["first"])
-            memory["first"] = site.k[:, 0, :, 0].clone()
+            n = notes["first"].shape[1]
+            assert torch.equal(site.k[:, 0, :n, 0], notes["first"])
+            notes["first"] = site.k[:, 0, :, 0].clone()
             Follows.checks += 1
 
     with foveate.apply(llama, Follows()):

@@ -1,4 +1,4 @@
-"""`apply` leaves no trace, however it ends, neither on the model nor on a cache that nothing was dropped from."""
+"""`apply` leaves no trace on the model, or on a cache from which nothing was dropped, however it ends."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Breaks(Method):
 
 
 class Fingerprint:
-    """Everything about a model that a run could leave behind."""
+    """Everything about a model that a run could leave changed."""
 
     def __init__(self, subject: PreTrainedModel) -> None:
         self.weights = {name: value.clone() for name, value in subject.state_dict().items()}
@@ -89,7 +89,7 @@ def test_after_the_block(subject: PreTrainedModel, path: str) -> None:
         return
     with foveate.apply(subject, *methods):
         use(subject)
-        assert Fingerprint(subject) != before  # else this test sees nothing
+        assert Fingerprint(subject) != before  # otherwise this test could not fail
     assert Fingerprint(subject) == before
     assert not OPEN
 
@@ -109,9 +109,9 @@ def test_after_an_exception(subject: PreTrainedModel, where: str) -> None:
 @pytest.mark.parametrize("inner", [Recent, SameWeights, lambda: Breaks("forward")])
 @pytest.mark.parametrize("outer", [Recent, SameWeights])
 def test_nested(subject: PreTrainedModel, outer: type[Method], inner: Callable[[], Method]) -> None:
-    """The inner run leaves first, and leaves the outer one as it was."""
+    """The inner run ends first, and does not change the outer one."""
     before = Fingerprint(subject)
-    if not subject.can_generate():  # which refuses to evict
+    if not subject.can_generate():  # it refuses methods that evict
         outer, inner = (SameLogits if kind is Recent else kind for kind in (outer, inner))
     with foveate.apply(subject, outer()) as run:
         use(subject)
@@ -119,7 +119,7 @@ def test_nested(subject: PreTrainedModel, outer: type[Method], inner: Callable[[
         with suppress(RuntimeError), foveate.apply(subject, inner()):
             use(subject)
         assert Fingerprint(subject) == within
-        assert run.stats.calls > calls  # the outer run counts what happens in the inner
+        assert run.stats.calls > calls  # the outer run also counts the inner run's calls
         use(subject)
     assert Fingerprint(subject) == before
     assert not OPEN
@@ -130,11 +130,11 @@ def test_a_run_is_not_kept_alive_by_its_caches() -> None:
     cache = DynamicCache()
     with torch.no_grad(), foveate.apply(llama, KeepsAll()) as run:
         llama(tokens(), past_key_values=cache)
-        memories = run.caches.memories
-        assert len(memories) == 1
+        notes = run.caches.notes
+        assert len(notes) == 1
     del cache
     gc.collect()
-    assert len(memories) == 0
+    assert len(notes) == 0
 
 
 def test_a_mask_of_the_wrong_shape() -> None:
@@ -154,7 +154,7 @@ def test_a_mask_of_the_wrong_shape() -> None:
 
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
-def test_a_whole_cache_goes_on_as_an_ordinary_one(name: str) -> None:
+def test_a_whole_cache_becomes_an_ordinary_one(name: str) -> None:
     subject, ids = model(name), tokens(2, 24)
 
     def conversation(*methods: Method) -> tuple[Tensor, DynamicCache]:
@@ -187,7 +187,7 @@ class Uneven(Method):
 
 @pytest.mark.parametrize("how", ["after the block", "after an exception", "a copy"])
 @torch.no_grad()
-def test_an_uneven_cache_refuses_to_go_on_alone(how: str) -> None:
+def test_an_uneven_cache_is_refused_outside_a_run(how: str) -> None:
     llama, cache = model("llama"), DynamicCache()
     with suppress(RuntimeError), foveate.apply(llama, Uneven()):
         llama(tokens(), past_key_values=cache)
@@ -202,10 +202,10 @@ def test_an_uneven_cache_refuses_to_go_on_alone(how: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
 @torch.no_grad()
-def test_an_even_cache_goes_on_without_foveate(name: str) -> None:
-    """It can be saved and loaded, goes on as inside the block, and is cropped back for the next question."""
+def test_an_even_cache_works_without_foveate(name: str) -> None:
+    """It can be saved and loaded, decodes as inside the block, and can be cropped for the next question."""
     subject, ids, cache = model(name), tokens(2, 24), DynamicCache(config=model(name).config)
-    if name == "gemma2":  # sliding layers would not slide by position any more
+    if name == "gemma2":  # sliding layers would no longer slide by position
         with foveate.apply(subject, Recent(5)):
             subject(ids[:, :16], past_key_values=cache)
         with pytest.raises(UnsupportedModel, match="compressed"):
@@ -234,7 +234,7 @@ def test_an_even_cache_goes_on_without_foveate(name: str) -> None:
 
 @torch.no_grad()
 def test_cropping_inside_the_block() -> None:
-    """Back to any length since which nothing was dropped, and then on as if nothing had happened."""
+    """A cache can be cropped to any length since which nothing was dropped, and then decodes as before."""
     llama, ids, cache = model("llama"), tokens(2, 24), DynamicCache()
     with foveate.apply(llama, Recent(12)):
         llama(ids[:, :10], past_key_values=cache)
@@ -247,7 +247,7 @@ def test_cropping_inside_the_block() -> None:
 
 
 @torch.no_grad()
-def test_a_compressed_cache_goes_on_in_another_run() -> None:
+def test_a_compressed_cache_works_in_another_run() -> None:
     llama, ids = model("llama"), tokens(2, 16)
 
     def conversation(*second: Method, together: bool) -> Tensor:
@@ -266,7 +266,7 @@ def test_a_compressed_cache_goes_on_in_another_run() -> None:
 
 @torch.no_grad()
 def test_a_copy_of_a_cache_is_a_cache_of_its_own() -> None:
-    """Prefix caching: a prompt is read once, and copies of its cache go on from it, also in beam search."""
+    """A prompt is read once, and copies of its cache continue from it, also in beam search (prefix caching)."""
     llama, ids, prompt = model("llama"), tokens(1, 16), DynamicCache()
     with foveate.apply(llama, Recent(6)):
         llama(ids, past_key_values=prompt)
@@ -282,7 +282,7 @@ def test_a_copy_of_a_cache_is_a_cache_of_its_own() -> None:
 
 
 @torch.no_grad()
-def test_reset_starts_anew() -> None:
+def test_reset_empties_the_cache() -> None:
     llama, ids, cache = model("llama"), tokens(2, 12), DynamicCache()
     with foveate.apply(llama, Recent(5)):
         first = llama(ids, past_key_values=cache).logits

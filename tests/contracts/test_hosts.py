@@ -1,4 +1,4 @@
-"""The contract of the hosts' seam: a method that changes nothing changes nothing, on every model and every path."""
+"""The contract of hosts: a method that makes no change has no effect, on every model and every path."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def methods(path: str) -> list[Method]:
 
 
 def same(name: str, path: str, call: Callable[[], Tensor]) -> None:
-    """What `call` gives under the methods is what it gives without."""
+    """Check that `call` returns the same with and without the methods."""
     if name in ENCODERS and evicts(*methods(path)):
         with pytest.raises(UnsupportedModel, match="has no decoder with a cache"), apply(model(name), *methods(path)):
             pytest.fail("it was not refused on entering")
@@ -45,7 +45,7 @@ def same(name: str, path: str, call: Callable[[], Tensor]) -> None:
             got = call()
         again = call()
     assert torch.equal(again, expected)
-    slots_in_windows = name in SLIDING and path in ("slots", "keep")  # a window drops tokens: the slots are read then
+    slots_in_windows = name in SLIDING and path in ("slots", "keep")  # a window drops tokens, so attention reads slots
     if path in NATIVE and not slots_in_windows:
         assert torch.equal(got, expected)
     else:
@@ -90,13 +90,13 @@ def test_a_mask_of_the_callers_own(name: str, path: str, kind: str) -> None:
     heads = 4 if kind == "per head" else 1
     mask = (torch.rand(2, heads, 14, 14, generator=draw) > 0.4) | torch.eye(14, dtype=torch.bool)
     given = mask
-    if kind == "float" or name == "gemma2":  # whose own kernel adds its mask
+    if kind == "float" or name == "gemma2":  # its own kernel adds the mask
         given = torch.randn(mask.shape, generator=draw).masked_fill(~mask, float("-inf"))
     same(name, path, lambda: model(name)(ids, attention_mask=given).logits)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_whatever_kernel_the_model_was_loaded_with(path: str, implementation: str) -> None:
+def test_every_implementation_of_the_model(path: str, implementation: str) -> None:
     llama = model("llama")
     before = llama.config._attn_implementation
     llama.set_attn_implementation(implementation)
@@ -185,7 +185,7 @@ def test_generate(decoder: str, path: str, how: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_generate_with_a_cache_of_the_callers_own(name: str, path: str) -> None:
-    """Half of the prompt is read before the methods come, and what they leave goes on without them."""
+    """Half of the prompt is read before the methods are applied; generation continues after them."""
     ids, mask = padded(tokens(), "left")
 
     def conversation(*applied: Method) -> Tensor:
@@ -202,7 +202,7 @@ def test_generate_with_a_cache_of_the_callers_own(name: str, path: str) -> None:
 
 
 def test_cross_attention_has_no_slots(path: str) -> None:
-    """An encoder-decoder: the cache of the other sequence's keys stays as it is."""
+    """An encoder-decoder's cache of the encoder's keys does not change."""
     ids, mask = padded(tokens(), "right")
     for beams in (1, 3):
         with torch.no_grad():

@@ -48,7 +48,7 @@ METHODS = {
 @torch.no_grad()
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("key", METHODS)
-def test_a_copy_goes_on_as_the_original_would(how: str, key: str) -> None:
+def test_a_copy_decodes_as_the_original(how: str, key: str) -> None:
     model, cache = model_of("llama"), hf.DynamicCache()
     with apply(model, METHODS[key]):
         model(tokens(1, 40), past_key_values=cache)
@@ -60,7 +60,7 @@ def test_a_copy_goes_on_as_the_original_would(how: str, key: str) -> None:
             assert torch.equal(*same), step
     if held(other).kept == 1:
         return
-    again = COPIES[how](other)  # after the block too
+    again = COPIES[how](other)  # also after the block
     with apply(model, METHODS[key]):
         for step in range(5):
             same = [model(tokens(1, 1, step), past_key_values=one).logits for one in (other, again)]
@@ -68,7 +68,7 @@ def test_a_copy_goes_on_as_the_original_would(how: str, key: str) -> None:
 
 
 @torch.no_grad()
-def test_layers_that_were_copied_do_not_share_their_tokens() -> None:
+def test_copied_layers_do_not_share_their_tokens() -> None:
     model, cache = model_of("llama"), hf.DynamicCache()
     with apply(model, Packed()):
         model(tokens(1, 40), past_key_values=cache)
@@ -92,7 +92,7 @@ def test_a_copy_knows_that_its_prompt_was_read(how: str) -> None:
 
 
 @torch.no_grad()
-def test_a_layer_is_not_given_other_keys_in_silence() -> None:
+def test_setting_a_layers_keys_is_refused() -> None:
     model, cache = model_of("llama"), hf.DynamicCache()
     with apply(model, Packed()):
         model(tokens(1, 8), past_key_values=cache)
@@ -103,7 +103,7 @@ def test_a_layer_is_not_given_other_keys_in_silence() -> None:
 @pytest.mark.parametrize("method", [Packed(), SinkRecent(2, 40), TidalDecode(top_k=60, reselect_layers=())])
 @pytest.mark.parametrize("trained", ["q_proj", "k_proj", "v_proj"])
 def test_one_projection_is_trained_through_a_growing_cache(method: Method, trained: str) -> None:
-    """As an adapter on one projection is: keys, values and queries do not want a gradient all at once."""
+    """Keys, values and queries need not all have a gradient, for instance with an adapter on one projection."""
     model, grads = copy.deepcopy(model_of("llama")), []
     for name, parameter in model.named_parameters():
         parameter.requires_grad = f"layers.0.self_attn.{trained}" in name
@@ -129,7 +129,7 @@ def test_packed_runs_on_the_meta_device() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", [(), (Packed(),), (SinkRecent(2, 4),)])
-def test_attentions_are_given_where_they_are_asked_for(method: tuple[Method, ...]) -> None:
+def test_attentions_are_returned_on_request(method: tuple[Method, ...]) -> None:
     model = copy.deepcopy(model_of("llama"))
     model.set_attn_implementation("eager")
     cache = hf.DynamicCache()
@@ -141,7 +141,7 @@ def test_attentions_are_given_where_they_are_asked_for(method: tuple[Method, ...
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["mistral", "gemma3"])
-def test_what_a_window_leaves_is_counted(kind: str) -> None:
+def test_the_tokens_in_a_window_are_counted(kind: str) -> None:
     model = model_of(kind)
     cache = hf.DynamicCache(config=model.config)
     with apply(model) as run:

@@ -1,4 +1,4 @@
-"""A cache policy, a calibration and a lens in one `apply`: each does its part, in order, and nothing stays behind."""
+"""A cache policy, a calibration and a lens in one `apply` work together, in order, and leave no trace."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ def test_policy_calibration_and_lens_together(order: tuple[int, ...], padding: s
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
     assert out.shape == (2, 24 + new)
 
-    # the policy: what is stored at the end, in every layer
+    # the policy: the tokens stored at the end, in every layer
     assert run.stats.kept == pytest.approx((SINK + RECENT) / (24 + new - 1))
-    # the calibration: rows still sum to 1, and are those of the model's own map calibrated, whatever the order
+    # the calibration: rows still sum to 1, and equal the model's own map after calibration, in any order
     maps, real = eager_maps(model, inputs), inputs["attention_mask"].bool()
     seen = real[:, None, None, :] & real[:, None, :, None] & torch.ones(24, 24, dtype=torch.bool).tril()
     expected = calibrate_sinks(maps[2], [CALIBRATED[1]], alpha=1.0, seen=seen)
     assert not torch.equal(expected, maps[2])
     assert_near(lens.map(*CALIBRATED), expected[:, CALIBRATED[1]], 1e-5)
-    # the lens: the prompt's rows are those of the calibrated weights, in front of the decoded ones
+    # the lens: the prompt's rows are those of the calibrated weights, before the decoded rows
     entropy = lens.values("entropy")
     for layer, w in enumerate([*maps[:2], expected]):
         assert_near(entropy[layer][..., :24], torch.special.entr(w).sum(-1), 1e-4)
-    # and decoding's rows see what the policy left: the sinks, the window and the new token
+    # decoded rows cover the tokens that the policy kept: the sinks, the window and the new token
     assert entropy[3].shape == (2, 4, 24 + new - 1)
     assert bool((entropy[3][..., 24:] <= torch.tensor(float(SINK + RECENT + 1)).log() + 1e-5).all())
 
 
-def test_each_alone_is_what_it_is_together() -> None:
+def test_methods_do_the_same_alone_and_together() -> None:
     """The policy acts after the prompt is read and the lens never: the prompt's logits are the calibration's."""
     model, inputs = tiny("llama", num_hidden_layers=4), text()
     policy, calibration, lens = methods()
@@ -74,14 +74,14 @@ def test_each_alone_is_what_it_is_together() -> None:
 
 
 def lab_prompt(first: int | None = None) -> Tensor:
-    """Real text, begun by the lab's `<bos>` or by another token."""
+    """Return real text after the lab's `<bos>` or another first token."""
     model, tokenizer = lab()
     raw = corpus.text("heldout")[1000:1400].encode()[:255]
     return torch.tensor([[tokenizer.bos_token_id if first is None else first, *raw]])
 
 
 def strongest(ids: Tensor) -> tuple[float, tuple[int, int]]:
-    """How many times a fair share the first token receives, in the head of the lab where that is most."""
+    """Return how many times its even share the first token receives, and the head of the lab model with the most."""
     received = look(lab()[0], ids, measures=["received_mean"]).values("received_mean")
     times = torch.stack([values[0, :, 0] for values in received.values()]) * ids.shape[1]
     layer, head = divmod(int(times.argmax()), times.shape[1])
@@ -89,7 +89,7 @@ def strongest(ids: Tensor) -> tuple[float, tuple[int, int]]:
 
 
 def test_a_trained_models_first_token_is_a_sink() -> None:
-    """The lens and ACT find the same: `<bos>` takes far more than its share, another first token does not."""
+    """The lens and ACT agree: `<bos>` receives far more than its even share, another first token does not."""
     ids = lab_prompt()
     times, (layer, head) = strongest(ids)
     ordinary, _ = strongest(lab_prompt(first=ord("e")))
@@ -100,7 +100,7 @@ def test_a_trained_models_first_token_is_a_sink() -> None:
 
 
 def test_calibration_of_a_trained_model_spares_the_first_token() -> None:
-    """In heads where `<bos>` is a sink it loses nothing; the sinks after it lose most of their share."""
+    """The first token loses no weight in heads in which it is a sink; later sinks lose most of theirs."""
     model, ids = lab()[0], lab_prompt()
     lens, calibrated = Lens(["received_mean"]), Lens(["received_mean"])
     with torch.no_grad():

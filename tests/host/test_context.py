@@ -1,4 +1,4 @@
-"""A text read once, asked about many times."""
+"""`Context` reads a text once and answers many questions about it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEXT, QUESTIONS = tokens(1, 24), [tokens(1, 5, seed=1), tokens(1, 19, seed=2), t
 
 
 def by_hand(name: str, methods: list[Method], question: Tensor, new: int) -> Tensor:
-    """The text through the methods, then the question and a greedy answer on a cache that nothing is dropped from."""
+    """Read the text under the methods, then answer the question greedily on a cache from which nothing is dropped."""
     subject, cache = model(name), DynamicCache(config=model(name).config)
     with torch.no_grad(), apply(subject, *methods, evict="after prompt"):
         subject(TEXT, past_key_values=cache)
@@ -45,12 +45,12 @@ def by_hand(name: str, methods: list[Method], question: Tensor, new: int) -> Ten
 
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("kind", METHODS)
-def test_answers_are_those_of_each_question_alone(name: str, kind: str) -> None:
+def test_each_question_is_answered_independently(name: str, kind: str) -> None:
     context = foveate.Context(model(name), *METHODS[kind]()).read(TEXT)
     before = (context.kept, context.tokens, context.cache.get_seq_length())
     for question in [*QUESTIONS, QUESTIONS[0]]:
         answer = context.generate(question, 6)
-        if kind != "token_select":  # which chooses as the call is cut
+        if kind != "token_select":  # its choice depends on how calls are cut
             assert torch.equal(answer, by_hand(name, METHODS[kind](), question, 6))
         fresh = foveate.Context(model(name), *METHODS[kind]()).read(TEXT)
         assert torch.equal(answer, fresh.generate(question, 6))
@@ -60,7 +60,7 @@ def test_answers_are_those_of_each_question_alone(name: str, kind: str) -> None:
     assert before[1:] == (24, 24)
 
 
-def test_no_method_answers_as_plain_generation() -> None:
+def test_without_a_method_answers_equal_plain_generation() -> None:
     llama, ids = model("llama"), torch.cat([TEXT, QUESTIONS[0]], 1)
     expected = llama.generate(ids, max_new_tokens=6, do_sample=False)[:, ids.shape[1] :]
     context = foveate.Context(llama).read(TEXT)
@@ -72,7 +72,7 @@ def test_no_method_answers_as_plain_generation() -> None:
     assert drawn[0].shape == (4, 6) and not torch.equal(*drawn)
 
 
-class Looked(Method):
+class KeepsAttended(Method):
     """Keeps the tokens that the last query attends to most, as scoring methods do."""
 
     def keep(self, site: Site) -> Tensor:
@@ -82,12 +82,12 @@ class Looked(Method):
         return scores >= scores.topk(6).values[..., -1:]
 
 
-def test_a_question_in_view_decides_what_is_kept() -> None:
-    """The question is seen when tokens are dropped, is no part of what is kept, and is asked like any other."""
+def test_a_known_question_decides_what_is_kept() -> None:
+    """The question is seen while tokens are dropped, is not kept itself, and is asked like any other."""
     llama = model("llama")
 
     def kept(question: Tensor | None) -> list[list[int]]:
-        context = foveate.Context(llama, Looked()).read(TEXT, question)
+        context = foveate.Context(llama, KeepsAttended()).read(TEXT, question)
         assert context.tokens == 24 and context.kept == 6 / 24
         layers = [layer.positions for layer in context.cache.layers]
         assert all(int(positions.max()) < 24 for positions in layers)
@@ -96,17 +96,17 @@ def test_a_question_in_view_decides_what_is_kept() -> None:
     aware = [kept(question) for question in QUESTIONS[:2]]
     assert aware[0] != aware[1] and kept(None) not in aware
     together = torch.cat([TEXT, QUESTIONS[1]], 1)
-    looks: list[Tensor] = []
+    masks: list[Tensor] = []
 
-    class Expected(Looked):
+    class Expected(KeepsAttended):
         def keep(self, site: Site) -> Tensor:
-            looks.append(super().keep(site.as_of(24))[0])
+            masks.append(super().keep(site.as_of(24))[0])
             return torch.ones_like(site.positions, dtype=torch.bool)
 
     with torch.no_grad(), apply(llama, Expected()):
         llama(together)
         llama(together, past_key_values=DynamicCache())
-    chosen = [keep[:, :24].nonzero()[:, 1].tolist() for keep in looks[-3:]]
+    chosen = [keep[:, :24].nonzero()[:, 1].tolist() for keep in masks[-3:]]
     assert aware[1] == chosen
 
 
@@ -130,7 +130,7 @@ def test_chunks_are_read_one_after_another() -> None:
     assert [size for layer, size in sizes if layer == 0] == [10, 10, 4 + 5]
 
 
-def test_words_and_the_chat_template() -> None:
+def test_strings_are_tokenized_and_decoded() -> None:
     subject, tokenizer = lab()
     context = foveate.Context(subject, SinkRecent(4, 40), tokenizer=tokenizer)
     context.read("The lamp is green. " * 6)
@@ -143,7 +143,7 @@ def test_words_and_the_chat_template() -> None:
 
 
 @pytest.mark.parametrize("how", ["aware", "agnostic"])
-def test_the_template_stands_around_text_and_question(how: str) -> None:
+def test_the_template_encloses_text_and_question(how: str) -> None:
     subject, tokenizer = lab()
     before = tokenizer.chat_template
     tokenizer.chat_template = (
@@ -154,14 +154,14 @@ def test_the_template_stands_around_text_and_question(how: str) -> None:
         context = foveate.Context(subject, tokenizer=tokenizer, system="Be brief.")
         question = "Which?" if how == "aware" else None
         context.read("A text.", question)
-        words = context.turns
-        whole = torch.cat([words.text("A text."), words.question("Which?")], 1)
+        template = context.template
+        whole = torch.cat([template.text_ids("A text."), template.question_ids("Which?")], 1)
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A text.\n\nWhich?"}]
         assert tokenizer.decode(whole[0]) == tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
         tokenizer.chat_template = "{{ 'closed' }}"
-        with pytest.raises(OptionError, match="does not hand a message through"):
+        with pytest.raises(OptionError, match="does not contain the message"):
             foveate.Context(subject, tokenizer=tokenizer)
     finally:
         tokenizer.chat_template = before
@@ -169,16 +169,16 @@ def test_the_template_stands_around_text_and_question(how: str) -> None:
 
 def test_refusals() -> None:
     llama = model("llama")
-    with pytest.raises(OptionError, match=r"has read nothing; call read\(text\) first"):
+    with pytest.raises(OptionError, match=r"has read no text; call read\(text\) first"):
         foveate.Context(llama).generate(QUESTIONS[0])
-    with pytest.raises(UnsupportedModel, match="needs a decoder; BartForConditionalGeneration is none"):
+    with pytest.raises(UnsupportedModel, match="needs a decoder; BartForConditionalGeneration is not one"):
         foveate.Context(model("bart"))
     with pytest.raises(OptionError, match="chunk=0"):
         foveate.Context(llama, chunk=0)
     with pytest.raises(OptionError, match="needs a tokenizer with a chat template"):
         foveate.Context(llama, chat=True)
     context = foveate.Context(llama).read(TEXT)
-    with pytest.raises(OptionError, match="past_key_values is what a Context keeps"):
+    with pytest.raises(OptionError, match="a Context sets past_key_values itself"):
         context.generate(QUESTIONS[0], past_key_values=DynamicCache())
     with pytest.raises(OptionError, match="prompt_lookup_num_tokens makes transformers read the text again"):
         context.generate(QUESTIONS[0], prompt_lookup_num_tokens=3)
@@ -186,7 +186,7 @@ def test_refusals() -> None:
         context.ask("Which?")
     with pytest.raises(OptionError, match=r"one sequence of at least one id; got \(2, 5\)"):
         context.read(tokens(2, 5))
-    with pytest.raises(OptionError, match="has read nothing"):
+    with pytest.raises(OptionError, match="has read no text"):
         context.generate(QUESTIONS[0])
 
 
@@ -202,4 +202,4 @@ def test_an_answer_that_fails_leaves_the_text_as_it_was() -> None:
     assert torch.equal(context.generate(QUESTIONS[0], 6), expected)
     with context:
         assert "24 tokens, kept=0.250" in repr(context)
-    assert "nothing read" in repr(context)
+    assert "no text read" in repr(context)

@@ -1,4 +1,4 @@
-"""`Ends` and its ledger keep the same tokens as a mask, and in the steady state need neither a mask nor the device."""
+"""`Ends` and its ledger keep the same tokens as a mask. In the steady state they need neither a mask nor the device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def mask(store: Store, ends: Ends, seen: int) -> Tensor:
 
 
 def held(store: Store) -> list[dict[int, tuple[float, float]]]:
-    """For each row of sequences and heads: position to the numbers that stand there, summaries by their order."""
+    """Map, for each head of each sequence, positions to the stored numbers."""
     k, v, positions = (store.padded(what) for what in ("k", "v", "positions"))
     rows = zip(positions.flatten(0, 1).tolist(), k[..., 0].flatten(0, 1), v[..., 0].flatten(0, 1), strict=True)
     return [
@@ -47,8 +47,8 @@ def tokens(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_numbers_keep_what_a_mask_keeps(seed: int, folds: bool) -> None:
-    """Any order of appending, dropping, cropping and choosing in the batch."""
+def test_ends_keep_what_a_mask_keeps(seed: int, folds: bool) -> None:
+    """Appending, dropping, cropping and selecting in the batch may come in any order."""
     draw, (k, v) = random.Random(seed), tokens(0, seed)
     stores, fold = [Store.empty(k, v) for _ in range(2)], (compensation if folds else None)
     full = frozenset(draw.sample(range(3), draw.choice([0, 1, 2])))
@@ -92,7 +92,7 @@ SINK = SinkRecent(2, 20)
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "method"), [("llama", SINK), ("mistral", SINK), ("gemma3", SINK), ("llama", RAZOR)])
 def test_the_steady_state_makes_no_mask(kind: str, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole heads in a layer with a window take a mask, and are left out."""
+    """Full heads in a layer with a window need a mask, and are left out here."""
     model = model_of(kind)
     cache = hf.DynamicCache(config=model.config)
     with apply(model, method):
@@ -111,7 +111,7 @@ def test_the_steady_state_makes_no_mask(kind: str, method: Method, monkeypatch: 
 
 
 @torch.no_grad()
-def test_packed_writes_in_place_and_hands_ordinary_layers_back() -> None:
+def test_packed_writes_in_place_and_returns_ordinary_layers() -> None:
     model, cache = model_of("llama"), hf.DynamicCache()
     with apply(model, Packed()):
         model(prompt(1, 64), past_key_values=cache)
@@ -126,7 +126,7 @@ def test_packed_writes_in_place_and_hands_ordinary_layers_back() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["mistral", "gemma3"])
-def test_packed_leaves_layers_with_a_window_alone(kind: str) -> None:
+def test_packed_does_not_change_layers_with_a_window(kind: str) -> None:
     model = model_of(kind)
     cache = hf.DynamicCache(config=model.config)
     with apply(model, Packed()):
@@ -138,7 +138,7 @@ def test_packed_leaves_layers_with_a_window_alone(kind: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
 def test_a_layer_that_holds_everything_attends_natively(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one with a window that is not full yet: its bits are the model's own."""
+    """This includes a layer whose window is not full yet: its results are the model's own, bit for bit."""
     monkeypatch.delattr("foveate.host.attention.stored")
     model, logits = model_of(kind), []
     for methods in ((), (SinkRecent(2, 100),)):
@@ -151,8 +151,8 @@ def test_a_layer_that_holds_everything_attends_natively(kind: str, monkeypatch: 
 
 @torch.no_grad()
 @pytest.mark.parametrize("recent", [3, 100])
-def test_a_window_leaves_what_the_next_token_sees_beside_itself(recent: int) -> None:
-    """One less than the window, as the model's own cache, or what the policy keeps of it."""
+def test_a_window_keeps_the_tokens_that_the_next_one_sees(recent: int) -> None:
+    """They are one less than the window, as in the model's own cache, or fewer if the policy keeps fewer."""
     model = model_of("mistral")
     cache = hf.DynamicCache(config=model.config)
     window = cache.layers[0].sliding_window

@@ -1,4 +1,4 @@
-"""What some architectures add to plain attention, on every path through the host: sinks, biases, states, latents."""
+"""Sinks, biases, states and latents, which some architectures add to attention, work on every path of the host."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ class Replaces(Method):
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "inkling_text"])
-def test_a_method_that_attends_by_itself_is_refused_where_softmax_has_more_in_it(name: str) -> None:
-    with pytest.raises(UnsupportedModel, match="without the learnt sinks or the bias by position"):
+def test_replacing_attention_that_has_sinks_or_a_bias_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match="would ignore the learnt sinks or the position bias"):
         logits(build(name), Replaces())
 
 
 def test_sinks_take_their_share() -> None:
-    """What is left for the keys sums to less than one, and the sinks have the rest."""
+    """The weights of the keys sum to less than one; the sinks have the rest."""
     model = build("gpt_oss")
     shares = Reads(lambda site: (site.weights.sum(-1), site.sinks.clone()))
     logits(model, *(kind() for kind in NO_OPS["weights"]), shares)
@@ -83,8 +83,8 @@ def test_sinks_take_their_share() -> None:
     assert (share[1] < 0.999).any() and (share <= 1 + 1e-5).all()
 
 
-def test_looking_sees_the_sinks() -> None:
-    """A measure of the weights is that of the model's own weights."""
+def test_weights_account_for_the_sinks() -> None:
+    """The weights that a method reads are the model's own."""
     model, (tokens, _) = build("gpt_oss"), ids()
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -109,7 +109,7 @@ def cached(methods: Callable[[], Method], length: int = 10) -> tuple[PreTrainedM
     return model, cache
 
 
-def test_what_was_not_evicted_goes_on_as_an_ordinary_cache() -> None:
+def test_a_whole_cache_becomes_an_ordinary_one() -> None:
     model, cache = cached(KeepsAll)
     assert {type(layer) for layer in cache.layers} == {LinearAttentionAndFullAttentionLayer}
     plain = DynamicCache(config=model.config)
@@ -119,7 +119,7 @@ def test_what_was_not_evicted_goes_on_as_an_ordinary_cache() -> None:
         assert torch.equal(model(ids()[0][1:, 10:11], past_key_values=cache).logits, expected)
 
 
-def test_what_was_evicted_goes_on_in_another_block_and_in_a_copy() -> None:
+def test_an_evicted_cache_works_in_another_block_and_in_a_copy() -> None:
     model, cache = cached(lambda: Recent(4))
     assert all(isinstance(layer, HybridSlotLayer) for layer in cache.layers)
     twin = copy.deepcopy(cache)
@@ -129,7 +129,7 @@ def test_what_was_evicted_goes_on_in_another_block_and_in_a_copy() -> None:
     assert torch.equal(one, other)
 
 
-def test_a_state_begins_anew_with_the_cache() -> None:
+def test_resetting_the_cache_resets_the_state() -> None:
     model, cache = cached(KeepsAll)
     with torch.no_grad(), apply(model, KeepsAll()):
         model(ids()[0][1:, :3], past_key_values=cache)
@@ -144,7 +144,7 @@ def test_a_state_begins_anew_with_the_cache() -> None:
 
 @pytest.mark.parametrize("name", ["t5", "mt5"])
 def test_a_bias_that_counts_the_stored_keys_is_refused(name: str) -> None:
-    """T5 makes its bias by the number of keys that are there, as if they were the first ones."""
+    """T5 computes its bias from the number of stored keys, as if they were the first ones."""
     kind, model_class = {
         "t5": (hf.T5Config, hf.T5ForConditionalGeneration), "mt5": (hf.MT5Config, hf.MT5ForConditionalGeneration),
     }[name]  # fmt: skip
@@ -173,7 +173,7 @@ def test_a_bias_that_counts_the_stored_keys_is_refused(name: str) -> None:
 
 
 def test_a_bias_by_position_is_read_at_what_was_kept() -> None:
-    """Inkling's bias spans the whole sequence; see also the table of architectures."""
+    """Inkling's bias covers the whole sequence; see also the table of architectures."""
     inkling = build("inkling_text")
     spans = Reads(lambda site: (site.position_bias.shape[-1], site.seen, site.positions.shape[2], site.mask.shape[3]))
     logits(inkling, Recent(4), spans)
@@ -182,7 +182,7 @@ def test_a_bias_by_position_is_read_at_what_was_kept() -> None:
     assert any(stored < seen for _, seen, stored, _ in spans.seen)
 
 
-def test_methods_on_caches_are_refused_where_there_is_none() -> None:
+def test_cache_methods_are_refused_without_a_cache() -> None:
     bert = hf.BertModel(hf.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
     with pytest.raises(UnsupportedModel, match="BertModel has no decoder"), foveate.apply(bert, SinkRecent()):
         pytest.fail("it was not refused on entering")

@@ -1,4 +1,4 @@
-"""The description of a mask is a tensor to whoever treats it as one, and stays a description where it can."""
+"""The description of a mask works as a tensor, and stays a description when it can."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH, QUERIES, KEYS = 2, 3, 7
 
 
 class Config:
-    """As much of a configuration as a mask function reads."""
+    """The part of a configuration that a mask function reads."""
 
     def __init__(self, implementation: str) -> None:
         self._attn_implementation = Alias(implementation)
@@ -37,7 +37,7 @@ def arguments(implementation: str = "sdpa", *, holes: bool = True, queries: int 
 
 
 BIAS = torch.randn(BATCH, 4, QUERIES, KEYS, generator=torch.Generator().manual_seed(0))
-#: What models do with their masks.
+#: Operations that models apply to their masks.
 IDIOMS: dict[str, Callable[[Tensor], Tensor]] = {
     "index": lambda mask: mask[:, 0, :, :],
     "later keys": lambda mask: mask[..., 2:],
@@ -63,7 +63,7 @@ def test_a_model_may_compute_with_it(idiom: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_it_says_what_the_tensor_would(implementation: str) -> None:
+def test_it_has_the_shape_and_type_of_the_tensor(implementation: str) -> None:
     native = {"sdpa": sdpa_mask, "eager": eager_mask}[implementation](**arguments(implementation))
     plan = describe(**arguments(implementation))
     assert isinstance(plan, Tensor)
@@ -86,6 +86,27 @@ def test_a_kernel_that_needs_no_mask_gets_none(same: Callable[[Tensor], Tensor])
     assert plan.sees_all()
 
 
+@pytest.mark.parametrize("queries", [1, QUERIES])
+@pytest.mark.parametrize("given", [KEYS - 2, KEYS, KEYS + 2])
+@pytest.mark.parametrize("offset", [0, KEYS - 1])
+@pytest.mark.parametrize("holes", [False, True])
+def test_real_tokens_are_those_of_the_attention_mask(queries: int, given: int, offset: int, holes: bool) -> None:
+    """This holds for masks of any length, and for the first token of a static cache, whose later keys are empty."""
+    real = torch.ones(BATCH, given, dtype=torch.bool)
+    real[0, :2] = not holes
+    if offset == 0 and queries == 1:
+        real[:, 1:] = False
+    plan = describe(**{**arguments(queries=queries), "attention_mask": real, "q_offset": offset})
+    expected = torch.nn.functional.pad(real, (0, max(0, KEYS - given)))[:, :KEYS]
+    for _ in range(2):
+        tokens_given, keys = plan.real_tokens(), plan.keys()
+        if bool(expected.all()):
+            assert tokens_given is None and keys is None
+        else:
+            assert tokens_given is not None and torch.equal(tokens_given, expected)
+            assert keys is not None and torch.equal(keys, expected[:, None, None])
+
+
 def test_the_first_keys_are_a_description_too() -> None:
     cut = describe(**arguments())[..., :5]
     assert isinstance(cut, MaskPlan)
@@ -100,7 +121,7 @@ def test_a_tensor_of_the_callers_is_no_description() -> None:
     assert not is_given(None)
 
 
-def test_the_alias_reads_as_what_it_stands_for_and_finds_ours() -> None:
+def test_the_alias_equals_the_native_name_and_finds_foveate() -> None:
     alias = Alias("sdpa")
     assert alias == "sdpa" and alias in ("eager", "sdpa") and alias != "eager"
     assert {NAME: "ours", "sdpa": "theirs"}[alias] == "ours"
@@ -111,7 +132,7 @@ def test_the_alias_reads_as_what_it_stands_for_and_finds_ours() -> None:
 @pytest.mark.parametrize("path", [path for path in NATIVE if path in ("no method", "output")])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mistral"])
 def test_a_static_cache(name: str, path: str) -> None:
-    """Its keys are as long as the cache, most of them not there yet."""
+    """Its keys have the length of the cache; most of them are not filled yet."""
     ids, mask = padded(tokens(), "left")
 
     def call() -> Tensor:
@@ -128,7 +149,7 @@ def test_a_static_cache(name: str, path: str) -> None:
 
 
 def test_a_model_that_slices_and_adds() -> None:
-    """GIT adds its mask to its scores by itself; its vision tower goes through the interface."""
+    """GIT adds its mask to its scores itself; its vision tower uses the interface."""
     config = hf.GitConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
         vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -144,7 +165,7 @@ def test_a_model_that_slices_and_adds() -> None:
 
 
 class ReadsMask(Method):
-    """Notes the class of the mask that a site gets."""
+    """A method that records the class of each site's mask."""
 
     def __init__(self) -> None:
         self.kinds: list[type] = []

@@ -1,4 +1,4 @@
-"""Runs inside runs: each acts where it was told to, on the caches that are there, and whoever leaves last tidies up."""
+"""Nested runs each act on their own part and on the same caches; the last run to end restores the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from foveate.kv.sink_recent import SinkRecent
 from tests.host_models import model as model_of, tokens
 
 
-class Looks(Method):
+class Reader(Method):
     def read(self, site: Site, out: Tensor) -> None:
         pass
 
@@ -23,7 +23,7 @@ class Halves(Method):
 
 
 def latent() -> hf.PreTrainedModel:
-    """A model that caches one latent for all heads, and expands it at each call."""
+    """Return a model that caches one latent for all heads, and expands it at each call."""
     torch.manual_seed(0)
     sizes = dict(
         vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
@@ -39,7 +39,7 @@ def fed(model: hf.PreTrainedModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("other", [(), (Looks(),)])
+@pytest.mark.parametrize("other", [(), (Reader(),)])
 @pytest.mark.parametrize(("outer", "inner"), [("auto", "all"), ("all", "auto")])
 def test_each_run_acts_on_its_own_part(other: tuple[Method, ...], outer: str, inner: str) -> None:
     model = model_of("bart")
@@ -53,8 +53,8 @@ def test_each_run_acts_on_its_own_part(other: tuple[Method, ...], outer: str, in
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("outer", [Packed(), Looks()])
-def test_a_policy_inside_another_run_drops_what_it_drops_alone(outer: Method) -> None:
+@pytest.mark.parametrize("outer", [Packed(), Reader()])
+def test_a_policy_inside_another_run_drops_the_same_tokens(outer: Method) -> None:
     model, kept = latent(), []
     for methods in ((), (outer,)):
         with apply(model, *methods), apply(model, SinkRecent(0, 3)) as run:
@@ -64,10 +64,10 @@ def test_a_policy_inside_another_run_drops_what_it_drops_alone(outer: Method) ->
 
 
 @torch.no_grad()
-def test_the_outer_run_may_be_left_first() -> None:
+def test_the_outer_run_may_end_first() -> None:
     model, ids = model_of("llama"), tokens(1, 8)
     plain = model(ids).logits
-    outer, inner = apply(model, Looks()), apply(model, Halves())
+    outer, inner = apply(model, Reader()), apply(model, Halves())
     outer.__enter__()
     inner.__enter__()
     outer.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""`Renumbered` is the plain model on the kept tokens alone; models whose keys turn otherwise are refused."""
+"""`Renumbered` equals the plain model on the kept tokens. Models whose keys do not rotate are refused."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def ids(rows: int, n: int) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", _MODELS)
-def test_a_token_sees_the_kept_ones_as_if_nothing_had_been_between(kind: str) -> None:
-    """Keys of a model of one layer depend on their own token alone, so that the kept tokens are the whole story."""
+def test_kept_tokens_are_seen_without_gaps(kind: str) -> None:
+    """Dropped tokens have no effect on a model of one layer, since its keys depend on their own token only."""
     model, text = made(_MODELS[kind]), ids(2, 60)
     cache = hf.DynamicCache(config=model.config)
     with apply(model, SinkRecent(3, 12), Renumbered()):
@@ -54,7 +54,7 @@ def test_a_token_sees_the_kept_ones_as_if_nothing_had_been_between(kind: str) ->
             logits = model(token, past_key_values=cache).logits
     left = torch.cat([text[:, :3], text[:, -13:]], 1)
     torch.testing.assert_close(logits[:, -1], model(left).logits[:, -1], atol=1e-4, rtol=1e-4)
-    with apply(model, SinkRecent(3, 12)):  # and without the method the sinks stand far away
+    with apply(model, SinkRecent(3, 12)):  # without the method the sinks are far away
         plain = hf.DynamicCache(config=model.config)
         model(text[:, :30], past_key_values=plain)
         for token in text[:, 30:].split(1, 1):
@@ -64,7 +64,7 @@ def test_a_token_sees_the_kept_ones_as_if_nothing_had_been_between(kind: str) ->
 
 @torch.no_grad()
 def test_pieces_and_padding() -> None:
-    """A piece sees what is kept right before it; a padded sequence sees what it would see alone."""
+    """A piece sees the kept tokens right before it; a padded sequence sees what it would see without a batch."""
     model, text = made(_MODELS["llama"]), ids(1, 40)
     methods = (SinkRecent(2, 6), Renumbered())
     alone = hf.DynamicCache(config=model.config)
@@ -88,7 +88,7 @@ def test_pieces_and_padding() -> None:
     torch.testing.assert_close(both[0][:1], own, atol=1e-4, rtol=1e-4)
 
 
-def test_shifts_close_the_gaps_and_leave_what_is_no_token() -> None:
+def test_shifts_close_the_gaps_and_skip_empty_slots() -> None:
     positions = torch.tensor([[[0, 1, 7, 8, -1]], [[-2, 9, 5, 6, 8]]])
     assert shifts(positions, 10).tolist() == [[[6, 6, 1, 1, 0]], [[0, 0, 1, 1, 0]]]
 
@@ -96,7 +96,7 @@ def test_shifts_close_the_gaps_and_leave_what_is_no_token() -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)), "do not turn"),
+        (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)), "do not rotate"),
         (
             lambda: hf.LlamaForCausalLM(
                 hf.LlamaConfig(**_GROUPED, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
@@ -111,8 +111,8 @@ def test_other_positions_are_refused_on_entering(make: Any, reason: str) -> None
 
 
 @torch.no_grad()
-def test_a_summary_and_heads_of_unequal_length_come_along() -> None:
-    """Razor's whole heads have no gap, and its summary no place: both stay as they are."""
+def test_a_summary_and_heads_of_unequal_length_are_supported() -> None:
+    """Razor's full heads have no gap, and its summary has no position: neither moves."""
     model, text = made(_MODELS["llama"]), ids(1, 60)
     razor = RazorAttention(heads=torch.tensor([[True, False]]), sink=2, min_window=8, ratio=100.0)
     with apply(model, razor, Renumbered()) as run:
@@ -125,7 +125,7 @@ def test_a_summary_and_heads_of_unequal_length_come_along() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", _MODELS)
-def test_halves_are_taken(kind: str, dtype: torch.dtype) -> None:
+def test_half_precision_is_supported(kind: str, dtype: torch.dtype) -> None:
     with apply(made(_MODELS[kind]).to(dtype), SinkRecent(2, 6), Renumbered()):
         pass
 
@@ -135,16 +135,16 @@ def test_halves_are_taken(kind: str, dtype: torch.dtype) -> None:
 def test_drafts_change_no_text(seed: int) -> None:
     torch.manual_seed(seed)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**_GROUPED, "num_hidden_layers": 2})).eval()
-    said = []
+    generated = []
     for options in ({}, {"prompt_lookup_num_tokens": 3}):
         with apply(model, SinkRecent(3, 9), Renumbered()):
-            said.append(model.generate(ids(1, 24), max_new_tokens=30, do_sample=False, **options))
-    assert torch.equal(*said)
+            generated.append(model.generate(ids(1, 24), max_new_tokens=30, do_sample=False, **options))
+    assert torch.equal(*generated)
 
 
 @pytest.mark.slow
 def test_text_beyond_the_context_is_read_as_well_as_within(tmp_path: Any) -> None:
-    """`compare --renumber` on the lab model: three times its context, where the full cache is refused."""
+    """`compare --renumber` reads three times the lab model's context, at which the full cache is refused."""
     context = context_length(hf.AutoConfig.from_pretrained(LABS["lm"].path))
     assert context is not None
     corpus, rows = text("heldout"), []

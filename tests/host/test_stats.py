@@ -1,4 +1,4 @@
-"""What a run counts: by layer, by cache and over all calls, while it runs."""
+"""A run counts by layer, by cache and over all calls, while it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SLOT = 2 * 8 * 4  # bytes: a key and a value of width 8 in float32
 
 @torch.no_grad()
 def test_by_layer() -> None:
-    """Heads that keep everything, and heads that keep a window, are told apart by layer."""
+    """Layers with heads that keep everything and layers with a window have different counts."""
     llama, cache = model("llama"), DynamicCache()
     with apply(llama, DuoAttention(GATES, 0.5, 2, 6)) as run:
         feed(llama, tokens(2, 24), torch.ones(2, 24, dtype=torch.long), [20, 1, 1, 1, 1], cache)
@@ -28,7 +28,7 @@ def test_by_layer() -> None:
         assert [row["kept"] for row in rows] == [count / (2 * 2 * 24) for count in stored]
         assert [row["bytes"] for row in rows] == [count * SLOT for count in stored]
         assert rows[0]["read"] == 1.0
-        shares = [9 / (20 + step) for step in range(1, 5)]  # what the streaming heads hold, and the new token
+        shares = [9 / (20 + step) for step in range(1, 5)]  # the tokens of the streaming heads, and the new one
         assert rows[2]["read"] == pytest.approx(sum(shares) / 4)
         assert rows[1]["read"] == pytest.approx((1.0 + rows[2]["read"]) / 2)
         assert run.stats.read == pytest.approx(sum(row["read"] for row in rows) / 3)
@@ -55,7 +55,7 @@ def test_by_cache_and_over_all() -> None:
 
 @torch.no_grad()
 def test_readable_while_it_runs() -> None:
-    """A method, and so any other thread, reads the figures between two layers."""
+    """A method, and so any other thread, can read the statistics between two layers."""
     llama, calls = model("llama"), []
     reads = Reads(lambda site: calls.append(run.stats.calls))
     with apply(llama, reads) as run:
@@ -66,8 +66,8 @@ def test_readable_while_it_runs() -> None:
 
 @pytest.mark.parametrize("method", [None, Recent(6), DuoAttention(GATES, 0.5, 2, 6)])
 @torch.no_grad()
-def test_what_a_cache_holds_is_what_was_counted(method: Method | None) -> None:
-    """Inside the block and after it, whatever became of the layers."""
+def test_counts_agree_with_the_contents_of_the_cache(method: Method | None) -> None:
+    """They agree inside the block and after it, for every kind of layer."""
     llama, cache = model("llama"), DynamicCache()
     with apply(llama, *[method] if method else []) as run:
         llama(tokens(2, 24), past_key_values=cache)
@@ -87,7 +87,7 @@ def _tensors(layer: object) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def test_attention_to_an_encoder_leaves_the_decoders_in_view() -> None:
+def test_statistics_are_those_of_the_decoder_not_the_encoder() -> None:
     bart = model("bart")
     with apply(bart, Recent(3)) as run:
         bart.generate(tokens(2, 9), max_new_tokens=12, min_new_tokens=12, do_sample=False)
@@ -95,7 +95,7 @@ def test_attention_to_an_encoder_leaves_the_decoders_in_view() -> None:
 
 
 @torch.no_grad()
-def test_a_static_cache_counts_the_room_it_takes() -> None:
+def test_a_static_cache_counts_all_its_memory() -> None:
     llama = model("llama")
     seen: list[Site] = []
     with apply(llama, Reads(seen.append)) as run:

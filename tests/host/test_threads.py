@@ -1,4 +1,4 @@
-"""Several threads on one model, in one block: each gets what it gets alone."""
+"""Several threads on one model in one block each get the same results as alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ METHODS: dict[str, Callable[[], list[Method]]] = {
 
 
 def decoded(ids: Tensor, meet: Barrier | None = None) -> tuple[Tensor, DynamicCache]:
-    """Greedy steps on a cache of their own; threads that have to meet take every step side by side."""
+    """Take greedy steps on a new cache. Threads with a barrier take every step at the same time."""
     llama, cache, piece, out = model("llama"), DynamicCache(), ids, []
     with torch.no_grad():
         for _ in range(12):
@@ -64,7 +64,7 @@ def test_threads_do_not_see_each_other(kind: str) -> None:
         assert run.stats.calls == 2 * 12 * 3
 
 
-def test_another_thread_may_not_enter_by_itself() -> None:
+def test_another_thread_may_not_enter_a_run() -> None:
     llama = model("llama")
     with apply(llama, SinkRecent(2, 6)), ThreadPoolExecutor(1) as pool:
         with pytest.raises(OptionError, match="another thread is inside foveate.apply"):

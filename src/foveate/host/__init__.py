@@ -1,4 +1,4 @@
-"""Hosts: methods on pretrained models, through transformers' own interfaces."""
+"""Apply methods to pretrained models through transformers' own interfaces."""
 
 from foveate.core.public import lazy
 

@@ -1,4 +1,4 @@
-"""`Context`: read a long text once, compress what is kept of it, then ask about it as often as one likes."""
+"""Read a long text once, compress its cache, then ask about it any number of times."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host.entry import apply
 from foveate.host.hf.adoption import end_prompt
-from foveate.host.hf.chat_turns import Turns
+from foveate.host.hf.chat_template import ChatTemplate
 from foveate.host.hf.marks import Mark
 from foveate.host.hf.model import Host, host
 from foveate.host.method import Method
 from foveate.host.stats import Held, held
 
-#: Options of `generate` that are the context's own business.
+#: Options of `generate` that a context sets itself.
 _OWN = (
     "input_ids", "inputs", "inputs_embeds", "attention_mask", "past_key_values", "use_cache", "cache_implementation",
     "return_dict_in_generate",
 )  # fmt: skip
-#: Options with which `generate` begins by reading the whole text again, whatever the cache holds.
+#: Options that make `generate` read the whole text again, although the cache holds it.
 _REREAD = ("assistant_model", "prompt_lookup_num_tokens")
 
 
 class Context:
-    """A text that a model has read, under methods that may drop tokens at its end, for many questions.
+    """A text that a model has read under methods, for many questions. Methods may drop tokens when it has been read.
 
         context = foveate.Context(model, SinkRecent(4, 512), tokenizer=tokenizer)
         context.read(long_text)
         context.ask("Who wrote it?"), context.ask("And when?")
 
-    The text is read once. Each question goes on from there, and the cache is then brought back, so that answers do not
-    depend on each other. Tokens are dropped while the text is read and never after it: questions and answers are kept.
+    The text is read once. Each question continues from there, and the cache is then restored, so that answers do not
+    depend on each other. Tokens are dropped while the text is read and never later: questions and answers are kept.
 
-    By default the methods do not know what will be asked (question-agnostic): one compressed text serves all questions,
-    which is what `read` is for. With `read(text, question=...)` the question stands behind the text when tokens are
-    dropped, and is taken out again (question-aware). A method that scores tokens by who looks at them then keeps what
-    this question needs, and others may not find their answer. Scores of the two are not comparable.
+    By default the methods do not know the questions (question-agnostic): one compressed text serves all of them. With
+    `read(text, question=...)` the question follows the text while tokens are dropped, and is removed afterwards
+    (question-aware). A method that scores tokens by the attention that they receive then keeps the tokens that this
+    question needs, and the answers to other questions may be missing. Scores of the two modes are not comparable.
 
-    The model is under the methods during `read` and `ask` only, so that several contexts may share one model.
+    The methods act on the model during `read` and `ask` only, so that several contexts may share one model.
 
     Args:
         model: a decoder.
         methods: applied in order, as in `foveate.apply`.
-        tokenizer: turns text into ids and back; without one, everything is ids.
-        chat: put text and question into the tokenizer's chat template, as one message of the user; None does so where
-            there is a template.
+        tokenizer: turns text into ids and back; without one, texts and questions have to be ids.
+        chat: whether to put text and question into the tokenizer's chat template, as one message of the user; None
+            does so if there is a template.
         system: a system message to begin the chat with.
         chunk: tokens to read at once; None reads the text in one call. Methods drop tokens after each chunk.
     """
@@ -67,18 +67,18 @@ class Context:
     ) -> None:
         if chunk is not None:
             validate.count("chunk", chunk, 1)
-        apply(model, *methods)  # refuses what cannot be applied
+        apply(model, *methods)  # raises where a method cannot be applied
         self.host: Host = host(model)
         if self.host.decoder is None or self.host.model.config.is_encoder_decoder:
-            raise UnsupportedModel(f"a Context needs a decoder; {type(model).__name__} is none")
+            raise UnsupportedModel(f"a Context needs a decoder; {type(model).__name__} is not one")
         self.methods, self.chunk = methods, chunk
-        self.turns = Turns(tokenizer, chat, system)
+        self.template = ChatTemplate(tokenizer, chat, system)
         self._ids: Tensor | None = None
         self._mark: Mark | None = None
 
     def __repr__(self) -> str:
         names = ", ".join(type(method).__name__ for method in self.methods)
-        state = "nothing read" if self._ids is None else f"{self.tokens} tokens, kept={self.kept:.3f}, {self.nbytes} B"
+        state = "no text read" if self._ids is None else f"{self.tokens} tokens, kept={self.kept:.3f}, {self.nbytes} B"
         return f"Context({type(self.host.model).__name__}; {names or 'no method'}; {state})"
 
     def __enter__(self) -> Self:
@@ -90,24 +90,24 @@ class Context:
         self.close()
 
     def close(self) -> None:
-        """Let go of the text and its cache."""
+        """Release the text and its cache."""
         self._ids, self._mark = None, None
 
-    # -- what is held ------------------------------------------------------------------------------------------------
+    # -- contents ----------------------------------------------------------------------------------------------------
 
     @property
     def cache(self) -> Cache:
         """The cache of the text."""
-        return self._reached().cache
+        return self._required_mark().cache
 
     @property
     def tokens(self) -> int:
         """Tokens of the text."""
-        return self._reached().seen
+        return self._required_mark().seen
 
     @property
     def held(self) -> Held:
-        """What the cache of the text holds."""
+        """The contents of the text's cache."""
         return held(self.cache)
 
     @property
@@ -124,19 +124,20 @@ class Context:
 
     @torch.no_grad()
     def read(self, text: str | Tensor, question: str | Tensor | None = None) -> Self:
-        """Read a text, in place of the one so far.
+        """Read a text and replace the previous one.
 
         Args:
             text: a text, or ids `(N,)` or `(1, N)`.
-            question: stands behind the text when tokens are dropped, and is then taken out of the cache.
+            question: follows the text while tokens are dropped, and is then removed from the cache.
         """
         self.close()
-        begin, behind = self.turns.text(text), self.turns.question(question) if question is not None else None
+        begin = self.template.text_ids(text)
+        behind = None if question is None else self.template.question_ids(question)
         ids = self._on_device(begin)
         cache = DynamicCache(config=self.host.config)
         with apply(self.host.model, *self.methods, evict="after prompt") as run:
             aware = self._on_device(behind) if behind is not None and run.evicts else ids[:, :0]
-            self._check_goes_back(cache, aware)
+            self._check_croppable(cache, aware)
             pieces = list(ids.split(self.chunk or ids.shape[1], 1))
             for piece in pieces[:-1]:
                 self._forward(piece, cache)
@@ -149,30 +150,32 @@ class Context:
         return self
 
     def ask(self, question: str | Tensor, max_new_tokens: int = 256, **options: Any) -> str:
-        """The model's answer to a question about the text, in words.
+        """Return the model's answer to a question about the text, as a string.
 
         Args:
             question: a text, or ids `(N,)` or `(1, N)`.
-            max_new_tokens: the longest answer.
+            max_new_tokens: the most tokens that the answer may have.
             options: of `model.generate`. Decoding is greedy unless they say otherwise.
         """
-        self.turns.need("ask")
+        self.template.require_tokenizer("ask")
         if options.get("num_return_sequences", 1) != 1:
-            raise OptionError("ask() gives one answer; for num_return_sequences take Context.generate, which gives ids")
-        return self.turns.words(self.generate(question, max_new_tokens, **options)[0])
+            raise OptionError(
+                "ask() returns one answer; for num_return_sequences use Context.generate, which returns ids"
+            )
+        return self.template.decode(self.generate(question, max_new_tokens, **options)[0])
 
     @torch.no_grad()
     def generate(self, question: str | Tensor, max_new_tokens: int = 256, **options: Any) -> Tensor:
-        """The new ids `(sequences, N)`; see `ask`."""
-        mark = self._reached()
+        """Return the new ids `(sequences, N)`; see `ask`."""
+        mark = self._required_mark()
         for name in _OWN:
             if name in options:
-                raise OptionError(f"{name} is what a Context keeps by itself; leave it out")
+                raise OptionError(f"a Context sets {name} itself; leave it out")
         for name in _REREAD:
             if options.get(name) is not None:
-                raise OptionError(f"{name} makes transformers read the text again on top of its cache; leave it out")
+                raise OptionError(f"{name} makes transformers read the text again after its cache; leave it out")
         assert self._ids is not None
-        ids = torch.cat([self._ids, self._on_device(self.turns.question(question))], 1)
+        ids = torch.cat([self._ids, self._on_device(self.template.question_ids(question))], 1)
         if ids.shape[1] == self._ids.shape[1]:
             raise OptionError("question must hold at least one token")
         if not options.get("do_sample"):
@@ -193,9 +196,9 @@ class Context:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _reached(self) -> Mark:
+    def _required_mark(self) -> Mark:
         if self._mark is None:
-            raise OptionError("this Context has read nothing; call read(text) first")
+            raise OptionError("this Context has read no text; call read(text) first")
         return self._mark
 
     def _on_device(self, ids: Tensor) -> Tensor:
@@ -204,9 +207,9 @@ class Context:
     def _forward(self, ids: Tensor, cache: Cache) -> None:
         self.host.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    def _check_goes_back(self, cache: Cache, aware: Tensor) -> None:
+    def _check_croppable(self, cache: Cache, aware: Tensor) -> None:
         if aware.shape[1] and any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
             raise UnsupportedModel(
-                f"question= cannot be taken out of the state that {type(self.host.model).__name__} keeps; read the "
+                f"question= cannot be removed from the state that {type(self.host.model).__name__} keeps; read the "
                 "text without it"
             )

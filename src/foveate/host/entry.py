@@ -1,10 +1,10 @@
-"""`apply`: put methods on a model for a while, and leave it as it was."""
+"""Apply methods to a model for the length of a block."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from foveate.host.hf import dispatch  # noqa: F401  it registers Foveate's attention function
+from foveate.host.hf import dispatch  # noqa: F401  the import registers Foveate's attention function
 from foveate.host.hf.layout import layout
 from foveate.host.hf.model import Host
 from foveate.host.method import Method
@@ -15,23 +15,23 @@ def apply(model: object, *methods: Method, on: Part = "auto", evict: Evict = "al
     """Apply methods to a pretrained model: `with foveate.apply(model, method, ...) as run:`.
 
     Args:
-        model: any transformers model that goes through its attention interface (decoders, encoders, ViTs, VLMs).
-        methods: applied in order; hooks of several compose, the later seeing what the earlier left.
-        on: the part that they act on: "decoder", "all", or "auto", the decoder of a model that has one and all of any
-            other. A vision tower or an encoder in front of a decoder attends natively unless "all" is asked for.
-        evict: "always" drops tokens after every call, as a method says; "after prompt" only while the prompt is read,
-            in one call or in several. It ends with the first call that decodes (see `Site.phase`). Later tokens all
+        model: any model that uses transformers' attention interface (decoders, encoders, ViTs, VLMs).
+        methods: applied in order; hooks of several compose, and a later method gets the result of an earlier one.
+        on: the part that they act on: "decoder", "all", or "auto". "auto" is the decoder of a model that has one, and
+            all of any other model. A vision tower or an encoder before a decoder attends natively unless `on="all"`.
+        evict: when methods drop tokens. "always" is after every call; "after prompt" only while the prompt is read, in
+            one call or several. The prompt ends with the first call that decodes (see `Site.phase`). All later tokens
             stay, so that the cache can be cropped back to the prompt.
 
-    Within the block the model is used as always (`model(...)`, `model.generate(...)`), also from several threads; runs
-    nest. After it, also after an exception, weights, configuration and hooks are what they were. A cache whose heads
-    hold equally many tokens goes on without Foveate; one with different numbers goes on inside another block.
+    Within the block the model is used as before (`model(...)`, `model.generate(...)`), also from several threads. Runs
+    nest. After the block, also after an exception, weights, configuration and hooks are what they were. A cache whose
+    heads hold equally many tokens works without Foveate; a cache with different numbers works inside another block.
 
     Raises:
-        UnsupportedModel: for a model that does not dispatch its attention.
+        UnsupportedModel: the model does not use the attention interface.
     """
-    return Run(model, methods, on, evict, aside=_aside)
+    return Run(model, methods, on, evict, find_excluded=_excluded)
 
 
-def _aside(host: Host) -> set[nn.Module]:
-    return {host.model.get_submodule(name) for name in layout(host).aside}
+def _excluded(host: Host) -> set[nn.Module]:
+    return {host.model.get_submodule(name) for name in layout(host).excluded}

@@ -1,4 +1,4 @@
-"""Eviction: after a call, drop what methods and a layer's window no longer keep."""
+"""Drop the tokens that methods and a layer's window no longer keep, after each call."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from foveate.host.slots.slots import Fold
 
 
 def evict(site: Site, methods: list[Method]) -> None:
-    """After the call: drop what some method drops, and what has left a sliding layer's window.
+    """Drop the tokens that some method drops, and those that have left a sliding layer's window.
 
-    The call's tentative tokens, which will be taken back, stay and do not count.
+    The call's tentative tokens, which will be removed again, stay and do not count.
     """
     layer = site.slots
     assert layer is not None and layer.store is not None
@@ -35,7 +35,7 @@ def evict(site: Site, methods: list[Method]) -> None:
             return
     keep = site.positions > settled - layer.window if shrinks else None  # type: ignore[operator]
     for method, kept in keeping:
-        mask = shown(kept, site)
+        mask = as_mask(kept, site)
         if mask.shape != site.positions.shape:
             raise OptionError(
                 f"keep() of {type(method).__name__} must be {tuple(site.positions.shape)}; got {tuple(mask.shape)}"
@@ -50,7 +50,7 @@ def evict(site: Site, methods: list[Method]) -> None:
 
 
 def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen: int) -> Ends | None:
-    """Combine what several methods and a layer's window keep; None where numbers cannot say it."""
+    """Combine what several methods and a layer's window keep; None if `Ends` cannot express it."""
     kept = [what for _, what in keeping if isinstance(what, Ends)]
     if len(kept) < len(keeping):
         return None
@@ -60,6 +60,6 @@ def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen:
     return parts[0] if len(parts) == 1 else None
 
 
-def shown(kept: Tensor | Ends, site: Site) -> Bool[Tensor, "b hkv s"]:
+def as_mask(kept: Tensor | Ends, site: Site) -> Bool[Tensor, "b hkv s"]:
     """Turn what `Method.keep` returned into a mask."""
     return kept if isinstance(kept, Tensor) else kept.mask(site.positions, site.seen)

@@ -1,4 +1,4 @@
-"""Packed heads: decode with grouped heads at the speed of the keys that there are to read."""
+"""Packed heads: decoding with grouped heads that reads each key once."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from foveate.host.method import Method
 
 @final
 class Packed(Method):
-    """Calls of few queries go to the kernel with a group's query heads side by side, as queries of one head.
+    """A method that gives the kernel a group's query heads as queries of one head, in calls of few queries.
 
-    Nothing is dropped: every query sees every key, and results differ from the model's own in the last bits. PyTorch's
-    kernel for grouped heads reads the keys once for each query head. Packed, it reads them once for each key/value
+    It drops nothing: every query sees every key. Results differ from the model's own in the last bits. PyTorch's kernel
+    for grouped heads reads the keys once for each query head. With packed heads it reads them once for each key/value
     head, which saves most on a CPU, in bfloat16, with long texts; `benchmarks/decode_real.py` measures it. New tokens
-    are written behind the others, where an ordinary cache copies all of them for each new one. Layers that a method has
-    dropped tokens from are packed in any case. The wrong choice where results have to be the model's own bit for bit,
-    and of no use where every query head has keys of its own. Calls with a soft cap, with dropout, or of more than 16
-    queries are left to the model's kernel.
+    are written after the others in place; an ordinary cache copies all tokens for each new one. Layers from which a
+    method has dropped tokens are always packed. The wrong choice if results have to equal the model's own bit for bit,
+    and useless if every query head has keys of its own. The model's kernel computes calls with a soft cap, with
+    dropout, or of more than 16 queries.
     """
 
     packs: ClassVar[bool] = True

@@ -1,7 +1,7 @@
-"""Padding: where each token of a batch stands in its own sequence, and each sequence by itself.
+"""Padding: the place of each token of a batch in its own sequence, and sequences without their padding.
 
-Policies count tokens from where a sequence begins to where it ends, so that a sequence gets the same whether it stands
-alone or in a batch, padded on the left, on the right, or in between as right-padded prompts are that were decoded from.
+Policies count tokens from the first to the last of a sequence. So a sequence gets the same result by itself and in a
+batch, padded on the left, on the right, or in the middle (right-padded prompts after decoding).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Tokens:
     """The tokens of a padded batch so far, without their padding.
 
     Attributes:
-        real: which positions are tokens, `(B, N)`.
-        rank: how many tokens of its sequence stand before each, `(B, N)`; `EMPTY` for padding.
+        real: True for the positions that are tokens, `(B, N)`.
+        rank: number of tokens of the same sequence before each token, `(B, N)`; `EMPTY` for padding.
         count: tokens of each sequence, `(B,)`.
     """
 
@@ -33,27 +33,27 @@ class Tokens:
         self.count: Int[Tensor, " b"] = counted[:, -1]
 
     def own(self, positions: Int[Tensor, "b h s"]) -> Int[Tensor, "b h s"]:
-        """Positions in the batch as positions in their own sequence; `EMPTY` where no token of it stands."""
+        """Convert positions in the batch to positions in their own sequence; `EMPTY` for padding."""
         index = positions.clamp(0, self.rank.shape[1] - 1).long()
         rank = self.rank[:, None].expand(-1, index.shape[1], -1).gather(2, index)
         return rank.masked_fill(positions < 0, EMPTY)
 
     def before(self, end: int) -> Int[Tensor, " b"]:
-        """Tokens of each sequence before a position in the batch."""
+        """Count the tokens of each sequence before a position in the batch."""
         return self.real[:, :end].sum(-1, dtype=torch.int32)
 
     @cached_property
     def order(self) -> Int[Tensor, "b n"]:
-        """Where each sequence's tokens stand, one after another, and then its padding."""
+        """The positions of each sequence's tokens in order, then those of its padding."""
         return (~self.real).to(torch.uint8).argsort(dim=-1, stable=True)
 
     def at(self, own: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
-        """The positions in the batch of some tokens, given by their place in their own sequence."""
+        """Convert positions in their own sequence to positions in the batch."""
         return self.order.gather(1, own.clamp(0, self.order.shape[1] - 1).long())
 
 
 def tokens(site: Site) -> Tokens | None:
-    """The tokens of the sequences so far; None where none is padded. Counted once for each forward pass."""
+    """Return the tokens of the sequences so far; None if none is padded. They are counted once per forward pass."""
     key = (tokens, site.seen, site.q.device)
     if key not in site.step:
         real = site.real
@@ -63,7 +63,10 @@ def tokens(site: Site) -> Tokens | None:
 
 
 def last_query(site: Site) -> tuple[Float[Tensor, "b hq d"], Bool[Tensor, " b"] | None, Int[Tensor, " b"] | None]:
-    """Each sequence's last query that is a token, which sequences have one, and its number; None, None: the last."""
+    """Return each sequence's last query that is a token, the sequences that have one, and its number.
+
+    The second and third are None if the last query of every sequence is a token.
+    """
     real = site.real_queries if tokens(site) is not None else None
     if real is None or site.q.shape[2] == 1:
         return site.q[:, :, -1], None, None
@@ -73,11 +76,10 @@ def last_query(site: Site) -> tuple[Float[Tensor, "b hq d"], Bool[Tensor, " b"] 
     return site.q.gather(2, index)[:, :, 0], real.any(-1), last
 
 
-def alone(site: Site) -> Iterator[tuple[Tensor, Tensor, Site]]:
-    """The sequences of a padded batch by themselves: `(which rows, which queries, the call without their padding)`.
+def unpadded(site: Site) -> Iterator[tuple[Tensor, Tensor, Site]]:
+    """Yield the sequences of a padded batch without their padding, as `(rows, queries, call)`.
 
-    Sequences with the same padding come together. The call has to have all its keys at hand. What methods remember is
-    not carried over.
+    Sequences with the same padding come together. The call must hold all its keys. Notes of methods are not copied.
     """
     found = tokens(site)
     assert found is not None
@@ -102,9 +104,9 @@ def _part(site: Site, rows: Tensor, queries: Tensor, keys: Tensor) -> Site:
     )  # fmt: skip
 
 
-def each_alone(site: Site, attend: Callable[[Site, Tensor], Tensor]) -> Float[Tensor, "b hq nq dv"]:
-    """What `attend(call, rows)` gives for each sequence without its padding; zeros for the padding."""
+def attend_unpadded(site: Site, attend: Callable[[Site, Tensor], Tensor]) -> Float[Tensor, "b hq nq dv"]:
+    """Call `attend(call, rows)` on each sequence without its padding; the output is zero for the padding."""
     out = site.q.new_zeros(*site.q.shape[:3], site.v.shape[-1])
-    for rows, queries, part in alone(site):
+    for rows, queries, part in unpadded(site):
         out[rows[:, None], :, queries] = attend(part, rows).transpose(1, 2).to(out.dtype)
     return out

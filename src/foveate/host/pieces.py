@@ -1,10 +1,10 @@
-"""Several tokens in one decoding call: methods meet them one after another, as if each had come alone.
+"""Split a decoding call of several tokens, so that methods get one query at a time.
 
-Assisted decoding and prompt lookup read a few drafted tokens at once and take back those that turn out wrong. Methods
-that choose keys, or drop them, would give another text than without drafts if they saw such a call as a whole. So each
-query goes to them by itself, with the keys up to its own, without what the methods would have dropped by then; and what
-they remember goes back along with the tokens that are taken back. A method that folds what it drops into a summary is
-the exception: the drafted queries see the tokens themselves.
+Assisted decoding and prompt lookup read a few drafted tokens at once and remove those that are rejected. Methods that
+choose or drop keys would change the text if they got such a call as a whole. So they get each query by itself, with the
+keys up to its own and without those that they would have dropped by then. When tokens are removed, the methods' notes
+are restored as well. A method that folds dropped tokens into a summary is the exception: the drafted queries see the
+tokens themselves.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ import torch
 from torch import Tensor
 
 from foveate.host import attention
-from foveate.host.evict import shown
+from foveate.host.evict import as_mask
 from foveate.host.method import Method, overrides
 from foveate.host.site import Site
 
-_DRAFTED = "memories before each drafted token"
+_DRAFTED = "notes before each drafted token"
 
 
 def run(site: Site, methods: list[Method], native: attention.Native) -> tuple[Tensor, float]:
-    """`attention.run`, query by query where that makes a difference."""
+    """Compute a call as `attention.run` does, query by query if that makes a difference."""
     if site.cache is not None:
-        _rewind(site)
+        _restore_notes(site)
     if site.q.shape[2] == 1 and not site.drafts:
         return attention.run(site, methods, native)
     dropping = [m for m in methods if site.drafts and overrides(m, "keep") and not overrides(m, "fold")]
     choosing = [m for m in methods if overrides(m, "select") or overrides(m, "attend")]
     starts = _starts(site)
-    one = len(starts) == 1 and not (site.drafts and site.phase == "decode")  # drops of the last drafts may be due
+    one = len(starts) == 1 and not (site.drafts and site.phase == "decode")  # else drops may be due
     if one or not (dropping or any(method.at(site) for method in choosing)):
         return attention.run(site, methods, native)
-    outs, read, gone = [], 0.0, None
+    outs, read, dropped = [], 0.0, None
     for start, stop in zip(starts, [*starts[1:], site.q.shape[2]], strict=True):
         if site.drafts:
-            _remember(site, site.seen - site.q.shape[2] + start)
+            _save_notes(site, site.seen - site.q.shape[2] + start)
         part = site.part(start, stop)
-        if site.slots is not None and (start > 0 or site.phase == "decode"):  # a prompt is read before any is dropped
-            gone = _hide(part, dropping, gone)
+        if site.slots is not None and (start > 0 or site.phase == "decode"):  # drops follow a whole prompt
+            dropped = _hide(part, dropping, dropped)
         out, density = attention.run(part, methods, native)
         outs.append(out)
         read += density * (stop - start)
@@ -48,48 +48,48 @@ def run(site: Site, methods: list[Method], native: attention.Native) -> tuple[Te
 
 
 def _starts(site: Site) -> list[int]:
-    """List where the parts of a call begin: at each query that decodes; those that read the prompt are one part."""
+    """List the first query of each part of a call. Queries that read the prompt are one part; others are one each."""
     n = site.q.shape[2]
     if site.phase == "decode":
         return list(range(n))
     return [0, *range(max(1, n - site.tentative), n)] if site.drafts else [0]
 
 
-def _hide(part: Site, dropping: list[Method], gone: Tensor | None) -> Tensor:
-    """Hide from a query the keys that come after it, and those that methods would have dropped before it."""
+def _hide(part: Site, dropping: list[Method], dropped: Tensor | None) -> Tensor:
+    """Hide from a query the keys after it, and those that methods would have dropped before it."""
     past, positions = part.seen - part.q.shape[2], part.positions
     before = part.as_of(past)
-    if gone is None:
-        gone = torch.zeros_like(positions, dtype=torch.bool)
-    gone = torch.nn.functional.pad(gone, (0, positions.shape[2] - gone.shape[2]))
+    if dropped is None:
+        dropped = torch.zeros_like(positions, dtype=torch.bool)
+    dropped = torch.nn.functional.pad(dropped, (0, positions.shape[2] - dropped.shape[2]))
     for method in dropping:
         keep = method.keep(before) if method.at(before) else None
         if keep is not None:
-            gone = gone | (~shown(keep, before) & (positions < past))
-    hidden = gone | (positions >= part.seen)
+            dropped = dropped | (~as_mask(keep, before) & (positions < past))
+    hidden = dropped | (positions >= part.seen)
     part.hidden_keys = hidden if not part.is_whole or bool(hidden.any()) else None
-    return gone
+    return dropped
 
 
-def _own(site: Site, key: Any) -> bool:
-    """Whether a memory goes along with this layer: its own, or, at the first layer, that of all layers."""
+def _is_own(site: Site, key: Any) -> bool:
+    """Return whether notes belong to this layer; those of all layers belong to the first one."""
     return key[0] != _DRAFTED and (key[1] == site.layer or (key[1] is None and site.order == 0))
 
 
-def _remember(site: Site, past: int) -> None:
-    """Note what methods remember before the token at `past`."""
-    saved = site.memories.setdefault((_DRAFTED, site.layer), {})
-    saved[str(past)] = {key: _copied(memory) for key, memory in site.memories.items() if _own(site, key)}
+def _save_notes(site: Site, past: int) -> None:
+    """Save the methods' notes as they are before the token at `past`."""
+    saved = site.all_notes.setdefault((_DRAFTED, site.layer), {})
+    saved[str(past)] = {key: _copied(notes) for key, notes in site.all_notes.items() if _is_own(site, key)}
 
 
-def _rewind(site: Site) -> None:
-    """Go back to what methods remembered before the tokens that were taken back since the last call."""
-    saved = site.memories.pop((_DRAFTED, site.layer), {}).get(str(site.seen - site.q.shape[2]))
+def _restore_notes(site: Site) -> None:
+    """Restore the methods' notes from before the tokens that were removed since the last call."""
+    saved = site.all_notes.pop((_DRAFTED, site.layer), {}).get(str(site.seen - site.q.shape[2]))
     if saved is not None:
-        for key in [key for key in site.memories if _own(site, key)]:
-            del site.memories[key]
-        site.memories.update(saved)
+        for key in [key for key in site.all_notes if _is_own(site, key)]:
+            del site.all_notes[key]
+        site.all_notes.update(saved)
 
 
-def _copied(memory: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, list) else value for name, value in memory.items()}
+def _copied(notes: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, list) else value for name, value in notes.items()}

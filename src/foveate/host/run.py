@@ -1,4 +1,4 @@
-"""A run: methods on a model, from `with apply(...)` until its end."""
+"""A run: methods on a model for the length of a `with apply(...)` block."""
 
 from __future__ import annotations
 
@@ -24,37 +24,38 @@ from foveate.host.stats import Stats
 #: The part of a model that methods act on.
 Part = Literal["auto", "decoder", "all"]
 
-#: When methods drop tokens.
+#: The times at which methods drop tokens.
 Evict = Literal["always", "after prompt"]
 
 _ENTRY = threading.Lock()
 
 
 class Run:
-    """Methods on a model, from `with apply(...)` until it ends. `stats` says what happened; `spans` names tokens.
+    """Methods on a model, for the length of a `with apply(...)` block.
 
     Args:
         model: a transformers model.
-        methods: what is applied, in order.
+        methods: the methods, in order.
         on, evict: see `foveate.apply`.
-        aside: finds modules that a run whose methods evict leaves alone; see `foveate.host.Layout.aside`.
+        find_excluded: finds the modules that a run with evicting methods leaves unchanged; see
+            `foveate.host.Layout.excluded`.
 
     Attributes:
-        methods: what is applied, in order.
-        stats: what happened so far.
-        spans: named token positions (`image`, `text`, `system` …) that methods may ask sites for; set by the caller.
-        evict: when methods drop tokens.
-        tentative: how many tokens at the end of each prompt will be taken back; see `foveate.Context`.
-        evicts, in_place, packs: what some of the methods do; see `Method`.
-        is_plain, only_drops: whether no method has to be asked at a call, or only after it.
-        watches: whether the run has hooks on all attention modules that it covers; see `foveate.host.hf.calls`.
-        caches, passes: the caches that it works on, and the forward passes that are under way.
+        methods: the methods, in order.
+        stats: counts so far.
+        spans: named token positions (`image`, `text`, `system` …) that methods read from sites; the caller sets them.
+        evict: the time at which methods drop tokens.
+        tentative: number of tokens at the end of each prompt that will be removed again; see `foveate.Context`.
+        evicts, in_place, packs: true if some of the methods do so; see `Method`.
+        is_plain, only_drops: true if methods have no hooks, or only those that are called after attention.
+        has_hooks: whether the run hooks all attention modules that it covers; see `foveate.host.hf.calls`.
+        caches, passes: the caches that it works on, and the forward passes in progress.
         thread: the thread that entered it.
     """
 
     def __init__(
         self, model: object, methods: tuple[Method, ...], on: Part = "auto", evict: Evict = "always",
-        aside: Callable[[Host], set[nn.Module]] | None = None,
+        find_excluded: Callable[[Host], set[nn.Module]] | None = None,
     ) -> None:  # fmt: skip
         for method in methods:
             if not isinstance(method, Method):
@@ -71,21 +72,21 @@ class Run:
         used = {hook for hook in HOOKS if any(overrides(method, hook) for method in methods)}
         self.is_plain, self.only_drops = not used, used <= {"keep", "fold"}
         self.packs = any(method.packs for method in methods)
-        self.watches = self.in_place or not self.is_plain
+        self.has_hooks = self.in_place or not self.is_plain
         self.caches = Caches(self.evicts, self.in_place)
         self.passes = Passes(self.caches)
-        self._find_aside, self._exit, self._entered = aside, ExitStack(), False
+        self._find_excluded, self._exit, self._entered = find_excluded, ExitStack(), False
         self._natives: dict[nn.Module, tuple[str, Callable[..., Any]]] = {}
 
     def __enter__(self) -> Self:
         if self._entered:
             raise OptionError("this run was used already; call apply() again")
         self._entered, self.thread = True, threading.get_ident()
-        aside = self._check_cache()
+        excluded = self._check_cache()
         for method in self.methods:
             method.bind(self.host)
-        with _ENTRY, ExitStack() as stack:  # whatever fails on the way in is undone at once
-            attach(self, aside, stack)
+        with _ENTRY, ExitStack() as stack:  # a failure while entering is undone at once
+            attach(self, excluded, stack)
             self._exit = stack.pop_all()
         return self
 
@@ -96,36 +97,36 @@ class Run:
             self._exit.close()
 
     def _check_cache(self) -> set[nn.Module]:
-        """Refuse, before anything runs, a model whose cache cannot be evicted from; return what is left aside."""
+        """Refuse a model from whose cache nothing can be evicted, before it runs; return the excluded modules."""
         if not self.evicts or any(method.is_probe for method in self.methods):
             return set()
         if self.host.decoder is None:
             raise UnsupportedModel(f"{type(self.host.model).__name__} has no decoder with a cache to evict from")
         if any(getattr(module, "is_kv_shared_layer", False) for module in self.host.scope(self.on)):
             raise UnsupportedModel("a method that evicts needs layers with keys of their own; this model shares them")
-        if self._find_aside is None or any(runs_open_on(module) for module in self.host.attention_modules()):
-            return set()  # inside another run its methods would see the pass that finds them
-        return self._find_aside(self.host)
+        if self._find_excluded is None or any(runs_open_on(module) for module in self.host.attention_modules()):
+            return set()  # the methods of an outer run would see the pass that finds the modules
+        return self._find_excluded(self.host)
 
-    # -- what dispatch asks ------------------------------------------------------------------------------------------
+    # -- questions of dispatch ---------------------------------------------------------------------------------------
 
     def covers(self, module: nn.Module) -> bool:
-        """Whether the methods act on this module."""
+        """Return whether the methods act on this module."""
         return module in self.passes.layers
 
     def drops_at(self, site: Site) -> bool:
-        """Whether the methods may drop tokens after this call."""
+        """Return whether the methods may drop tokens after this call."""
         return self.evict == "always" or site.reads_prompt
 
-    def rests(self, module: nn.Module, slots: SlotLayer | None) -> bool:
-        """Whether nothing is to be dropped after a call of one token."""
+    def drops_nothing(self, module: nn.Module, slots: SlotLayer | None) -> bool:
+        """Return whether no token has to be dropped after a call of one token."""
         if slots is None or slots.is_whole or not self.evicts:
             return not self.evicts and (slots is None or slots.window is None)
         cache, layer = self.passes.called(module)
         return self.evict != "always" and cache is not None and prompt_of(cache, layer, slots.seen - 1) is not None
 
     def native(self, module: nn.Module) -> tuple[str, Callable[..., Any]]:
-        """The attention implementation that this module would use by itself, and its function."""
+        """Return the attention implementation that this module uses without Foveate, and its function."""
         found = self._natives.get(module)
         if found is None:
             name = self.implementations[id(module.config)]

@@ -1,4 +1,4 @@
-"""A site: one attention call of a pretrained model, as methods see it."""
+"""A site: one attention call of a pretrained model, as methods get it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ if TYPE_CHECKING:
 class Site:
     """One call of one attention module.
 
-    `q (B, Hq, Nq, D)`, `k (B, Hkv, S, D)`, `v (B, Hkv, S, Dv)` come after rotary embedding and after the cache update;
-    `S` are the keys at hand: all so far, or, for a layer that was evicted from, its slots padded to the longest head.
-    A model may cache less than it attends to and expand it at each call (`expanded`; a shared latent, for instance):
-    `k` and `v` are then the expanded ones, and `positions` has the heads of the cache. `k`, `v` and `positions` are
-    views of the cache, which the next tokens write over: clone what you keep of them. `order` counts the layers that
-    attend, `layer` those of the cache. `sinks` are learnt logits of nothing, `(1 or B, Hq, 1 or Nq, 1)`, which take
-    part in the softmax alone; `position_bias` is added to the logits. `prompt` is the length of the prompt, once the
-    sequence has left it; `reads_prompt` says whether it is still there. The call's last `tentative` tokens will be
-    taken back, all or some of them (`drafts`, of assisted decoding); `hidden_keys` are some that its queries do not
-    see. `wants_weights` says that the caller asked for them (`output_attentions`). For readers, once attention is done:
-    `weights` where somebody made them, the `selections` that were attended
-    to, and whether a method put something else in attention's place (`replaced`).
+    `q (B, Hq, Nq, D)`, `k (B, Hkv, S, D)` and `v (B, Hkv, S, Dv)` are taken after the rotary embedding and after the
+    cache update. `S` counts the stored keys: all so far, or, for a layer that was evicted from, its slots, padded to
+    the longest head. A model may cache less than it attends to and expand it at each call (`expanded`; a shared latent,
+    for instance): `k` and `v` are then the expanded ones, and `positions` has the heads of the cache. `k`, `v` and
+    `positions` are views of the cache, which later tokens overwrite: clone what you keep of them.
+
+    `order` counts the layers that attend, `layer` those of the cache. `sinks` are learnt logits without a key,
+    `(1 or B, Hq, 1 or Nq, 1)`, which only enter the softmax; `position_bias` is added to the logits. `prompt` is the
+    length of the prompt, once decoding has begun; `reads_prompt` is true before that. The call's last `tentative`
+    tokens, or some of them, will be removed again (`drafts`: by assisted decoding). Its queries do not see the
+    `hidden_keys`. `wants_weights` is true if the caller asked for weights (`output_attentions`).
+
+    After attention, `weights` is set if they were computed, `selections` are those that were attended to, and
+    `replaced` is true if a method replaced attention.
     """
 
     module: nn.Module
@@ -58,7 +60,7 @@ class Site:
     hidden: Tensor | None = None
     spans: dict[str, Tensor] = field(default_factory=dict)
     step: dict[Any, Any] = field(default_factory=dict)
-    memories: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    all_notes: dict[Any, dict[str, Any]] = field(default_factory=dict)
     weights: Tensor | None = None
     selections: list[Selection] = field(default_factory=list)
     replaced: bool = False
@@ -72,12 +74,11 @@ class Site:
 
     @cached_property
     def phase(self) -> Literal["prefill", "decode"]:
-        """ "decode" where tokens are made, "prefill" where they are read.
+        """The phase of the call: "decode" if it generates a token, "prefill" if it reads text.
 
-        A call without a past is "prefill", and one of a single query with a past is "decode". Several queries with a
-        past are "decode" where all but the first are drafts of assisted decoding, and where they are few (up to 16)
-        after the sequence's first decoding call. So the pieces of a prompt are "prefill", and so is a long further
-        turn.
+        A call without a past is "prefill". A single query with a past is "decode". Several queries with a past are
+        "decode" if all but the first are drafts of assisted decoding, or if they are few (up to 16) and come after the
+        sequence's first decoding call. So the pieces of a prompt are "prefill", and so is a long later turn.
         """
         n = self.q.shape[2]
         if self.seen <= n:
@@ -93,7 +94,7 @@ class Site:
             return self.slots.seen
         if self.cache is not None and len(self.cache.layers) > self.layer:
             counted = tokens_seen(self.cache.layers[self.layer])
-            if counted:  # zero where a layer reads another's keys
+            if counted:  # it is zero if a layer reads another layer's keys
                 return counted
         if isinstance(self.attention_mask, MaskPlan):
             return self.attention_mask.first_key + self.attention_mask.n_keys
@@ -101,12 +102,12 @@ class Site:
 
     @property
     def groups(self) -> int:
-        """Query heads to each key/value head that attention sees."""
+        """Number of query heads for each key/value head of attention."""
         return self.q.shape[1] // self.new_k.shape[1]
 
     @property
     def is_whole(self) -> bool:
-        """Whether every key that the model would have is still there."""
+        """Return whether the cache still holds every key that the model's own cache would hold."""
         return self.slots is None or self.slots.is_whole
 
     @cached_property
@@ -121,7 +122,7 @@ class Site:
 
     @cached_property
     def positions(self) -> Int[Tensor, "b hkv s"]:
-        """Each slot's position in the sequence (padding counts); see `foveate.host.Slots` for `EMPTY` and `SUMMARY`."""
+        """Each slot's position in the sequence, padding included; see `foveate.host.Slots`."""
         if self.slots is not None and self.slots.store is not None:
             return self.slots.store.padded("positions")
         n = self.new_k.shape[2]
@@ -142,12 +143,12 @@ class Site:
 
     @cached_property
     def real(self) -> Bool[Tensor, "b n"] | None:
-        """A mark for each token so far that is no padding; None where all are real, or where nobody says."""
+        """A mask of the tokens so far that are no padding; None if none is padding, or if it is unknown."""
         return self.attention_mask.real_tokens() if isinstance(self.attention_mask, MaskPlan) else None
 
     @property
     def real_queries(self) -> Bool[Tensor, "b nq"] | None:
-        """A mark for each query that is no padding; None where all are real, or the keys are another sequence's."""
+        """A mask of the queries that are no padding; None if none is, or if the keys are another sequence's."""
         if self.real is None or not isinstance(self.attention_mask, MaskPlan):
             return None
         first, n = int(self.attention_mask.arguments.get("q_offset", 0)), self.q.shape[2]
@@ -156,16 +157,14 @@ class Site:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """The mask `(B, 1 or Hq, Nq, S)`: bool, or a float bias of the caller's or the model's own; None for
-        everything.
-        """
-        shown = None
+        """The mask `(B, 1 or Hq, Nq, S)`: bool, or a float bias of caller or model; None if all keys are seen."""
+        visible = None
         if self.hidden_keys is not None:
-            shown = ~self.hidden_keys.repeat_interleave(self._heads_a_row, 1)[:, :, None]
-        return masks.combine(self._mask(), self._position_bias(), shown)
+            visible = ~self.hidden_keys.repeat_interleave(self._heads_a_row, 1)[:, :, None]
+        return masks.combine(self._mask(), self._position_bias(), visible)
 
     def _position_bias(self) -> Tensor | None:
-        """The model's bias by position, at the keys that are at hand."""
+        """Return the model's bias by position at the stored keys."""
         bias = self.position_bias
         if bias is None:
             return None
@@ -173,8 +172,8 @@ class Site:
             return bias[..., -self.k.shape[2] :]
         if bias.shape[-1] != self.seen:
             raise UnsupportedModel(
-                f"{type(self.module).__name__} gives a bias for {bias.shape[-1]} keys of {self.seen}, which cannot be "
-                f"read at the slots that a policy kept"
+                f"{type(self.module).__name__} gives a bias for {bias.shape[-1]} keys of {self.seen}, which does not "
+                f"cover the slots that a policy kept"
             )
         return at_positions(bias, self.positions.repeat_interleave(self._heads_a_row, 1), 0)
 
@@ -196,20 +195,21 @@ class Site:
         return masks.combine(at_positions(whole, positions, self.seen - whole.shape[3]), bias)
 
     def _causal(self) -> Bool[Tensor, "1 1 q k"] | None:
-        """The mask that a call without one means."""
+        """Return the causal mask that a call without a mask implies."""
         n = self.q.shape[2]
         keys = self.k.shape[2] if self.is_whole else self.seen
         return masks.causal(n, keys, device=self.q.device)[None, None] if self.is_causal and n > 1 else None
 
     @property
     def is_biased(self) -> bool:
-        """Whether the softmax has more in it than scores and a mask: learnt sinks, or a bias by position."""
+        """Return whether learnt sinks or a bias by position enter the softmax beside scores and a mask."""
         return self.sinks is not None or self.position_bias is not None
 
     @cached_property
     def is_plain_causal(self) -> bool:
-        """Whether each query sees exactly the real keys up to its own: no window, no soft cap, no mask of the
-        caller's.
+        """Return whether each query sees exactly the real keys up to its own.
+
+        False for a window, a soft cap, and a mask of the caller's own.
         """
         plan = self.attention_mask
         if self.softcap is not None or self.is_biased or is_given(plan):
@@ -220,12 +220,12 @@ class Site:
 
     @cached_property
     def key_mask(self) -> Bool[Tensor, "b 1 1 s"] | None:
-        """A mark for each key that is no padding, for a site that `is_plain_causal`; None where all are real."""
+        """A mask of the keys that are no padding, for a site that `is_plain_causal`; None if none is padding."""
         plan = self.attention_mask
         return plan.keys() if isinstance(plan, MaskPlan) else None
 
     def _bias(self) -> Tensor | None:
-        """The log of how many tokens a slot stands for, where any stands for several."""
+        """Return the log of the number of tokens that each slot stands for; None if each stands for one."""
         if self.is_whole or not self.slots.store.has_summary:  # type: ignore[union-attr]
             return None
         bias = self.slots.store.padded("bias")  # type: ignore[union-attr]
@@ -233,18 +233,18 @@ class Site:
 
     @property
     def _heads_a_row(self) -> int:
-        """Query heads to each head of the cache."""
+        """Number of query heads for each head of the cache."""
         return self.q.shape[1] // self.positions.shape[1]
 
     def as_of(self, seen: int) -> Site:
-        """The same call, as if the sequence had ended after `seen` tokens."""
+        """Return the same call, as if the sequence had ended after `seen` tokens."""
         other = copy.copy(self)
         other.__dict__.pop("query_positions", None)
         other.__dict__["seen"] = seen
         return other
 
     def part(self, start: int, stop: int) -> Site:
-        """Some of the call's queries, with the keys up to the last of them, as a call of its own."""
+        """Return some of the call's queries, with the keys up to the last of them, as a separate call."""
         later = self.q.shape[2] - stop
         end = None if not later else -later
         other = copy.copy(self)
@@ -268,20 +268,24 @@ class Site:
         return other
 
     def cut(self, surplus: int) -> None:
-        """Leave out the last keys, which no token has filled yet: the room of a static cache."""
+        """Remove the last keys, which no token has filled yet: the free room of a static cache."""
         self.new_k, self.new_v = self.new_k[:, :, :-surplus], self.new_v[:, :, :-surplus]
         if isinstance(self.attention_mask, MaskPlan):
             self.attention_mask = masked_part(self.attention_mask, 0, self.q.shape[2], surplus)
         if self.position_bias is not None:
             self.position_bias = self.position_bias[..., :-surplus]
 
-    def memory(self, method: object, *, all_layers: bool = False) -> dict[str, Any]:
-        """The memory of a method for this layer (or all layers together) and this sequence.
+    def notes(self, method: object, *, all_layers: bool = False) -> dict[str, Any]:
+        """Return the notes of a method for this layer (or for all layers together) and this sequence.
 
-        Tensors in it follow beam search's reordering. It begins empty with every new sequence.
+        A method stores in this dictionary what it needs in later calls. Its tensors follow beam search's reordering. It
+        is empty at the start of every sequence.
         """
-        return self.memories.setdefault((id(method), None if all_layers else self.layer), {})
+        return self.all_notes.setdefault((id(method), None if all_layers else self.layer), {})
+
+    #: The former name, until `foveate.lens` uses `notes`.
+    memory = notes
 
 
-#: What a site works out once.
+#: Names of the values that a site computes once.
 _CACHED = tuple(name for name, value in vars(Site).items() if isinstance(value, cached_property))

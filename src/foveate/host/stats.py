@@ -1,4 +1,4 @@
-"""Statistics of a run: what methods did to a model's attention, counted."""
+"""Statistics of a run: counts of attention calls, stored slots and reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foveate.host.site import Site
 
 @dataclass
 class LayerStats:
-    """One layer of one sequence (or batch): what its cache holds now, and what its calls took.
+    """Statistics of one layer of one sequence (or batch): the contents of its cache, and the cost of its calls.
 
     Args:
         layer: the layer's number in the cache.
@@ -57,7 +57,7 @@ class CacheStats:
 
     @property
     def kept(self) -> float:
-        """Share of the full cache's slots that are stored, over all layers; 1.0 where nothing is evicted."""
+        """Share of the full cache's slots that are stored, over all layers; 1.0 if nothing is evicted."""
         full = sum(layer.seen for layer in self.layers.values())
         return sum(layer.stored for layer in self.layers.values()) / full if full else 1.0
 
@@ -69,15 +69,15 @@ class CacheStats:
 
 
 class Stats:
-    """The figures of a run so far; readable while it runs, from any thread.
+    """The statistics of a run so far. Any thread may read them while it runs.
 
-    `kept` and `cache_bytes` speak of the cache that was used last; `of(cache)` of any other. `read`, `calls` and
-    `seconds` are over all calls of the run.
+    `kept` and `cache_bytes` are those of the cache that was used last; `of(cache)` gives those of any other. `read`,
+    `calls` and `seconds` cover all calls of the run.
 
     Attributes:
         calls: attention calls.
         seconds: time in attention.
-        cache_peak: the most bytes that a cache held, those of the layer at work before it evicts included.
+        cache_peak: the most bytes that a cache held, including those of a layer before it evicts.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class Stats:
         return [self._latest.layers[number] for number in sorted(self._latest.layers)]
 
     def table(self) -> list[dict[str, float]]:
-        """A row for each layer of the cache that was used last, for a data frame or a print."""
+        """Return one row for each layer of the cache that was used last, for a data frame or a print."""
         with self._lock:
             return [
                 {
@@ -125,17 +125,17 @@ class Stats:
             ]  # fmt: skip
 
     def of(self, cache: Cache) -> CacheStats:
-        """The figures of one cache; empty for one that the run has not seen."""
+        """Return the statistics of one cache; they are empty for a cache that the run has not used."""
         return self._caches.get(cache, CacheStats())
 
     def note(self, site: Site, density: float, held: int, seconds: float) -> None:
-        """Count a call that is over.
+        """Count a finished call.
 
         Args:
             site: the call.
-            density: share of the keys at hand that were read.
-            held: slots of this layer that attention ran over, before any were dropped.
-            seconds: what it took.
+            density: share of the stored keys that were read.
+            held: slots of this layer that attention read from, before any were dropped.
+            seconds: the time it took.
         """
         k, v = _cached(site)
         rows, size = k.shape[0] * k.shape[1], k.element_size() * (k.shape[-1] + v.shape[-1])
@@ -150,7 +150,7 @@ class Stats:
     def note_native(
         self, cache: Cache | None, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: SlotLayer | None, seconds: float
     ) -> None:
-        """Count a call that no method took part in."""
+        """Count a call in which no method took part."""
         batch, heads, seen, width = k.shape
         rows, size, stored = batch * heads, k.element_size() * (width + v.shape[-1]), batch * heads * seen
         read = stored
@@ -159,7 +159,7 @@ class Stats:
             read = stored
         elif cache is not None and layer < len(cache.layers):
             seen = max(seen, tokens_seen(cache.layers[layer]))
-            keys = getattr(cache.layers[layer], "keys", None)  # a layer with a window goes on with fewer than it read
+            keys = getattr(cache.layers[layer], "keys", None)  # a layer with a window stores fewer than it read
             if isinstance(keys, Tensor) and keys.dim() == 4:
                 stored = min(stored, rows * keys.shape[2])
         share = min(1.0, read / (rows * seen)) if q.shape[2] == 1 and seen > 1 else None
@@ -178,7 +178,7 @@ class Stats:
             layer.calls, layer.seconds = layer.calls + 1, layer.seconds + seconds
             found.cache_bytes += stored * size - layer.bytes
             layer.seen, layer.stored, layer.bytes = full, min(stored, full), stored * size
-            if isinstance(cache, Cache) or not self._caches:  # attention to an encoder leaves the decoder's in view
+            if isinstance(cache, Cache) or not self._caches:  # attention to an encoder does not replace the decoder's
                 self._latest = found
             self.cache_peak = max(self.cache_peak, found.cache_bytes + extra)
             if share is not None:
@@ -201,7 +201,7 @@ class Held:
     Args:
         stored: slots that are stored, over layers, batch and heads.
         full: slots that a full cache would hold.
-        nbytes: bytes of keys and values, as they lie in memory.
+        nbytes: bytes of keys and values in memory.
     """
 
     stored: int
@@ -215,7 +215,7 @@ class Held:
 
 
 def held(cache: Cache) -> Held:
-    """Count what a cache holds, inside a block or outside; layers that keep a state instead of tokens do not count."""
+    """Count the contents of a cache, inside a block or outside it. Layers that keep a state do not count."""
     stored = full = nbytes = 0
     for layer in cache.layers:
         if isinstance(layer, SlotLayer):
@@ -232,7 +232,7 @@ def held(cache: Cache) -> Held:
 
 
 def _cached(site: Site) -> tuple[Tensor, Tensor]:
-    """Keys and values as the cache holds them; those of the call where there is no cache."""
+    """Return keys and values as the cache holds them, or those of the call if there is no cache."""
     if site.slots is not None and site.slots.store is not None:
         slots = site.slots.store.groups[0].slots
         return slots.k, slots.v
@@ -244,7 +244,7 @@ def _cached(site: Site) -> tuple[Tensor, Tensor]:
 
 
 def slots_of(site: Site) -> int:
-    """Slots that a layer stores, over batch and heads."""
+    """Count the slots that a layer stores, over batch and heads."""
     if site.slots is not None and site.slots.store is not None:
         return site.slots.store.stored
     b, hkv, n, _ = _cached(site)[0].shape

@@ -1,1 +1,1 @@
-"""The host for transformers: models, masks, caches and the attention interface."""
+"""Adapters for transformers: models, masks, caches and the attention interface."""

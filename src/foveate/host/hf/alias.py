@@ -1,4 +1,4 @@
-"""The name under which a configuration finds Foveate, while a model's own code reads the name that it knows."""
+"""An implementation's name that looks up Foveate's functions and compares as the model's own."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ class Alias(str):
     """An attention implementation's name, such as "sdpa", that looks up Foveate's functions.
 
     Models branch on the name of their implementation: sparse attention builds its mask for "eager" and "sdpa" only. So
-    the name compares as the one that the model was loaded with. transformers' tables of functions look a name up by
-    its hash first, and there it is ours.
+    the name equals the one that the model was loaded with. transformers' tables of functions look a name up by its hash
+    first, and the hash is that of Foveate's name.
     """
 
     __slots__ = ()
 
     @property
     def native(self) -> str:
-        """The plain name of the implementation that this stands for."""
+        """The plain name of the model's own implementation."""
         return str.__str__(self)
 
     def __eq__(self, other: object) -> bool:

@@ -1,4 +1,4 @@
-"""Attaching: hooks on a model's modules and Foveate's name in its configurations, for as long as a run is open."""
+"""Attach a run to a model: hooks on its modules, and Foveate's name in its configurations."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from foveate.host.hf.passes import Passes
 
 
 class Attached(Protocol):
-    """What attaching needs of a run; see `foveate.host.Run`."""
+    """The attributes of a run that attaching uses; see `foveate.host.Run`."""
 
     host: Host
     methods: list[Any]
     thread: int
-    watches: bool
+    has_hooks: bool
     evicts: bool
     implementations: dict[int, str]
     caches: Caches
@@ -43,22 +43,22 @@ OPEN: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
 def runs_open_on(module: nn.Module) -> list[Any]:
-    """The runs that are open on an attention module, outermost first."""
+    """Return the runs that are open on an attention module, outermost first."""
     return OPEN.get(module, [])
 
 
-def attach(run: Attached, aside: set[nn.Module], stack: ExitStack) -> None:
-    """Put a run on its model; closing the stack takes it off.
+def attach(run: Attached, excluded: set[nn.Module], stack: ExitStack) -> None:
+    """Attach a run to its model. Closing the stack detaches it.
 
     Args:
         run: the run.
-        aside: attention modules that the run leaves alone.
-        stack: what undoes it all.
+        excluded: attention modules that the run leaves unchanged.
+        stack: collects the steps that undo the attaching.
     """
     model, modules = run.host.model, run.host.attention_modules()
     if any(other.thread != run.thread for module in modules for other in runs_open_on(module)):
         raise OptionError("another thread is inside foveate.apply() on this model; enter once, around both threads")
-    scope = [module for module in run.host.scope(run.on) if module not in aside]
+    scope = [module for module in run.host.scope(run.on) if module not in excluded]
     for order, module in enumerate(scope):
         layer = getattr(module, "layer_idx", None)
         run.passes.layers[module] = (layer if isinstance(layer, int) else order, order)
@@ -66,7 +66,7 @@ def attach(run: Attached, aside: set[nn.Module], stack: ExitStack) -> None:
     for module in modules:
         OPEN.setdefault(module, []).append(run)
         stack.callback(_close, module, run)
-        if run.covers(module) and (run.watches or takes_more(module)):
+        if run.covers(module) and (run.has_hooks or takes_more(module)):
             _hook(module, run.passes.before, run.passes.after, stack)
     if run.methods and "init_continuous_batching" not in vars(model):
         model.__dict__["init_continuous_batching"] = MethodType(_no_batching, model)
@@ -77,8 +77,8 @@ def attach(run: Attached, aside: set[nn.Module], stack: ExitStack) -> None:
     for config in configs:
         before = config._attn_implementation_internal
         known = (other.implementations.get(id(config)) for other in _others(run))
-        run.implementations[id(config)] = next(filter(None, known), before)  # an outer run has put ours there
-        stack.callback(_give_back, run, config)
+        run.implementations[id(config)] = next(filter(None, known), before)  # in a nested run, `before` is our own name
+        stack.callback(_restore, run, config)
         config._attn_implementation_internal = Alias(run.implementations[id(config)] or "eager")
     run.caches.open()
     stack.callback(_release, run)
@@ -93,18 +93,18 @@ def _begin(run: Attached, configs: list[Any], module: nn.Module, args: tuple[Any
     run.passes.here.step = {}
     if any(config._attn_implementation_internal != NAME for config in configs):
         raise UnsupportedModel(
-            "set_attn_implementation() inside foveate.apply(model, ...) takes the methods off; call it before"
+            "set_attn_implementation() inside foveate.apply(model, ...) removes the methods; call it before the block"
         )
     run.passes.begin(module, args, kwargs, is_whole=module is run.host.model)
 
 
 def _others(run: Attached) -> list[Attached]:
-    """The other runs that are open, on any model."""
+    """Return the other runs that are open, on any model."""
     return list({id(other): other for runs in OPEN.values() for other in runs if other is not run}.values())
 
 
-def _give_back(run: Attached, config: Any) -> None:
-    """The last run that is open on a configuration puts back what it found there."""
+def _restore(run: Attached, config: Any) -> None:
+    """Restore a configuration's implementation, unless another run is still open on it."""
     if not any(id(config) in other.implementations for other in _others(run)):
         config._attn_implementation_internal = run.implementations[id(config)]
 
@@ -121,10 +121,10 @@ def _close(module: nn.Module, run: Attached) -> None:
 
 
 def _no_batching(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
-    """Stand in for `init_continuous_batching` where methods are applied: it works in a thread that would only log."""
+    """Refuse continuous batching while methods are applied. It works in a thread, which would only log the error."""
     if any(run.methods for module in model.modules() for run in runs_open_on(module)):
         raise UnsupportedModel(
-            "continuous batching keeps pages in place of a cache, and methods cannot act on them; use model.generate() "
-            "inside foveate.apply(model, ...)"
+            "continuous batching stores pages instead of a cache, and methods cannot act on pages; use "
+            "model.generate() inside foveate.apply(model, ...)"
         )
-    return type(model).init_continuous_batching(model, *args, **options)  # a copy that was made inside a block
+    return type(model).init_continuous_batching(model, *args, **options)  # for copies of the model

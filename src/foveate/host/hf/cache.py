@@ -1,4 +1,4 @@
-"""Transformers cache layers that may forget: they count what they have seen apart from what they store."""
+"""A transformers cache layer that may drop tokens: it counts the tokens seen and the tokens stored separately."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from foveate.core.errors import UnsupportedModel
 from foveate.host.hf.compressed import CompressedLayer
 from foveate.host.slots.store import Store
 
-#: Per thread, the layer that was updated last: the attention call that follows is its own.
+#: The layer that was updated last, per thread. The next attention call belongs to it.
 LATEST = threading.local()
 
 
 class SlotLayer(CacheLayerMixin):
-    """A layer of slots that stands in for a `DynamicLayer` while a method evicts.
+    """A layer of slots that replaces a `DynamicLayer` while a method evicts.
 
-    Positions stay right, since `get_seq_length` is the number of tokens seen. Masks are asked for the whole span
-    `0..seen` and read at the stored positions. Reordering, repeating and selecting in the batch work. Cropping works
-    back to any length since which nothing was dropped.
+    Positions stay right, since `get_seq_length` is the number of tokens seen. Masks cover the whole span `0..seen` and
+    are read at the stored positions. Reordering, repeating and selecting in the batch work. The layer can be cropped to
+    any length since which nothing was dropped.
 
     Attributes:
         seen: tokens of the sequence so far.
         store: the slots; None before the first token.
-        window: tokens that a sliding layer sees; None for a full one.
-        attached: whether a run is open on this cache, or on the one that it was copied from.
+        window: tokens that a sliding layer sees; None for a full layer.
+        attached: whether a run is open on this cache, or on the cache that it was copied from.
         padded: whether some sequence had padding.
-        prompt: tokens of the prompt, once it was read; a copy of the cache takes that along.
+        prompt: tokens of the prompt, once it is read; a copy of the cache copies this too.
     """
 
     is_compileable = False
@@ -48,7 +48,7 @@ class SlotLayer(CacheLayerMixin):
         self.store: Store | None = None
         self.padded, self.record_past = False, bool(getattr(native, "record_past", False))
         self._runs: list[weakref.ref[Any]] = []
-        self._dropped_at = 0  # tokens seen when something was dropped last
+        self._dropped_at = 0  # tokens seen at the last drop
         self.prompt: int | None = None
         self._returned: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
         if native.is_initialized and native.keys is not None and native.keys.numel():
@@ -73,7 +73,7 @@ class SlotLayer(CacheLayerMixin):
         return any((run := ref()) is not None and run.is_open for ref in self._runs)
 
     def attach(self, run: Any) -> None:
-        """Serve a run (anything with `is_open`) as long as it is open."""
+        """Belong to a run (anything with `is_open`) as long as it is open."""
         if not any(ref() is run for ref in self._runs):
             self._runs = [ref for ref in self._runs if ref() is not None] + [weakref.ref(run)]
 
@@ -86,19 +86,21 @@ class SlotLayer(CacheLayerMixin):
         return other
 
     def __copy__(self) -> SlotLayer:
-        """Two layers on one store would write over each other's tokens."""
+        """Copy the store too: two layers on one store would overwrite each other's tokens."""
         return copy.deepcopy(self)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append. Returns every stored key and value where all heads hold equally many, else the new ones, and the
-        attention call reads the store.
+        """Append keys and values, and return what attention reads.
+
+        If all heads hold equally many tokens, these are all stored keys and values. Otherwise they are the new ones,
+        and the attention call reads the store.
         """
         if not self.attached and not self.is_whole:
             raise UnsupportedModel(
                 "past_key_values was compressed by a method that is no longer applied, and its heads hold different "
-                "numbers of tokens; go on inside foveate.apply(model), or start a new cache"
+                "numbers of tokens; use it inside foveate.apply(model), or start a new cache"
             )
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
@@ -112,7 +114,7 @@ class SlotLayer(CacheLayerMixin):
         return out
 
     def handed_over(self, k: Tensor, v: Tensor) -> bool:
-        """Whether these are what `update` returned, and not something that the model made of it."""
+        """Return whether these are the tensors that `update` returned, unchanged by the model."""
         if self._returned is None:
             return True
         pairs = zip((k, v), self._returned, strict=True)
@@ -148,11 +150,11 @@ class SlotLayer(CacheLayerMixin):
             self.store = self.store.batch(indices.to(self.device))
 
     def activate_past_recording(self) -> None:
-        """Assisted decoding announces that it will take tokens back with `crop`."""
+        """Record that assisted decoding will remove tokens with `crop`."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens, or go back to a length of `tokens_to_remove`."""
+        """Remove the last `-tokens_to_remove` tokens if that is negative, else keep the first `tokens_to_remove`."""
         end = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
         if end >= self.seen:
             return
@@ -171,14 +173,15 @@ class SlotLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """The stored keys, for code that looks into a layer: in the order of the sequence, or, where heads hold
-        different numbers, padded with zeros.
+        """The stored keys in the order of the sequence, for code that reads a layer.
+
+        If heads hold different numbers of tokens, they are padded with zeros instead.
         """
         return self._shown("k")
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
-        _only_none(value)  # the base class begins with none
+        _only_none(value)  # the base class sets it to None first
 
     @property
     def values(self) -> Tensor | None:
@@ -196,10 +199,11 @@ class SlotLayer(CacheLayerMixin):
         return getattr(self.store.groups[0].ordered(), what)
 
     def released(self) -> CacheLayerMixin:
-        """The layer for life after the last run on it.
+        """Return the layer that replaces this one after its last run.
 
-        An ordinary layer where no more is gone than a sliding layer forgets. A `CompressedLayer`, which goes on without
-        Foveate, where all heads hold equally many tokens and no sequence is padded. Else this one.
+        It is an ordinary layer if no more tokens were dropped than a sliding layer drops. It is a `CompressedLayer`,
+        which works without Foveate, if all heads hold equally many tokens and no sequence is padded. Otherwise it is
+        this layer.
         """
         reach = self.seen if self.window is None else min(self.seen, self.window - 1)
         if self.store is None or self.store.holds(reach):
@@ -222,7 +226,7 @@ class SlotLayer(CacheLayerMixin):
 
 
 def tokens_seen(layer: object) -> int:
-    """Tokens that a cache layer has seen; none where it keeps a state, or nothing."""
+    """Return the number of tokens that a cache layer has seen; 0 for a layer without tokens."""
     return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else 0
 
 
@@ -230,10 +234,10 @@ def _only_none(value: Tensor | None) -> None:
     if value is not None:
         raise UnsupportedModel(
             "a cache layer cannot be given other keys or values inside foveate.apply(model, ...), where it stores its "
-            "tokens slot by slot; do that before or after the block"
+            "tokens in slots; do that before or after the block"
         )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors show the same numbers: one is the other, or a view of all of it."""
+    """Return whether two tensors are the same memory: one is the other, or a view of all of it."""
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())

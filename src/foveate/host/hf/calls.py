@@ -1,4 +1,4 @@
-"""Calls of attention modules: what their arguments tell, and what is refused of them."""
+"""Read the arguments of attention modules, and refuse calls that methods cannot handle."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from foveate.core.errors import UnsupportedModel
 from foveate.host.hf.cache import SlotLayer
 from foveate.host.site import Site
 
-#: Arguments of an attention module that bring in another sequence.
+#: Arguments of an attention module that hold another sequence.
 CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
 
 def takes_more(module: nn.Module) -> bool:
-    """Whether only the arguments of this module's call, and not those of the model's, tell its cache and layer.
+    """Return whether this module's own arguments, and not the model's, determine its cache and layer.
 
-    Other modules need no hooks where no method has to be asked. Hooks would cost as much there as all else does.
+    Other modules need no hooks if no method has one. Hooks would double the host's cost there.
     """
     return not module.is_causal or bool({*CROSS, "layer_idx"} & set(parameters(type(module).forward)))
 
 
 def check_expanded(site: Site) -> None:
-    """Refuse keys that the model made of what the cache returned, where they no longer lie beside its slots."""
+    """Refuse keys that the model computed from the cache, if they no longer correspond to its slots."""
     assert site.slots is not None and site.slots.store is not None
     store = site.slots.store
     positions = store.padded("positions")
@@ -40,13 +40,13 @@ def check_expanded(site: Site) -> None:
 
 
 def sinks(options: dict[str, Any]) -> Tensor | None:
-    """Learnt logits of nothing as `(1 or B, Hq, 1 or Nq, 1)`: one a head, or one for each query too."""
+    """Return learnt logits without a key as `(1 or B, Hq, 1 or Nq, 1)`: one for each head, or for each query too."""
     fixed, by_query = options.get("s_aux"), options.get("sinks")
     return by_query if fixed is None else fixed.view(1, -1, 1, 1)
 
 
 def number_of(cache: Cache, slots: SlotLayer, likely: int) -> int:
-    """The number of a layer in its cache: a model that runs its layers several times keeps one for each time."""
+    """Return the number of a layer in its cache. A model that runs its layers several times has one for each time."""
     if likely < len(cache.layers) and cache.layers[likely] is slots:
         return likely
     return next((number for number, layer in enumerate(cache.layers) if layer is slots), likely)
@@ -54,5 +54,5 @@ def number_of(cache: Cache, slots: SlotLayer, likely: int) -> int:
 
 @lru_cache(maxsize=256)
 def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a forward method's arguments."""
+    """Return the names of a forward method's arguments."""
     return tuple(inspect.signature(forward).parameters)[1:]

@@ -1,4 +1,4 @@
-"""A compressed cache layer for life after a run: ordinary code of transformers goes on with it."""
+"""A compressed cache layer that transformers uses without Foveate after a run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from foveate.host.slots.slots import Slots
 
 
 class CompressedLayer(DynamicLayer):
-    """A layer that a method compressed, as an ordinary one: the model goes on with it without Foveate.
+    """A layer that a method compressed. The model uses it as an ordinary layer, without Foveate.
 
-    It holds fewer tokens than it has seen. New tokens get the position after the last one seen, and see all that is
-    held. It can be copied, saved and loaded, and cropped back to where it was compressed.
+    It holds fewer tokens than it has seen. New tokens get the position after the last one seen, and see all tokens that
+    it holds. It can be copied, saved and loaded, and cropped to the length at which it was compressed.
 
     Attributes:
         seen: tokens of the sequence so far.
-        positions: where in the sequence each held token stood, `(B, Hkv, S)`, at the time of compression.
+        positions: the position of each stored token in the sequence, `(B, Hkv, S)`.
     """
 
     def __init__(self) -> None:
@@ -28,8 +28,9 @@ class CompressedLayer(DynamicLayer):
 
     @classmethod
     def of(cls, slots: Slots, seen: int, compressed_at: int) -> CompressedLayer:
-        """Make a layer of slots in the order of their positions, after `seen` tokens; none was dropped since
-        `compressed_at`.
+        """Make a layer of slots in the order of their positions, after `seen` tokens.
+
+        No token was dropped after `compressed_at` tokens.
         """
         layer = cls()
         layer.lazy_initialization(slots.k, slots.v)

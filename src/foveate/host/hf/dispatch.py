@@ -1,4 +1,4 @@
-"""Dispatch: from transformers' attention interface to the runs that are open on a module."""
+"""Pass calls of transformers' attention interface on to the runs that are open on a module."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from foveate.host.run import Run
 from foveate.host.site import Site
 from foveate.host.stats import slots_of
 
-#: Keywords of an attention call that change its mathematics in ways a method's path does not know.
+#: Keywords that change an attention call's mathematics in ways that our own paths do not compute.
 _FOREIGN = frozenset({"cache", "sparse_indices", "indices", "block_indices"})
 
-#: Keywords that put more into the softmax than scores and a mask.
+#: Keywords that add more to the softmax than scores and a mask.
 _CHANGING = frozenset({"softcap", "position_bias", "s_aux", "sinks"})
 
-#: What the model's own eager attention may read that a method's path reads too, or may leave.
+#: Arguments of a model's own eager attention that our own paths read too, or may ignore.
 _KNOWN = frozenset({
     "module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "position_bias", "sinks",
     "s_aux", "is_causal", "sliding_window", "training", "output_attentions", "kwargs",
@@ -44,23 +44,23 @@ _KNOWN = frozenset({
 def attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The function that Foveate registers with transformers: `(B, N, H, D)` output and weights or None."""
+    """Return the function that Foveate registers with transformers: `(B, N, H, D)` output and weights or None."""
     call, runs = Call(module, query, key, value, attention_mask, options), OPEN.get(module)
     if runs is None:
-        name = _stranger(module)
+        name = _implementation_outside(module)
         return call.native((name, native_attention(module, name)))
     first, runs = runs[0], [run for run in runs if run.covers(module)]
     if not runs:
         return call.native(first.native(module))
-    outer = next((run for run in runs if run.watches), runs[0])
-    begun, slots = time.perf_counter(), outer.passes.slots(module)
-    done = _unasked(runs, call, slots)
-    if done is not None and all(run.rests(module, slots) for run in runs):
+    outer = next((run for run in runs if run.has_hooks), runs[0])
+    started, slots = time.perf_counter(), outer.passes.slots(module)
+    done = _without_methods(runs, call, slots)
+    if done is not None and all(run.drops_nothing(module, slots) for run in runs):
         for run in runs:
-            run.stats.note_native(*run.passes.called(module), query, key, value, slots, time.perf_counter() - begun)
+            run.stats.note_native(*run.passes.called(module), query, key, value, slots, time.perf_counter() - started)
         return done
     site = site_of(outer, module, query, key, value, attention_mask, options, slots)
-    return _asked(runs, outer, call, site, done, begun)
+    return _with_methods(runs, outer, call, site, done, started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +75,19 @@ class Call:
     options: dict[str, Any]
 
     def native(self, native: tuple[str, Callable[..., Any]]) -> Any:
-        """The model's own attention, on the model's own mask."""
+        """Compute the model's own attention, with the model's own mask."""
         implementation, function = native
         mask = self.mask.native(implementation) if isinstance(self.mask, MaskPlan) else self.mask
         return function(self.module, self.q, self.k, self.v, mask, **self.options)
 
     @property
     def foreign(self) -> list[str]:
-        """The arguments of the call that a method's path cannot handle."""
+        """Names of the call's arguments that our own paths cannot handle."""
         return [name for name in _foreign(type(self.module).__module__) if self.options.get(name) is not None]
 
     @property
     def is_simple(self) -> bool:
-        """Whether a single query sees every key, and nothing but scores is in the softmax."""
+        """Return whether a single query sees every key, and only scores enter the softmax."""
         if self.q.shape[2] > 1 or not isinstance(self.mask, MaskPlan) or not self.mask.sees_all():
             return False
         more = self.options.get("dropout") or any(self.options.get(name) is not None for name in _CHANGING)
@@ -99,16 +99,16 @@ class Call:
         return self.q.shape[-1] ** -0.5 if scaling is None else scaling
 
     def part(self, site: Site) -> Call:
-        """Some of the call's queries, as a site has them."""
+        """Return the call for some of its queries, given as a site."""
         own = {"sinks": site.sinks, "position_bias": site.position_bias}
         given = self.options | {name: value for name, value in own.items() if self.options.get(name) is not None}
         return Call(self.module, site.q, site.new_k, site.new_v, site.attention_mask, given)
 
 
-def _unasked(runs: list[Run], call: Call, slots: SlotLayer | None) -> tuple[Tensor, Tensor | None] | None:
-    """Attention at a call in which no method has a say; None where one has, or where the call has more to it.
+def _without_methods(runs: list[Run], call: Call, slots: SlotLayer | None) -> tuple[Tensor, Tensor | None] | None:
+    """Compute attention if no method has a hook at this call; None if one has, or if the call is not simple.
 
-    That is the model's own, or, of a single query, the packed kernel on what is stored.
+    That is the model's own attention or, for a single query, the packed kernel on the stored slots.
     """
     if not all(run.only_drops for run in runs):
         return None
@@ -129,10 +129,10 @@ def _unasked(runs: list[Run], call: Call, slots: SlotLayer | None) -> tuple[Tens
     return attention.stored(call.q, slots.store, call.mask, call.scale).transpose(1, 2), None
 
 
-def _asked(
-    runs: list[Run], outer: Run, call: Call, site: Site, done: tuple[Tensor, Tensor | None] | None, begun: float
+def _with_methods(
+    runs: list[Run], outer: Run, call: Call, site: Site, done: tuple[Tensor, Tensor | None] | None, started: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as the methods have it, unless it is done, and after the call what they drop."""
+    """Compute attention under the methods, unless it is done already, and drop their tokens after the call."""
     methods, density = [method for run in runs for method in run.methods], 1.0
     site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
     if methods and (foreign := call.foreign):
@@ -149,29 +149,29 @@ def _asked(
 
         out, density = pieces.run(site, methods, native)
         done = out.transpose(1, 2).contiguous(), site.weights
-    held, spent = slots_of(site), time.perf_counter() - begun
+    held, elapsed = slots_of(site), time.perf_counter() - started
 
-    def settle() -> None:
-        begun = time.perf_counter()
+    def finish() -> None:
+        started = time.perf_counter()
         if site.slots is not None and (site.slots.window is not None or any(run.evicts for run in runs)):
             evict(site, [method for run in runs for method in run.methods if run.drops_at(site)])
         for run in runs:
-            run.stats.note(site, density, held, spent + time.perf_counter() - begun)
+            run.stats.note(site, density, held, elapsed + time.perf_counter() - started)
 
-    outer.passes.at_end(settle)
+    outer.passes.at_end(finish)
     return done
 
 
 @lru_cache(maxsize=256)
 def _foreign(file: str) -> tuple[str, ...]:
-    """Keywords of a model file's attention calls that a method's path cannot handle: its eager form reads them."""
+    """Return the keywords of a model file's eager attention that our own paths cannot handle."""
     eager = getattr(sys.modules[file], "eager_attention_forward", None)
     read = inspect.signature(eager).parameters if eager is not None else {}
     return tuple(sorted(_FOREIGN | (frozenset(read) - _KNOWN)))
 
 
-def _stranger(module: nn.Module) -> str:
-    """The implementation of a module that calls the interface without being known as an attention module."""
+def _implementation_outside(module: nn.Module) -> str:
+    """Return the implementation of a module that calls the interface but that no run covers."""
     for run in {run for runs in OPEN.values() for run in runs}:
         if id(getattr(module, "config", None)) in run.implementations:
             return run.implementations[id(module.config)]

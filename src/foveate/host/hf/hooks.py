@@ -1,4 +1,4 @@
-"""Hooks that a copy of the model does not take along."""
+"""Hooks that do nothing in a copy of the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from foveate.core.errors import OptionError
 
 
 class Hook:
-    """A hook of a run on one model. In a copy of that model it does nothing, so that the copy is a plain model."""
+    """A hook of a run on one model. It does nothing in a copy of that model, so that the copy is a plain model."""
 
     def __init__(self, call: Callable[..., None]) -> None:
         self.call = call

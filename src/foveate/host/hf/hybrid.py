@@ -1,4 +1,4 @@
-"""Slots beside a state: layers that attend and also keep a convolution's or a linear attention's state."""
+"""Cache layers with slots and a state: for layers that combine attention with a convolution or linear attention."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from transformers.cache_utils import (
 from foveate.host.hf.cache import SlotLayer
 from foveate.host.hf.compressed import CompressedLayer
 
-#: transformers' layers of this kind.
+#: The layers of transformers that have both.
 Hybrid: TypeAlias = LinearAttentionAndFullAttentionLayer | LinearAttentionAndSlidingWindowAttentionLayer
 
-#: What such a layer keeps of its state.
+#: Names of the attributes that make up such a layer's state.
 _STATE = (
     "number_of_states", "conv_states", "recurrent_states", "is_conv_states_initialized",
     "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size",
@@ -26,7 +26,7 @@ _STATE = (
 
 
 class HybridSlotLayer(SlotLayer, LinearAttentionLayer):
-    """A layer of slots that also keeps a state, which no method touches."""
+    """A layer of slots that also keeps a state, which no method changes."""
 
     dtype: Any = None
     device: Any = None
@@ -60,7 +60,7 @@ class HybridSlotLayer(SlotLayer, LinearAttentionLayer):
         SlotLayer.activate_past_recording(self)
 
     def released(self) -> CacheLayerMixin:
-        """An ordinary layer where no more is gone than a sliding layer forgets, else this one."""
+        """Return an ordinary layer if no more tokens were dropped than a sliding layer drops, else this one."""
         plain = super().released()
         if isinstance(plain, SlotLayer | CompressedLayer):  # a compressed layer has no place for the state
             return self

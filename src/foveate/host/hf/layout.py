@@ -1,4 +1,4 @@
-"""Layout: which layers of a decoder attend, with how many heads, and what their cache holds; read off a short pass."""
+"""Layout: the attending layers of a decoder, their heads and what their cache holds, read from a short pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foveate.core.errors import FoveateError, UnsupportedModel
-from foveate.host.hf import dispatch  # noqa: F401  it registers the attention function that the pass goes through
+from foveate.host.hf import dispatch  # noqa: F401  the import registers the attention function that the pass uses
 from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.run import Run
@@ -29,7 +29,7 @@ class AttendingLayer:
         layer: its number in the cache.
         heads: query heads.
         kv_heads: heads that the cache stores.
-        expanded: whether the model makes keys and values out of what the cache holds (a latent, for instance), so that
+        expanded: whether the model computes keys and values from what the cache holds (a latent, for instance), so that
             its heads share their tokens.
         window: tokens that it sees; None for all.
     """
@@ -45,13 +45,13 @@ class AttendingLayer:
 class Layout:
     """The layers of a decoder that attend, in order. Tables of heads have one row for each; see `site.order`.
 
-    Layers of a hybrid model that keep a state instead (convolutions, linear attention) are not among them. `aside` are
-    the names of modules that attend causally without the cache: a small model within the model, which methods on caches
-    leave alone.
+    Layers of a hybrid model that keep a state instead (convolutions, linear attention) are not among them. `excluded`
+    has the names of modules that attend causally without the cache, as a small model within the model does. Methods on
+    caches do not act on them.
     """
 
     layers: tuple[AttendingLayer, ...]
-    aside: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -68,13 +68,13 @@ class Layout:
 
     @property
     def table(self) -> Bool[Tensor, "l hkv"]:
-        """Which entries of a table `(layers, kv_heads)` stand for a head; narrower layers leave the last ones out."""
+        """True for the entries of a table `(layers, kv_heads)` that are heads; narrower layers have fewer."""
         counts = torch.tensor([layer.kv_heads for layer in self.layers])
         return torch.arange(self.kv_heads) < counts[:, None]
 
     @property
     def expands(self) -> bool:
-        """Whether some layer's heads share what the cache holds."""
+        """Return whether some layer's heads share what the cache holds."""
         return any(layer.expanded for layer in self.layers)
 
 
@@ -82,19 +82,20 @@ _KNOWN: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
 
 def layout(host: Host) -> Layout:
-    """The layout of a model's decoder: one pass over two tokens, remembered as long as the model lives.
+    """Return the layout of a model's decoder. It takes one pass over two tokens, and is stored while the model lives.
 
     Raises:
-        UnsupportedModel: where the model has no decoder, or its decoder cannot read two tokens with a cache.
+        UnsupportedModel: the model has no decoder, or its decoder cannot read two tokens with a cache.
     """
     if host.model not in _KNOWN:
         _KNOWN[host.model] = _probe(host)
     return _KNOWN[host.model]
 
 
-class _Looks(Method):
-    """Stores tokens slot by slot and notes how each layer is made. Where a bias by position is added, it drops the
-    first token: the bias may fit no longer.
+class _LayoutProbe(Method):
+    """A method that stores tokens in slots and records how each layer is built.
+
+    If a bias by position is added, it drops the first token, to find out whether the bias still fits.
     """
 
     evicts = True
@@ -102,7 +103,7 @@ class _Looks(Method):
 
     def __init__(self) -> None:
         self.found: list[AttendingLayer] = []
-        self.aside: set[nn.Module] = set()
+        self.excluded: set[nn.Module] = set()
         self.is_biased = False
 
     def keep(self, site: Site) -> Tensor | None:
@@ -110,7 +111,7 @@ class _Looks(Method):
 
     def read(self, site: Site, out: Tensor) -> None:
         if site.cache is None and site.is_causal:
-            self.aside.add(site.module)
+            self.excluded.add(site.module)
         self.is_biased = self.is_biased or (site.is_causal and site.position_bias is not None)
         if site.seen > 2 or site.slots is None or site.slots.store is None:
             return
@@ -122,26 +123,26 @@ def _probe(host: Host) -> Layout:
     decoder, name = host.decoder, type(host.model).__name__
     if decoder is None:
         raise UnsupportedModel(f"{name} has no decoder with a cache, which cache policies need")
-    looks = _Looks()
+    probe = _LayoutProbe()
     try:
-        with torch.no_grad(), _quiet(host.model), Run(host.model, (looks,), on="decoder"):
+        with torch.no_grad(), _quiet(host.model), Run(host.model, (probe,), on="decoder"):
             two = torch.ones(1, 2, dtype=torch.long)
             read = decoder(**decoder_inputs(host, two), use_cache=True)
-            if looks.is_biased:
+            if probe.is_biased:
                 decoder(**decoder_inputs(host, two[:, :1]), past_key_values=read.past_key_values, use_cache=True)
     except FoveateError:
         raise
-    except Exception as error:  # noqa: BLE001  whatever the model's own code raises
+    except Exception as error:  # noqa: BLE001  the model's own code may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UnsupportedModel(f"{name} cannot read two tokens with a cache: {reason}") from None
-    if not looks.found:
+    if not probe.found:
         raise UnsupportedModel(f"{name} attends without the cache, so that no policy can act on it")
-    aside = frozenset(name for name, module in host.model.named_modules() if module in looks.aside)
-    return Layout(tuple(looks.found), aside)
+    excluded = frozenset(name for name, module in host.model.named_modules() if module in probe.excluded)
+    return Layout(tuple(probe.found), excluded)
 
 
 def decoder_inputs(host: Host, ids: Tensor) -> dict[str, Any]:
-    """What a model's decoder takes to read these tokens by itself, on its own device."""
+    """Return the arguments with which a model's decoder reads these tokens by itself, on its own device."""
     assert host.decoder is not None
     first = next(host.decoder.parameters())
     inputs: dict[str, Any] = {"input_ids": ids.to(first.device)}
@@ -153,7 +154,7 @@ def decoder_inputs(host: Host, ids: Tensor) -> dict[str, Any]:
 
 @contextmanager
 def _quiet(model: PreTrainedModel) -> Iterator[None]:
-    """In evaluation mode, with the state of the random numbers put back."""
+    """Put a model in evaluation mode for a block, and restore its mode and the random state afterwards."""
     training = [module for module in model.modules() if module.training]
     devices = [model.device.index or 0] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -1,4 +1,4 @@
-"""Marks: go back in a cache to where it was, for the next question on the same text."""
+"""Marks: restore a cache to an earlier length, for the next question on the same text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from foveate.host.hf.compressed import CompressedLayer
 
 
 class Mark:
-    """A place in a cache to go back to, once more has been read.
+    """A length of a cache that it can be restored to.
 
-    Layers that hold all that came later are cropped. The others, which a window or a state makes forget, are copied
-    here as they were.
+    Layers that hold all later tokens are cropped. Layers with a window or a state, which overwrite, are copied here.
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -23,7 +22,7 @@ class Mark:
         self._copies = [None if _crops(layer) else copy.deepcopy(layer) for layer in cache.layers]
 
     def rewind(self) -> None:
-        """Bring the cache back to the mark."""
+        """Restore the cache to the mark."""
         for index, (layer, kept) in enumerate(zip(self.cache.layers, self._copies, strict=True)):
             if kept is not None:
                 self.cache.layers[index] = copy.deepcopy(kept)
@@ -31,7 +30,7 @@ class Mark:
                 layer.crop(self.seen - layer.get_seq_length())
 
     def copied(self, repeats: int = 1) -> Cache:
-        """The cache as it stands at the mark, for several sequences that go on from it."""
+        """Return a copy of the cache at the mark, repeated for several sequences."""
         cache = copy.deepcopy(self.cache)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
@@ -39,7 +38,7 @@ class Mark:
 
 
 def _crops(layer: Any) -> bool:
-    """Whether a layer can forget its last tokens and be as it was before them."""
+    """Return whether removing a layer's last tokens restores it exactly."""
     if type(layer) is SlotLayer:
         return layer.window is None
     return type(layer) in (DynamicLayer, CompressedLayer)

@@ -1,8 +1,8 @@
-"""A mask described, not built: what transformers would mask, asked for at the positions that a layer really holds.
+"""A mask as a description: transformers' own mask, computed at the positions that a layer really holds.
 
-The framework makes one mask for all layers of a kind before any of them runs. Layers that keep different tokens, per
-head, each need their own; so ours hands down the description, and every site reads from it what it needs. To a model's
-own code the description is a tensor.
+transformers makes one mask for all layers of a kind before any of them runs. Layers that keep different tokens per head
+each need a mask of their own. So Foveate's mask function returns a description, and every site computes from it what it
+needs. For a model's own code the description is a tensor.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from foveate.core import masks
 from foveate.host.slots.slots import EMPTY, SUMMARY
 
 _aten = torch.ops.aten
-#: Operations that give back the same mask.
+#: Operations that return the same mask.
 _SAME = (_aten.detach.default, _aten.alias.default, _aten.clone.default)
 
 
 class MaskPlan(Tensor):
-    """The arguments of transformers' mask functions, kept until somebody asks.
+    """The arguments of transformers' mask functions, from which masks are computed on request.
 
-    `native(implementation)` is what that implementation's mask function gives (None where the kernel needs no mask);
-    `dense()` is the bool mask `(B, 1, Nq, kv_length)` over keys `kv_offset ...`, `rows` some rows of it;
-    `at(positions)` is that for any slots; `rule()` and `real_tokens()` say the same in words where that can be done.
+    `native(implementation)` is the result of that implementation's mask function (None if the kernel needs no mask).
+    `dense()` is the bool mask `(B, 1, Nq, kv_length)` over keys `kv_offset ...`, `rows` some rows of it, and
+    `at(positions)` the mask of any slots. `rule()` and `real_tokens()` describe the mask without computing it.
 
-    A model may treat it as the tensor that it would have had: ask for its shape, type and device, index it, add to it.
-    What comes of a computation is an ordinary tensor. Taking the first keys, `mask[..., :n]`, gives a description
-    again, so that a kernel that needs no mask still gets none.
+    A model may use it as the tensor that it replaces: read its shape, type and device, index it, add to it. The result
+    of a computation is an ordinary tensor. The first keys, `mask[..., :n]`, are a description again, so that a kernel
+    that needs no mask still gets none.
     """
 
     arguments: dict[str, Any]
@@ -54,13 +54,13 @@ class MaskPlan(Tensor):
         self.arguments = arguments
         self.first_key = int(arguments.get("kv_offset", 0))
         self.n_keys = int(arguments["kv_length"])
-        #: The description that this one holds the first keys of: itself, if nothing was cut.
+        #: The description whose first keys this one has: itself, if it was not cut.
         self.whole = self
         self._native: dict[str, Any] = {}
         self._dense: Tensor | None = None
         self._begins: Tensor | None = None
         self._real: Tensor | None = None
-        self._asked = False
+        self._knows_real = False
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -81,13 +81,13 @@ class MaskPlan(Tensor):
         return f"MaskPlan({self.rule() or 'other'}, queries={self.arguments['q_length']}, keys={self.n_keys})"
 
     def built(self) -> Tensor:
-        """The tensor that the model's own mask function would have given, had it not been allowed to leave it out."""
+        """Return the tensor of the model's own mask function, also if that function may return None."""
         implementation = _implementation(self.arguments)
         native = self.native(implementation) if implementation in ALL_MASK_ATTENTION_FUNCTIONS else None
         return native if isinstance(native, Tensor) else self.dense()
 
     def first(self, keys: int) -> MaskPlan:
-        """The description of the first keys alone."""
+        """Return the description of the first keys."""
         cut = MaskPlan(**{**self.arguments, "kv_length": keys})
         cut.whole = self.whole
         if keys == self.n_keys:
@@ -95,7 +95,7 @@ class MaskPlan(Tensor):
         return cut
 
     def native(self, implementation: str) -> Any:
-        """Build the mask of this implementation; None where its kernel needs none, or it has no mask function."""
+        """Build the mask of this implementation; None if its kernel needs none, or it has no mask function."""
         if implementation not in self._native:
             known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
             made = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments) if known else None
@@ -103,35 +103,37 @@ class MaskPlan(Tensor):
         return self._native[implementation]
 
     def keys(self) -> Bool[Tensor, "b 1 1 k"] | None:
-        """The padding alone; None where there is none."""
-        real = self.arguments.get("attention_mask")
-        if real is None:
-            return None
-        real = real[:, self.first_key : self.first_key + self.n_keys].bool()
-        return None if bool(real.all()) else real[:, None, None]
+        """Return a mask of the keys that are no padding; None if none is padding."""
+        real = self.real_tokens()
+        return None if real is None else real[:, None, None, self.first_key :]
 
     def is_plain_causal(self) -> bool:
-        """Whether what is masked is the future and the padding, and nothing else."""
+        """Return whether the mask hides the future and the padding, and nothing else."""
         if self.arguments.get("mask_function") is not causal_mask_function:
             return False
         return self.first_key == 0
 
     def sees_all(self) -> bool:
-        """Whether a single query sees every key there is."""
+        """Return whether there is a single query and it sees every key."""
         return self.arguments["q_length"] == 1 and self.native("sdpa") is None
 
     def real_tokens(self) -> Bool[Tensor, "b n"] | None:
-        """Mark the tokens that are no padding, from the start of the sequence to the last key; None where all are."""
+        """Return a mask of the tokens that are no padding, from the start to the last key; None if none is padding."""
         real = self.arguments.get("attention_mask")
-        if not self._asked and real is not None:
+        if not self._knows_real and real is not None and not self._has_no_padding(real):
             end = self.first_key + self.n_keys
             real = F.pad(real.bool(), (0, max(0, end - real.shape[1])))[:, :end]
             self._real = None if bool(real.all()) else real
-        self._asked = True
+        self._knows_real = True
         return self._real
 
+    def _has_no_padding(self, real: Tensor) -> bool:
+        """Return whether `native("sdpa")` has shown that no token is padding, so that the device is not asked again."""
+        is_last = int(self.arguments.get("q_offset", 0)) + 1 == self.n_keys <= real.shape[1]
+        return self.first_key == 0 and is_last and self.sees_all()
+
     def begins(self, batch: int, device: torch.device) -> Int[Tensor, " b"]:
-        """The start of each sequence: the position of its first token that is not padding."""
+        """Return the start of each sequence: the position of its first token that is not padding."""
         if self._begins is None:
             real = self.arguments.get("attention_mask")
             if real is None:
@@ -141,11 +143,11 @@ class MaskPlan(Tensor):
         return self._begins.to(device)
 
     def rule(self) -> Literal["causal", "full"] | None:
-        """Name what is masked beside the padding: the future, nothing, or (None) something else, such as a window."""
+        """Return the name of the mask without the padding: "causal", "full", or None for another, such as a window."""
         function, end = self.arguments.get("mask_function"), self.first_key + self.n_keys
         if function is bidirectional_mask_function:
             return "full"
-        window = self.arguments.get("local_size")  # one that is not reached yet masks nothing
+        window = self.arguments.get("local_size")  # a window that is not full yet hides nothing
         roomy = window is not None and end < window and bool(self.arguments.get("allow_is_causal_skip"))
         aligned = int(self.arguments.get("q_offset", 0)) + self.arguments["q_length"] == end
         return "causal" if aligned and (roomy or function is causal_mask_function) else None
@@ -156,7 +158,7 @@ class MaskPlan(Tensor):
         return self._dense
 
     def rows(self, rows: slice) -> Bool[Tensor, "b 1 r k"]:
-        """`dense()` of some queries, without making the others."""
+        """Compute `dense()` for some queries only."""
         start, stop, _ = rows.indices(self.arguments["q_length"])
         some = {"q_length": stop - start, "q_offset": self.arguments.get("q_offset", 0) + start}
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -165,19 +167,19 @@ class MaskPlan(Tensor):
         return mask
 
     def at(self, positions: Int[Tensor, "b h s"]) -> Bool[Tensor, "b h q s"]:
-        """Mark the slots that each query may see. No query sees an empty slot, every query sees a summary."""
+        """Return a mask of the slots that each query sees. No query sees an empty slot, every query sees a summary."""
         if self.sees_all():
             return (positions != EMPTY)[:, :, None]
         return at_positions(self.whole.dense(), positions, self.first_key)
 
 
 def is_given(mask: object) -> bool:
-    """Whether a mask is a tensor of the caller's (or made by the model), not a description."""
+    """Return whether a mask is a tensor of the caller or the model, and not a description."""
     return isinstance(mask, Tensor) and not isinstance(mask, MaskPlan)
 
 
 def _implementation(arguments: dict[str, Any]) -> str:
-    """The attention implementation that the model's configuration stands for."""
+    """Return the attention implementation that the model's configuration names."""
     name = getattr(arguments.get("config"), "_attn_implementation", None)
     return getattr(name, "native", None) or "sdpa"
 
@@ -189,7 +191,7 @@ def _built(thing: Any) -> Any:
 def _first_keys(
     plan: MaskPlan, dim: int, start: int | None = None, stop: int | None = None, step: int = 1
 ) -> int | None:
-    """Count the keys of a slice of a mask; None where it does more than to take the first ones."""
+    """Count the keys of a slice of a mask; None if the slice is not the first keys of all queries."""
     size, by_key = plan.shape[dim], dim % 4 == 3
     first, last, step = slice(start, stop, step).indices(size)
     if first != 0 or step != 1 or last <= 0 or (last < size and not by_key):
@@ -198,7 +200,7 @@ def _first_keys(
 
 
 def at_positions(mask: Tensor, positions: Int[Tensor, "b h s"], first: int) -> Tensor:
-    """A mask `(B or 1, H or 1, Nq, n)` over keys `first ...`, read at slots: `(B, H, Nq, S)`."""
+    """Read a mask `(B or 1, H or 1, Nq, n)` over keys `first ...` at the positions of slots: `(B, H, Nq, S)`."""
     index = positions - first
     real = (index >= 0) & (index < mask.shape[3])
     shape = (*index.shape[:2], mask.shape[2], index.shape[2])
@@ -219,7 +221,7 @@ def masked_part(mask: Any, start: int, stop: int, later: int) -> Any:
 
 
 def describe(**arguments: Any) -> MaskPlan:
-    """The mask function that Foveate registers with transformers."""
-    # a static cache counts in a tensor that its update moves on, before anybody asks
+    """Describe a mask. This is the mask function that Foveate registers with transformers."""
+    # a static cache counts in a tensor that its update changes before the mask is computed
     counted = {name: int(x) for name, x in arguments.items() if isinstance(x, Tensor) and x.dim() == 0}
     return MaskPlan(**{**arguments, **counted})

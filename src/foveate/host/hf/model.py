@@ -1,4 +1,4 @@
-"""A pretrained model as a host: which of its modules attend, and what its configuration says of them."""
+"""A pretrained model as a host: its attention modules, and what its configuration says about them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from foveate.core.errors import UnsupportedModel
 
 @dataclass(frozen=True)
 class Host:
-    """A model that goes through transformers' attention interface."""
+    """A model that uses transformers' attention interface."""
 
     model: PreTrainedModel
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The configuration of the language part, where there are several."""
+        """The configuration of the language part."""
         return self.model.config.get_text_config()
 
     @property
@@ -44,8 +44,9 @@ class Host:
 
     @property
     def decoder(self) -> nn.Module | None:
-        """The part that writes text: the model itself, or what stands behind an encoder or a vision tower; None where
-        nothing attends causally.
+        """The part that generates text: the model itself, or its decoder behind an encoder or a vision tower.
+
+        None if no module attends causally.
         """
         if not any(_writes(module) for module in self.attention_modules()):
             return None
@@ -55,7 +56,7 @@ class Host:
         return self.model
 
     def scope(self, on: str = "auto") -> list[nn.Module]:
-        """The attention modules of a part of the model: "decoder", "all", or "auto", the decoder where there is one."""
+        """Return the attention modules of a part of the model: "decoder", "all", or "auto" (the decoder, else all)."""
         modules, decoder = self.attention_modules(), self.decoder if on != "all" else None
         if on == "decoder" and decoder is None:
             raise UnsupportedModel(f'on="decoder": {type(self.model).__name__} has no decoder')
@@ -65,7 +66,7 @@ class Host:
         return [module for module in modules if module in inside]
 
     def attention_modules(self) -> list[nn.Module]:
-        """The modules that call the interface: each carries its configuration and says whether it is causal."""
+        """Return the modules that call the interface: those with a configuration and an `is_causal` flag."""
         return [
             module
             for module in self.model.modules()
@@ -75,7 +76,7 @@ class Host:
         ]
 
     def configs(self) -> Iterator[PreTrainedConfig]:
-        """Every configuration object that some part of the model reads its attention implementation from."""
+        """Yield every configuration object from which a part of the model reads its attention implementation."""
         seen = set()
         for module in self.model.modules():
             config = getattr(module, "config", None)
@@ -85,12 +86,16 @@ class Host:
 
 
 def _writes(module: nn.Module) -> bool:
-    """Whether a module attends as a decoder does: to what came before."""
+    """Return whether a module attends causally, as a decoder does."""
     return getattr(module, "is_causal", None) is True or getattr(module, "is_decoder", None) is True
 
 
 def host(model: object) -> Host:
-    """The model as a host, or `UnsupportedModel` with the reason."""
+    """Return the model as a host.
+
+    Raises:
+        UnsupportedModel: the model does not use the attention interface.
+    """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
     found = Host(model)
@@ -103,7 +108,7 @@ def host(model: object) -> Host:
 
 
 def native_attention(module: nn.Module, implementation: str) -> Callable[..., Any]:
-    """The function that this module would have called by itself."""
+    """Return the attention function that this module calls without Foveate."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     if function is None:

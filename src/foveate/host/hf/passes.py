@@ -1,4 +1,4 @@
-"""The forward passes of a run: what the model's own calls tell, and the attention function is not told."""
+"""The forward passes of a run: what hooks record because the attention function does not receive it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class _Call:
         cache: the cache among its arguments.
         hidden: its hidden states.
         layer: its number in the cache.
-        settle: what is done when it is over.
+        finish: called when it ends.
     """
 
     cache: Cache | None
     hidden: Tensor | None
     layer: int
-    settle: Callable[[], None] | None = None
+    finish: Callable[[], None] | None = None
 
 
 @dataclass(slots=True)
@@ -39,11 +39,11 @@ class _Pass:
     """The forward pass of one thread.
 
     Args:
-        step: what methods note of it.
+        step: the methods' notes on this pass.
         cache: the cache among the model's arguments.
-        logits_to_keep: as the caller gave it.
+        logits_to_keep: the caller's value.
         wants_weights: whether the caller asked for attention weights.
-        call: the attention call at hand.
+        call: the current attention call.
     """
 
     step: dict[Any, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class _Pass:
 
 
 class Passes:
-    """The forward passes that are under way on a run's model, one in each thread.
+    """The forward passes in progress on a run's model, one in each thread.
 
     Attributes:
         layers: each attention module that the run covers, with its number in the cache and its order.
@@ -80,7 +80,7 @@ class Passes:
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_whole: bool) -> None:
-        """A pass begins: what methods note of it is new, and its cache is met before masks are asked for.
+        """Begin a pass: clear the methods' notes on it, and track its cache before masks are made.
 
         Args:
             module: the model, or its base.
@@ -91,15 +91,15 @@ class Passes:
         here.step = {}
         if is_whole:
             here.logits_to_keep = kwargs.get("logits_to_keep")
-            told = kwargs.get("output_attentions")
+            requested = kwargs.get("output_attentions")
             config: Any = module.config
-            here.wants_weights = bool(config.output_attentions if told is None else told)
+            here.wants_weights = bool(config.output_attentions if requested is None else requested)
         cache = here.cache = cache_among((*args, *kwargs.values()))
         if cache is not None:
-            self.caches.meet(cache)
+            self.caches.track(cache)
 
     def end(self, module: nn.Module, args: object, output: object, has_methods: bool) -> None:
-        """A pass is over. Where it is to be run again in the backward pass, check there that the run is still open."""
+        """End a pass. If the backward pass will repeat it, check there that the run is still open."""
         here = self.here
         here.step, here.cache, LATEST.layer = {}, None, None
         if (
@@ -112,7 +112,7 @@ class Passes:
                     value.register_hook(self._check_open)
 
     def _check_open(self, gradient: Tensor) -> None:
-        """Checkpoints call the model again in the backward pass, with the methods or, after the block, without."""
+        """Refuse a backward pass with checkpoints after the block: it would run the model again without the methods."""
         if not self.caches.is_open:
             raise UnsupportedModel(
                 "gradient checkpointing runs the model again in the backward pass: run that pass inside the block of "
@@ -120,48 +120,49 @@ class Passes:
             )
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember what the attention function will not be told: the cache and the hidden states."""
+        """Record what the attention function does not receive: the cache and the hidden states."""
         given = {**dict(zip(parameters(type(module).forward), args, strict=False)), **kwargs} if args else kwargs
-        cache, layer, told = cache_among(given.values()), self.layers[module][0], given.get("layer_idx")
-        if isinstance(told, int):
-            layer = told
-        for name in CROSS:  # such keys have a cache that nothing is added to
+        cache, layer, index = cache_among(given.values()), self.layers[module][0], given.get("layer_idx")
+        if isinstance(index, int):
+            layer = index
+        for name in CROSS:  # the cache of another sequence's keys does not grow
             if given.get(name) is not None:
                 cache = None
         self.here.call = _Call(cache, given.get("hidden_states", args[0] if args else None), layer)
         LATEST.layer = None
         if cache is not None:
-            self.caches.adopt(cache, layer)
+            self.caches.prepare(cache, layer)
 
     def after(self, module: nn.Module, args: object, output: object) -> None:
-        """The call is over: drop what is to be dropped, and hold on to nothing of it."""
+        """End a call: drop the tokens that have to be dropped, and release everything recorded about it."""
         here = self.here
         call, here.call = here.call, None
         LATEST.layer = None
-        if call is not None and call.settle is not None and output is not None:  # None after an exception
-            call.settle()
+        if call is not None and call.finish is not None and output is not None:  # None after an exception
+            call.finish()
 
-    # -- what dispatch asks ------------------------------------------------------------------------------------------
+    # -- questions of dispatch ---------------------------------------------------------------------------------------
 
-    def at_end(self, settle: Callable[[], None]) -> None:
-        """Do something when the call is over. Where a module attends several times to what it stored once, only the
-        last time counts.
+    def at_end(self, finish: Callable[[], None]) -> None:
+        """Call a function when the call ends.
+
+        If a module attends several times to what it stored once, only the last function is called.
         """
         call = self.here.call
         if call is None:
-            settle()
+            finish()
         else:
-            call.settle = settle
+            call.finish = finish
 
     def called(self, module: nn.Module) -> tuple[Cache | None, int]:
-        """The cache and the layer number of the call at hand."""
+        """Return the cache and the layer number of the current call."""
         here = self.here
         if here.call is not None:
             return here.call.cache, here.call.layer
-        return here.cache, self.layers[module][0]  # it has no hooks: see `foveate.host.hf.calls.takes_more`
+        return here.cache, self.layers[module][0]  # the module has no hooks: see `foveate.host.hf.calls.takes_more`
 
     def slots(self, module: nn.Module) -> SlotLayer | None:
-        """The call's layer, where it stores its tokens slot by slot, from this run or an earlier one."""
+        """Return the call's layer if it stores its tokens in slots, for this run or an earlier one; else None."""
         if self.here.call is not None and getattr(LATEST, "layer", None) is not None:
             return LATEST.layer
         cache, number = self.called(module)

@@ -1,4 +1,4 @@
-"""Sites: an attention call of a transformers model, as methods see it."""
+"""Make a site from an attention call of a transformers model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def site_of(
     run: Run, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any],
     slots: SlotLayer | None,
 ) -> Site:  # fmt: skip
-    """The site of a call of the attention interface.
+    """Return the site of a call of the attention interface.
 
     Args:
-        run: the run whose hooks saw the module's call.
-        module, q, k, v, mask, options: what the interface was called with.
-        slots: the layer that stores the call's tokens, where it does so slot by slot.
+        run: the run whose hooks recorded the module's call.
+        module, q, k, v, mask, options: the arguments of the attention function.
+        slots: the layer that stores the call's tokens, if it does so in slots.
     """
     here, (cache, layer) = run.passes.here, run.passes.called(module)
     if slots is None and cache is not None and len(cache.layers) > layer:
@@ -48,11 +48,11 @@ def site_of(
         slots=slots if cache is not None else None,
         cache=cache, hidden=None if here.call is None else here.call.hidden, step=here.step,
         wants_weights=here.wants_weights,
-        memories={} if cache is None else run.caches.memories.get(cache, {}),
+        all_notes={} if cache is None else run.caches.notes.get(cache, {}),
     )  # fmt: skip
     if site.slots is not None and not site.slots.handed_over(k, v):
         if site.slots.is_whole and not any(other.evicts and other.covers(module) for other in runs_open_on(module)):
-            site.slots = None  # the model made something of all that is there: as with an ordinary layer
+            site.slots = None  # the model changed all stored keys, as it does with an ordinary layer
         else:
             check_expanded(site)
             site.expanded = True
@@ -62,24 +62,24 @@ def site_of(
         first = mask.first_key if isinstance(mask, MaskPlan) else 0
         if site.slots is None and (surplus := first + k.shape[2] - site.seen) > 0:
             site.cut(surplus)
-        _place(run, site, cache)
+        _locate(run, site, cache)
     return site
 
 
-def _place(run: Run, site: Site, cache: Cache) -> None:
-    """Note where in its sequence a call stands: within its prompt or later, and how many tokens will be taken back.
+def _locate(run: Run, site: Site, cache: Cache) -> None:
+    """Record whether a call belongs to the prompt, and how many of its tokens will be removed again.
 
     Assisted decoding asks for the logits of the token before its drafts and of each of them.
     """
     n, past = site.q.shape[2], site.seen - site.q.shape[2]
     site.prompt, site.drafts = prompt_of(cache, site.layer, past), is_recording(cache)
-    told = run.passes.here.logits_to_keep
-    asked = told if isinstance(told, int) and told > 0 else None
+    given = run.passes.here.logits_to_keep
+    logits = given if isinstance(given, int) and given > 0 else None
     if site.drafts:
-        site.tentative = min(n, asked or n) - 1
+        site.tentative = min(n, logits or n) - 1
     elif site.prompt is None:
         site.tentative = min(n, run.tentative)
-    # a model that cannot be told has read its prompt as nothing but drafts: it is dropped from one call later
-    site.reads_prompt = site.prompt is None and (site.phase == "prefill" or (site.drafts and asked is None))
+    # without `logits_to_keep` the whole prompt counts as drafts: tokens are then dropped one call later
+    site.reads_prompt = site.prompt is None and (site.phase == "prefill" or (site.drafts and logits is None))
     if site.phase == "decode" and site.prompt is None:
         end_prompt(cache, site.layer, past)

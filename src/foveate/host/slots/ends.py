@@ -1,8 +1,8 @@
-"""Ends: the first and the last tokens of a sequence, kept by number, so that nothing has to be asked of the device.
+"""Ends: the first and the last tokens of a sequence, given as numbers, so that the host never waits for the device.
 
-Most policies that evict keep some heads whole and, of the others, sinks and a recent window. Said as a mask, this costs
-some twenty small operations for each layer and token, and a wait for the device. Said in numbers, the host knows by
-itself which slot the next token may take.
+Most evicting policies keep some heads whole and, of the others, sinks and a recent window. As a mask, this costs about
+twenty small operations for each layer and token, and a wait for the device. As numbers, the host can compute which slot
+the next token takes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Ends:
     full: frozenset[int] = frozenset()
 
     def mask(self, positions: Int[Tensor, "b hkv s"], seen: int) -> Bool[Tensor, "b hkv s"]:
-        """The same, said of each slot after `seen` tokens."""
+        """Return the mask of the slots that stay after `seen` tokens."""
         kept = (positions >= 0) & ((positions < self.sink) | (positions >= seen - self.recent))
         if self.full:
             kept[:, list(self.full)] = True
@@ -38,10 +38,9 @@ class Ends:
 
 
 class Ledger:
-    """The host's own record of which slot holds which token in a group of heads, so that it need not ask the device.
+    """The host's own record of the slot of each token in a group of heads, so that the device need not be asked.
 
-    It can be kept where all rows hold the same tokens in the same slots: any of the first `sink`, and after them one
-    unbroken run.
+    It requires that all rows hold the same tokens in the same slots: any of the first `sink`, then a run without gaps.
 
     Attributes:
         sink: tokens before the run.
@@ -55,7 +54,7 @@ class Ledger:
 
     @classmethod
     def read(cls, positions: Int[Tensor, "b h s"], sink: int) -> Self | None:
-        """The ledger of some slots; None where none can be kept. The one time that the device is asked."""
+        """Read the ledger of some slots; None if they do not fit one. This waits for the device, once."""
         row = positions[:1, :1]
         if not positions.numel() or not bool((positions == row).all()):
             return None
@@ -67,14 +66,14 @@ class Ledger:
         return cls(sink, min(slot), run, [index for index, position in enumerate(numbers) if position < 0])
 
     def drop(self, count: int) -> list[int]:
-        """Take out the oldest tokens of the run, and return the slots that they leave."""
-        gone = [self.slots.popleft() for _ in range(count)]
+        """Remove the oldest tokens of the run, and return the slots that become empty."""
+        emptied = [self.slots.popleft() for _ in range(count)]
         self.oldest += count
-        self.free += gone
-        return gone
+        self.free += emptied
+        return emptied
 
     def fill(self, count: int) -> list[int]:
-        """Put tokens into empty slots, and return those."""
+        """Put tokens into empty slots, and return these slots."""
         taken, self.free = self.free[:count], self.free[count:]
         self.slots += taken
         return taken

@@ -13,14 +13,14 @@ from foveate.host.slots.slots import EMPTY, SUMMARY, Fold, Slots, grown, narrow,
 
 
 class Group:
-    """Key/value heads that hold equally many slots, in one buffer with a little room at its end.
+    """Key/value heads that hold equally many slots, in one buffer with some room at its end.
 
     Attributes:
-        numbers: which heads of the layer.
-        heads: the same as a tensor, `(h,)`.
-        index: the same as a slice where they lie side by side.
-        length: slots in use, empty ones between them included; the buffer's rest is room.
-        holes: least and largest number of empty slots in a row of a sequence and a head.
+        numbers: numbers of the heads in the layer.
+        heads: the numbers as a tensor, `(h,)`.
+        index: the numbers as a slice if they are consecutive, else as a tensor.
+        length: slots in use, including empty ones between them; the rest of the buffer is room.
+        holes: least and largest number of empty slots in a row, that is, in one head of one sequence.
         summary: slots that stand for dropped ones, in full precision; the buffer begins with a copy of them.
         slots: the slots in use, without the summary: views of the buffer.
     """
@@ -29,8 +29,8 @@ class Group:
         self.numbers, self.holes = numbers, holes
         self.heads = torch.tensor(numbers, dtype=torch.long, device=slots.k.device)
         self.summary: Slots | None = None
-        side = numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else False
-        self.index: slice | Tensor = slice(numbers[0], numbers[-1] + 1) if side else self.heads
+        is_range = numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else False
+        self.index: slice | Tensor = slice(numbers[0], numbers[-1] + 1) if is_range else self.heads
         self._ledger: Ledger | None = None
         self._front, self._bias = 0, None  # type: int, Tensor | None
         self._use(slots, slots.positions.shape[2])
@@ -46,7 +46,7 @@ class Group:
         return {name: value for name, value in vars(self).items() if name != "slots"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """`pickle` stores views apart from what they are views of."""
+        """Make `slots` anew: `pickle` would store the views and their buffer separately."""
         self.__dict__.update(state)
         self._use(self._buffer, self.length)
 
@@ -56,12 +56,12 @@ class Group:
 
     @property
     def rows(self) -> int:
-        """Sequences times heads."""
+        """Number of sequences times number of heads."""
         return self._buffer.positions.shape[0] * self._buffer.positions.shape[1]
 
     @property
     def stored(self) -> int:
-        """Slots that are needed, over batch and heads: those of the longest row, and of the summary."""
+        """Number of slots that are needed, over batch and heads: those of the longest row, and of the summary."""
         return self.rows * (self.length - self.holes[0] + self._front)
 
     @property
@@ -71,16 +71,16 @@ class Group:
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def all(self) -> Slots:
-        """The summary and then the slots, as attention sees them; see `bias`."""
+        """Return the summary and then the slots, as attention reads them; see `bias`."""
         return narrow(self._buffer, 0, self._front + self.length) if self._front else self.slots
 
     @property
     def bias(self) -> Float[Tensor, "b h s"] | None:
-        """The addend to the logits of `all()`: the log of how many tokens a slot stands for; None for nothing."""
+        """The term added to the logits of `all()`: the log of the number of tokens of each slot; None for no term."""
         return None if self._bias is None else self._bias[:, :, : self._front + self.length]
 
     def _summarise(self, summary: Slots | None) -> None:
-        """Put what stands for dropped slots at the front of the buffer."""
+        """Write the summary of dropped slots to the front of the buffer."""
         size = 0 if summary is None else summary.positions.shape[2]
         if size != self._front or (size and not self._may_write(summary)):  # type: ignore[arg-type]
             buffer, n = narrow(self._buffer, self._front, self._buffer.positions.shape[2]), self.length
@@ -101,7 +101,7 @@ class Group:
         self._bias[:, :, :size] = 0.0 if summary.count is None else summary.count.log()
 
     def append(self, k: Tensor, v: Tensor, first: int) -> None:
-        """Tokens at `first`, `first + 1` …: into empty slots as far as every row has some, the others at the end."""
+        """Store tokens at positions `first`, `first + 1` …: in empty slots that every row has, then at the end."""
         n = k.shape[2]
         fill = min(n, self.holes[0])
         self._make_room(n - fill, k)
@@ -115,7 +115,7 @@ class Group:
             self._use(self._buffer, self.length + n - fill)
 
     def _write(self, slot: int, k: Tensor, v: Tensor, first: int) -> None:
-        """Tokens at `first`, `first + 1` … into the buffer's slots from `slot` on."""
+        """Write tokens at positions `first`, `first + 1` … to the buffer's slots from `slot` on."""
         buffer, n = self._buffer, k.shape[2]
         buffer.k[:, :, slot : slot + n] = k
         buffer.v[:, :, slot : slot + n] = v
@@ -126,7 +126,7 @@ class Group:
             buffer.positions[:, :, slot : slot + n] = new
 
     def _fill(self, k: Tensor, v: Tensor, first: int) -> None:
-        """Write over each row's first empty slots."""
+        """Write tokens to each row's first empty slots."""
         if self._ledger is not None:
             for place, slot in enumerate(self._ledger.fill(k.shape[2])):
                 one = slice(place, place + 1)
@@ -144,31 +144,31 @@ class Group:
         slots.positions.scatter_(2, index, positions)
 
     def _make_room(self, n: int, like: Tensor) -> None:
-        """A buffer that takes `n` more slots and may be written to."""
+        """Make sure that the buffer has room for `n` more slots and may be written to."""
         buffer, end = self._buffer, self._front + self.length
         if n > buffer.positions.shape[2] - end:
-            room = n if end == 0 else n + end // 32  # a prompt fits exactly; a growing cache is copied now and then
+            room = n if end == 0 else n + end // 32  # no room after a prompt; later, a copy every 32nd part
             self._use(Slots(*(grown(x[:, :, :end], room) for x in tensors(buffer))), self.length)
             if self._bias is not None:
                 self._bias = torch.nn.functional.pad(self._bias[:, :, :end], (0, room))
         elif buffer.k.is_inference() and not torch.is_inference_mode_enabled():
             self._use(Slots(*(x.clone() for x in tensors(buffer))), self.length)
             self._bias = None if self._bias is None else self._bias.clone()
-        elif torch.is_grad_enabled():  # also where queries alone have a gradient
-            # what was computed from these tensors needs them as they are for its gradient
+        elif torch.is_grad_enabled():  # also if only queries have a gradient
+            # earlier results need these tensors unchanged for their gradients
             self._use(Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions), self.length)
 
     def _may_write(self, summary: Slots) -> bool:
-        """Whether the summary at the buffer's front may be written over."""
+        """Return whether the summary at the buffer's front may be overwritten."""
         buffer = self._buffer
         if buffer.k.is_inference() and not torch.is_inference_mode_enabled():
             return False
         return not (torch.is_grad_enabled() and (summary.k.requires_grad or buffer.k.requires_grad))
 
     def slide(self, ends: Ends, seen: int, fold: Fold | None) -> bool | None:
-        """Drop what `ends` drops once `seen` tokens were seen, and say whether that was any.
+        """Drop the tokens that `ends` drops after `seen` tokens, and return whether any were dropped.
 
-        None where it takes a mask: many are to be dropped, or rows hold different tokens.
+        None if this needs a mask: many tokens have to be dropped, or rows hold different tokens.
         """
         held = self.length - self.holes[0]
         if self.holes[0] != self.holes[1] or seen - ends.recent < ends.sink:
@@ -180,41 +180,48 @@ class Group:
         ledger = self._ledger
         if ledger is None:
             return None
-        gone = min(len(ledger.slots), seen - ends.recent - ledger.oldest)
-        if gone <= 0:
+        count = min(len(ledger.slots), seen - ends.recent - ledger.oldest)
+        if count <= 0:
             return False
-        if self.holes[0] + gone > max(1, (held - gone) // 32):
+        if self.holes[0] + count > max(1, (held - count) // 32):
             return None
-        places = ledger.drop(gone)
+        places = ledger.drop(count)
         if fold is not None:
             dropped = [tensors(narrow(self.slots, place, place + 1)) for place in places]
-            joined = dropped[0] if gone == 1 else [torch.cat(x, 2) for x in zip(*dropped, strict=True)]
+            joined = dropped[0] if count == 1 else [torch.cat(x, 2) for x in zip(*dropped, strict=True)]
             self._summarise(fold(Slots(*joined), self.summary))
         self._own_positions()
         for place in places:
             self.slots.positions[:, :, place] = EMPTY
-        self.holes = (self.holes[0] + gone, self.holes[1] + gone)
+        self.holes = (self.holes[0] + count, self.holes[1] + count)
         return True
 
     def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None) -> tuple[list[Group], bool]:
-        """Drop slots; the groups that are left, by how many slots their heads still hold, and whether any were dropped.
+        """Drop slots. Return the groups that result, one for each number of slots, and whether any were dropped.
 
-        A few dropped slots become empty in place. Many are taken out of the buffer, so that memory falls.
+        A few dropped slots become empty in place. Many are removed from the buffer, so that memory falls.
         """
         full = not self.has_empty
         filled = None if full else self.slots.positions >= 0
         keep = keep if filled is None else keep & filled
-        counts = keep.sum(-1, dtype=torch.int32).tolist()  # the one time that the host waits for the device
-        before = [[self.length] * len(row) for row in counts] if filled is None else filled.sum(-1).tolist()
+        kept = keep.sum(-1, dtype=torch.int32)
+        # the host waits for the device here, once
+        if filled is None:
+            counts = kept.tolist()
+            before = [[self.length] * len(row) for row in counts]
+        else:
+            counts, before = torch.stack([kept, filled.sum(-1, dtype=torch.int32)]).tolist()
         if counts == before:
             return [self], False
         most = [max(column) for column in zip(*counts, strict=True)]
         least = [min(column) for column in zip(*counts, strict=True)]
-        drops = [a != b for a, b in zip(zip(*counts, strict=True), zip(*before, strict=True), strict=True)]
+        rows = [[b - a for a, b in zip(*row, strict=True)] for row in zip(counts, before, strict=True)]
+        drops = [max(column) for column in zip(*rows, strict=True)]  # in each head, in the sequence that drops most
         if min(most) == max(most) and self.length - most[0] <= max(1, most[0] // 32):
             self._ledger = None
             if fold is not None:
-                self._summarise(fold(packed(self.slots, ~keep if filled is None else filled & ~keep), self.summary))
+                mask = ~keep if filled is None else filled & ~keep
+                self._summarise(fold(packed(self.slots, mask, max(drops)), self.summary))
             self._own_positions()
             self.slots.positions.masked_fill_(~keep, EMPTY)
             self.holes = (self.length - most[0], self.length - min(least))
@@ -223,35 +230,36 @@ class Group:
         return [self._part(size, least, most, drops, keep, filled, fold) for size in sorted(set(most))], True
 
     def _own_positions(self) -> None:
-        """Positions that may be written to."""
+        """Make sure that positions may be written to."""
         buffer = self._buffer
         if buffer.positions.is_inference() and not torch.is_inference_mode_enabled():
             self._use(Slots(buffer.k, buffer.v, buffer.positions.clone()), self.length)
 
     def _part(
-        self, size: int, least: list[int], most: list[int], drops: list[bool], keep: Tensor, filled: Tensor,
+        self, size: int, least: list[int], most: list[int], drops: list[int], keep: Tensor, filled: Tensor,
         fold: Fold | None,
     ) -> Group:  # fmt: skip
-        """The heads that hold `size` slots from now on, as a group of its own."""
+        """Return the heads that now hold `size` slots, as a group of their own."""
         which = [head for head, count in enumerate(most) if count == size]
         mine = torch.tensor(which, device=self.heads.device)
         slots, keep, filled = self.slots.heads(mine), keep[:, mine], filled[:, mine]
         summary = None if self.summary is None else self.summary.heads(mine)
-        if fold is not None and any(drops[head] for head in which):
-            summary = fold(packed(slots, filled & ~keep), summary)
+        dropped = max(drops[head] for head in which)
+        if fold is not None and dropped:
+            summary = fold(packed(slots, filled & ~keep, dropped), summary)
         numbers, holes = [self.numbers[head] for head in which], (0, size - min(least[head] for head in which))
-        return Group(numbers, packed(slots, keep), holes, summary)
+        return Group(numbers, packed(slots, keep, size), holes, summary)
 
     def ordered(self) -> Slots:
-        """The slots in the order of their positions, without those that are empty in every row."""
+        """Return the slots in the order of their positions, without slots that are empty in every row."""
         slots, empty = self.slots, self.holes[0]
         if not empty and not bool((slots.positions[..., 1:] < slots.positions[..., :-1]).any()):
             return Slots(slots.k.contiguous(), slots.v.contiguous(), slots.positions.contiguous())
-        index = slots.positions.argsort(dim=-1)[..., empty:]  # empty ones come first
+        index = slots.positions.argsort(dim=-1)[..., empty:]  # empty slots come first
         return slots.take(index, torch.ones_like(index, dtype=torch.bool))
 
     def drop_after(self, end: int) -> None:
-        """Forget the tokens at positions from `end` on."""
+        """Remove the tokens at positions from `end` on."""
         slots = self.slots
         keep = (slots.positions >= 0) & (slots.positions < end)
         counts = keep.sum(-1)

@@ -1,4 +1,4 @@
-"""Stores: all the slots of a layer, as groups of heads that hold equally many."""
+"""Stores: all slots of a layer, in groups of heads that hold equally many."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from foveate.host.slots.slots import EMPTY, Fold, Slots
 
 
 class Store:
-    """All the slots of a layer, as groups of heads.
+    """All slots of a layer, in groups of heads.
 
-    `padded` gives one tensor of all heads in order, padded to the longest; where heads hold equally many it is a view.
+    `padded` returns one tensor of all heads in order, padded to the longest; it is a view if heads hold equally many.
     """
 
     def __init__(self, groups: list[Group], n_heads: int) -> None:
@@ -22,7 +22,7 @@ class Store:
 
     @classmethod
     def empty(cls, k: Tensor, v: Tensor) -> Store:
-        """An empty store for tensors like these."""
+        """Return an empty store for tensors like these."""
         none = torch.empty(*k.shape[:2], 0, dtype=torch.int32, device=k.device)
         slots = Slots(k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3]), none)
         return cls([Group(list(range(k.shape[1])), slots, (0, 0))], k.shape[1])
@@ -36,7 +36,7 @@ class Store:
 
     @property
     def rows(self) -> int:
-        """Sequences times heads."""
+        """Number of sequences times number of heads."""
         return sum(group.rows for group in self.groups)
 
     @property
@@ -50,21 +50,21 @@ class Store:
 
     @property
     def is_even(self) -> bool:
-        """Whether all heads hold equally many slots, in one tensor and without a summary."""
+        """Return whether all heads hold equally many slots, in one tensor and without a summary."""
         return len(self.groups) == 1 and self.groups[0].summary is None
 
     def is_whole(self, seen: int) -> bool:
-        """Whether nothing was ever dropped: one group, every position once."""
+        """Return whether nothing was ever dropped: one group, every position once."""
         first = self.groups[0]
         return self.is_even and first.length == seen and not first.has_empty
 
     def holds(self, n: int) -> bool:
-        """Whether every head of every sequence holds exactly `n` tokens, in one tensor and without a summary."""
+        """Return whether every head of every sequence holds exactly `n` tokens, in one tensor and without a summary."""
         least, most = self.groups[0].holes
         return self.is_even and least == most and self.groups[0].length - most == n
 
     def padded(self, what: str) -> Tensor:
-        """`"positions"`, `"k"`, `"v"` or `"bias"` of all heads in order (summaries first), padded to the longest."""
+        """Return `"positions"`, `"k"`, `"v"` or `"bias"` of all heads (summaries first), padded to the longest head."""
         fill = EMPTY if what == "positions" else 0
         parts = [_of(group, what) for group in self.groups]
         if len(parts) == 1:
@@ -82,11 +82,11 @@ class Store:
 
     @property
     def has_empty(self) -> bool:
-        """Whether `padded` has empty slots."""
+        """Return whether `padded` has empty slots."""
         return len(self.groups) > 1 or self.groups[0].has_empty
 
     def slide(self, ends: Ends, seen: int, fold: Fold | None = None) -> bool | None:
-        """Drop what `ends` drops, and say whether that was any. None where it takes a mask for all of it or a part."""
+        """Drop what `ends` drops, and return whether anything was dropped; None if some group needs a mask."""
         dropped: bool | None = False
         for group in self.groups:
             numbers = set(group.numbers)
@@ -99,8 +99,9 @@ class Store:
         return dropped
 
     def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None = None) -> bool:
-        """Drop slots, and say whether any were; `keep` lies beside `padded("positions")`. Summaries stay; `fold` may
-        add what is dropped to them.
+        """Drop slots, and return whether any were dropped.
+
+        `keep` has the shape of `padded("positions")`. Summaries stay; `fold` may add dropped slots to them.
         """
         parts: list[Group] = []
         any_dropped = False
@@ -113,7 +114,7 @@ class Store:
         return any_dropped
 
     def drop_after(self, end: int) -> None:
-        """Forget the tokens at positions from `end` on."""
+        """Remove the tokens at positions from `end` on."""
         for group in self.groups:
             group.drop_after(end)
 
