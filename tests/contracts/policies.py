@@ -1,4 +1,4 @@
-"""What a cache policy, or any method on a decoder, is held against: small models, padded batches, and live memory."""
+"""Small models, padded batches and a count of live memory, for the contracts of policies and other methods."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ _MAKE: dict[str, Callable[[], PreTrainedModel]] = {
 
 @cache
 def subject(name: str) -> PreTrainedModel:
-    """A model in float64, in which a policy's choices do not hang on the order of a sum; in float32 where transformers'
-    own masks need that.
+    """Return a model in float64, so that a policy's choices do not depend on the order of a sum.
+
+    The model is in float32 if transformers' own masks need that.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -56,7 +57,7 @@ def subject(name: str) -> PreTrainedModel:
 #: Every policy of the catalogue.
 POLICIES: dict[str, type[Policy]] = {row.key: row.load() for row in systems(room="kv")}
 
-#: Options beside those of `at_budget` with which a policy takes another path.
+#: Options beside those of `at_budget` that make a policy use another path.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "duo_attention": {"chunks": {"prefill_chunk": 7}},
     "razor_attention": {"ratio": {"ratio": 3.0}, "dropped": {"compensate": False}},
@@ -74,7 +75,7 @@ CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS
 
 @cache
 def learnt(key: str, name: str) -> dict[str, Tensor]:
-    """What a policy learns about a model, from a few random tokens."""
+    """Calibrate a policy on a model, with a few random tokens."""
     draw = torch.Generator().manual_seed(0)
 
     def data() -> Iterator[tuple[Tensor, Tensor]]:
@@ -86,7 +87,7 @@ def learnt(key: str, name: str) -> dict[str, Tensor]:
 
 
 def policy(key: str, budget: float, length: int, variant: str = "", name: str = "llama") -> Policy:
-    """A catalogued policy at a budget, as `compare` makes it."""
+    """Make a catalogued policy at a budget, as `compare` does."""
     made = POLICIES[key].at_budget(budget, host(subject(name)), length, **learnt(key, name))
     return replace(made, **VARIANTS[key][variant]) if variant else made  # type: ignore[type-var]
 
@@ -96,14 +97,14 @@ def policy(key: str, budget: float, length: int, variant: str = "", name: str = 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of unequal lengths, padded on a side, and what comes after the prompt."""
+    """Sequences of unequal lengths, padded on one side, and the tokens after the prompt."""
 
     ids: Tensor
     mask: Tensor
 
     @classmethod
     def of(cls, lengths: Sequence[int], side: str, after: int, seed: int = 0) -> Batch:
-        """Prompts of these lengths, and `after` tokens more for each."""
+        """Make prompts of these lengths, and `after` further tokens for each."""
         draw = torch.Generator().manual_seed(seed)
         longest = max(lengths)
         ids, mask = torch.zeros(len(lengths), longest, dtype=torch.long), torch.zeros(len(lengths), longest).long()
@@ -115,18 +116,18 @@ class Batch:
         return cls(torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1))
 
     def row(self, row: int, pieces: Sequence[int]) -> tuple[Batch, list[int]]:
-        """One sequence by itself, in the pieces that it comes in here."""
+        """Return one sequence without its padding, and the sizes of its pieces."""
         real = self.mask[row].bool()
         own = [int(part.sum()) for part in real.split(list(pieces))]
         return Batch(self.ids[row : row + 1, real], self.mask[row : row + 1, real]), [size for size in own if size]
 
     def feed(self, model: PreTrainedModel, pieces: Sequence[int]) -> list[Tensor]:
-        """Each sequence's logits, the batch being fed in pieces of these sizes."""
-        where, cache, end, out = (self.mask.cumsum(1) - 1).clamp_min(0), DynamicCache(config=model.config), 0, []
+        """Read the batch in pieces of these sizes, and return each sequence's logits."""
+        places, cache, end, out = (self.mask.cumsum(1) - 1).clamp_min(0), DynamicCache(config=model.config), 0, []
         for size in pieces:
             begin, end = end, end + size
             step = model(
-                self.ids[:, begin:end], attention_mask=self.mask[:, :end], position_ids=where[:, begin:end],
+                self.ids[:, begin:end], attention_mask=self.mask[:, :end], position_ids=places[:, begin:end],
                 past_key_values=cache,
             )  # fmt: skip
             out.append(step.logits)
@@ -136,10 +137,10 @@ class Batch:
 
 
 LENGTHS, AFTER = (26, 15), 6
-#: How a prompt of 26 tokens and those after it come.
+#: Sizes of the pieces in which a prompt of 26 tokens and the later tokens are read.
 PIECES = {"whole": [26, *[1] * AFTER], "chunks": [9, 10, 7, *[1] * AFTER], "decode": [16, *[1] * 16]}
-#: What is padded and how it comes. Padding in front ends with the first call, as in generation: schedules count calls.
-COMES = [
+#: The padded side and the pieces. Left padding ends within the first call, as in generation: schedules count calls.
+PADDINGS = [
     ("left", "whole"),
     ("left", "chunks"),
     ("left", "decode"),
@@ -149,17 +150,17 @@ COMES = [
 ]
 
 
-def off_alone(
+def batch_error(
     model: PreTrainedModel, side: str, pieces: str, around: Callable[[], Any], lengths: Sequence[int] = LENGTHS
 ) -> tuple[float, list[Tensor]]:
-    """How far a batch's logits are from those of its sequences alone, and the batch's logits.
+    """Return the largest difference of a batch's logits from those of its sequences alone, and the batch's logits.
 
     Args:
         model: a decoder.
-        side: "left", "right", or "none", where all have the length of the first.
+        side: "left", "right", or "none", which gives all sequences the length of the first.
         pieces: a name in `PIECES`.
-        around: gives the block to be in.
-        lengths: of the prompts.
+        around: returns the context manager of the block.
+        lengths: lengths of the prompts.
     """
     batch = Batch.of([lengths[0]] * len(lengths) if side == "none" else lengths, side, AFTER)
     with torch.no_grad(), around():
@@ -175,7 +176,7 @@ def off_alone(
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that Python can reach, each storage once."""
+    """Count the bytes of all tensors that Python can reach, each storage once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -183,13 +184,13 @@ def live_bytes() -> int:
             try:
                 storage = thing.untyped_storage()
             except (NotImplementedError, RuntimeError):
-                continue  # one that wraps others, and has no memory of its own
+                continue  # a tensor that wraps others has no memory of its own
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
 def trace(model: nn.Module) -> dict[str, Any]:
-    """Everything about a model's modules that a method could leave something on."""
+    """Return everything about a model's modules that a method could leave changed."""
     return {
         name: (
             sorted(vars(module)), [len(getattr(module, hooks)) for hooks in vars(module) if hooks.endswith("_hooks")],

@@ -1,4 +1,4 @@
-"""The contract of methods: what every method of the catalogue does to a decoder, and leaves as it was."""
+"""The contract of methods: every method of the catalogue acts on a decoder, and leaves it unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from foveate.core.catalog import systems
 from foveate.core.errors import FoveateError
 from foveate.host import Method, apply
 from tests.contracts.methods import EXACT, METHODS, OPERATORS, WHOLE
-from tests.contracts.policies import LENGTHS, POLICIES, VOCAB, Batch, off_alone, subject, trace
+from tests.contracts.policies import LENGTHS, POLICIES, VOCAB, Batch, batch_error, subject, trace
 
 EVERY = pytest.mark.parametrize("key", METHODS)
 #: Policies have a contract of their own for batches; see `test_policies`.
@@ -28,16 +28,16 @@ def test_every_method_of_the_catalogue_is_here() -> None:
 
 @OTHERS
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_each_sequence_gets_what_it_gets_alone(key: str, side: str) -> None:
+def test_a_sequence_gets_the_same_result_in_a_batch_and_alone(key: str, side: str) -> None:
     for pieces in ("whole",) if key in WHOLE else ("whole", "chunks"):
-        off, _ = off_alone(subject("llama"), side, pieces, lambda: apply(subject("llama"), METHODS[key]()))
+        off, _ = batch_error(subject("llama"), side, pieces, lambda: apply(subject("llama"), METHODS[key]()))
         assert off < 1e-4, pieces  # some operators compute parts in float32
 
 
 @EVERY
 @torch.no_grad()
-def test_it_acts_and_nothing_stays_behind(key: str) -> None:
-    """The same object twice gives the same; after the block, and after an error in it, the model is what it was."""
+def test_it_acts_and_leaves_no_trace(key: str) -> None:
+    """Using an object twice gives the same result. After the block, also after an error, the model is unchanged."""
     model, batch, pieces = subject("llama"), Batch.of(LENGTHS[:1], "none", 6), [LENGTHS[0], *[1] * 6]
     before, plain, method = trace(model), batch.feed(model, pieces)[0], METHODS[key]()
     results = []

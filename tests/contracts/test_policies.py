@@ -1,4 +1,4 @@
-"""The contract of cache policies: every policy of the catalogue keeps it, at the budgets that `compare` gives it."""
+"""The contract of cache policies: every policy of the catalogue meets it, at the budgets that `compare` uses."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from foveate.host import apply
 from tests import host_models
 from tests.contracts.policies import (
     CASES,
-    COMES,
     LENGTHS,
+    PADDINGS,
     PIECES,
     POLICIES,
     VOCAB,
     Batch,
+    batch_error,
     here,
     learnt,
     live_bytes,
-    off_alone,
     policy,
     subject,
 )  # fmt: skip
@@ -53,7 +53,7 @@ def test_a_full_budget_is_the_model_bit_for_bit(key: str, name: str) -> None:
             with apply(subject(name), method):
                 got = batch.feed(subject(name), pieces)
             for a, b in zip(got, expected, strict=True):
-                if name == "windowed" and method.evicts:  # slots of a window are summed in another order
+                if name == "windowed" and method.evicts:  # a window's slots are summed in another order
                     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
                 else:
                     assert torch.equal(a, b), (side, pieces)
@@ -67,13 +67,14 @@ def test_a_full_budget_is_the_model_bit_for_bit(key: str, name: str) -> None:
 @pytest.mark.parametrize("budget", [0.1, 0.25, 0.5])
 @torch.no_grad()
 def test_a_budget_is_what_is_kept_or_read(key: str, name: str, budget: float) -> None:
-    """In bytes: one token a head may come on top, the newest, half a one for rounding, and a buffer's room of a 32nd.
+    """A policy that evicts keeps its share of the bytes; the others read their share of the keys.
 
-    What evicts nothing reads its share in the layers that see all tokens. A policy that spends it on whole layers
-    cannot spend less than those take, four of twenty here.
+    Each head may have one token more (the newest), half a token for rounding, and a 32nd of its buffer as room. A
+    policy that evicts nothing reads its share in the layers that see all tokens. A policy with dense layers cannot read
+    less than those do, here four of twenty.
     """
     if name == "deep" and POLICIES[key].evicts:
-        name = "llama"  # depth matters where some layers read everything
+        name = "llama"  # depth only matters for policies with dense layers
     length, cache = 160, DynamicCache(config=subject(name).config)
     method = policy(key, budget, length, name=name)
     steps = min(getattr(method, "stride", 1), 16)
@@ -91,7 +92,7 @@ def test_a_budget_is_what_is_kept_or_read(key: str, name: str, budget: float) ->
             assert stored >= 0.5 * budget * len(far) / len(layers) * full
             assert run.stats.kept <= budget + 1.5 / length
         elif name == "deep" and steps == getattr(method, "stride", 1):
-            shallow = key == "tidal_decode" and budget < 0.25  # four of its twenty layers read everything
+            shallow = key == "tidal_decode" and budget < 0.25  # four of its twenty layers are dense
             assert run.stats.read <= (0.2 + 0.8 * budget if shallow else budget) + 0.02
             assert run.stats.read >= 0.5 * budget
         if not method.evicts:
@@ -121,11 +122,11 @@ def test_a_bad_budget_is_refused_by_name(key: str, bad: dict[str, Any]) -> None:
 
 
 @CASE
-@pytest.mark.parametrize("side, pieces", COMES)
-def test_each_sequence_gets_what_it_gets_alone(key: str, variant: str, side: str, pieces: str) -> None:
-    """Whole, in chunks, token by token; at a budget that matters."""
+@pytest.mark.parametrize("side, pieces", PADDINGS)
+def test_a_sequence_gets_the_same_result_in_a_batch_and_alone(key: str, variant: str, side: str, pieces: str) -> None:
+    """Prompts are read whole, in chunks or token by token, at a budget that changes the result."""
     method = policy(key, 0.25, TOTAL, variant)
-    off, got = off_alone(subject("llama"), side, pieces, lambda: apply(subject("llama"), method))
+    off, got = batch_error(subject("llama"), side, pieces, lambda: apply(subject("llama"), method))
     assert off < 1e-5  # a summary and a selection are made in float32
     if pieces == "decode":
         with torch.no_grad():
@@ -135,17 +136,17 @@ def test_each_sequence_gets_what_it_gets_alone(key: str, variant: str, side: str
 
 @EVERY
 def test_windows_and_soft_caps_in_a_padded_batch(key: str) -> None:
-    """Padded in front: a window of the model's own counts padding that lies within it."""
+    """The batch is padded on the left: the model's own windows count padding that lies within them."""
     method = policy(key, 0.25, TOTAL, name="windowed")
     for pieces in ("chunks",):
-        off, _ = off_alone(subject("windowed"), "left", pieces, lambda: apply(subject("windowed"), method))
+        off, _ = batch_error(subject("windowed"), "left", pieces, lambda: apply(subject("windowed"), method))
         assert off < 1e-4, (pieces, off)
 
 
 @EVERY
 @torch.no_grad()
 def test_beams(key: str) -> None:
-    """A beam's cache, and what a method remembers of it, move along: each sequence finds what it finds alone."""
+    """A beam's cache and a method's notes are reordered together: each sequence gets the same beams as alone."""
     method, batch = policy(key, 0.25, 30), Batch.of((24, 15), "left", 0)
 
     def search(ids: Tensor, mask: Tensor) -> Tensor:
@@ -187,15 +188,16 @@ def test_two_threads_on_one_run_with_a_cache_each() -> None:
 @EVERY
 @torch.no_grad()
 def test_live_memory_is_what_is_kept(key: str) -> None:
-    """All tensors there are, after the prompt and after 60 steps: what is kept, a tenth, and what does not grow.
+    """All live tensors, after the prompt and after 60 steps, take what is kept, a tenth more, and a constant.
 
-    That is: for each layer, its heads' row of a table (8 bytes), a begin and a length; and in float64 with heads of
-    width 8 a slot's position (4 bytes) beside its 128. A whole prompt's queries or states would be ten times as much.
+    The constant covers, for each layer, its heads' row of a table (8 bytes), a start and a length. The tenth covers a
+    slot's position (4 bytes), beside its 128 bytes in float64 with heads of width 8. A whole prompt's queries or states
+    would be ten times as much.
     """
     model, length = subject("llama"), 400
     method, constant = policy(key, 0.25, length), 4 * 1024
     with apply(model, method):
-        model(prompt(1, 2), past_key_values=DynamicCache())  # what is made once
+        model(prompt(1, 2), past_key_values=DynamicCache())  # tables that are made once
     before, cache = live_bytes(), DynamicCache()
     with apply(model, method):
         ids = prompt(1, length)

@@ -1,4 +1,4 @@
-"""RazorAttention: what its paper says, on an induction model with constructed weights."""
+"""RazorAttention does what its paper claims, on an induction model with constructed weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.constructed import accuracy, induction_lm, recall
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    """Eight query heads, each its own key/value head; head 1 of layer 1 retrieves."""
+    """Make eight query heads, each with its own key/value head; head 1 of layer 1 retrieves."""
     return induction_lm(layers=2, heads=4, kv_heads=4, matching=[(1, 1)])
 
 
@@ -34,7 +34,7 @@ def tiny() -> LlamaForCausalLM:
 
 
 def steps(model: LlamaForCausalLM, ids: torch.Tensor, *methods: Method) -> tuple[torch.Tensor, DynamicCache]:
-    """Logits of a prefill and eight single tokens."""
+    """Return the logits of a prefill and eight single tokens."""
     cache, parts = DynamicCache(config=model.config), (ids[:, :-8], *ids[:, -8:].split(1, 1))
     with torch.no_grad(), apply(model, *methods):
         out = [model(part, past_key_values=cache).logits[:, -1] for part in parts]
@@ -55,15 +55,13 @@ def test_other_heads_hold_sink_window_and_one_slot() -> None:
     ids = torch.randint(0, 32, (1, 60), generator=torch.Generator().manual_seed(1))
     _, cache = steps(tiny(), ids, RazorAttention(heads=heads, sink=2, min_window=10))
     first, second = (layer.store.padded("positions")[0] for layer in cache.layers)
-    assert (first[0] >= 0).sum() == 60 and (first[1] != EMPTY).sum() == 2 + 12 + 1  # window is N / 5 = 12 by now
+    assert (first[0] >= 0).sum() == 60 and (first[1] != EMPTY).sum() == 2 + 12 + 1  # the window is now N / 5 = 12
     assert second.shape[1] == 15 and (second == SUMMARY).sum(1).tolist() == [1, 1]
     assert sorted(second[0][second[0] >= 0].tolist()) == [0, 1, *range(48, 60)]
 
 
 def test_compensation_is_exact_where_keys_and_values_do_not_vary() -> None:
-    """One slot with the mean key and value and log N in its logit equals N equal tokens; without it the result is
-    off.
-    """
+    """One slot with the mean key and value, and log N added to its logit, equals N equal tokens."""
     torch.manual_seed(0)
     q, near_k, near_v = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
     far_k, far_v = torch.randn(1, 2, 1, 8).expand(1, 2, 50, 8), torch.randn(1, 2, 1, 8).expand(1, 2, 50, 8)
@@ -82,7 +80,7 @@ def test_compensation_is_exact_where_keys_and_values_do_not_vary() -> None:
 
 
 def test_compensation_is_exact_in_a_model_that_attends_evenly() -> None:
-    """Where all logits are equal, the mean of the dropped values, counted as often as they were, says it all."""
+    """The mean of the dropped values and their count give the exact output if all logits are equal."""
     model, ids = tiny(), torch.randint(0, 32, (2, 60), generator=torch.Generator().manual_seed(2))
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
@@ -93,8 +91,8 @@ def test_compensation_is_exact_in_a_model_that_attends_evenly() -> None:
     assert (ours - dense).abs().max() < 1e-5 < 1e-3 < (without - dense).abs().max()
 
 
-def test_compensation_reaches_the_model(claim: ClaimFixture) -> None:
-    """On a model whose far keys are nearly alike, compensated logits are nearer to the dense ones."""
+def test_compensation_brings_logits_closer_to_dense(claim: ClaimFixture) -> None:
+    """Compensated logits are closer to dense ones, on a model whose distant keys are nearly equal."""
     model = tiny()
     ids = torch.cat(
         [torch.full((1, 80), 7), torch.randint(0, 32, (1, 20), generator=torch.Generator().manual_seed(1))], 1
@@ -120,7 +118,7 @@ def test_induction_score_finds_the_induction_head(model: LlamaForCausalLM) -> No
 
 
 def test_scores_see_windows_and_soft_caps() -> None:
-    """Next to the maps that the model itself gives, on layers with windows and without; read in 40 rows, and in one."""
+    """Scores equal those from the model's own attention maps, on layers with and without windows."""
     gemma, length, repeats = host_models.model("gemma2"), 6, 4
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 64, (length,), generator=draw).repeat(repeats)[None]
@@ -178,7 +176,7 @@ def test_protecting_the_found_heads_keeps_recall(model: LlamaForCausalLM, claim:
 
 
 def _others(razor: RazorAttention) -> list[torch.Tensor]:
-    """Head tables of the same size that miss the retrieving head (layer 1, head 1)."""
+    """Return head tables of the same size without the retrieval head (layer 1, head 1)."""
     count, tables = int(razor.heads.sum()), []
     for start in range(3):
         flat = torch.zeros(8, dtype=torch.bool)

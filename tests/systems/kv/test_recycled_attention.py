@@ -1,4 +1,4 @@
-"""Recycled Attention: what its paper says, on models with constructed weights."""
+"""Recycled Attention does what its paper claims, on models with constructed weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from foveate.core.errors import FoveateError
 from foveate.host import Method, Site, apply
 from foveate.host.hf.model import host
-from foveate.kv.parts.last_query import most
+from foveate.kv.parts.last_query import top_keys
 from foveate.kv.recycled_attention import Dynamic, RecycledAttention, attention_overlap
 from foveate.kv.sink_recent import SinkRecent
 from tests.conftest import ClaimFixture
@@ -39,7 +39,7 @@ def test_full_steps_and_a_full_budget_are_dense(name: str) -> None:
 
 
 class Checks(Method):
-    """Computes anew what each step gives, and notes which steps read everything."""
+    """A method that computes the output of each step by hand, and records the steps that read everything."""
 
     def __init__(self, policy: RecycledAttention) -> None:
         self.policy, self.full = policy, []
@@ -84,11 +84,11 @@ class Checks(Method):
     ],
 )
 @torch.no_grad()
-def test_what_is_read_and_when(options: dict[str, Any], full: list[int]) -> None:
+def test_full_and_sparse_steps_follow_the_schedule(options: dict[str, Any], full: list[int]) -> None:
     ids, policy, cache = tokens(2, 30), RecycledAttention(6, **options), DynamicCache()
     checks = Checks(policy)
     with apply(model("llama"), policy, checks) as run:
-        for _ in range(2):  # a second sequence begins anew
+        for _ in range(2):  # a second sequence starts a new schedule
             checks.full.clear()
             cache = DynamicCache()
             feed(model("llama"), ids, torch.ones_like(ids), DECODING, cache)
@@ -102,8 +102,8 @@ def test_what_is_read_and_when(options: dict[str, Any], full: list[int]) -> None
 
 
 @torch.no_grad()
-def test_a_cache_that_was_cropped_is_read_whole_once() -> None:
-    """What was chosen may lie beyond the end by now."""
+def test_a_cropped_cache_is_read_whole_once() -> None:
+    """The chosen keys may have been cropped."""
     llama, ids = model("llama"), tokens(2, 31)
     expected = llama(torch.cat([ids[:, :15], ids[:, 30:]], 1)).logits[:, -1]
     with apply(llama, RecycledAttention(3, stride=50)) as run:
@@ -116,39 +116,39 @@ def test_a_cache_that_was_cropped_is_read_whole_once() -> None:
     assert run.stats.read == pytest.approx((4 / 21 + 5 / 22 + 1 + 4 / 17) / 4)
 
 
-def test_neighbours_come_along() -> None:
-    """The pool's plateau, its later tokens first; a group's heads by their largest weight, or by the mean of it."""
+def test_a_pool_chooses_neighbours() -> None:
+    """Among the equal scores that the pool makes, later tokens come first."""
     weights = torch.zeros(1, 1, 9)
     weights[0, 0, 4] = 1.0
     reads = Reads(lambda site: site)
     with torch.no_grad(), apply(model("llama"), reads):
         model("llama")(tokens(1, 9))
     site = reads.seen[0]
-    assert most(weights, 3, site, pool=3).tolist() == [[[5, 4, 3]]]
-    assert most(weights, 1, site).tolist() == [[[4]]]
+    assert top_keys(weights, 3, site, pool=3).tolist() == [[[5, 4, 3]]]
+    assert top_keys(weights, 1, site).tolist() == [[[4]]]
 
 
 # -- what the paper claims ---------------------------------------------------------------------------------------------
 
 
 class HeavyHitters(Method):
-    """The baseline that evicts for good: half the slots for what was attended to most so far, half for the newest."""
+    """A baseline that evicts: half the slots hold the most attended tokens so far, half the newest."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def edit_weights(self, site: Site, weights: Tensor) -> Tensor:
-        memory = site.memory(self)
+        notes = site.notes(self)
         received = weights.unflatten(1, (-1, site.groups)).sum((2, 3))
-        before = memory.get("mass", received[..., :0])
+        before = notes.get("mass", received[..., :0])
         mass = torch.cat([before, torch.zeros(*before.shape[:2], site.seen - before.shape[2])], 2)
         real = site.positions >= 0
-        memory["mass"] = mass.scatter_add(2, site.positions.clamp_min(0), received * real)
+        notes["mass"] = mass.scatter_add(2, site.positions.clamp_min(0), received * real)
         return weights
 
     def keep(self, site: Site) -> Tensor:
         recent = site.positions >= site.seen - self.size // 2
-        mass = site.memory(self)["mass"].gather(2, site.positions.clamp_min(0))
+        mass = site.notes(self)["mass"].gather(2, site.positions.clamp_min(0))
         mass = mass.masked_fill(recent | (site.positions < 0), -1.0)
         heavy = torch.zeros_like(recent).scatter_(2, mass.topk(min(self.size // 2, mass.shape[2])).indices, True)
         return recent | heavy
@@ -162,7 +162,7 @@ def test_retrieval_from_far_away(claim: ClaimFixture) -> None:
         with apply(lm, policy):
             return accuracy(lm, ids, answers)
 
-    assert score(HeavyHitters(2048)) == 1.0  # the baseline works where nothing has to go
+    assert score(HeavyHitters(2048)) == 1.0  # the baseline works if nothing has to be evicted
     ours = score(RecycledAttention(32, stride=4, pool=9))
     statement = "32 tokens of 512, chosen anew every fourth step, recall eight tokens from far behind the window"
     for policy, name in (
@@ -177,7 +177,7 @@ FIRST, SECOND = KEYS[:8], KEYS[8:]
 
 
 def topics() -> LlamaForCausalLM:
-    """Fillers attend to the first half of the keys, values to the second, in all heads alike."""
+    """Make a model whose fillers attend to the first half of the keys, and values to the second, in all heads."""
     lm = induction_lm(2, heads=2, kv_heads=2)
     places = {SLOW: (range(1, 16), FIRST), SLOW + 1: (VALUES, SECOND)}
     with torch.no_grad():
@@ -194,21 +194,21 @@ def topics() -> LlamaForCausalLM:
 PROMPT, ANSWER = 41, 24
 
 
-def conversation(turn: int) -> Tensor:
-    """A prompt of keys and then filler, and an answer that turns from filler to values with its `turn`-th token."""
-    draw = torch.Generator().manual_seed(turn)
+def conversation(change: int) -> Tensor:
+    """Return a prompt of keys and filler, and an answer that changes from filler to values at its `change`-th token."""
+    draw = torch.Generator().manual_seed(change)
 
     def some(of: range, count: int) -> Tensor:
         return torch.randint(of.start, of.stop, (count,), generator=draw)
 
-    filler = some(range(1, 16), PROMPT - 11 + turn - 1)
-    return torch.cat([torch.tensor([BOS]), some(FIRST, 5), some(SECOND, 5), filler, some(VALUES, ANSWER - turn + 1)])[
+    filler = some(range(1, 16), PROMPT - 11 + change - 1)
+    return torch.cat([torch.tensor([BOS]), some(FIRST, 5), some(SECOND, 5), filler, some(VALUES, ANSWER - change + 1)])[
         None
     ]
 
 
 class Counts(Method):
-    """Notes at which steps everything was read."""
+    """A method that records the steps that read everything."""
 
     def __init__(self, policy: RecycledAttention, prompt: int) -> None:
         self.policy, self.prompt, self.full = policy, prompt, []
@@ -219,13 +219,13 @@ class Counts(Method):
 
 
 @torch.no_grad()
-def test_a_dynamic_schedule_notices_a_turn(claim: ClaimFixture) -> None:
-    lm, turns = topics(), (5, 9, 14)
-    texts, pieces = [conversation(turn) for turn in turns], [PROMPT, *[1] * ANSWER]
+def test_a_dynamic_schedule_notices_a_change(claim: ClaimFixture) -> None:
+    lm, changes = topics(), (5, 9, 14)
+    texts, pieces = [conversation(change) for change in changes], [PROMPT, *[1] * ANSWER]
     dense = [feed(lm, ids, torch.ones_like(ids), pieces) for ids in texts]
 
     def measure(policy: RecycledAttention) -> tuple[float, list[list[int]]]:
-        """Mean error of the logits, and at which steps of each conversation everything was read."""
+        """Return the mean error of the logits, and the full steps of each conversation."""
         errors, full = [], []
         for ids, expected in zip(texts, dense, strict=True):
             counts = Counts(policy, PROMPT)
@@ -236,21 +236,21 @@ def test_a_dynamic_schedule_notices_a_turn(claim: ClaimFixture) -> None:
         return sum(errors) / len(errors), full
 
     error, full = measure(RecycledAttention(6, dynamic=Dynamic(threshold=0.8, every=1)))
-    for turn, steps in zip(turns, full, strict=True):
+    for change, steps in zip(changes, full, strict=True):
         assert steps
-        assert all(turn <= step <= turn + 2 for step in steps)
+        assert all(change <= step <= change + 2 for step in steps)
     fixed = [measure(RecycledAttention(6, stride=stride)) for stride in (1, 2, 3, 4, 6, 8, 12, 24)]
     claim(
         "a schedule that compares queries needs fewer full steps than any fixed stride of no larger error",
-        ours=sum(map(len, full)) / len(turns),
-        baseline=min(sum(map(len, steps)) / len(turns) for missed, steps in fixed if missed <= error),
+        ours=sum(map(len, full)) / len(changes),
+        baseline=min(sum(map(len, steps)) / len(changes) for missed, steps in fixed if missed <= error),
         better="lower",
         margin=4.0,
         baseline_name="the best fixed stride",
         seed=0,
     )
     never = measure(RecycledAttention(6, dynamic=Dynamic(threshold=-1.0, every=1)))
-    assert never[1] == [[]] * len(turns)
+    assert never[1] == [[]] * len(changes)
     assert never[0] > 4 * error
 
 

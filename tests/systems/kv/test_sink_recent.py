@@ -1,4 +1,4 @@
-"""Sinks and a recent window: what the paper says, on a model with a planted sink."""
+"""Sinks and a recent window do what the paper claims, on a model with a constructed sink."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_window_that_holds_everything_is_dense(name: str, side: str) -> None:
 @torch.no_grad()
 def test_read_token_by_token_it_is_the_mask_of_sinks_and_a_window() -> None:
     llama, ids = model("llama"), tokens(2, 20)
-    seen = masks.window(20, 20, 5 + 1, sinks=3)  # the query's own token beside the five that were kept
+    seen = masks.window(20, 20, 5 + 1, sinks=3)  # the query's own token and the five that were kept
     expected = llama(ids, attention_mask=seen[None, None].expand(2, 1, 20, 20)).logits
     with apply(llama, SinkRecent(sink=3, recent=5)):
         got = feed(llama, ids, torch.ones_like(ids), [1] * 20).view_as(expected)
@@ -41,7 +41,7 @@ def test_read_token_by_token_it_is_the_mask_of_sinks_and_a_window() -> None:
 
 
 @torch.no_grad()
-def test_what_is_stored() -> None:
+def test_sinks_and_window_are_stored() -> None:
     llama, cache = model("llama"), DynamicCache()
     with apply(llama, SinkRecent(sink=2, recent=3)) as run:
         llama(tokens(2, 30), past_key_values=cache)
@@ -66,7 +66,7 @@ def test_a_padded_sequence_keeps_its_own_first_tokens() -> None:
 
 
 def distinct_tokens(count: int) -> Tensor:
-    """Sequences in which nothing repeats: the matching head finds no match, and goes to its sink."""
+    """Return sequences without repetition: the matching head finds no match and attends to its sink."""
     draw = torch.Generator().manual_seed(0)
     rest = [1 + torch.randperm(VOCAB - 1, generator=draw) for _ in range(count)]
     return torch.cat([torch.full((count, 1), BOS), torch.stack(rest)], 1)
@@ -74,7 +74,7 @@ def distinct_tokens(count: int) -> Tensor:
 
 @torch.no_grad()
 def test_sinks_matter(claim: ClaimFixture) -> None:
-    """A head that has nothing to say looks at the first token; evict that, and it says something about all others."""
+    """A head without a match attends to the first token; if that is evicted, it attends to all others."""
     lm, ids = induction_lm(), distinct_tokens(8)
 
     def log_probabilities(*methods: Method) -> Tensor:

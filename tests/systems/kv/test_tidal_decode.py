@@ -1,4 +1,4 @@
-"""TidalDecode: what its paper says, on a deeper induction model with constructed weights."""
+"""TidalDecode does what its paper claims, on a deeper induction model with constructed weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foveate.core.errors import FoveateError
 from foveate.host import Method, Site, apply
 from foveate.host.hf.model import host
 from foveate.kv.sink_recent import SinkRecent
-from foveate.kv.tidal_decode import TidalDecode, spent, topk_overlap
+from foveate.kv.tidal_decode import TidalDecode, split_budget, topk_overlap
 from tests.conftest import ClaimFixture
 from tests.constructed import accuracy, induction_lm, recall
 from tests.host_models import WINDOW, Reads, feed, model, padded, tokens
@@ -24,7 +24,7 @@ DECODING = [20, *[1] * 10]
 
 
 def deep() -> LlamaForCausalLM:
-    """Six layers, of which the last three look for the same place; the last one says what stands there."""
+    """Make six layers. The last three attend to the same token, and the last one copies it to the output."""
     return induction_lm(6, heads=4, kv_heads=4, matching=[(3, 0), (4, 0), (5, 0)], silent=[(3, 0), (4, 0)])
 
 
@@ -56,7 +56,7 @@ def test_a_padded_sequence_whose_tokens_all_fit_is_dense(per: Any) -> None:
 
 
 class Checks(Method):
-    """Computes anew what each layer gives: full attention, or attention to the set that was chosen last."""
+    """A method that computes each layer's output by hand: full attention, or attention to the last chosen set."""
 
     def __init__(self, policy: TidalDecode) -> None:
         self.policy, self.full, self.sparse = policy, 0, 0
@@ -89,7 +89,7 @@ class Checks(Method):
 @pytest.mark.parametrize("reduce", ["max", "sum"])
 @pytest.mark.parametrize("dense, again", [(0, ()), (0, (1,)), (1, ()), (1, (2,))])
 @torch.no_grad()
-def test_what_is_read(per: Any, reduce: Any, dense: int, again: tuple[int, ...]) -> None:
+def test_sparse_layers_read_the_chosen_set(per: Any, reduce: Any, dense: int, again: tuple[int, ...]) -> None:
     ids, policy = tokens(2, 30), TidalDecode(5, dense, again, per, reduce)
     checks = Checks(policy)
     with apply(model("llama"), policy, checks) as run:
@@ -114,7 +114,7 @@ def test_prefill_is_dense_and_nothing_is_evicted() -> None:
 
 @cache
 def hybrid() -> hf.PreTrainedModel:
-    """Five layers, of which the second, fourth and fifth see all tokens, through a soft cap."""
+    """Make five layers with a soft cap. The second, fourth and fifth see all tokens."""
     kinds = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
     torch.manual_seed(0)
     config = hf.Gemma2Config(
@@ -127,7 +127,7 @@ def hybrid() -> hf.PreTrainedModel:
 
 @torch.no_grad()
 def test_layers_are_counted_among_those_that_see_all_tokens() -> None:
-    """The others read all of their window: a set that was chosen over the whole sequence says nothing about it."""
+    """The other layers read their whole window: a set chosen over the whole sequence does not apply to them."""
     shares: dict[int, list[float]] = {}
 
     def share(site: Site) -> None:
@@ -163,7 +163,7 @@ def test_a_window_as_short_as_what_is_read_is_refused() -> None:
 
 
 def test_one_selection_in_the_middle_is_enough(claim: ClaimFixture) -> None:
-    """The query's place is known from layer 3 on: a set chosen there serves layer 5, one chosen before does not."""
+    """The answer's position is known from layer 3 on: a set chosen there suits layer 5, an earlier one does not."""
     lm = deep()
     ids, answers = recall(8, length=256, answer=8, away=100)
 
@@ -181,11 +181,11 @@ def test_one_selection_in_the_middle_is_enough(claim: ClaimFixture) -> None:
     assert ours >= 0.9
 
 
-# -- where to select ---------------------------------------------------------------------------------------------------
+# -- the place of the re-selection -------------------------------------------------------------------------------------
 
 
 def test_overlap() -> None:
-    """Layers that look for the same place agree, the diagonal is one, and the order of a pair does not matter."""
+    """Layers that attend to the same token agree, the diagonal is one, and the matrix is symmetric."""
     ids, answers = recall(4, length=128, answer=4, away=40)
     whole = torch.cat([ids, answers], 1)[:, :-1]
     queries = torch.arange(whole.shape[1]).expand_as(whole) >= ids.shape[1] - 1
@@ -194,7 +194,7 @@ def test_overlap() -> None:
     torch.testing.assert_close(overlap.diagonal(), torch.ones(6))
     torch.testing.assert_close(overlap, overlap.T, atol=1e-6, rtol=0)
     torch.testing.assert_close(overlap[3:, 3:], torch.ones(3, 3))
-    assert overlap[:3, 3:].max() <= 0.75 + 1e-6  # their retrieving head differs; three others look back, all alike
+    assert overlap[:3, 3:].max() <= 0.75 + 1e-6  # their retrieval heads differ, the three others are alike
     last = topk_overlap(model("llama"), tokens(2, 20), 5)
     queries = torch.zeros(2, 20, dtype=torch.bool)
     queries[:, -1] = True
@@ -203,7 +203,7 @@ def test_overlap() -> None:
 
 
 def test_overlap_by_hand() -> None:
-    """Against sets made one by one."""
+    """The overlap equals that of sets that are made one by one."""
     seen: dict[int, list[set[int]]] = {}
 
     class Sets(Method):
@@ -228,7 +228,7 @@ def test_overlap_by_hand() -> None:
 
 
 def test_calibration_finds_the_layer() -> None:
-    """The first layer that knows the place is the one to select again at; the rule of thumb does not look."""
+    """Calibration re-selects at the first layer that knows the answer's position; the default does not measure."""
     lm, learnt = host(deep()), {}
     ids, answers = recall(2, length=128, answer=4, away=40)
     whole = torch.cat([ids, answers], 1)[:, :-1]
@@ -245,8 +245,8 @@ def test_calibration_finds_the_layer() -> None:
     [(32, 0.25, 2, 13, 143), (32, 0.15, 2, 13, 29), (8, 1.0, 2, 3, 1000), (4, 0.25, 1, 2, 250), (4, 0.9, 1, 2, 600)],
 )
 def test_budget(layers: int, budget: float, dense: int, again: int, top_k: int) -> None:
-    """Two dense layers where there are eight, a selection and one more; the others spend what is left."""
-    assert spent(budget, layers, 1000, None) == (top_k, dense, (again,))
+    """Models of eight layers or more have two dense layers; `top_k` uses what the full reads leave."""
+    assert split_budget(budget, layers, 1000, None) == (top_k, dense, (again,))
 
 
 def test_budget_is_what_is_read() -> None:
@@ -257,12 +257,12 @@ def test_budget_is_what_is_read() -> None:
     assert run.stats.read == pytest.approx(0.6, abs=0.01)
 
 
-def test_the_last_layer_reads_all_where_no_earlier_choice_fits_it() -> None:
+def test_the_last_layer_reselects_if_no_earlier_choice_suits_it() -> None:
     overlap = torch.eye(4)
-    overlap[1, 2] = 0.9  # the first selection serves the next layer, and nothing serves the last
-    assert spent(0.5, 4, 64, overlap)[1:] == (1, (3,))
+    overlap[1, 2] = 0.9  # the first selection suits the next layer, and none suits the last
+    assert split_budget(0.5, 4, 64, overlap)[1:] == (1, (3,))
     overlap[1, 2], overlap[2, 3] = 0.1, 0.9
-    assert spent(0.5, 4, 64, overlap)[1:] == (1, (2,))
+    assert split_budget(0.5, 4, 64, overlap)[1:] == (1, (2,))
 
 
 def test_shallow_models() -> None:

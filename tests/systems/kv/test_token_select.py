@@ -1,4 +1,4 @@
-"""TokenSelect: what its paper says, on tensors and on an induction model with constructed weights."""
+"""TokenSelect does what its paper claims, on tensors and on an induction model with constructed weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_full_budget_is_dense(name: str, pieces: list[int]) -> None:
 
 @torch.no_grad()
 def test_a_padded_sequence_whose_tokens_all_fit_is_dense() -> None:
-    """The budget is short for the batch, so that it selects; the short sequence in it has no more than it may read."""
+    """The policy selects, since the batch is longer than its budget; the short sequence fits in the budget."""
     ids, mask = padded(tokens(2, 30), "left", 12)
     for pieces in (DECODING, CHUNKS):
         expected = feed(model("llama"), ids, mask, pieces)
@@ -52,7 +52,7 @@ def test_a_padded_sequence_whose_tokens_all_fit_is_dense() -> None:
 
 
 class Checks(Method):
-    """Computes anew, pair by pair, what a site under the policy should give."""
+    """A method that computes a site's output under the policy by hand, pair by pair."""
 
     def __init__(self, policy: TokenSelect) -> None:
         self.policy, self.checked = policy, 0
@@ -87,7 +87,7 @@ class Checks(Method):
 
 @pytest.mark.parametrize("pieces", [DECODING, CHUNKS, [30]], ids=["decoding", "chunks", "one call"])
 @torch.no_grad()
-def test_what_is_read(pieces: list[int]) -> None:
+def test_the_chosen_tokens_are_read(pieces: list[int]) -> None:
     llama, ids, policy = model("llama"), tokens(2, 30), TokenSelect(2, 3, 4, sim_threshold=1.01, chunk=6)
     checks = Checks(policy)
     with apply(llama, policy, checks):
@@ -105,8 +105,8 @@ def test_a_prompt_in_one_call_is_cut_into_the_same_chunks() -> None:
 
 @pytest.mark.parametrize("threshold, votes", [(1.01, 10), (-1.0, 1)])
 @torch.no_grad()
-def test_when_it_votes(threshold: float, votes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over 1 a layer votes at every step; at -1 once a sequence."""
+def test_the_threshold_decides_when_it_votes(threshold: float, votes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above 1 a layer votes at every step; at -1 once per sequence."""
     count: list[int] = []
     monkeypatch.setattr(token_select, "soft_vote", lambda *given: count.append(1) or soft_vote(*given))
     llama, ids = model("llama"), tokens(2, 30)
@@ -118,7 +118,7 @@ def test_when_it_votes(threshold: float, votes: int, monkeypatch: pytest.MonkeyP
 
 
 @torch.no_grad()
-def test_a_cropped_cache_votes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cropped_cache_votes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     count: list[int] = []
     monkeypatch.setattr(token_select, "soft_vote", lambda *given: count.append(1) or soft_vote(*given))
     llama, ids, cache = model("llama"), tokens(2, 30), DynamicCache()
@@ -154,7 +154,7 @@ def test_it_reads_less_and_keeps_everything() -> None:
 
 
 def as_tensors(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys, one pair of heads a row, whose dot products are these logits."""
+    """Return queries and keys, one pair of heads per row, whose dot products are these logits."""
     return torch.ones(logits.shape[0], 1), logits[..., None]
 
 
@@ -223,7 +223,7 @@ def test_retrieval_from_far_away(claim: ClaimFixture) -> None:
 # -- small parts -------------------------------------------------------------------------------------------------------
 
 
-def test_pooling_brings_the_neighbours() -> None:
+def test_pooling_chooses_neighbours() -> None:
     logits = torch.zeros(2, 9)
     logits[:, 4] = 5.0
     plain, pooled = (soft_vote(*as_tensors(logits), pool=width, scale=1.0) for width in (0, 3))
