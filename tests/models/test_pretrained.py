@@ -1,4 +1,4 @@
-"""Trained decoders as Hugging Face models: the same numbers however they are called."""
+"""Trained decoders as Hugging Face models give the same numbers in every way of calling them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_it_is_the_decoder(name: str, places: int) -> None:
 @pytest.mark.parametrize("places", [0, 32])
 @pytest.mark.parametrize("cut", [1, 5, 8])
 @torch.no_grad()
-def test_with_a_cache_it_says_the_same(name: str, places: int, cut: int) -> None:
+def test_a_cache_changes_nothing(name: str, places: int, cut: int) -> None:
     ours, ids = model(name, places), tokens()
     whole = ours(ids).logits
     first = ours(ids[:, :cut], use_cache=True)
@@ -70,10 +70,10 @@ def test_a_prompt_in_two_parts(name: str) -> None:
 @torch.no_grad()
 def test_greedy_generation(name: str) -> None:
     ours, ids = model(name), tokens(1, 4)
-    said = ours.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    generated = ours.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
     for _ in range(5):
         ids = torch.cat([ids, ours(ids).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(said, ids)
+    assert torch.equal(generated, ids)
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def test_saved_and_loaded_by_transformers(name: str, tmp_path) -> None:
 
 @torch.no_grad()
 def test_padding_on_the_left() -> None:
-    """Attention ignores it; layers with a state of their own refuse it."""
+    """Attention ignores padding; layers with a state of their own refuse it."""
     ours, ids = model("grouped"), tokens(1, 6)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
     seen = torch.tensor([[0] * 3 + [1] * 6])
@@ -111,7 +111,7 @@ def test_its_decoder_gives_the_states_before_the_head(name: str) -> None:
 
 
 def test_gates_are_trained_on_it() -> None:
-    """A probe that reads the decoder's states runs on a network of ours as on any other model."""
+    """Training that reads the decoder's states works on our networks as on any other model."""
     answers = torch.zeros(2, 9, dtype=torch.bool)
     answers[:, -3:] = True
     gates = duo_train(model("grouped"), iter([(tokens(), answers)] * 3), steps=3, rate=0.1, sink=1, recent=2)
@@ -119,7 +119,7 @@ def test_gates_are_trained_on_it() -> None:
     assert (gates < 1).all()
 
 
-def test_other_embeddings_than_it_began_with() -> None:
+def test_resized_embeddings() -> None:
     ours = model("grouped")
     ours.resize_token_embeddings(13)
     logits = ours(torch.full((1, 3), 12)).logits

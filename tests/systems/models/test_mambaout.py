@@ -1,4 +1,4 @@
-"""MambaOut: the gated CNN block, the networks, and the sequence length from which attention is the larger part."""
+"""MambaOut: the gated CNN block, the networks, and the sequence length at which attention is most of the cost."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def shaken(module: nn.Module) -> nn.Module:
-    """In float64, with every parameter somewhere that shows."""
+def perturbed(module: nn.Module) -> nn.Module:
+    """Convert a module to float64 and change every parameter, so that each affects the output."""
     module = module.double()
     with torch.no_grad():
         for index, parameter in enumerate(module.parameters()):
@@ -44,7 +44,7 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def neighbourhood(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A depthwise convolution of `(B, H, W, C)`, kernel place by kernel place."""
+    """Compute a depthwise convolution of `(B, H, W, C)`, one kernel offset at a time."""
     reach = conv.weight.shape[-1] // 2
     wide, out = F.pad(x, (0, 0, reach, reach, reach, reach)), conv.bias.expand_as(x).clone()
     for dy in range(2 * reach + 1):
@@ -66,7 +66,7 @@ def neighbourhood(conv: nn.Conv2d, x: Tensor) -> Tensor:
     ],
 )
 def test_the_block_by_hand(options: dict, hidden: int, convolved: int) -> None:
-    block, x = shaken(GatedCNNBlock(10, **options)), randn(2, 5, 6, 10)
+    block, x = perturbed(GatedCNNBlock(10, **options)), randn(2, 5, 6, 10)
     inside = linear(block.fc1, norm(block.norm, x))
     gate, kept, mixed = inside[..., :hidden], inside[..., hidden : 2 * hidden - convolved], inside[..., -convolved:]
     values = torch.cat([kept, neighbourhood(block.conv, mixed)], -1) if convolved else inside[..., hidden:]
@@ -75,7 +75,7 @@ def test_the_block_by_hand(options: dict, hidden: int, convolved: int) -> None:
 
 
 def changed_by_a_pixel(block: GatedCNNBlock, at: tuple[int, int] = (8, 6)) -> Tensor:
-    """Where the output `(H, W)` differs once one pixel does."""
+    """Return a mask `(H, W)` of the output pixels that change with one input pixel."""
     x = randn(1, 17, 15, 10)
     other = x.clone()
     other[:, at[0], at[1]] = randn(10, seed=1)
@@ -84,14 +84,14 @@ def changed_by_a_pixel(block: GatedCNNBlock, at: tuple[int, int] = (8, 6)) -> Te
 
 @pytest.mark.parametrize("kernel", [3, 7])
 def test_a_pixel_reaches_as_far_as_the_kernel(kernel: int) -> None:
-    changed = changed_by_a_pixel(shaken(GatedCNNBlock(10, kernel=kernel)))
+    changed = changed_by_a_pixel(perturbed(GatedCNNBlock(10, kernel=kernel)))
     expected, reach = torch.zeros_like(changed), kernel // 2
     expected[8 - reach : 9 + reach, 6 - reach : 7 + reach] = True
     assert torch.equal(changed, expected)
-    assert changed_by_a_pixel(shaken(GatedCNNBlock(10, conv_ratio=0.0))).sum() == 1
+    assert changed_by_a_pixel(perturbed(GatedCNNBlock(10, conv_ratio=0.0))).sum() == 1
 
 
-# -- another mixer in its place ----------------------------------------------------------------------------------------
+# -- a mixer after the convolution -------------------------------------------------------------------------------------
 
 
 class Same(Layer):
@@ -100,7 +100,7 @@ class Same(Layer):
 
 
 def test_a_mixer_that_does_nothing_leaves_mambaout_s_block() -> None:
-    block, x = shaken(GatedCNNBlock(10)), randn(2, 5, 6, 10)
+    block, x = perturbed(GatedCNNBlock(10)), randn(2, 5, 6, 10)
     for mixer in (None, Same(10)):
         assert_near(with_token_mixer(block, mixer, causal=mixer is not None)(x), block(x), 0)
 
@@ -108,7 +108,7 @@ def test_a_mixer_that_does_nothing_leaves_mambaout_s_block() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_mixer_works_behind_the_convolution(causal: bool) -> None:
     torch.manual_seed(0)
-    block, mixer, x = shaken(GatedCNNBlock(10)), MultiHeadAttention(10, 2).double(), randn(2, 5, 6, 10)
+    block, mixer, x = perturbed(GatedCNNBlock(10)), MultiHeadAttention(10, 2).double(), randn(2, 5, 6, 10)
     mixed = with_token_mixer(block, mixer, causal=causal)
     gate, kept, convolved = linear(block.fc1, norm(block.norm, x)).split((26, 16, 10), -1)
     tokens = neighbourhood(block.conv, convolved).reshape(2, 30, 10)
@@ -119,9 +119,9 @@ def test_a_mixer_works_behind_the_convolution(causal: bool) -> None:
     assert mixed.conv.weight is not block.conv.weight
 
 
-def test_a_mixer_for_grids_is_told_the_grid() -> None:
+def test_a_mixer_for_grids_gets_the_grid_size() -> None:
     torch.manual_seed(0)
-    block, x = shaken(GatedCNNBlock(10)), randn(2, 5, 6, 10)
+    block, x = perturbed(GatedCNNBlock(10)), randn(2, 5, 6, 10)
     mixer = InLineAttention(10, 2).double()
     seen = []
     mixer.register_forward_hook(lambda *given: seen.append(given[2]["size"]), with_kwargs=True)
@@ -129,7 +129,7 @@ def test_a_mixer_for_grids_is_told_the_grid() -> None:
     assert seen == [(5, 6)]
 
 
-def test_mixers_that_do_not_fit() -> None:
+def test_mixers_of_another_width_are_refused() -> None:
     with pytest.raises(OptionError, match=r"mixer must be as wide as the convolution \(10\); got dim=12"):
         with_token_mixer(GatedCNNBlock(10), Same(12))
     with pytest.raises(OptionError, match=r"mixer must be as wide as the convolution \(0\)"):
@@ -154,7 +154,7 @@ def small(**options) -> MambaOut:
 
 
 def test_the_network_by_hand() -> None:
-    net, images = shaken(small(kernel=3, expansion=2.0, conv_ratio=0.5)), randn(2, 2, 13, 16)
+    net, images = perturbed(small(kernel=3, expansion=2.0, conv_ratio=0.5)), randn(2, 2, 13, 16)
 
     def halved(conv: nn.Conv2d, x: Tensor) -> Tensor:
         out = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, stride=2, padding=1)
@@ -183,7 +183,7 @@ def test_names_are_those_of_timm() -> None:
         assert {f"{part}.weight", f"{part}.bias"} <= names
 
 
-def test_how_it_starts() -> None:
+def test_initial_weights() -> None:
     net = small()
     assert abs(net.stages[1].blocks[0].fc1.weight.std().item() - 0.02) < 0.002
     assert not any(p.any() for name, p in net.named_parameters() if name.endswith("bias"))
@@ -191,19 +191,19 @@ def test_how_it_starts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
-        ({"depths": (1,)}, "depths and dims must be as long; got 1, 2"), ({"depths": (1, 0)}, "depths=0"),
+        ({"depths": (1,)}, "depths and dims must be as long as each other; got 1, 2"), ({"depths": (1, 0)}, "depths=0"),
         ({"dims": (6, 0)}, "dims=0"), ({"channels": 0}, "channels=0"), ({"classes": 0}, "classes=0"),
         ({"kernel": 4}, "kernel=4 must be odd"),
     ],
 )  # fmt: skip
-def test_bad_networks(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_networks(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         small(**options)
 
 
-def test_a_size_that_there_is_not() -> None:
+def test_an_unknown_size_is_refused() -> None:
     with pytest.raises(UnknownKey, match='unknown size of MambaOut "huge"; known: base, femto, kobe, small, tiny'):
         MambaOut("huge")
     with pytest.raises(ShapeError, match=r"images must be \(B, 2, H, W\); got \(1, 3, 8, 8\)"):
@@ -221,7 +221,7 @@ def test_bad_blocks(options: dict) -> None:
 # -- long sequences ----------------------------------------------------------------------------------------------------
 
 
-def test_where_attention_is_the_larger_part() -> None:
+def test_attention_is_most_of_the_cost_beyond_six_widths() -> None:
     assert not is_long_sequence(196, 384)
     assert is_long_sequence(4096, 384)
     assert is_long_sequence(4000, 384)
@@ -231,13 +231,13 @@ def test_where_attention_is_the_larger_part() -> None:
         assert not is_long_sequence(6 * dim, dim)
         assert is_long_sequence(6 * dim + 1, dim)
     assert block_flops(196, 384) == (24 * 384**2 * 196, 4 * 384 * 196**2)
-    for tokens, dim, says in ((0, 384, "tokens=0"), (196, 0, "dim=0")):
-        with pytest.raises(OptionError, match=says):
+    for tokens, dim, message in ((0, 384, "tokens=0"), (196, 0, "dim=0")):
+        with pytest.raises(OptionError, match=message):
             is_long_sequence(tokens, dim)
 
 
 def test_the_criterion_counts_a_real_block() -> None:
-    """Multiply-adds of a transformer block, counted as two each, from the products that it makes."""
+    """The formula equals a block's operations, with two for each multiply-add."""
     tokens, dim = 30, 8
     block = nn.ModuleList([MultiHeadAttention(dim, 2), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)])
     maps = [part for part in block.modules() if isinstance(part, nn.Linear)]
@@ -250,7 +250,7 @@ def test_the_criterion_counts_a_real_block() -> None:
 
 
 class Digits(nn.Module):
-    """Four by four tokens of two by two pixels, and two blocks."""
+    """A network with two blocks on four by four tokens of two by two pixels."""
 
     def __init__(self, make) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ def test_images_need_no_recurrence(claim) -> None:
 
 
 @pytest.mark.slow
-def test_the_convolution_is_what_mixes(claim) -> None:
+def test_the_convolution_is_needed(claim) -> None:
     claim(
         "a 7x7 convolution is token mixer enough: accuracy on held-out digits",
         ours=read(lambda: GatedCNNBlock(32)), baseline=read(lambda: GatedCNNBlock(32, conv_ratio=0.0)),
