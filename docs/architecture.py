@@ -98,6 +98,16 @@ def attend() -> Picture:
         "refuses by name a pattern or mask that the mechanism does not define",
         file="ops/operator.py",
     )
+    p.arrow((450, y), (450, y + 30))
+    y = p.box(
+        210,
+        y + 30,
+        480,
+        "AttentionCall",
+        "q, k, v, scale, mask, causal, engine, inputs, checked:",
+        "all that decides who attends to whom",
+        file="core/call.py",
+    )
     p.arrow((450, y), (450, y + 34), label="the family's base class takes over")
     top, lower = y + 34, 0
     families = [
@@ -110,34 +120,12 @@ def attend() -> Picture:
         lower = p.box(16 + 219 * number, top, 211, title, *lines, file=f"ops/base/{file}", filled=True)
     p.text(16, lower + 18, "dense and sparse: pairs of tokens", color=PALE)
     p.text(884, lower + 18, "a state in place of pairs", color=PALE, end=True)
-    call = lower + 48
-    for x in (121, 340):
-        p.arrow((x, lower + 26), (x, call))
+    computed = lower + 48
+    for x in (121, 340, 559, 778):
+        p.arrow((x, lower + 26), (x, computed))
     left = p.box(
         16,
-        call,
-        430,
-        "AttentionCall",
-        "q, k, v, scale, mask, causal, selection, scoring:",
-        "all that decides who attends to whom",
-        file="core/call.py",
-    )
-    scan = p.box(
-        462,
-        call,
-        422,
-        "scans of their own",
-        "chunked (the default), recurrent, reference;",
-        "sums in float32 for half precision",
-        file="ops/functional",
-    )
-    for x in (559, 778):
-        p.arrow((x, lower + 26), (x, call))
-    p.arrow((231, left), (231, left + 34), label="engines.run")
-    engines = left + 34
-    end = p.box(
-        16,
-        engines,
+        computed,
         430,
         'engine="auto" picks, and plan() says which and why',
         "fused: PyTorch's kernel for a softmax over dot products",
@@ -146,9 +134,21 @@ def attend() -> Picture:
         "reference: the whole matrix; it decides what is right",
         file="core/engines",
     )
-    out = end + 34
-    p.arrow((231, end), (231, out))
-    p.arrow((868, scan), (868, out))
+    right = p.box(
+        462,
+        computed,
+        422,
+        "scans of their own",
+        "chunked (the default), recurrent, reference;",
+        "sums in float32 for half precision",
+        file="ops/functional",
+    )
+    out = left + 34
+    p.arrow((231, left), (231, out))
+    p.arrow((868, right), (868, out))
+    p.text(462, right + 24, "step and prefill: one token, or a prompt and then tokens.", color=PALE)
+    p.text(462, right + 42, "Scored and Selective keep keys and values, Linear and", color=PALE)
+    p.text(462, right + 60, "Memory a state of one size (ops/base/streaming.py).", color=PALE)
     p.box(
         16,
         out,
@@ -157,9 +157,6 @@ def attend() -> Picture:
         "zeros for a query that sees no key; NaN behind a mask does not leak",
         filled=True,
     )
-    p.text(462, engines + 20, "step and prefill: one token, or a prompt and then tokens.", color=PALE)
-    p.text(462, engines + 38, "Scored and Selective keep keys and values (ops/base/kv_state.py),", color=PALE)
-    p.text(462, engines + 56, "Linear and Memory a state of one size.", color=PALE)
     p.height = out + 74
     return p
 
