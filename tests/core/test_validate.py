@@ -70,7 +70,7 @@ def test_lengths_may_be_zero() -> None:
         (lambda: validate.one_of("rep", "last", ("first", "middle")), "rep='last' must be one of 'first', 'middle'"),
         (lambda: validate.scale("big", 4), "scale='big' must be a finite number"),
         (lambda: validate.scale(float("inf"), 4), "scale=inf"),
-        (lambda: validate.scale(torch.ones(()), 4), "scale=tensor"),
+        (lambda: validate.scale(torch.ones(()), 4), "scale=Tensor"),
     ],
 )
 def test_a_malformed_option(check: Callable[[], object], says: str) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.host import apply
+from foveate.host import PrefillSwap, apply
 from foveate.kv.sink_recent import SinkRecent
 from foveate.lens import MEASURES, Lens
 from foveate.lens.lens import look
+from foveate.ops import HiP
 from foveate.steer.text.act_calibration import ActCalibration, calibrate_sinks, find_sinks
 from foveate.tasks.parts import corpus
 from tests.lab import lab
@@ -116,3 +117,15 @@ def test_calibration_of_a_trained_model_spares_the_first_token() -> None:
     later[:, 0] = False
     assert bool((after[heads, 0] > before[heads, 0]).all())
     assert bool((after[heads][later] < 0.5 * before[heads][later]).all())
+
+
+def test_an_operator_is_a_method_that_reads_the_prompt() -> None:
+    model, inputs = tiny("llama"), text("none")
+    operator = HiP(keep=8, block_q=4, block_k=2)
+    with torch.no_grad():
+        alone = model(**inputs).logits
+        with apply(model, PrefillSwap(operator)):
+            swapped = model(**inputs).logits
+        with apply(model, operator):
+            assert torch.equal(model(**inputs).logits, swapped)
+    assert not torch.equal(alone, swapped)

@@ -65,3 +65,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The valid name that is most like this one; None where none is much like it."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return near[0] if near else None
+
+
+def shown(value: object) -> str:
+    """Return a value as a message prints it, on one short line: of a tensor its shape and dtype."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if isinstance(shape, tuple) and dtype is not None:
+        return f"{type(value).__name__} {tuple(shape)} {str(dtype).removeprefix('torch.')}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import torch
 from torch import Tensor
 
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError, ShapeError, shown
 
 
 def tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> None:
@@ -21,7 +21,7 @@ def tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal:
         _tensor(name, x)
     _together(q, k, v)
     if not isinstance(causal, bool):
-        raise OptionError(f"causal={causal!r} must be True or False")
+        raise OptionError(f"causal={shown(causal)} must be True or False")
     batch, heads, n_queries, _ = q.shape
     if causal and n_queries > k.shape[2]:
         raise ShapeError(f"causal=True needs at least as many keys as queries; got Nq={n_queries}, Nk={k.shape[2]}")
@@ -63,37 +63,38 @@ def attention_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -
         raise ShapeError(f"mask must be on {device}, beside q; got {mask.device}")
     fits = mask.dim() <= 4 and all(m in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1], strict=False))
     if not fits:
-        raise ShapeError(f"mask must broadcast to (B, Hq, Nq, Nk)={shape}; got {tuple(mask.shape)}")
+        hint = "; a mask of keys is (B, 1, 1, Nk)" if tuple(mask.shape) == (shape[0], shape[3]) else ""
+        raise ShapeError(f"mask must broadcast to (B, Hq, Nq, Nk)={shape}; got {tuple(mask.shape)}{hint}")
 
 
 def at_least(name: str, value: float, least: float) -> None:
     """Refuse an option under its least valid value."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        raise OptionError(f"{name}={value!r} must be at least {least}")
+        raise OptionError(f"{name}={shown(value)} must be at least {least}")
 
 
 def count(name: str, value: int, least: int = 0) -> None:
     """Refuse an option that is no whole number, or under its least valid value."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"{name}={value!r} must be a whole number, at least {least}")
+        raise OptionError(f"{name}={shown(value)} must be a whole number, at least {least}")
 
 
 def flag(name: str, value: bool) -> None:
     """Refuse an option that is not True or False."""
     if not isinstance(value, bool):
-        raise OptionError(f"{name}={value!r} must be True or False")
+        raise OptionError(f"{name}={shown(value)} must be True or False")
 
 
 def between(name: str, value: float, low: float, high: float) -> None:
     """Refuse an option outside `[low, high]`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise OptionError(f"{name}={value!r} must be in {low}..{high}")
+        raise OptionError(f"{name}={shown(value)} must be in {low}..{high}")
 
 
 def one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Refuse an option that is none of `choices`."""
     if value not in choices:
-        raise OptionError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        raise OptionError(f"{name}={shown(value)} must be one of {', '.join(map(repr, choices))}")
 
 
 def scale(value: float | None, width: int) -> float:
@@ -101,7 +102,7 @@ def scale(value: float | None, width: int) -> float:
     if value is None:
         return width**-0.5
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise OptionError(f"scale={value!r} must be a finite number or None (then D ** -0.5 = {width**-0.5:.4g})")
+        raise OptionError(f"scale={shown(value)} must be a finite number or None (then D ** -0.5 = {width**-0.5:.4g})")
     return float(value)
 
 
@@ -134,7 +135,7 @@ def options(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
     for name, value in bound.items():
         kind = kinds.get(name)
         if kind is not None and not kind.fits(value):
-            raise OptionError(f"{name}={value!r} must be {kind.words}")
+            raise OptionError(f"{name}={shown(value)} must be {kind.words}")
 
 
 @cache

@@ -8,15 +8,18 @@ from foveate.host.hf import dispatch  # noqa: F401  the import registers Foveate
 from foveate.host.hf.layout import layout
 from foveate.host.hf.model import Host
 from foveate.host.method import Method
+from foveate.host.operator_swap import PrefillSwap
 from foveate.host.run import Evict, Part, Run
+from foveate.ops.operator import Operator
 
 
-def apply(model: object, *methods: Method, on: Part = "auto", evict: Evict = "always") -> Run:
+def apply(model: object, *methods: Method | Operator, on: Part = "auto", evict: Evict = "always") -> Run:
     """Apply methods to a pretrained model: `with foveate.apply(model, method, ...) as run:`.
 
     Args:
         model: any model that uses transformers' attention interface (decoders, encoders, ViTs, VLMs).
-        methods: applied in order; hooks of several compose, and a later method gets the result of an earlier one.
+        methods: applied in order; hooks of several compose, the later seeing what the earlier left. An `Operator` attends
+            to the prompt in place of the model's attention; see `foveate.host.PrefillSwap`.
         on: the part that they act on: "decoder", "all", or "auto". "auto" is the decoder of a model that has one, and
             all of any other model. A vision tower or an encoder before a decoder attends natively unless `on="all"`.
         evict: when methods drop tokens. "always" is after every call; "after prompt" only while the prompt is read, in

@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, shown
 from foveate.host.method import Method
 from foveate.host.padding import attend_unpadded, tokens
 from foveate.host.site import Site
@@ -40,7 +40,7 @@ class PrefillSwap(Method):
 
         if self.layers is not None:
             if not isinstance(self.layers, tuple | list):
-                raise OptionError(f"layers={self.layers!r} must be a tuple of layers' numbers, or None for all")
+                raise OptionError(f"layers={shown(self.layers)} must be a tuple of layers' numbers, or None for all")
             for layer in self.layers:
                 validate.count("layers", layer)
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate.core import masks, validate
-from foveate.core.errors import OptionError, ShapeError, UnsupportedModel
+from foveate.core.errors import OptionError, ShapeError, UnsupportedModel, shown
 from foveate.core.selection import Indices, Selection
 from foveate.host import Host
 from foveate.host.hf.layout import layout
@@ -66,7 +66,7 @@ class TidalDecode(Policy):
         validate.one_of("per", self.per, ("head", "group", "layer"))
         validate.one_of("reduce", self.reduce, ("max", "sum"))
         if not isinstance(self.reselect_layers, tuple | list):
-            raise OptionError(f"reselect_layers={self.reselect_layers!r} must be a tuple of layer numbers")
+            raise OptionError(f"reselect_layers={shown(self.reselect_layers)} must be a tuple of layer numbers")
         for layer in self.reselect_layers:
             validate.count("reselect_layers", layer)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foveate.core.catalog import system, systems
-from foveate.core.errors import OptionError, nearest
+from foveate.core.errors import OptionError, nearest, shown
 from foveate.ops.operator import Operator
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _made(
 ) -> tuple[Operator, dict[str, Tensor]]:  # fmt: skip
     """The operator of a call, and the call's per-token inputs."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise OptionError(f"generator={generator!r} must be a torch.Generator or None")
+        raise OptionError(f"generator={shown(generator)} must be a torch.Generator or None")
     given = dict(inputs or {})
     known: Mapping[str, bool] = {}
     if not isinstance(op, Operator):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import masks as mask_algebra, validate
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, shown
 from foveate.models.base.decoder import Decoder
 from foveate.nn import Layer, MultiHeadAttention, Rotary, ShortConv, StreamingLayer
 from foveate.nn.parts.heads import HeadState
@@ -55,7 +55,7 @@ class Based(Decoder):
         kinds = [kind.strip() for kind in pattern.split(",")]
         for kind in kinds:
             if kind not in KINDS:
-                raise OptionError(f"pattern={pattern!r} must be a list of {', '.join(KINDS)}; got {kind!r}")
+                raise OptionError(f"pattern={shown(pattern)} must be a list of {', '.join(KINDS)}; got {kind!r}")
         makers = {
             "conv": lambda: GatedConv(dim),
             "linear": lambda: linear_layer(dim, heads, feature_dim, symmetric=symmetric),
@@ -172,4 +172,4 @@ def state_bytes(layer: Layer, length: int, dtype: torch.dtype = torch.float32) -
     if isinstance(layer, MultiHeadAttention) and isinstance(layer.op, TaylorAttention):
         state: Any = layer.init_state(1, dtype=dtype, device="meta").op
         return state.memory.numel() * state.memory.dtype.itemsize
-    raise OptionError(f"layer={layer!r} must be one of BASED's: conv, linear or window")
+    raise OptionError(f"layer={shown(layer)} must be one of BASED's: conv, linear or window")

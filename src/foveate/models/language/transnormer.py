@@ -54,7 +54,9 @@ class LRPE(nn.Module):
 
 
 class GLAState(NamedTuple):
-    memory: Any
+    """The operator's state, and the number of tokens so far."""
+
+    op: Any
     seen: int
 
 
@@ -104,8 +106,8 @@ class GatedLightning(StreamingLayer):
 
     def _step(self, x: Tensor, state: GLAState, **inputs: Tensor) -> tuple[Tensor, GLAState]:
         q, k, v, u = self._projected(x, state.seen)
-        out, memory = self.op.step(q, k, v, state.memory)
-        return self._merged(out, u), GLAState(memory, state.seen + 1)
+        out, after = self.op.step(q, k, v, state.op)
+        return self._merged(out, u), GLAState(after, state.seen + 1)
 
     @classmethod
     def example(cls, dim: int, heads: int, length: int) -> Self:

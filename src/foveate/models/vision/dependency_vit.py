@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.nn.parts.grid import to_tokens
 from foveate.nn.vision.dependency_vit import DependencyAttention, Sent, Tree, dependency_tree, prune
 
@@ -49,7 +49,8 @@ class DependencyViT(nn.Module):
         if side % patch:
             raise OptionError(f"patch={patch} must divide side={side}")
         if any(at not in range(1, depth + 1) for at in prune_after) or ratio * len(set(prune_after)) >= 1:
-            raise OptionError(f"prune_after={prune_after!r} must be blocks of 1..{depth}, fewer than 1 / ratio of them")
+            given = shown(prune_after)
+            raise OptionError(f"prune_after={given} must be blocks of 1..{depth}, fewer than 1 / ratio of them")
         validate.one_of("score", score, ("message", "received"))
         self.side, self.channels, self.score = side, channels, score
         self.prune_after, self.ratio = sorted(set(prune_after)), ratio

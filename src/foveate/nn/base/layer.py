@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
+from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern, shown
 from foveate.ops.operator import (
     ALL_MASKS,
     ALL_TRANSFORMS,
@@ -144,7 +144,7 @@ class Layer(nn.Module, ABC):
     ) -> None:  # fmt: skip
         self._check_tokens(x, memory)
         if not isinstance(causal, bool):
-            raise OptionError(f"causal={causal!r} must be True or False")
+            raise OptionError(f"causal={shown(causal)} must be True or False")
         pattern = ("causal " if causal else "") + ("self" if memory is None else "cross")
         if pattern not in self.capabilities.patterns:
             raise UnsupportedPattern(
@@ -179,10 +179,10 @@ class Layer(nn.Module, ABC):
         prefix = self.capabilities.prefix
         if not self.capabilities.grid:
             if size is not None:
-                raise OptionError(f"{self.name} knows no grid; got size={size!r}")
+                raise OptionError(f"{self.name} knows no grid; got size={shown(size)}")
         elif size is None or len(size) != 2 or size[0] * size[1] != x.shape[1] - prefix:
             before = f" - {prefix}" if prefix else ""
-            raise ShapeError(f"size={size!r} must be (H, W) with H * W = N{before} = {x.shape[1] - prefix}")
+            raise ShapeError(f"size={shown(size)} must be (H, W) with H * W = N{before} = {x.shape[1] - prefix}")
 
 
 class StreamingLayer(Layer, ABC):

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.core.scoring import safe_softmax
 
 EPS = 1e-8
@@ -54,7 +54,7 @@ class GaussianAdaptiveAttention(nn.Module):
         validate.count("gaussians", gaussians, 1)
         validate.one_of("variant", variant, ("paper", "release"))
         if isinstance(axis, bool) or not isinstance(axis, int):
-            raise OptionError(f"axis={axis!r} must be a whole number")
+            raise OptionError(f"axis={shown(axis)} must be a whole number")
         self.heads, self.axis, self.padding_value, self.variant = heads, axis, padding_value, variant
         self.offsets = nn.Parameter(torch.zeros(heads, gaussians))
         self.spreads = nn.Parameter(torch.randn(heads, gaussians).exp())

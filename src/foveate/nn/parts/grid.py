@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError, ShapeError, shown
 
 Size = tuple[int, int]  # (H, W)
 
@@ -59,7 +59,8 @@ def local_mass(weights: Float[Tensor, "b h n n"], size: Size, reach: int = 1) ->
     validate.count("reach", reach)
     near = neighbours(size, reach).to(weights.device)
     if near.shape != weights.shape[-2:]:
-        raise ShapeError(f"weights must be (B, H, N, N) with N = H * W of size={size!r}; got {tuple(weights.shape)}")
+        got = tuple(weights.shape)
+        raise ShapeError(f"weights must be (B, H, N, N) with N = H * W of size={shown(size)}; got {got}")
     mass = weights.abs()
     return (mass * near).sum(-1) / mass.sum(-1).clamp_min(torch.finfo(mass.dtype).tiny)
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, shown
 from foveate.ops.functional import alibi, rotary
 
 
@@ -89,7 +89,7 @@ class RelativeBias(Position):
 def check(position: object, heads: int) -> None:
     """Refuse what is no scheme, or one made for another number of heads."""
     if position is not None and not isinstance(position, Position):
-        raise OptionError(f"position={position!r} must be a foveate.nn.Position, such as Rotary(), or None")
+        raise OptionError(f"position={shown(position)} must be a foveate.nn.Position, such as Rotary(), or None")
     made_for = {Alibi: lambda p: len(p.slopes), RelativeBias: lambda p: len(p.table)}.get(type(position))
     if made_for is not None and made_for(position) != heads:
         raise OptionError(f"position is for {made_for(position)} heads; the layer has heads={heads}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import masks, validate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts.blocks import Block
 from foveate.ops.functional import linear_forms as forms
@@ -211,7 +211,7 @@ class LightNet(nn.Module):
     def forward(self, x: Float[Tensor, "b n c"], size: Size | None = None, *, causal: bool = False) -> Tensor:
         """`size` is the grid's `(H, W)`, for two axes."""
         if (size is not None) != (self.axes == 2):
-            raise ShapeError(f"size={size!r} must be (H, W) for axes=2 and None for axes=1; here axes={self.axes}")
+            raise ShapeError(f"size={shown(size)} must be (H, W) for axes=2 and None for axes=1; here axes={self.axes}")
         call: dict[str, Any] = {"causal": causal} if size is None else {"size": size}
         x = x if self.tpe is None else self.tpe(x, size, causal)
         for block in self.blocks:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import masks, validate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.nn.base.layer import StreamingLayer
 from foveate.nn.parts.heads import HeadScheme, HeadState, split
 from foveate.nn.parts.positions import Position
@@ -108,7 +108,7 @@ class SuperAttention(StreamingLayer):
         super().__init__(dim, heads)
         validate.count("context_len", context_len, 1)
         if not isinstance(causal, bool):
-            raise OptionError(f"causal={causal!r} must be True or False")
+            raise OptionError(f"causal={shown(causal)} must be True or False")
         self.slim = SlimAttention(dim, heads, op=op, position=position, bias=bias)
         self.context_len = context_len
         self.alignment = nn.Parameter(torch.eye(context_len))

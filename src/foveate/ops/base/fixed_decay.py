@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.core.readable import is_clean
 from foveate.ops.base.linear import Linear
 from foveate.ops.functional import alibi, causal
@@ -86,9 +86,9 @@ def _checked(decay: Any) -> tuple[float, ...]:
     try:
         given = torch.as_tensor(decay, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        raise OptionError(f'decay={decay!r} must be "transnormer" or one number in (0, 1] per head') from None
+        raise OptionError(f'decay={shown(decay)} must be "transnormer" or one number in (0, 1] per head') from None
     if given.dim() != 1 or given.numel() == 0 or not bool(((given > 0) & (given <= 1)).all()):
-        raise OptionError(f"decay must be (H,) numbers in (0, 1]; got {decay!r}")
+        raise OptionError(f"decay must be (H,) numbers in (0, 1]; got {shown(decay)}")
     return tuple(given.tolist())
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks, validate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.core.readable import remembered
 from foveate.core.scoring import Tile
 from foveate.ops.base.scored import Scored
@@ -123,7 +123,7 @@ def circle_intersection(n: int, radius: int, distance: int) -> int:
     differ.
     """
     if not 0 <= distance <= n:
-        raise OptionError(f"distance={distance!r} must be in 0..{n}")
+        raise OptionError(f"distance={shown(distance)} must be in 0..{n}")
     total = 0
     for a in range(n - distance + 1):
         missing = n - radius - a  # bits that each of the two still has to share with the address

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from foveate.core import masks, validate
 from foveate.core.call import AttentionCall
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, shown
 from foveate.core.scoring import SOFTMAX, Scoring, Tile, dot_product
 from foveate.ops.base.kv_cached import Cached
 from foveate.ops.functional import alignment as alignments, normalizers as distributions
@@ -75,9 +75,9 @@ class SurveyAttention(Cached):
             default_scale=self.alignment.default_scale, streaming="own" if distribution == "sample" else "exact"
         )
         if sigma is not None and window is None:
-            raise OptionError(f"sigma={sigma!r} needs a window")
+            raise OptionError(f"sigma={shown(sigma)} needs a window")
         if window is not None and (heads is None or head_dim is None):
-            raise OptionError(f"window={window!r} needs heads and head_dim")
+            raise OptionError(f"window={shown(window)} needs heads and head_dim")
         self.local = None if window is None else LocalWindow(heads, head_dim, window, sigma)
 
     def _prepared(self, call: AttentionCall) -> AttentionCall:
@@ -152,7 +152,7 @@ def _distribution(
     name: str | Callable[[Tensor], Tensor], alpha: float | None, generator: torch.Generator | None
 ) -> Callable[..., Tensor]:
     if alpha is not None and name != "entmax":
-        raise OptionError(f'alpha={alpha!r} belongs to distribution="entmax"')
+        raise OptionError(f'alpha={shown(alpha)} belongs to distribution="entmax"')
     if (generator is None) == (name == "sample"):
         raise OptionError('distribution="sample" draws from a generator, and no other does')
     if not isinstance(name, str):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.ops.base.framed import Framed, Tokens
 from foveate.ops.functional import geometry as groups, rotary
 
@@ -79,7 +79,7 @@ class GTA(Framed):
         if dims.get("t2") and (axes != 2 or euclid):
             raise OptionError(f"t2={dims['t2']} shifts by two coordinates, in dot products; got {axes=}, {euclid=}")
         if grid is not None and (len(grid) != axes or any(type(size) is not int or size < 1 for size in grid)):
-            raise OptionError(f"grid={grid!r} must be {axes} whole numbers, at least 1")
+            raise OptionError(f"grid={shown(grid)} must be {axes} whole numbers, at least 1")
         self.dims = {name: dims[name] for name in KINDS if dims.get(name)}
         self.head_dim, self.axes, self.grid, self.euclid = head_dim, axes, grid, euclid
         self.v_transform = v_transform

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from foveate.core import masks, validate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.core.scoring import Tile, dot_product, safe_softmax
 from foveate.ops.base.scored import Scored
 from foveate.ops.functional import local_window as location
@@ -77,7 +77,7 @@ class LuongAttention(Scored):
         validate.one_of("mode", mode, ("global", "local_m", "local_p"))
         validate.one_of("gaussian", gaussian, (True, False))
         if (max_keys is None) == (score == "location"):
-            raise OptionError(f'max_keys={max_keys!r} goes with score="location", and with no other')
+            raise OptionError(f'max_keys={shown(max_keys)} goes with score="location", and with no other')
         if score == "location" and mode != "global":
             raise OptionError(f'score="location" has no mode {mode!r}; it is for mode="global"')
         self.kind, self.mode, self.window, self.gaussian = score, mode, window, gaussian

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, shown
 from foveate.core.scoring import Tile, dot_product
 from foveate.ops.base.scored import Scored
 from foveate.ops.functional import alibi as linear_bias
@@ -46,7 +46,7 @@ class SigmoidAttention(Scored):
     ) -> None:
         super().__init__()
         if bias not in ("-log n", "row") and (isinstance(bias, bool | str) or not math.isfinite(bias)):
-            raise OptionError(f'bias={bias!r} must be "-log n", "row" or a finite number')
+            raise OptionError(f'bias={shown(bias)} must be "-log n", "row" or a finite number')
         validate.one_of("variant", variant, ("paper", "release"))
         self.bias, self.alibi, self.variant = bias, alibi, variant
         if bias == "-log n":

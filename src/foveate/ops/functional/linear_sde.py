@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import validate
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, shown
 from foveate.ops.functional import rotary
 
 #: Where decay stops counting (e^-20), so that a variance without noise of its own stays above zero, and the least of
@@ -44,7 +44,7 @@ class Dynamics(nn.Module):
             self.omega = rotary.rotary_frequencies(2 * count) if learned is None else nn.Parameter(learned)
         else:
             if len(omega) != width // 2 or not all(math.isfinite(rate) for rate in omega):
-                raise OptionError(f"omega={omega!r} must be {width // 2} finite numbers")
+                raise OptionError(f"omega={shown(omega)} must be {width // 2} finite numbers")
             self.omega, self.is_paired = torch.tensor(omega, dtype=torch.float64), False
 
     def angles(self, t: Float[Tensor, "b h n"]) -> Float[Tensor, "b h n c"]:
@@ -82,8 +82,8 @@ def mean_decay(x: Tensor) -> Tensor:
 def fixed(name: str, value: float) -> float:
     """One of the system's numbers as a caller gives it: μ at most 0, ν above 0, the others at least 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise OptionError(f"{name}={value!r} must be a finite number, or None to be learned")
+        raise OptionError(f"{name}={shown(value)} must be a finite number, or None to be learned")
     valid, what = {"mu": (value <= 0, "at most 0"), "nu": (value > 0, "above 0")}.get(name, (value >= 0, "at least 0"))
     if not valid:
-        raise OptionError(f"{name}={value!r} must be {what}")
+        raise OptionError(f"{name}={shown(value)} must be {what}")
     return float(value)

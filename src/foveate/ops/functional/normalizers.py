@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from foveate.core import masks, validate
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, shown
 from foveate.core.scoring import safe_softmax
 from foveate.ops.functional import local_window as location
 
@@ -28,7 +28,7 @@ def entmax(logits: Float[Tensor, "... k"], alpha: float = 1.5) -> Float[Tensor, 
     exact by one sort; tau is bisected for others. (Peters, Niculae, Martins 2019; Martins, Astudillo 2016.)
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 1 <= alpha < math.inf:
-        raise OptionError(f"alpha={alpha!r} must be a finite number, at least 1")
+        raise OptionError(f"alpha={shown(alpha)} must be a finite number, at least 1")
     return safe_softmax(logits) if alpha == 1 else _Entmax.apply(logits, float(alpha))[0]
 
 
@@ -79,7 +79,7 @@ class LocalWindow(nn.Module):
         validate.at_least("window", window, 1)
         sigma = window / 2 if sigma is None else sigma
         if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not sigma > 0:
-            raise OptionError(f"sigma={sigma!r} must be a number above 0")
+            raise OptionError(f"sigma={shown(sigma)} must be a number above 0")
         self.window, self.sigma = window, sigma
         bound = head_dim**-0.5
         self.w = nn.Parameter(torch.empty(heads, head_dim, head_dim).uniform_(-bound, bound))

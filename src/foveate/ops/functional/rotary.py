@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError, ShapeError, shown
 
 Layout = Literal["half", "interleaved"]
 
@@ -27,7 +27,7 @@ def rotary_frequencies(
     if dim % 2:
         raise OptionError(f"dim={dim} must be even: channels turn in pairs")
     if isinstance(base, bool) or not base > 0:
-        raise OptionError(f"base={base!r} must be positive")
+        raise OptionError(f"base={shown(base)} must be positive")
     return base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
 
 

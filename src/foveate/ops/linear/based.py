@@ -9,7 +9,7 @@ from typing import ClassVar, Self, final
 
 from torch import Tensor
 
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, shown
 from foveate.ops.base.linear import Linear
 from foveate.ops.functional import taylor
 
@@ -40,7 +40,7 @@ class TaylorAttention(Linear):
     def __init__(self, *, symmetric: bool = False) -> None:
         super().__init__()
         if not isinstance(symmetric, bool):
-            raise OptionError(f"symmetric={symmetric!r} must be True or False")
+            raise OptionError(f"symmetric={shown(symmetric)} must be True or False")
         self.symmetric = symmetric
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core import masks, validate
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, shown
 from foveate.ops.functional.normalizers import sample
 
 Objective = Literal["soft", "exact", "hard", "elbo"]
@@ -164,4 +164,4 @@ def check(objective: str, estimator: str, samples: int, temperature: float) -> N
         )
     validate.count("samples", samples, 1)
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not temperature > 0:
-        raise OptionError(f"temperature={temperature!r} must be a number above 0")
+        raise OptionError(f"temperature={shown(temperature)} must be a number above 0")

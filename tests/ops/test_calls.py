@@ -1,0 +1,107 @@
+"""`foveate.attend` and `plan`: inputs, sizes, drawn parameters, and messages that name the nearest right option."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import foveate
+from foveate.core.errors import OptionError, ShapeError, UnknownKey
+from foveate.ops import GTA, HiP, MonotonicLocationAttention, SlidingWindow, Softmax, TaylorAttention
+from tests.tensors import assert_near, qkv
+
+
+@pytest.fixture
+def heads() -> tuple[torch.Tensor, ...]:
+    return tuple(x.float() for x in qkv(12, heads=4, kv_heads=2, width=8))
+
+
+def test_an_operator_by_key_by_class_and_built(heads) -> None:
+    expected = SlidingWindow(window=5)(*heads, causal=True)
+    for op, options in (("sliding_window", {"window": 5}), (SlidingWindow, {"window": 5}), (SlidingWindow(5), {})):
+        assert torch.equal(foveate.attend(*heads, op, causal=True, **options), expected)
+        assert foveate.plan(*heads, op, causal=True, **options) == SlidingWindow(5).plan(*heads, causal=True)
+
+
+def test_inputs_of_tokens_reach_the_call(heads) -> None:
+    poses = GTA.example_input("poses", 2, 4, 12).float()
+    made = GTA(8, {"se3": 8})
+    expected = made(*heads, poses=poses)
+    assert not torch.allclose(expected, Softmax()(*heads), atol=1e-3)
+    named = foveate.attend(*heads, "gta", dims={"se3": 8}, inputs={"poses": poses})
+    assert torch.equal(named, expected), "head_dim is filled in from q"
+    assert torch.equal(foveate.attend(*heads, "gta", dims={"se3": 8}, poses=poses), expected), "as a keyword too"
+    assert torch.equal(foveate.attend(*heads, made, poses=poses), expected)
+    assert foveate.plan(*heads, "gta", dims={"se3": 8}, poses=poses) == made.plan(*heads, poses=poses)
+    with pytest.raises(OptionError, match="takes no input 'pose'; did you mean \"poses\""):
+        foveate.attend(*heads, made, inputs={"pose": poses})
+
+
+def test_the_same_call_gives_the_same_output(heads) -> None:
+    before = torch.get_rng_state()
+    one, two = (foveate.attend(*heads, "monotonic_location_attention", mix=True) for _ in range(2))
+    assert torch.equal(one, two), "parameters are drawn from a fixed seed"
+    assert torch.equal(torch.get_rng_state(), before), "and not from PyTorch's own generator"
+    drawn = [
+        foveate.attend(*heads, "monotonic_location_attention", mix=True, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], one)
+
+
+def test_a_generator_goes_to_an_operator_that_draws_for_itself(heads) -> None:
+    samples = [
+        foveate.attend(*heads, "marginal_attention", estimate="sample", generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+
+
+def test_sizes_are_those_of_the_tensors(heads) -> None:
+    q, k, v = heads
+    out = foveate.attend(q, k, v, "luong_attention", score="general")
+    assert out.shape == q.shape
+    with pytest.raises(ShapeError, match="built for 4 heads of width 6"):
+        foveate.attend(q, k, v, "luong_attention", score="general", head_dim=6)
+
+
+def test_a_wrong_option_names_the_nearest(heads) -> None:
+    with pytest.raises(OptionError, match='operator "hip" has no option "kep"; did you mean "keep"'):
+        foveate.attend(*heads, "hip", kep=4)
+    with pytest.raises(OptionError, match=r'operator "softmax" has no option "zzz"; options: none'):
+        foveate.attend(*heads, zzz=4)
+    with pytest.raises(OptionError, match='operator "s2_attention" has no option "shard"; did you mean "shards"'):
+        foveate.ops.create("s2_attention", shard=2)
+    with pytest.raises(OptionError, match=r"options \['keep'\] go with a key; HiP is already built"):
+        foveate.attend(*heads, HiP(), keep=4)
+    with pytest.raises(OptionError, match=r'operator "monotonic_location_attention" needs head_dim=\.\.\.'):
+        foveate.ops.create("monotonic_location_attention")
+    with pytest.raises(UnknownKey, match='unknown system "sofmax"; did you mean "softmax"'):
+        foveate.attend(*heads, "sofmax")
+    with pytest.raises(OptionError, match='system "moh" is no operator'):
+        foveate.attend(*heads, "moh")
+    with pytest.raises(OptionError, match="generator=0 must be a torch.Generator or None"):
+        foveate.attend(*heads, generator=0)
+
+
+def test_tensors_print_as_shapes(heads) -> None:
+    q = heads[0]
+    with pytest.raises(OptionError) as caught:
+        foveate.attend(*heads, "sliding_window", causal=True, window=q)
+    assert "(2, 4, 12, 8)" in str(caught.value) and "0." not in str(caught.value)
+    with pytest.raises(OptionError) as caught:
+        foveate.attend(*heads, scale=torch.ones(300))
+    assert "(300,)" in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_a_mask_of_keys_needs_four_axes(heads) -> None:
+    with pytest.raises(ShapeError, match=r"\(B, 1, 1, Nk\)"):
+        foveate.attend(*heads, mask=torch.ones(2, 12, dtype=torch.bool))
+
+
+def test_it_costs_no_parameters_where_there_are_none(heads) -> None:
+    assert_near(foveate.attend(*heads, "based"), TaylorAttention()(*heads), 0.0)
+    assert MonotonicLocationAttention(8, 4)(*heads).shape == heads[0].shape
