@@ -45,11 +45,11 @@ def test_packing_keeps_the_mask(groups: int, n: int, kind: str) -> None:
     if kind in shapes:
         mask = torch.rand(shapes[kind], generator=draw) > 0.4
         mask = mask.float() * 3 if kind == "bias" else mask
-    problem = AttentionCall(q, k, v, 0.3, mask, causal=kind == "causal")
-    got = fused.attend(problem)
+    call = AttentionCall(q, k, v, 0.3, mask, causal=kind == "causal")
+    got = fused.attend(call)
     expected = oracle.attention(q, k, v, mask=mask, causal=kind == "causal", scale=0.3)
     torch.testing.assert_close(got.double(), expected.double(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(engines.run(problem), got)
+    torch.testing.assert_close(engines.run(call), got)
 
 
 @torch.no_grad()

@@ -87,19 +87,19 @@ def selected(site: Site, selections: list[Selection]) -> tuple[Tensor, float]:
         return _softmax(site, [], allowed), density
     causal = site.is_plain_causal  # in that case no mask matrix is made
     mask = site.key_mask if causal else site.mask
-    problem = AttentionCall(site.q, site.k, site.v, site.scale, mask, causal and site.is_causal, selected=first)
-    if isinstance(first, Indices) and _hides_nothing_gathered(problem, first):
-        return gather.attend(problem), density
-    return engines.run(problem), density
+    call = AttentionCall(site.q, site.k, site.v, site.scale, mask, causal and site.is_causal, selected=first)
+    if isinstance(first, Indices) and _sees_all_gathered(call, first):
+        return gather.attend(call), density
+    return engines.run(call), density
 
 
-def _hides_nothing_gathered(problem: AttentionCall, chosen: Indices) -> bool:
+def _sees_all_gathered(call: AttentionCall, chosen: Indices) -> bool:
     """Return whether a query sees every key that is gathered for it.
 
     No hidden NaN can then reach the output. So the engine's check for NaN, which waits for the device, is not needed.
     """
-    one = problem.n_queries == 1 and chosen.valid is None and problem.mask is None
-    return one and not problem.is_empty and chosen.indices.shape[-1] > 0
+    one = call.n_queries == 1 and chosen.valid is None and call.mask is None
+    return one and not call.is_empty and chosen.indices.shape[-1] > 0
 
 
 def _whole_matrix(site: Site, methods: list[Method], selections: list[Selection]) -> Tensor:
@@ -116,8 +116,8 @@ def softmax_over(site: Site) -> Tensor:
 
 def _softmax(site: Site, methods: list[Method], allowed: Tensor | None) -> Tensor:
     """Compute attention from its whole matrix, so that methods can edit it."""
-    problem = AttentionCall(site.q, site.k, site.v, site.scale)
-    logits = dot_product(site.q, problem.grouped(site.k), site.scale)
+    call = AttentionCall(site.q, site.k, site.v, site.scale)
+    logits = dot_product(site.q, call.grouped(site.k), site.scale)
     logits = soft_capped(logits, site.softcap)
     for method in methods:
         logits = method.edit_logits(site, logits)
@@ -129,7 +129,7 @@ def _softmax(site: Site, methods: list[Method], allowed: Tensor | None) -> Tenso
     for method in methods:
         weights = method.edit_weights(site, weights)
     site.weights = weights
-    return reference.apply_weights(F.dropout(weights, site.dropout), problem.grouped(site.v))
+    return reference.apply_weights(F.dropout(weights, site.dropout), call.grouped(site.v))
 
 
 def _slots(site: Site) -> Tensor:

@@ -33,7 +33,8 @@ def apply(model: object, *methods: Method | Operator, on: Part = "auto", evict: 
     Raises:
         UnsupportedModel: the model does not use the attention interface.
     """
-    return Run(model, methods, on, evict, find_excluded=_excluded)
+    swapped = tuple(PrefillSwap(each) if isinstance(each, Operator) else each for each in methods)
+    return Run(model, swapped, on, evict, find_excluded=_excluded)
 
 
 def _excluded(host: Host) -> set[nn.Module]:

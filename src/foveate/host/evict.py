@@ -61,5 +61,5 @@ def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen:
 
 
 def as_mask(kept: Tensor | Ends, site: Site) -> Bool[Tensor, "b hkv s"]:
-    """Turn what `Method.keep` returned into a mask."""
+    """Convert the result of `Method.keep` to a mask."""
     return kept if isinstance(kept, Tensor) else kept.mask(site.positions, site.seen)

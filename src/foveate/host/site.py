@@ -283,9 +283,6 @@ class Site:
         """
         return self.all_notes.setdefault((id(method), None if all_layers else self.layer), {})
 
-    #: The former name, until `foveate.lens` uses `notes`.
-    memory = notes
-
 
 #: Names of the values that a site computes once.
 _CACHED = tuple(name for name, value in vars(Site).items() if isinstance(value, cached_property))

@@ -71,8 +71,8 @@ class Renumbered(Method):
         moved.__dict__["k"] = rotation(site.k, shift)
         if site.softcap is not None:
             return softmax_over(moved)
-        problem = AttentionCall(site.q, moved.k, site.v, site.scale, site.mask, dropout=site.dropout)
-        return engines.run(problem, "fused")
+        call = AttentionCall(site.q, moved.k, site.v, site.scale, site.mask, dropout=site.dropout)
+        return engines.run(call, "fused")
 
 
 def shifts(positions: Int[Tensor, "b h s"], seen: int | Tensor) -> Int[Tensor, "b h s"]:

@@ -69,7 +69,7 @@ class TokenSelect(Policy):
 
     @property
     def reads(self) -> int:
-        """Number of tokens that a step reads beside its own."""
+        """Number of earlier tokens that a step reads."""
         return self.sink + self.local + self.k
 
     def bind(self, host: Host) -> None:
@@ -149,7 +149,7 @@ class TokenSelect(Policy):
         if not votes:  # `past` is -1 without a vote, and larger than `own` if the cache was cropped since
             held = (notes["past"] >= 0) & (notes["past"] <= own)
             alike = held & ((cosine(query, notes["query"]) >= self.sim_threshold) | ~has)
-        if votes or not bool(alike.all()):  # the host waits for the device only if it does not know already
+        if votes or not bool(alike.all()):  # the host waits for the device here
             notes.update(self._fresh(site, query, past, alike, slice(start, stop)))
         # a sequence that is short without its padding reads all its tokens, and keeps no vote
         held = alike | (own > self.reads)

@@ -200,7 +200,7 @@ def slot_layer(layer: CacheLayerMixin, cache: Cache) -> SlotLayer:
 
 
 def _reorder_cache(cache: Cache, index: Tensor) -> None:
-    """Reorder a cache with the batch, as beam search asks, and the notes that every open run has on it."""
+    """Reorder a cache with the batch in beam search, and with it the notes of every open run."""
     type(cache).reorder_cache(cache, index)
     for notes in _OPEN_NOTES:
         for own in notes.get(cache, {}).values():

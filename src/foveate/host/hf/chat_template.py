@@ -31,7 +31,7 @@ class ChatTemplate:
         self._before, self._between, self._after = self._template(system) if self.chat else ("", "", "")
 
     def require_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
-        """Return the tokenizer, or raise an error that says what needs it."""
+        """Return the tokenizer, or raise an error that names `what` as the reason."""
         if self.tokenizer is None:
             raise OptionError(f"{what} needs Context(..., tokenizer=...); without one, give ids to Context.generate")
         return self.tokenizer

@@ -69,7 +69,7 @@ def site_of(
 def _locate(run: Run, site: Site, cache: Cache) -> None:
     """Record whether a call belongs to the prompt, and how many of its tokens will be removed again.
 
-    Assisted decoding asks for the logits of the token before its drafts and of each of them.
+    Assisted decoding requests the logits of the token before its drafts and of each draft.
     """
     n, past = site.q.shape[2], site.seen - site.q.shape[2]
     site.prompt, site.drafts = prompt_of(cache, site.layer, past), is_recording(cache)

@@ -21,7 +21,7 @@ class Group:
         index: the numbers as a slice if they are consecutive, else as a tensor.
         length: slots in use, including empty ones between them; the rest of the buffer is room.
         holes: least and largest number of empty slots in a row, that is, in one head of one sequence.
-        summary: slots that stand for dropped ones, in full precision; the buffer begins with a copy of them.
+        summary: slots that represent dropped tokens, in full precision; the buffer begins with a copy of them.
         slots: the slots in use, without the summary: views of the buffer.
     """
 
@@ -46,7 +46,7 @@ class Group:
         return {name: value for name, value in vars(self).items() if name != "slots"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make `slots` anew: `pickle` would store the views and their buffer separately."""
+        """Make `slots` from the buffer again: `pickle` would store the views separately."""
         self.__dict__.update(state)
         self._use(self._buffer, self.length)
 
