@@ -341,6 +341,31 @@ def test_the_network_by_hand() -> None:
     assert kinds == [LocalWindowBlock, LocalWindowBlock, LinearGlobalBlock, LocalWindowBlock]
 
 
+@pytest.mark.parametrize("patch", [3, 4])
+def test_an_image_is_filled_up_to_whole_patches(patch: int) -> None:
+    """Zeros at the bottom and on the right, before the stem; the last pixels have a say."""
+    net = shaken(small(patch=patch))
+    images = torch.randn(2, 2, 4 * patch - 1, 3 * patch - 2, generator=torch.Generator().manual_seed(1)).double()
+    images.requires_grad_()
+    out = net(images)
+    assert_near(out, net(F.pad(images, (0, 2, 0, 1))), 0.0)
+    assert (out - net(F.pad(images, (2, 0, 1, 0)))).abs().max() > 1e-4
+    (grad,) = torch.autograd.grad(out.square().sum(), images)
+    assert grad[:, :, -1].any() and grad[..., -1].any()
+    assert net.stem(F.pad(images, (0, 2, 0, 1))).shape[2:] == (4, 3)
+
+
+def test_the_mlp_s_width_reaches_the_blocks() -> None:
+    def widths(net: L2ViT) -> list[list[int]]:
+        return [[block.mlp[0].out_features for block in stage] for stage in net.stages]
+
+    assert widths(small()) == [[32], [48] * 3]
+    assert widths(small(mlp_ratio=2)) == [[16], [24] * 3]
+    assert widths(small(mlp_ratio=(2.0, 3.5))) == [[16], [42] * 3], "one for each stage, as in the release"
+    with pytest.raises(OptionError, match=r"mlp_ratio=\(1.0, 2.0, 3.0\) must be a number, or 2 numbers"):
+        small(mlp_ratio=(1.0, 2.0, 3.0))
+
+
 def test_the_paper_s_stem_and_sizes() -> None:
     net = shaken(small(clamp=3.0, kernel=5, padding="hidden"))
     images = torch.randn(1, 2, 13, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

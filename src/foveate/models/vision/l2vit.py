@@ -31,7 +31,8 @@ class L2ViT(nn.Module):
     """A classifier from `(B, channels, H, W)` to `(B, classes)`, at a cost linear in the number of pixels.
 
     In each stage, blocks with even numbers attend in windows, and blocks with odd numbers attend to the whole image.
-    Between stages a convolution halves the sides; if a side is odd, zeros are added at the bottom or on the right.
+    Between stages a convolution halves the sides. Zeros at the bottom and on the right first fill an image up to a
+    multiple of `patch`, and an odd side between stages to an even one, as in the release.
 
     Args:
         depths, dims, heads: blocks, width and heads of each stage; `L2ViT.of("tiny")` has the paper's.
@@ -41,12 +42,15 @@ class L2ViT(nn.Module):
             a single convolution, for small images.
         clamp, kernel: see `LinearGlobalBlock`.
         padding: see `LocalWindowBlock`.
+        mlp_ratio: hidden width of the MLPs over that of the tokens: one number for all stages, or one for each, as in
+            the release.
     """
 
     def __init__(
         self, depths: Sequence[int] = (2, 2, 6, 2), dims: Sequence[int] = (96, 192, 384, 768),
         heads: Sequence[int] = (3, 6, 12, 24), *, window: int = 7, channels: int = 3, classes: int = 1000,
         patch: int = 4, clamp: float = 100.0, kernel: int | None = 7, padding: Literal["seen", "hidden"] = "seen",
+        mlp_ratio: float | Sequence[float] = 4.0,
     ) -> None:  # fmt: skip
         super().__init__()
         if not len(depths) == len(dims) == len(heads) > 0:
@@ -58,19 +62,22 @@ class L2ViT(nn.Module):
         for name, counts in (("depths", depths), ("dims", dims)):
             for count in counts:
                 validate.count(name, count, 1)
-        self.channels = channels
+        ratios = tuple(mlp_ratio) if isinstance(mlp_ratio, Sequence) else (mlp_ratio,) * len(dims)
+        if len(ratios) != len(dims):
+            raise OptionError(f"mlp_ratio={mlp_ratio!r} must be a number, or {len(dims)} numbers, one for each stage")
+        self.channels, self.patch = channels, patch
         self.stem = _stem(channels, dims[0], patch)
         self.stem_norm = nn.LayerNorm(dims[0])
         self.downs = nn.ModuleList(_Down(*pair) for pair in pairwise(dims))
 
-        def block(place: int, dim: int, heads: int) -> Layer:
+        def block(place: int, dim: int, heads: int, ratio: float) -> Layer:
             if place % 2:
-                return LinearGlobalBlock(dim, heads, clamp=clamp, kernel=kernel)
-            return LocalWindowBlock(dim, heads, window, padding=padding)
+                return LinearGlobalBlock(dim, heads, clamp=clamp, kernel=kernel, mlp_ratio=ratio)
+            return LocalWindowBlock(dim, heads, window, padding=padding, mlp_ratio=ratio)
 
         self.stages = nn.ModuleList(
             _Stage(block(place, *widths) for place in range(depth))
-            for depth, *widths in zip(depths, dims, heads, strict=True)
+            for depth, *widths in zip(depths, dims, heads, ratios, strict=True)
         )
         self.norm, self.head = nn.LayerNorm(dims[-1]), nn.Linear(dims[-1], classes)
         self.apply(_initialise)
@@ -85,7 +92,7 @@ class L2ViT(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         if images.dim() != 4 or images.shape[1] != self.channels:
             raise ShapeError(f"images must be (B, {self.channels}, H, W); got {tuple(images.shape)}")
-        found = self.stem(images)
+        found = self.stem(_padded(images, self.patch))
         x, size = self.stem_norm(to_tokens(found)), (found.shape[2], found.shape[3])
         for index, stage in enumerate(self.stages):
             if index:
@@ -122,9 +129,14 @@ class _Down(nn.Module):
         self.norm, self.conv = nn.LayerNorm(dim), nn.Conv2d(dim, wider, 2, stride=2)
 
     def forward(self, x: Tensor, size: Size) -> tuple[Tensor, Size]:
-        image = F.pad(to_map(self.norm(x), size), (0, size[1] % 2, 0, size[0] % 2))
-        image = self.conv(image)
+        image = self.conv(_padded(to_map(self.norm(x), size), 2))
         return to_tokens(image), (image.shape[2], image.shape[3])
+
+
+def _padded(image: Tensor, multiple: int) -> Tensor:
+    """Fill the sides of a map `(B, C, H, W)` up to a multiple, with zeros at the bottom and on the right."""
+    bottom, right = (-side % multiple for side in image.shape[2:])
+    return F.pad(image, (0, right, 0, bottom)) if bottom or right else image
 
 
 def _initialise(module: nn.Module) -> None:
