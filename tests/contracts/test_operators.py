@@ -9,7 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from foveate.core import masks, oracle
-from foveate.core.errors import UnsupportedPattern
+from foveate.core.engines import ENGINES
+from foveate.core.errors import UnsupportedEngine, UnsupportedPattern
+from foveate.ops import Operator, SlidingWindow, Softmax
 from tests.contracts.operators import (
     CLASSES,
     HEADS,
@@ -301,3 +303,26 @@ def test_the_plan_is_sane(call: Call) -> None:
     assert plan.bytes > 0
     assert 0 < plan.density <= 1
     assert plan.why in str(plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("op", [Softmax(), SlidingWindow(4)], ids=lambda op: op.name)
+def test_a_hidden_key_is_hidden_however_it_is_said(op: Operator, engine: str, dtype: torch.dtype) -> None:
+    """A mask as bool, as -inf or as the dtype's lowest value gives one output, rows that see nothing included."""
+    q, k, v = (x.to(dtype) for x in qkv(9, heads=2, kv_heads=2, width=8))
+    seen = torch.rand(9, 9, generator=torch.Generator().manual_seed(0)) < 0.6
+    seen[4] = False
+    try:
+        expected = op(q, k, v, mask=seen, causal=True, engine=engine)
+    except UnsupportedEngine:
+        return
+    assert not expected[:, :, 4].any()
+    for value in (float("-inf"), torch.finfo(dtype).min):
+        bias = torch.zeros(9, 9, dtype=dtype).masked_fill(~seen, value)
+        try:
+            out = op(q, k, v, mask=bias, causal=True, engine=engine)
+        except UnsupportedEngine:
+            continue
+        assert not out[:, :, 4].any(), value
+        assert_near(out.double(), expected.double(), 4 * torch.finfo(dtype).eps)

@@ -1,4 +1,4 @@
-"""The algebra of masks: who may attend to whom.
+"""Functions on masks.
 
 A mask is a bool tensor (True = may attend) or a float bias that is added to the logits; both broadcast to
 `(B, Hq, Nq, Nk)`. Causality is bottom-right aligned: the last query sees the last key, so that one query against a
@@ -19,7 +19,7 @@ NEVER = float("-inf")
 def causal(
     n_queries: int, n_keys: int, *, rows: slice | None = None, device: torch.device | str | None = None
 ) -> Bool[Tensor, "q k"]:
-    """`(Nq, Nk)` lower-triangular mask, aligned at the last query and the last key; `rows` gives some rows of it."""
+    """Return the `(Nq, Nk)` lower-triangular mask, aligned at the last query and the last key, or some `rows` of it."""
     start, stop, _ = (rows or slice(None)).indices(n_queries)
     query = torch.arange(start, stop, device=device) + (n_keys - n_queries)
     return query[:, None] >= torch.arange(n_keys, device=device)
@@ -28,33 +28,44 @@ def causal(
 def window(
     n_queries: int, n_keys: int, size: int, *, sinks: int = 0, device: torch.device | str | None = None
 ) -> Bool[Tensor, "q k"]:
-    """Causal mask of the last `size` keys (the query's own included) and the first `sinks` keys."""
+    """Return the causal mask of the last `size` keys (the query's own included) and the first `sinks` keys."""
     query = torch.arange(n_queries, device=device)[:, None] + (n_keys - n_queries)
     key = torch.arange(n_keys, device=device)
     return (key <= query) & ((query - key < size) | (key < sinks))
 
 
 def padding(lengths: Tensor, n_keys: int, *, left: bool = False) -> Bool[Tensor, "b 1 1 k"]:
-    """`(B, 1, 1, Nk)` mask of the real keys, from the number of real tokens in each sequence `(B,)`."""
+    """Return the mask `(B, 1, 1, Nk)` of the real keys, from the number of real tokens in each sequence `(B,)`."""
     key = torch.arange(n_keys, device=lengths.device)
     real = key >= (n_keys - lengths)[:, None] if left else key < lengths[:, None]
     return real[:, None, None, :]
 
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Float[Tensor, "..."]:
-    """A mask as a float bias: 0 where a key may be seen and -inf where not; a float mask is only cast."""
+    """Turn a mask into a float bias: 0 where a key may be seen and -inf elsewhere; a float mask is only cast."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, NEVER)
 
 
 def allowed(mask: Tensor) -> Bool[Tensor, "..."]:
-    """The bool part of a mask: a float bias forbids a key where it is -inf."""
+    """Return the bool part of a mask: a float bias forbids a key where it is -inf."""
     return mask if mask.dtype == torch.bool else mask > NEVER
 
 
+def hide_lowest(mask: Tensor | None) -> Tensor | None:
+    """Return the mask with `-inf` for the lowest value of its dtype, which means the same: not to be seen.
+
+    Models often write `torch.finfo(dtype).min`. Engines would take it for a large bias, and what a row of such values
+    gives would depend on how each of them rounds.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, NEVER)
+
+
 def combine(*masks: Tensor | None) -> Tensor | None:
-    """All masks at once: a key must be allowed by each, and float biases add up. None where nothing is masked."""
+    """Combine masks: each must allow a key, and float biases add up. None if nothing is masked."""
     present = [mask for mask in masks if mask is not None]
     bools = [mask for mask in present if mask.dtype == torch.bool]
     biases = [mask for mask in present if mask.dtype != torch.bool]
@@ -66,26 +77,26 @@ def combine(*masks: Tensor | None) -> Tensor | None:
 
 
 def rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:
-    """The part of a broadcastable mask that belongs to some queries."""
+    """Return the part of a broadcastable mask that belongs to some queries."""
     if mask is None or mask.dim() < 2 or mask.shape[-2] == 1:
         return mask
     return mask[..., rows, :]
 
 
 def columns_of(mask: Tensor | None, columns: slice) -> Tensor | None:
-    """The part of a broadcastable mask that belongs to some keys."""
+    """Return the part of a broadcastable mask that belongs to some keys."""
     if mask is None or mask.dim() < 1 or mask.shape[-1] == 1:
         return mask
     return mask[..., columns]
 
 
 def keys_of(mask: Tensor, batch: int, n_keys: int) -> Bool[Tensor, "b k"]:
-    """Which keys a mask of kind "keys" lets through, `(B, Nk)`, from any shape that broadcasts to `(B, 1, 1, Nk)`."""
+    """Return the keys `(B, Nk)` that a mask of kind "keys" allows; it broadcasts to `(B, 1, 1, Nk)`."""
     return torch.broadcast_to(mask, (batch, 1, 1, n_keys))[:, 0, 0]
 
 
 def without_hidden(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Keys or values `(B, Hkv, Nk, ·)` with zeros where the mask lets no query see: padding then has no say at all."""
+    """Zero keys or values `(B, Hkv, Nk, ·)` that no query may see, so that padding has no influence."""
     if mask is None:
         return x
     seen = allowed(mask).reshape((1,) * (4 - mask.dim()) + mask.shape).flatten(1, 2).any(1)
@@ -95,5 +106,5 @@ def without_hidden(x: Tensor, mask: Tensor | None) -> Tensor:
 def full(
     mask: Tensor | None, is_causal: bool, n_queries: int, n_keys: int, device: torch.device | str
 ) -> Tensor | None:
-    """The user's mask and causality as one broadcastable tensor (None where every key may be seen)."""
+    """Combine the user's mask and causality in one broadcastable tensor (None if every key may be seen)."""
     return combine(mask, causal(n_queries, n_keys, device=device) if is_causal else None)

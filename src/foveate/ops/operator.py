@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foveate.core import validate
+from foveate.core import masks, validate
 from foveate.core.call import AttentionCall, Plan
 from foveate.core.engines import ENGINES
 from foveate.core.errors import OptionError, UnsupportedEngine, UnsupportedPattern, nearest
@@ -122,7 +122,8 @@ class Operator(nn.Module, ABC):
             q: queries `(B, Hq, Nq, D)`.
             k: keys `(B, Hkv, Nk, D)`; `Hq` is a multiple of `Hkv`.
             v: values `(B, Hkv, Nk, Dv)`.
-            mask: bool, True = may attend, or a float bias; broadcastable to `(B, Hq, Nq, Nk)`.
+            mask: bool, True = may attend, or a float bias, in which -inf or its dtype's lowest value hides a key;
+                broadcastable to `(B, Hq, Nq, Nk)`.
             causal: only the past; the last query sees the last key.
             scale: factor on the dot products; the mechanism's own default where None.
             engine: who computes; see `foveate.core.engines`.
@@ -223,6 +224,7 @@ class Operator(nn.Module, ABC):
     ) -> AttentionCall:  # fmt: skip
         """The checked call."""
         self._check(q, k, v, mask, causal, inputs or {})
+        mask = masks.hide_lowest(mask)
         return AttentionCall(q, k, v, self._scale(scale, q), mask, causal, engine=engine, inputs=inputs or {})
 
     def _check(
