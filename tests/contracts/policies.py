@@ -165,11 +165,11 @@ def batch_error(
     batch = Batch.of([lengths[0]] * len(lengths) if side == "none" else lengths, side, AFTER)
     with torch.no_grad(), around():
         together = batch.feed(model, PIECES[pieces])
-        alone = []
+        separate = []
         for row in range(len(lengths)):
             single, own = batch.row(row, PIECES[pieces])
-            alone += single.feed(model, own)
-    return max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True)), together
+            separate += single.feed(model, own)
+    return max(float((a - b).abs().max()) for a, b in zip(together, separate, strict=True)), together
 
 
 # -- traces ------------------------------------------------------------------------------------------------------------

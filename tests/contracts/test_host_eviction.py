@@ -149,8 +149,8 @@ def test_a_sequence_does_not_depend_on_its_batch(how: str) -> None:
     pieces = [10, *[1] * 6]
     with apply(model(name), FromItsStart()):
         together = feed(model(name), batch, mask, pieces)[: 16 - amount]
-        alone = feed(model(name), ids[:1, amount:], mask[:1, amount:], [10 - amount, *[1] * 6])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+        separate = feed(model(name), ids[:1, amount:], mask[:1, amount:], [10 - amount, *[1] * 6])
+    torch.testing.assert_close(together, separate, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "per head"])

@@ -34,11 +34,11 @@ def test_policy_calibration_and_lens_together(order: tuple[int, ...], padding: s
     state = {name: x.clone() for name, x in model.state_dict().items()}
     (policy, calibration, lens), new = methods(), 4
     with torch.no_grad():
-        alone = model(**inputs).logits
+        separate = model(**inputs).logits
         generated = model.generate(**inputs, max_new_tokens=new, do_sample=False)
         with apply(model, *[(policy, calibration, lens)[i] for i in order]) as run:
             out = model.generate(**inputs, max_new_tokens=new, do_sample=False)
-        assert torch.equal(model(**inputs).logits, alone)
+        assert torch.equal(model(**inputs).logits, separate)
         assert torch.equal(model.generate(**inputs, max_new_tokens=new, do_sample=False), generated)
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
     assert out.shape == (2, 24 + new)
@@ -66,12 +66,12 @@ def test_methods_do_the_same_alone_and_together() -> None:
     policy, calibration, lens = methods()
     with torch.no_grad():
         with apply(model, calibration):
-            alone = model(**inputs).logits
+            separate = model(**inputs).logits
         with apply(model, policy, calibration, lens):
             together = model(**inputs).logits
         with apply(model, policy), apply(model, calibration), apply(model, lens):
             nested = model(**inputs).logits
-    assert torch.equal(together, alone) and torch.equal(nested, alone)
+    assert torch.equal(together, separate) and torch.equal(nested, separate)
 
 
 def lab_prompt(first: int | None = None) -> Tensor:
@@ -123,9 +123,9 @@ def test_an_operator_is_a_method_that_reads_the_prompt() -> None:
     model, inputs = tiny("llama"), text("none")
     operator = HiP(keep=8, block_q=4, block_k=2)
     with torch.no_grad():
-        alone = model(**inputs).logits
+        separate = model(**inputs).logits
         with apply(model, PrefillSwap(operator)):
             swapped = model(**inputs).logits
         with apply(model, operator):
             assert torch.equal(model(**inputs).logits, swapped)
-    assert not torch.equal(alone, swapped)
+    assert not torch.equal(separate, swapped)

@@ -43,11 +43,11 @@ def fed(model: hf.PreTrainedModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("outer", "inner"), [("auto", "all"), ("all", "auto")])
 def test_each_run_acts_on_its_own_part(other: tuple[Method, ...], outer: str, inner: str) -> None:
     model = model_of("bart")
-    with apply(model, Halves(), on=inner) as alone:  # type: ignore[arg-type]
+    with apply(model, Halves(), on=inner) as separate:  # type: ignore[arg-type]
         expected = model(**fed(model)).logits
     with apply(model, *other, on=outer), apply(model, Halves(), on=inner) as run:  # type: ignore[arg-type]
         assert torch.equal(model(**fed(model)).logits, expected)
-    assert run.stats.calls == alone.stats.calls
+    assert run.stats.calls == separate.stats.calls
     with apply(model, Halves(), on=inner) as run, apply(model, *other, on=outer):  # type: ignore[arg-type]
         assert torch.equal(model(**fed(model)).logits, expected)
 

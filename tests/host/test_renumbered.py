@@ -67,10 +67,10 @@ def test_pieces_and_padding() -> None:
     """A piece sees the kept tokens right before it; a padded sequence sees what it would see without a batch."""
     model, text = made(_MODELS["llama"]), ids(1, 40)
     methods = (SinkRecent(2, 6), Renumbered())
-    alone = hf.DynamicCache(config=model.config)
+    separate = hf.DynamicCache(config=model.config)
     with apply(model, *methods):
-        model(text[:, :30], past_key_values=alone)
-        piece = model(text[:, 30:], past_key_values=alone).logits
+        model(text[:, :30], past_key_values=separate)
+        piece = model(text[:, 30:], past_key_values=separate).logits
     left = torch.cat([text[:, :2], text[:, 24:]], 1)
     torch.testing.assert_close(piece, model(left).logits[:, 8:], atol=1e-4, rtol=1e-4)
     rows = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), text[:, :35]], 1), text])

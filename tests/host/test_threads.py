@@ -49,16 +49,16 @@ def decoded(ids: Tensor, meet: Barrier | None = None) -> tuple[Tensor, DynamicCa
 @pytest.mark.parametrize("kind", METHODS)
 def test_threads_do_not_see_each_other(kind: str) -> None:
     prompts = [tokens(1, 20, seed=1), tokens(2, 31, seed=2)]
-    alone, kept = [], []
+    separate, kept = [], []
     for ids in prompts:
         with apply(model("llama"), *METHODS[kind]()) as run:
             logits, cache = decoded(ids)
-            alone.append(logits)
+            separate.append(logits)
             kept.append(run.stats.of(cache).kept)
     meet = Barrier(2)
     with apply(model("llama"), *METHODS[kind]()) as run, ThreadPoolExecutor(2) as pool:
         together = list(pool.map(lambda ids: decoded(ids, meet), prompts))
-        for (logits, cache), expected, share in zip(together, alone, kept, strict=True):
+        for (logits, cache), expected, share in zip(together, separate, kept, strict=True):
             assert torch.equal(logits, expected)
             assert run.stats.of(cache).kept == share
         assert run.stats.calls == 2 * 12 * 3

@@ -18,8 +18,8 @@ def apply(model: object, *methods: Method | Operator, on: Part = "auto", evict: 
 
     Args:
         model: any model that uses transformers' attention interface (decoders, encoders, ViTs, VLMs).
-        methods: applied in order; hooks of several compose, the later seeing what the earlier left. An `Operator` attends
-            to the prompt in place of the model's attention; see `foveate.host.PrefillSwap`.
+        methods: applied in order; hooks of several compose, and a later method gets the result of an earlier one. An
+            `Operator` replaces the model's attention while the prompt is read; see `foveate.host.PrefillSwap`.
         on: the part that they act on: "decoder", "all", or "auto". "auto" is the decoder of a model that has one, and
             all of any other model. A vision tower or an encoder before a decoder attends natively unless `on="all"`.
         evict: when methods drop tokens. "always" is after every call; "after prompt" only while the prompt is read, in

@@ -136,8 +136,8 @@ def test_sequences_of_a_batch_decide_each_for_itself() -> None:
     for threshold in (0.5, 0.8, 0.9):
         with apply(llama, TokenSelect(2, 3, 4, threshold)):
             together = feed(llama, ids, torch.ones_like(ids), DECODING).view(3, 30, -1)
-            alone = [feed(llama, row[None], torch.ones_like(row[None]), DECODING) for row in ids]
-        torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
+            separate = [feed(llama, row[None], torch.ones_like(row[None]), DECODING) for row in ids]
+        torch.testing.assert_close(together, torch.stack(separate), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
