@@ -1,7 +1,8 @@
-"""Who computes an attention call: six engines, one choice, and what it costs.
+"""Six engines that compute an attention call, the choice among them, and the plan of its cost.
 
-`run(call, "auto")` picks by what is asked, shape, device and dtype; `plan` says what would be picked and why. An
-engine named by the caller that cannot do the job raises `UnsupportedEngine`; nothing else is run in its place.
+`run(call, "auto")` picks an engine by the call's features, shape, device and dtype; `plan` returns the pick and the
+reason. An engine that the caller names and that cannot compute the call raises `UnsupportedEngine`; no other engine
+replaces it.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ ENGINES: dict[str, ModuleType] = {
     "slices": slices,
 }
 
-#: Queries from which compiling FlexAttention may repay on a CPU, and how often a call of the kind has to come before.
+#: Least queries for which compiling FlexAttention may pay off on a CPU, and least earlier calls of the same kind.
 LONG, OFTEN = 4096, 3
-#: Pairs of queries and keys from which the whole matrix is not worth its memory.
+#: Pairs of queries and keys above which the whole matrix is not worth its memory.
 WHOLE = 1 << 20
-#: Pairs that slices may hold for each one chosen: beyond, gathering the chosen keys is cheaper.
+#: Pairs that slices may hold for each chosen pair. Above it, gathering the chosen keys is cheaper.
 SPREAD = 1.5
 
-#: How often long calls with blocks per head came, by kind: those that FlexAttention may serve.
+#: Count of long calls with blocks per head, by kind: FlexAttention may serve them.
 _came: Counter[tuple[object, ...]] = Counter()
 
 
 def run(call: AttentionCall, engine: str = "auto") -> Tensor:
-    """The output `(B, Hq, Nq, Dv)` of a validated call."""
+    """Return the output `(B, Hq, Nq, Dv)` of a validated call."""
     name, _ = choose(call, engine)
     if call.is_empty:
         return call.q.new_zeros(*call.q.shape[:3], call.v.shape[-1])
@@ -60,7 +61,7 @@ def run(call: AttentionCall, engine: str = "auto") -> Tensor:
 
 
 def _widened(call: AttentionCall) -> AttentionCall:
-    """The call in numbers that plain matrix products are fast for; fused kernels see to that themselves."""
+    """Cast the call to a dtype in which matrix products are fast; fused kernels do this themselves."""
     dtype = multiplying(call.q.dtype, call.q.device)
     if dtype == call.q.dtype:
         return call
@@ -68,9 +69,10 @@ def _widened(call: AttentionCall) -> AttentionCall:
 
 
 def _guarded(call: AttentionCall, name: str) -> Tensor:
-    """Fused kernels let 0 * NaN through: what they give stands unless it shows that, and keys or values are the cause.
+    """Run a fused kernel, and compute again where garbage in hidden keys or values has reached its output.
 
-    The gradient may suffer where the output does not, so that keys and values are looked at first where one is wanted.
+    Fused kernels let 0 * NaN through. Garbage may reach the gradient and not the output, so calls that want a gradient
+    check keys and values first.
     """
     if not call.wants_grad:
         out = ENGINES[name].attend(call)
@@ -82,12 +84,12 @@ def _guarded(call: AttentionCall, name: str) -> Tensor:
 
 
 def plan(call: AttentionCall, engine: str = "auto") -> Plan:
-    """What `run` would do, and what it costs."""
+    """Return the engine that `run` would use, and the cost."""
     return cost(call, *choose(call, engine))
 
 
 def choose(call: AttentionCall, engine: str = "auto") -> tuple[str, str]:
-    """The engine's name and the reason for it."""
+    """Return the engine's name and the reason for it."""
     if engine != "auto":
         if engine not in ENGINES:
             raise unknown("engine", engine, [*ENGINES, "auto"])
@@ -134,18 +136,18 @@ def _against_flex(call: AttentionCall) -> str:
 
 
 def _chosen(selection: Blocks, causal: bool) -> float:
-    """Pairs of one head that lie in chosen tiles."""
+    """Count the pairs of one head that lie in chosen tiles."""
     return (selection.without_future if causal else selection).keys_read() * selection.n_queries
 
 
 def _may_repay(call: AttentionCall) -> bool:
-    """Whether compiled FlexAttention would serve this call on a CPU."""
+    """Return True if compiled FlexAttention can serve this call on a CPU."""
     long = isinstance(call.selection, Blocks) and call.n_queries >= LONG
     return long and call.q.device.type == "cpu" and flex.refuses(call) is None
 
 
 def _kind(call: AttentionCall) -> tuple[object, ...]:
-    """What one compiled kernel serves: many lengths."""
+    """Return the key of the compiled kernel that serves a call; one kernel serves many lengths."""
     q, k, selection = call.q, call.k, call.selection
     assert isinstance(selection, Blocks)
     shapes = *q.shape[:2], k.shape[1], q.shape[3], call.v.shape[3], *flex.rounded_lengths(call)

@@ -1,8 +1,8 @@
 """Exact attention in O(N) memory, forward and backward, for any scoring.
 
-Queries go in chunks. A softmax meets the keys tile by tile and merges partial results online; any other normaliser sees
-whole rows of a chunk. The backward pass computes tiles again and adds their gradients up in place, so that nothing of
-size `Nq x Nk` is ever kept. It cannot be differentiated twice.
+The engine processes queries in chunks. A softmax reads the keys tile by tile and merges partial results online; any
+other normalizer sees whole rows of a chunk. The backward pass recomputes tiles and adds their gradients up in place, so
+that nothing of size `Nq x Nk` is ever kept. It cannot be differentiated twice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUERIES, KEYS = 128, 1024
 class Tiling(NamedTuple):
     queries: int
     keys: int
-    whole: bool  # whether a chunk sees whole rows: a normaliser needs them, or keys must be masked value by value
+    whole: bool  # a chunk sees whole rows if the normalizer needs them, or if keys must be masked value by value
 
 
 def refuses(call: AttentionCall) -> str | None:
@@ -37,9 +37,9 @@ def refuses(call: AttentionCall) -> str | None:
 
 
 def attend(call: AttentionCall, queries: int | None = None, keys: int | None = None) -> Tensor:
-    """The output `(B, Hq, Nq, Dv)`, in chunks of `queries` rows and tiles of `keys` columns.
+    """Return the output `(B, Hq, Nq, Dv)`, computed in chunks of `queries` rows and tiles of `keys` columns.
 
-    Where they are None, the call's own, if it has any.
+    None takes the call's own, if it has any.
     """
     own = call.chunk or (QUERIES, KEYS)
     queries, keys = queries or own[0], keys or own[1]
@@ -55,7 +55,7 @@ def _parameters(call: AttentionCall) -> tuple[Tensor, ...]:
 
 
 def _chunks(call: AttentionCall, tiling: Tiling) -> Iterator[tuple[slice, slice]]:
-    """Rows of each chunk, and the keys that they may see: all of these lie between two ends."""
+    """Yield the rows of each chunk and the range of keys that they may see."""
     for start in range(0, call.n_queries, tiling.queries):
         rows = slice(start, min(start + tiling.queries, call.n_queries))
         seen = call.n_keys - call.n_queries + rows.stop if call.causal else call.n_keys
@@ -63,7 +63,7 @@ def _chunks(call: AttentionCall, tiling: Tiling) -> Iterator[tuple[slice, slice]
 
 
 def _between(call: AttentionCall, rows: slice, seen: int) -> slice:
-    """The first `seen` keys, less what a selection of blocks leaves out at either end."""
+    """Return the range of the first `seen` keys without those that a selection of blocks leaves out at either end."""
     selection = call.selection
     if isinstance(selection, Blocks):
         tall, wide = selection.size
@@ -80,7 +80,7 @@ def _tiles(seen: slice, tiling: Tiling) -> Iterator[slice]:
 
 
 def _forward(call: AttentionCall, tiling: Tiling) -> tuple[Tensor, Tensor | None]:
-    """The output and, where tiles are merged, the log-sum-exp of each row."""
+    """Return the output and, where tiles are merged, the log-sum-exp of each row."""
     out = call.q.new_empty(*call.q.shape[:3], call.v.shape[-1])
     if tiling.whole:
         for rows, seen in _chunks(call, tiling):
@@ -91,7 +91,7 @@ def _forward(call: AttentionCall, tiling: Tiling) -> tuple[Tensor, Tensor | None
         part: online.Partial | None = None
         for cols in _tiles(seen, tiling):
             logits = _logits(call, call.q[:, :, rows], call.k[:, :, cols], None, rows, cols)
-            new = online.partial(logits, call.grouped(call.v[:, :, cols]), spend=call.is_plain)
+            new = online.partial(logits, call.grouped(call.v[:, :, cols]), inplace=call.is_plain)
             del logits  # one tile at a time, not two
             part = new if part is None else online.merge(part, new)
         assert part is not None
@@ -100,11 +100,11 @@ def _forward(call: AttentionCall, tiling: Tiling) -> tuple[Tensor, Tensor | None
 
 
 def _logits(call: AttentionCall, q: Tensor, k: Tensor, mine: Tensor | None, rows: slice, cols: slice) -> Tensor:
-    """Masked logits of a tile. `mine`: the caller's mask for it, where a gradient to that is wanted."""
+    """Return the masked logits of a tile. `mine`: the caller's mask for the tile, if the mask needs a gradient."""
     logits = call.scoring.logits(q, call.grouped(k), call.scale, call.tile(rows, cols))
     first = call.n_keys - call.n_queries + rows.start
     if call.causal and cols.stop - 1 <= first:
-        call = replace(call, causal=False)  # wholly in the past: nothing to compare
+        call = replace(call, causal=False)  # the tile lies in the past: causality hides nothing
     mask = call.tile_mask(rows, cols, mine)
     if mask is None:
         return logits
@@ -114,7 +114,7 @@ def _logits(call: AttentionCall, q: Tensor, k: Tensor, mine: Tensor | None, rows
 
 
 class _Chunked(torch.autograd.Function):
-    """Keeps inputs, output and log-sum-exps; inputs are q, k, v, the mask and the scoring's parameters."""
+    """Differentiate by recomputation. It saves q, k, v, the mask, the scoring's parameters, the output and log-sum-exps."""
 
     @staticmethod
     def forward(ctx: Any, call: AttentionCall, tiling: Tiling, *inputs: Tensor | None) -> Tensor:
@@ -143,7 +143,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _whole_backward(call: AttentionCall, totals: Totals, rows: slice, cols: slice, grad: Tensor) -> None:
-    """A chunk of whole rows, differentiated by autograd."""
+    """Differentiate a chunk of whole rows by autograd."""
     leaves = totals.leaves(rows, cols, whole=True)
     q, k, v, mine, *_ = leaves
     assert q is not None and k is not None and v is not None
@@ -155,14 +155,14 @@ def _whole_backward(call: AttentionCall, totals: Totals, rows: slice, cols: slic
 def _merged_backward(
     call: AttentionCall, totals: Totals, rows: slice, tiles: Iterator[slice], grad: Tensor, out: Tensor, sums: Tensor
 ) -> None:
-    """A chunk under a softmax, tile by tile: the log-sum-exp gives weights.
+    """Differentiate a chunk under a softmax tile by tile; the log-sum-exp gives the weights.
 
-    The logits are left to autograd, unless they are dot products alone: those cost two products, and less memory.
+    Autograd differentiates the logits, unless they are plain dot products: those take two products and less memory.
     """
     wide = sums.dtype
     mean = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
     sums = sums.masked_fill(sums == masks.NEVER, 0.0)
-    by_hand = call.is_plain and totals.sums[3] is None
+    by_hand = call.is_plain and totals.mask is None
     for cols in tiles:
         leaves = totals.leaves(rows, cols)
         q, k, _, mine, *_ = leaves
@@ -171,32 +171,36 @@ def _merged_backward(
             logits = _logits(call, q, k, mine, rows, cols).to(wide)
         weights = (logits.sub_(sums) if by_hand else logits.detach() - sums).exp_()
         v = call.v[:, :, cols]
-        if totals.sums[2] is not None:
-            totals.sums[2][:, :, cols] += _per_kv_head(weights.to(grad.dtype).transpose(-1, -2) @ grad, v)
+        if totals.v is not None:
+            totals.v[:, :, cols] += _per_kv_head(weights.to(grad.dtype).transpose(-1, -2) @ grad, v)
         towards = (grad @ call.grouped(v).transpose(-1, -2)).to(wide).sub_(mean).mul_(weights)
         if by_hand:
             _add_products(call, totals, towards.to(q.dtype), rows, cols)
         else:
             totals.add(logits, leaves, towards, rows, cols)
-        del logits, weights, towards  # before the next tile takes as much again
+        del logits, weights, towards  # free the memory before the next tile allocates as much
 
 
 def _add_products(call: AttentionCall, totals: Totals, slope: Tensor, rows: slice, cols: slice) -> None:
-    """The gradients of q and k from that of a tile's scaled dot products."""
+    """Add the gradients of q and k that follow from that of a tile's scaled dot products."""
     q, k = call.q[:, :, rows], call.k[:, :, cols]
-    if totals.sums[0] is not None:
-        totals.sums[0][:, :, rows] += (slope @ call.grouped(k)) * call.scale
-    if totals.sums[1] is not None:
-        totals.sums[1][:, :, cols] += _per_kv_head(slope.transpose(-1, -2) @ (q * call.scale), k)
+    if totals.q is not None:
+        totals.q[:, :, rows] += (slope @ call.grouped(k)) * call.scale
+    if totals.k is not None:
+        totals.k[:, :, cols] += _per_kv_head(slope.transpose(-1, -2) @ (q * call.scale), k)
 
 
 def _per_kv_head(x: Tensor, like: Tensor) -> Tensor:
-    """The sum over the query heads of each key/value head."""
+    """Sum over the query heads of each key/value head."""
     return x.unflatten(1, (like.shape[1], -1)).sum(2)
 
 
 class Totals:
-    """The gradients of q, k, v, the mask and the parameters as they add up, in float32 at least."""
+    """The running sums of the gradients of q, k, v, the mask and the parameters, in float32 at least.
+
+    Attributes:
+        q, k, v, mask: the sums of these; None where no gradient is asked for.
+    """
 
     def __init__(self, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
         self.tensors, self.needed = tensors, needed
@@ -204,11 +208,12 @@ class Totals:
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and need else None
             for x, need in zip(tensors, needed, strict=True)
         ]
+        self.q, self.k, self.v, self.mask = self.sums[:4]
 
     def leaves(self, rows: slice, cols: slice, whole: bool = False) -> list[Tensor | None]:
-        """What a tile reads, cut off from the graph: parts of q, k, v and the mask, and the parameters.
+        """Return the inputs of a tile, detached from the graph: parts of q, k, v and the mask, and the parameters.
 
-        `whole`: q, k and v uncut, where the reader cuts them.
+        `whole`: return q, k and v uncut, for a caller that cuts them.
         """
         parts = self._parts(self.tensors, rows, cols, whole)
         fresh = [None if x is None else x.detach().requires_grad_(n) for x, n in zip(parts, self.needed, strict=False)]
@@ -217,7 +222,7 @@ class Totals:
     def add(
         self, out: Tensor, leaves: Sequence[Tensor | None], grad: Tensor, rows: slice, cols: slice, whole: bool = False
     ) -> None:
-        """Differentiate `out` by those leaves that want it, and add the gradients where they belong."""
+        """Differentiate `out` by the leaves that need a gradient, and add the gradients to the sums."""
         targets = [*self._parts(self.sums, rows, cols, whole), *self.sums[4:]]
         pairs = [(leaf, to) for leaf, to in zip(leaves, targets, strict=True) if leaf is not None and to is not None]
         if not pairs or not out.requires_grad:

@@ -1,10 +1,10 @@
-"""Compiled FlexAttention over block masks: the fastest engine where heads choose blocks of their own, call after call.
+"""Compiled FlexAttention over block masks: the fastest engine for repeated calls whose heads choose different blocks.
 
-The first call compiles (about 13 s on a CPU, more on a busy one). Lengths are rounded up to powers of two, so that a
-kernel serves many; what is added sees nothing, and costs next to nothing. `auto` turns to it on a CPU for long calls of
-a kind that keeps coming back. Without a C++ compiler, or with one that fails, it is skipped, with one warning. It has
-no backward pass on a CPU. Uncompiled, FlexAttention would make the whole matrix and not look at the chosen tiles: that
-is refused, not run.
+The first call compiles (about 13 s on a CPU, more on a busy one). Lengths are rounded up to powers of two, so that one
+kernel serves many; the added rows see nothing and cost almost nothing. `auto` picks this engine on a CPU for long calls
+of a kind that keeps coming back. Without a working C++ compiler it is skipped with one warning. It has no backward pass
+on a CPU. Uncompiled FlexAttention would build the whole matrix and ignore the chosen tiles, so this engine refuses to
+run uncompiled.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from foveate.core.selection import Blocks
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-#: Calls of different shape or rule that are compiled in one process; torch's own default is 8.
+#: Limit on compiled calls of different shape or rule in one process; torch's own default is 8.
 COMPILED = 128
 
 
@@ -38,7 +38,7 @@ class NotCompiled(UnsupportedEngine):
 
 @cache
 def has_compiler() -> bool:
-    """Whether torch can compile for a CPU here; says so once where it cannot."""
+    """Return True if torch can compile for a CPU here; warn once if it cannot."""
     names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
     if any(name and shutil.which(name) for name in names):
         return True
@@ -46,7 +46,7 @@ def has_compiler() -> bool:
     return False
 
 
-#: Why compiling has failed in this process, if it has.
+#: The reason why compiling has failed in this process, if it has.
 _failures: list[str] = []
 
 
@@ -70,7 +70,7 @@ def refuses(call: AttentionCall) -> str | None:
 
 
 def attend(call: AttentionCall) -> Tensor:
-    """The output `(B, Hq, Nq, Dv)`."""
+    """Return the output `(B, Hq, Nq, Dv)`."""
     selection = call.selection
     assert isinstance(selection, Blocks)
     n_queries = call.n_queries
@@ -90,7 +90,7 @@ def attend(call: AttentionCall) -> Tensor:
 
 
 def _failed(error: Exception) -> str:
-    """Remembers that compiling fails here, and says so once."""
+    """Remember that compiling fails here, and warn once."""
     first = str(error).strip().splitlines()
     _failures[:] = [f"FlexAttention could not be compiled: {first[0] if first else type(error).__name__}"]
     warnings.warn(f"{_failures[0]}; the flex engine is skipped from here on", stacklevel=2)
@@ -98,11 +98,11 @@ def _failed(error: Exception) -> str:
 
 
 def rounded_lengths(call: AttentionCall) -> tuple[int, int]:
-    """Queries and keys of the kernel that serves a call."""
+    """Return the numbers of queries and keys of the kernel that serves a call."""
     selection = call.selection
     assert isinstance(selection, Blocks)
     if not call.causal and call.n_keys % selection.size[1]:
-        return call.n_queries, call.n_keys  # nothing would hide the keys that fill up the last tile
+        return call.n_queries, call.n_keys  # without a rule, nothing would hide the keys that fill up the last tile
     tiles = zip((call.n_queries, call.n_keys), selection.size, strict=True)
     rounded = [size << max(-(-n // size) - 1, 0).bit_length() for n, size in tiles]
     return rounded[0], rounded[1]
@@ -120,7 +120,7 @@ def _rounded(call: AttentionCall, selection: Blocks) -> tuple[Tensor, Tensor, Te
 
 
 def _larger(selection: Blocks, n_queries: int, n_keys: int) -> Blocks:
-    """The selection with further queries and keys, which see nothing and are not seen."""
+    """Pad the selection with queries that see nothing and keys that no query sees."""
     have, size = selection.blocks.shape[2:], selection.size
     more = (0, n_keys // size[1] - have[1], 0, n_queries // size[0] - have[0])
     whole = None if selection.whole is None else F.pad(selection.whole, more)

@@ -10,8 +10,8 @@ from foveate.core import masks
 from foveate.core.call import AttentionCall
 from foveate.core.readable import known
 
-#: Queries up to which a group's queries go to the kernel as one head's: with one bf16 query, grouped heads as such are
-#: ten times slower on a CPU, where the kernel reads the keys again for every query head.
+#: Most queries for which a group's queries go to the kernel as one head's. With one bf16 query, grouped heads are ten
+#: times slower on a CPU, where the kernel reads the keys again for every query head.
 FEW = 16
 
 
@@ -24,11 +24,11 @@ def refuses(call: AttentionCall) -> str | None:
 
 
 def attend(call: AttentionCall) -> Tensor:
-    """The output `(B, Hq, Nq, Dv)`."""
+    """Return the output `(B, Hq, Nq, Dv)`."""
     mask, is_causal = call.mask, call.causal
     packs = 1 < call.groups and call.n_queries <= FEW
     if is_causal and (packs or mask is not None or call.n_queries != call.n_keys):
-        # the kernel aligns causality top-left; a single query needs none, and the rest is said as a mask
+        # the kernel aligns causality top-left; a single query needs none, and other calls get a mask
         mask = masks.full(mask, call.n_queries > 1, call.n_queries, call.n_keys, call.q.device)
         is_causal = False
     if mask is not None:
@@ -45,11 +45,11 @@ def kernel(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, dropout: float = 0.0,
     is_causal: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The kernel alone, for queries that each see some key. `mask` is all that is masked, of four dimensions."""
+    """Call the kernel for queries that each see some key. `mask` is the full mask, in four dimensions."""
     groups, n = q.shape[1] // k.shape[1], q.shape[2]
     if groups == 1 or n > FEW or is_causal:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=groups > 1)
-    # the queries of a group side by side, as those of one head
+    # join the queries of a group as those of one head
     b, heads = k.shape[:2]
     if mask is not None and mask.shape[1] > 1:
         mask = mask.unflatten(1, (heads, groups)).expand(-1, -1, -1, n, -1).flatten(2, 3)

@@ -1,7 +1,7 @@
-"""Sparse attention by gathering: copy the chosen keys of a few block rows together, then attend to those alone.
+"""Sparse attention by gathering: copy the chosen keys of a few block rows together, and attend to those alone.
 
-Cost and memory follow the number of chosen keys; block rows go in slabs of bounded size. Needs no compiler and has a
-backward pass everywhere.
+Cost and memory grow with the number of chosen keys. The engine processes block rows in slabs of bounded size. It needs
+no compiler and has a backward pass on every device.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def refuses(call: AttentionCall) -> str | None:
 
 
 def attend(call: AttentionCall) -> Tensor:
-    """The output `(B, Hq, Nq, Dv)`."""
+    """Return the output `(B, Hq, Nq, Dv)`."""
     selection = call.selection
     assert isinstance(selection, Blocks | Indices)
     if isinstance(selection, Indices) and _is_one_list(call, selection.own or selection):
@@ -45,7 +45,7 @@ def attend(call: AttentionCall) -> Tensor:
 
 
 def _is_one_list(call: AttentionCall, chosen: Indices) -> bool:
-    """Whether all queries, few as they are, share one list of keys for each key/value head, as in decoding."""
+    """Return True if all queries share one list of keys for each key/value head, as in decoding."""
     heads, rows = chosen.indices.shape[1:3]
     plain = call.mask is None or call.mask.dim() < 4 or call.mask.shape[1] == 1
     return plain and rows == 1 and heads in (1, call.k.shape[1]) and call.n_queries <= fused.FEW
@@ -65,8 +65,9 @@ def _one_list(call: AttentionCall, chosen: Indices) -> Tensor:
 
 
 def taken(index: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Rows `index (B, H, n)` of tensors `(B, H, N, D)`. Where rows lie whole in memory they are copied as such, which
-    is much faster than indexing.
+    """Return rows `index (B, H, n)` of tensors `(B, H, N, D)`.
+
+    Rows that are contiguous in memory are copied whole, which is much faster than indexing.
     """
     b, h, _ = index.shape
     found: dict[tuple[int, ...], Tensor] = {}
@@ -86,7 +87,7 @@ def taken(index: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 
 def _rows(index: Tensor, batch: int, head: int, row: int) -> Tensor:
-    """Turn token numbers into rows of memory, where sequences, heads and tokens lie so many rows apart."""
+    """Turn token numbers into rows of memory, given the distances in rows between sequences, heads and tokens."""
     b, h, _ = index.shape
     index = index if row == 1 else index * row
     if h > 1:
@@ -107,7 +108,7 @@ def _slabs(call: AttentionCall, selection: Blocks | Indices) -> Iterator[slice]:
 
 
 def _slab(call: AttentionCall, selection: Blocks | Indices, rows: slice) -> Tensor:
-    """Some block rows, side by side in the batch: `(B, Hq, queries, Dv)`."""
+    """Compute some block rows, side by side in the batch: `(B, Hq, queries, Dv)`."""
     b, hq, nq, d = call.q.shape
     tall = selection.size[0] if isinstance(selection, Blocks) else selection.group
     index, seen = selection.gathered(rows)
@@ -138,7 +139,7 @@ def _take(call: AttentionCall, x: Tensor, index: Tensor) -> Tensor:
 
 
 def _mask(call: AttentionCall, index: Tensor, seen: Tensor, first: int) -> Tensor:
-    """Selection, causality and the caller's mask on the gathered keys: `(B or 1, Hq or 1, R, tall, n)`."""
+    """Combine selection, causality and the caller's mask on the gathered keys: `(B or 1, Hq or 1, R, tall, n)`."""
     shift, (count, tall) = call.n_keys - call.n_queries, seen.shape[2:4]
     query = torch.arange(first, first + count * tall, device=index.device).reshape(count, tall, 1)
     index = index[..., None, :]

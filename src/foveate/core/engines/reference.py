@@ -1,4 +1,4 @@
-"""The plain twin: the whole matrix, in the caller's dtype. O(Nq Nk) memory; any scoring, any selection."""
+"""The reference engine: the whole matrix, in the caller's dtype. O(Nq Nk) memory; any scoring, any selection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def refuses(call: AttentionCall) -> str | None:
 def weights(
     call: AttentionCall, rows: slice = slice(None), cols: slice = slice(None), mine: Tensor | None = None
 ) -> Tensor:
-    """Attention weights `(B, Hq, nq, nk)` of some rows, over all keys or a leading part with all that may be seen.
+    """Return attention weights `(B, Hq, nq, nk)` of some rows, over a leading part of the keys with every visible one.
 
     `mine`: see `AttentionCall.tile_mask`.
     """
@@ -36,7 +36,7 @@ def weights(
 def attend(
     call: AttentionCall, rows: slice = slice(None), cols: slice = slice(None), mine: Tensor | None = None
 ) -> Tensor:
-    """The output `(B, Hq, nq, Dv)` of some rows."""
+    """Return the output `(B, Hq, nq, Dv)` of some rows."""
     w = weights(call, rows, cols, mine)
     if call.dropout:
         w = torch.nn.functional.dropout(w, call.dropout)
@@ -44,7 +44,7 @@ def attend(
 
 
 def apply_weights(w: Tensor, values: Tensor) -> Tensor:
-    """`w @ values` in which a weight of zero really takes nothing, also from NaN and inf."""
+    """Return `w @ values`, where a weight of zero takes nothing, not even from NaN or inf."""
     values, hidden = _finite(values)
     out = w.to(values.dtype) @ values
     if hidden is None:
@@ -56,7 +56,7 @@ def apply_weights(w: Tensor, values: Tensor) -> Tensor:
 
 
 def _finite(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`x` with NaN and inf as zeros, and where they were (None: nowhere)."""
+    """Return `x` with zeros for NaN and inf, and a mask of these (None if there are none)."""
     if is_clean(x):
         return x, None
     bad = ~torch.isfinite(x)

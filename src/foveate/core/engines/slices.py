@@ -1,8 +1,8 @@
-"""Sparse attention by slices: the fused kernel on each run of query rows, and on the stretches of keys that it sees.
+"""Sparse attention by slices: the fused kernel on each run of query rows and on the ranges of keys that it sees.
 
-A run's keys are views of the caller's where they lie in one stretch, as a window's do; several stretches are joined.
-All heads see what any of them does, and a bias hides the rest: `pairs` says what that comes to, and `auto` gathers
-instead where heads differ much. Nothing is compiled, and there is a backward pass everywhere.
+A run's keys are a view of the caller's if they form one range, as in a window; several ranges are copied together. Each
+head gets the keys that any head sees, and a bias hides the rest. `pairs` counts that overhead, and `auto` gathers
+instead if heads differ much. Nothing is compiled, and the backward pass works on every device.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from foveate.core.call import AttentionCall
 from foveate.core.readable import known
 from foveate.core.selection import Blocks
 
-#: Queries that short tiles are joined up to, for one call of the kernel; and how few are left to gathering.
+#: Queries up to which short tiles are joined for one call of the kernel, and the number below which to gather.
 TALL, FEW = 128, 16
-#: Unseen keys in a row that are rather read than left out.
+#: Longest gap of unseen keys that is cheaper to read than to cut out.
 GAP = 16
 
-#: First and end of some neighbouring keys.
+#: Start and end of a range of keys.
 Stretch = tuple[int, int]
 
 
 class Run(NamedTuple):
-    """Neighbouring block rows that go into one call.
+    """Neighbouring block rows that share one call of the kernel.
 
     Args:
-        rows, queries: which.
-        keys: the stretches that any of the queries sees.
-        seen: `(B or 1, H or 1, queries, keys)`, where the run before or after it has the same; None where it is to be
-            asked for, or every pair counts.
+        rows, queries: their ranges.
+        keys: the ranges of keys that any of the queries sees.
+        seen: `(B or 1, H or 1, queries, keys)`, if the run before or after it has the same; None if the engine has to
+            ask the selection, or if every pair counts.
     """
 
     rows: slice
@@ -56,13 +56,13 @@ def refuses(call: AttentionCall) -> str | None:
 
 
 def pairs(selection: Blocks, causal: bool) -> int:
-    """The (query, key) pairs that the slices of one head hold."""
+    """Count the (query, key) pairs in the slices of one head."""
     runs = _joined(selection.without_future if causal else selection)
     return sum((run.queries.stop - run.queries.start) * _length(run.keys) for run in runs)
 
 
 def attend(call: AttentionCall) -> Tensor:
-    """The output `(B, Hq, Nq, Dv)`."""
+    """Return the output `(B, Hq, Nq, Dv)`."""
     assert isinstance(call.selection, Blocks)
     selection = call.selection.without_future if call.causal else call.selection
     runs = _runs(selection)
@@ -82,20 +82,20 @@ def attend(call: AttentionCall) -> Tensor:
 
 
 class _Cut:
-    """Keys or values, from which runs take their stretches."""
+    """Keys or values that runs cut their ranges from."""
 
     def __init__(self, x: Tensor, runs: Sequence[Run], wants_grad: bool) -> None:
         self.x = x
         self.pieces: Sequence[Tensor] | None = None
         if wants_grad:
-            # cut once where stretches begin and end: a slice for each run would give back a gradient as large as x each
+            # cut once at the ends of all ranges: a slice for each run would return a gradient as large as x for each
             ends = sorted({0, x.shape[2], *(end for run in runs for stretch in run.keys for end in stretch)})
             self.ends = {end: index for index, end in enumerate(ends)}
             self.pieces, self.ends = (
                 x.split([b - a for a, b in pairwise(ends)], 2),
                 {end: i for i, end in enumerate(ends)},
             )
-        else:  # fresh memory for each run would cost more than what is copied into it
+        else:  # allocating memory for each run would cost more than the copy
             longest = max((_length(run.keys) for run in runs if len(run.keys) > 1), default=0)
             self.room = x.new_empty(*x.shape[:2], longest, x.shape[3])
 
@@ -108,7 +108,7 @@ class _Cut:
 
 
 def _runs(selection: Blocks) -> list[Run]:
-    """Remembered on the selection, since static ones are used again and again."""
+    """Return the runs, cached on the selection since static selections are used again and again."""
     found = selection.__dict__.get("_runs")
     if found is None:
         found = selection.__dict__["_runs"] = _with_shared(selection, _joined(selection))
@@ -116,7 +116,7 @@ def _runs(selection: Blocks) -> list[Run]:
 
 
 def _with_shared(selection: Blocks, runs: list[Run]) -> list[Run]:
-    """The runs without the keys that none of their queries sees, and with what they see where neighbours agree."""
+    """Drop keys that no query of a run sees, and store the visible pairs where neighbouring runs agree."""
     found: list[Run] = []
     before: Tensor | None = None
     for run in runs:
@@ -129,7 +129,7 @@ def _with_shared(selection: Blocks, runs: list[Run]) -> list[Run]:
 
 
 def _trimmed(selection: Blocks, run: Run) -> tuple[Run, Tensor | None]:
-    """A run without keys at the ends of stretches, or long gaps in them, that no query sees; and which pairs count."""
+    """Cut unseen keys from the ends of ranges and from long gaps; return the run and a mask of the pairs that count."""
     if (seen := _seen(selection, run)) is None:
         return run, None
     places = _positions(run, seen.device)[seen.flatten(0, 2).any(0)]
@@ -154,7 +154,7 @@ def _positions(run: Run, device: torch.device) -> Tensor:
 
 
 def _joined(selection: Blocks) -> list[Run]:
-    """Block rows one by one; short ones joined, and any that see the same keys. Remembered as well."""
+    """Return block rows as runs: short ones are joined, and any that see the same keys. Cached as well."""
     if (remembered := selection.__dict__.get("_joined")) is not None:
         return remembered
     tall, first, seen = selection.size[0], 0, None
@@ -177,7 +177,7 @@ def _run(selection: Blocks, first: int, end: int, keys: tuple[Stretch, ...]) -> 
 
 
 def _stretches(selection: Blocks) -> list[tuple[Stretch, ...]]:
-    """For each block row, the stretches of keys that any head of any batch item sees."""
+    """Return the ranges of keys that any head of any batch item sees, for each block row."""
     wide, n_keys = selection.size[1], selection.n_keys
     change = F.pad(selection.blocks.flatten(0, 1).any(0).to(torch.int8), (1, 1)).diff(dim=1)
     found: list[list[Stretch]] = [[] for _ in range(len(change))]
@@ -202,7 +202,7 @@ def _length(keys: tuple[Stretch, ...]) -> int:
 
 
 class _Bias:
-    """What the kernel adds to the logits of a run; neighbours that see alike have the same."""
+    """The bias that the kernel adds to the logits of a run; neighbours that see the same pairs share one."""
 
     def __init__(self, call: AttentionCall, selection: Blocks) -> None:
         self.call, self.selection = call, selection
@@ -210,7 +210,7 @@ class _Bias:
         self.made: tuple[Tensor | None, Tensor | None] = None, None
 
     def of(self, run: Run) -> tuple[Tensor | None, Tensor | None]:
-        """The bias, None for nothing, and which queries see a key at all, None for all."""
+        """Return the bias (None if it is zero) and a mask of the queries that see some key (None if all do)."""
         if run.seen is None or self.call.mask is not None:
             return self._made(run)
         if self.seen is not run.seen:

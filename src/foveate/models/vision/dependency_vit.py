@@ -104,7 +104,8 @@ class DependencyBlock(nn.Module):
         self.attention = DependencyAttention(dim, heads)
         self.norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-        self.scale, self.mlp_scale = (nn.Parameter(torch.full((dim,), float(layer_scale))) for _ in range(2))
+        self.scale = nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.mlp_scale = nn.Parameter(torch.full((dim,), float(layer_scale)))
 
     def send(self, x: Float[Tensor, "b n c"], message: Float[Tensor, "b n"] | None) -> Sent:
         sent = self.attention.send(self.norm(x), message)

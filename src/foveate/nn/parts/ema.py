@@ -38,7 +38,8 @@ class DampedEMA(nn.Module):
         validate.count("states", states, 1)
         self.dim, self.states, self.ways = dim, states, 1 + bidirectional
         shape = self.ways, dim, states
-        self.alpha, self.delta = (nn.Parameter(torch.randn(shape) * 0.2) for _ in range(2))
+        self.alpha = nn.Parameter(torch.randn(shape) * 0.2)
+        self.delta = nn.Parameter(torch.randn(shape) * 0.2)
         # alternating signs: averages of different rates are compared, not only added
         self.beta = nn.Parameter(torch.randn(shape) * 0.02 + 1.0 - 2.0 * (torch.arange(states) % 2))
         self.gamma, self.omega = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(dim))

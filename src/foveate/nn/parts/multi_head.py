@@ -65,10 +65,13 @@ class MultiHeadAttention(HeadScheme):
         validate.count("conv", conv, 0)
         validate.one_of("gate", gate, (None, "sigmoid", "silu"))
         widths = heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim
-        self.q, self.k, self.v = (Linear(dim, width, bias=bias) for width in widths)
+        self.q = Linear(dim, widths[0], bias=bias)
+        self.k = Linear(dim, widths[1], bias=bias)
+        self.v = Linear(dim, widths[2], bias=bias)
         self.k.requires_grad_(self.op.capabilities.reads_keys)
         self.conv = ShortConv(sum(widths), conv) if conv else None
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim) if qk_norm else None for _ in range(2))
+        self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
         self.out_norm = nn.RMSNorm(self.value_dim) if out_norm else None
         self.gate, self.gating = gate, Linear(dim, heads * self.value_dim, bias=bias) if gate else None
         if conv:

@@ -42,7 +42,8 @@ class SymbolicAttention(Symbols):
             raise OptionError(f"heads={heads} must divide dim={dim}")
         self.heads = heads
         self.q = nn.Linear(dim, dim)
-        self.templates, self.library = (nn.Parameter(torch.randn(n_symbols, dim)) for _ in range(2))
+        self.templates = nn.Parameter(torch.randn(n_symbols, dim))
+        self.library = nn.Parameter(torch.randn(n_symbols, dim))
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         q, k, v = (

@@ -67,7 +67,9 @@ class MonotonicLocationSeq2Seq(nn.Module):
         validate.one_of("mix_direction", mix_direction, (True, False))
         validate.between("dropout", dropout, 0, 1)
         self.embed = nn.Embedding(vocab, embed, padding_idx=0)
-        self.first, self.last, self.start = (nn.Parameter(torch.randn(embed)) for _ in range(3))
+        self.first = nn.Parameter(torch.randn(embed))
+        self.last = nn.Parameter(torch.randn(embed))
+        self.start = nn.Parameter(torch.randn(embed))
         self.encoder = nn.GRU(embed, hidden // 2, batch_first=True, bidirectional=True)
         self.dropout = nn.Dropout(dropout)
         self.direction = nn.Linear(hidden, 1) if mix_direction else None

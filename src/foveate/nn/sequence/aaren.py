@@ -52,7 +52,10 @@ class AarenLayer(StreamingLayer):
             raise OptionError(f"heads={heads} must divide dim={dim}")
         self.op = Aaren()
         self.token = nn.Parameter(torch.randn(dim))
-        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
+        self.q = nn.Linear(dim, dim, bias=bias)
+        self.k = nn.Linear(dim, dim, bias=bias)
+        self.v = nn.Linear(dim, dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
 
     def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
         return self._merged(self.op(*self._heads(x), mask=mask, causal=True))

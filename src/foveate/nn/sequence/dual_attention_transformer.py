@@ -28,7 +28,9 @@ class SensoryHeads(HeadScheme):
 
     def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, **around: Any) -> None:
         super().__init__(dim, heads, kv_heads=kv_heads, head_dim=head_dim, out_dim=heads * head_dim, **around)
-        self.q, self.k, self.v = (nn.Linear(dim, h * head_dim, bias=False) for h in (heads, kv_heads, kv_heads))
+        self.q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
 
     def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return split(self.q(x), self.heads), split(self.k(source), self.kv_heads), split(self.v(source), self.kv_heads)

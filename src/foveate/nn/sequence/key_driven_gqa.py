@@ -77,7 +77,9 @@ class KeyDrivenGQA(HeadScheme):
         if (rule == "pgqa") != (generator is not None):
             raise OptionError('rule="pgqa" draws noise from a generator, and no other does')
         self.rule, self.window, self.stats, self.generator = rule, window, stats, generator
-        self.q, self.k, self.v = (nn.Linear(dim, h * self.head_dim, bias) for h in (heads, kv_heads, kv_heads))
+        self.q = nn.Linear(dim, heads * self.head_dim, bias)
+        self.k = nn.Linear(dim, kv_heads * self.head_dim, bias)
+        self.v = nn.Linear(dim, kv_heads * self.head_dim, bias)
         self.register_buffer("cache", torch.zeros(kv_heads))
         self.register_buffer("allocation", torch.full((kv_heads,), heads // kv_heads))
         self.register_buffer("trained", torch.tensor(0))

@@ -132,8 +132,10 @@ class LightNetLayer(StreamingLayer):
         patterns = can.patterns & ({"self"} if grid else {"self", "causal self"})
         streams = can.streaming == "exact" and not lrpe and not grid
         self._declare(grid=grid, patterns=patterns, streaming="exact" if streams else None)
-        self.q, self.k = (nn.Linear(dim, heads * expand, bias=False) for _ in range(2))
-        self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(2))
+        self.q = nn.Linear(dim, heads * expand, bias=False)
+        self.k = nn.Linear(dim, heads * expand, bias=False)
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
         self.gate = nn.Sequential(nn.Linear(dim, gate_rank, bias=False), nn.Linear(gate_rank, dim, bias=False))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.lrpe = MDLRPE(axes, heads, expand) if lrpe else None

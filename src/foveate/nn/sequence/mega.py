@@ -85,9 +85,9 @@ class Mega(StreamingLayer):
         self.chunk, self.attention, self.prenorm = chunk, attention, prenorm
         self.ema = DampedEMA(dim, ema_dim, bidirectional=bidirectional)
         self.norm = norm(dim)
-        self.v, self.gates, self.out = (
-            nn.Linear(*sizes) for sizes in ((dim, self.hdim), (dim, 2 * dim + self.zdim + self.hdim), (self.hdim, dim))
-        )
+        self.v = nn.Linear(dim, self.hdim)
+        self.gates = nn.Linear(dim, 2 * dim + self.zdim + self.hdim)
+        self.out = nn.Linear(self.hdim, dim)
         for linear in (self.v, self.gates, self.out):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)

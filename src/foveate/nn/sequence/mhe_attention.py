@@ -60,7 +60,9 @@ class MultiHeadEmbeddingAttention(HeadScheme):
         validate.one_of("mode", mode, ("mul", "add"))
         validate.at_least("spread", spread, 0)
         self.mode = mode
-        self.q, self.k, self.v = (nn.Linear(dim, self.head_dim, bias) for _ in range(3))
+        self.q = nn.Linear(dim, self.head_dim, bias)
+        self.k = nn.Linear(dim, self.head_dim, bias)
+        self.v = nn.Linear(dim, self.head_dim, bias)
         for name in ("q_heads", "k_heads", "v_heads"):
             self.register_parameter(name, nn.Parameter(spread * torch.randn(heads, self.head_dim)))
 

@@ -65,9 +65,9 @@ class MixtureOfHeadAttention(HeadScheme):
         if router == "query_norm" and routed < 2:
             raise OptionError(f"router='query_norm' compares routed heads; heads - shared_heads = {routed} is too few")
         self.shared_heads, self.routed_active, self.rescale = shared_heads, routed_active, rescale
-        self.q, self.k, self.v = (
-            nn.Linear(dim, h * self.head_dim, bias) for h in (heads, self.kv_heads, self.kv_heads)
-        )
+        self.q = nn.Linear(dim, heads * self.head_dim, bias)
+        self.k = nn.Linear(dim, self.kv_heads * self.head_dim, bias)
+        self.v = nn.Linear(dim, self.kv_heads * self.head_dim, bias)
         linear = router == "linear"
         self.routed = nn.Linear(dim, routed, bias=False) if linear and routed else None
         self.shared = nn.Linear(dim, shared_heads, bias=False) if linear and shared_heads > 1 else None

@@ -71,7 +71,8 @@ class RelationalAttention(nn.Module):
         self.op = sized(op, heads, self.head_dim, self.head_dim + self.inner)
         self.position, self.rel_act = position, rel_act
         self.rates = Rates(dim, heads, self.op)
-        self.q, self.k = (nn.Linear(dim, h * self.head_dim, bias=False) for h in (heads, self.kv_heads))
+        self.q = nn.Linear(dim, heads * self.head_dim, bias=False)
+        self.k = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
         self.rel_q = nn.Linear(dim, self.inner, bias=False)
         self.rel_k = self.rel_q if symmetric else nn.Linear(dim, self.inner, bias=False)
         self.from_relations = nn.Parameter(torch.empty(heads, self.head_dim, self.relations))

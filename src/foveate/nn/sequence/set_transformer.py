@@ -51,7 +51,8 @@ class MAB(nn.Module):
         self.q, self.k, self.v = Linear(dim_q, dim), Linear(dim_kv, dim), Linear(dim_kv, dim)
         self.op = Softmax()
         self.feed = Linear(dim, dim)
-        self.norm, self.feed_norm = (nn.LayerNorm(dim) if ln else nn.Identity() for _ in range(2))
+        self.norm = nn.LayerNorm(dim) if ln else nn.Identity()
+        self.feed_norm = nn.LayerNorm(dim) if ln else nn.Identity()
 
     def forward(
         self, x: Float[Tensor, "#b n cq"], y: Float[Tensor, "b m ck"], mask: Tensor | None = None

@@ -34,7 +34,8 @@ class LayoutEmbedding(nn.Module):
         validate.one_of("boxes", boxes, ("full", "centre"))
         self.boxes = boxes
         self.x, self.y = nn.Embedding(TABLE, dim), nn.Embedding(TABLE, dim)
-        self.h, self.w = (nn.Embedding(TABLE, dim) if boxes == "full" else None for _ in range(2))
+        self.h = nn.Embedding(TABLE, dim) if boxes == "full" else None
+        self.w = nn.Embedding(TABLE, dim) if boxes == "full" else None
         self.norm = nn.LayerNorm(dim, eps=1e-12)
 
     def forward(self, bbox: Int[Tensor, "b n 4"]) -> Float[Tensor, "b n d"]:

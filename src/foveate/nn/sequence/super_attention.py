@@ -41,7 +41,8 @@ class OptimisedAttention(HeadScheme):
         bias: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(dim, heads, op=op, position=position, bias=bias)
-        self.q, self.k = (nn.Linear(dim, dim, bias) for _ in range(2))
+        self.q = nn.Linear(dim, dim, bias)
+        self.k = nn.Linear(dim, dim, bias)
 
     def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return split(self.q(x), self.heads), split(self.k(source), self.heads), split(source, self.heads)

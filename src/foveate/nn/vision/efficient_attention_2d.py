@@ -57,7 +57,8 @@ class EfficientAttention2d(nn.Module):
                 f"pixels attend to all others; {self.op.name} does {listed(self.op.capabilities.patterns)}"
             )
         self.in_channels, self.heads = in_channels, heads
-        self.queries, self.keys = (nn.Conv2d(in_channels, key_channels, 1) for _ in range(2))
+        self.queries = nn.Conv2d(in_channels, key_channels, 1)
+        self.keys = nn.Conv2d(in_channels, key_channels, 1)
         self.values = nn.Conv2d(in_channels, value_channels, 1)
         self.reprojection = nn.Conv2d(value_channels, in_channels, 1)
 

@@ -84,7 +84,8 @@ class MonotonicLocationAttention(Operator):
         self._declare(reads_keys=mix)
         self.position = nn.Parameter(torch.empty(heads, head_dim, head_dim))
         self.position_bias = nn.Parameter(torch.empty(heads, head_dim))
-        self.w_sigma, self.w_rho = (nn.Parameter(torch.empty(heads, head_dim, 1)) for _ in range(2))
+        self.w_sigma = nn.Parameter(torch.empty(heads, head_dim, 1))
+        self.w_rho = nn.Parameter(torch.empty(heads, head_dim, 1))
         self.w_gate = nn.Parameter(torch.empty(heads, head_dim, 1)) if mix else None
         self.gate_bias = nn.Parameter(torch.empty(heads)) if mix else None
         self.step_bias = nn.Parameter(torch.tensor(20.0)) if step == "controlled_relu" else None
@@ -128,9 +129,10 @@ class MonotonicLocationAttention(Operator):
             )
         position = q @ self.position.to(q) + self.position_bias.to(q)[:, None]
         step = self.steps_of(position @ self.w_rho.to(q)) * source.unit
-        width = (torch.relu(position @ self.w_sigma.to(q)) + NARROWEST) / source.count.clamp_min(1)
-        mixed = self.w_gate is not None and self.gate_bias is not None
-        gate = torch.sigmoid(q @ self.w_gate.to(q) + self.gate_bias.to(q)[:, None, None]) if mixed else None
+        width = (torch.relu(position @ self.w_sigma.to(q)) + NARROWEST) / source.real.clamp_min(1)
+        gate = None
+        if self.w_gate is not None and self.gate_bias is not None:
+            gate = torch.sigmoid(q @ self.w_gate.to(q) + self.gate_bias.to(q)[:, None, None])
         for t in range(q.shape[2]):
             content = None
             if gate is not None:
@@ -149,7 +151,7 @@ class MonotonicLocationAttention(Operator):
         """Weights `(B, H, Nk)` of one query, and the place that they expect."""
         logits = log_bell(source.at, past + intent.step, intent.width)
         weights = bell = safe_softmax(logits.masked_fill(~source.seen, masks.NEVER))
-        if intent.gate is not None:
+        if intent.gate is not None and intent.content is not None:
             weights = intent.gate * bell + (1 - intent.gate) * intent.content
         start = bell if self.past == "location" else weights
         return weights, (start * source.at).sum(-1, keepdim=True)
@@ -173,12 +175,14 @@ class MonotonicLocationAttention(Operator):
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
         op = cls(head_dim, heads, step="controlled_relu", mix=True)
+        assert op.step_bias is not None  # "controlled_relu" learns it
         nn.init.zeros_(op.step_bias)
         return op
 
     @classmethod
     def exact(cls, heads: int, head_dim: int, length: int) -> Self:
         op = cls(head_dim, heads, mix=True)
+        assert op.w_gate is not None and op.gate_bias is not None  # `mix` learns them
         nn.init.zeros_(op.w_gate)
         nn.init.constant_(op.gate_bias, -1e4)
         return op
@@ -201,7 +205,7 @@ class _Source(NamedTuple):
     seen: Bool[Tensor, "b 1 k"]
     at: Float[Tensor, "b 1 k"]  # 0 at the first real key and 1 at the last
     unit: Float[Tensor, "b 1 1 1"]  # from one key to the next
-    count: Int[Tensor, "b 1 1 1"]
+    real: Int[Tensor, "b 1 1 1"]  # how many keys are real
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> _Source:
