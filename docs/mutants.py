@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from py_compile import PycInvalidationMode
 from queue import Queue
@@ -45,6 +46,85 @@ IGNORED = (
 )  # fmt: skip
 #: Tests of what no test is named after, or whose own test is slow: a contract on a few systems, or a neighbour's tests.
 TESTS = {
+    "core/call.py": "tests/core/test_engines.py",
+    "core/catalog.py": "tests/core/test_catalog.py tests/core/test_cite.py",
+    "core/engines/__init__.py": "tests/core/test_engines.py",
+    "core/engines/chunked.py": "tests/core/test_engines.py",
+    "core/engines/fused.py": "tests/core/test_engines.py tests/host/test_packed.py",
+    "core/engines/gather.py": "tests/core/test_engines.py tests/core/test_rows.py "
+    "tests/systems/kv/test_token_select.py",
+    "core/engines/reference.py": "tests/core/test_engines.py",
+    "core/errors.py": "tests/core/test_catalog.py tests/core/test_validate.py tests/lens/test_measures.py",
+    "core/online_softmax.py": "tests/core/test_online.py",
+    "core/public.py": "tests/test_door.py tests/core/test_cite.py",
+    "core/readable.py": "tests/core/test_known.py tests/core/test_engines.py",
+    "core/scoring.py": "tests/core/test_engines.py",
+    "core/window_selection.py": "tests/core/test_selection.py tests/core/test_engines.py",
+    "models/base/byte_tokenizer.py": "tests/bench/test_encoding.py tests/tasks/test_training_tasks.py",
+    "models/base/decoder.py": "tests/train/test_loop.py",
+    "models/base/hf_checkpoint.py": "tests/models/test_pretrained.py tests/train/test_loop.py",
+    "models/base/image_encoder.py": "tests/train/test_loop.py tests/train/test_job.py",
+    "models/base/number_tokenizer.py": "tests/train/test_loop.py",
+    "models/base/spec.py": "tests/models/test_pretrained.py tests/train/test_loop.py",
+    "host/attention.py": "tests/contracts/test_host_methods.py tests/contracts/test_hosts.py "
+    "-k 'test_host_methods or weights_on_request or (callers_own and gemma2) or (test_by_hand and gemma2)'",
+    "host/entry.py": "tests/host/test_stats.py tests/contracts/test_host_methods.py tests/host/test_composition.py",
+    "host/evict.py": "tests/host/test_ends.py tests/contracts/test_host_eviction.py",
+    "host/hf/adoption.py": "tests/contracts/test_host_sites.py tests/contracts/test_host_generation.py "
+    "-k 'sites or static or drafts_keep or phases or encoder_decoders'",
+    "host/hf/attach.py": "tests/host/test_nesting.py tests/contracts/test_host_trace.py "
+    "tests/contracts/test_host_generation.py -k 'nest or exception or after_the_block or copy or saved or another'",
+    "host/hf/cache.py": "tests/contracts/test_host_trace.py tests/contracts/test_host_once.py "
+    "tests/host/test_kinds_of_models.py",
+    "host/hf/calls.py": "tests/host/test_kinds_of_models.py tests/host/test_nesting.py",
+    "host/hf/chat_template.py": "tests/host/test_context.py",
+    "host/hf/compressed.py": "tests/contracts/test_host_once.py tests/host/test_caches_elsewhere.py",
+    "host/hf/dispatch.py": "tests/host/test_renumbered.py tests/contracts/test_host_methods.py "
+    "tests/contracts/test_host_trace.py",
+    "host/hf/hooks.py": "tests/contracts/test_host_generation.py -k 'copy or saved or checkpointed or another'",
+    "host/hf/layout.py": "tests/systems/kv/test_razor_attention.py tests/contracts/test_policies.py "
+    "-k 'razor and not live_memory'",
+    "host/hf/marks.py": "tests/host/test_context.py",
+    "host/hf/mask.py": "tests/host/test_mask.py tests/contracts/test_host_eviction.py",
+    "host/hf/model.py": "tests/lens/test_look.py tests/host/test_composition.py",
+    "host/hf/passes.py": "tests/contracts/test_host_generation.py tests/contracts/test_hosts.py "
+    "-k 'phases or batching or checkpointed or searches or gradients'",
+    "host/hf/sites.py": "tests/host/test_kinds_of_models.py tests/host/test_nesting.py",
+    "host/method.py": "tests/contracts/test_host_methods.py tests/host/test_kinds_of_models.py",
+    "host/operator_swap.py": "tests/host/test_composition.py tests/systems/ops/test_hip.py",
+    "host/padding.py": "tests/systems/kv/test_token_select.py tests/systems/kv/test_sink_recent.py "
+    "tests/host/test_renumbered.py",
+    "host/pieces.py": "tests/host/test_renumbered.py tests/contracts/test_host_once.py "
+    "tests/contracts/test_host_generation.py -k 'not searches and not checkpointed and not encoder_decoders'",
+    "host/run.py": "tests/host/test_nesting.py tests/host/test_stats.py tests/contracts/test_host_methods.py",
+    "host/site.py": "tests/contracts/test_host_sites.py tests/contracts/test_host_eviction.py "
+    "tests/systems/kv/test_token_select.py",
+    "host/slots/group.py": "tests/host/test_ends.py tests/host/test_caches_elsewhere.py "
+    "tests/contracts/test_host_eviction.py",
+    "host/slots/slots.py": "tests/host/test_ends.py tests/contracts/test_host_eviction.py",
+    "host/slots/store.py": "tests/host/test_ends.py tests/contracts/test_host_once.py "
+    "tests/host/test_caches_elsewhere.py",
+    "kv/base.py": "tests/systems/kv/test_sink_recent.py tests/contracts/test_policies.py "
+    "-k 'sink_recent and not live_memory'",
+    "kv/parts/calibration_store.py": "tests/bench/test_compare.py -k 'not operator'",
+    "kv/parts/head_split.py": "tests/systems/kv/test_razor_attention.py tests/systems/kv/test_duo_attention.py",
+    "kv/parts/last_query.py": "tests/systems/kv/test_recycled_attention.py tests/systems/kv/test_token_select.py",
+    "kv/renumbered.py": "tests/host/test_renumbered.py",
+    "lens/capture/fused.py": "tests/lens/test_fused.py tests/lens/test_look.py",
+    "lens/capture/record.py": "tests/lens/test_look.py",
+    "lens/capture/tiles.py": "tests/lens/test_tiles.py tests/lens/test_look.py",
+    "lens/measures.py": "tests/lens/test_measures.py tests/lens/test_look.py",
+    "train/loop/loop.py": "tests/train/test_loop.py tests/train/test_job.py",
+    "train/loop/network.py": "tests/train/test_loop.py",
+    "tasks/base/scores.py": "tests/tasks/test_scores.py tests/tasks/test_ruler.py",
+    "tasks/base/training_task.py": "tests/tasks/test_training_tasks.py tests/train/test_loop.py",
+    "tasks/files/formats.py": "tests/tasks/test_rows.py",
+    "tasks/files/prompts.py": "tests/tasks/test_prompts.py tests/tasks/test_rows.py",
+    "tasks/files/records.py": "tests/tasks/test_rows.py tests/tasks/test_prompts.py",
+    "tasks/parts/haystack.py": "tests/tasks/test_ruler.py tests/tasks/test_needle.py",
+    "tasks/text/passkeys.py": "tests/tasks/test_corpus.py -k passkeys",
+    "report/curves.py": "tests/bench/test_recall.py -k page",
+    "report/policies.py": "tests/bench/test_policies.py -k page",
     "ops/functional/alibi.py": "tests/ops/test_prepare.py",
     "ops/base/kv_state.py": "tests/ops/test_prepare.py",
     "ops/base/kv_cached.py": "tests/contracts/test_operators.py tests/ops/test_streaming.py "
@@ -159,13 +239,18 @@ def _tests_of(module: Path, room: str) -> list[str]:
 
 
 def _imports(user: Path, module: Path) -> bool:
-    """Whether one file names the other one in an import."""
+    """Return whether one file names the other one in an import."""
     package, name = ".".join(module.parts[1:-1]), module.stem
+    return f"{package}.{name}" in _imported(user)
+
+
+@cache
+def _imported(user: Path) -> frozenset[str]:
+    """Return the modules that a file imports from, and what it imports from them, with dots."""
     tree = ast.parse((ROOT / user).read_text("utf-8"))
     froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return any(
-        node.module == f"{package}.{name}" or (node.module == package and any(a.name == name for a in node.names))
-        for node in froms
+    return frozenset(
+        {f"{node.module}" for node in froms} | {f"{node.module}.{a.name}" for node in froms for a in node.names}
     )
 
 
