@@ -47,7 +47,7 @@ class Contents(HTMLParser):
 
 
 def faults(site: Path) -> list[str]:
-    """Say what is wrong, one line each."""
+    """Return all faults, one line each."""
     pages = {path: Contents(path.read_text("utf-8")) for path in sorted(site.rglob("*.html"))}
     found = []
     for path, page in pages.items():
@@ -73,7 +73,7 @@ def _is_remote(address: str) -> bool:
 
 
 def _target(site: Path, page: Path, address: str) -> Path:
-    """The file that an address of a page names."""
+    """Return the file that an address of a page names."""
     path = unquote(urlsplit(address).path)
     if not path:
         return page

@@ -167,13 +167,13 @@ def _page(row: System) -> _Page:
 
 
 def _recommended(doc: str) -> str:
-    """A docstring without what it says a system is not for, its arguments and its formulas."""
+    """Strip from a docstring the uses that it warns of, the arguments and the formulas."""
     before = re.split(r"\n\s*(?:Args|Raises|Returns|Attributes):\n", doc)[0]
     return re.sub(r"`[^`]*`|\(?[Tt]he wrong choice[^.;]*|\b[Nn]o drop-in[^.;]*", " ", before)
 
 
 def _answer(page: _Page, need: Need) -> tuple[float, str] | None:
-    """How well a row answers a need, and why; None where it does not."""
+    """Score a row's answer to a need and give the reason; None if it does not answer."""
     strong = list(_found(page, need.strong))
     weak = list(_found(page, need.weak))
     if not strong and not weak:
@@ -190,7 +190,7 @@ def _found(page: _Page, facts: Iterable[str]) -> Iterator[str]:
 
 
 def _evidence(page: _Page, fact: str) -> str:
-    """How a row shows a fact or says a phrase, in words; "" where it does not."""
+    """Say in words how a row shows a fact or contains a phrase; "" if it does not."""
     name, colon, value = fact.partition(":")
     if colon:
         return _SAID.get(fact, f'{_NAMES.get(name, name)} "{value}"') if fact in page.facts else ""
@@ -215,7 +215,7 @@ _SAID = {
 
 
 def _mention(page: _Page, word: str, spread: Counter[str], total: int) -> tuple[float, str] | None:
-    """What a word's places in a row are worth, rare words more; None where the row does not have it."""
+    """Score the fields of a row that contain a word, rare words higher; None if no field does."""
     where = [field for field, stems in page.fields.items() if word in stems]
     if not where:
         return None
@@ -225,7 +225,7 @@ def _mention(page: _Page, word: str, spread: Counter[str], total: int) -> tuple[
 
 
 def _written(page: _Page, word: str) -> str:
-    """A word that a row has with this stem, as it writes it."""
+    """Return the row's own spelling of the first word with this stem."""
     text = (
         f"{page.row.key.replace('_', ' ')} {page.row.title} {' '.join(page.row.tags)} {read_card(page.row.object).doc}"
     )
@@ -233,7 +233,7 @@ def _written(page: _Page, word: str) -> str:
 
 
 def _corrected(word: str) -> str:
-    """The word, or the one that it looks like a misspelling of, where neither the catalogue nor a need has it."""
+    """Return the word, or the nearest known word if neither the catalogue nor a need has it."""
     known = _vocabulary()
     if len(word) < 5 or word in _STOP or stem(word) in known.values():
         return word
@@ -246,7 +246,7 @@ def _corrected(word: str) -> str:
 
 @cache
 def _phrases() -> list[tuple[list[str], Need]]:
-    """All phrases of the needs as stems, the longest first."""
+    """Return all phrases of the needs as stems, the longest first."""
     pairs = [
         ([stem(word) for word in _words(phrase) if word not in _FILLERS], need)
         for need in needs()
@@ -257,13 +257,13 @@ def _phrases() -> list[tuple[list[str], Need]]:
 
 @cache
 def _vocabulary() -> dict[str, str]:
-    """The words of all needs and of all titles, tags and docstrings, each with its stem."""
+    """Return the words of all needs, titles, tags and docstrings, each with its stem."""
     said = [phrase for need in needs() for phrase in need.asked]
     said += [" ".join((row.title, *row.tags, _recommended(read_card(row.object).doc))) for row in catalog.systems()]
     return {word: stem(word) for text in said for word in _words(text)}
 
 
 def _index(stems: list[str], phrase: list[str]) -> int | None:
-    """Where a phrase begins, word after word; None where it does not stand there."""
+    """Return the index where a phrase begins, word after word; None if it is absent."""
     size = len(phrase)
     return next((at for at in range(len(stems) - size + 1) if stems[at : at + size] == phrase), None)
