@@ -100,6 +100,29 @@ def test_options_shape_the_maps(bias, numbers):
     assert foveate.attend(q, q, q, "hedgehog", heads=2, head_dim=8, bias=bias).shape == q.shape
 
 
+@pytest.mark.parametrize("feature_dim", [3, 8, 12])
+@pytest.mark.parametrize("bias", ["none", "scalar", "vector"])
+def test_a_width_of_the_features_apart_from_the_head_s(feature_dim, bias):
+    op = Hedgehog(2, 8, "exp", bias=bias, feature_dim=feature_dim)
+    assert op.query_map.weight.shape == op.key_map.weight.shape == (2, feature_dim, 8)
+    assert op.init_state(1, 2, 2, 8, 5).memory.shape == (1, 2, 2 * feature_dim, 6)
+    x = draw(1, 2, 9, 8)
+    y = F.pad(x, (0, 4))[..., :feature_dim]  # at first the first channels, and zeros beyond them
+    torch.testing.assert_close(op.key_features(x, 1.0), torch.cat([y.exp(), (-y).exp()], -1))
+    nn.init.normal_(op.key_map.weight)
+    expected = torch.einsum("hij,bhnj->bhni", op.key_map.weight, x)
+    torch.testing.assert_close(op.key_features(x, 1.0), torch.cat([expected.exp(), (-expected).exp()], -1))
+    assert op(x, x, x, causal=True).shape == x.shape
+    plan, narrow = op.plan(x, x, x).flops, Hedgehog(2, 8, feature_dim=1).plan(x, x, x).flops
+    assert plan > narrow
+    assert op.feature_macs(8) == 8 * feature_dim
+
+
+def test_features_are_one_at_least():
+    with pytest.raises(OptionError, match="feature_dim=0 must be a whole number, at least 1"):
+        Hedgehog(2, 8, feature_dim=0)
+
+
 def test_untrained_it_is_spikier_and_more_monotone_than_elu(claim):
     q, k = (8 * F.normalize(draw(8, 1, 64, 16, seed=s), dim=-1) for s in (0, 1))
     ours, elu = (op.weights(q, k) for op in (Hedgehog(1, 16, "exp"), Learned(1, 16, "elu")))

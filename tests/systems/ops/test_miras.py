@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import foveate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import DivergedError, OptionError, ShapeError
 from foveate.ops.functional import inner_mlp as learner
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.ops.memory.miras import Miras
@@ -137,12 +137,15 @@ def test_lq_is_the_normalised_sum_of_steps():
 
 
 def trajectory(op: Miras, steps: int) -> list[Tensor]:
-    """The weights after each of many random tokens."""
+    """The weights after each of many random tokens; infinite ones, once, where they diverge."""
     g = torch.Generator().manual_seed(0)
     state, found = op.init_state(1, 1, 1, 8, 8), []
     for _ in range(steps):
         q, k, v = (torch.randn(1, 1, 1, 8, generator=g) for _ in range(3))
-        _, state = op.step(q, k, v, state)
+        try:
+            _, state = op.step(q, k, v, state)
+        except DivergedError:
+            return [*found, torch.full_like(found[-1], float("inf"))]
         found.append(op.link(state.memory[0]))
     return found
 

@@ -35,6 +35,7 @@ def _gelu_slope(z: Tensor) -> Tensor:
 
 
 SILU, GELU = Activation(F.silu, _silu_slope), Activation(F.gelu, _gelu_slope)
+ACTIVATIONS = {"silu": SILU, "gelu": GELU}
 
 
 class Around(NamedTuple):
