@@ -119,7 +119,7 @@ class Layer(nn.Module, ABC):
     @classmethod
     def example(cls, dim: int, heads: int, length: int) -> Self:
         """An instance fit for such sizes, in which the mechanism is at work; tests run it."""
-        return cls(dim, heads)  # type: ignore[call-arg]
+        return cls(dim, heads)
 
     @classmethod
     def example_inputs(cls, batch: int, length: int) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import validate
-from foveate.nn.base.layer import Layer
+from foveate.core.errors import UnsupportedPattern
+from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts.linear_maps import Linear
 
 
@@ -61,13 +62,19 @@ class Block(nn.Module):
         x = x + self.mixer(self.norm(x), **call)
         return self.channels(x)
 
+    @property
+    def _streaming(self) -> StreamingLayer:
+        if not isinstance(self.mixer, StreamingLayer):
+            raise UnsupportedPattern(f"{self.mixer.name} cannot go one token at a time")
+        return self.mixer
+
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-        return self.mixer.init_state(batch, dtype=dtype, device=device)
+        return self._streaming.init_state(batch, dtype=dtype, device=device)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        mixed, state = self.mixer.step(self.norm(x), state)
+        mixed, state = self._streaming.step(self.norm(x), state)
         return self.channels(x + mixed), state
 
     def channels(self, x: Tensor) -> Tensor:
         """The second half of the block."""
-        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
+        return x if self.mlp is None or self.mlp_norm is None else x + self.mlp(self.mlp_norm(x))

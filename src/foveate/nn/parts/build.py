@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -22,7 +23,12 @@ def position(name: str | None, heads: int) -> Position | None:
         return None
     if name not in POSITIONS:
         raise OptionError(f"position={name!r} must be one of {', '.join(POSITIONS)}, or None")
-    return {"rotary": Rotary, "alibi": lambda: Alibi(heads), "relative": lambda: RelativeBias(heads)}[name]()
+    schemes: dict[str, Callable[[], Position]] = {
+        "rotary": Rotary,
+        "alibi": lambda: Alibi(heads),
+        "relative": lambda: RelativeBias(heads),
+    }
+    return schemes[name]()
 
 
 def create(key: str, dim: int, heads: int, *, options: dict[str, Any] | None = None, **around: Any) -> Layer:

@@ -94,7 +94,7 @@ class MultiHeadAttention(HeadScheme):
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = split(q, self.heads), split(k, self.kv_heads), split(v, self.kv_heads)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 

@@ -54,6 +54,7 @@ class Alibi(Position):
     """Scores fall with distance, at a rate of each head's own (Train Short, Test Long, 2021)."""
 
     biased = True
+    slopes: Float[Tensor, " h"]
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -90,6 +91,10 @@ def check(position: object, heads: int) -> None:
     """Refuse what is no scheme, or one made for another number of heads."""
     if position is not None and not isinstance(position, Position):
         raise OptionError(f"position={shown(position)} must be a foveate.nn.Position, such as Rotary(), or None")
-    made_for = {Alibi: lambda p: len(p.slopes), RelativeBias: lambda p: len(p.table)}.get(type(position))
-    if made_for is not None and made_for(position) != heads:
-        raise OptionError(f"position is for {made_for(position)} heads; the layer has heads={heads}")
+    made_for = heads
+    if isinstance(position, Alibi):
+        made_for = len(position.slopes)
+    elif isinstance(position, RelativeBias):
+        made_for = len(position.table)
+    if made_for != heads:
+        raise OptionError(f"position is for {made_for} heads; the layer has heads={heads}")

@@ -111,10 +111,9 @@ class PointerNetwork(nn.Module):
         lengths = self._check(inputs, None, lengths, steps)
         steps = inputs.shape[1] + self._extra if steps is None else steps
         batch = len(inputs)
-        memory, state, fed, allowed = (
-            x.repeat_interleave(width, 0) if isinstance(x, Tensor) else tuple(y.repeat_interleave(width, 0) for y in x)
-            for x in self._read(inputs, lengths)
-        )
+        memory, (h, c), fed, allowed = self._read(inputs, lengths)
+        memory, h, c, fed, allowed = (x.repeat_interleave(width, 0) for x in (memory, h, c, fed, allowed))
+        state: State = h, c
         given = self.start.expand(batch * width, -1)
         total = inputs.new_full((batch, width), masks.NEVER)
         total[:, 0] = 0.0  # beams start alike: all but one wait until they can differ

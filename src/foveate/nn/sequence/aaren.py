@@ -6,7 +6,7 @@ Attention as an RNN (2024), arXiv 2405.13956.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import final
+from typing import Any, final
 
 import torch
 from einops import rearrange
@@ -57,25 +57,26 @@ class AarenLayer(StreamingLayer):
         self.v = nn.Linear(dim, dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
+    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         return self._merged(self.op(*self._heads(x), mask=mask, causal=True))
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> AarenState:
         width = self.dim // self.heads
         return self.op.init_state(batch, self.heads, self.heads, width, width, dtype=dtype, device=device)
 
-    def _step(self, x: Tensor, state: AarenState) -> tuple[Tensor, AarenState]:
+    def _step(self, x: Tensor, state: AarenState, **inputs: Tensor) -> tuple[Tensor, AarenState]:
         out, state = self.op.step(*self._heads(x), state)
         return self._merged(out), state
 
-    def _prefill(self, x: Tensor) -> tuple[Tensor, AarenState]:
+    def _prefill(self, x: Tensor, **inputs: Tensor) -> tuple[Tensor, AarenState]:
         out, state = self.op.prefill(*self._heads(x))
         return self._merged(out), state
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The question and the tokens' keys and values, `(B, H, N, D)` each."""
         asked = self.q(self.token).expand_as(x)
-        return tuple(rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (asked, self.k(x), self.v(x)))
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (asked, self.k(x), self.v(x)))
+        return q, k, v
 
     def _merged(self, out: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n c"]:
         return self.out(rearrange(out, "b h n d -> b n (h d)"))

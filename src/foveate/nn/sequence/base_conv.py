@@ -6,7 +6,7 @@ Zoology: Measuring and Improving Recall in Efficient Language Models (2023), arX
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class BaseConv(StreamingLayer):
             self.filter = nn.Parameter(torch.randn(dim, length) * length**-0.5)
             self.bias = nn.Parameter(torch.zeros(dim))
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
+    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         if mask is not None:
             x = x.masked_fill(~mask_algebra.keys_of(mask, x.shape[0], x.shape[1])[..., None], 0.0)
         return self.gate(x) * (self.conv(x) if self.length is None else self._long(x))
@@ -68,6 +68,6 @@ class BaseConv(StreamingLayer):
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return self.conv.init_state(batch, dtype, device)
 
-    def _step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, x: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         mixed, state = self.conv.step(x, state)
         return self.gate(x) * mixed, state

@@ -6,7 +6,7 @@ Zoology: Measuring and Improving Recall in Efficient Language Models (2023), arX
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, Self, final
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,9 @@ class ChosenAttention(Layer):
         self._declare(inputs=frozenset())
 
     def _mix(
-        self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, chosen: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, chosen: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:  # fmt: skip
         if self.selector is not None:
             soft = self.share(x)
             if self.training:

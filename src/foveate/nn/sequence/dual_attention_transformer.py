@@ -132,7 +132,8 @@ class DualAttention(StreamingLayer):
         return torch.cat(out, -1)
 
     def _symbols(self, source: Tensor, start: int) -> Tensor | RelativeSymbols:
-        return self.symbols(source, start) if isinstance(self.symbols, Symbols) else self.symbols  # type: ignore[return-value]
+        assert self.symbols is not None  # a layer with relational heads has symbols
+        return self.symbols if isinstance(self.symbols, RelativeSymbols) else self.symbols(source, start)
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> DualState:
         sensory = None if self.sensory is None else self.sensory.init_state(batch, dtype=dtype, device=device)

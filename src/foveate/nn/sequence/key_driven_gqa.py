@@ -129,7 +129,8 @@ class KeyDrivenGQA(HeadScheme):
         rows = out.flatten(2)
         group = self.heads // self.kv_heads
         shape = self.kv_heads, group, rows.shape[-1]
-        noise = torch.rand(shape, generator=self.generator, device=self.generator.device).to(out)  # type: ignore[union-attr]
+        assert self.generator is not None  # "pgqa" is refused without one
+        noise = torch.rand(shape, generator=self.generator, device=self.generator.device).to(out)
         noise.diagonal(dim1=1, dim2=2).zero_()
         noise = noise.flatten(0, 1)
         noise = (noise - noise.mean(-1, keepdim=True)) / noise.std(-1, keepdim=True)

@@ -19,6 +19,7 @@ from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts.blocks import Block
+from foveate.ops.base.streaming import Streaming
 from foveate.ops.functional import linear_forms as forms
 from foveate.ops.functional.heads import accumulating
 from foveate.ops.linear.lightnet import LightNetAttention
@@ -175,12 +176,17 @@ class LightNetLayer(StreamingLayer):
     def _merged(self, out: Tensor, x: Tensor) -> Tensor:
         return self.out(self.norm(rearrange(out, "b h n d -> b n (h d)")) * F.silu(self.gate(x)))
 
+    @property
+    def _streaming_op(self) -> Streaming:
+        assert isinstance(self.op, Streaming)  # `capabilities.streaming` says so
+        return self.op
+
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
         sizes = batch, self.heads, self.heads, self.expand, self.dim // self.heads
-        return self.op.init_state(*sizes, dtype=dtype, device=device)
+        return self._streaming_op.init_state(*sizes, dtype=dtype, device=device)
 
     def _step(self, x: Tensor, state: Any, **inputs: Tensor) -> tuple[Tensor, Any]:
-        out, state = self.op.step(*self._heads(x), state)
+        out, state = self._streaming_op.step(*self._heads(x), state)
         return self._merged(out, x), state
 
     @classmethod

@@ -74,10 +74,11 @@ class MultiHeadEmbeddingAttention(HeadScheme):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the heads share, as each of them has it: `(B, H, ·, D)`."""
         shared, own = (q, k, v), (self.q_heads, self.k_heads, self.v_heads)
-        return tuple(  # type: ignore[return-value]
+        q, k, v = (
             x[:, None] + e[:, None] if self.mode == "add" else x[:, None] * (1 + e[:, None])
             for x, e in zip(shared, own, strict=True)
         )
+        return q, k, v
 
     # -- a stream ------------------------------------------------------------------------------------------------------
 

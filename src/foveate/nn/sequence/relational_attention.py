@@ -20,6 +20,7 @@ from foveate.nn.parts.heads import Rates, merge, split, width
 from foveate.nn.parts.positions import Position
 from foveate.nn.parts.symbols import RelativeSymbols, Symbols
 from foveate.ops.base.kv_state import KVState
+from foveate.ops.base.streaming import Streaming
 from foveate.ops.calls import sized
 from foveate.ops.functional.heads import per_query_head
 from foveate.ops.operator import Operator
@@ -160,12 +161,17 @@ class RelationalAttention(nn.Module):
 
     # -- a stream ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _streaming_op(self) -> Streaming:
+        assert isinstance(self.op, Streaming)  # else `DualAttention` declares that it does not stream
+        return self.op
+
     def init_state(
         self, symbols: Symbols | RelativeSymbols | None, batch: int, dtype: torch.dtype, device: torch.device
     ) -> Any:
         if self.at_once(symbols):
             sizes = batch, self.heads, self.kv_heads, self.head_dim, self.head_dim + self.inner
-            return self.op.init_state(*sizes, dtype=dtype, device=device)
+            return self._streaming_op.init_state(*sizes, dtype=dtype, device=device)
         keys = self.kv_heads * self.head_dim
         said = 0 if isinstance(symbols, RelativeSymbols) else keys
         return KVState.empty(batch, 1, keys, self.inner + said, dtype, device)
@@ -173,7 +179,7 @@ class RelationalAttention(nn.Module):
     def step(self, x: Tensor, symbols: Tensor | RelativeSymbols, state: Any, seen: int) -> tuple[Tensor, Any]:
         q, k = self._queries(x, seen), self._keys(x, seen)
         if self.at_once(symbols):
-            out, state = self.op.step(q, k, self._values(x, symbols), state, **self.rates(x))
+            out, state = self._streaming_op.step(q, k, self._values(x, symbols), state, **self.rates(x))
             return self._told(x, *out.split([self.head_dim, self.inner], -1)), state
         own = self.from_symbols(symbols) if isinstance(symbols, Tensor) else self.rel_k(x)[..., :0]
         state = state.append(merge(k)[:, None], torch.cat([self.rel_k(x), own], -1)[:, None])

@@ -56,6 +56,7 @@ class SparseDistributedMemory(Scored):
     """
 
     capabilities = replace(Scored.capabilities, default_scale=1.0)
+    addresses: Float[Tensor, "r n"]  # of "neurons", each bit 1 or -1
 
     def __init__(
         self, n: int = 64, radius: int = 11, mode: Literal["continuous", "binary", "neurons"] = "continuous", *,
@@ -69,12 +70,12 @@ class SparseDistributedMemory(Scored):
                 f'mode="neurons" needs neurons and a generator, and no other takes them; got mode="{mode}"'
             )
         self.n, self.radius, self.mode = n, radius, mode
-        if mode == "neurons":
+        if neurons is not None and generator is not None:
             validate.count("neurons", neurons, 1)
             bits = torch.randint(0, 2, (neurons, n), generator=generator, device=generator.device)
             self.register_buffer("addresses", 2.0 * bits - 1.0)
 
-    def score(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
+    def score(self, q: Tensor, k: Tensor, scale: float, at: Tile, **context: Tensor) -> Float[Tensor, "b h q k"]:
         if self.mode != "continuous" and q.shape[-1] != self.n:
             raise ShapeError(f"built for n={self.n} bits; got D={q.shape[-1]}")
         wide = torch.promote_types(q.dtype, torch.float32)

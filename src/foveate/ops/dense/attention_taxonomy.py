@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self, final
+from typing import NamedTuple, Self, final
 
 import torch
 from jaxtyping import Float
@@ -76,9 +76,11 @@ class SurveyAttention(Cached):
         )
         if sigma is not None and window is None:
             raise OptionError(f"sigma={shown(sigma)} needs a window")
-        if window is not None and (heads is None or head_dim is None):
-            raise OptionError(f"window={shown(window)} needs heads and head_dim")
-        self.local = None if window is None else LocalWindow(heads, head_dim, window, sigma)
+        self.local = None
+        if window is not None:
+            if heads is None or head_dim is None:
+                raise OptionError(f"window={shown(window)} needs heads and head_dim")
+            self.local = LocalWindow(heads, head_dim, window, sigma)
 
     def _prepared(self, call: AttentionCall) -> AttentionCall:
         self.alignment.check(call.q, call.n_keys)
@@ -91,20 +93,30 @@ class SurveyAttention(Cached):
         if self.distribution == "softmax" and self.local is None and self.alignment.is_inner_product:
             return SOFTMAX
         seen = torch.arange(n_keys - q.shape[2], n_keys, device=q.device) + 1 if causal else torch.tensor(n_keys)
-        centre = None if self.local is None else self.local.centre(q, seen.to(q.device))
+        aim = None if self.local is None else _Aim(self.local, self.local.centre(q, seen.to(q.device)))
         uniform = None
         if self.distribution == "sample":
+            assert self.generator is not None  # "sample" is refused without one
             uniform = torch.rand(q.shape[:3], generator=self.generator, device=self.generator.device).to(q.device)
-        return _Call(self, centre, uniform)
+        return _Call(self, aim, uniform)
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
-        sizes = {"heads": heads, "head_dim": head_dim, "hidden": head_dim + 2}
-        return cls("deep", "entmax", depth=2, activation="tanh", window=max(1, length // 3), **sizes)
+        return cls(
+            "deep", "entmax", heads=heads, head_dim=head_dim, hidden=head_dim + 2, depth=2, activation="tanh",
+            window=max(1, length // 3),
+        )  # fmt: skip
 
     @classmethod
     def exact(cls, heads: int, head_dim: int, length: int) -> Self:
         return cls()
+
+
+class _Aim(NamedTuple):
+    """The window of a call, and where each query places it."""
+
+    window: LocalWindow
+    centre: Float[Tensor, "b h q"]
 
 
 @dataclass(frozen=True)
@@ -112,18 +124,18 @@ class _Call:
     """One call's scoring."""
 
     op: SurveyAttention
-    centre: Float[Tensor, "b h q"] | None
+    aim: _Aim | None
     uniform: Float[Tensor, "b h q"] | None
 
     @property
     def is_softmax(self) -> bool:
-        return self.op.distribution == "softmax" and self.centre is None
+        return self.op.distribution == "softmax" and self.aim is None
 
     def parameters(self) -> Iterator[nn.Parameter | Tensor]:
         if not self.op.alignment.is_inner_product:
             yield from self.op.alignment.parameters()
-        if self.centre is not None:
-            yield self.centre
+        if self.aim is not None:
+            yield self.aim.centre
 
     def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
         if self.op.alignment.is_inner_product:
@@ -132,12 +144,12 @@ class _Call:
             own = next((p.dtype for p in self.op.alignment.parameters()), q.dtype)
             narrow = own if own in (torch.bfloat16, torch.float16) else q.dtype
             logits = (scale * self.op.alignment.score(q.to(narrow), k.to(narrow), at)).to(q.dtype)
-        return logits if self.centre is None else self.op.local.cut(logits, _rows(self.centre, at), at.cols)
+        return logits if self.aim is None else self.aim.window.cut(logits, _rows(self.aim.centre, at), at.cols)
 
     def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
         drawn = () if self.uniform is None else (_rows(self.uniform, at),)
         weights = self.op._distribute(logits, *drawn)
-        return weights if self.centre is None else self.op.local.dampen(weights, _rows(self.centre, at), at.cols)
+        return weights if self.aim is None else self.aim.window.dampen(weights, _rows(self.aim.centre, at), at.cols)
 
     def score_macs(self, width: int) -> int:
         return self.op.alignment.score_macs(width)

@@ -87,7 +87,7 @@ class LuongAttention(Scored):
         elif score == "concat":
             self.w_query, self.w_key = _weight(heads, head_dim, hidden), _weight(heads, head_dim, hidden)
             self.v_score = _weight(heads, hidden)
-        elif score == "location":
+        elif max_keys is not None:
             validate.count("max_keys", max_keys, 1)
             self.w_score = _weight(heads, head_dim, max_keys)
         if mode == "local_p":

@@ -105,6 +105,7 @@ class MarginalAttention(Cached):
         return torch.cat([q, q_norm, torch.ones_like(q_norm)], -1), torch.cat([k, torch.ones_like(k_norm), k_norm], -1)
 
     def _uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        assert self.generator is not None  # a sample is refused without one
         return torch.rand(shape, generator=self.generator, device=self.generator.device).to(device)
 
     @classmethod
@@ -200,7 +201,7 @@ def enumerate_edges(
     if m**n > STATES:
         raise ShapeError(f"score has {m} ** {n} = {m**n} joint states; at most {STATES} are enumerated")
     states = torch.cartesian_prod(*[torch.arange(m, device=score.device)] * n).reshape(-1, n)
-    joint = sum(logits[..., i, states[:, i]] for i in range(n))
+    joint = logits[..., torch.arange(n, device=score.device), states].sum(-1)
     taken = F.one_hot(states, m).to(logits.dtype)
     return torch.einsum("...s,snm->...nm", torch.softmax(joint, -1), taken)
 

@@ -101,6 +101,7 @@ class SelectiveSelfAttention(Scored):
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
         op, random = cls(heads, head_dim, beta=0.0, kv_heads=1), torch.Generator().manual_seed(0)
         for token in (op.query_token, op.value_token):
+            assert token is not None  # both are made by default
             nn.init.normal_(token.weight, generator=random)
         return op
 

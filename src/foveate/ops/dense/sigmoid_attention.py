@@ -52,7 +52,7 @@ class SigmoidAttention(Scored):
         if bias == "-log n":
             self._declare(streaming=None)
 
-    def score(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
+    def score(self, q: Tensor, k: Tensor, scale: float, at: Tile, **context: Tensor) -> Float[Tensor, "b h q k"]:
         logits = dot_product(q, k, scale)
         if not self.alibi:
             return logits
@@ -61,7 +61,7 @@ class SigmoidAttention(Scored):
             distance = -distance.abs()
         return logits + linear_bias.alibi_slopes(q.shape[1]).to(logits)[:, None, None] * distance
 
-    def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:
+    def normalize(self, logits: Tensor, at: Tile, **context: Tensor) -> Float[Tensor, "b h q k"]:
         if self.bias == "row" and at.causal:
             return torch.sigmoid(logits - (at.rows[:, None] + 1).to(logits.dtype).log())
         return torch.sigmoid(logits - math.log(at.n_keys) if isinstance(self.bias, str) else logits + self.bias)

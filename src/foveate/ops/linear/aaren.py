@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self, final
+from typing import ClassVar, Literal, Self, cast, final
 
 import torch
 from jaxtyping import Float
@@ -79,7 +79,7 @@ class Aaren(Streaming):
         self.query = query
 
     def _attend(self, call: AttentionCall) -> Tensor:
-        engine = self._engine(call)
+        engine = cast(Form, self._engine(call))  # it declares no engine but the forms
         if call.n_queries == 0:
             return call.no_output
         out = prefix_attention(*self._scored(call), engine)

@@ -6,6 +6,7 @@ arXiv 2405.15731. The framework itself is `foveate.ops.functional.state_space`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
@@ -25,6 +26,11 @@ from foveate.ops.functional.state_space import StateSpace
 from foveate.ops.operator import CAUSAL_PATTERNS, Gate, Operator
 
 Activation = Literal["exp", "softplus", "sigmoid"]
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "exp": torch.exp,
+    "softplus": F.softplus,
+    "sigmoid": torch.sigmoid,
+}
 Equivalent = Literal["linear attention", "normalised linear attention", "SSD", "normalised SSD", "diagonal SSM"]
 
 
@@ -63,7 +69,8 @@ class NormalisedAttention(Linear):
         validate.one_of("activation", activation, ("exp", "softplus", "sigmoid"))
         self.features, self.activation = features, activation
         self._declare(gates={} if learned else {"eta": Gate(activation, 0.0, of="query")})
-        self.weight = self.bias = None
+        self.weight: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
         if learned is not None:
             for name, size in zip(("learned heads", "learned head_dim"), learned, strict=True):
                 validate.count(name, size, 1)
@@ -79,7 +86,7 @@ class NormalisedAttention(Linear):
     def _features(self, x: Tensor) -> Tensor:
         return x if self.features == "identity" else F.elu(x) + 1
 
-    def encode_queries(self, q: Tensor, scale: float, inputs: dict[str, Tensor]) -> Tensor:
+    def encode_queries(self, q: Tensor, scale: float, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.query_features(q, scale) / self.normaliser(q, inputs.get("eta"))[..., None]
 
     def normaliser(self, q: Float[Tensor, "b h n d"], eta: Tensor | None = None) -> Float[Tensor, "b h n"]:
@@ -89,17 +96,18 @@ class NormalisedAttention(Linear):
                 got = tuple(eta.shape) if isinstance(eta, Tensor) else eta
                 raise ShapeError(f"eta must be a tensor (B, Hq, Nq)={tuple(q.shape[:3])}; got {got}")
             return eta.to(q.dtype)
-        if self.weight is None:
+        if self.weight is None or self.bias is None:
             raise OptionError("a call needs eta (B, Hq, Nq), or the operator learned=(Hq, D) to make it from q")
         if q.shape[1] != len(self.weight) or q.shape[3] != self.weight.shape[1]:
             built, got = tuple(self.weight.shape), (q.shape[1], q.shape[3])
             raise ShapeError(f"{self.name} was built with learned=(Hq, D)={built}; got {got}")
         value = torch.einsum("bhnd,hd->bhn", q, self.weight.to(q.dtype)) + self.bias.to(q.dtype)[:, None]
-        return {"exp": torch.exp, "softplus": F.softplus, "sigmoid": torch.sigmoid}[self.activation](value)
+        return _ACTIVATIONS[self.activation](value)
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> NormalisedAttention:
         op = cls("elu1", "softplus", learned=(heads, head_dim))
+        assert op.weight is not None  # `learned` makes it
         nn.init.normal_(op.weight, std=0.5)
         return op
 

@@ -5,6 +5,7 @@ Efficient Attention: Attention with Linear Complexities (2018), arXiv 1812.01243
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal, final
 
@@ -54,7 +55,7 @@ class EfficientAttention(Linear):
         return k
 
     def encode_keys(
-        self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: dict[str, Tensor]
+        self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         if self.normalizer == "softmax":
             return (k if hidden is None else k.masked_fill(hidden, torch.finfo(k.dtype).min)).softmax(-2), None

@@ -5,7 +5,7 @@ Bridging the Divide: Reconsidering Softmax and Linear Attention (2024), arXiv 24
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal, Self, final
 
@@ -58,7 +58,7 @@ class InLine(Linear):
         return _with_ones(FEATURE_MAPS[self.phi](k))
 
     def encode_keys(
-        self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: dict[str, Tensor]
+        self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, None]:
         """Features such that `fq · fk` is the weight: here all keys are known, and so their number and mean."""
         fk = self.key_features(k, scale)

@@ -5,6 +5,7 @@ You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, final
 
@@ -42,7 +43,7 @@ class LightNetAttention(Linear):
         return k
 
     def encode_keys(
-        self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: dict[str, Tensor]
+        self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         if hidden is not None:
             k = k.masked_fill(hidden, _nothing(k))
