@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from foveate.core.errors import OptionError, UnsupportedPattern
 from foveate.nn import Alibi, MultiHeadAttention, RelativeBias, Rotary
 from foveate.nn.parts.heads import HeadScheme, Rates, activation, merge, split, width
+from foveate.nn.sequence.dual_attention_transformer import SensoryHeads
+from foveate.nn.sequence.key_driven_gqa import KeyDrivenGQA
+from foveate.nn.sequence.mhe_attention import MultiHeadEmbeddingAttention
+from foveate.nn.sequence.moh import MixtureOfHeadAttention
+from foveate.nn.sequence.super_attention import OptimisedAttention, SlimAttention
 from foveate.ops import create
 from foveate.ops.calls import sized
 from tests.tensors import assert_near
@@ -26,6 +31,30 @@ class Plain(HeadScheme):
 
     def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return split(self.q(x), self.heads), split(self.k(source), self.kv_heads), split(self.v(source), self.kv_heads)
+
+
+def schemes(bias: bool) -> dict[str, HeadScheme]:
+    """Every scheme of heads of the house, with `bias`."""
+    return {
+        "multi_head": MultiHeadAttention(DIM, HEADS, gate="silu", bias=bias),
+        "moh": MixtureOfHeadAttention(DIM, HEADS, 2, 1, bias=bias),
+        "kdgqa": KeyDrivenGQA(DIM, HEADS, 2, bias=bias),
+        "mhe": MultiHeadEmbeddingAttention(DIM, HEADS, bias=bias),
+        "optimised": OptimisedAttention(DIM, HEADS, bias=bias),
+        "slim": SlimAttention(DIM, HEADS, bias=bias),
+        "sensory": SensoryHeads(DIM, HEADS, HEADS, 4, bias=bias),
+    }
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_bias_is_of_all_projections_in_every_scheme(bias: bool) -> None:
+    made = schemes(bias)
+    house = {cls for cls in HeadScheme.__subclasses__() if cls.__module__.startswith("foveate.")}
+    assert house == {type(scheme) for scheme in made.values()}, "a scheme is missing here"
+    for name, scheme in made.items():
+        maps = {part: m for part, m in scheme.named_children() if part in ("q", "k", "v", "out", "gating")}
+        assert {"q", "out"} <= maps.keys()
+        assert {part for part, m in maps.items() if m.bias is not None} == (maps.keys() if bias else set()), name
 
 
 def tokens(n: int = LENGTH, seed: int = 1) -> Tensor:

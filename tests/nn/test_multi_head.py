@@ -36,6 +36,13 @@ def rms(x: Tensor, gain: Tensor) -> Tensor:
     return gain * x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
 
 
+def normed(x: Tensor, norm: nn.Module) -> Tensor:
+    if isinstance(norm, nn.RMSNorm):
+        return rms(x, norm.weight)
+    centred = x - x.mean(-1, keepdim=True)
+    return norm.weight * centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() + norm.bias
+
+
 def heads(x: Tensor, width: int) -> Tensor:
     return x.unflatten(-1, (-1, width)).transpose(1, 2)
 
@@ -50,7 +57,7 @@ def by_hand(layer: MultiHeadAttention, x: Tensor, source: Tensor, *, causal: boo
         q, k, v = mixed.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
     q, k, v = heads(q, width), heads(k, width), heads(v, value)
     if layer.q_norm is not None:
-        q, k = rms(q, layer.q_norm.weight), rms(k, layer.k_norm.weight)
+        q, k = normed(q, layer.q_norm), normed(k, layer.k_norm)
     if layer.position is not None:
         q, k = (layer.position.turn(t, torch.arange(t.shape[2])) for t in (q, k))
     out = oracle.attention(q, k, v, causal=causal)
@@ -66,7 +73,8 @@ def by_hand(layer: MultiHeadAttention, x: Tensor, source: Tensor, *, causal: boo
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"kv_heads": 2}, {"head_dim": 5, "value_dim": 2}, {"bias": True}, {"qk_norm": True}, {"out_norm": True},
+        {}, {"kv_heads": 2}, {"head_dim": 5, "value_dim": 2}, {"bias": True}, {"qk_norm": True}, {"qk_norm": "rms"},
+        {"qk_norm": "layer"}, {"out_norm": True},
         {"gate": "sigmoid"}, {"gate": "silu", "bias": True}, {"position": Rotary(), "head_dim": 4}, {"conv": 3},
         {"kv_heads": 1, "head_dim": 4, "value_dim": 5, "bias": True, "qk_norm": True, "out_norm": True,
          "gate": "silu", "position": Rotary(100.0), "conv": 2},
@@ -102,6 +110,7 @@ def test_defaults() -> None:
     assert (layer.kv_heads, layer.head_dim, layer.value_dim, layer.conv, layer.position) == (4, 3, 3, None, None)
     assert layer.q_norm is layer.k_norm is layer.out_norm is layer.gating is None
     for options, message in (
+        (dict(qk_norm="batch"), "qk_norm='batch' must be one of False, True, 'rms', 'layer'"),
         (dict(conv=-1), "conv=-1"), (dict(gate="relu"), "gate='relu'"), (dict(kv_heads=3), "must divide heads=4"),
     ):  # fmt: skip
         with pytest.raises(OptionError, match=message):

@@ -38,6 +38,20 @@ def test_rotary_scores_depend_on_distances_alone(base: float) -> None:
     assert_near(slow, torch.full_like(slow, base ** (-4 / 6)), 1e-6)
 
 
+def test_rotary_pairs_channels_in_either_layout() -> None:
+    """Channels in the other order, turned in the other layout, are the same in that order."""
+    x, at = torch.randn(1, 2, 5, 6, dtype=torch.float64), torch.arange(3, 8)
+    order = [0, 3, 1, 4, 2, 5]  # channels of a pair side by side
+    assert_near(Rotary(layout="interleaved").turn(x[..., order], at), Rotary().turn(x, at)[..., order], 1e-12)
+    assert (Rotary(layout="interleaved").turn(x, at) - Rotary().turn(x, at)).abs().max() > 1e-2
+    first = torch.view_as_complex(x.unflatten(-1, (3, 2)).contiguous())
+    angles = at[:, None] * 10_000.0 ** (-torch.arange(0, 6, 2, dtype=torch.float64) / 6)
+    turned = torch.view_as_real(first * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+    assert_near(Rotary(layout="interleaved").turn(x, at), turned, 1e-12)
+    with pytest.raises(OptionError, match="layout='pairs' must be one of 'half', 'interleaved'"):
+        Rotary(layout="pairs")
+
+
 def test_alibi_falls_with_the_distance_at_each_heads_rate() -> None:
     bias = Alibi(2).bias(torch.tensor([5, 2]), torch.arange(4))
     slopes = 2.0**-4, 2.0**-8

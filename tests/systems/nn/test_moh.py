@@ -96,6 +96,31 @@ def test_a_zero_router_with_all_heads_on_is_multi_head_attention(causal: bool) -
         assert_near(layer(x, causal=causal), plain(x, x, x, attn_mask=hidden, need_weights=False)[0], 1e-10)
 
 
+@pytest.mark.parametrize("norm", [True, "rms", "layer"])
+def test_a_width_of_heads_and_a_norm_of_queries_and_keys(norm: bool | str) -> None:
+    """With the router at zero and all heads on it is multi-head attention with the same options."""
+    layer, x = made(4, 4, head_dim=6, qk_norm=norm, position=Rotary()), tokens()
+    nn.init.normal_(layer.q_norm.weight)
+    for router in (layer.routed, layer.shared, layer.groups):
+        nn.init.zeros_(router.weight)
+    twin = MultiHeadAttention(DIM, HEADS, head_dim=6, qk_norm=norm, position=Rotary()).double()
+    assert not twin.load_state_dict(layer.state_dict(), strict=False).missing_keys
+    assert_near(layer(x, causal=True), twin(x, causal=True), 1e-12)
+    assert layer.q.out_features == HEADS * 6
+    assert layer.q_norm.weight.shape == (6,)
+
+
+def test_the_router_compares_queries_as_they_are_before_the_norm() -> None:
+    """After it all are about as long, and the choice would be rounding's."""
+    layer, x = made(4, 2, router="query_norm", qk_norm="layer"), tokens()
+    plain = made(4, 2, router="query_norm")
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    assert_near(layer.gates(x), plain.gates(x), 0.0)
+    q, k, v = layer.project(x, x, None)
+    out = layer.op(q, k, v) * plain.gates(x).mT[..., None]
+    assert_near(layer(x), layer.out(out.transpose(1, 2).flatten(2)), 1e-12)
+
+
 def test_a_token_chooses_for_itself_alone() -> None:
     layer, x = made(), tokens()
     changed = x.clone()

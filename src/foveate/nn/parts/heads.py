@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -22,6 +22,9 @@ from foveate.nn.parts.positions import Position
 from foveate.ops.base.streaming import Streaming
 from foveate.ops.calls import sized
 from foveate.ops.operator import Operator
+
+#: The norm of each head's queries and keys; True is "rms".
+QKNorm = bool | Literal["rms", "layer"]
 
 
 def split(x: Float[Tensor, "b n hd"], heads: int) -> Float[Tensor, "b h n d"]:
@@ -86,7 +89,7 @@ class HeadScheme(StreamingLayer):
         op: an operator or its key.
         position: how positions enter, or None.
         out_dim: width that W_o gives; `dim` where None.
-        bias: whether W_o has one.
+        bias: whether all projections have biases: W_o, which the base makes, and those that a system makes.
     """
 
     def __init__(
@@ -188,6 +191,14 @@ class HeadScheme(StreamingLayer):
         """`_prefill` from projected heads on."""
         out, op = self._streaming_op.prefill(self._turned(q, 0), self._turned(k, 0), v, **self.rates(x), **inputs)
         return self.out(merge(self.weigh(out, x, q))), HeadState(op, x.shape[1])
+
+
+def head_norm(name: str, kind: object, head_dim: int) -> nn.RMSNorm | nn.LayerNorm | None:
+    """Return the norm of a head's channels that the option `name` asks for: one of `QKNorm`."""
+    validate.one_of(name, kind, (False, True, "rms", "layer"))
+    if kind == "layer":
+        return nn.LayerNorm(head_dim)
+    return nn.RMSNorm(head_dim) if kind else None
 
 
 def _places(start: int, x: Float[Tensor, "b h n d"], device: torch.device) -> Tensor:

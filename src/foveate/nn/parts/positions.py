@@ -38,15 +38,20 @@ class Rotary(Position):
 
     Args:
         base: of the frequencies `base ** (-2c / D)`.
+        layout: which channels make a pair. "half": c and c + D/2, as in Hugging Face's Llama and GPT-NeoX.
+            "interleaved": 2c and 2c + 1, as in RoFormer, Meta's Llama and GPT-J. Weights trained with one are wrong in
+            the other.
     """
 
-    def __init__(self, base: float = 10_000.0) -> None:
+    def __init__(self, base: float = 10_000.0, layout: rotary.Layout = "half") -> None:
         super().__init__()
         validate.at_least("base", base, 1)
-        self.base = base
+        validate.one_of("layout", layout, ("half", "interleaved"))
+        self.base, self.layout = base, layout
 
     def turn(self, x: Tensor, at: Tensor) -> Tensor:
-        return rotary.rotate(x, rotary.rotary_angles(at, x.shape[-1], self.base).to(x.device)).to(x.dtype)
+        angles = rotary.rotary_angles(at, x.shape[-1], self.base).to(x.device)
+        return rotary.rotate(x, angles, self.layout).to(x.dtype)
 
 
 @final

@@ -69,7 +69,7 @@ class WindowAttention(Layer):
         dim, heads: C and H.
         window: `(h, w)`, or one number for both.
         op: an operator or its key; see `MultiHeadAttention`.
-        bias: whether the projections have biases.
+        bias: whether all projections have biases.
         padding: whether the zeros that fill up the last windows are "seen", as in most releases (a padded key is then
             the projection's bias), or "hidden".
     """

@@ -29,7 +29,7 @@ class AarenLayer(StreamingLayer):
     Args:
         dim: C.
         heads: H, a divisor of `dim`.
-        bias: whether the projections have biases.
+        bias: whether all projections have biases.
 
     Each layer has a token of its own. The paper hands the query on from layer to layer of its own stack; how, beside a
     learned token for the first one, is not settled here by a release, as there is none.

@@ -24,13 +24,22 @@ from foveate.ops.operator import Operator
 
 @final
 class SensoryHeads(HeadScheme):
-    """Heads of ordinary attention, as a part of a layer: `C -> H D`."""
+    """Heads of ordinary attention, as a part of a layer: `C -> H D`.
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, **around: Any) -> None:
-        super().__init__(dim, heads, kv_heads=kv_heads, head_dim=head_dim, out_dim=heads * head_dim, **around)
-        self.q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
+    Args:
+        dim, heads, kv_heads, head_dim: C, H, Hkv and D.
+        bias: whether all projections have biases.
+        around: an operator and a position scheme, as for `HeadScheme`.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False, **around: Any
+    ) -> None:  # fmt: skip
+        sizes: dict[str, Any] = {"kv_heads": kv_heads, "head_dim": head_dim, "out_dim": heads * head_dim}
+        super().__init__(dim, heads, bias=bias, **sizes, **around)
+        self.q = nn.Linear(dim, heads * head_dim, bias)
+        self.k = nn.Linear(dim, kv_heads * head_dim, bias)
+        self.v = nn.Linear(dim, kv_heads * head_dim, bias)
 
     def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return split(self.q(x), self.heads), split(self.k(source), self.kv_heads), split(self.v(source), self.kv_heads)

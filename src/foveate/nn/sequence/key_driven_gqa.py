@@ -46,7 +46,7 @@ class KeyDrivenGQA(HeadScheme):
             "sample", each item's own, or "running": the batch's in training, after which the last allocation stays.
         op: an operator or its key.
         position: how positions enter, or None.
-        bias: whether projections have biases.
+        bias: whether all projections have biases.
         generator: what "pgqa" draws its noise from; it must be given there.
 
     Raises:

@@ -38,7 +38,7 @@ class MultiHeadEmbeddingAttention(HeadScheme):
             look in several places at once, a spread of 1 learned with 8 heads what 0.02 did not, but not with 4.
         op: an operator or its key.
         position: how positions enter, after the embeddings, or None.
-        bias: whether projections have biases.
+        bias: whether all projections have biases.
 
     Raises:
         OptionError: an option out of range.

@@ -17,7 +17,7 @@ from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.nn.base.layer import StreamingLayer
 from foveate.nn.parts.heads import HeadScheme, HeadState, split
 from foveate.nn.parts.positions import Position
-from foveate.ops.functional import causal as past
+from foveate.ops.functional.causal import causal_product
 from foveate.ops.operator import Operator
 
 
@@ -33,7 +33,7 @@ class OptimisedAttention(HeadScheme):
         heads: H, a divisor of C.
         op: an operator or its key.
         position: how positions enter, or None.
-        bias: whether projections have biases.
+        bias: whether all projections have biases.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SuperAttention(StreamingLayer):
         causal: whether to refuse calls without `causal=True`: half of W_A is all that such a layer has learned.
         op: an operator or its key.
         position: how positions enter queries and keys, or None.
-        bias: whether projections have biases.
+        bias: whether all projections have biases.
 
     Raises:
         OptionError: an option out of range. ShapeError: more tokens than `context_len`.
@@ -128,7 +128,7 @@ class SuperAttention(StreamingLayer):
         length = source.shape[1]
         self._check_length(length)
         mixing = self.alignment[:length, :length]
-        return past.product(mixing.tril(), source) if causal else mixing @ source
+        return causal_product(mixing.tril(), source) if causal else mixing @ source
 
     def _check_length(self, length: int) -> None:
         if length > self.context_len:
