@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from foveate.bench.parts.folder import claimed
+from foveate.bench.parts.folder import lock_folder
 from foveate.cli import app
 from foveate.cli.train import TASKS, listing, parsed
 from foveate.core.errors import OptionError
@@ -174,7 +174,7 @@ def test_a_stop_keeps_the_steps_and_the_same_command_goes_on(
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
-    with claimed(tmp_path / "net"):
+    with lock_folder(tmp_path / "net"):
         for args in (["train", *SMALL], ["bench", "recall", "--steps", 1]):
             second = run(*args, "--out", tmp_path / "net")
             assert second.exit_code == 2

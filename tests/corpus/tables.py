@@ -73,7 +73,7 @@ def parquet_file(base: Path, folder: Path) -> Made:
     return on_rows(base, folder / "p.parquet")
 
 
-@case("no whole Parquet file")
+@case("not a valid Parquet file")
 def parquet_cut(base: Path, folder: Path) -> Made:
     pandas.DataFrame(ROWS).to_parquet(folder / "p.parquet")
     (folder / "p.parquet").write_bytes((folder / "p.parquet").read_bytes()[:-40])

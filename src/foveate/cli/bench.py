@@ -60,18 +60,18 @@ def recall(
     """
     with Bar("loading") as bar:
         from foveate.bench import recall_figure as figure
-        from foveate.bench.parts.folder import claimed
+        from foveate.bench.parts.folder import lock_folder
         from foveate.report import curves
         from foveate.tasks.training.mqar import MQAR
         from foveate.train.loop.loop import Schedule
 
         labels = None if only is None else [label.strip() for label in only.split(";") if label.strip()]
-        drill = MQAR(vocabulary=vocabulary, length=length, pairs=pairs)
+        task = MQAR(vocabulary=vocabulary, length=length, pairs=pairs)
         schedule = Schedule(steps=steps, batch=batch, seed=seed)
         try:
-            with claimed(out):
+            with lock_folder(out):
                 found = figure.recall(
-                    drill=drill, schedule=schedule, rates=_numbers(rates), only=labels, out=out, fresh=fresh,
+                    task=task, schedule=schedule, rates=_numbers(rates), only=labels, out=out, fresh=fresh,
                     progress=bar.at,
                 )  # fmt: skip
         except KeyboardInterrupt as interrupt:

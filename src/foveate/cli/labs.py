@@ -59,9 +59,9 @@ def train(name: Name, out: Out = None, seed: Seed = None, fresh: Fresh = False) 
     out = out or Path("foveate-labs") / name
     if (out / "model.safetensors").exists() and not fresh:
         raise OptionError(f"out={out} already holds a checkpoint; name another folder, or add --fresh to replace it")
-    from foveate.bench.parts.folder import claimed
+    from foveate.bench.parts.folder import lock_folder
 
-    with claimed(out), Bar(f"training {name}") as bar:
+    with lock_folder(out), Bar(f"training {name}") as bar:
         measured = import_module(f"foveate.labs.{name}").train(out=out, seed=seed, progress=bar.at)
     shown = {key: value for key, value in measured.items() if isinstance(value, int | float)}
     show(f"{name} is in {out}", *(f"  {key}: {value}" for key, value in shown.items()))

@@ -87,7 +87,7 @@ def command(
     folder = out or Path("foveate-train") / f"{op}-{task}"
     with Bar("loading") as bar:
         from foveate.bench.loading import torch_device
-        from foveate.bench.parts.folder import claimed
+        from foveate.bench.parts.folder import lock_folder
         from foveate.train.loop import network
         from foveate.train.loop.loop import Schedule
         from foveate.train.loop.seeds import Trainings
@@ -97,7 +97,7 @@ def command(
         schedule = Schedule(steps=steps, batch=batch, rate=rate, seed=seed)
         planned = Trainings(spec, training_task, schedule, folder, torch_device(device), _numbers(seeds))
         try:
-            with claimed(folder), Stop() as stop:
+            with lock_folder(folder), Stop() as stop:
                 found = planned.run(fresh=fresh, stop=stop, progress=bar.at)
         except KeyboardInterrupt as interrupt:
             typer.echo(_kept(interrupt.args), err=True)
