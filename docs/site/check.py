@@ -24,7 +24,7 @@ _STYLES = re.compile(r"""(?:url\(\s*|@import\s+)["']?((?:https?:)?//[^"')\s]+)""
 
 
 class Contents(HTMLParser):
-    """What a page loads, what it links to, and the places in it that a link can name."""
+    """Return what a page loads, what it links to, and the places in it that a link can name."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
