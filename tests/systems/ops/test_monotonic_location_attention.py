@@ -107,6 +107,20 @@ def test_it_goes_on_from_where_it_was(options: dict) -> None:
         op.walk(q, k, v, past[..., 0])
 
 
+@pytest.mark.parametrize("mix", [False, True])
+@pytest.mark.parametrize("past", [None, 0.4])
+def test_without_queries_it_stays_where_it_is(mix: bool, past: float | None) -> None:
+    op = MonotonicLocationAttention(8, 4, mix=mix).double()
+    q, k, v = qkv(9, value_width=5)
+    start = None if past is None else torch.full((2, 4, 1), past, dtype=torch.float64)
+    out, end = op.walk(q[:, :, :0], k, v, start)
+    assert out.shape == (2, 4, 0, 5)
+    assert out.dtype == q.dtype
+    assert_near(end, torch.full((2, 4, 1), past or 0.0, dtype=torch.float64), 0.0)
+    assert_near(op.walk(q, k, v, end)[0], op.walk(q, k, v, start)[0], 0.0)
+    assert op(q[:, :, :0], k, v).shape == (2, 4, 0, 5)
+
+
 def test_softstair() -> None:
     x = torch.tensor([-0.9, 0.1, 1.0, 1.4, 1.6, 2.49, 2.51])
     assert_near(softstair(x), torch.tensor([-1.0, 0.0, 1.0, 1.12, 1.88, 2.45, 2.55]), 5e-3)
