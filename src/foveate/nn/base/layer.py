@@ -230,3 +230,10 @@ class StreamingLayer(Layer, ABC):
     def _check_streaming(self) -> None:
         if self.capabilities.streaming is None:
             raise UnsupportedPattern(f"{self.name} cannot go one token at a time")
+
+
+def streaming(layer: Layer) -> StreamingLayer:
+    """Return the layer as one that goes one token at a time, or refuse it by name."""
+    if not isinstance(layer, StreamingLayer):
+        raise UnsupportedPattern(f"{layer.name} cannot go one token at a time")
+    return layer

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import validate
-from foveate.core.errors import UnsupportedPattern
-from foveate.nn.base.layer import Layer, StreamingLayer
+from foveate.nn.base.layer import Layer, streaming
 from foveate.nn.parts.linear_maps import Linear
 
 
@@ -35,6 +34,11 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def stacked(blocks: nn.ModuleList) -> list[Block]:
+    """Return the blocks of a list with their type, which `nn.ModuleList` does not keep."""
+    return [cast(Block, block) for block in blocks]
 
 
 class Block(nn.Module):
@@ -62,17 +66,11 @@ class Block(nn.Module):
         x = x + self.mixer(self.norm(x), **call)
         return self.channels(x)
 
-    @property
-    def _streaming(self) -> StreamingLayer:
-        if not isinstance(self.mixer, StreamingLayer):
-            raise UnsupportedPattern(f"{self.mixer.name} cannot go one token at a time")
-        return self.mixer
-
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-        return self._streaming.init_state(batch, dtype=dtype, device=device)
+        return streaming(self.mixer).init_state(batch, dtype=dtype, device=device)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        mixed, state = self._streaming.step(self.norm(x), state)
+        mixed, state = streaming(self.mixer).step(self.norm(x), state)
         return self.channels(x + mixed), state
 
     def channels(self, x: Tensor) -> Tensor:

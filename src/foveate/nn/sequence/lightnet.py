@@ -20,7 +20,7 @@ from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts.blocks import Block
 from foveate.ops.base.streaming import Streaming
-from foveate.ops.functional import linear_forms as forms
+from foveate.ops.functional import linear_forms
 from foveate.ops.functional.heads import accumulating
 from foveate.ops.linear.lightnet import LightNetAttention
 from foveate.ops.operator import Operator
@@ -89,7 +89,7 @@ class MDTPE(nn.Module):
         state = v.new_zeros(*v.shape[:2], weight.shape[-1], 1)
 
         def past(v: Tensor) -> Tensor:
-            return forms.chunked(fq, torch.ones_like(fq), v, decay, state, 64)
+            return linear_forms.chunked(fq, torch.ones_like(fq), v, decay, state, 64)
 
         out = past(v)
         if not causal:  # the token itself is in both sums
@@ -167,7 +167,7 @@ class LightNetLayer(StreamingLayer):
             return (fq @ (fk.mT @ v)).to(dtype)
         decay = torch.cat([decay, decay], -1).clamp_min(-100.0)  # nothing is left of a state after that
         state = v.new_zeros(*v.shape[:2], fk.shape[-1], v.shape[-1])
-        return forms.chunked(fq, fk, v, decay, state, self.op.block).to(dtype)
+        return linear_forms.chunked(fq, fk, v, decay, state, self.op.block).to(dtype)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (rearrange(w(x), "b n (h d) -> b h n d", h=self.heads) for w in (self.q, self.k, self.v))
