@@ -54,7 +54,7 @@ CORPUS = [
     ("better answers without training", 1, "act_calibration", "better answers"),
     ("block sparse attention", 2, "s2_attention hip", "sparse patterns"),
     ("linear-time language model, cheaper than softmax", 8, "lightning_attention", "linear time"),
-    ("sharper temperature", 1, "selective_self_attention", '"sharply"'),
+    ("sharper temperature", 1, "selective_self_attention", '"temperature"'),
     ("dependency trees", 1, "dependency_vit", '"dependency"'),
 ]
 

@@ -76,7 +76,7 @@ SIDES = {
     "weights_pointer": ("model.safetensors", POINTER, "model.safetensors is a Git LFS pointer"),
     "weights_empty": ("model.safetensors", b"", "not a complete safetensors file"),
     "weights_garbage": ("model.safetensors", b"garbage" * 99, "not a complete safetensors file"),
-    "weights_pickled_under_another_name": ("model.safetensors", b"\x80\x04\x95" * 50, "not a complete safetensors file"),
+    "weights_pickled_under_another_name": ("model.safetensors", b"\x80\x04\x95" * 50, "not a complete safetensors"),
     "weights_header_too_long": ("model.safetensors", (2**60).to_bytes(8, "little"), "not a complete safetensors file"),
     "training_record_cut": ("training.json", "{", "training.json"),
     "training_record_of_nothing": ("training.json", '{"task": "poems", "sizes": {}}', "training.json"),
@@ -110,7 +110,7 @@ def tokenizer_without_vocabulary(base: Path, folder: Path) -> Made:
     return options(model)
 
 
-@case("another model's")
+@case("belongs to another model")
 def tokenizer_of_a_larger_model(base: Path, folder: Path) -> Made:
     model = folder / "model"
     tiny(vocab_size=100, pad_token_id=0).save_pretrained(model)
