@@ -86,7 +86,7 @@ def system_page(row: System) -> str:
     lines += [f"# {row.key}", "", f"**{row.title}** ({row.year})"]
     if needs:
         lines += ["", f"Answers: {', '.join(need.name for need in needs)}.", "", '??? note "In other words"', ""]
-        lines += [f"    - {need.name}: {', '.join(need.asked)}" for need in needs]
+        lines += [f"    - {need.name}: {', '.join(need.phrases)}" for need in needs]
     lines += ["", "| | |", "|---|---|", *(f"| {fact} | {_cell(value)} |" for fact, value in facts.items() if value)]
     if row.example:
         lines += ["", "## Example", "", "```python", row.example.strip(), "```"]

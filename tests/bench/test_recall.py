@@ -31,16 +31,16 @@ def test_there_are_networks_of_every_family() -> None:
 @pytest.mark.parametrize("label", BY_LABEL)
 def test_all_networks_have_equal_parameter_counts(label: str) -> None:
     budget = parameters(spec(BY_LABEL["softmax"], TASK, 64, 2))
-    made = with_parameters(spec(BY_LABEL[label], TASK, 64, 2), budget)
-    assert abs(parameters(made) - budget) < 0.005 * budget
+    network = with_parameters(spec(BY_LABEL[label], TASK, 64, 2), budget)
+    assert abs(parameters(network) - budget) < 0.005 * budget
 
 
 @pytest.mark.parametrize("label", BY_LABEL)
 @torch.no_grad()
 def test_a_state_is_counted_after_the_whole_sequence(label: str) -> None:
     """Attention's state grows with the sequence, a window's up to the window, and all others' never."""
-    made = spec(BY_LABEL[label], TASK, 32, 2)
-    sizes = [state_bytes(made, replace(TASK, length=length)) for length in (48, 64, 80)]
+    network = spec(BY_LABEL[label], TASK, 32, 2)
+    sizes = [state_bytes(network, replace(TASK, length=length)) for length in (48, 64, 80)]
     assert sizes[0] > 0
     if BY_LABEL[label].family == "attention":
         assert sizes[2] - sizes[1] == sizes[1] - sizes[0] == 16 * 2 * (32 + 32) * 4
@@ -65,8 +65,8 @@ def test_a_run_resumes(tmp_path: Path) -> None:
     runs = [("softmax", 1e-3), ("softmax", 1e-2), ("lightning", 1e-3), ("lightning", 1e-2)]
     assert [(point.label, point.rate) for point in both.points] == runs
     assert both.points[1] == first.points[0]
-    made = {f"{label} at {rate:g}" for label, rate in runs} - {"softmax at 0.01"}
-    assert {text.partition(":")[0] for *_, text in calls} == made
+    trained = {f"{label} at {rate:g}" for label, rate in runs} - {"softmax at 0.01"}
+    assert {text.partition(":")[0] for *_, text in calls} == trained
     assert calls[-1][:2] == (9, 9)
     kept = json.loads((tmp_path / figure.RESULTS).read_text())
     assert kept["task"] == {"name": "mqar", **vars(TASK)}
@@ -140,10 +140,10 @@ def test_the_figure_uses_test_examples(tmp_path: Path) -> None:
     assert not torch.equal(one, other)
     schedule = Schedule(steps=1, batch=2, rate=1e-2)
     found = recall(task=TASK, schedule=schedule, rates=[1e-2], only=["softmax"], dim=16, out=tmp_path)
-    made = spec(BY_LABEL["softmax"], TASK, 16, 2)
-    made = with_parameters(made, parameters(made))
+    network = spec(BY_LABEL["softmax"], TASK, 16, 2)
+    network = with_parameters(network, parameters(network))
     torch.manual_seed(0)
-    net = made.build()
+    net = network.build()
     fit(net, TASK, schedule)
     assert found.points[0].accuracy == evaluate(net, TASK, 1024, seed=figure.TEST_SEED)
 

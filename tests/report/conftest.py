@@ -50,8 +50,8 @@ def make_comparison(*rows: tuple, **more) -> Comparison:
     base = next(row for row in rows if row[0] == "full")
     built = []
     for name, *values, options in rows:
-        made = answers(values[0], values[3:5], base[4:6])
-        built.append(Row(name, f"The paper on {name}", options, *values, values[-1] / 2, values[-1] * 2, made))
+        given = answers(values[0], values[3:5], base[4:6])
+        built.append(Row(name, f"The paper on {name}", options, *values, values[-1] / 2, values[-1] * 2, given))
     settings = dict(model="labs/lm", task="needle", seed=0, device="cpu", dtype="float32", budget=0.4, examples=4)
     versions = {"foveate": "0.1.0", "torch": "2.13.0"}
     return Comparison(**{**settings, "length": 2048, "versions": versions, "rows": built, **more})
@@ -60,11 +60,11 @@ def make_comparison(*rows: tuple, **more) -> Comparison:
 def answers(score: float, own: list[float], base: tuple[float, float]) -> list[Answer]:
     """Create four answers with times in even steps around the row's."""
     filler = "The collector runs when allocations exceed a threshold. " * 20
-    made = []
+    given = []
     for index, factor in enumerate((0.97, 0.99, 1.01, 1.03)):
         right = index < round(4 * score)
         prompt = f"{filler}The pass key of maple is 4711{index}. {filler}\nThe pass key of maple is"
         times = [factor * time for time in own] + list(base)
         output = f" 4711{index}." if right else " 00000."
-        made.append(Answer(prompt, f" 4711{index}", output, float(right), 300, 0.3, 0.3, *times))
-    return made
+        given.append(Answer(prompt, f" 4711{index}", output, float(right), 300, 0.3, 0.3, *times))
+    return given

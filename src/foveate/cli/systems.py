@@ -77,7 +77,7 @@ def _show_matches(need: str, rows: list[System], as_json: bool) -> None:
         found = [{**_fields(match.system), "score": match.score, "why": match.why} for match in matches]
         typer.echo(json.dumps(found, indent=1))
         return
-    hints = [asked.hint for asked in understood(need)[0] if asked.hint]
+    hints = [item.hint for item in understood(need)[0] if item.hint]
     if not matches:
         show(f"nothing answers {need!r}; `foveate systems` lists everything", *hints)
         return

@@ -55,9 +55,9 @@ def about(comparison: Comparison) -> str:
     rivals = (
         f"under {_count(others, 'other method')} at a budget of {percent(comparison.budget)} of each prompt’s cache"
     )
-    beside = f"under {visible(comparison.baseline)} and {rivals}" if comparison.base() else rivals
+    methods = f"under {visible(comparison.baseline)} and {rivals}" if comparison.base() else rivals
     prompts = f"{_count(comparison.examples, 'prompt')}{length} from the task {visible(comparison.task)}"
-    return f"{visible(comparison.model)} answered {prompts}, {beside}."
+    return f"{visible(comparison.model)} answered {prompts}, {methods}."
 
 
 def notes(comparison: Comparison) -> Sequence[str]:

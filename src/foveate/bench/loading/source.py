@@ -96,8 +96,8 @@ def _base(name: str, folder: Path) -> str:
         raise refused(name, f"cannot be loaded: {ADAPTER} is not a JSON object ({error})") from None
     if not isinstance(base, str) or not base:
         raise refused(name, f"is an adapter whose {ADAPTER} names no base_model_name_or_path")
-    beside = folder / base
-    return str(beside) if beside.exists() and beside.resolve() != folder.resolve() else base
+    local = folder / base
+    return str(local) if local.exists() and local.resolve() != folder.resolve() else base
 
 
 def _file(name: str, path: Path) -> Source:
