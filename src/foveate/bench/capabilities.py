@@ -15,11 +15,12 @@ import torch
 
 from foveate.core.catalog import systems
 from foveate.core.errors import OptionError
-from foveate.nn.base.layer import Layer
+from foveate.nn.base.layer import Layer, streaming
 from foveate.ops.base.linear import Linear
 from foveate.ops.base.scored import Scored
 from foveate.ops.base.selective import Selective
 from foveate.ops.base.state_size import state_bytes
+from foveate.ops.base.streaming import Streaming
 from foveate.ops.base.test_time import Memory
 from foveate.ops.calls import sized
 from foveate.ops.operator import Operator
@@ -67,7 +68,7 @@ def capabilities(cls: type[Operator] | type[Layer]) -> Capabilities:
     state = _state(example)  # the example has sizes below LENGTH; a default window may be longer
     other = _facts(example, state)
     try:
-        instance = sized(cls, HEADS, WIDTH) if issubclass(cls, Operator) else cls(DIM, HEADS)  # type: ignore[call-arg]
+        instance = sized(cls, HEADS, WIDTH) if issubclass(cls, Operator) else cls(DIM, HEADS)
     except (TypeError, OptionError):  # it has no defaults for these sizes
         return Capabilities(**other)
     facts = _facts(instance, state)
@@ -119,7 +120,9 @@ def _state(instance: Operator | Layer) -> str | None:
 
 def _after(instance: Operator | Layer, length: int) -> Any:
     if isinstance(instance, Layer):
-        return instance.prefill(torch.zeros(1, length, instance.dim))[1]
+        return streaming(instance).prefill(torch.zeros(1, length, instance.dim))[1]
+    assert isinstance(instance, Streaming)  # its capabilities say so
     q = torch.zeros(1, HEADS, length, WIDTH)
-    inputs = {name: instance.example_input(name, 1, HEADS, length) for name in instance.capabilities.inputs}
+    names = instance.capabilities.inputs
+    inputs: dict[str, Any] = {name: instance.example_input(name, 1, HEADS, length) for name in names}
     return instance.prefill(q, q, q, **inputs)[1]

@@ -85,7 +85,7 @@ class Contender:
             isinstance(method, Renumbered) for methods in self._methods.values() for method in methods
         )
 
-    def _create(self, cls: type, length: int) -> Method:
+    def _create(self, cls: type[Any], length: int) -> Method:
         if issubclass(cls, Policy):
             return cls.at_budget(self.budget, self.host, length, **self._calibration)
         if issubclass(cls, Operator):

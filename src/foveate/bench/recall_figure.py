@@ -12,8 +12,10 @@ from typing import Any, Literal
 import torch
 
 from foveate.bench.comparison.results import write_atomic
-from foveate.core.errors import DivergedError, OptionError
+from foveate.core.errors import DivergedError, Interrupted, OptionError
 from foveate.models.base.spec import Mixer, Spec
+from foveate.nn.base.layer import streaming
+from foveate.nn.parts.blocks import stacked
 from foveate.ops.base import state_size
 from foveate.tasks.base.training_task import TrainingTask
 from foveate.tasks.training.mqar import MQAR
@@ -23,10 +25,12 @@ from foveate.train.loop.loop import Schedule, evaluate, fit
 RESULTS = "recall.json"
 
 Family = Literal["attention", "window", "based", "linear", "memory"]
+#: A layer's system, its options, and those of the layer around it.
+LayerSpec = tuple[str, dict[str, Any], dict[str, Any]]
 
 
 #: More pairs than a head has channels, which overloads such a state, and few enough to learn within minutes.
-TASK: dict[str, int] = dict(vocabulary=128, length=128, pairs=32)
+TASK: dict[str, Any] = dict(vocabulary=128, length=128, pairs=32)
 SCHEDULE: dict[str, Any] = dict(steps=800, batch=32)
 #: Each network is trained at each of these learning rates, as in Zoology: none suits all of them.
 RATES = (3e-3, 1e-2, 3e-2)
@@ -37,11 +41,11 @@ TEST_SEED = 2**31 - 2
 
 @dataclass(frozen=True)
 class RecallNetwork:
-    """A network of the figure; `layers` has each layer's system, its options, and those of the layer around it."""
+    """A network of the figure."""
 
     label: str
     family: Family
-    layers: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...]
+    layers: tuple[LayerSpec, ...]
 
 
 def two_layers(label: str, family: Family, key: str, **options: Any) -> RecallNetwork:
@@ -55,9 +59,9 @@ def based(feature_dim: int, window: int) -> RecallNetwork:
     In the reverse order, in which only the second layer sees all tokens, no network that we tried learned within such
     a schedule, not even with softmax attention as the second layer.
     """
-    whole = ("based", {}, {"head_dim": feature_dim, "value_dim": DIM // HEADS})
-    layers = (whole, ("sliding_window", {"window": window, "sinks": 0}, {}))
-    return RecallNetwork(f"based {feature_dim}, window {window}", "based", layers)
+    whole: LayerSpec = ("based", {}, {"head_dim": feature_dim, "value_dim": DIM // HEADS})
+    recent: LayerSpec = ("sliding_window", {"window": window, "sinks": 0}, {})
+    return RecallNetwork(f"based {feature_dim}, window {window}", "based", (whole, recent))
 
 
 NETWORKS = (
@@ -143,7 +147,7 @@ def recall(
 
     Raises:
         OptionError: if `out` cannot be written, or holds results with other settings.
-        KeyboardInterrupt: with `(finished trainings, all trainings)`.
+        Interrupted: with the number of finished trainings, and of all.
     """
     task = task or MQAR(**TASK)
     schedule = schedule or Schedule(**SCHEDULE)
@@ -167,7 +171,7 @@ def recall(
         try:
             found.points.append(_point(member, task, at, dim, heads, budget, watch))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(len(runs) - len(todo) + number, len(runs)) from None
+            raise Interrupted(len(runs) - len(todo) + number, len(runs)) from None
         found.save(out / RESULTS)
     order = [(member.label, at.rate) for member, at in runs]
     wanted = [point for point in found.points if (point.label, point.rate) in order]
@@ -209,7 +213,8 @@ def with_parameters(network_spec: Spec, budget: int) -> Spec:
 def state_bytes(network_spec: Spec, task: TrainingTask) -> int:
     """Return the bytes of the state after one whole sequence, which decoding holds in memory."""
     net = network_spec.build()
-    state = [block.mixer.prefill(torch.zeros(1, task.length, network_spec.dim))[1] for block in net.blocks]
+    x = torch.zeros(1, task.length, network_spec.dim)
+    state = [streaming(block.mixer).prefill(x)[1] for block in stacked(net.blocks)]
     return state_size.state_bytes(state)
 
 

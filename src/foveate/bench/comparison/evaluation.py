@@ -78,10 +78,15 @@ class Evaluation:
             return Answer(example.prompt, example.answer, "", score, tokens, error=run.errors.get(index, "not run"))
         output = self._text(record["ids"])
         score = _number(record["loss"]) if self.metric == LOSS else self.rule(example, output)
-        names = ("cache_kept", "keys_read", "prefill_ms", "decode_ms", "base_prefill_ms", "base_decode_ms")
         return Answer(
-            example.prompt, example.answer, output, score, tokens, **{name: _number(record[name]) for name in names}
-        )
+            example.prompt, example.answer, output, score, tokens,
+            cache_kept=_number(record["cache_kept"]),
+            keys_read=_number(record["keys_read"]),
+            prefill_ms=_number(record["prefill_ms"]),
+            decode_ms=_number(record["decode_ms"]),
+            base_prefill_ms=_number(record["base_prefill_ms"]),
+            base_decode_ms=_number(record["base_decode_ms"]),
+        )  # fmt: skip
 
     def _text(self, ids: Sequence[int]) -> str:
         """Decode an answer up to its first stop id."""

@@ -82,14 +82,14 @@ class Row:
     method: str
     title: str
     options: dict
-    score: float
-    cache_kept: float
-    keys_read: float
-    prefill_ms: float
-    decode_ms: float
-    prompt_mb: float
-    answer_mb: float
-    peak_mb: float
+    score: float = math.nan
+    cache_kept: float = math.nan
+    keys_read: float = math.nan
+    prefill_ms: float = math.nan
+    decode_ms: float = math.nan
+    prompt_mb: float = math.nan
+    answer_mb: float = math.nan
+    peak_mb: float = math.nan
     answers: list[Answer] = field(default_factory=list)
     error: str = ""
 
@@ -106,16 +106,19 @@ class Row:
     @classmethod
     def failed(cls, method: str, title: str, error: str, options: dict | None = None) -> Row:
         """Create the row of a method without results, with the reason."""
-        return cls(method, title, options or {}, *[math.nan] * 8, error=error)
+        return cls(method, title, options or {}, error=error)
 
     @classmethod
     def summing(
         cls, method: str, title: str, options: dict, answers: list[Answer], memory: Sequence[float], error: str = ""
     ) -> Row:
         """Summarise answers as a row; `memory` has megabytes after the prompt, after the answer, and at the peak."""
-        means = [_over(fmean, answers, name) for name in ("score", "cache_kept", "keys_read")]
-        medians = [_over(median, answers, name) for name in TIMES]
-        return cls(method, title, options, *means, *medians, *memory, answers, error)
+        score, kept, read = (_over(fmean, answers, name) for name in ("score", "cache_kept", "keys_read"))
+        prefill, decode = (_over(median, answers, name) for name in TIMES)
+        prompt, answer, peak = memory
+        return cls(
+            method, title, options, score, kept, read, prefill, decode, prompt, answer, peak, answers, error
+        )  # fmt: skip
 
 
 class Ratio(NamedTuple):

@@ -19,7 +19,7 @@ from foveate.kv.razor_attention import RazorAttention, head_scores
 from foveate.tasks.text.passkeys import Passkeys
 
 #: Sizes for a model of half a billion parameters on two cores, where each calibration takes a few minutes.
-GATES = {"steps": 40, "rate": 0.08, "reg": 0.3, "sink": 4, "recent": 48}
+GATES: dict[str, Any] = {"steps": 40, "rate": 0.08, "reg": 0.3, "sink": 4, "recent": 48}
 PASSKEYS = {"length": 800, "count": 3, "words": 6}
 PROBE = 512  # random tokens that RazorAttention's probe repeats four times
 _SECONDS = "calibration.json"
