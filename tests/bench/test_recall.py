@@ -11,7 +11,7 @@ import torch
 
 from foveate.bench import recall_figure as figure
 from foveate.bench.recall_figure import NETWORKS, Point, Recall, parameters, recall, spec, state_bytes, with_parameters
-from foveate.core.errors import DivergedError, OptionError
+from foveate.core.errors import DivergedError, Interrupted, OptionError
 from foveate.report import curves
 from foveate.tasks.base.training_task import HELDOUT
 from foveate.tasks.training.mqar import MQAR
@@ -106,9 +106,9 @@ def test_an_interrupt_reports_finished_trainings(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     given = dict(task=TASK, schedule=Schedule(steps=3, batch=4), rates=[1e-3, 1e-2], only=["softmax"], dim=16)
-    with pytest.raises(KeyboardInterrupt) as stopped:
+    with pytest.raises(Interrupted) as stopped:
         recall(**given, out=tmp_path, progress=watch)
-    assert stopped.value.args == (1, 2)
+    assert (stopped.value.done, stopped.value.total) == (1, 2)
     assert len(Recall.load(tmp_path / figure.RESULTS).points) == 1
 
 

@@ -20,7 +20,7 @@ from foveate.cli import app
 from foveate.core import catalog
 from foveate.core.catalog import System, Taxonomy
 from foveate.core.catalog_rows import Shelf
-from foveate.core.errors import OptionError
+from foveate.core.errors import Interrupted, OptionError
 from foveate.labs import LABS, Lab
 
 
@@ -181,7 +181,7 @@ def test_compare_json_is_the_only_output(compare: FakeCompare, tmp_path: Path) -
 
 
 def test_an_interrupt_reports_the_kept_answers(compare: FakeCompare, tmp_path: Path) -> None:
-    compare.raises = KeyboardInterrupt(3, 7)
+    compare.raises = Interrupted(3, 7)
     result = run("compare", "--out", tmp_path)
     assert result.exit_code == 1
     assert result.stderr.strip().endswith(
@@ -196,7 +196,7 @@ def test_sigterm_is_handled_like_ctrl_c(compare: FakeCompare, tmp_path: Path) ->
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
             except KeyboardInterrupt:
-                raise KeyboardInterrupt(1, 2) from None
+                raise Interrupted(1, 2) from None
             raise AssertionError("not interrupted")
 
     sys.modules["foveate.bench.comparison.run"].compare = Terminates()  # type: ignore[attr-defined]

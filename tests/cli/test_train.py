@@ -56,7 +56,7 @@ def test_train_prints_json(tmp_path: Path) -> None:
         (["--op", "softmax", "--options", "window"], "options='window' must be NAME=VALUE"),
         (["--op", "softmax", "--options", "window=3"], 'operator "softmax"'),
         (["--op", "efficient_attention"], "MultiHeadAttention of EfficientAttention defines no causal attention"),
-        (["--op", "sink_recent"], "is neither operator nor layer"),
+        (["--op", "sink_recent"], "must be an operator or a layer"),
         (["--op", "softmax", "--task", "lm", "--pairs", 3], "task='lm' takes no pairs"),
         (["--op", "softmax", "--length", 7], "length=7 must be even"),
         (["--op", "softmax", "--steps", 0], "steps=0 must be a whole number"),

@@ -75,7 +75,7 @@ def recall(
                     progress=bar.at,
                 )  # fmt: skip
         except KeyboardInterrupt as interrupt:
-            typer.echo(_kept(interrupt.args, out), err=True)
+            typer.echo(_kept(interrupt, out), err=True)
             raise typer.Exit(1) from None
         title = f"Recall of {pairs} pairs in {length} tokens against state"
         page = curves.recall(found.best(), title, out / "recall.html")
@@ -85,11 +85,14 @@ def recall(
         show(_table(found), f"plot     {page}", f"results  {out / figure.RESULTS}")
 
 
-def _kept(counts: tuple[object, ...], out: Path) -> str:
-    """Describe what an interrupted run keeps; `counts` is (done, total) after the first training has started."""
-    if len(counts) != 2 or not counts[0]:
+def _kept(interrupt: KeyboardInterrupt, out: Path) -> str:
+    """Describe what an interrupted run keeps."""
+    from foveate.core.errors import Interrupted
+
+    if not isinstance(interrupt, Interrupted) or not interrupt.done:
         return "interrupted before the first training was finished"
-    return f"interrupted: {counts[0]} of {counts[1]} trainings are kept in {out}; run the same command to resume"
+    finished = f"{interrupt.done} of {interrupt.total} trainings"
+    return f"interrupted: {finished} are kept in {out}; run the same command to resume"
 
 
 def _numbers(text: str) -> list[float]:

@@ -10,7 +10,7 @@ import typer
 from foveate.bench import known
 from foveate.cli.console import Bar, show
 from foveate.cli.options import Config, Device, Dtype, Fresh, Json
-from foveate.core.errors import OptionError
+from foveate.core.errors import Interrupted, OptionError
 from foveate.tasks.base.scores import LOSS, SCORES
 from foveate.tasks.registry import TASKS
 
@@ -121,7 +121,7 @@ def command(
                 progress=bar,
             )
     except KeyboardInterrupt as interrupt:
-        typer.echo(_kept(interrupt.args, out), err=True)
+        typer.echo(_kept(interrupt, out), err=True)
         raise typer.Exit(1) from None
     from foveate.report import headline, html, table
 
@@ -141,9 +141,9 @@ def _keys(methods: str | None) -> list[str] | None:
     return keys
 
 
-def _kept(counts: tuple[object, ...], out: Path) -> str:
-    """Describe what an interrupted run keeps; `counts` is (answers found, all answers) after the first prompt."""
-    if len(counts) != 2:
+def _kept(interrupt: KeyboardInterrupt, out: Path) -> str:
+    """Describe what an interrupted run keeps."""
+    if not isinstance(interrupt, Interrupted):
         return "interrupted before anything was measured"
-    done, total = counts
-    return f"interrupted: {done} of {total} answers are kept in {out}; run the same command to resume"
+    found = f"{interrupt.done} of {interrupt.total} answers"
+    return f"interrupted: {found} are kept in {out}; run the same command to resume"

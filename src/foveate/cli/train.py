@@ -13,7 +13,7 @@ from foveate.cli.console import Bar, duration, show
 from foveate.cli.options import Config, Device, Fresh, Json
 from foveate.cli.stop import Stop
 from foveate.core.catalog import capabilities, systems
-from foveate.core.errors import OptionError
+from foveate.core.errors import Interrupted, OptionError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,7 +101,7 @@ def command(
             with lock_folder(folder), Stop() as stop:
                 found = planned.run(fresh=fresh, stop=stop, progress=bar.at)
         except KeyboardInterrupt as interrupt:
-            typer.echo(_kept(interrupt.args), err=True)
+            typer.echo(_kept(interrupt), err=True)
             raise typer.Exit(1) from None
         page, result = _write(f"{op} on {task}", folder, found, {"op": op, "task": task})
     if as_json:
@@ -153,14 +153,14 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _kept(counts: tuple[Any, ...]) -> str:
-    """Describe what an interrupted training keeps; `counts` is (step, steps, folder) after its start."""
-    if len(counts) != 3:
+def _kept(interrupt: KeyboardInterrupt) -> str:
+    """Describe what an interrupted training keeps."""
+    if not isinstance(interrupt, Interrupted):
         return "interrupted at once; the steps since the last saved state are lost"
-    if not counts[0]:
+    if not interrupt.done:
         return "interrupted before the first step"
-    step, steps, folder = counts
-    return f"interrupted: step {step} of {steps} is kept in {folder}; run the same command to resume"
+    reached = f"step {interrupt.done} of {interrupt.total}"
+    return f"interrupted: {reached} is kept in {interrupt.folder}; run the same command to resume"
 
 
 def _numbers(seeds: str | None) -> tuple[int, ...]:

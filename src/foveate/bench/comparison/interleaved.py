@@ -18,6 +18,7 @@ from foveate.bench.comparison.method_run import MethodRun, one_line
 from foveate.bench.known import FULL
 from foveate.bench.parts import digest
 from foveate.bench.parts.journal import Journal
+from foveate.core.errors import Interrupted
 
 
 class Progress(Protocol):
@@ -45,7 +46,7 @@ class InterleavedRun:
         """Complete the runs of all methods.
 
         Raises:
-            KeyboardInterrupt: with the number of known answers, and of all answers.
+            Interrupted: with the number of known answers, and of all answers.
         """
         active = [run for run in runs if not run.given_up]
         total = len(active) * len(evaluation.prompts)
@@ -61,7 +62,7 @@ class InterleavedRun:
                     self.progress.say(f"{run.contender.key}: memory")
                     run.megabytes = self._memory(run, evaluation.memory_batch)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_known(active), total) from None
+            raise Interrupted(_known(active), total) from None
 
     def _load_known(self, runs: Sequence[MethodRun], batches: Sequence[Batch]) -> None:
         """Load the journal's answers."""

@@ -131,7 +131,7 @@ def compare(
 
     Raises:
         FoveateError: if anything cannot be run; nothing has been written then.
-        KeyboardInterrupt: with `(answers found, all answers)`, after the results so far were saved.
+        Interrupted: with the number of answers, and of all, after the results so far were saved.
     """
     options = Options(
         model, methods, budget, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, fresh
