@@ -117,12 +117,12 @@ def test_a_begun_assistant_message_continues() -> None:
 
 
 def test_answers_continue_the_prompt_and_set_the_length() -> None:
-    prompt = one(Example("the key is", " ab", answers=(" ab", "abcdef")))
+    prompt = one(Example("the key is", " ab", accepted=(" ab", "abcdef")))
     assert prompt.answer_ids is not None and prompt.answer_ids[0].tolist() == [*b" ab"]
     assert prompt.new_tokens == 6 + 2
     assert one(Example("a", "b"), new_tokens=5).new_tokens == 5
     assert one(Example("a", "b"), score="contains").new_tokens > one(Example("a", "b")).new_tokens
-    all_of = Example("a", "bb", answers=("bb", "cc"))
+    all_of = Example("a", "bb", accepted=("bb", "cc"))
     assert one(all_of, metric="contains-all").new_tokens > one(all_of, metric="contains").new_tokens
     with pytest.raises(OptionError, match="new_tokens"):
         one(Example("a", "b"), new_tokens=0)

@@ -17,7 +17,7 @@ class Example:
         prompt: the text that the model reads.
         answer: the expected continuation.
         spans: stretches of `prompt` by character offsets `[start, end)`, such as that of the needle.
-        answers: every accepted answer; `(answer,)` by default.
+        accepted: every accepted answer, `answer` included; empty where it is the only one.
         messages: a conversation as `{"role": ..., "content": ...}`, which the model's chat template formats;
             `prompt` then holds the same conversation as plain text.
     """
@@ -25,11 +25,13 @@ class Example:
     prompt: str
     answer: str
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
-    answers: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
     messages: tuple[dict[str, str], ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "answers", tuple(self.answers) or (self.answer,))
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every accepted answer."""
+        return self.accepted or (self.answer,)
 
 
 class Task(ABC):
@@ -39,8 +41,12 @@ class Task(ABC):
         metric: the default score, one of `foveate.tasks.base.scores.SCORES` or `LOSS`.
     """
 
-    name: str
     metric: ClassVar[str] = "begins"
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The task's name in results."""
 
     @abstractmethod
     def examples(self) -> list[Example]:

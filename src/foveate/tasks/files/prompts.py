@@ -37,7 +37,7 @@ class Prompts(Task):
     answer_field: str | None = None
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return self.path.name
 
     @property

@@ -57,7 +57,7 @@ class Retrieval(Task):
             )
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         if self.queries > 1:
             return "niah_multiquery"
         if self.values > 1:
