@@ -61,7 +61,7 @@ class Clock:
         return self
 
     def close_after(self) -> None:
-        """From here on calls end after the hooks that are there already."""
+        """Make later calls end after the hooks that are there already."""
         self._hooks += [module.register_forward_hook(self._end) for module in self.modules]
 
     def __exit__(self, *_: object) -> None:

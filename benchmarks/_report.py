@@ -1,4 +1,4 @@
-"""What every benchmark shares: fair timing, a plain table, and one line of JSON at the end.
+"""The parts that every benchmark shares: fair timing, a plain table, and one line of JSON at the end.
 
 On a shared machine the clock drifts from minute to minute, so what is compared is run in turns and its medians are
 divided within one run.
@@ -31,7 +31,7 @@ def interleaved(fns: Mapping[str, Callable[[], object]], repeats: int) -> dict[s
 
 
 def keep_memory() -> None:
-    """From here on this process keeps the memory it frees, as GPU allocators and jemalloc do; only glibc can be asked.
+    """Make this process keep the memory that it frees, as GPU allocators and jemalloc do; only glibc can be asked.
 
     Left alone, glibc gives every block above 32 MB back at once, and the next such tensor is faulted in anew, page by
     page: a price of the machine that only long sequences pay, and not part of what an operator computes.

@@ -1,4 +1,4 @@
-"""What chunked attention needs beside its inputs, against the whole matrix: N = 16,384, float32.
+"""The memory of chunked attention beside its inputs, against that of the whole matrix: N = 16,384, float32.
 
 Goals: peak extra memory at most 1/50 of the naive matrix forward, and 1/25 forward and backward. The operator of the
 paper that found this, `memory_efficient_attention`, is held against what naive attention needs in all, with the paper's

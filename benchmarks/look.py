@@ -1,4 +1,4 @@
-"""What looking costs: a model's forward pass with a lens on every layer, beside the pass without and beside eager maps.
+"""The cost of looking: a model's forward pass with a lens on every layer, without one, and with eager maps.
 
 Entropy, sink mass and received mass of every head are two more passes of the fused kernel: attention costs about three
 times as much, a whole model less. The usual way, `output_attentions=True`, gives up the kernel and keeps N×N maps.

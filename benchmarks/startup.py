@@ -1,4 +1,4 @@
-"""What Foveate adds to the time before the first useful line.
+"""The time that Foveate adds before the first useful line.
 
 Goals: importing foveate costs at most 1.1 times importing torch, and the command line answers within half a second.
 Every measurement is a fresh process, so that nothing is imported already.

@@ -1,4 +1,4 @@
-"""What a sliding window saves: `SlidingWindow` at 512 of 8,192 causal tokens, float32.
+"""The time that a sliding window saves: `SlidingWindow` at 512 of 8,192 causal tokens, float32.
 
 Goals: at least half of the ideal speed-up over fused dense attention, which is 8, without compiling anything; the first
 call in well under a second; and not slower than FlexAttention compiled by hand with a block mask made beforehand, whose
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int) -> functools.partial[Tensor]:
-    """What one would write without this library."""
+    """Attend as one would without this library."""
     n = q.shape[2]
     band = create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < window), None, None, n, n, device="cpu")
     return functools.partial(torch.compile(flex_attention, dynamic=False), q, k, v, block_mask=band)

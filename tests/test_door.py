@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import foveate
 from foveate.core.catalog import public_names, systems
 from foveate.core.public import PACKAGES, stub
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_public_names_are_all_there() -> None:
@@ -78,3 +81,15 @@ def test_modules_are_not_hidden_by_names() -> None:
     import foveate.ops.operator as module
 
     assert module.Operator is foveate.Operator
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/notebooks/*.ipynb"))]
+)
+def test_readers_are_shown_public_names_alone(page: str) -> None:
+    """Module paths are private: what a page imports is a room's name."""
+    text = (ROOT / page).read_text("utf-8")
+    for module, names in re.findall(r"from foveate\.([\w.]+) import ([\w, ]+)", text):
+        assert module in (*PACKAGES, "labs"), module
+        room = importlib.import_module(f"foveate.{module}")
+        assert all(hasattr(room, name.strip()) for name in names.split(","))

@@ -36,7 +36,7 @@ class Pretrained:
 
     @property
     def file(self) -> Path:
-        """Where the joined file is kept."""
+        """Return the path of the joined file."""
         return cache() / "real" / self.key / f"{self.key}.gguf"
 
 

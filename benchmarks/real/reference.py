@@ -24,7 +24,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def out() -> Path:
-    """Where the journal is kept: beside the models, outside the repository."""
+    """Return the path of the journal: beside the models, outside the repository."""
     return cache() / "real" / "policies"
 
 

@@ -24,7 +24,7 @@ _STYLES = re.compile(r"""(?:url\(\s*|@import\s+)["']?((?:https?:)?//[^"')\s]+)""
 
 
 class Contents(HTMLParser):
-    """What a page loads, what it links to, and the places in it that a link can name."""
+    """Return what a page loads, what it links to, and the places in it that a link can name."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Contents(HTMLParser):
 
 
 def faults(site: Path) -> list[str]:
-    """Say what is wrong, one line each."""
+    """Return all faults, one line each."""
     pages = {path: Contents(path.read_text("utf-8")) for path in sorted(site.rglob("*.html"))}
     found = []
     for path, page in pages.items():
@@ -73,7 +73,7 @@ def _is_remote(address: str) -> bool:
 
 
 def _target(site: Path, page: Path, address: str) -> Path:
-    """The file that an address of a page names."""
+    """Return the file that an address of a page names."""
     path = unquote(urlsplit(address).path)
     if not path:
         return page

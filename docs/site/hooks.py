@@ -79,12 +79,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _home(page: str) -> Path:
-    """The folder that a page's links start from."""
+    """Return the folder that a page's links start from."""
     return (ROOT / ELSEWHERE[page] if page in ELSEWHERE else DOCS / page).parent
 
 
 def _linked(text: str, page: str) -> set[str]:
-    """The files of the repository that a page links to, by their paths from its root."""
+    """Return the files of the repository that a page links to, by their paths from its root."""
     found = set()
     for _, target, _ in _LINK.findall(_FENCE.sub("", text)):
         path = Path(os.path.normpath(_home(page) / target))
@@ -94,7 +94,7 @@ def _linked(text: str, page: str) -> set[str]:
 
 
 def _page_of(file: str) -> str | None:
-    """The page, or the file beside the pages, that shows a file of the repository; None where none does."""
+    """Return the page, or the file beside the pages, that shows a file of the repository; None if none does."""
     elsewhere = {source: page for page, source in ELSEWHERE.items()}
     if file in elsewhere:
         return elsewhere[file]
@@ -104,7 +104,7 @@ def _page_of(file: str) -> str | None:
 
 
 def _target(target: str, page: str) -> str:
-    """A link of a page, pointing at what shows that file on the site; as it is where it points at no file."""
+    """Redirect a link to the page that shows its file; a link to no file stays as it is."""
     path = Path(os.path.normpath(_home(page) / target))
     if not (path.is_file() and path.is_relative_to(ROOT)):
         return target
@@ -113,7 +113,7 @@ def _target(target: str, page: str) -> str:
 
 
 def _loose(text: str) -> str:
-    """Lists right below a line of text, as GitHub takes them, with a blank line before."""
+    """Put a blank line before each list that follows a line of text, as GitHub takes it."""
     return re.sub(
         r"^(?![ \t]*(?:[-*+]|\d+\.) )(?![ \t]*$)(.+)\n(?=(?:[-*+]|\d+\.) )", r"\1\n\n", text, flags=re.MULTILINE
     )
@@ -123,7 +123,7 @@ def _loose(text: str) -> str:
 
 
 def _source_page(file: str) -> str:
-    """A file of the repository as a page, which the search leaves out."""
+    """Return a file of the repository as a page, which the search leaves out."""
     kind = {".py": "python", ".toml": "toml", ".json": "json"}.get(Path(file).suffix, "text")
     text = (ROOT / file).read_text("utf-8")
     hidden = [
@@ -143,7 +143,7 @@ def _source_page(file: str) -> str:
 
 
 def _notebook(path: Path) -> str:
-    """A tutorial with its outputs."""
+    """Return a tutorial with its outputs as a page."""
     shown: dict[str, Callable[[dict[str, Any]], str]] = {
         "markdown": lambda cell: "".join(cell["source"]),
         "code": lambda cell: "\n\n".join(

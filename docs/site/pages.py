@@ -40,7 +40,7 @@ ROOMS = {
 
 
 def rooms() -> dict[str, list[System]]:
-    """The systems by room, in the order of the site."""
+    """Return the systems by room, in the order of the site."""
     found = catalog.grouped(catalog.systems(), "room")
     return {room: found[room] for room in sorted(found, key=lambda room: [*ROOMS, room].index(room))}
 
@@ -86,7 +86,7 @@ def system_page(row: System) -> str:
     lines += [f"# {row.key}", "", f"**{row.title}** ({row.year})"]
     if needs:
         lines += ["", f"Answers: {', '.join(need.name for need in needs)}.", "", '??? note "In other words"', ""]
-        lines += [f"    - {need.name}: {', '.join(need.asked)}" for need in needs]
+        lines += [f"    - {need.name}: {', '.join(need.phrases)}" for need in needs]
     lines += ["", "| | |", "|---|---|", *(f"| {fact} | {_cell(value)} |" for fact, value in facts.items() if value)]
     if row.example:
         lines += ["", "## Example", "", "```python", row.example.strip(), "```"]
@@ -118,7 +118,7 @@ def _part(target: str) -> str:
 
 
 def _prose(doc: str) -> str:
-    """A docstring as Markdown: its sections become lists, and what is indented stays as it is laid out."""
+    """Return a docstring as Markdown: sections become lists, and indented text keeps its layout."""
     found = []
     for block in re.split(r"\n{2,}", doc):
         head, _, body = block.partition("\n")
@@ -143,7 +143,7 @@ def _item(item: str) -> str:
 
 @cache
 def _ledger() -> dict[str, list[str]]:
-    """The lines of the claims' tables by system."""
+    """Return the lines of the claims' tables by system."""
     found: dict[str, list[str]] = {}
     for line in (ROOT / "docs" / "claims.md").read_text("utf-8").splitlines():
         if match := re.match(r"\| \[?(\w+)\]?(?:\([^|]*\))? \|", line):
@@ -152,7 +152,7 @@ def _ledger() -> dict[str, list[str]]:
 
 
 def _claims(key: str) -> list[str]:
-    """What the paper claims and a test holds here, as a table; its links start one folder further down."""
+    """Return a system's claims as a table, whose links start one folder further down."""
     rows = _ledger().get(key, [])
     if not rows:
         return ["No line in the [ledger](../claims.md): its test holds properties only."]
@@ -194,14 +194,14 @@ def api_index() -> str:
 
 
 def _front() -> dict[str, str]:
-    """The names of `foveate` itself, each with its module."""
+    """Return the names of `foveate` itself, each with its module."""
     import foveate
 
     return dict(foveate._HOME)
 
 
 def front_page() -> str:
-    """The front door's names. Those that a room publishes as well are described there."""
+    """Return the page of `foveate`'s own names; names that a room publishes as well link to that room's page."""
     homes = {
         (name, module): package for package in packages() for name, module in catalog.public_names(package).items()
     }
@@ -241,7 +241,7 @@ def _block(package: str, module: str, name: str) -> list[str]:
 
 @cache
 def _unpacked(module: str) -> set[str]:
-    """The constants of a module that are assigned several at a time."""
+    """Return the constants of a module that are assigned several at a time."""
     path = ROOT / "src" / Path(*module.split("."))
     text = next(file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()).read_text("utf-8")
     targets = [target for node in ast.parse(text).body if isinstance(node, ast.Assign) for target in node.targets]

@@ -1,4 +1,4 @@
-"""A tiny random decoder as a checkpoint, prompts in a file, and somebody who watches the progress."""
+"""A tiny random decoder as a checkpoint, prompts in a file, and a receiver of progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foveate.models.base import byte_tokenizer as bytes_
 
 @pytest.fixture(scope="session")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with the byte tokenizer, for reading only."""
+    """Save a checkpoint with the byte tokenizer; tests must not change it."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=bytes_.VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
@@ -30,7 +30,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_decoder(decoder: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
+    """Copy the checkpoint, so that a test may change it."""
     return Path(shutil.copytree(decoder, tmp_path / "decoder"))
 
 
@@ -45,7 +45,7 @@ def write_prompts(file: Path, texts: list[str], answer: str = " ab") -> Path:
 
 
 class Watch:
-    """Counts progress, and stops the run after some steps where asked to."""
+    """Counts progress, and interrupts the run after `stop_at` steps."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.total, self.labels, self.stop_at = 0, [], stop_at  # type: ignore[var-annotated]

@@ -1,4 +1,4 @@
-"""`compare`: what it measures, and what it refuses before writing anything."""
+"""`compare`: its measurements, and its refusals before anything is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from foveate.models.base import byte_tokenizer as bytes_
 from tests.bench.conftest import write_prompts
 
 
-def test_a_persons_own_model_and_prompts(decoder: Path, prompts: Path, tmp_path: Path, watching: type) -> None:
+def test_the_users_own_model_and_prompts(decoder: Path, prompts: Path, tmp_path: Path, watching: type) -> None:
     watch, out = watching(), tmp_path / "out"
     found = compare(
         model=str(decoder), task=str(prompts), methods=["sink_recent", "razor_attention", "sliding_window"], budget=0.4,
@@ -34,8 +34,8 @@ def test_a_persons_own_model_and_prompts(decoder: Path, prompts: Path, tmp_path:
     assert json.loads((out / "results.json").read_text())["rows"][1]["method"] == "sink_recent"
 
 
-def test_methods_take_turns_prompt_by_prompt(decoder: Path, prompts: Path, tmp_path: Path, watching: type) -> None:
-    """All on the first prompt before the second; another begins each time; each time has the full cache's beside it."""
+def test_methods_run_interleaved(decoder: Path, prompts: Path, tmp_path: Path, watching: type) -> None:
+    """All methods answer a prompt before the next one, in rotating order, each with the full cache's time."""
     watch, keys = watching(), ["full", "sink_recent", "sliding_window"]
     found = compare(model=str(decoder), task=str(prompts), methods=keys, out=tmp_path / "out", progress=watch)
     assert [watch.labels[at : at + 3] for at in (0, 3, 6)] == [keys, keys[1:] + keys[:1], keys[2:] + keys[:2]]
@@ -46,7 +46,7 @@ def test_methods_take_turns_prompt_by_prompt(decoder: Path, prompts: Path, tmp_p
     assert found.paired(sink, "decode_ms") == (ratios[1], ratios[0], ratios[2])
 
 
-def test_a_budget_is_each_prompts_own(decoder: Path, tmp_path: Path) -> None:
+def test_the_budget_applies_to_each_prompt(decoder: Path, tmp_path: Path) -> None:
     file = write_prompts(tmp_path / "lengths.jsonl", ["x" * 60, "y " * 250, "z" * 200])
     methods = ["sink_recent", "sliding_window"]
     found = compare(model=str(decoder), task=str(file), methods=methods, budget=0.25, out=tmp_path / "out")
@@ -57,7 +57,7 @@ def test_a_budget_is_each_prompts_own(decoder: Path, tmp_path: Path) -> None:
     assert found.rows[2].options["window"] == "11 to 121"
 
 
-def test_one_method_that_fails_is_a_row_with_its_reason(
+def test_a_failed_method_is_a_row_with_its_reason(
     decoder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from foveate.kv.recycled_attention import RecycledAttention
@@ -78,17 +78,17 @@ def test_one_method_that_fails_is_a_row_with_its_reason(
     assert [len(row.answers) for row in found.rows] == [3, 0, 0, 0, 3]
 
 
-def test_a_prompt_on_which_a_method_fails_counts_as_a_wrong_answer(
+def test_a_failed_prompt_counts_as_a_wrong_answer(
     decoder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from foveate.kv.sink_recent import SinkRecent
 
-    honest = SinkRecent.at_budget.__func__  # type: ignore[attr-defined]
+    original = SinkRecent.at_budget.__func__  # type: ignore[attr-defined]
 
     def only_short(cls: type, budget: float, host: object, length: int) -> object:
         if length > 200:
             raise RuntimeError("out of\nmemory")
-        return honest(cls, budget, host, length)
+        return original(cls, budget, host, length)
 
     monkeypatch.setattr(SinkRecent, "at_budget", classmethod(only_short))
     file = write_prompts(tmp_path / "lengths.jsonl", ["x" * 60, "y" * 300, "z" * 100])
@@ -98,7 +98,7 @@ def test_a_prompt_on_which_a_method_fails_counts_as_a_wrong_answer(
     assert [answer.error for answer in row.answers] == ["", "RuntimeError: out of memory", ""]
     assert row.answers[1].score == 0.0 and len([a for a in row.answers if a.cache_kept > 0]) == 2
     monkeypatch.undo()
-    again = compare(**settings).rows[1]  # what failed is tried again; what did not is there
+    again = compare(**settings).rows[1]  # failed prompts run again, and the others are reused
     assert again.error == "" and again.answers[0] == row.answers[0]
 
 
@@ -115,20 +115,20 @@ def test_a_prompt_past_the_context_is_refused_for_the_full_cache_only(decoder: P
 
 
 @pytest.mark.parametrize("key", [key for key in known.methods() if key not in known.policies()])
-def test_every_operator_on_offer_can_read_a_prompt(decoder: Path, prompts: Path, tmp_path: Path, key: str) -> None:
+def test_every_offered_operator_can_read_a_prompt(decoder: Path, prompts: Path, tmp_path: Path, key: str) -> None:
     settings = {"model": str(decoder), "task": str(prompts), "examples": 1, "out": tmp_path / "out"}
     rows = compare(methods=[key], **settings).rows
     assert [row.error for row in rows] == [""] * len(rows)
 
 
-def test_what_cannot_read_a_prompt_is_not_on_offer() -> None:
+def test_operators_that_cannot_read_a_prompt_are_not_offered() -> None:
     assert "efficient_attention" not in known.methods()
     with pytest.raises(UnknownKey, match="efficient_attention"):
         known.check(["full", "efficient_attention"])
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "says"),
+    ("options", "error", "message"),
     [
         ({"methods": ["duo_atention"]}, UnknownKey, 'did you mean "duo_attention"'),
         ({"methods": ["sink_recent", "sink_recent"]}, OptionError, "twice"),
@@ -147,16 +147,16 @@ def test_what_cannot_read_a_prompt_is_not_on_offer() -> None:
         ({"model": "./nowhere"}, UnsupportedModel, "no folder"),
     ],
 )  # fmt: skip
-def test_refuses_in_one_line_and_writes_nothing(
-    decoder: Path, tmp_path: Path, options: dict[str, object], error: type[FoveateError], says: str
+def test_refusals_are_one_line_and_write_nothing(
+    decoder: Path, tmp_path: Path, options: dict[str, object], error: type[FoveateError], message: str
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(error, match=says) as raised:
+    with pytest.raises(error, match=message) as raised:
         compare(**{"model": str(decoder), "methods": ["full"], "out": out, "examples": 1, "length": 500, **options})  # type: ignore[arg-type]
     assert "\n" not in str(raised.value) and not out.exists()
 
 
-def test_refuses_encoders_and_pickles(decoder: Path, tmp_path: Path) -> None:
+def test_encoders_and_pickles_are_refused(decoder: Path, tmp_path: Path) -> None:
     encoder = tmp_path / "encoder"
     BertLMHeadModel(
         BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)

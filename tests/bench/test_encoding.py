@@ -1,4 +1,4 @@
-"""Prompts as ids: one begin token, no end token, ids that the model has, for tokenizers of every kind."""
+"""Encoded prompts have one begin token, no end token, and ids that the model has, for every kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPECIAL = WORDS[:7]
 
 
 def tokenizer(template: str, **named: str) -> PreTrainedTokenizerFast:
-    """Words after SentencePiece's manner, with what a template puts around every text."""
+    """Build a word tokenizer in SentencePiece's style, with a template of special tokens around every text."""
     built = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
@@ -45,40 +45,41 @@ KINDS: dict[str, tuple[PreTrainedTokenizerFast, list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_begins_a_text_stands_there_once_and_nothing_ends_it(kind: str) -> None:
+def test_begin_tokens_appear_once_and_end_tokens_never(kind: str) -> None:
     found, begin = KINDS[kind]
     ids = found.convert_tokens_to_ids([*begin, "▁the", "▁fox"])
     assert encoded(found, "the fox") == ids
-    told = "".join(begin)
-    assert encoded(found, f"{told}the fox")[: len(begin) + 1] == ids[: len(begin) + 1]
-    assert encoded(found, f"{told}the fox").count(ids[0]) == 1
+    prefix = "".join(begin)
+    assert encoded(found, f"{prefix}the fox")[: len(begin) + 1] == ids[: len(begin) + 1]
+    assert encoded(found, f"{prefix}the fox").count(ids[0]) == 1
 
 
-def test_a_text_may_end_in_an_end_token_of_its_own() -> None:
+def test_a_text_may_contain_an_end_token() -> None:
     found, _ = KINDS["both ends"]
     assert found.convert_ids_to_tokens(encoded(found, "the fox</s>")) == ["<s>", "▁the", "▁fox", "</s>"]
 
 
-def test_a_tokenizer_that_cuts_and_pads_does_neither() -> None:
+def test_truncation_and_padding_are_not_applied() -> None:
     built = tokenizer("<s> $A", bos_token="<s>", eos_token="</s>", pad_token="</s>")
     built._tokenizer.enable_truncation(3)
     built._tokenizer.enable_padding(length=64)
     assert built.convert_ids_to_tokens(encoded(built, "the fox is red"))[1:] == ["▁the", "▁fox", "▁is", "▁red"]
 
 
-def test_begin_tokens_that_a_text_says_twice_become_one() -> None:
+def test_repeated_begin_tokens_become_one() -> None:
     found, _ = KINDS["llama"]
     assert found.convert_ids_to_tokens(encoded(found, "<s><s>the")).count("<s>") == 1
 
 
 class Given(Task):
-    """The examples that a test names."""
+    """A task with a test's own examples."""
 
     name = "given"
+    metric = "begins"
 
     def __init__(self, *given: Example, metric: str = "begins") -> None:
         self.given = list(given)
-        self.metric = metric  # type: ignore[misc]
+        self.metric = metric
 
     def examples(self) -> list[Example]:
         return self.given
@@ -98,7 +99,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_chat_begins_once(template: str) -> None:
+def test_a_chat_has_one_begin_token(template: str) -> None:
     found = bytes_.build(64)
     found.chat_template = TEMPLATES[template]
     prompt = one(Example("hello", "hi"), found, chat=True)
@@ -107,7 +108,7 @@ def test_a_chat_begins_once(template: str) -> None:
     assert one(talk, found).ids.tolist() == prompt.ids.tolist()
 
 
-def test_an_answer_begun_by_the_assistant_goes_on() -> None:
+def test_a_begun_assistant_message_continues() -> None:
     found = bytes_.build(64)
     found.chat_template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'user' %}|{% endif %}{% endfor %}"
@@ -117,38 +118,38 @@ def test_an_answer_begun_by_the_assistant_goes_on() -> None:
 
 
 def test_answers_continue_the_prompt_and_set_the_length() -> None:
-    prompt = one(Example("the key is", " ab", answers=(" ab", "abcdef")))
+    prompt = one(Example("the key is", " ab", accepted=(" ab", "abcdef")))
     assert prompt.answer_ids is not None and prompt.answer_ids[0].tolist() == [*b" ab"]
     assert prompt.new_tokens == 6 + 2
     assert one(Example("a", "b"), new_tokens=5).new_tokens == 5
     assert one(Example("a", "b"), score="contains").new_tokens > one(Example("a", "b")).new_tokens
-    all_of = Example("a", "bb", answers=("bb", "cc"))
+    all_of = Example("a", "bb", accepted=("bb", "cc"))
     assert one(all_of, metric="contains-all").new_tokens > one(all_of, metric="contains").new_tokens
     with pytest.raises(OptionError, match="new_tokens"):
         one(Example("a", "b"), new_tokens=0)
 
 
-def test_an_answer_that_melts_into_the_prompt_stands_by_itself() -> None:
+def test_an_answer_that_shares_a_token_with_the_prompt_is_encoded_alone() -> None:
     found, _ = KINDS["llama"]
     prompt = one(Example("the f", "ox"), found)
     assert prompt.answer_ids is not None
     assert prompt.answer_ids[0].tolist() == found("ox", add_special_tokens=False).input_ids
 
 
-def test_ids_beyond_the_embedding_are_refused_by_token() -> None:
+def test_ids_beyond_the_embedding_are_refused() -> None:
     model = tiny(vocab_size=100, pad_token_id=0)
     with pytest.raises(TaskError, match="example 1 of given has the token '<bos>' with id 256; .* holds 100"):
         prompts(Given(Example("a", "b")), bytes_.build(64), model)
 
 
-def test_prompts_say_how_far_they_run_past_the_context() -> None:
+def test_prompts_know_their_excess_over_the_context() -> None:
     model = tiny(max_position_embeddings=16)
-    fits, beyond = prompts(Given(Example("a" * 10, "b"), Example("a" * 20, "b")), bytes_.build(64), model)
-    assert (fits.beyond, beyond.beyond, beyond.context) == (0, 1 + 20 + 3 - 16, 16)
+    fits, long = prompts(Given(Example("a" * 10, "b"), Example("a" * 20, "b")), bytes_.build(64), model)
+    assert (fits.excess, long.excess, long.context) == (0, 1 + 20 + 3 - 16, 16)
     with pytest.raises(TaskError, match="example 2 of given takes 21 \\+ 3 tokens; the model's context holds 16"):
-        check_context(Given(), [fits, beyond])
+        check_context(Given(), [fits, long])
 
 
 def test_an_empty_prompt_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="empty"):
+    with pytest.raises(TaskError, match="prompt must not be empty"):
         one(Example("", "b"), KINDS["qwen"][0])

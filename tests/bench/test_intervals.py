@@ -1,4 +1,4 @@
-"""Intervals against known values, and against what they promise: how often they hold the truth."""
+"""Intervals agree with known values, and contain the true value as often as they should."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from foveate.bench.parts import intervals, timing
     (8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 1, 0.2065, 1.0),
     (50, 100, 0.4038, 0.5962),
 ])  # fmt: skip
-def test_wilson(hits: int, count: int, low: float, high: float) -> None:
+def test_wilson_agrees_with_known_values(hits: int, count: int, low: float, high: float) -> None:
     assert intervals.wilson(hits, count) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_scores_choose_their_interval() -> None:
+def test_the_scores_select_the_interval() -> None:
     assert intervals.of_scores([1.0, 0.0, 1.0, math.nan]) == intervals.wilson(2, 3)
     assert intervals.of_scores([0.2, 0.9, 0.4]) == intervals.bootstrap((0.2, 0.9, 0.4))
     assert intervals.of_scores([]) is intervals.of_scores([0.3]) is None
 
 
 @pytest.mark.parametrize("count, low, high", [(3, 0, 2), (5, 0, 4), (6, 0, 5), (9, 1, 7), (20, 5, 14), (100, 39, 60)])
-def test_the_median_lies_between_two_of_the_values(count: int, low: int, high: int) -> None:
+def test_the_medians_interval_ends_at_values(count: int, low: int, high: int) -> None:
     values = list(range(count))
     random.Random(1).shuffle(values)
     assert intervals.of_median(values) == ((count - 1) / 2, low, high)
@@ -37,24 +37,24 @@ def test_the_median_lies_between_two_of_the_values(count: int, low: int, high: i
     lambda draw: intervals.bootstrap(tuple(draw.random() ** 0.25 for _ in range(40))),
     lambda draw: intervals.of_median([0.8 * math.exp(draw.gauss(0, 0.3)) for _ in range(20)])[1:],
 ], ids=["wilson", "bootstrap", "median"])  # fmt: skip
-def test_an_interval_holds_the_truth_about_as_often_as_it_says(make) -> None:
+def test_intervals_have_their_nominal_coverage(make) -> None:
     draw = random.Random(0)
-    held = fmean(low <= 0.8 <= high for low, high in (make(draw) for _ in range(200)))
-    assert 0.90 <= held <= 0.99
+    coverage = fmean(low <= 0.8 <= high for low, high in (make(draw) for _ in range(200)))
+    assert 0.90 <= coverage <= 0.99
 
 
-def test_threads_follow_the_cores_that_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_follow_the_free_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([(1000, 4000), (1150, 4400)])
     monkeypatch.setattr(timing, "_cores", lambda: {0, 1, 2, 3})
     monkeypatch.setattr(timing, "_ticks", lambda cores: next(ticks))
-    monkeypatch.setattr(timing, "_GLANCE", 0)
+    monkeypatch.setattr(timing, "_SAMPLE", 0)
     assert timing.free_cores() == 2  # 150 of 400 ticks on four cores: one and a half of them are busy
     monkeypatch.setattr(timing, "_ticks", lambda cores: None)
     monkeypatch.setattr(timing.os, "getloadavg", lambda: (7.0, 1.0, 1.0))
     assert timing.free_cores() == 1
     monkeypatch.setattr(timing, "free_cores", lambda: 1)
     before = timing.torch.get_num_threads()
-    for name in timing._SET_BY_HAND:
+    for name in timing._THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with timing.threads() as count:
         assert count == timing.torch.get_num_threads() == 1

@@ -1,4 +1,4 @@
-"""Loading gives the very weights of the checkpoint, whatever form it has, or one line that says why not."""
+"""Loading gives exactly the checkpoint's weights, in every form, or a one-line refusal."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import tests.corpus.everything  # noqa: F401  registers the cases
 from foveate.bench.loading import find, gguf, load
 from foveate.bench.loading.refusal import reading
-from foveate.bench.loading.stretch import stretch
-from foveate.bench.loading.weights import unwrapping
+from foveate.bench.loading.rope_scaling import apply_rope_scaling
+from foveate.bench.loading.weights import unwrap_mapping
 from foveate.core.errors import UnsupportedModel
 from tests.corpus import adapters, gguf_files
 from tests.corpus.cases import CASES, copied, sound, tiny
@@ -36,7 +36,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def loaded(name: str, base: Path, folder: Path) -> PreTrainedModel:
-    """The model of a case of the corpus."""
+    """Load the model of a case of the corpus."""
     made = CASES[name].make(base, folder)
     return load(made[made.index("--model") + 1])[0]
 
@@ -55,12 +55,12 @@ def test_every_form_gives_the_same_model(name: str, base: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["adapter_alone", "adapter_with_a_relative_base", "adapter_beside_the_model"])
 def test_an_adapter_adds_its_product_to_the_weights(name: str, base: Path, tmp_path: Path) -> None:
     found = loaded(name, base, tmp_path)
-    told = load_file(next(tmp_path.rglob(adapters.WEIGHTS)))
+    stored = load_file(next(tmp_path.rglob(adapters.WEIGHTS)))
     expected = tiny()
-    for place, low in told.items():
-        if "lora_A" in place:
-            module = expected.get_submodule(place.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
-            module.weight.data += 8 / 2 * told[place.replace("lora_A", "lora_B")] @ low  # lora_alpha / r
+    for name_, low in stored.items():
+        if "lora_A" in name_:
+            module = expected.get_submodule(name_.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            module.weight.data += 8 / 2 * stored[name_.replace("lora_A", "lora_B")] @ low  # lora_alpha / r
     assert torch.allclose(logits(found), logits(expected), atol=1e-5)
     assert not torch.allclose(logits(found), logits(tiny()), atol=1e-2)
     assert not any("lora" in name for name, _ in found.named_parameters())
@@ -77,7 +77,7 @@ def test_an_adapter_without_peft_names_what_to_install(
 
 @pytest.fixture
 def gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
-    """A GGUF file, and the model that it was made from."""
+    """Write a GGUF file; return it with its model."""
     monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "tiny.gguf", gguf_files.write(tmp_path / "tiny.gguf")
 
@@ -97,7 +97,7 @@ def test_a_gguf_file_is_converted_once(
     assert capfd.readouterr() == ("", "")
 
 
-STRETCHED = {
+SCALINGS = {
     "linear": ({"rope_type": "linear", "factor": 4.0}, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
     "yarn": (
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
@@ -111,20 +111,20 @@ STRETCHED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", STRETCHED)
-def test_a_gguf_file_keeps_its_stretched_rotary_embedding(kind: str, tmp_path: Path) -> None:
-    rope, told = STRETCHED[kind]
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_gguf_file_keeps_its_rope_scaling(kind: str, tmp_path: Path) -> None:
+    rope, fields = SCALINGS[kind]
     rope = {**rope, "rope_theta": 1e6}
     factors = {}
     if kind == "llama3":
         config = tiny(rope_parameters=dict(rope)).config
         plain = 1e6 ** -(torch.arange(4) / 4)
         factors["rope_freqs.weight"] = plain / ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
-    told = {"rope.freq_base": 1e6, **told}
-    made = gguf_files.write(tmp_path / "a.gguf", told=told, tensors=factors, rope_parameters=rope)
+    fields = {"rope.freq_base": 1e6, **fields}
+    made = gguf_files.write(tmp_path / "a.gguf", told=fields, tensors=factors, rope_parameters=rope)
     config = AutoConfig.from_pretrained(tmp_path, gguf_file="a.gguf")
-    assert config.rope_parameters["rope_type"] == "default"  # as transformers reads it
-    stretch("a", tmp_path / "a.gguf", config)
+    assert config.rope_parameters["rope_type"] == "default"  # transformers ignores the scaling
+    apply_rope_scaling("a", tmp_path / "a.gguf", config)
     assert {name: config.rope_parameters[name] for name in rope} == pytest.approx(rope)
     found = gguf._convert("a", tmp_path / "a.gguf", torch.float32, lambda text: None)[0]
     assert torch.allclose(logits(found), logits(made), atol=1e-5)
@@ -132,14 +132,14 @@ def test_a_gguf_file_keeps_its_stretched_rotary_embedding(kind: str, tmp_path: P
     assert not torch.allclose(logits(found), logits(plain), atol=1e-4)
 
 
-def test_another_gguf_file_of_the_same_name_is_converted_anew(gguf_file: tuple[Path, Any]) -> None:
+def test_a_changed_gguf_file_is_converted_again(gguf_file: tuple[Path, Any]) -> None:
     file, _ = gguf_file
     load(str(file))
     other = gguf_files.write(file, num_hidden_layers=1)
     assert torch.allclose(logits(load(str(file))[0]), logits(other), atol=1e-5)
 
 
-def test_a_gguf_cache_that_cannot_be_written_costs_time_only(
+def test_a_gguf_cache_that_cannot_be_written_is_harmless(
     gguf_file: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, made = gguf_file
@@ -156,14 +156,14 @@ def test_gguf_names_what_to_install(gguf_file: tuple[Path, Any], package: str, m
         load(str(gguf_file[0]))
 
 
-def test_the_cache_is_outside_of_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FOVEATE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
     assert gguf.cache() == tmp_path / "foveate"
 
 
-def test_code_runs_only_where_it_may(base: Path, tmp_path: Path) -> None:
+def test_code_runs_only_with_permission(base: Path, tmp_path: Path) -> None:
     made = CASES["code_of_its_own_that_may_run"].make(base, tmp_path)
     where = made[made.index("--model") + 1]
     with pytest.raises(UnsupportedModel, match="--trust-remote-code"):
@@ -174,8 +174,8 @@ def test_code_runs_only_where_it_may(base: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(own), logits(tiny()))
 
 
-def test_a_hidden_prompt_never_asks(base: Path, tmp_path: Path) -> None:
-    """Without a terminal, with a `y` already typed."""
+def test_loading_never_asks_on_the_terminal(base: Path, tmp_path: Path) -> None:
+    """The command does not read a `y` from its input."""
     made = CASES["code_of_its_own"].make(base, tmp_path)
     found = subprocess.run(
         [sys.executable, "-m", "foveate", "compare", *made, "--out", str(tmp_path / "out")],
@@ -190,13 +190,13 @@ def test_refusals_name_a_few_tensors_and_count_the_rest(base: Path, tmp_path: Pa
         loaded("config_has_a_layer_more", base, tmp_path)
 
 
-def test_only_prefixes_that_all_names_share_are_taken_off() -> None:
-    assert unwrapping(["module.a", "module.b"]) == {r"^module\.": ""}
-    assert unwrapping(["module.a", "b"]) is None
-    assert unwrapping(["a._orig_mod.b", "c"]) == {r"(^|\.)_orig_mod\.": r"\1"}
+def test_only_prefixes_of_all_names_are_removed() -> None:
+    assert unwrap_mapping(["module.a", "module.b"]) == {r"^module\.": ""}
+    assert unwrap_mapping(["module.a", "b"]) is None
+    assert unwrap_mapping(["a._orig_mod.b", "c"]) == {r"(^|\.)_orig_mod\.": r"\1"}
 
 
-def test_the_files_that_make_a_model(base: Path, tmp_path: Path) -> None:
+def test_a_source_lists_its_files(base: Path, tmp_path: Path) -> None:
     adapter = adapters.adapter(tmp_path / "adapter", base)
     names = {file.relative_to(file.parents[1]).as_posix() for file in find(str(adapter)).files}
     assert {"sound/model.safetensors", "sound/config.json", "adapter/adapter_model.safetensors"} <= names
@@ -207,7 +207,7 @@ def test_the_files_that_make_a_model(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./a", "~/a", "a/b/c", "C:\\models\\a", "/a", "a.gguf"])
-def test_names_that_are_paths_never_reach_a_hub(name: str) -> None:
+def test_paths_are_never_looked_up_on_a_hub(name: str) -> None:
     with pytest.raises(UnsupportedModel, match="is no folder and no GGUF file"):
         find(name)
 
@@ -219,7 +219,7 @@ def test_a_home_folder_is_found(base: Path, tmp_path: Path, monkeypatch: pytest.
     assert find("~/model").folder == tmp_path / "model"
 
 
-def test_readers_that_panic_are_refusals_and_interrupts_are_not() -> None:
+def test_panics_become_refusals_and_interrupts_do_not() -> None:
     panic = type("PanicException", (BaseException,), {})
     with (
         pytest.raises(UnsupportedModel, match="model='m' cannot be loaded: PanicException: at the disco"),

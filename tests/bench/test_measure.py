@@ -1,4 +1,4 @@
-"""One batch under one method: what is said, its loss, its memory; and how prompts come together in batches."""
+"""One batch under one method: its answers, losses and memory; and the grouping of prompts into batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from foveate.bench.comparison.encoding import Prompt
-from foveate.bench.comparison.measure import answer, batches, memory
+from foveate.bench.comparison.measure import batches, memory_use, run_batch
 from foveate.bench.comparison.run import compare
 from foveate.bench.parts.memory import Memory, peak_bytes
 from foveate.host import Method
@@ -26,53 +26,53 @@ def model(decoder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(decoder).eval()
 
 
-def asked(*lengths: int, new: int = 6, context: int = 768) -> list[Prompt]:
+def encoded(*lengths: int, new: int = 6, context: int = 768) -> list[Prompt]:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(97, 120, (1, length), generator=generator) for length in lengths]
     return [Prompt(Example(f"p{index}", "a"), row, new, context) for index, row in enumerate(ids)]
 
 
 def test_greedy_answers_are_the_models_own(model: PreTrainedModel) -> None:
-    (batch,) = batches(asked(40), 1, None, 0)
-    said = answer(model, (), batch)
+    (batch,) = batches(encoded(40), 1, None, 0)
+    result = run_batch(model, (), batch)
     expected = model.generate(batch.ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert said.ids == [expected[0, 40:].tolist()] and said.losses is None
-    assert (said.kept, said.read) == (1.0, 1.0) and said.prefill_ms > 0 and said.decode_ms > 0
+    assert result.ids == [expected[0, 40:].tolist()] and result.losses is None
+    assert (result.kept, result.read) == (1.0, 1.0) and result.prefill_ms > 0 and result.decode_ms > 0
 
 
 @pytest.mark.parametrize("methods", [(), (SinkRecent(sink=4, recent=16),)], ids=["full", "sink_recent"])
-def test_a_batch_gives_what_each_prompt_gives_alone(model: PreTrainedModel, methods: tuple[Method, ...]) -> None:
-    prompts = asked(40, 43, 41, 44)
+def test_a_batch_gives_the_answers_of_single_prompts(model: PreTrainedModel, methods: tuple[Method, ...]) -> None:
+    prompts = encoded(40, 43, 41, 44)
     (batch,) = batches(prompts, 4, None, 0)
-    assert batch.places == (0, 2, 1, 3) and batch.length == 40 and batch.ids.shape == (4, 44)
-    together = answer(model, methods, batch)
-    for place, ids in zip(batch.places, together.ids, strict=True):
-        (alone,) = batches([prompts[place]], 1, None, 0)
-        assert answer(model, methods, alone).ids == [ids]
+    assert batch.indices == (0, 2, 1, 3) and batch.length == 40 and batch.ids.shape == (4, 44)
+    together = run_batch(model, methods, batch)
+    for index, ids in zip(batch.indices, together.ids, strict=True):
+        (alone,) = batches([prompts[index]], 1, None, 0)
+        assert run_batch(model, methods, alone).ids == [ids]
 
 
-def test_a_padded_batch_says_where_each_prompt_begins() -> None:
-    """GPT-2 has learnt positions: counted from the padding on, they would be other ones."""
+def test_a_padded_batch_has_each_prompts_positions() -> None:
+    """GPT-2 has learned positions, which would differ if they counted the padding."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=260, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5)
-    model, prompts = GPT2LMHeadModel(config).eval(), asked(40, 43, context=64)
+    model, prompts = GPT2LMHeadModel(config).eval(), encoded(40, 43, context=64)
     (batch,) = batches(prompts, 2, None, 0)
-    alone = [answer(model, (), single).ids[0] for single in batches(prompts, 1, None, 0)]
-    assert answer(model, (), batch).ids == alone
+    alone = [run_batch(model, (), single).ids[0] for single in batches(prompts, 1, None, 0)]
+    assert run_batch(model, (), batch).ids == alone
     assert len({tuple(ids) for ids in alone}) == 2
 
 
-def test_batches_are_of_like_length_and_within_their_size() -> None:
-    made = batches(asked(100, 50, 105, 52, 760, 51, 104), 3, None, 0)
-    assert [batch.places for batch in made] == [(1, 5, 3), (0, 6, 2), (4,)]
-    assert [batch.places for batch in batches(asked(9, 5, 7), 1, None, 0)] == [(0,), (1,), (2,)]
-    assert len(batches(asked(761, 763), 2, None, 0)) == 2  # one of them runs past the context
+def test_batches_have_similar_lengths_and_at_most_their_size() -> None:
+    found = batches(encoded(100, 50, 105, 52, 760, 51, 104), 3, None, 0)
+    assert [batch.indices for batch in found] == [(1, 5, 3), (0, 6, 2), (4,)]
+    assert [batch.indices for batch in batches(encoded(9, 5, 7), 1, None, 0)] == [(0,), (1,), (2,)]
+    assert len(batches(encoded(761, 763), 2, None, 0)) == 2  # one of them exceeds the context
 
 
-def test_the_loss_is_that_of_the_answer_after_the_prompt(model: PreTrainedModel) -> None:
-    prompts, answers = asked(40, 42), [[100, 101, 102], [99]]
+def test_the_loss_covers_the_answer_after_the_prompt(model: PreTrainedModel) -> None:
+    prompts, answers = encoded(40, 42), [[100, 101, 102], [99]]
     (batch,) = batches(prompts, 2, answers, 0)
-    found = answer(model, (), batch).losses
+    found = run_batch(model, (), batch).losses
     for prompt, ids, loss in zip(prompts, answers, found or [], strict=True):
         whole = torch.cat([prompt.ids, torch.tensor([ids])], 1)
         with torch.inference_mode():
@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_the_answer_after_the_prompt(model: PreTrainedModel)
         assert loss == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_loss_in_a_comparison(decoder: Path, prompts: Path, tmp_path: Path) -> None:
+def test_compare_measures_losses(decoder: Path, prompts: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"model": str(decoder), "task": str(prompts), "methods": ["sink_recent"], "budget": 0.1}
     found = compare(**settings, score="loss", out=tmp_path / "alone")
     together = compare(**settings, score="loss", batch=3, out=tmp_path / "together")
@@ -91,54 +91,54 @@ def test_a_loss_in_a_comparison(decoder: Path, prompts: Path, tmp_path: Path) ->
         assert [a.score for a in one.answers] == pytest.approx([a.score for a in other.answers], abs=1e-4)
 
 
-def test_an_answer_ends_where_the_model_ends_it(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_ends_at_a_stop_token(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(decoder)
     file = write_prompts(tmp_path / "one.jsonl", ["abc"], answer="hi")
-    said = [*tokenizer("hi", add_special_tokens=False).input_ids, tokenizer.eos_token_id, 100]
-    honest = answer
+    tokens = [*tokenizer("hi", add_special_tokens=False).input_ids, tokenizer.eos_token_id, 100]
+    original = run_batch
 
     def ends(*args: Any, **more: Any) -> Any:
-        found = honest(*args, **more)
-        found.ids[0][:] = said
+        found = original(*args, **more)
+        found.ids[0][:] = tokens
         return found
 
-    monkeypatch.setattr("foveate.bench.comparison.turns.answer", ends)
+    monkeypatch.setattr("foveate.bench.comparison.interleaved.run_batch", ends)
     rows = compare(model=str(decoder), task=str(file), methods=["full"], score="exact", out=tmp_path / "out").rows
     assert (rows[0].answers[0].output, rows[0].score) == ("hi", 1.0)
 
 
 @torch.inference_mode()
-def test_live_memory_is_the_cache_and_nothing_else(model: PreTrainedModel) -> None:
-    """After the answer the full cache is alive, to the byte, beside the few bytes of the last token."""
-    (batch,) = batches(asked(200), 1, None, 0)
+def test_live_memory_is_only_the_cache(model: PreTrainedModel) -> None:
+    """After the answer exactly the full cache is live, besides a few bytes of the last token."""
+    (batch,) = batches(encoded(200), 1, None, 0)
     cache = 2 * 3 * 2 * 8 * 4 * (200 + 5)  # keys and values, layers, heads, channels, bytes, tokens read
-    _, after, peak = (1e6 * value for value in memory(model, (), batch))
+    _, after, peak = (1e6 * value for value in memory_use(model, (), batch))
     assert cache <= after <= cache + 600 and peak > after
-    _, evicted, _ = (1e6 * value for value in memory(model, (SinkRecent(sink=4, recent=36),), batch))
+    _, evicted, _ = (1e6 * value for value in memory_use(model, (SinkRecent(sink=4, recent=36),), batch))
     assert evicted < 0.35 * cache
 
 
 @torch.inference_mode()
-def test_what_a_method_holds_on_to_is_counted(model: PreTrainedModel) -> None:
-    class Hoards(Method):
+def test_tensors_that_a_method_holds_are_counted(model: PreTrainedModel) -> None:
+    class HoldsTensors(Method):
         def __init__(self) -> None:
             self.held: list[torch.Tensor] = []
 
         def read(self, site: object, out: torch.Tensor) -> None:
             self.held.append(torch.zeros(1000))
 
-    (batch,) = batches(asked(50, new=3), 1, None, 0)
-    plain, hoarded = memory(model, (), batch), memory(model, (Hoards(),), batch)
-    assert 1e6 * (hoarded[0] - plain[0]) == pytest.approx(3 * 4000, abs=200)
-    assert 1e6 * (hoarded[1] - plain[1]) == pytest.approx(9 * 4000, abs=200)
+    (batch,) = batches(encoded(50, new=3), 1, None, 0)
+    plain, holding = memory_use(model, (), batch), memory_use(model, (HoldsTensors(),), batch)
+    assert 1e6 * (holding[0] - plain[0]) == pytest.approx(3 * 4000, abs=200)
+    assert 1e6 * (holding[1] - plain[1]) == pytest.approx(9 * 4000, abs=200)
 
 
-def test_peak_and_live_bytes_count_what_is_alive() -> None:
+def test_peak_and_live_bytes_follow_the_tensors() -> None:
     def work() -> None:
         a = torch.zeros(1000)
-        b = a + 1  # both alive: 8,000 bytes
+        b = a + 1  # both live: 8,000 bytes
         del a
-        c = b.view(10, 100)  # a view costs nothing
+        c = b.view(10, 100)  # a view takes no memory
         c + 1
 
     assert peak_bytes(work, CPU) == 8000
@@ -150,4 +150,4 @@ def test_peak_and_live_bytes_count_what_is_alive() -> None:
         assert (counted.now, counted.peak) == (2000, 4800)
         part = kept[:10]
         del kept
-        assert counted.now == 2000 and part.numel() == 10  # a view keeps all of what it looks at
+        assert counted.now == 2000 and part.numel() == 10  # a view keeps its whole storage

@@ -1,4 +1,4 @@
-"""The reference run, on the lab: a shared reading changes no answer, what is known is not measured again."""
+"""The reference run on the lab model: a shared prefill changes no answer, and known results are reused."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from foveate.bench.known import FULL, PACKED
 from foveate.bench.methods import Contender
-from foveate.bench.policies import calibrate, shared, times
+from foveate.bench.policies import calibrate, shared_prefill, times
 from foveate.bench.policies.plan import Plan, policies, quick, whole
 from foveate.bench.policies.run import JOURNAL, RESULTS, run
-from foveate.bench.policies.shared import alive, copied, go_on, read
+from foveate.bench.policies.shared_prefill import copy_cache, decode, live_bytes, prefill
 from foveate.cli import app
 from foveate.core.errors import FoveateError
 from foveate.host import apply
@@ -34,7 +34,7 @@ TINY = Plan(
 
 
 class Watch:
-    """Progress that is counted, and that can pull the plug."""
+    """Counts progress, and interrupts the run after `stop_at` steps."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.labels: list[str] = []
@@ -53,7 +53,7 @@ class Watch:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The lab as somebody's own folder, so that nothing is written beside the package's."""
+    """Copy the lab to a folder, so that nothing is written into the package."""
     to = tmp_path_factory.mktemp("models") / "lab"
     shutil.copytree(LABS["lm"].path, to)
     (to / "duo_attention.safetensors").unlink()
@@ -62,9 +62,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def short_probe() -> Iterator[None]:
-    """Razor's probe on a few tokens: the lab needs no more."""
+    """Shorten RazorAttention's probe, which is enough for the lab."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "RANDOM", 48)
+        patch.setattr(calibrate, "PROBE", 48)
         yield
 
 
@@ -79,16 +79,16 @@ def found(folder: Path, short_probe: None, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each continuation of a reading had."""
+    """Record the number of rows of each `decode` call."""
     seen: list[int] = []
-    original = shared.go_on
+    original = shared_prefill.decode
 
-    def counted(model: Any, methods: Any, reading: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(len(reading.ids))
-        return original(model, methods, reading, *args, **kwargs)
+    def counted(model: Any, methods: Any, prefilled: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(prefilled.ids))
+        return original(model, methods, prefilled, *args, **kwargs)
 
     for module in ("answers", "losses", "times"):
-        monkeypatch.setattr(f"foveate.bench.policies.{module}.go_on", counted)
+        monkeypatch.setattr(f"foveate.bench.policies.{module}.decode", counted)
     return seen
 
 
@@ -100,67 +100,67 @@ def prompts(count: int = 3, length: int = 900) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("key", ["full", "sink_recent", "duo_attention", "razor_attention", "recycled_attention"])
-def test_a_shared_reading_changes_no_answer(key: str) -> None:
+def test_a_shared_prefill_changes_no_answer(key: str) -> None:
     model, _ = lab()
     ids, new = prompts(), 7
     contender = Contender(key, lab_host(), 0.3)
-    contender.learn(lambda cls, key: {"gates": lab_gates()} if key == "duo_attention" else {})
-    said = go_on(model, contender.at(ids.shape[1]), read(model, ids), new)
+    contender.calibrate(lambda cls, key: {"gates": lab_gates()} if key == "duo_attention" else {})
+    decoded = decode(model, contender.at(ids.shape[1]), prefill(model, ids), new)
     with torch.no_grad(), apply(model, *contender.at(ids.shape[1])) as alone:
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
-    assert torch.equal(said.ids, whole[:, ids.shape[1] :])
-    assert said.kept == pytest.approx(alone.stats.kept, abs=1e-3)
-    assert said.losses is None and len(said.seconds) == new
+    assert torch.equal(decoded.ids, whole[:, ids.shape[1] :])
+    assert decoded.kept == pytest.approx(alone.stats.kept, abs=1e-3)
+    assert decoded.losses is None and len(decoded.seconds) == new
 
 
-def test_forced_losses_are_the_model_s_own() -> None:
+def test_forced_losses_are_the_models_own() -> None:
     model, _ = lab()
     ids = prompts(2)
     cut = ids.shape[1] - 9
-    said = go_on(model, (), read(model, ids[:, :cut]), 9, ids[:, cut:])
+    decoded = decode(model, (), prefill(model, ids[:, :cut]), 9, ids[:, cut:])
     with torch.no_grad():
         logits = model(ids).logits[:, cut - 1 : -1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, cut:].flatten(), reduction="none")
-    torch.testing.assert_close(said.losses.flatten(), expected, rtol=1e-3, atol=1e-4)
-    assert (said.kept, said.read) == (1.0, 1.0)
+    torch.testing.assert_close(decoded.losses.flatten(), expected, rtol=1e-3, atol=1e-4)
+    assert (decoded.kept, decoded.read) == (1.0, 1.0)
 
 
-def test_a_reading_serves_many() -> None:
+def test_a_prefill_serves_many_policies() -> None:
     model, _ = lab()
-    reading = read(model, prompts(1))
-    before = [layer.keys.clone() for layer in reading.cache.layers]
+    prefilled = prefill(model, prompts(1))
+    before = [layer.keys.clone() for layer in prefilled.cache.layers]
     contender = Contender("sink_recent", lab_host(), 0.3)
-    first = go_on(model, contender.at(900), reading, 4)
-    again = go_on(model, contender.at(900), reading, 4)
+    first = decode(model, contender.at(900), prefilled, 4)
+    again = decode(model, contender.at(900), prefilled, 4)
     assert torch.equal(first.ids, again.ids)
-    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(reading.cache.layers, before, strict=True))
-    own = copied(reading.cache)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(prefilled.cache.layers, before, strict=True))
+    own = copy_cache(prefilled.cache)
     own.layers[0].keys.zero_()
-    assert torch.equal(reading.cache.layers[0].keys, before[0])
+    assert torch.equal(prefilled.cache.layers[0].keys, before[0])
 
 
-def test_what_is_read_is_counted_after_the_prompt() -> None:
+def test_reads_are_counted_after_the_prompt() -> None:
     model, _ = lab()
     contender = Contender("sink_recent", lab_host(), 0.25)
-    said = go_on(model, contender.at(900), read(model, prompts(1)), 4)
-    assert 0.24 < said.kept < 0.27 and 0.24 < said.read < 0.27
+    decoded = decode(model, contender.at(900), prefill(model, prompts(1)), 4)
+    assert 0.24 < decoded.kept < 0.27 and 0.24 < decoded.read < 0.27
 
 
-def test_live_memory_is_that_of_tensors() -> None:
+def test_live_memory_counts_tensors() -> None:
     device = torch.device("cpu")
-    before = alive(device)
+    before = live_bytes(device)
     kept = torch.zeros(1000, 256)
     views = [kept[i] for i in range(10)]
-    gone = torch.zeros(1000, 256)
-    del gone
-    assert alive(device) - before == 1000 * 256 * 4
+    freed = torch.zeros(1000, 256)
+    del freed
+    assert live_bytes(device) - before == 1000 * 256 * 4
     del kept
-    assert alive(device) - before == 1000 * 256 * 4, "a view holds it all"
+    assert live_bytes(device) - before == 1000 * 256 * 4, "a view keeps its whole storage"
     del views
-    assert alive(device) == before
+    assert live_bytes(device) == before
 
 
-def test_every_figure_is_there(found: tuple[dict[str, Any], Path]) -> None:
+def test_every_figure_is_present(found: tuple[dict[str, Any], Path]) -> None:
     result, out = found
     assert json.loads((out / RESULTS).read_text()) == json.loads(json.dumps(result))
     (model,) = result["models"]
@@ -193,21 +193,21 @@ def test_nothing_is_measured_twice(
         raise AssertionError("read again")
 
     for module in ("answers", "losses", "times"):
-        monkeypatch.setattr(f"foveate.bench.policies.{module}.read", not_again)
+        monkeypatch.setattr(f"foveate.bench.policies.{module}.prefill", not_again)
     again = run([str(folder)], TINY, out, Watch())
     assert measured == [] and json.dumps(again) == json.dumps(result)
 
 
-def test_more_budgets_and_examples_add_to_what_is_known(
+def test_more_examples_add_to_known_results(
     found: tuple[dict[str, Any], Path], folder: Path, measured: list[int], tmp_path: Path
 ) -> None:
     shutil.copy(found[1] / JOURNAL, tmp_path / JOURNAL)
     only = replace(TINY, losses=(), times=())
     run([str(folder)], replace(only, examples=4), tmp_path, Watch())
-    assert measured == [2, 2, 2, 2], "the second batch alone, under each of four"
+    assert measured == [2, 2, 2, 2], "only the second batch, under each of four contenders"
 
 
-def test_an_interrupted_run_goes_on(folder: Path, measured: list[int], tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes(folder: Path, measured: list[int], tmp_path: Path) -> None:
     only = replace(TINY, losses=(), times=())
     with pytest.raises(KeyboardInterrupt):
         run([str(folder)], only, tmp_path, Watch(stop_at=2))
@@ -218,7 +218,7 @@ def test_an_interrupted_run_goes_on(folder: Path, measured: list[int], tmp_path:
     assert len(measured) == 16
 
 
-def test_what_the_full_cache_fails_is_not_put_to_the_others(folder: Path, measured: list[int], tmp_path: Path) -> None:
+def test_policies_skip_tasks_that_the_full_cache_fails(folder: Path, measured: list[int], tmp_path: Path) -> None:
     only = replace(TINY, tasks=("common_words", "niah_multikey"), characters=1100, losses=(), times=())
     (model,) = run([str(folder)], only, tmp_path, Watch())["models"]
     assert measured == [2, 1, 2, 2, 2, 2, 1, 1, 1, 1]
@@ -228,7 +228,7 @@ def test_what_the_full_cache_fails_is_not_put_to_the_others(folder: Path, measur
     assert full["scores"]["all"] == full["scores"]["niah_multikey"]
 
 
-def test_other_weights_have_no_old_answers(
+def test_other_weights_reuse_no_answers(
     found: tuple[dict[str, Any], Path], folder: Path, measured: list[int], tmp_path: Path
 ) -> None:
     shutil.copy(found[1] / JOURNAL, tmp_path / JOURNAL)
@@ -237,7 +237,7 @@ def test_other_weights_have_no_old_answers(
     assert measured == [2, 2, 1, 1]
 
 
-def test_a_policy_that_fails_is_a_row(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_policy_is_a_row(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Contender.at
 
     def at(self: Contender, length: int) -> Any:
@@ -254,7 +254,7 @@ def test_a_policy_that_fails_is_a_row(folder: Path, tmp_path: Path, monkeypatch:
     assert "sink_recent" not in report.short(result)
 
 
-def test_the_page_shows_what_was_found(found: tuple[dict[str, Any], Path]) -> None:
+def test_the_page_shows_the_results(found: tuple[dict[str, Any], Path]) -> None:
     result, _ = found
     page, short = report.page(result), report.short(result)
     sink = result["models"][0]["rows"][2]
@@ -266,15 +266,15 @@ def test_the_page_shows_what_was_found(found: tuple[dict[str, Any], Path]) -> No
     assert len(widths) == 1
 
 
-def test_the_catalogue_s_policies_all_take_part() -> None:
+def test_all_policies_of_the_catalogue_take_part() -> None:
     assert {"sink_recent", "duo_attention", "razor_attention", "token_select", "tidal_decode"} < set(policies())
     assert whole().methods == quick().methods == policies()
     assert len(whole().contenders) == 2 + 3 * len(policies()) and len(quick().contenders) == 2 + len(policies())
-    assert times.READINGS > 1
+    assert times.PREFILL_ROUNDS > 1
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (dict(methods=("sinks",)), 'unknown method "sinks"'),
         (dict(tasks=("needle in hay",)), "unknown task"),
@@ -284,10 +284,10 @@ def test_the_catalogue_s_policies_all_take_part() -> None:
         (dict(horizon=0), "horizon=0"),
     ],
 )
-def test_bad_plans_are_refused(change: dict[str, Any], says: str) -> None:
+def test_bad_plans_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(FoveateError) as caught:
         replace(TINY, **change)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_prompts_past_the_context_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_prompts_past_the_context_are_refused(folder: Path, tmp_path: Path) -> N
         run([str(folder)], replace(TINY, characters=5000, losses=(), times=()), tmp_path, Watch())
 
 
-def test_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+def test_the_command_runs_and_refuses(folder: Path, tmp_path: Path) -> None:
     sizes = "--methods sink_recent --budgets 0.3 --tasks niah_single --examples 1 --characters 600 --losses 96"
     out = tmp_path / "out"
     command = ["bench", "policies", "--model", str(folder), "--out", str(out)]

@@ -1,4 +1,4 @@
-"""`Comparison`: ratios, settings for resuming, and the way to results.json and back."""
+"""`Comparison`: ratios, settings, and saving and loading results.json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_row(method: str = "full", **values) -> Row:
 
 
 def timed(*pairs: tuple[float, float]) -> list[Answer]:
-    """Answers that took so long to decode, beside the baseline."""
+    """Create answers with decoding times and the baseline's."""
     return [Answer("p", "e", "e", 1.0, decode_ms=own, base_decode_ms=base) for own, base in pairs]
 
 
@@ -39,7 +39,7 @@ def test_ratio_is_to_the_baseline():
 
 
 def test_ratios_of_times_are_paired_prompt_by_prompt():
-    """A machine that becomes ten times as slow halfway changes nothing."""
+    """A machine that becomes ten times slower halfway does not change the ratio."""
     duo = make_row("duo", answers=timed((2, 4), (2.2, 4), (30, 60), (19, 40)), decode_ms=1000.0)
     comparison = make_comparison(make_row(), duo)
     assert comparison.paired(duo, "decode_ms") == (0.5, 0.475, 0.55)
@@ -51,7 +51,7 @@ def test_ratios_of_times_are_paired_prompt_by_prompt():
     ([0.5, 0.5, 0.5], True), ([4.0, 6.0, 7.9], True), ([0.9, 1.0, 1.1], True), ([0.08, 0.5, 1.5], False),
     ([0.7, 1.0, 1.2], False), ([3.0, 5.0, 6.1], False),
 ])  # fmt: skip
-def test_a_ratio_is_withheld_where_its_spread_makes_it_meaningless(ratios, is_certain):
+def test_an_uncertain_ratio_is_withheld(ratios, is_certain):
     duo = make_row("duo", answers=timed(*[(ratio, 1.0) for ratio in ratios]))
     comparison = make_comparison(make_row(), duo)
     assert comparison.paired(duo, "decode_ms").is_certain == is_certain
@@ -66,7 +66,7 @@ def test_two_prompts_give_no_ratio_of_times():
     assert make_comparison(make_row(), duo).paired(duo, "decode_ms") is None
 
 
-def test_a_row_sums_up_its_answers():
+def test_a_row_summarises_its_answers():
     answers = [
         Answer("p", "e", "e", 1.0, 9, 0.4, 0.3, 10.0, 2.0),
         Answer("p", "e", "e", 0.0, 9, 0.2, 0.1, 30.0, 4.0),
@@ -93,7 +93,7 @@ def test_ratio_of_a_missing_number_is_none():
     assert make_comparison(make_row(), lost).ratio(lost, "peak_mb") is None
 
 
-def test_ratio_refuses_what_is_not_measured():
+def test_ratio_refuses_unknown_measures():
     with pytest.raises(OptionError, match='measure="title" must be one of score, '):
         make_comparison(make_row()).ratio(make_row(), "title")
 
@@ -110,7 +110,7 @@ def test_json_round_trip_is_lossless(tmp_path):
     assert Comparison.load(path) == comparison
 
 
-def test_any_text_survives_the_file(tmp_path):
+def test_any_text_survives_saving(tmp_path):
     texts = [
         "naïve ☃ 日本語",
         "</script><b>",
@@ -122,13 +122,13 @@ def test_any_text_survives_the_file(tmp_path):
     row = make_row()
     row.answers[:] = [Answer(text, text, text, 1.0, error=text) for text in texts]
     comparison = make_comparison(row)
-    said = Comparison.load(comparison.save(tmp_path / "results.json")).rows[0].answers
-    assert [(answer.prompt, answer.expected, answer.output, answer.error) for answer in said] == [
+    loaded = Comparison.load(comparison.save(tmp_path / "results.json")).rows[0].answers
+    assert [(answer.prompt, answer.expected, answer.output, answer.error) for answer in loaded] == [
         (text,) * 4 for text in texts
     ]
 
 
-def test_numbers_that_json_lacks_become_null_and_read_as_nan():
+def test_non_finite_numbers_become_null_and_load_as_nan():
     row = make_row("duo", prefill_ms=math.nan, peak_mb=math.inf, score=-math.inf)
     row.options["rate"] = math.inf
     text = make_comparison(row).to_json()
@@ -148,7 +148,7 @@ def test_options_become_plain_data():
     assert options == {"sink": 4, "keep": 0.5, "heads": [1, True], "path": "/a", "nested": {"1": None}}
 
 
-def test_settings_identify_the_run_whatever_was_measured_yet():
+def test_settings_do_not_depend_on_the_rows():
     empty, full = make_comparison(), make_comparison(make_row())
     assert empty.settings() == full.settings()
     assert "rows" not in full.settings()
@@ -158,7 +158,7 @@ def test_settings_identify_the_run_whatever_was_measured_yet():
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"model": "other"}, {"budget": 0.5}, {"examples": 3}, {"digest": "0"}, {"metric": "exact"}]
 )
-def test_settings_differ_where_runs_do(change):
+def test_settings_differ_between_different_runs(change):
     assert make_comparison(**change).settings() != make_comparison().settings()
 
 
@@ -190,7 +190,7 @@ def broken(change) -> str:
         (broken(lambda it: it["rows"][0]["answers"][1].pop("output")), r"rows\[0\].answers\[1\].output is missing"),
     ],
 )
-def test_a_malformed_file_is_one_line_that_names_the_field(tmp_path, text, message):
+def test_a_malformed_file_is_refused_by_its_field(tmp_path, text, message):
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(FoveateError, match=message) as caught:

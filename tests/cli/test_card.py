@@ -1,4 +1,4 @@
-"""Cards are read from the source, so their reader is tested on sources of every shape that a system may have."""
+"""Cards are read from sources of every form that a system may have."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from foveate.kv.base import Policy as Base
 
 @dataclass
 class Derived(Base):
-    """What it does.
+    """Describe it.
 
     More of it.
     """
@@ -70,24 +70,24 @@ DERIVED = ["budget: float = 0.5", "seed: int = 7", "heads: list[int] = list()", 
 @pytest.mark.parametrize(
     ("name", "doc", "options"),
     [
-        ("Derived", "What it does.\n\nMore of it.", DERIVED),
+        ("Derived", "Describe it.\n\nMore of it.", DERIVED),
         ("Inherits", "", DERIVED),
         ("Generic", "Bases that cannot be followed are left out.", DERIVED),
         ("Built", "Has its own arguments.", ["dim", "heads: int = 8", "keep: 'int | float' = 0.5", "must: bool"]),
         ("function", "A function.", ["q", "scale: float | None = None"]),
     ],
 )
-def test_read_card(name: str, doc: str, options: list[str]) -> None:
+def test_a_card_has_docstring_and_options(name: str, doc: str, options: list[str]) -> None:
     found = read_card(f"foveate.kv:{name}")
     assert found.doc == doc
     assert found.options == options
 
 
 @pytest.mark.usefixtures("package")
-def test_what_is_not_there() -> None:
-    with pytest.raises(CatalogError, match=r"the source of foveate\.kv defines no Nothing"):
+def test_missing_names_and_modules_are_refused() -> None:
+    with pytest.raises(CatalogError, match=r"must be defined in foveate\.kv; its source has no Nothing"):
         read_card("foveate.kv:Nothing")
-    with pytest.raises(CatalogError, match=r"no module foveate\.vk"):
+    with pytest.raises(CatalogError, match=r"module='foveate\.vk' must be a module of foveate"):
         read_card("foveate.vk:Derived")
 
 

@@ -1,4 +1,4 @@
-"""The command line: what it passes on, what it prints where, and its exit codes."""
+"""The command line: arguments, output and exit codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from foveate.cli import app
 from foveate.core import catalog
 from foveate.core.catalog import System, Taxonomy
 from foveate.core.catalog_rows import Shelf
-from foveate.core.errors import OptionError
+from foveate.core.errors import Interrupted, OptionError
 from foveate.labs import LABS, Lab
 
 
@@ -39,7 +39,7 @@ def comparison() -> Comparison:
 
 
 class FakeCompare:
-    """Stands in for the measuring: notes its arguments, then does what the test wants."""
+    """Replaces `compare`: records its arguments, then returns or raises."""
 
     def __init__(self) -> None:
         self.raises: BaseException | None = None
@@ -74,7 +74,7 @@ def test_version_and_help() -> None:
 @pytest.mark.parametrize(
     "args", [["--help"], ["--version"], ["systems"], ["systems", "--json"], ["labs"], ["compare", "-h"]]
 )
-def test_what_answers_without_torch(args: list[str]) -> None:
+def test_some_commands_run_without_torch(args: list[str]) -> None:
     code = (
         "import sys\nfrom foveate.cli import main\n"
         "try: main(sys.argv[1:])\n"
@@ -84,7 +84,7 @@ def test_what_answers_without_torch(args: list[str]) -> None:
     assert found.returncode == 0, found.stderr
 
 
-def test_the_module_runs_too() -> None:
+def test_the_module_runs_as_a_command() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "foveate", "systems", "nothing_like_it"], check=False, capture_output=True
     )
@@ -101,7 +101,7 @@ def test_wrong_usage_exits_with_2(args: list[str]) -> None:
     assert run(*args).exit_code == 2
 
 
-def test_compare_passes_everything_on(compare: FakeCompare, tmp_path: Path) -> None:
+def test_compare_passes_all_options(compare: FakeCompare, tmp_path: Path) -> None:
     options = (
         "--model some/model --task t.jsonl --methods full,duo_attention,,  --budget 0.2 --examples 3 --length 300 "
         "--seed 7 --device cuda --dtype bfloat16 --fresh --trust-remote-code --score exact --batch 2 "
@@ -132,7 +132,7 @@ def test_compare_passes_everything_on(compare: FakeCompare, tmp_path: Path) -> N
     }
 
 
-def test_compare_with_a_config_file(compare: FakeCompare, tmp_path: Path) -> None:
+def test_compare_reads_a_config_file(compare: FakeCompare, tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text('methods = ["sink_recent", "packed"]\nbudget = 0.2\nnew_tokens = 3\nrenumber = true\n', "utf-8")
     result = run("compare", "--config", config, "--budget", 0.3, "--out", tmp_path)
@@ -142,16 +142,16 @@ def test_compare_with_a_config_file(compare: FakeCompare, tmp_path: Path) -> Non
 
 
 def test_a_config_file_may_name_several_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config, asked = tmp_path / "p.toml", []
+    config, given = tmp_path / "p.toml", []
 
     def fake(models: list[str], *_: object, **__: object) -> dict:
-        asked.extend(models)
+        given.extend(models)
         raise OptionError("enough")
 
     monkeypatch.setattr("foveate.bench.policies.run.run", fake)
     config.write_text('model = ["a", "b"]\nquick = true\n', "utf-8")
     assert run("bench", "policies", "--config", config).exit_code == 2
-    assert asked == ["a", "b"]
+    assert given == ["a", "b"]
 
 
 def test_compare_defaults(compare: FakeCompare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,13 +159,13 @@ def test_compare_defaults(compare: FakeCompare, tmp_path: Path, monkeypatch: pyt
     assert run("compare").exit_code == 0
     assert compare.given["out"] == Path("foveate-compare")
     assert compare.given["budget"] == 0.35
-    left = [name for name, value in compare.given.items() if value is None]
-    assert left == [
+    unset = [name for name, value in compare.given.items() if value is None]
+    assert unset == [
         "model", "task", "methods", "examples", "length", "score", "prompt_field", "answer_field", "new_tokens",
     ]  # fmt: skip
 
 
-def test_compare_prints_a_table_and_where_the_files_are(compare: FakeCompare, tmp_path: Path) -> None:
+def test_compare_prints_a_table_and_the_files(compare: FakeCompare, tmp_path: Path) -> None:
     result = run("compare", "--out", tmp_path)
     assert result.exit_code == 0
     assert "duo_attention" in result.stdout.lower().replace(" ", "_")
@@ -174,14 +174,14 @@ def test_compare_prints_a_table_and_where_the_files_are(compare: FakeCompare, tm
         assert name in result.stdout
 
 
-def test_compare_json_is_all_of_stdout(compare: FakeCompare, tmp_path: Path) -> None:
+def test_compare_json_is_the_only_output(compare: FakeCompare, tmp_path: Path) -> None:
     result = run("compare", "--json", "--out", tmp_path)
     assert Comparison.from_json(result.stdout) == comparison()
     assert (tmp_path / "report.html").is_file()
 
 
-def test_compare_interrupted(compare: FakeCompare, tmp_path: Path) -> None:
-    compare.raises = KeyboardInterrupt(3, 7)
+def test_an_interrupt_reports_the_kept_answers(compare: FakeCompare, tmp_path: Path) -> None:
+    compare.raises = Interrupted(3, 7)
     result = run("compare", "--out", tmp_path)
     assert result.exit_code == 1
     assert result.stderr.strip().endswith(
@@ -190,14 +190,14 @@ def test_compare_interrupted(compare: FakeCompare, tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_request_to_terminate_is_handled_as_ctrl_c(compare: FakeCompare, tmp_path: Path) -> None:
+def test_sigterm_is_handled_like_ctrl_c(compare: FakeCompare, tmp_path: Path) -> None:
     class Terminates(FakeCompare):
         def __call__(self, **given: object) -> Comparison:
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
             except KeyboardInterrupt:
-                raise KeyboardInterrupt(1, 2) from None
-            raise AssertionError("went on")
+                raise Interrupted(1, 2) from None
+            raise AssertionError("not interrupted")
 
     sys.modules["foveate.bench.comparison.run"].compare = Terminates()  # type: ignore[attr-defined]
     before = signal.getsignal(signal.SIGTERM)
@@ -210,10 +210,10 @@ def test_help_lists_methods_tasks_and_scores() -> None:
     shown = " ".join(run("compare", "--help").output.replace("│", " ").split())
     for name in ("sink_recent", "act_calibration", "sliding_window", "needle", "mqar", "first-number", "rouge", "loss"):
         assert name in shown
-    assert not re.search(r"(?<![a-z_])efficient_attention", shown)  # reads no prompt: it is not causal
+    assert not re.search(r"(?<![a-z_])efficient_attention", shown)  # it is not causal and cannot read a prompt
 
 
-def test_compare_interrupted_while_loading(compare: FakeCompare, tmp_path: Path) -> None:
+def test_an_interrupt_while_loading_is_reported(compare: FakeCompare, tmp_path: Path) -> None:
     compare.raises = KeyboardInterrupt()
     result = run("compare", "--out", tmp_path)
     assert result.exit_code == 1
@@ -235,10 +235,10 @@ def test_compare_shows_bugs_as_bugs(compare: FakeCompare, tmp_path: Path) -> Non
     assert isinstance(result.exception, ZeroDivisionError)
 
 
-def test_compare_with_no_method_named(compare: FakeCompare) -> None:
+def test_compare_needs_a_method(compare: FakeCompare) -> None:
     result = run("compare", "--methods", " , ")
     assert result.exit_code == 2
-    assert 'methods=" , " names none' in result.stderr
+    assert 'methods=" , " must name keys' in result.stderr
     assert compare.given == {}
 
 
@@ -276,7 +276,7 @@ def two_systems(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("two_systems")
-def test_systems_table_and_filters() -> None:
+def test_systems_prints_a_table_and_filters() -> None:
     everything = run("systems")
     assert "[bold]A Title[/bold] in brackets" in everything.stdout
     assert "needles" in everything.stdout
@@ -289,7 +289,7 @@ def test_systems_table_and_filters() -> None:
 
 
 @pytest.mark.usefixtures("two_systems")
-def test_systems_json() -> None:
+def test_systems_prints_json() -> None:
     keys = [row["key"] for row in json.loads(run("systems", "--json").stdout)]
     assert keys == ["bar_like", "needles"]
     card = json.loads(run("systems", "needles", "--json").stdout)
@@ -298,7 +298,7 @@ def test_systems_json() -> None:
 
 
 @pytest.mark.usefixtures("two_systems")
-def test_systems_card() -> None:
+def test_systems_prints_a_card() -> None:
     shown = run("systems", "bar_like").stdout
     for part in (
         "[bold]A Title[/bold] in brackets (2024)",
@@ -325,25 +325,25 @@ def weights(path: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(60))
 
 
-def test_labs_lists_what_is_there(labs: Path) -> None:
-    assert "not there" in run("labs").stdout
+def test_labs_lists_present_checkpoints(labs: Path) -> None:
+    assert "missing" in run("labs").stdout
     weights(labs / "model.safetensors")
     (row,) = json.loads(run("labs", "list", "--json").stdout)
     assert row["parameters"] == 15
     assert row["bytes"] == (labs / "model.safetensors").stat().st_size
     assert run("labs", "--json").stdout == run("labs", "list", "--json").stdout
-    assert "not there" not in run("labs", "list").stdout
+    assert "missing" not in run("labs", "list").stdout
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"\xff" * 16, b"\x02\0\0\0\0\0\0\0[]"])
-def test_labs_with_a_broken_checkpoint(labs: Path, content: bytes) -> None:
+def test_labs_refuses_a_damaged_checkpoint(labs: Path, content: bytes) -> None:
     (labs / "model.safetensors").write_bytes(content)
     result = run("labs")
     assert result.exit_code == 2
     assert "is not a safetensors file" in result.stderr
 
 
-def test_labs_train(labs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_labs_train_writes_a_checkpoint(labs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: dict = {}
 
     def train(*, out: Path, seed: int | None, progress) -> dict:
@@ -368,7 +368,7 @@ def test_labs_train(labs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert given["seed"] is None
 
 
-def test_labs_train_interrupted(labs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_labs_train_can_be_interrupted(labs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def train(**_: object) -> dict:
         raise KeyboardInterrupt
 
@@ -381,7 +381,7 @@ def test_labs_train_interrupted(labs: Path, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.usefixtures("labs")
-def test_labs_train_unknown() -> None:
+def test_labs_train_refuses_unknown_names() -> None:
     result = run("labs", "train", "toyy")
     assert result.exit_code == 2
     assert 'unknown lab "toyy"; did you mean "toy"?' in result.stderr

@@ -1,4 +1,4 @@
-"""`foveate compare` as processes: two on one folder, one that is asked to terminate, and one that takes up its work."""
+"""`foveate compare` as processes: two in one folder, one that is terminated, and one that resumes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def command(out: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_second_run_is_refused_and_a_terminated_one_is_taken_up(tmp_path: Path) -> None:
+def test_a_second_run_is_refused_and_a_terminated_one_resumes(tmp_path: Path) -> None:
     out, journal = tmp_path / "out", tmp_path / "out" / "answers.jsonl"
     first = subprocess.Popen(command(out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not journal.exists():
             assert first.poll() is None, first.stderr and first.stderr.read()
             time.sleep(0.05)
-        first.send_signal(signal.SIGSTOP)  # it holds the folder, and gets no further, while the second one asks
+        first.send_signal(signal.SIGSTOP)  # it holds the folder and pauses while the second one starts
         second = subprocess.run(command(out), check=False, capture_output=True, text=True)
         assert second.returncode == 2 and second.stdout == ""
         assert second.stderr.splitlines()[-1] == (

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, lines in a log."""
+"""Progress is a bar on a terminal and lines in a log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from foveate.cli.console import Bar, duration
 
 
 class Clock:
-    """Time as the test sets it."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -20,12 +20,12 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(console, "time", made)
-    return made
+    fake = Clock()
+    monkeypatch.setattr(console, "time", fake)
+    return fake
 
 
-def test_a_log_gets_a_line_now_and_then(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_gets_periodic_lines(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with Bar("training") as bar:
         for step in range(101):
             bar.at(step, 100, f"loss {step}" if step else "")
@@ -40,7 +40,7 @@ def test_a_log_gets_a_line_now_and_then(clock: Clock, capsys: pytest.CaptureFixt
     ]
 
 
-def test_what_an_earlier_run_did_is_no_speed(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_earlier_steps_do_not_count_for_the_speed(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with Bar("training") as bar:
         bar.at(900, 1000, "")
         clock.now += 10
@@ -48,7 +48,7 @@ def test_what_an_earlier_run_did_is_no_speed(clock: Clock, capsys: pytest.Captur
     assert capsys.readouterr().err == "training, 910 of 1000, 10 s, about 1 min 30 s left\n"
 
 
-def test_steps_that_are_counted_here(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_counts_steps(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with Bar("loading") as bar:
         clock.now += 6
         bar.say("reading weights")
@@ -72,7 +72,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.04, "0.0 s"), (9.9, "9.9 s"), (59.4, "59 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")]
+    ("seconds", "text"), [(0.04, "0.0 s"), (9.9, "9.9 s"), (59.4, "59 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")]
 )
-def test_durations(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,4 +1,4 @@
-"""Every broken folder and odd file, through the command line: one line and exit code 2, or the right answer."""
+"""Every damaged folder and unusual file gives one line and exit code 2, or the right answer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sound(tmp_path_factory.mktemp("corpus") / "sound")
 
 
-def test_there_are_enough() -> None:
+def test_the_corpus_is_large() -> None:
     assert sum(case.says is not None for case in CASES.values()) >= 60
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_case(name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_case_runs_or_is_refused(name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path / "cache"))
     case, folder, out = CASES[name], tmp_path / "made", tmp_path / "out"
     folder.mkdir()
@@ -34,10 +34,10 @@ def test_case(name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         app, ["compare", *made, *capped, "--methods", "full", "--out", str(out), "--json"], catch_exceptions=False
     )
     if case.says is not None:
-        said = [line for line in found.stderr.splitlines() if line.strip()]
+        lines = [line for line in found.stderr.splitlines() if line.strip()]
         assert found.exit_code == 2, found.output
-        assert (said[-1].startswith("error: ") and re.search(case.says, said[-1])) or case.says in said[-1], said
-        assert not out.exists() and len(said[-1].replace(str(tmp_path), "")) < 400
+        assert (lines[-1].startswith("error: ") and re.search(case.says, lines[-1])) or case.says in lines[-1], lines
+        assert not out.exists() and len(lines[-1].replace(str(tmp_path), "")) < 400
         assert not (folder / "ran").exists(), "code of the checkpoint was run"
         return
     assert found.exit_code == 0, found.output

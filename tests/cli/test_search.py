@@ -54,7 +54,7 @@ CORPUS = [
     ("better answers without training", 1, "act_calibration", "better answers"),
     ("block sparse attention", 2, "s2_attention hip", "sparse patterns"),
     ("linear-time language model, cheaper than softmax", 8, "lightning_attention", "linear time"),
-    ("sharper temperature", 1, "selective_self_attention", '"sharply"'),
+    ("sharper temperature", 1, "selective_self_attention", '"temperature"'),
     ("dependency trees", 1, "dependency_vit", '"dependency"'),
 ]
 
@@ -68,7 +68,7 @@ def test_needs_find_their_systems(need: str, first: int, expected: str, reason: 
     matches = search(need)
     assert set(expected.split()) <= {match.system.key for match in matches[:first]}
     why = next(match.why for match in matches if match.system.key == expected.split(maxsplit=1)[0])
-    assert any(said.startswith(reason) for said in why)
+    assert any(text.startswith(reason) for text in why)
 
 
 def test_rows_that_answer_all_of_a_need_come_before_those_that_answer_half() -> None:
@@ -96,7 +96,7 @@ def test_nothing_answers_what_is_not_there() -> None:
     assert search("the of and") == []
 
 
-def test_only_the_rows_that_are_asked_for() -> None:
+def test_search_can_be_limited_to_some_rows() -> None:
     rows = [row for row in systems() if row.room == "nn"]
     assert {match.system.room for match in search("images", rows)} == {"nn"}
     one = replace(system("hip"), key="other", title="Zebras")
@@ -146,7 +146,7 @@ def test_the_table_of_needs_is_in_order() -> None:
     assert len(names) == len(set(names)) >= 30
     owners: dict[str, set[str]] = {}
     for need in needs():
-        for phrase in need.asked:
+        for phrase in need.phrases:
             owners.setdefault(" ".join(stemmed(phrase)), set()).add(need.name)
     assert {phrase: names for phrase, names in owners.items() if len(names) > 1} == {}
 

@@ -85,7 +85,7 @@ def adapter_pickled(base: Path, folder: Path) -> Made:
     return options(own, base / "prompts.jsonl")
 
 
-@case("no whole safetensors file")
+@case("not a complete safetensors file")
 def adapter_cut(base: Path, folder: Path) -> Made:
     own = adapter(folder / "adapter", base)
     (own / WEIGHTS).write_bytes((own / WEIGHTS).read_bytes()[:-10])

@@ -74,10 +74,10 @@ SIDES = {
     "tokenizer_pointer": ("tokenizer.json", POINTER, "tokenizer.json is a Git LFS pointer"),
     "tokenizer_config_cut": ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
     "weights_pointer": ("model.safetensors", POINTER, "model.safetensors is a Git LFS pointer"),
-    "weights_empty": ("model.safetensors", b"", "no whole safetensors file"),
-    "weights_garbage": ("model.safetensors", b"garbage" * 99, "no whole safetensors file"),
-    "weights_pickled_under_another_name": ("model.safetensors", b"\x80\x04\x95" * 50, "no whole safetensors file"),
-    "weights_header_too_long": ("model.safetensors", (2**60).to_bytes(8, "little"), "no whole safetensors file"),
+    "weights_empty": ("model.safetensors", b"", "not a complete safetensors file"),
+    "weights_garbage": ("model.safetensors", b"garbage" * 99, "not a complete safetensors file"),
+    "weights_pickled_under_another_name": ("model.safetensors", b"\x80\x04\x95" * 50, "not a complete safetensors"),
+    "weights_header_too_long": ("model.safetensors", (2**60).to_bytes(8, "little"), "not a complete safetensors file"),
     "training_record_cut": ("training.json", "{", "training.json"),
     "training_record_of_nothing": ("training.json", '{"task": "poems", "sizes": {}}', "training.json"),
 }  # fmt: skip
@@ -110,7 +110,7 @@ def tokenizer_without_vocabulary(base: Path, folder: Path) -> Made:
     return options(model)
 
 
-@case("another model's")
+@case("belongs to another model")
 def tokenizer_of_a_larger_model(base: Path, folder: Path) -> Made:
     model = folder / "model"
     tiny(vocab_size=100, pad_token_id=0).save_pretrained(model)
@@ -140,7 +140,7 @@ def weights_pickled(base: Path, folder: Path) -> Made:
     return options(model)
 
 
-@case("no whole safetensors file")
+@case("not a complete safetensors file")
 def weights_cut(base: Path, folder: Path) -> Made:
     model = copied(base, folder)
     whole = (model / "model.safetensors").read_bytes()
@@ -148,7 +148,7 @@ def weights_cut(base: Path, folder: Path) -> Made:
     return options(model)
 
 
-@case("cannot be read|no whole")
+@case("cannot be read|not a complete")
 def weights_are_a_folder(base: Path, folder: Path) -> Made:
     model = copied(base, folder)
     (model / "model.safetensors").unlink()
@@ -176,7 +176,7 @@ def shard_missing(base: Path, folder: Path) -> Made:
     return options(model)
 
 
-@case("no whole safetensors file")
+@case("not a complete safetensors file")
 def shard_cut(base: Path, folder: Path) -> Made:
     model = _sharded(base, folder)
     shard = next(model.glob("model-00002-*"))

@@ -48,7 +48,7 @@ def messages_in_parts(base: Path, folder: Path) -> Made:
     return _with(base, folder, TEMPLATE, {"messages": [{"role": "user", "content": parts}], "answer": "hi"})
 
 
-@case("text alone")
+@case("must contain only text")
 def messages_with_an_image(base: Path, folder: Path) -> Made:
     parts = [{"type": "image_url", "image_url": {"url": "x"}}]
     return _with(base, folder, TEMPLATE, {"messages": [{"role": "user", "content": parts}], "answer": "hi"})

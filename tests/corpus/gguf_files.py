@@ -150,7 +150,7 @@ def gguf_stretched_by_odd_factors(base: Path, folder: Path) -> Made:
     return options(folder / "tiny.gguf", base / "prompts.jsonl")
 
 
-@case("stretches its rotary embedding by 'mystery'")
+@case("has RoPE scaling of type 'mystery'")
 def gguf_stretched_by_something(base: Path, folder: Path) -> Made:
     write(folder / "tiny.gguf", told={"rope.scaling.type": "mystery"})
     return options(folder / "tiny.gguf", base / "prompts.jsonl")

@@ -58,7 +58,7 @@ REFUSED = {
     "answer_is_true": ("p.jsonl", '{"prompt": "a", "answer": true}', "line 1: answer must be"),
     "answers_are_blank": ("p.jsonl", '{"prompt": "a", "answers": ["", " "]}', "line 1: answer must be"),
     "unknown_fields": ("p.jsonl", '{"text": "a", "label": "b"}', "--prompt-field"),
-    "unknown_suffix": ("p.txt", JSONL, "must be one of"),
+    "unknown_suffix": ("p.txt", JSONL, "must end in one of"),
     "packed_and_cut": ("p.jsonl.gz", gzip.compress(JSONL.encode())[:-12], "cannot be read"),
     "not_packed": ("p.jsonl.gz", JSONL, "cannot be read"),
     "longer_than_the_context": ("p.jsonl", json.dumps({"prompt": "word " * 900, "answer": "b"}), "context"),
@@ -108,7 +108,7 @@ def unknown_task(base: Path, folder: Path) -> Made:
     return on_rows(base, Path("poetry"))
 
 
-@case("without dataset_info.json or dataset_dict.json; name one of b.csv, p.jsonl")
+@case("must contain dataset_info.json or dataset_dict.json; valid files in it: b.csv, p.jsonl")
 def folder_of_files(base: Path, folder: Path) -> Made:
     lines(folder / "p.jsonl", ROWS)
     (folder / "b.csv").write_text("prompt,answer\n")

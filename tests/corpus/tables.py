@@ -73,7 +73,7 @@ def parquet_file(base: Path, folder: Path) -> Made:
     return on_rows(base, folder / "p.parquet")
 
 
-@case("no whole Parquet file")
+@case("not a valid Parquet file")
 def parquet_cut(base: Path, folder: Path) -> Made:
     pandas.DataFrame(ROWS).to_parquet(folder / "p.parquet")
     (folder / "p.parquet").write_bytes((folder / "p.parquet").read_bytes()[:-40])
@@ -129,7 +129,7 @@ def field_that_is_not_there(base: Path, folder: Path) -> Made:
     return _rows(base, folder, NESTED, "--prompt-field", "doc.z", "--answer-field", "gold")
 
 
-@case("prompt_field and answer_field go with a file")
+@case("goes with a file of prompts as the task")
 def fields_of_no_file(base: Path, folder: Path) -> Made:
     return ["--model", str(base), "--task", "needle", "--prompt-field", "a"]
 

@@ -1,4 +1,4 @@
-"""What schemes of heads share: positions, rates, streams and refusals, on the plainest scheme."""
+"""The common part of head schemes: positions, rates, streams and refusals, on the simplest scheme."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from foveate.core.errors import OptionError, UnsupportedPattern
 from foveate.nn import Alibi, MultiHeadAttention, RelativeBias, Rotary
 from foveate.nn.parts.heads import HeadScheme, Rates, activation, merge, split, width
+from foveate.nn.sequence.dual_attention_transformer import SensoryHeads
+from foveate.nn.sequence.key_driven_gqa import KeyDrivenGQA
+from foveate.nn.sequence.mhe_attention import MultiHeadEmbeddingAttention
+from foveate.nn.sequence.moh import MixtureOfHeadAttention
+from foveate.nn.sequence.super_attention import OptimisedAttention, SlimAttention
 from foveate.ops import create
 from foveate.ops.calls import sized
 from tests.tensors import assert_near
@@ -28,12 +33,36 @@ class Plain(HeadScheme):
         return split(self.q(x), self.heads), split(self.k(source), self.kv_heads), split(self.v(source), self.kv_heads)
 
 
+def schemes(bias: bool) -> dict[str, HeadScheme]:
+    """Make every head scheme of the library with `bias`."""
+    return {
+        "multi_head": MultiHeadAttention(DIM, HEADS, gate="silu", bias=bias),
+        "moh": MixtureOfHeadAttention(DIM, HEADS, 2, 1, bias=bias),
+        "kdgqa": KeyDrivenGQA(DIM, HEADS, 2, bias=bias),
+        "mhe": MultiHeadEmbeddingAttention(DIM, HEADS, bias=bias),
+        "optimised": OptimisedAttention(DIM, HEADS, bias=bias),
+        "slim": SlimAttention(DIM, HEADS, bias=bias),
+        "sensory": SensoryHeads(DIM, HEADS, HEADS, 4, bias=bias),
+    }
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_bias_is_of_all_projections_in_every_scheme(bias: bool) -> None:
+    made = schemes(bias)
+    house = {cls for cls in HeadScheme.__subclasses__() if cls.__module__.startswith("foveate.")}
+    assert house == {type(scheme) for scheme in made.values()}, "a scheme is missing here"
+    for name, scheme in made.items():
+        maps = {part: m for part, m in scheme.named_children() if part in ("q", "k", "v", "out", "gating")}
+        assert {"q", "out"} <= maps.keys()
+        assert {part for part, m in maps.items() if m.bias is not None} == (maps.keys() if bias else set()), name
+
+
 def tokens(n: int = LENGTH, seed: int = 1) -> Tensor:
     return torch.randn(2, n, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def pair(**options) -> tuple[Plain, MultiHeadAttention]:
-    """The scheme and the house's layer, with one set of parameters."""
+    """Make the scheme and `MultiHeadAttention` with the same parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         plain = Plain(**options).double()
@@ -59,9 +88,9 @@ OPTIONS = [
 def test_it_is_what_the_house_s_layer_is(options: dict) -> None:
     plain, twin = pair(**options)
     assert plain.capabilities == twin.capabilities
-    x, memory = tokens(), tokens(5, seed=3)
+    x, other = tokens(), tokens(5, seed=3)
     for pattern in sorted(plain.capabilities.patterns):
-        causal, source = pattern.startswith("causal"), memory if "cross" in pattern else None
+        causal, source = pattern.startswith("causal"), other if "cross" in pattern else None
         assert_near(plain(x, source, causal=causal), twin(x, source, causal=causal), 1e-12)
         if source is None and "pairs" in plain.capabilities.masks:
             mask = (torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(4)) > 0.3) | torch.eye(
@@ -119,10 +148,10 @@ def test_rates() -> None:
 
 
 def test_rates_are_of_the_token_that_asks_or_of_the_one_that_is_asked() -> None:
-    x, memory = tokens().float(), 2 * tokens().float()
-    for key, of in (("dsf", x), ("titans", memory)):
+    x, source = tokens().float(), 2 * tokens().float()
+    for key, of in (("dsf", x), ("titans", source)):
         rates = Rates(DIM, HEADS, sized(key, HEADS, 4, 4))
-        given, own = rates(x, memory), rates(of)
+        given, own = rates(x, source), rates(of)
         assert given.keys() == own.keys() != set()
         for name, rate in given.items():
             assert_near(rate, own[name], 0)

@@ -1,4 +1,4 @@
-"""Multi-head attention by hand, option by option: what its projections, norms, convolution and gate do."""
+"""Multi-head attention by hand, option by option: projections, norms, convolution and gate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tokens(seed: int = 0, n: int = LENGTH) -> Tensor:
 
 
 def built(**options: object) -> MultiHeadAttention:
-    """The layer with every parameter away from where it does nothing."""
+    """Make the layer with random parameters, so that each has an effect."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         layer = MultiHeadAttention(DIM, HEADS, **options).double()
@@ -34,6 +34,13 @@ def built(**options: object) -> MultiHeadAttention:
 
 def rms(x: Tensor, gain: Tensor) -> Tensor:
     return gain * x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+
+def normed(x: Tensor, norm: nn.Module) -> Tensor:
+    if isinstance(norm, nn.RMSNorm):
+        return rms(x, norm.weight)
+    centred = x - x.mean(-1, keepdim=True)
+    return norm.weight * centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() + norm.bias
 
 
 def heads(x: Tensor, width: int) -> Tensor:
@@ -50,7 +57,7 @@ def by_hand(layer: MultiHeadAttention, x: Tensor, source: Tensor, *, causal: boo
         q, k, v = mixed.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
     q, k, v = heads(q, width), heads(k, width), heads(v, value)
     if layer.q_norm is not None:
-        q, k = rms(q, layer.q_norm.weight), rms(k, layer.k_norm.weight)
+        q, k = normed(q, layer.q_norm), normed(k, layer.k_norm)
     if layer.position is not None:
         q, k = (layer.position.turn(t, torch.arange(t.shape[2])) for t in (q, k))
     out = oracle.attention(q, k, v, causal=causal)
@@ -66,20 +73,21 @@ def by_hand(layer: MultiHeadAttention, x: Tensor, source: Tensor, *, causal: boo
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"kv_heads": 2}, {"head_dim": 5, "value_dim": 2}, {"bias": True}, {"qk_norm": True}, {"out_norm": True},
+        {}, {"kv_heads": 2}, {"head_dim": 5, "value_dim": 2}, {"bias": True}, {"qk_norm": True}, {"qk_norm": "rms"},
+        {"qk_norm": "layer"}, {"out_norm": True},
         {"gate": "sigmoid"}, {"gate": "silu", "bias": True}, {"position": Rotary(), "head_dim": 4}, {"conv": 3},
         {"kv_heads": 1, "head_dim": 4, "value_dim": 5, "bias": True, "qk_norm": True, "out_norm": True,
          "gate": "silu", "position": Rotary(100.0), "conv": 2},
     ], ids=lambda options: ", ".join(options) or "plain",
 )  # fmt: skip
 def test_the_layer_by_hand(options: dict) -> None:
-    layer, x, memory = built(**options), tokens(), tokens(1, 5)
+    layer, x, source = built(**options), tokens(), tokens(1, 5)
     width = options.get("head_dim", DIM // HEADS)
     sizes = dict(width=width, value=options.get("value_dim", width))
     assert_near(layer(x, causal=True), by_hand(layer, x, x, causal=True, **sizes), 1e-10)
     if layer.conv is None:
         assert_near(layer(x), by_hand(layer, x, x, causal=False, **sizes), 1e-10)
-        assert_near(layer(x, memory), by_hand(layer, x, memory, causal=False, **sizes), 1e-10)
+        assert_near(layer(x, source), by_hand(layer, x, source, causal=False, **sizes), 1e-10)
     assert (layer.out.bias is not None) == options.get("bias", False)
 
 
@@ -102,6 +110,7 @@ def test_defaults() -> None:
     assert (layer.kv_heads, layer.head_dim, layer.value_dim, layer.conv, layer.position) == (4, 3, 3, None, None)
     assert layer.q_norm is layer.k_norm is layer.out_norm is layer.gating is None
     for options, message in (
+        (dict(qk_norm="batch"), "qk_norm='batch' must be one of False, True, 'rms', 'layer'"),
         (dict(conv=-1), "conv=-1"), (dict(gate="relu"), "gate='relu'"), (dict(kv_heads=3), "must divide heads=4"),
     ):  # fmt: skip
         with pytest.raises(OptionError, match=message):

@@ -1,4 +1,4 @@
-"""The family of test-time learners: chunks, tokens and steps agree, and do what gradient descent does."""
+"""The family of test-time learners: chunks, tokens and steps agree, and equal gradient descent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.core.errors import OptionError, ShapeError, UnsupportedEngine, UnsupportedPattern
+from foveate.core.errors import DivergedError, OptionError, ShapeError, UnsupportedEngine, UnsupportedPattern
 from foveate.ops.base.test_time import Memory
 from foveate.ops.functional.recurrence import linear_recurrence
 from foveate.ops.memory.miras import Miras
@@ -17,7 +17,7 @@ HEADS, DIM, VALUE, LENGTH = 4, 6, 5, 11
 
 
 def titans(**options: object) -> Titans:
-    """Deep or not, with first weights that are all different from zero."""
+    """Make a memory of any depth whose first weights all differ from zero."""
     g = torch.Generator().manual_seed(3)
     op = Titans(HEADS, DIM, VALUE, generator=g, **options)
     for matrix in op.first:
@@ -28,7 +28,7 @@ def titans(**options: object) -> Titans:
 def miras_mlp(*options: str, **more: float) -> Miras:
     sizes = {"memory": "plain_mlp", "heads": HEADS, "head_dim": DIM, "value_dim": VALUE}
     op = Miras(*options, **sizes, **more, generator=torch.Generator().manual_seed(3))
-    op.first[1].data += 0.3  # not where nothing comes out
+    op.first[1].data += 0.3  # zeros would give no output
     return op.double()
 
 
@@ -37,6 +37,8 @@ OPERATORS = {
     "titans, two layers": lambda chunk: titans(depth=2, chunk=chunk),
     "titans, three layers": lambda chunk: titans(depth=3, expansion=1, chunk=chunk),
     "titans, raw keys": lambda chunk: titans(depth=2, chunk=chunk, unit=False, theta=0.01),
+    "titans, gelu": lambda chunk: titans(depth=2, chunk=chunk, activation="gelu"),
+    "titans, bounded gradients": lambda chunk: titans(depth=2, chunk=chunk, max_grad_norm=0.3),
     "titans, read by chunks": lambda chunk: titans(depth=2, chunk=chunk, reads="chunk"),
     "titans, linear, read by chunks": lambda chunk: titans(depth=1, chunk=chunk, reads="chunk"),
     "miras, yaad": lambda chunk: Miras.yaad(chunk=chunk, memory="linear"),
@@ -63,17 +65,19 @@ def inputs_of(op: Memory, n: int = LENGTH, n_queries: int | None = None, kv_head
     return qkv, {name: rate.requires_grad_() for name, rate in drawn.items()}
 
 
-def naive(op: Titans, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor]) -> Tensor:
-    """Gradient descent with momentum on `|M(k) - v|²`, one sequence and head at a time, gradients by autograd.
+def naive(
+    op: Titans, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], act=F.silu, most: float = float("inf")
+) -> Tensor:
+    """Run gradient descent with momentum on `|M(k) - v|²` by autograd, one sequence and head at a time.
 
-    Queries are answered by the weights that their token has made, or by those that the chunk began with.
+    The weights after a query's token answer it, or those at the start of its chunk.
     """
     if op.unit:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
 
     def answer(weights: list[Tensor], x: Tensor) -> Tensor:
         for matrix in weights[:-1]:
-            x = F.silu(matrix @ x)
+            x = act(matrix @ x)
         return weights[-1] @ x
 
     out = torch.zeros(2, HEADS, k.shape[2], VALUE, dtype=torch.float64)
@@ -85,7 +89,7 @@ def naive(op: Titans, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor])
                 if t % op.chunk == 0:
                     anchor = [matrix.clone().requires_grad_() for matrix in weights]
                 loss = (answer(anchor, k[b, h, t]) - v[b, h, t]).square().sum()
-                gradients = torch.autograd.grad(loss, anchor)
+                gradients = [g * min(1.0, most / g.norm().item()) for g in torch.autograd.grad(loss, anchor)]
                 alpha, eta, theta = (rates[name][b, h, t] for name in ("alpha", "eta", "theta"))
                 momentum = [eta * s - theta * u for s, u in zip(momentum, gradients, strict=True)]
                 weights = [(1 - alpha) * w + s for w, s in zip(weights, momentum, strict=True)]
@@ -102,6 +106,72 @@ def test_both_engines_are_gradient_descent_by_autograd(depth, chunk, reads):
     exact = naive(op, *(x.detach() for x in (q, k, v)), {n: x.detach() for n, x in rates.items()})
     for engine in op.capabilities.engines:
         torch.testing.assert_close(op(q, k, v, causal=True, engine=engine, **rates), exact, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize(("options", "told"), [
+    ({"activation": "gelu"}, {"act": F.gelu}), ({"max_grad_norm": 0.3}, {"most": 0.3}),
+    ({"max_grad_norm": 1e6}, {}),
+])  # fmt: skip
+def test_the_activation_and_the_bound_on_gradients_by_autograd(chunk, options, told):
+    op = titans(depth=2, chunk=chunk, **options)
+    (q, k, v), rates = inputs_of(op)
+    given = *(x.detach() for x in (q, k, v)), {n: x.detach() for n, x in rates.items()}
+    exact = naive(op, *given, **told)
+    for engine in op.capabilities.engines:
+        torch.testing.assert_close(op(q, k, v, causal=True, engine=engine, **rates), exact, rtol=1e-10, atol=1e-12)
+    if told:
+        assert (naive(op, *given) - exact).abs().max() > 1e-3
+
+
+def loud(op: Memory, most: float | None) -> tuple[Memory, tuple[Tensor, Tensor, Tensor]]:
+    """Make values and raw keys of size 10 in float32: every objective that grows with the error then diverges."""
+    g = torch.Generator().manual_seed(0)
+    op.max_grad_norm, op.unit = most, False
+    return op.float(), tuple(10 * torch.randn(1, HEADS, 200, DIM, generator=g) for _ in range(3))
+
+
+def by_steps(op: Memory, q: Tensor, k: Tensor, v: Tensor) -> None:
+    state = op.init_state(1, HEADS, HEADS, DIM, DIM)
+    for t in range(q.shape[2]):
+        _, state = op.step(*(x[:, :, t : t + 1] for x in (q, k, v)), state)
+
+
+LOUD = {
+    "titans": lambda **more: Titans(HEADS, DIM, theta=0.5, generator=torch.Generator().manual_seed(0), **more),
+    "miras": lambda **more: Miras("l2", "l2", theta=0.5, **more),
+    "moneta": lambda **more: Miras.moneta(
+        heads=HEADS, head_dim=DIM, theta=0.5, generator=torch.Generator().manual_seed(0), **more
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["titans", "miras"])
+@pytest.mark.parametrize("engine", ["chunked", "recurrent", "step"])
+def test_a_memory_that_diverges_says_so(name, engine):
+    op, (q, k, v) = loud(LOUD[name](), None)
+    with pytest.raises(
+        DivergedError, match=r"(Titans|Miras)'s memory diverged: .*max_grad_norm=1.0, or a smaller"
+    ) as e:
+        by_steps(op, q, k, v) if engine == "step" else op(q, k, v, causal=True, engine=engine)
+    assert "\n" not in str(e.value)
+    k[:, :, 100:] = float("nan")  # inputs that are not finite are no divergence
+    assert not op(q, k, v, causal=True, theta=torch.full((1, HEADS, 200), 1e-6)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOUD)
+@pytest.mark.parametrize("engine", ["chunked", "recurrent"])
+def test_bounded_gradients_keep_a_memory_finite(name, engine):
+    op, given = loud(LOUD[name](), 1.0)
+    assert op(*given, causal=True, engine=engine).isfinite().all()
+    _, state = op.prefill(*given)
+    for momentum in state.momentum:
+        assert momentum.flatten(2).norm(dim=-1).max() < 0.5 / (1 - op.rates["eta"]) * (1 + 1e-5)
+
+
+def test_a_bound_on_gradients_is_at_least_zero():
+    with pytest.raises(OptionError, match="max_grad_norm=-1.0 must be at least 0"):
+        Titans(HEADS, DIM, max_grad_norm=-1.0)
 
 
 @EVERY
@@ -152,18 +222,18 @@ def test_the_scale_is_a_factor_on_queries_as_they_enter(make):
     op = make(4)
     (q, k, v), rates = inputs_of(op)
     doubled = op(q, k, v, causal=True, scale=2.0, **rates)
-    if op.unit:  # as F.normalize leaves them: a longer query alone would be cut down again
+    if op.unit:  # unit length already: a longer query would be normalized again
         torch.testing.assert_close(op(2 * q, k, v, causal=True, **rates), op(q, k, v, causal=True, **rates))
     else:
         torch.testing.assert_close(doubled, op(2 * q, k, v, causal=True, **rates))
     assert (doubled - op(q, k, v, causal=True, **rates)).abs().max() > 1e-3
-    if not op.linked and len(op.initial(HEADS, DIM, VALUE, q)) == 1:  # what a matrix answers is linear
+    if not op.linked and len(op.initial(HEADS, DIM, VALUE, q)) == 1:  # a matrix answers linearly
         torch.testing.assert_close(doubled, 2 * op(q, k, v, causal=True, **rates))
 
 
 @pytest.mark.parametrize("cls", [Titans, Miras])
 def test_a_layer_begins_with_small_rates(cls):
-    """Of a token that says nothing: after 128 most is still there, a surprise fades soon, and steps are short."""
+    """For a zero token, most of a memory is left after 128 tokens, momentum decays fast, and steps are short."""
     begun = {
         name: torch.sigmoid(torch.tensor(cls.capabilities.gates[name].bias)).item()
         for name in ("alpha", "eta", "theta")
@@ -219,7 +289,7 @@ def test_batch_rows_do_not_meet_and_the_future_is_not_seen(make):
     for x in (k, v, *rates.values()):
         x.data[:, :, 6:] *= 0.5
     after = op(q, k, v, causal=True, **rates)
-    seen = 6 if op.reads == "token" else 8  # by whom the change is seen first: by its token, or by the next chunk
+    seen = 6 if op.reads == "token" else 8  # the first position that sees the change: its token, or the next chunk
     torch.testing.assert_close(before[:, :, :seen], after[:, :, :seen], rtol=0, atol=0)
     assert (before[:, :, seen:] - after[:, :, seen:]).abs().amax((0, 1, 3)).min() > 1e-8
 
@@ -285,7 +355,7 @@ def test_recalling_reads_and_writes_nothing(make):
     op = make(4)
     (q, k, v), rates = inputs_of(op)
     out, state = op.prefill(q, k, v, **rates)
-    if op.reads == "chunk":  # what the last token has written is recalled, though the token itself has not read it
+    if op.reads == "chunk":  # a recall includes the write of the last token, which the token itself has not read
         op.reads = "token"
         out, _ = op.prefill(q, k, v, **rates)
     torch.testing.assert_close(op.recall(q[:, :, -1:], state), out[:, :, -1:], rtol=1e-9, atol=1e-11)
@@ -315,7 +385,7 @@ def test_cost_grows_with_the_length():
     plans = [op.plan(*[torch.empty(1, 1, n, 16, device="meta")] * 3, causal=True) for n in (128, 512)]
     assert plans[1].flops == 4 * plans[0].flops
     assert plans[0].engine == "chunked"
-    # weights that are written out for each token cost more than those that stay products
+    # weights that are materialised for each token cost more than those that stay products
     q = torch.empty(1, 1, 64, 16, device="meta")
     assert Miras.memora(memory="linear").plan(q, q, q, causal=True).flops > 2 * Miras().plan(q, q, q, causal=True).flops
 

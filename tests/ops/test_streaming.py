@@ -115,6 +115,53 @@ def test_a_prefilled_state_is_the_one_that_steps_reach(key: str) -> None:
         assert_near(one, other, 0.0)
 
 
+#: Every operator that streams, without further inputs and, where it takes some, with all of them.
+PREFILLED = [
+    (key, brings) for key, cls in CLASSES.items() if cls.capabilities.streaming is not None
+    for brings in (False, True) if cls.capabilities.inputs or not brings
+]  # fmt: skip
+PROMPT = 13  # no other size of a call, so that it names the axis of tokens
+
+
+def inputs_of(op: Operator, length: int) -> dict[str, Tensor]:
+    """All further inputs of a causal call; what queries have of their own is that of the keys."""
+    names = sorted(name for name in op.capabilities.inputs if not name.endswith("_q"))
+    made = {name: op.example_input(name, 2, HEADS, length) for name in names}
+    return {name: x.double() if x.is_floating_point() else x for name, x in made.items()}
+
+
+def cut(inputs: dict[str, Tensor], piece: slice) -> dict[str, Tensor]:
+    """The inputs of some tokens."""
+    return {
+        name: x.movedim(x.shape.index(PROMPT), 0)[piece].movedim(0, x.shape.index(PROMPT)) for name, x in inputs.items()
+    }
+
+
+@pytest.mark.parametrize("pieces", [(6, 13), (4, 8, 13), (1, 2, 13), (0, 13), (13, 13)], ids=str)
+@pytest.mark.parametrize(("key", "brings"), PREFILLED, ids=str)
+def test_a_prompt_in_pieces_is_the_whole_prompt(key: str, pieces: tuple[int, ...], brings: bool) -> None:
+    """Outputs and the state, number by number and byte by byte, with inputs cut along; then steps go on from it."""
+    q, k, v = qkv(PROMPT + 3, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
+    op = example(key, PROMPT)
+    given = inputs_of(op, PROMPT) if brings else {}
+    whole, filled = op.prefill(*(x[:, :, :PROMPT] for x in (q, k, v)), **given)
+    out, state, start = [], None, 0
+    for end in pieces:
+        piece = slice(start, end)
+        y, state = op.prefill(*(x[:, :, piece] for x in (q, k, v)), state=state, **cut(given, piece))
+        out.append(y)
+        start = end
+    assert state_bytes(state) == state_bytes(filled)
+    for one, other in zip(tensors_of(state), tensors_of(filled), strict=True):
+        assert one.dtype == other.dtype
+        assert_near(one, other, 1e-10)
+    if op.capabilities.streaming == "exact":
+        assert_near(torch.cat(out, 2), whole, 1e-10)
+    if not brings:
+        tail = [x[:, :, PROMPT:] for x in (q, k, v)]
+        assert_near(steps(op, *tail, state)[0], steps(op, *tail, filled)[0], 1e-10)
+
+
 @each_operator(lambda cls: cls.capabilities.streaming is None)
 def test_what_cannot_stream_cannot_be_prefilled(key: str) -> None:
     op = example(key)

@@ -17,7 +17,7 @@ from benchmarks.real.reference import out
 from foveate.bench.loading import load
 from foveate.bench.methods import Contender
 from foveate.bench.policies import plan
-from foveate.bench.policies.calibrate import Lessons
+from foveate.bench.policies.calibrate import TimedCalibrationStore
 from foveate.bench.policies.run import run
 from foveate.host.hf.model import Host, host
 from foveate.tasks.parts.corpus import text
@@ -38,7 +38,7 @@ class Real:
     key: str
     model: PreTrainedModel
     tokenizer: Any
-    lessons: Lessons
+    lessons: TimedCalibrationStore
 
     @property
     def host(self) -> Host:
@@ -52,7 +52,7 @@ class Real:
     def policy(self, key: str, budget: float, length: int) -> tuple[Any, ...]:
         """The methods of a policy for prompts of `length` tokens."""
         contender = Contender(key, self.host, budget)
-        contender.learn(self.lessons)
+        contender.calibrate(self.lessons)
         return contender.at(length)
 
 
@@ -60,7 +60,9 @@ class Real:
 def real(request: pytest.FixtureRequest) -> Iterator[Real]:
     file = _file(request.param)
     model, tokenizer, _ = load(str(file), "cpu", "float32")
-    yield Real(request.param, model, tokenizer, Lessons(host(model), tokenizer, file.parent, lambda *_: None))
+    yield Real(
+        request.param, model, tokenizer, TimedCalibrationStore(host(model), tokenizer, file.parent, lambda *_: None)
+    )
     del model
     gc.collect()
 

@@ -1,4 +1,4 @@
-"""A comparison that looks like a real one, and one whose every text attacks the page."""
+"""A realistic comparison, and one whose texts all attack the page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def comparison() -> Comparison:
 
 @pytest.fixture
 def hostile() -> Comparison:
-    """Attacks in every text, numbers that are not finite, and a name without a place to break."""
+    """Build a comparison with attacks in every text, numbers that are not finite, and names without line breaks."""
     answers = [
         Answer(ATTACK * 40, ATTACK, ATTACK * 40, score, 9, 0.5, 0.5, 1.0, 1.0, 2.0, 2.0, ATTACK if score == 0.5 else "")
         for score in (0.0, 1.0, 0.5, math.nan)
@@ -50,21 +50,21 @@ def make_comparison(*rows: tuple, **more) -> Comparison:
     base = next(row for row in rows if row[0] == "full")
     built = []
     for name, *values, options in rows:
-        said = answers(values[0], values[3:5], base[4:6])
-        built.append(Row(name, f"The paper on {name}", options, *values, values[-1] / 2, values[-1] * 2, said))
+        given = answers(values[0], values[3:5], base[4:6])
+        built.append(Row(name, f"The paper on {name}", options, *values, values[-1] / 2, values[-1] * 2, given))
     settings = dict(model="labs/lm", task="needle", seed=0, device="cpu", dtype="float32", budget=0.4, examples=4)
     versions = {"foveate": "0.1.0", "torch": "2.13.0"}
     return Comparison(**{**settings, "length": 2048, "versions": versions, "rows": built, **more})
 
 
 def answers(score: float, own: list[float], base: tuple[float, float]) -> list[Answer]:
-    """Four answers, whose times lie in even steps around the row's."""
+    """Create four answers with times in even steps around the row's."""
     filler = "The collector runs when allocations exceed a threshold. " * 20
-    said = []
+    given = []
     for index, factor in enumerate((0.97, 0.99, 1.01, 1.03)):
         right = index < round(4 * score)
         prompt = f"{filler}The pass key of maple is 4711{index}. {filler}\nThe pass key of maple is"
         times = [factor * time for time in own] + list(base)
         output = f" 4711{index}." if right else " 00000."
-        said.append(Answer(prompt, f" 4711{index}", output, float(right), 300, 0.3, 0.3, *times))
-    return said
+        given.append(Answer(prompt, f" 4711{index}", output, float(right), 300, 0.3, 0.3, *times))
+    return given

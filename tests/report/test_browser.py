@@ -1,4 +1,4 @@
-"""The page in real headless Chromium: it renders, fits, stays silent, and nothing planted in it runs."""
+"""The page in headless Chromium: it renders, fits, makes no requests, and runs no injected script."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def browser() -> Iterator:
 
 
 class Visit:
-    """One page opened from disk, with everything that it asked for or complained about."""
+    """A page opened from disk, with its requests and console messages."""
 
     def __init__(self, browser, comparison: Comparison, folder: Path, width: int, height: int, scheme: str = "light"):
         self.address = write(comparison, folder / "report.html").as_uri()
@@ -58,7 +58,8 @@ class Visit:
         return self.page.evaluate(script)
 
     def wait(self, script: str) -> None:
-        """Until `script` is true. Playwright's own waiting evaluates strings in the page, which the policy forbids."""
+        """Wait until `script` is true; Playwright's own waiting evaluates strings in the page, which the policy
+        forbids."""
         for _ in range(400):
             if self(script):
                 return
@@ -81,7 +82,7 @@ def visit(browser, tmp_path):
 
 @SIZES
 @SCHEMES
-def test_it_renders_and_fits(visit, comparison, width, height, scheme):
+def test_the_page_renders_and_fits(visit, comparison, width, height, scheme):
     view = visit(comparison, width, height, scheme)
     assert view("document.scrollingElement.scrollWidth <= innerWidth")
     assert view("document.querySelectorAll('table.results tbody tr').length") == 5
@@ -95,21 +96,21 @@ def test_it_renders_and_fits(visit, comparison, width, height, scheme):
 
 
 @SIZES
-def test_what_is_planted_stays_text(visit, hostile, width, height):
+def test_injected_markup_stays_text(visit, hostile, width, height):
     view = visit(hostile, width, height)
     assert view("window.pwned") is None
     assert view("document.images.length") == 0
     assert view("document.scrollingElement.scrollWidth <= innerWidth")
     shown = view("document.body.textContent")
     assert SCRIPT in shown and IMAGE in shown
-    # In the figures too: names are cut short there, but what is left of them is text.
+    # In the figures too, where names are shortened.
     labels = view("[...document.querySelectorAll('.plot svg text')].map(text => text.textContent).join(' ')")
     assert SCRIPT[:25] in labels
     assert view.complaints == []
     assert view.requests == [view.address]
 
 
-def test_hovering_a_hostile_mark_shows_text(visit, hostile):
+def test_hover_texts_of_hostile_names_are_text(visit, hostile):
     view = visit(hostile)
     mark = view.page.locator("#plot-cache_kept .points path").first
     mark.scroll_into_view_if_needed()
@@ -120,7 +121,7 @@ def test_hovering_a_hostile_mark_shows_text(visit, hostile):
     assert view("window.pwned") is None and view.complaints == []
 
 
-def test_the_policy_stops_a_script_even_where_escaping_would_not(visit, comparison):
+def test_the_policy_stops_scripts_that_escaping_would_not(visit, comparison):
     view = visit(comparison)
     view("document.body.insertAdjacentHTML('beforeend', '<button id=planted onclick=\"window.pwned=1\">x</button>')")
     view("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.pwned=2'}))")
@@ -130,20 +131,20 @@ def test_the_policy_stops_a_script_even_where_escaping_would_not(visit, comparis
 
 
 @SIZES
-def test_names_beside_marks_do_not_cover_one_another(visit, comparison, width, height):
+def test_labels_do_not_overlap(visit, comparison, width, height):
     view = visit(comparison, width, height)
     boxes = view(
         "[...document.querySelectorAll('#plot-cache_kept .annotation-text')].map(text => {"
         " const box = text.getBoundingClientRect(); return [box.left, box.top, box.right, box.bottom]; })"
     )
-    assert len(boxes) == 4  # full and token_select share a place, and a label
+    assert len(boxes) == 4  # full and token_select share a position and a label
     for index, (left, top, right, bottom) in enumerate(boxes):
         assert 0 <= left and right <= width
         for other in boxes[:index]:
             assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
 
 
-def test_prompts_open_and_the_answer_in_them_is_marked(visit, comparison):
+def test_prompts_open_and_their_answer_is_marked(visit, comparison):
     view = visit(comparison)
     assert not view.page.locator("details pre").first.is_visible()
     view.page.locator("details summary").first.click()
@@ -153,8 +154,8 @@ def test_prompts_open_and_the_answer_in_them_is_marked(visit, comparison):
 
 
 @pytest.mark.parametrize("which", ["comparison", "hostile"])
-def test_it_prints_well_on_paper(visit, which, request):
-    """On A4, whatever the screen's colours: light, every column whole and within the margins, figures too."""
+def test_the_page_prints_well(visit, which, request):
+    """On A4 the page is light, and every column and figure fits the margins, also with a dark screen."""
     found = request.getfixturevalue(which)
     found.rows.append(Row.failed("gta", "GTA", "head_dim=7 must be even"))
     view = visit(found, 1280, 900, "dark")

@@ -1,4 +1,4 @@
-"""The pages of training and recall in real headless Chromium: nothing covers anything else, wide or narrow."""
+"""The pages of training and recall in headless Chromium: no parts overlap, on wide or narrow screens."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def recall(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("made", "width", "height"), [(loss, 1280, 900), (loss, 390, 844), (seeds, 390, 844), (recall, 390, 844)]
+    ("write", "width", "height"), [(loss, 1280, 900), (loss, 390, 844), (seeds, 390, 844), (recall, 390, 844)]
 )
-def test_nothing_covers_anything_else(browser, tmp_path: Path, made, width: int, height: int) -> None:  # noqa: F811
+def test_parts_do_not_overlap(browser, tmp_path: Path, write, width: int, height: int) -> None:  # noqa: F811
     page = browser.new_page(viewport={"width": width, "height": height})
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    address = made(tmp_path / "page.html").as_uri()
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    address = write(tmp_path / "page.html").as_uri()
     page.goto(address)
     page.wait_for_selector(".legend text")
     page.wait_for_timeout(300)
@@ -59,5 +59,5 @@ def test_nothing_covers_anything_else(browser, tmp_path: Path, made, width: int,
         assert apart, f"{one} {a} covers {other} {b}"
     for name, (left, top, right, bottom) in boxes.items():
         assert left >= 0 and top >= 0 and right <= width and bottom <= height, name
-    assert asked == [address]
+    assert requests == [address]
     page.close()

@@ -1,4 +1,4 @@
-"""The page as text: nothing in it loads, and nothing that came from outside is markup."""
+"""The page as text: it loads nothing, and texts from outside are not markup."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from foveate.report.samples import choose, trim
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text outside scripts and styles."""
+    """Collects tags with their attributes, and the text outside scripts and styles."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def page(request) -> Page:
     return Page(render(request.getfixturevalue(request.param)))
 
 
-def test_nothing_is_loaded(page):
+def test_the_page_loads_nothing(page):
     for tag, attributes in page.tags:
         for name in ("src", "href", "srcset", "action", "data", "poster", "background"):
             target = attributes.get(name)
@@ -56,13 +56,13 @@ def test_nothing_is_loaded(page):
     assert "url(" not in page.raw["style"][0] and "@import" not in page.raw["style"][0]
 
 
-def test_only_our_own_tags_and_scripts_are_there(page):
+def test_the_page_has_only_its_own_tags_and_scripts(page):
     assert len(page.all("script")) == 4 and len(page.all("style")) == 1
     assert not page.all("img") and not page.all("b") and not page.all("i")
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
-def test_the_policy_forbids_the_network_and_every_other_script(page):
+def test_the_policy_forbids_the_network_and_other_scripts(page):
     metas = {meta.get("http-equiv"): meta.get("content") for meta in page.all("meta")}
     policy = metas["Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
@@ -70,7 +70,7 @@ def test_the_policy_forbids_the_network_and_every_other_script(page):
     assert script.count("'sha256-") == 3 and "unsafe" not in script and "http" not in policy
 
 
-def test_hostile_text_is_shown_as_it_is(hostile):
+def test_hostile_text_is_shown_literally(hostile):
     page = Page(render(hostile))
     assert (
         "<script>window.pwned=1</script>" in page.text
@@ -88,7 +88,7 @@ def test_figure_data_is_json_that_cannot_close_its_script(hostile):
     assert json.loads(data) == figures(hostile)
 
 
-def test_labels_hold_no_markup_for_plotly(hostile):
+def test_labels_have_no_markup_for_plotly(hostile):
     def texts(value):
         if isinstance(value, str):
             return [value]
@@ -101,7 +101,7 @@ def test_labels_hold_no_markup_for_plotly(hostile):
     assert len(label("m" * 200)) == 26
 
 
-def test_numbers_that_are_not_finite_stay_out_of_the_figures(hostile):
+def test_figures_leave_out_numbers_that_are_not_finite(hostile):
     data = figures(hostile)
     assert [len(panel["points"]) for panel in data["quality"]["panels"]] == [3, 3]
     assert len(data["cost"]["names"]) == 3  # a method that failed has no bars
@@ -114,7 +114,7 @@ def test_papers_are_linked_only_by_a_well_formed_number(comparison):
     assert "javascript:alert(1)" in Page(render(comparison)).text
 
 
-def test_headers_captions_and_labels_are_there(comparison):
+def test_the_page_has_headers_captions_and_labels(comparison):
     page = Page(render(comparison))
     assert all(header.get("scope") in ("row", "col") for header in page.all("th"))
     assert len(page.all("figure")) == len(page.all("figcaption")) == 3
@@ -127,14 +127,14 @@ def test_headers_captions_and_labels_are_there(comparison):
         assert word in text
 
 
-def test_the_most_telling_examples_come_first(comparison):
+def test_examples_on_which_methods_differ_come_first(comparison):
     samples = choose(comparison, shown=3)
-    # Two of four separate sink_recent from the rest alike, so one of them waits; 4 separates act_calibration too.
+    # Two of four examples show the same pattern, so one of them comes later; in 4, act_calibration differs too.
     assert [sample.number for sample in samples] == [2, 4, 3]
     assert [line.kind for line in samples[1].lines] == ["right", "wrong", "right", "right", "wrong"]
 
 
-def test_a_long_prompt_loses_its_middle_but_not_the_answer():
+def test_a_long_prompt_is_shortened_around_the_answer():
     prompt = "a " * 2000 + "the key is 47110. " + "b " * 2000 + "what is the key?"
     pieces = trim(prompt, " 47110")
     assert [piece.kind for piece in pieces] == ["plain", "gap", "plain", "mark", "plain", "gap", "plain"]
@@ -149,18 +149,18 @@ def test_a_short_text_is_shown_whole(text):
 
 
 @pytest.mark.parametrize("answer", ["A", "the", "", "absent", "47"])
-def test_an_answer_that_is_no_evidence_is_not_marked(answer):
+def test_short_frequent_or_absent_answers_are_not_marked(answer):
     assert all(piece.kind != "mark" for piece in trim("A the the the 47110 A", answer))
 
 
-def test_partial_and_missing_scores_are_said_in_words(comparison):
-    said = [Answer("p", "e", "o", score) for score in (0.25, float("nan"))]
-    rows = [replace(comparison.rows[0], answers=[answer]) for answer in said]
+def test_partial_and_missing_scores_are_described(comparison):
+    given = [Answer("p", "e", "o", score) for score in (0.25, float("nan"))]
+    rows = [replace(comparison.rows[0], answers=[answer]) for answer in given]
     (sample,) = choose(replace(comparison, rows=rows))
     assert [line.verdict.replace("\N{NO-BREAK SPACE}", " ") for line in sample.lines] == ["partly, 25 %", "not scored"]
 
 
-def test_a_method_that_failed_has_a_row_with_the_reason(comparison):
+def test_a_failed_method_has_a_row_with_the_reason(comparison):
     rows = [*comparison.rows, Row.failed("gta", "GTA", "head_dim=<b>7</b>")]
     page = Page(render(replace(comparison, rows=rows)))
     (cell,) = [cell for cell in page.all("td") if "colspan" in cell]
@@ -179,7 +179,7 @@ def test_a_loss_has_figures_without_per_cent(comparison):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
-def test_an_interrupted_run_has_a_page_too(comparison, keep):
+def test_an_interrupted_run_has_a_page(comparison, keep):
     early = replace(comparison, rows=comparison.rows[:keep])
     page = Page(render(early))
     assert "0 methods measured" in page.text or keep
@@ -195,11 +195,11 @@ def test_write_returns_the_path_and_gives_the_same_page_twice(comparison, tmp_pa
     assert first.decode("utf-8").startswith("<!doctype html>")
 
 
-def test_write_names_a_place_it_cannot_write_to(comparison, tmp_path):
+def test_write_reports_a_path_it_cannot_write(comparison, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="cannot write .*report.html"):
         write(comparison, tmp_path / "file" / "report.html")
 
 
-def test_results_read_back_give_the_same_page(hostile):
+def test_loaded_results_give_the_same_page(hostile):
     assert render(Comparison.from_json(hostile.to_json())) == render(hostile)

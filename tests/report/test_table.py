@@ -1,4 +1,4 @@
-"""The table in the terminal and in Markdown, and the words and numbers that all reports share."""
+"""The tables for the terminal and Markdown, and the sentences and number formats of all reports."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def shown(comparison: Comparison, width: int = 140, colour: bool = False) -> str
     return capture.get().replace("\N{NO-BREAK SPACE}", " ")
 
 
-def alter(comparison: Comparison, who: str, **changes) -> Comparison:
-    rows = [replace(row, **changes) if row.method == who else row for row in comparison.rows]
+def alter(comparison: Comparison, key: str, **changes) -> Comparison:
+    rows = [replace(row, **changes) if row.method == key else row for row in comparison.rows]
     return replace(comparison, rows=rows)
 
 
@@ -30,21 +30,21 @@ def alter(comparison: Comparison, who: str, **changes) -> Comparison:
     "share, text",
     [(1.0, "100 %"), (0.312, "31 %"), (0.9996, "99.9 %"), (0.0312, "3.1 %"), (0.0, "0 %"), (math.nan, "–")],
 )
-def test_percent(share, text):
+def test_percentages_are_formatted(share, text):
     assert percent(share).replace("\N{NO-BREAK SPACE}", " ") == text
 
 
 @pytest.mark.parametrize(
     "value, text", [(4.126, "4.13 ms"), (82.14, "82.1 ms"), (1204.4, "1,204 ms"), (0.0, "0.00 ms"), (math.inf, "–")]
 )
-def test_number(value, text):
+def test_numbers_are_formatted(value, text):
     assert number(value, "ms").replace("\N{NO-BREAK SPACE}", " ") == text
 
 
 @pytest.mark.parametrize(
     "ratio, text", [(0.8213, "0.82×"), (12.34, "12.3×"), (1234.5, "1,234×"), (0.0004, "0.0004×"), (None, "")]
 )
-def test_times(ratio, text):
+def test_ratios_are_formatted(ratio, text):
     assert times(ratio) == text
 
 
@@ -55,7 +55,7 @@ def test_one_line_per_method_and_the_baseline_first(comparison):
     assert names == ["full", "sink_recent", "duo_attention", "token_select", "act_calibration"]
 
 
-def test_every_number_has_its_interval_or_its_ratio_to_the_baseline(comparison):
+def test_numbers_have_intervals_and_ratios(comparison):
     lines = shown(comparison).splitlines()
     at = {line.split()[0]: index for index, line in enumerate(lines) if line and not line.startswith(" ")}
     numbers, remarks = (" ".join(lines[at["full"] + more].split()) for more in (0, 1))
@@ -65,7 +65,7 @@ def test_every_number_has_its_interval_or_its_ratio_to_the_baseline(comparison):
     assert remarks == "51–100 % 1.00× 0.31× 0.30× 1.03× (1.00–1.06) 0.74× (0.72–0.76) 0.70×"
 
 
-def test_a_ratio_that_is_too_unsure_is_withheld_and_a_note_says_so(comparison):
+def test_an_uncertain_ratio_is_withheld_with_a_note(comparison):
     answers = comparison.rows[2].answers
     wild = [replace(answer, decode_ms=time) for answer, time in zip(answers, (1, 3, 5, 7), strict=True)]
     unsure = alter(comparison, "duo_attention", answers=wild)
@@ -74,11 +74,11 @@ def test_a_ratio_that_is_too_unsure_is_withheld_and_a_note_says_so(comparison):
     (note,) = notes(unsure)
     assert "vary too much for a ratio: duo_attention (decode / token)." in note
     few = replace(comparison, rows=[replace(row, answers=row.answers[:2]) for row in comparison.rows])
-    assert notes(few) == ("Ratios of times need at least 3 prompts that full has read too.",)
+    assert notes(few) == ("Ratios of times need at least 3 prompts that full answered too.",)
     assert cells(few)[2][4].ratio == ""
 
 
-def test_a_method_that_fails_is_a_row_with_its_reason(comparison):
+def test_a_failed_method_is_a_row_with_its_reason(comparison):
     failed = replace(comparison, rows=[*comparison.rows, Row.failed("gta", "GTA", "head_dim=7 must be even")])
     part = alter(failed, "full", error="1 of 4 prompts: too long")
     lines = shown(part).splitlines()
@@ -92,12 +92,12 @@ def test_a_method_that_fails_is_a_row_with_its_reason(comparison):
     assert headline(replace(failed, rows=failed.rows[-1:])) == "0 methods measured, without full to compare with"
 
 
-def test_who_used_more_than_the_budget_is_named(comparison):
+def test_methods_over_the_budget_are_named(comparison):
     over = alter(comparison, "token_select", keys_read=0.6)
     assert [words(note) for note in notes(over)] == ["Used more than the budget of 40 %: token_select 60 %."]
 
 
-def test_a_loss_is_better_the_lower_it_is(comparison):
+def test_lower_losses_are_better(comparison):
     losses = {"full": 2.0, "sink_recent": 2.6, "duo_attention": 2.01}
     rows = [replace(row, score=losses[row.method]) for row in comparison.rows if row.method in losses]
     found = replace(comparison, rows=rows, metric="loss")
@@ -112,25 +112,25 @@ def test_a_loss_is_better_the_lower_it_is(comparison):
     ((0.76, 1.0), percent, "76–100 %"), ((0.72, 0.764), times, "0.72–0.76"), ((80.0, 120.0), times, "80.0–120"),
     (None, percent, ""), ((1.2345, 2.3), plain_number, "1.234–2.300"),
 ])  # fmt: skip
-def test_intervals_say_their_unit_once(interval, show, text):
+def test_intervals_have_their_unit_once(interval, show, text):
     assert words(between(interval, show)) == text
 
 
-def test_a_narrow_terminal_moves_ratios_down_but_breaks_no_number(comparison):
+def test_a_narrow_terminal_wraps_ratios_and_no_numbers(comparison):
     text = shown(comparison, width=80)
     assert max(map(len, text.splitlines())) <= 80
     for part in ("sink_recent", "act_calibration", "84.4 ms", "0.74×", "1,310 MB", "13.3×"):
         assert part in text
 
 
-def test_ratios_are_dim_and_the_best_stands_out(comparison):
+def test_ratios_are_dim_and_the_best_is_bold(comparison):
     line = next(line for line in shown(comparison, colour=True).splitlines() if "duo_attention" in line)
     assert "\x1b[1;32m3.05 ms\x1b[0m" in line
     assert "\x1b[2m0.74× (0.72–0.76)" in shown(comparison, colour=True)
     assert "\x1b[1;32m84.4 ms" not in line
 
 
-def test_nobody_is_best_where_all_are_alike(comparison):
+def test_equal_numbers_have_no_best(comparison):
     same = replace(comparison, rows=[replace(row, prompt_mb=98.24, answer_mb=98.24) for row in comparison.rows])
     assert not any(line[-1].best for line in cells(same))
     assert sum(line[1].best for line in cells(same)) == 1
@@ -143,7 +143,7 @@ def test_missing_numbers_are_dashes_and_never_best(comparison):
     assert sum(line[4].best for line in cells(lost)) == 1
 
 
-def test_names_cannot_steer_the_terminal(comparison, hostile):
+def test_names_cannot_control_the_terminal(comparison, hostile):
     text = shown(alter(comparison, "sink_recent", method="[red]x[/red]"), colour=True)
     assert "[red]x[/red]" in text
     for control in "\x00\x1b\x9b\u202e\udc80":
@@ -176,12 +176,12 @@ def test_headline_names_the_smallest_cache_that_keeps_the_score(comparison):
     assert words(headline(comparison)) == "At 31 % of the cache, duo_attention keeps 100 % of the full score"
 
 
-def test_headline_turns_to_keys_read_where_all_store_the_whole_cache(comparison):
+def test_headline_uses_keys_read_if_all_store_the_whole_cache(comparison):
     whole = alter(comparison, "duo_attention", score=0.1)
     assert words(headline(whole)) == "Reading 33 % of the keys, token_select keeps 100 % of the full score"
 
 
-def test_headline_says_so_when_nothing_keeps_the_score(comparison):
+def test_headline_reports_that_nothing_keeps_the_score(comparison):
     poor = replace(comparison, rows=[row for row in comparison.rows if row.method in ("full", "sink_recent")])
     expected = "No method keeps 95 % of the full score; sink_recent keeps 25 % at 38 % of the cache"
     assert words(headline(poor)) == expected
@@ -195,7 +195,7 @@ def test_headline_without_a_baseline_or_with_a_score_of_zero(comparison):
     assert words(headline(zero)) == "full scores 0 %; no other method can be compared with it"
 
 
-def test_about_says_what_ran(comparison):
+def test_about_describes_the_run(comparison):
     expected = (
         "labs/lm answered 4 prompts of length 2,048 from the task needle, "
         "under full and under 4 other methods at a budget of 40 % of each prompt’s cache."

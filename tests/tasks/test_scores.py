@@ -55,7 +55,7 @@ def test_each_rule_by_example(rule: str, output: str, answers: tuple[str, ...], 
 
 
 def test_a_task_scores_by_its_metric_over_every_accepted_answer() -> None:
-    example = Example("p", "12", answers=("12", "twelve"))
+    example = Example("p", "12", accepted=("12", "twelve"))
     assert Example("p", "12").answers == ("12",)
     assert [Needle().score(example, output) for output in (" 12.", "twelve", "120", "twelves")] == [1, 1, 0, 0]
 

@@ -1,4 +1,4 @@
-"""Measurements: what each choice costs and loses."""
+"""Measurements of what methods and operators cost and lose."""
 
 from foveate.core.public import lazy
 

@@ -1,4 +1,4 @@
-"""What policies learnt about a model, kept in files that say which model it was."""
+"""The calibration of policies for a model, stored in files that name the model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from torch import Tensor
 
 from foveate.host import Host
 from foveate.kv.base import Policy
-from foveate.kv.parts import calibration_store as learnt
+from foveate.kv.parts import calibration_store
 
 
-class Learnt:
-    """Finds what a policy learnt beside the model's checkpoint or in the output folder, or lets it learn and keeps it.
+class CalibrationStore:
+    """Loads a policy's calibration from one of the folders, or calibrates the policy and saves the result.
 
-    A file of another model, or one that does not say whose it is, is passed over.
+    Files of other models, and files that name no model, are ignored.
+
+    Args:
+        host: the model.
+        data: makes the sequences on which policies calibrate.
+        folders: searched in order, such as the checkpoint's and the output folder; the last one receives new files.
+        note: called with messages about the progress.
     """
 
     def __init__(
@@ -29,16 +35,17 @@ class Learnt:
         self._model = ""
 
     def __call__(self, cls: type[Policy], key: str) -> dict[str, Tensor]:
+        """Return the calibration of a policy; empty if it needs none."""
         if cls.calibrate.__func__ is Policy.calibrate.__func__:  # type: ignore[attr-defined]
             return {}
-        self._model = self._model or learnt.model_digest(self.host.model)
+        self._model = self._model or calibration_store.model_digest(self.host.model)
         for folder in self.folders:
-            found = learnt.load(folder / f"{key}.safetensors", self._model)
+            found = calibration_store.load(folder / f"{key}.safetensors", self._model)
             if found is not None:
                 return found
-        self.note(f"{key}: learning about the model, once")
+        self.note(f"{key}: calibrating for this model, once")
         found = cls.calibrate(
             self.host, self.data(), lambda step, steps, text: self.note(f"{key}: {step}/{steps} {text}")
         )
-        learnt.save(found, self.folders[-1] / f"{key}.safetensors", self._model)
+        calibration_store.save(found, self.folders[-1] / f"{key}.safetensors", self._model)
         return found

@@ -1,4 +1,4 @@
-"""From a catalogue key to something that `compare` can apply at a budget."""
+"""Turn a catalogue key into methods that `compare` applies at a budget."""
 
 from __future__ import annotations
 
@@ -21,92 +21,95 @@ from foveate.kv.parts.calibration_store import digest as tensors_digest
 from foveate.kv.renumbered import Renumbered
 from foveate.ops.operator import Operator
 
-#: A policy's class and key to what it learnt about the model.
-Lessons = Callable[[type[Policy], str], dict[str, Tensor]]
+#: Returns a policy's calibration for the model, given its class and key.
+Calibrations = Callable[[type[Policy], str], dict[str, Tensor]]
 
 
 class Contender:
-    """One line of a comparison: the methods of a key (none for the full cache), set to each prompt's own budget.
+    """One entry of a comparison: the methods of a key (none for the full cache) at each prompt's own budget.
 
     Args:
-        key: of the catalogue, or "full".
+        key: a catalogue key, or "full".
         host: the model.
-        budget: share of each prompt's cache.
-        renumber: whether positions count the kept tokens, where the policy evicts. Then half of the model's context is
-            the most that is kept, so that there is room for the piece of text that is read next.
+        budget: the share of each prompt's cache.
+        renumber: True lets positions count the kept tokens if the policy evicts. It then keeps at most half of the
+            model's context, which leaves room for the next piece of text.
     """
 
     def __init__(self, key: str, host: Host, budget: float, renumber: bool = False) -> None:
         self.key, self.host, self.budget, self.renumber = key, host, budget, renumber
         self.title, self.arxiv = "full cache", ""
         self._class: type | None = None
-        self._learnt: dict[str, Tensor] = {}
-        self._made: dict[int, tuple[Method, ...]] = {}
+        self._calibration: dict[str, Tensor] = {}
+        self._methods: dict[int, tuple[Method, ...]] = {}
         if key == PACKED:
             self.title, self._class = "full cache, grouped heads packed", Packed
         elif key != FULL:
             row = system(key)
             self.title, self.arxiv, self._class = row.title, row.arxiv, row.load()
 
-    def learn(self, lessons: Lessons) -> None:
-        """Take what the policy has to know about the model, before anything else is asked of it."""
+    def calibrate(self, calibrations: Calibrations) -> None:
+        """Get the policy's calibration for the model; call it before the other methods."""
         if self._class is not None and issubclass(self._class, Policy):
-            self._learnt = lessons(self._class, self.key)
+            self._calibration = calibrations(self._class, self.key)
 
     @property
     def identity(self) -> str:
-        """The digest of all that tells two contenders for the same prompt apart."""
-        return digest.of(self.key, self.budget, self.renumber, tensors_digest(self._learnt))
+        """The digest of all that distinguishes two contenders on the same prompt."""
+        return digest.of(self.key, self.budget, self.renumber, tensors_digest(self._calibration))
 
     def at(self, length: int) -> tuple[Method, ...]:
-        """The methods for a prompt of `length` tokens."""
-        if length not in self._made:
-            made = () if self._class is None else (self._make(self._class, self._within(length)),)
-            again = (Renumbered(),) if self.renumber and any(method.evicts for method in made) else ()
-            self._made[length] = (*made, *again)
-        return self._made[length]
+        """Return the methods for a prompt of `length` tokens."""
+        if length not in self._methods:
+            own = () if self._class is None else (self._create(self._class, self._counted_length(length)),)
+            extra = (Renumbered(),) if self.renumber and any(method.evicts for method in own) else ()
+            self._methods[length] = (*own, *extra)
+        return self._methods[length]
 
-    def _within(self, length: int) -> int:
-        """The length of which the budget is a share."""
+    def _counted_length(self, length: int) -> int:
+        """Return the length of which the budget is a share."""
         context = context_length(self.host.config)
-        renumbers = self.renumber and context is not None and getattr(self._class, "evicts", False)
-        return min(length, int(context / 2 / self.budget)) if renumbers else length  # type: ignore[operator]
+        if context is None or not (self.renumber and getattr(self._class, "evicts", False)):
+            return length
+        return min(length, int(context / 2 / self.budget))
 
     def options(self, lengths: Iterable[int]) -> dict[str, Any]:
-        """The settings of the methods for prompts of these lengths; `a to b` where they differ."""
+        """Return the methods' settings for prompts of these lengths; `a to b` if they differ."""
         each = [_options(method) for length in sorted(set(lengths)) for method in self.at(length)[:1]]
         found = {name: _span([options[name] for options in each if name in options]) for name in (each or [{}])[0]}
-        again = {"positions": "of the kept tokens"} if self._made and self._renumbers else {}
-        return {**found, **again, **({"arxiv": self.arxiv} if self.arxiv else {})}
+        extra = {"positions": "of the kept tokens"} if self._renumbers else {}
+        return {**found, **extra, **({"arxiv": self.arxiv} if self.arxiv else {})}
 
     @property
     def _renumbers(self) -> bool:
-        return self.renumber and any(isinstance(method, Renumbered) for made in self._made.values() for method in made)
+        return self.renumber and any(
+            isinstance(method, Renumbered) for methods in self._methods.values() for method in methods
+        )
 
-    def _make(self, cls: type, length: int) -> Method:
+    def _create(self, cls: type[Any], length: int) -> Method:
         if issubclass(cls, Policy):
-            return cls.at_budget(self.budget, self.host, length, **self._learnt)
+            return cls.at_budget(self.budget, self.host, length, **self._calibration)
         if issubclass(cls, Operator):
             return PrefillSwap(_operator(cls, self.host, self.budget, length))
         return cls()
 
 
 def _operator(cls: type[Operator], host: Host, budget: float, length: int) -> Operator:
-    """The operator for this model: one that has to know sizes gets the model's, and parameters of a fixed seed."""
+    """Create the operator with the model's sizes, if it needs them, and parameters of a fixed seed."""
     sizes = {"heads": host.heads, "kv_heads": host.kv_heads, "head_dim": head_dim(host)}
-    asked = inspect.signature(cls.__init__).parameters
-    needs_sizes = any(name in sizes and option.default is option.empty for name, option in asked.items())
-    needed: dict[str, Any] = {name: size for name, size in sizes.items() if name in asked} if needs_sizes else {}
-    if "learned" in asked:  # where gates would come from a layer, the operator can learn its own
+    accepted = inspect.signature(cls.__init__).parameters
+    needs_sizes = any(name in sizes and option.default is option.empty for name, option in accepted.items())
+    needed: dict[str, Any] = {name: size for name, size in sizes.items() if name in accepted} if needs_sizes else {}
+    if "learned" in accepted:  # without a layer that makes its gates, the operator has to learn its own
         needed["learned"] = (host.heads, head_dim(host))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = cls(**needed) if needed else cls.at_budget(budget, length)
-    return made.to(host.model.device, host.model.dtype).eval()
+        operator = cls(**needed) if needed else cls.at_budget(budget, length)
+    return operator.to(host.model.device, host.model.dtype).eval()
 
 
 def head_dim(host: Host) -> int:
-    """Channels of each head's queries and keys."""
+    """Return the channels of each head's queries and keys."""
     return int(getattr(host.config, "head_dim", None) or host.config.hidden_size // host.heads)
 
 

@@ -1,4 +1,4 @@
-"""`foveate bench recall`: how much a network recalls against how much state it keeps, operator by operator."""
+"""`foveate bench recall`: recall against the size of the state, for networks of different operators."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any, Literal
 import torch
 
 from foveate.bench.comparison.results import write_atomic
-from foveate.core.errors import DivergedError, OptionError
+from foveate.core.errors import DivergedError, Interrupted, OptionError
 from foveate.models.base.spec import Mixer, Spec
-from foveate.ops.base import state_size as states
+from foveate.nn.base.layer import streaming
+from foveate.nn.parts.blocks import stacked
+from foveate.ops.base import state_size
 from foveate.tasks.base.training_task import TrainingTask
 from foveate.tasks.training.mqar import MQAR
 from foveate.train.loop import checkpoint, network
@@ -23,67 +25,70 @@ from foveate.train.loop.loop import Schedule, evaluate, fit
 RESULTS = "recall.json"
 
 Family = Literal["attention", "window", "based", "linear", "memory"]
+#: A layer's system, its options, and those of the layer around it.
+LayerSpec = tuple[str, dict[str, Any], dict[str, Any]]
 
 
-#: More pairs than a head has channels, so that a state of this width is overloaded, and few enough to learn in minutes.
-TASK: dict[str, int] = dict(vocabulary=128, length=128, pairs=32)
+#: More pairs than a head has channels, which overloads such a state, and few enough to learn within minutes.
+TASK: dict[str, Any] = dict(vocabulary=128, length=128, pairs=32)
 SCHEDULE: dict[str, Any] = dict(steps=800, batch=32)
 #: Each network is trained at each of these learning rates, as in Zoology: none suits all of them.
 RATES = (3e-3, 1e-2, 3e-2)
 DIM, HEADS = 32, 2
-#: The seed of the examples that the figure is made of; others choose the rate.
+#: The seed of the test examples in the figure; the learning rate is chosen on others.
 TEST_SEED = 2**31 - 2
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One network of the comparison: its label, and of each layer the system, its options, and what goes around it."""
+class RecallNetwork:
+    """A network of the figure."""
 
     label: str
     family: Family
-    layers: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...]
+    layers: tuple[LayerSpec, ...]
 
 
-def twice(label: str, family: Family, key: str, **options: Any) -> Contender:
-    return Contender(label, family, ((key, options, {}),) * 2)
+def two_layers(label: str, family: Family, key: str, **options: Any) -> RecallNetwork:
+    """Describe a network of two equal layers."""
+    return RecallNetwork(label, family, ((key, options, {}),) * 2)
 
 
-def based(feature_dim: int, window: int) -> Contender:
-    """Based's two mixers in the release's order: Taylor features over all tokens, then exact attention over a few.
+def based(feature_dim: int, window: int) -> RecallNetwork:
+    """Describe Based's two mixers in the release's order: Taylor features over all tokens, then exact local attention.
 
-    The other way round, where the second layer alone sees everything, none that we tried learned within such a
-    schedule, the one with softmax attention there neither.
+    In the reverse order, in which only the second layer sees all tokens, no network that we tried learned within such
+    a schedule, not even with softmax attention as the second layer.
     """
-    far = ("based", {}, {"head_dim": feature_dim, "value_dim": DIM // HEADS})
-    layers = (far, ("sliding_window", {"window": window, "sinks": 0}, {}))
-    return Contender(f"based {feature_dim}, window {window}", "based", layers)
+    whole: LayerSpec = ("based", {}, {"head_dim": feature_dim, "value_dim": DIM // HEADS})
+    recent: LayerSpec = ("sliding_window", {"window": window, "sinks": 0}, {})
+    return RecallNetwork(f"based {feature_dim}, window {window}", "based", (whole, recent))
 
 
-CONTENDERS = (
-    twice("softmax", "attention", "softmax"),
-    twice("sigmoid", "attention", "sigmoid_attention", bias="row"),
-    twice("window 8", "window", "sliding_window", window=8, sinks=0),
-    twice("window 32", "window", "sliding_window", window=32, sinks=0),
+NETWORKS = (
+    two_layers("softmax", "attention", "softmax"),
+    two_layers("sigmoid", "attention", "sigmoid_attention", bias="row"),
+    two_layers("window 8", "window", "sliding_window", window=8, sinks=0),
+    two_layers("window 32", "window", "sliding_window", window=32, sinks=0),
     based(4, 8),
     based(8, 16),
     based(16, 32),
-    twice("hedgehog", "linear", "hedgehog"),
-    twice("normalised linear", "linear", "dsf"),
-    twice("lightning", "linear", "lightning_attention"),
-    twice("lightnet", "linear", "lightnet"),
-    twice("titans", "memory", "titans", depth=1),
-    twice("miras", "memory", "miras"),
+    two_layers("hedgehog", "linear", "hedgehog"),
+    two_layers("normalised linear", "linear", "dsf"),
+    two_layers("lightning", "linear", "lightning_attention"),
+    two_layers("lightnet", "linear", "lightnet"),
+    two_layers("titans", "memory", "titans", depth=1),
+    two_layers("miras", "memory", "miras"),
 )
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one network came to at one learning rate.
+    """The result of one network at one learning rate.
 
     Args:
-        accuracy: the share recalled in examples that nothing has seen before.
-        validation: in those by which the rate is chosen.
-        scores: validation along the way, by step; none where the run diverged.
+        accuracy: the accuracy on test examples.
+        validation: the accuracy on the examples that choose the learning rate.
+        scores: the validation accuracy by step; empty if the run diverged.
     """
 
     label: str
@@ -99,14 +104,14 @@ class Point:
 
 @dataclass
 class Recall:
-    """The figure: its task, its schedule, and all its runs."""
+    """The data of the figure: its task, its schedule, and all runs."""
 
     task: dict[str, Any]
     schedule: dict[str, Any]
     points: list[Point]
 
     def best(self) -> list[Point]:
-        """Each network at the rate that suits it best, in the order of the runs."""
+        """Return each network's run at its best learning rate, in the order of the runs."""
         labels = dict.fromkeys(point.label for point in self.points)
         return [max(self._of(label), key=lambda point: point.validation) for label in labels]
 
@@ -124,118 +129,125 @@ class Recall:
 
 
 def recall(
-    *, drill: TrainingTask | None = None, schedule: Schedule | None = None, rates: Sequence[float] = RATES,
+    *, task: TrainingTask | None = None, schedule: Schedule | None = None, rates: Sequence[float] = RATES,
     only: list[str] | None = None, dim: int = DIM, heads: int = HEADS, out: Path = Path("foveate-recall"),
     fresh: bool = False, progress: Callable[[int, int, str], None] | None = None,
 ) -> Recall:  # fmt: skip
-    """Train every contender on the same recall task with as many parameters, and measure what it keeps per sequence.
+    """Train every network on the same recall task with equal parameter counts, and measure the size of its state.
 
     Args:
-        drill: the task; `MQAR` of the sizes `TASK` where None.
-        schedule: of the training, the same for all but for its rate.
-        rates: learning rates, each of which every contender is trained at.
-        only: labels of contenders; all where None.
-        dim, heads: of every network.
-        out: folder of `recall.json`; what an earlier run with the same settings left there is kept.
-        fresh: put the results in the place of whatever an earlier run left there.
+        task: the task; None is `MQAR` with the sizes `TASK`.
+        schedule: the training schedule; each run replaces its learning rate.
+        rates: every network is trained at each of these learning rates.
+        only: labels of the networks to train; None is all.
+        dim, heads: the sizes of every network.
+        out: the folder of `recall.json`; results of an earlier run with the same settings are kept.
+        fresh: True replaces the results of an earlier run.
         progress: called as `progress(step, steps, note)`, over all trainings.
 
     Raises:
-        OptionError: `out` cannot be written, or holds results with other settings.
-        KeyboardInterrupt: with `(trainings done, trainings in all)`.
+        OptionError: if `out` cannot be written, or holds results with other settings.
+        Interrupted: with the number of finished trainings, and of all.
     """
-    drill = drill or MQAR(**TASK)
+    task = task or MQAR(**TASK)
     schedule = schedule or Schedule(**SCHEDULE)
-    tried = [replace(schedule, rate=rate) for rate in dict.fromkeys(rates)]
-    if not tried:
-        raise OptionError("rates must name at least one learning rate")
-    chosen = [contender for contender in CONTENDERS if only is None or contender.label in only]
-    if missing := set(only or ()) - {contender.label for contender in chosen}:
-        labels = ", ".join(contender.label for contender in CONTENDERS)
-        raise OptionError(f"only={', '.join(sorted(missing))} names no contender; they are {labels}")
-    settings = Recall({"name": drill.name, **vars(drill)}, {**asdict(schedule), "rate": None}, [])
+    schedules = [replace(schedule, rate=rate) for rate in dict.fromkeys(rates)]
+    if not schedules:
+        raise OptionError("rates must hold at least one learning rate; got none")
+    chosen = _chosen(only)
+    settings = Recall({"name": task.name, **vars(task)}, {**asdict(schedule), "rate": None}, [])
     checkpoint.check_writable(out)
     found = settings if fresh else _resumed(settings, out / RESULTS)
-    budget = parameters(spec(CONTENDERS[0], drill, dim, heads))
-    runs = [(contender, at) for contender in chosen for at in tried]
+    budget = parameters(spec(NETWORKS[0], task, dim, heads))
+    runs = [(member, at) for member in chosen for at in schedules]
     done = {(point.label, point.rate) for point in found.points}
-    todo = [(contender, at) for contender, at in runs if (contender.label, at.rate) not in done]
-    for number, (contender, at) in enumerate(todo):
+    todo = [(member, at) for member, at in runs if (member.label, at.rate) not in done]
+    for number, (member, at) in enumerate(todo):
 
-        def watch(step: int, steps: int, note: str, first: int = number, run: str = _named(contender, at)) -> None:
+        def watch(step: int, steps: int, note: str, first: int = number, run: str = _run_name(member, at)) -> None:
             if progress is not None:
                 progress(first * steps + step, len(todo) * steps, f"{run}: {note}")
 
         try:
-            found.points.append(_point(contender, drill, at, dim, heads, budget, watch))
+            found.points.append(_point(member, task, at, dim, heads, budget, watch))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(len(runs) - len(todo) + number, len(runs)) from None
+            raise Interrupted(len(runs) - len(todo) + number, len(runs)) from None
         found.save(out / RESULTS)
-    order = [(contender.label, at.rate) for contender, at in runs]
-    asked = [point for point in found.points if (point.label, point.rate) in order]
-    return replace(found, points=sorted(asked, key=lambda point: order.index((point.label, point.rate))))
+    order = [(member.label, at.rate) for member, at in runs]
+    wanted = [point for point in found.points if (point.label, point.rate) in order]
+    return replace(found, points=sorted(wanted, key=lambda point: order.index((point.label, point.rate))))
 
 
-def _named(contender: Contender, schedule: Schedule) -> str:
-    return f"{contender.label} at {schedule.rate:g}"
+def _chosen(only: list[str] | None) -> list[RecallNetwork]:
+    chosen = [member for member in NETWORKS if only is None or member.label in only]
+    if missing := set(only or ()) - {member.label for member in chosen}:
+        labels = ", ".join(member.label for member in NETWORKS)
+        raise OptionError(f"only={', '.join(sorted(missing))} must be among {labels}")
+    return chosen
 
 
-def spec(contender: Contender, drill: TrainingTask, dim: int, heads: int) -> Spec:
-    """The contender's network, before its parameters are evened out."""
+def _run_name(member: RecallNetwork, schedule: Schedule) -> str:
+    return f"{member.label} at {schedule.rate:g}"
+
+
+def spec(member: RecallNetwork, task: TrainingTask, dim: int, heads: int) -> Spec:
+    """Return the network's description, before its parameter count is adjusted."""
     mixers = tuple(
-        Mixer(key, options, {**network.layer_options(key), **layer}) for key, options, layer in contender.layers
+        Mixer(key, options, {**network.layer_options(key), **layer}) for key, options, layer in member.layers
     )
-    return Spec(dim, heads, mixers, vocabulary=drill.vocabulary, tied=False)
+    return Spec(dim, heads, mixers, vocabulary=task.vocabulary, tied=False)
 
 
-def parameters(made: Spec) -> int:
-    return sum(parameter.numel() for parameter in made.build().parameters())
+def parameters(network_spec: Spec) -> int:
+    """Count the parameters of a network_spec network."""
+    return sum(parameter.numel() for parameter in network_spec.build().parameters())
 
 
-def evened(made: Spec, budget: int) -> Spec:
-    """The same network with its MLPs as wide as the budget of parameters leaves room for."""
-    one = parameters(replace(made, hidden=1))
-    wider = parameters(replace(made, hidden=2)) - one
-    return replace(made, hidden=max(1, 1 + round((budget - one) / wider)))
+def with_parameters(network_spec: Spec, budget: int) -> Spec:
+    """Choose the width of the MLPs so that the network has about `budget` parameters."""
+    one = parameters(replace(network_spec, hidden=1))
+    wider = parameters(replace(network_spec, hidden=2)) - one
+    return replace(network_spec, hidden=max(1, 1 + round((budget - one) / wider)))
 
 
-def state_bytes(made: Spec, drill: TrainingTask) -> int:
-    """Bytes that one sequence's state takes after the whole of it: what decoding holds in memory."""
-    net = made.build()
-    state = [block.mixer.prefill(torch.zeros(1, drill.length, made.dim))[1] for block in net.blocks]
-    return states.state_bytes(state)
+def state_bytes(network_spec: Spec, task: TrainingTask) -> int:
+    """Return the bytes of the state after one whole sequence, which decoding holds in memory."""
+    net = network_spec.build()
+    x = torch.zeros(1, task.length, network_spec.dim)
+    state = [streaming(block.mixer).prefill(x)[1] for block in stacked(net.blocks)]
+    return state_size.state_bytes(state)
 
 
 def _point(
-    contender: Contender, drill: TrainingTask, schedule: Schedule, dim: int, heads: int, budget: int, watch: Any
+    member: RecallNetwork, task: TrainingTask, schedule: Schedule, dim: int, heads: int, budget: int, watch: Any
 ) -> Point:
-    made = evened(spec(contender, drill, dim, heads), budget)
+    network_spec = with_parameters(spec(member, task, dim, heads), budget)
     torch.manual_seed(schedule.seed)
-    net, begun = made.build(), time.perf_counter()
+    net, start = network_spec.build(), time.perf_counter()
     try:
-        scores = fit(net, drill, schedule, heldout=512, progress=watch).scores
-        found = evaluate(net, drill, 1024, seed=TEST_SEED)
+        scores = fit(net, task, schedule, heldout=512, progress=watch).scores
+        found = evaluate(net, task, 1024, seed=TEST_SEED)
     except DivergedError:
         scores, found = {}, 0.0
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     with torch.no_grad():
-        held = state_bytes(made, drill)
+        size = state_bytes(network_spec, task)
     return Point(
-        contender.label, contender.family, schedule.rate, sum(p.numel() for p in net.parameters()), held, found,
+        member.label, member.family, schedule.rate, sum(p.numel() for p in net.parameters()), size, found,
         scores[max(scores)] if scores else 0.0, round(seconds, 1), scores,
     )  # fmt: skip
 
 
 def _resumed(settings: Recall, path: Path) -> Recall:
-    """What an earlier run with the same settings measured; results with other settings are not written over."""
+    """Load the results of an earlier run with the same settings; results with other settings are refused."""
     if not path.is_file():
         return settings
     try:
         kept = Recall.load(path)
     except (OSError, TypeError, KeyError, ValueError) as error:
         raise OptionError(f"{path} cannot be read ({type(error).__name__}); --fresh replaces it") from None
-    for there, here in ((kept.task, settings.task), (kept.schedule, settings.schedule)):
-        if other := [name for name in here if there.get(name) != here[name]]:
-            changed = ", ".join(f"{name} was {there.get(name)!r}, is {here[name]!r}" for name in other)
+    for old, new in ((kept.task, settings.task), (kept.schedule, settings.schedule)):
+        if other := [name for name in new if old.get(name) != new[name]]:
+            changed = ", ".join(f"{name} was {old.get(name)!r}, is {new[name]!r}" for name in other)
             raise OptionError(f"{path} holds results with other settings ({changed}); --fresh replaces them")
     return kept

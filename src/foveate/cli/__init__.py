@@ -1,6 +1,6 @@
-"""The `foveate` command. Its modules import what is heavy inside the commands: `--help` need not wait for torch.
+"""The `foveate` command. Its modules import heavy packages inside the commands, so that `--help` does not load torch.
 
-Exit codes: 0 done; 1 interrupted, or a bug (with its traceback); 2 input that cannot be used, said in one line.
+Exit codes: 0 success; 1 interrupted, or a bug (with its traceback); 2 unusable input, explained in one line.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import typer
 
 import foveate
 from foveate.cli import bench, cite, compare, labs, systems, train
-from foveate.cli.console import PolitelyFailing
+from foveate.cli.console import CommandGroup
 from foveate.tasks.registry import TASKS as NAMED
 
 app = typer.Typer(
-    cls=PolitelyFailing,
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,9 +42,9 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Attention mechanisms for pretrained models and new ones: what each costs, and what it loses."""
+    """Attention mechanisms for pretrained models and new ones: cost and quality of each."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command with `args`, or with those of the process, and exit."""
+    """Run the command with `args`, or with the process's arguments, and exit."""
     app(args)

@@ -1,4 +1,4 @@
-"""`foveate bench`: what operators cost and lose, beside each other."""
+"""`foveate bench`: comparisons of operators and of cache policies."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
     from foveate.bench.recall_figure import Recall
 
-app = typer.Typer(help="Operators beside each other.", no_args_is_help=True)
+app = typer.Typer(help="Compare operators, or cache policies.", no_args_is_help=True)
 
-Only = Annotated[str | None, typer.Option(help="Labels of networks, between semicolons. Default: all.")]
+Only = Annotated[str | None, typer.Option(help="Labels of networks, separated by semicolons. Default: all.")]
 Length = Annotated[int, typer.Option(help="Tokens in a sequence.")]
 Pairs = Annotated[int, typer.Option(help="Key-value pairs to remember.")]
-Vocabulary = Annotated[int, typer.Option(help="Tokens that there are.")]
-Steps = Annotated[int, typer.Option(help="Optimiser steps for each network.")]
-Batch = Annotated[int, typer.Option(help="Sequences in each step.")]
-Rates = Annotated[str, typer.Option(help="Learning rates, between commas; each network is shown at its best one.")]
+Vocabulary = Annotated[int, typer.Option(help="Number of tokens in the vocabulary.")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps per network.")]
+Batch = Annotated[int, typer.Option(help="Sequences per step.")]
+Rates = Annotated[str, typer.Option(help="Learning rates, separated by commas; each network is shown at its best one.")]
 Seed = Annotated[int, typer.Option(help="Seed of parameters and batches.")]
 Out = Annotated[Path, typer.Option(help="Folder for recall.html and recall.json.")]
 
 
 @app.callback()
 def _benches() -> None:
-    """Operators beside each other."""
+    """Compare operators, or cache policies."""
 
 
 app.command("policies")(policies.command)
@@ -52,30 +52,30 @@ def recall(
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Recall against state: every operator in the same small network, trained on multi-query associative recall.
+    """Measure recall against state size: train every operator in the same small network on associative recall.
 
-    All networks have as many parameters as the one with softmax attention, and each has the learning rate, of those
-    tried, that suits it best on examples of their own. Results are saved after each training: the same command again
-    takes up where an interrupted one stopped. With its default sizes it takes about an hour on one core.
+    All networks have as many parameters as the one with softmax attention. Each is shown at its best learning rate,
+    chosen on validation examples. Results are saved after each training, and the same command resumes after an
+    interruption. With the default sizes it takes about an hour on one core.
     """
     with Bar("loading") as bar:
         from foveate.bench import recall_figure as figure
-        from foveate.bench.parts.folder import claimed
+        from foveate.bench.parts.folder import lock_folder
         from foveate.report import curves
         from foveate.tasks.training.mqar import MQAR
         from foveate.train.loop.loop import Schedule
 
         labels = None if only is None else [label.strip() for label in only.split(";") if label.strip()]
-        drill = MQAR(vocabulary=vocabulary, length=length, pairs=pairs)
+        task = MQAR(vocabulary=vocabulary, length=length, pairs=pairs)
         schedule = Schedule(steps=steps, batch=batch, seed=seed)
         try:
-            with claimed(out):
+            with lock_folder(out):
                 found = figure.recall(
-                    drill=drill, schedule=schedule, rates=_numbers(rates), only=labels, out=out, fresh=fresh,
+                    task=task, schedule=schedule, rates=_numbers(rates), only=labels, out=out, fresh=fresh,
                     progress=bar.at,
                 )  # fmt: skip
         except KeyboardInterrupt as interrupt:
-            typer.echo(_kept(interrupt.args, out), err=True)
+            typer.echo(_kept(interrupt, out), err=True)
             raise typer.Exit(1) from None
         title = f"Recall of {pairs} pairs in {length} tokens against state"
         page = curves.recall(found.best(), title, out / "recall.html")
@@ -85,11 +85,14 @@ def recall(
         show(_table(found), f"plot     {page}", f"results  {out / figure.RESULTS}")
 
 
-def _kept(counts: tuple[object, ...], out: Path) -> str:
-    """Say how much an interrupted run keeps; it gives (done, total) once it has begun to train."""
-    if len(counts) != 2 or not counts[0]:
-        return "interrupted before the first training was done"
-    return f"interrupted: {counts[0]} of {counts[1]} trainings are kept in {out}; the same command goes on from there"
+def _kept(interrupt: KeyboardInterrupt, out: Path) -> str:
+    """Describe what an interrupted run keeps."""
+    from foveate.core.errors import Interrupted
+
+    if not isinstance(interrupt, Interrupted) or not interrupt.done:
+        return "interrupted before the first training was finished"
+    finished = f"{interrupt.done} of {interrupt.total} trainings"
+    return f"interrupted: {finished} are kept in {out}; run the same command to resume"
 
 
 def _numbers(text: str) -> list[float]:
@@ -98,7 +101,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise OptionError(f"rates={text!r} must be numbers, between commas") from None
+        raise OptionError(f"rates={text!r} must be numbers, separated by commas") from None
 
 
 def _table(found: Recall) -> Table:

@@ -1,4 +1,4 @@
-"""What a system's source says about it: its docstring and options, read with `ast` so that nothing is imported."""
+"""The docstring and options of a system, read from its source with `ast`, so that nothing is imported."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _PACKAGE = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Card:
-    """The docstring of a class or function, and its options as they would be written: `keep: int = 512`."""
+    """The docstring of a class or function, and its options as in source: `keep: int = 512`."""
 
     doc: str
     options: list[str]
 
 
 def read_card(target: str) -> Card:
-    """The card of "module:Name", where the module belongs to foveate and defines the name itself."""
+    """Read the card of "module:Name"; the module must be one of Foveate's and define the name itself."""
     module, _, name = target.partition(":")
     node = _find(module, name)
     if node is None:
-        raise CatalogError(f'object="{target}": the source of {module} defines no {name}')
+        raise CatalogError(f'object="{target}" must be defined in {module}; its source has no {name}')
     return Card(ast.get_docstring(node) or "", list(_options(module, node).values()))
 
 
@@ -41,11 +41,11 @@ def _parse(module: str) -> ast.Module:
     for path in (base.with_suffix(".py"), base / "__init__.py"):
         if path.is_file():
             return ast.parse(path.read_text("utf-8"))
-    raise CatalogError(f"no module {module}")
+    raise CatalogError(f"module={module!r} must be a module of foveate; its source was not found")
 
 
 def _options(module: str, node: Definition) -> dict[str, str]:
-    """Options by name: an `__init__`'s arguments, or a dataclass's fields after those that it inherits."""
+    """Return options by name: the arguments of `__init__`, or a dataclass's fields after its inherited ones."""
     if isinstance(node, ast.FunctionDef):
         return _arguments(node)
     for item in node.body:
@@ -58,7 +58,7 @@ def _options(module: str, node: Definition) -> dict[str, str]:
 
 
 def _inherited(module: str, base: ast.expr) -> dict[str, str]:
-    """Options of a base class, where it is foveate's own and its name tells where it lives."""
+    """Return the options of a base class of Foveate's; other base classes give none."""
     if isinstance(base, ast.Subscript):
         base = base.value
     if not isinstance(base, ast.Name):
@@ -74,7 +74,7 @@ def _inherited(module: str, base: ast.expr) -> dict[str, str]:
 
 
 def _fields(node: ast.ClassDef) -> dict[str, str]:
-    """A dataclass's own fields; in any other class an annotation is no option."""
+    """Return a dataclass's own fields; annotations of other classes are not options."""
     if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         return {}
     found = {}
@@ -88,7 +88,7 @@ def _fields(node: ast.ClassDef) -> dict[str, str]:
 
 
 def _default(value: ast.expr | None) -> str | None:
-    """A field's default as source; `field(default=3)` and `field(default_factory=list)` say 3 and list()."""
+    """Return a field's default as source; `field(default=3)` gives 3, `field(default_factory=list)` gives list()."""
     if value is None:
         return None
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "field":
@@ -98,7 +98,7 @@ def _default(value: ast.expr | None) -> str | None:
 
 
 def _arguments(node: ast.FunctionDef) -> dict[str, str]:
-    """Arguments of a function, without `self` and the catch-alls."""
+    """Return the arguments of a function, without `self`, `*args` and `**kwargs`."""
     args = node.args
     plain = [*args.posonlyargs, *args.args]
     defaults: list[ast.expr | None] = [None] * (len(plain) - len(args.defaults)) + list(args.defaults)

@@ -10,14 +10,14 @@ import typer
 from foveate.bench import known
 from foveate.cli.console import Bar, show
 from foveate.cli.options import Config, Device, Dtype, Fresh, Json
-from foveate.core.errors import OptionError
+from foveate.core.errors import Interrupted, OptionError
 from foveate.tasks.base.scores import LOSS, SCORES
 from foveate.tasks.registry import TASKS
 
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Folder, GGUF file, adapter folder or hub id of a Hugging Face decoder. Default: the lab model that ships."
+        help="Folder, GGUF file, adapter folder or hub id of a Hugging Face decoder. Default: the included lab model."
     ),
 ]
 TaskName = Annotated[
@@ -25,40 +25,40 @@ TaskName = Annotated[
     typer.Option(
         "--task",
         help=f"{', '.join([*TASKS, 'mqar', 'copy'])}; or a file of prompts and answers: .jsonl, .json, .csv, .tsv, "
-        ".parquet or a dataset's folder. Default: needle, or what the model was trained on.",
+        ".parquet or a dataset's folder. Default: needle, or the task that the model was trained on.",
     ),
 ]
 Methods = Annotated[
     str | None,
     typer.Option(
-        help=f"Keys between commas. Policies: {', '.join(known.policies())}. Operators that read the prompt: "
+        help=f"Keys, separated by commas. Policies: {', '.join(known.policies())}. Operators that read the prompt: "
         f"{', '.join(known.readers())}. The full cache always runs; "
         f"{known.PACKED} keeps it and decodes faster. Default: {', '.join(known.DEFAULT[1:])}."
     ),
 ]
 Budget = Annotated[float, typer.Option(help="Share of each prompt's full cache that a method may use, in (0, 1].")]
-Examples = Annotated[int | None, typer.Option(help="How many prompts. Default: the task's own number.")]
-Length = Annotated[int | None, typer.Option(help="Length of the prompts, where the task makes them.")]
+Examples = Annotated[int | None, typer.Option(help="Number of prompts. Default: the task's own.")]
+Length = Annotated[int | None, typer.Option(help="Length of the prompts, for tasks that generate them.")]
 Score = Annotated[
-    str | None, typer.Option(help=f"How answers are scored: {', '.join([*SCORES, LOSS])}. Default: the task's own way.")
+    str | None, typer.Option(help=f"How answers are scored: {', '.join([*SCORES, LOSS])}. Default: the task's own.")
 ]
-Batch = Annotated[int, typer.Option(help="Prompts of like length that run together, padded on the left.")]
+Batch = Annotated[int, typer.Option(help="Number of prompts of similar length that run together, padded on the left.")]
 Out = Annotated[Path, typer.Option(help="Folder for report.html, results.json and the answers found so far.")]
 Seed = Annotated[int, typer.Option(help="Seed of the task.")]
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let code that lies beside the model's weights run. Read it first.")
+    bool, typer.Option("--trust-remote-code", help="Let code from the model's folder or repository run. Read it first.")
 ]
 PromptField = Annotated[
-    str | None, typer.Option(help="Field of --task's prompts: NAME, NAME.NAME, or a text with {NAME} in it.")
+    str | None, typer.Option(help="Field of --task's prompts: NAME, NAME.NAME, or a template with {NAME}.")
 ]
 AnswerField = Annotated[str | None, typer.Option(help="Field of --task's answers, or of lists of accepted ones.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Put plain prompts into the model's chat template too.")]
-NewTokens = Annotated[int | None, typer.Option(help="How many tokens to answer with. Default: by the answers.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to plain prompts too.")]
+NewTokens = Annotated[int | None, typer.Option(help="Number of tokens to generate. Default: by the answers.")]
 Renumber = Annotated[
     bool,
     typer.Option(
         "--renumber",
-        help="Under policies that evict, count positions in the cache: for prompts longer than the model's context.",
+        help="Under policies that evict, count only kept tokens in positions: for prompts past the model's context.",
     ),
 ]
 
@@ -86,12 +86,12 @@ def command(
     as_json: Json = False,
     fresh: Fresh = False,
 ) -> None:
-    """Run a model on a task under several methods: score, cache kept, time and memory, each beside the full cache.
+    """Run a model on a task under several methods, and compare score, cache, time and memory with the full cache.
 
-    Without options the lab model looks for needles in real text.
-    That takes about a minute. Each prompt's answers are saved at once:
-    the same command again takes up where an interrupted one stopped.
-    A method that fails is a line that says why.
+    Without options the lab model retrieves needles from real text.
+    That takes about a minute. Each prompt's answers are saved at once,
+    and the same command resumes after an interruption.
+    A method that fails gets a row with the reason.
     """
     keys = _keys(methods)
     try:
@@ -121,7 +121,7 @@ def command(
                 progress=bar,
             )
     except KeyboardInterrupt as interrupt:
-        typer.echo(_kept(interrupt.args, out), err=True)
+        typer.echo(_kept(interrupt, out), err=True)
         raise typer.Exit(1) from None
     from foveate.report import headline, html, table
 
@@ -137,13 +137,13 @@ def _keys(methods: str | None) -> list[str] | None:
         return None
     keys = [key.strip() for key in methods.split(",") if key.strip()]
     if not keys:
-        raise OptionError(f'methods="{methods}" names none; give keys from `foveate systems`, between commas')
+        raise OptionError(f'methods="{methods}" must name keys of `foveate systems`, separated by commas')
     return keys
 
 
-def _kept(counts: tuple[object, ...], out: Path) -> str:
-    """Say how much an interrupted run keeps. `compare` gives (answers, all of them) once it has begun to ask."""
-    if len(counts) != 2:
+def _kept(interrupt: KeyboardInterrupt, out: Path) -> str:
+    """Describe what an interrupted run keeps."""
+    if not isinstance(interrupt, Interrupted):
         return "interrupted before anything was measured"
-    done, total = counts
-    return f"interrupted: {done} of {total} answers are kept in {out}; run the same command to resume"
+    found = f"{interrupt.done} of {interrupt.total} answers"
+    return f"interrupted: {found} are kept in {out}; run the same command to resume"

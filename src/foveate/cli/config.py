@@ -1,4 +1,4 @@
-"""A command's options from a TOML file: `steps = 500` is `--steps 500`, and the command line wins."""
+"""Options of a command from a TOML file: `steps = 500` means `--steps 500`; the command line takes precedence."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _NOT_IN_FILES = ("help", "config")
 
 
 def read(context: typer.Context, path: Path | None) -> Path | None:
-    """Make the values of the file at `path` the command's defaults; the callback of a `--config` option.
+    """Make the values of the file at `path` the command's defaults; this is the callback of `--config`.
 
     Raises:
-        OptionError: a file that cannot be read. UnknownKey: an option that the command does not have.
+        OptionError: if the file cannot be read.
+        UnknownKey: if the command has no such option.
     """
     if path is None:
         return None
@@ -32,13 +33,13 @@ def read(context: typer.Context, path: Path | None) -> Path | None:
     for name in given:
         if name not in known:
             raise unknown(f"option in {path}", name, known)
-    told = {known[name].name: value if known[name].multiple else _text(value) for name, value in given.items()}
-    context.default_map = {**(context.default_map or {}), **told}
+    defaults = {known[name].name: value if known[name].multiple else _text(value) for name, value in given.items()}
+    context.default_map = {**(context.default_map or {}), **defaults}
     return path
 
 
 def _options(context: typer.Context) -> dict[str, Any]:
-    """Names as they stand on the command line, and the parameters that they set."""
+    """Return the options' names on the command line, with their parameters."""
     found = {}
     for parameter in context.command.params:
         name = max(parameter.opts, key=len).lstrip("-").replace("-", "_")
@@ -48,7 +49,7 @@ def _options(context: typer.Context) -> dict[str, Any]:
 
 
 def _text(value: Any) -> Any:
-    """Lists and tables as one option on the command line writes them."""
+    """Write lists and tables in the form of one option on the command line."""
     if isinstance(value, list):
         return ",".join(str(item) for item in value)
     if isinstance(value, dict):

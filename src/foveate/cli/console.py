@@ -1,4 +1,4 @@
-"""What the commands share: where they print, how they show progress, and how they fail."""
+"""Output, progress and error handling of all commands."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 _PIPE_WIDTH = 120
 
 
-class PolitelyFailing(TyperGroup):
-    """A group of commands in which a `FoveateError` is one line on stderr and exit code 2, and Ctrl-C exit code 1."""
+class CommandGroup(TyperGroup):
+    """A group of commands: a `FoveateError` prints one line on stderr and exits with 2, Ctrl-C exits with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _terminated_as_interrupted():
+            with _sigterm_as_interrupt():
                 return super().invoke(ctx)
         except FoveateError as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
@@ -38,14 +38,14 @@ class PolitelyFailing(TyperGroup):
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """A request to terminate (SIGTERM) is handled as Ctrl-C is: what was measured is kept, and said to be."""
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C, so that results are kept and reported."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
+        yield  # only the main thread may set signal handlers
         return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -54,10 +54,10 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def show(*what: RenderableType) -> None:
-    """Print to stdout, as wide as the terminal is, or wide enough for a table where there is none."""
+def show(*items: RenderableType) -> None:
+    """Print to stdout with the terminal's width, or 120 columns without a terminal."""
     console = _console()
-    for item in what:
+    for item in items:
         console.print(item, markup=False, highlight=False)
 
 
@@ -68,44 +68,43 @@ def _console() -> Console:
 
 
 class Bar:
-    """A progress bar on stderr, so that stdout holds nothing but the result. Use it in a `with`.
+    """A progress bar on stderr, so that stdout has only the result. Use it in a `with`.
 
-    It shows the time that has passed and the time that is left. Where stderr is no terminal, a line now and then takes
-    its place.
+    It shows the elapsed and the remaining time. If stderr is not a terminal, it prints a line periodically instead.
     """
 
     def __init__(self, label: str) -> None:
         self._label, self._done = label, 0
         self._total: int | None = None
-        self._shown: _Drawn | _Lines = _Drawn(label) if sys.stderr.isatty() else _Lines(label)
+        self._view: _TerminalBar | _LogLines = _TerminalBar(label) if sys.stderr.isatty() else _LogLines(label)
 
     def __enter__(self) -> Bar:
-        self._shown.begin()
+        self._view.begin()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._shown.end()
+        self._view.end()
 
     def start(self, total: int) -> None:
-        """How many steps there will be."""
+        """Set the number of steps."""
         self.at(0, total, "")
 
     def advance(self, label: str = "") -> None:
-        """One step is done; `label` says what the work is at."""
+        """Count one finished step; `label` describes it."""
         self.at(self._done + 1, self._total, label)
 
     def say(self, label: str) -> None:
-        """What the work is at, between steps."""
+        """Show a message between steps."""
         self.at(self._done, self._total, label)
 
     def at(self, step: int, steps: int | None, note: str) -> None:
-        """The same for work that counts for itself: `step` of `steps` are done."""
+        """Show that `step` of `steps` are done, for work that counts its own steps."""
         self._done, self._total = step, steps
-        self._shown.at(step, steps, note or self._label)
+        self._view.at(step, steps, note or self._label)
 
 
-class _Drawn:
-    """A bar on a terminal."""
+class _TerminalBar:
+    """A progress bar on a terminal."""
 
     def __init__(self, label: str) -> None:
         from rich.console import Console
@@ -135,31 +134,31 @@ class _Drawn:
         self._bar.update(self._task, completed=step, total=steps, description=label)
 
 
-class _Lines:
-    """A line now and then, where nobody watches a bar: after a few seconds, and then every half minute."""
+class _LogLines:
+    """Lines of progress for a log: the first after 5 seconds, then one every 30 seconds."""
 
     FIRST, EVERY = 5.0, 30.0
 
     def __init__(self, label: str) -> None:
-        self._begun = self._counted = time.monotonic()
-        self._due, self._first = self._begun + self.FIRST, -1
+        self._start = self._counted = time.monotonic()
+        self._due, self._first = self._start + self.FIRST, -1
 
     def begin(self) -> None:
-        """Nothing: short work stays silent."""
+        """Print nothing, so that short work stays silent."""
 
     def end(self) -> None:
-        """Nothing: the result says that it is done."""
+        """Print nothing; the result follows."""
 
     def at(self, step: int, steps: int | None, label: str) -> None:
         now = time.monotonic()
         if steps is not None and (self._first < 0 or step < self._first):
-            self._counted, self._first = now, step  # what an earlier run did tells nothing of this one's speed
+            self._counted, self._first = now, step  # an earlier run's steps do not count for the speed
         if now < self._due:
             return
         self._due = now + self.EVERY
         parts = [label]
         if steps is not None:
-            parts.append(f"{step} of {steps}, {duration(now - self._begun)}")
+            parts.append(f"{step} of {steps}, {duration(now - self._start)}")
             if step > self._first:
                 left = (now - self._counted) / (step - self._first) * (steps - step)
                 parts.append(f"about {duration(left)} left")
@@ -167,7 +166,7 @@ class _Lines:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Format seconds for people: "9.9 s", "1 min 1 s", "2 h 1 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

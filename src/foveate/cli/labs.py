@@ -1,4 +1,4 @@
-"""`foveate labs`: the models that ship with the package, and how to make them again."""
+"""`foveate labs`: the small models of the package, and their training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import typer
 from foveate.cli.console import Bar, show
 from foveate.core.errors import OptionError, UnsupportedModel, unknown
 
-app = typer.Typer(help="The small models that ship with the package.", invoke_without_command=True)
+app = typer.Typer(help="The small models of the package.", invoke_without_command=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Name = Annotated[str, typer.Argument(help="A lab's name, for instance lm.")]
+Name = Annotated[str, typer.Argument(help="A lab's name, such as lm.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the checkpoint. Default: foveate-labs/NAME.")]
 Seed = Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Replace a checkpoint that --out already holds.")]
@@ -29,7 +29,7 @@ def _default(ctx: typer.Context, as_json: Json = False) -> None:
 
 @app.command("list")
 def catalogue(as_json: Json = False) -> None:
-    """List the labs: name, task, parameters, size, where."""
+    """List the labs: name, task, parameters, size, folder."""
     from foveate.labs import LABS
 
     rows = [
@@ -59,16 +59,16 @@ def train(name: Name, out: Out = None, seed: Seed = None, fresh: Fresh = False) 
     out = out or Path("foveate-labs") / name
     if (out / "model.safetensors").exists() and not fresh:
         raise OptionError(f"out={out} already holds a checkpoint; name another folder, or add --fresh to replace it")
-    from foveate.bench.parts.folder import claimed
+    from foveate.bench.parts.folder import lock_folder
 
-    with claimed(out), Bar(f"training {name}") as bar:
+    with lock_folder(out), Bar(f"training {name}") as bar:
         measured = import_module(f"foveate.labs.{name}").train(out=out, seed=seed, progress=bar.at)
     shown = {key: value for key, value in measured.items() if isinstance(value, int | float)}
     show(f"{name} is in {out}", *(f"  {key}: {value}" for key, value in shown.items()))
 
 
 def _parameters(weights: Path) -> int:
-    """How many numbers a safetensors file holds, from its header alone; 0 where there is no file."""
+    """Count the parameters in a safetensors file by its header; 0 without a file."""
     if not weights.exists():
         return 0
     with weights.open("rb") as file:
@@ -93,11 +93,11 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     table = Table("name", "title", "task", box=None, pad_edge=False)
     table.add_column("parameters", justify="right")
     table.add_column("size", justify="right")
-    table.add_column("where", overflow="fold")
+    table.add_column("folder", overflow="fold")
     for row in rows:
-        there = row["bytes"] > 0
-        millions = f"{row['parameters'] / 1e6:.2f} M" if there else "-"
-        megabytes = f"{row['bytes'] / 1e6:.1f} MB" if there else "not there"
+        present = row["bytes"] > 0
+        millions = f"{row['parameters'] / 1e6:.2f} M" if present else "-"
+        megabytes = f"{row['bytes'] / 1e6:.1f} MB" if present else "missing"
         cells = (row["name"], row["title"], row["task"], millions, megabytes, row["path"])
         table.add_row(*(Text(cell) for cell in cells))
     return table

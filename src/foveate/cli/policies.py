@@ -1,4 +1,4 @@
-"""`foveate bench policies`: every cache policy on a person's own decoders, at several budgets."""
+"""`foveate bench policies`: every cache policy on the user's own decoders, at several budgets."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from foveate.cli.console import Bar, show
 from foveate.cli.options import Config, Device, Dtype, Fresh, Json
 from foveate.core.errors import OptionError
 
-Model = Annotated[list[str], typer.Option(help="Folder, GGUF file or hub id of a decoder; may be given several times.")]
-Quick = Annotated[bool, typer.Option("--quick", help="A few minutes' worth: one budget, fewer and shorter prompts.")]
-Methods = Annotated[str | None, typer.Option(help="Keys of cache policies, between commas. Default: all.")]
-Budgets = Annotated[str | None, typer.Option(help="Shares of the full cache, between commas. Default: 0.1,0.25,0.5.")]
-Tasks = Annotated[str | None, typer.Option(help="Retrieval tasks, between commas. Default: all kinds of RULER.")]
-Examples = Annotated[int | None, typer.Option(help="Prompts of each task.")]
-Characters = Annotated[int | None, typer.Option(help="Characters of each retrieval prompt.")]
-Losses = Annotated[str | None, typer.Option(help="Tokens behind which the loss is measured, between commas.")]
-Times = Annotated[str | None, typer.Option(help="Tokens of the prompts that are timed, between commas.")]
+Model = Annotated[list[str], typer.Option(help="Folder, GGUF file or hub id of a decoder; repeat it for several.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Run for a few minutes: one budget, fewer and shorter prompts.")]
+Methods = Annotated[str | None, typer.Option(help="Keys of cache policies, with commas. Default: all.")]
+Budgets = Annotated[str | None, typer.Option(help="Shares of the full cache, with commas. Default: 0.1,0.25,0.5.")]
+Tasks = Annotated[str | None, typer.Option(help="Retrieval tasks, with commas. Default: RULER's without common words.")]
+Examples = Annotated[int | None, typer.Option(help="Prompts per task.")]
+Characters = Annotated[int | None, typer.Option(help="Length of retrieval prompts in characters.")]
+Losses = Annotated[str | None, typer.Option(help="Context lengths in tokens for the loss, with commas.")]
+Times = Annotated[str | None, typer.Option(help="Lengths in tokens of the timed prompts, with commas.")]
 Out = Annotated[Path, typer.Option(help="Folder for the journal, policies.json and policies.md.")]
 
 
@@ -42,11 +42,11 @@ def command(
     as_json: Json = False,
     fresh: Fresh = False,
 ) -> None:
-    """Every cache policy on your decoders at several budgets: retrieval, loss on long text, memory and time.
+    """Run every cache policy on your decoders at several budgets: retrieval, loss on long text, memory and time.
 
-    Scores come with intervals, times as ratios between neighbours in one round.
-    What is measured is written down at once: the same command again
-    takes up where an interrupted one stopped.
+    Scores have intervals, and times are ratios within the same round.
+    Results are saved at once, and the same command resumes after an
+    interruption.
     """
     given: dict[str, Any] = {
         "methods": _words(methods), "budgets": _numbers("budgets", budgets, float), "tasks": _words(tasks),
@@ -63,7 +63,7 @@ def command(
             )
             found = run(model, sizes, out, bar, dtype=dtype, device=device, fresh=fresh)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted: what is measured is kept in {out}; run the same command to resume", err=True)
+        typer.echo(f"interrupted: finished results are kept in {out}; run the same command to resume", err=True)
         raise typer.Exit(1) from None
     from foveate.report import policies
 
@@ -83,4 +83,4 @@ def _numbers(option: str, text: str | None, kind: type) -> tuple[float, ...] | N
     try:
         return None if text is None else tuple(kind(word) for word in text.split(",") if word.strip())
     except ValueError:
-        raise OptionError(f"{option}={text!r} must be numbers, between commas") from None
+        raise OptionError(f"{option}={text!r} must be numbers, separated by commas") from None

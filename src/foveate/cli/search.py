@@ -27,7 +27,7 @@ class Need:
     """Something that people look for; `needs.toml` lists them and says what its fields mean."""
 
     name: str
-    asked: tuple[str, ...]
+    phrases: tuple[str, ...]
     strong: tuple[str, ...]
     weak: tuple[str, ...] = ()
     hint: str = ""
@@ -37,7 +37,7 @@ class Need:
 def needs() -> tuple[Need, ...]:
     """Return the table of needs."""
     table = tomllib.loads(Path(__file__).with_name("needs.toml").read_text("utf-8"))
-    lists = ("asked", "strong", "weak")
+    lists = ("phrases", "strong", "weak")
     return tuple(Need(**{**row, **{name: tuple(row.get(name, ())) for name in lists}}) for row in table["need"])
 
 
@@ -84,14 +84,14 @@ def search(need: str, rows: Sequence[System] | None = None) -> list[Match]:
     """Return the rows that answer `need`, a phrase in plain words, best first; of the whole catalogue where None."""
     pages = [_page(row) for row in (catalog.systems() if rows is None else rows)]
     spread = Counter(word for page in pages for word in page.words)
-    asked, words = understood(need)
+    wanted, words = understood(need)
     terms = [word for word in words if word in spread]
     found = []
     for place, page in enumerate(pages):
-        hits = [hit for item in asked if (hit := _answer(page, item)) is not None]
+        hits = [hit for item in wanted if (hit := _answer(page, item)) is not None]
         hits += [hit for word in terms if (hit := _mention(page, word, spread, len(pages))) is not None]
         if hits:
-            score = sum(score for score, _ in hits) * len(hits) / (len(asked) + len(terms))
+            score = sum(score for score, _ in hits) * len(hits) / (len(wanted) + len(terms))
             found.append((-score, place, Match(page.row, round(score, 3), tuple(why for _, why in hits))))
     matches = [match for *_, match in sorted(found, key=lambda item: item[:2])]
     return [match for match in matches[:_ROWS] if match.score >= _SHARE * matches[0].score]
@@ -104,16 +104,16 @@ def needs_of(row: System) -> list[Need]:
 
 
 def understood(need: str) -> tuple[list[Need], list[str]]:
-    """Split what was asked into the needs whose phrases it holds, long phrases first, and the stems of other words."""
-    said = [_corrected(word) for word in _words(need) if word not in _FILLERS]
-    stems, asked = [stem(word) for word in said], []
+    """Split a query into the needs whose phrases it contains, long phrases first, and the stems of other words."""
+    typed = [_corrected(word) for word in _words(need) if word not in _FILLERS]
+    stems, matched = [stem(word) for word in typed], []
     for phrase, item in _phrases():
         at = _index(stems, phrase)
         if at is not None:
-            asked.append((at, item))
-            stems[at : at + len(phrase)] = [""] * len(phrase)  # a word counts once, and what follows keeps its place
-    named = {item.name: item for _, item in sorted(asked, key=lambda pair: pair[0])}
-    others = [stem for stem, word in zip(stems, said, strict=True) if stem and word not in _STOP]
+            matched.append((at, item))
+            stems[at : at + len(phrase)] = [""] * len(phrase)  # a word counts once, and the others keep their indices
+    named = {item.name: item for _, item in sorted(matched, key=lambda pair: pair[0])}
+    others = [stem for stem, word in zip(stems, typed, strict=True) if stem and word not in _STOP]
     return list(named.values()), list(dict.fromkeys(others))
 
 
@@ -167,33 +167,33 @@ def _page(row: System) -> _Page:
 
 
 def _recommended(doc: str) -> str:
-    """A docstring without what it says a system is not for, its arguments and its formulas."""
+    """Strip from a docstring the uses that it warns of, the arguments and the formulas."""
     before = re.split(r"\n\s*(?:Args|Raises|Returns|Attributes):\n", doc)[0]
     return re.sub(r"`[^`]*`|\(?[Tt]he wrong choice[^.;]*|\b[Nn]o drop-in[^.;]*", " ", before)
 
 
 def _answer(page: _Page, need: Need) -> tuple[float, str] | None:
-    """How well a row answers a need, and why; None where it does not."""
+    """Score a row's answer to a need and give the reason; None if it does not answer."""
     strong = list(_found(page, need.strong))
     weak = list(_found(page, need.weak))
     if not strong and not weak:
         return None
-    in_title = any(said.startswith("title") for said in (*strong, *weak))
+    in_title = any(reason.startswith("title") for reason in (*strong, *weak))
     score = (_STRONG if strong else _WEAK) + _FURTHER * (len(strong) + len(weak) / 2 - 1) + _TITLE * in_title
     return score, f"{need.name} ({', '.join((*strong, *weak)[:3])})"
 
 
 def _found(page: _Page, facts: Iterable[str]) -> Iterator[str]:
     for fact in facts:
-        if said := _evidence(page, fact):
-            yield said
+        if reason := _evidence(page, fact):
+            yield reason
 
 
 def _evidence(page: _Page, fact: str) -> str:
-    """How a row shows a fact or says a phrase, in words; "" where it does not."""
+    """Say in words how a row shows a fact or contains a phrase; "" if it does not."""
     name, colon, value = fact.partition(":")
     if colon:
-        return _SAID.get(fact, f'{_NAMES.get(name, name)} "{value}"') if fact in page.facts else ""
+        return _FACT_TEXTS.get(fact, f'{_NAMES.get(name, name)} "{value}"') if fact in page.facts else ""
     phrase = stemmed(fact)
     for field in ("title", "tags", "docstring"):
         if _index(page.fields[field], phrase) is not None:
@@ -202,7 +202,7 @@ def _evidence(page: _Page, fact: str) -> str:
 
 
 _NAMES = {"tag": "tag", "room": "room", "growth": "time grows as", "state": "state", "family": "family"}
-_SAID = {
+_FACT_TEXTS = {
     "room:kv": "a cache policy for pretrained models",
     "room:steer": "acts on a pretrained model",
     "room:lens": "looks into a pretrained model",
@@ -215,7 +215,7 @@ _SAID = {
 
 
 def _mention(page: _Page, word: str, spread: Counter[str], total: int) -> tuple[float, str] | None:
-    """What a word's places in a row are worth, rare words more; None where the row does not have it."""
+    """Score the fields of a row that contain a word, rare words higher; None if no field does."""
     where = [field for field, stems in page.fields.items() if word in stems]
     if not where:
         return None
@@ -225,15 +225,15 @@ def _mention(page: _Page, word: str, spread: Counter[str], total: int) -> tuple[
 
 
 def _written(page: _Page, word: str) -> str:
-    """A word that a row has with this stem, as it writes it."""
+    """Return the row's own spelling of the first word with this stem."""
     text = (
         f"{page.row.key.replace('_', ' ')} {page.row.title} {' '.join(page.row.tags)} {read_card(page.row.object).doc}"
     )
-    return next((said for said in re.findall(r"[A-Za-z0-9]+", text) if stem(said.lower()) == word), word)
+    return next((found for found in re.findall(r"[A-Za-z0-9]+", text) if stem(found.lower()) == word), word)
 
 
 def _corrected(word: str) -> str:
-    """The word, or the one that it looks like a misspelling of, where neither the catalogue nor a need has it."""
+    """Return the word, or the nearest known word if neither the catalogue nor a need has it."""
     known = _vocabulary()
     if len(word) < 5 or word in _STOP or stem(word) in known.values():
         return word
@@ -246,24 +246,24 @@ def _corrected(word: str) -> str:
 
 @cache
 def _phrases() -> list[tuple[list[str], Need]]:
-    """All phrases of the needs as stems, the longest first."""
+    """Return all phrases of the needs as stems, the longest first."""
     pairs = [
         ([stem(word) for word in _words(phrase) if word not in _FILLERS], need)
         for need in needs()
-        for phrase in need.asked
+        for phrase in need.phrases
     ]
     return sorted(pairs, key=lambda pair: -len(pair[0]))
 
 
 @cache
 def _vocabulary() -> dict[str, str]:
-    """The words of all needs and of all titles, tags and docstrings, each with its stem."""
-    said = [phrase for need in needs() for phrase in need.asked]
-    said += [" ".join((row.title, *row.tags, _recommended(read_card(row.object).doc))) for row in catalog.systems()]
-    return {word: stem(word) for text in said for word in _words(text)}
+    """Return the words of all needs, titles, tags and docstrings, each with its stem."""
+    texts = [phrase for need in needs() for phrase in need.phrases]
+    texts += [" ".join((row.title, *row.tags, _recommended(read_card(row.object).doc))) for row in catalog.systems()]
+    return {word: stem(word) for text in texts for word in _words(text)}
 
 
 def _index(stems: list[str], phrase: list[str]) -> int | None:
-    """Where a phrase begins, word after word; None where it does not stand there."""
+    """Return the index where a phrase begins, word after word; None if it is absent."""
     size = len(phrase)
     return next((at for at in range(len(stems) - size + 1) if stems[at : at + size] == phrase), None)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, which work under way grants at the next point where nothing is lost."""
+"""Ctrl-C and SIGTERM as a request to stop, which running work checks at points where nothing is lost."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Called, it says whether a stop is wished for. Use it in a `with`; a second Ctrl-C there stops at once."""
+    """A callable that returns True after a request to stop. Use it in a `with`; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self._wished = False
+        self._requested = False
         self._before: dict[int, Any] = {}
 
     def __call__(self) -> bool:
-        return self._wished
+        return self._requested
 
     def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python gives nobody its signals
-            self._before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set signal handlers
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
     def __exit__(self, *raised: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        if self._wished:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._requested:
             raise KeyboardInterrupt
-        self._wished = True
+        self._requested = True

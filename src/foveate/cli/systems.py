@@ -77,7 +77,7 @@ def _show_matches(need: str, rows: list[System], as_json: bool) -> None:
         found = [{**_fields(match.system), "score": match.score, "why": match.why} for match in matches]
         typer.echo(json.dumps(found, indent=1))
         return
-    hints = [asked.hint for asked in understood(need)[0] if asked.hint]
+    hints = [item.hint for item in understood(need)[0] if item.hint]
     if not matches:
         show(f"nothing answers {need!r}; `foveate systems` lists everything", *hints)
         return
@@ -129,7 +129,7 @@ def _table(rows: list[System]) -> Table:
 
 
 def _facts(key: str) -> tuple[str, str, str]:
-    """What it attends to, what its stream keeps, and how its time grows, in a few letters."""
+    """Abbreviate a system's attention patterns, the state of its stream, and the growth of its time."""
     facts = catalog.capabilities(key)
     if not facts:
         return "", "", ""
@@ -137,14 +137,14 @@ def _facts(key: str) -> tuple[str, str, str]:
     return attends, facts["state"] or "no", facts["growth"]
 
 
-def _said(value: object) -> str:
-    """A fact as the card shows it; nothing for what is not there."""
+def _fact_text(value: object) -> str:
+    """Format a capability for the card; None gives an empty text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
         return ", ".join(value)
     if isinstance(value, dict):
-        return "; ".join(f"{name} {_said(fact)}" for name, fact in value.items())
+        return "; ".join(f"{name} {_fact_text(fact)}" for name, fact in value.items())
     return "" if value is None else str(value)
 
 
@@ -154,7 +154,7 @@ def _card(row: System, card: Card) -> list[RenderableType]:
 
     facts = Table.grid(padding=(0, 2))
     named = {"paper": row.url, "room": row.room, "object": row.object, "tags": ", ".join(row.tags), "test": row.test}
-    named |= {name.replace("_", " "): _said(value) for name, value in catalog.capabilities(row.key).items()}
+    named |= {name.replace("_", " "): _fact_text(value) for name, value in catalog.capabilities(row.key).items()}
     named |= {name: ", ".join(places) for name, places in asdict(row.taxonomy).items()}
     for name, value in named.items():
         if value:

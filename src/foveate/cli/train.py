@@ -13,14 +13,14 @@ from foveate.cli.console import Bar, duration, show
 from foveate.cli.options import Config, Device, Fresh, Json
 from foveate.cli.stop import Stop
 from foveate.core.catalog import capabilities, systems
-from foveate.core.errors import OptionError
+from foveate.core.errors import Interrupted, OptionError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from foveate.train.loop.job import Outcome
 
-#: What `--task` takes, in words; `foveate.train.loop.network.TRAINING_TASKS` has the tasks themselves.
+#: The tasks of `--task`, with descriptions; `foveate.train.loop.network.TRAINING_TASKS` has the tasks themselves.
 TASKS = {
     "mqar": "multi-query associative recall",
     "copy": "copying a random string",
@@ -28,26 +28,27 @@ TASKS = {
     "digits": "handwritten digits, as images",
 }
 
-Op = Annotated[str, typer.Option("--op", help="Key of an operator or a layer; they are listed below.")]
+Op = Annotated[str, typer.Option("--op", help="Key of an operator or a layer; see the list below.")]
 TaskName = Annotated[str, typer.Option("--task", help=f"{', '.join(TASKS)}.")]
 Options = Annotated[
     str | None, typer.Option(help="The system's own options, such as 'window=32' or 'depth=1,chunk=8'.")
 ]
 Dim = Annotated[int, typer.Option(help="Width of the network.")]
-Heads = Annotated[int, typer.Option(help="Heads of each layer.")]
-Depth = Annotated[int, typer.Option(help="Layers.")]
+Heads = Annotated[int, typer.Option(help="Heads per layer.")]
+Depth = Annotated[int, typer.Option(help="Number of layers.")]
 Conv = Annotated[
-    int | None, typer.Option(help="Tokens that the short convolution before an operator sees; 0 for none. Default: 4.")
+    int | None,
+    typer.Option(help="Width in tokens of the short convolution before an operator; 0 for none. Default: 4."),
 ]
-Length = Annotated[int | None, typer.Option(help="Tokens in a sequence, where the task has a choice.")]
-Pairs = Annotated[int | None, typer.Option(help="Key-value pairs, of mqar.")]
-Vocabulary = Annotated[int | None, typer.Option(help="Tokens that there are, of mqar and copy.")]
+Length = Annotated[int | None, typer.Option(help="Tokens in a sequence, for tasks with this option.")]
+Pairs = Annotated[int | None, typer.Option(help="Key-value pairs (mqar).")]
+Vocabulary = Annotated[int | None, typer.Option(help="Number of tokens in the vocabulary (mqar, copy).")]
 Steps = Annotated[int, typer.Option(help="Optimiser steps.")]
-Batch = Annotated[int, typer.Option(help="Sequences or images in each step.")]
-Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
-Seed = Annotated[int, typer.Option(help="Seed of the first parameters and of the batches.")]
+Batch = Annotated[int, typer.Option(help="Sequences or images per step.")]
+Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
+Seed = Annotated[int, typer.Option(help="Seed of the initial parameters and of the batches.")]
 Seeds = Annotated[
-    str | None, typer.Option(help="Several seeds, such as '0,1,2': a network for each, and their spread.")
+    str | None, typer.Option(help="Several seeds, such as '0,1,2': one network each, with mean and deviation.")
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder for the network. Default: foveate-train/OP-TASK.")]
 
@@ -76,18 +77,18 @@ def command(
 ) -> None:
     """Train a small network with any operator, and save it.
 
-    Writes the weights as safetensors, loss.html and training.json.
-    Networks of tokens are Hugging Face checkpoints:
-    `foveate compare --model FOLDER` runs them on their task.
-    With softmax a training of 1,000 steps takes a minute or two on two cores.
-    Ctrl-C keeps the steps that are done: the same command goes on.
+    It writes the weights as safetensors, loss.html and training.json.
+    Token networks are Hugging Face checkpoints, which
+    `foveate compare --model FOLDER` runs on their task.
+    With softmax, 1,000 steps take a minute or two on two cores.
+    Ctrl-C keeps the finished steps, and the same command resumes.
     """
     if seeds is not None and seed:
-        raise OptionError(f"seed={seed} and seeds={seeds!r} exclude each other")
+        raise OptionError(f"seed={seed} and seeds={seeds!r} exclude each other; give one of them")
     folder = out or Path("foveate-train") / f"{op}-{task}"
     with Bar("loading") as bar:
         from foveate.bench.loading import torch_device
-        from foveate.bench.parts.folder import claimed
+        from foveate.bench.parts.folder import lock_folder
         from foveate.train.loop import network
         from foveate.train.loop.loop import Schedule
         from foveate.train.loop.seeds import Trainings
@@ -97,44 +98,45 @@ def command(
         schedule = Schedule(steps=steps, batch=batch, rate=rate, seed=seed)
         planned = Trainings(spec, training_task, schedule, folder, torch_device(device), _numbers(seeds))
         try:
-            with claimed(folder), Stop() as stop:
+            with lock_folder(folder), Stop() as stop:
                 found = planned.run(fresh=fresh, stop=stop, progress=bar.at)
         except KeyboardInterrupt as interrupt:
-            typer.echo(_kept(interrupt.args), err=True)
+            typer.echo(_kept(interrupt), err=True)
             raise typer.Exit(1) from None
-        page, told = _write(f"{op} on {task}", folder, found, {"op": op, "task": task})
+        page, result = _write(f"{op} on {task}", folder, found, {"op": op, "task": task})
     if as_json:
-        typer.echo(json.dumps({**told, "folder": str(folder)}))
+        typer.echo(json.dumps({**result, "folder": str(folder)}))
     else:
-        show(*_lines(found, told, planned.several), f"network  {folder}", f"loss     {page}")
+        show(*_lines(found, result, planned.several), f"network  {folder}", f"loss     {page}")
 
 
-def _write(title: str, folder: Path, found: dict[int, Outcome], asked: dict[str, str]) -> tuple[Path, dict[str, Any]]:
-    """The page with the losses, the file of all seeds where there are several, and what --json prints."""
+def _write(title: str, folder: Path, found: dict[int, Outcome], names: dict[str, str]) -> tuple[Path, dict[str, Any]]:
+    """Write the page of losses, and the file of several seeds; return the page and the result for --json."""
     from foveate.report import curves
     from foveate.train.loop.checkpoint import writing
     from foveate.train.loop.seeds import SEEDS, summary
 
-    told = {**asked, "parameters": next(iter(found.values())).parameters, **summary(found)}
+    result = {**names, "parameters": next(iter(found.values())).parameters, **summary(found)}
     with writing(folder):
         page = curves.loss({seed: one.history for seed, one in found.items()}, title, folder / "loss.html")
         if len(found) > 1:
-            (folder / SEEDS).write_text(json.dumps(told, indent=1) + "\n", "utf-8")
-    return page, told
+            (folder / SEEDS).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    return page, result
 
 
-def _lines(found: dict[int, Outcome], told: dict[str, Any], several: bool) -> list[Any]:
-    """The lines that the command prints at the end."""
-    spread = "" if told["accuracy_deviation"] is None else f" ± {100 * told['accuracy_deviation']:.1f}"
-    over = f" over {len(found)} seeds" if several else ""
+def _lines(outcomes: dict[int, Outcome], result: dict[str, Any], several: bool) -> list[Any]:
+    """Return the lines that the command prints at the end."""
+    spread = "" if result["accuracy_deviation"] is None else f" ± {100 * result['accuracy_deviation']:.1f}"
+    over = f" over {len(outcomes)} seeds" if several else ""
     first = (
-        f"{told['op']} on {told['task']}: accuracy {100 * told['accuracy']:.1f}{spread} % on held-out data{over}, "
-        f"{told['parameters']:,} parameters, trained in {duration(sum(one.seconds for one in found.values()))}"
+        f"{result['op']} on {result['task']}: "
+        f"accuracy {100 * result['accuracy']:.1f}{spread} % on held-out data{over}, "
+        f"{result['parameters']:,} parameters, trained in {duration(sum(one.seconds for one in outcomes.values()))}"
     )
     lines: list[Any] = [first]
     if several:
-        lines.append(_table(told["seeds"]))
-    if earlier := [seed for seed, one in found.items() if one.earlier]:
+        lines.append(_table(result["seeds"]))
+    if earlier := [seed for seed, one in outcomes.items() if one.earlier]:
         which = f" (seeds {', '.join(map(str, earlier))})" if several else ""
         lines.append(f"trained by an earlier run{which}: --fresh trains again")
     return lines
@@ -151,29 +153,29 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _kept(counts: tuple[Any, ...]) -> str:
-    """Say how much a stopped training keeps. It gives (step, steps, folder) once it has begun."""
-    if len(counts) != 3:
-        return "interrupted at once; the steps since the last copy are lost"
-    if not counts[0]:
+def _kept(interrupt: KeyboardInterrupt) -> str:
+    """Describe what an interrupted training keeps."""
+    if not isinstance(interrupt, Interrupted):
+        return "interrupted at once; the steps since the last saved state are lost"
+    if not interrupt.done:
         return "interrupted before the first step"
-    step, steps, folder = counts
-    return f"interrupted: step {step} of {steps} is kept in {folder}; the same command goes on from there"
+    reached = f"step {interrupt.done} of {interrupt.total}"
+    return f"interrupted: {reached} is kept in {interrupt.folder}; run the same command to resume"
 
 
 def _numbers(seeds: str | None) -> tuple[int, ...]:
-    """The seeds between commas; none where the option was not given."""
+    """Parse seeds separated by commas; None gives none."""
     try:
         found = tuple(int(part) for part in (seeds or "").split(",") if part.strip())
     except ValueError:
-        raise OptionError(f"seeds={seeds!r} must be whole numbers, between commas") from None
+        raise OptionError(f"seeds={seeds!r} must be whole numbers, separated by commas") from None
     if seeds is not None and not found:
-        raise OptionError(f"seeds={seeds!r} names no seed; give whole numbers, between commas")
+        raise OptionError(f"seeds={seeds!r} must be whole numbers, separated by commas; got none")
     return found
 
 
 def parsed(options: str | None) -> dict[str, Any]:
-    """`window=32,form=exp,sizes=(1, 2)` as a dict; what is no Python value is text."""
+    """Parse `window=32,form=exp,sizes=(1, 2)` to a dict; values that are not Python literals stay text."""
     text = options or ""
     found: dict[str, Any] = {}
     for part in _parts(text):
@@ -181,7 +183,7 @@ def parsed(options: str | None) -> dict[str, Any]:
         if not part.strip():
             continue
         if not equals or not name.strip().isidentifier():
-            raise OptionError(f"options={options!r} must be NAME=VALUE between commas; got {part!r}")
+            raise OptionError(f"options={options!r} must be NAME=VALUE, separated by commas; got {part!r}")
         try:
             found[name.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
@@ -190,7 +192,7 @@ def parsed(options: str | None) -> dict[str, Any]:
 
 
 def _parts(text: str) -> list[str]:
-    """`text` cut at its commas, but for those inside brackets."""
+    """Split `text` at its commas, except those inside brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
@@ -202,12 +204,12 @@ def _parts(text: str) -> list[str]:
 
 
 def policies() -> str:
-    """Cache policies, for the end of the help."""
+    """Return the list of cache policies at the end of the help."""
     return f"Cache policies: {', '.join(row.key for row in systems(room='kv'))}."
 
 
 def listing() -> str:
-    """Operators, layers and tasks, for the end of the help."""
+    """Return the list of operators, layers and tasks at the end of the help."""
     causal: dict[str, list[str]] = {"operator": [], "layer": []}
     others: list[str] = []
     for row in systems():

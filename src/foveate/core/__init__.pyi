@@ -20,12 +20,13 @@ from foveate.core.errors import UnknownKey as UnknownKey
 from foveate.core.errors import UnsupportedEngine as UnsupportedEngine
 from foveate.core.errors import UnsupportedModel as UnsupportedModel
 from foveate.core.errors import UnsupportedPattern as UnsupportedPattern
-from foveate.core.masks import NEVER as NEVER
+from foveate.core.masks import NEG_INF as NEG_INF
 from foveate.core.masks import as_bias as as_bias
 from foveate.core.masks import causal as causal
 from foveate.core.masks import combine as combine
 from foveate.core.masks import padding as padding
 from foveate.core.masks import window as window
+from foveate.core.readable import trusted as trusted
 from foveate.core.scoring import SOFTMAX as SOFTMAX
 from foveate.core.scoring import Scoring as Scoring
 from foveate.core.scoring import SoftmaxScoring as SoftmaxScoring
@@ -42,7 +43,7 @@ __all__ = [
     "ENGINES",
     "FoveateError",
     "Indices",
-    "NEVER",
+    "NEG_INF",
     "OptionError",
     "Plan",
     "SOFTMAX",
@@ -67,5 +68,6 @@ __all__ = [
     "padding",
     "system",
     "systems",
+    "trusted",
     "window",
 ]

@@ -1,13 +1,14 @@
-"""What can go wrong at Foveate's surface.
+"""The errors that Foveate raises on purpose.
 
-Every public call raises a `FoveateError` for input it cannot take. Its message is one line that names the argument,
-what came and what is valid, so that the command line can print it as it is.
+Every public call raises a `FoveateError` for invalid input. Its message is one line that names the argument, the value
+and the valid values, so that the command line can print it unchanged.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FoveateError(Exception):
@@ -23,11 +24,25 @@ class OptionError(FoveateError, ValueError):
 
 
 class DivergedError(FoveateError, ArithmeticError):
-    """A training run whose loss is no number any more."""
+    """The loss of a training run is NaN or inf, or a memory that learns as it reads has weights that are."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt (Ctrl-C, SIGTERM) of a long run, raised after what is finished was saved.
+
+    Attributes:
+        done: finished parts: steps, answers or trainings.
+        total: all parts.
+        folder: the folder that the same call resumes from; None where the caller named it.
+    """
+
+    def __init__(self, done: int, total: int, folder: Path | None = None) -> None:
+        super().__init__(f"interrupted after {done} of {total}")
+        self.done, self.total, self.folder = done, total, folder
 
 
 class UnknownKey(FoveateError, KeyError):
-    """A name that nothing is registered under."""
+    """A name is not registered."""
 
     def __str__(self) -> str:  # KeyError would print the repr of the message
         return str(self.args[0])
@@ -38,23 +53,23 @@ class UnsupportedPattern(FoveateError, NotImplementedError):
 
 
 class UnsupportedEngine(FoveateError, NotImplementedError):
-    """An engine cannot compute what was asked of it; nothing else is run in its place."""
+    """An engine cannot compute a call; no other engine replaces it."""
 
 
 class UnsupportedModel(FoveateError, TypeError):
-    """A model, cache or checkpoint that Foveate cannot attach to or load."""
+    """Foveate cannot attach to a model or cache, or load a checkpoint."""
 
 
 class TaskError(FoveateError, ValueError):
-    """A task file or an example that cannot be run."""
+    """A task file or an example cannot be run."""
 
 
 class CatalogError(FoveateError, ValueError):
-    """A row of the catalogue is malformed, or names an object that is not there."""
+    """A row of the catalogue is malformed, or names an object that does not exist."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownKey:
-    """An `UnknownKey` that offers the nearest valid name."""
+    """Return an `UnknownKey` that suggests the nearest valid name."""
     options = sorted(known)
     near = nearest(str(name), options)
     hint = f'; did you mean "{near}"?' if near else f"; known: {', '.join(options) or 'none'}"
@@ -62,7 +77,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownKey:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The valid name that is most like this one; None where none is much like it."""
+    """Return the most similar valid name, or None if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return near[0] if near else None
 

@@ -7,6 +7,7 @@ from foveate.host.hf.layout import Layout as Layout
 from foveate.host.hf.layout import decoder_inputs as decoder_inputs
 from foveate.host.hf.layout import layout as layout
 from foveate.host.hf.model import Host as Host
+from foveate.host.hf.model import host as host
 from foveate.host.method import Method as Method
 from foveate.host.operator_swap import PrefillSwap as PrefillSwap
 from foveate.host.packed import Packed as Packed
@@ -43,5 +44,6 @@ __all__ = [
     "apply",
     "decoder_inputs",
     "held",
+    "host",
     "layout",
 ]

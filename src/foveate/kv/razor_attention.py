@@ -2,8 +2,9 @@
 
 RazorAttention: Efficient KV Cache Compression Through Retrieval Heads (2024), arXiv 2407.15891. There is no official
 code. The text leaves two points open. Whether echo and induction scores sum or average over earlier occurrences is an
-argument here. The window counts the new token. The ALiBi branch, which reads head horizons from weights, is not needed
-for rotary models and is left out.
+argument here. Whether the window counts the new token: a step sees its own token beside the window, and what it leaves
+is the window with that token. The ALiBi branch, which reads head horizons from weights, is not needed for rotary models
+and is left out.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class RazorAttention(Policy):
         echo, induction: shares of query heads that are protected because they attend to an earlier occurrence of the
             same token, and to the token after it (the paper's 1 % and 14 %); used if `heads` is None.
         sink: first tokens that every head keeps.
-        min_window: smallest window of the other heads; the window is `max(min_window, N / ratio)`.
+        min_window: smallest window of the other heads; the window is `max(min_window, N / ratio)`. A step sees one
+            token more, its own: `min_window + 1` at least.
         ratio: see `min_window`.
         compensate: whether dropped tokens become a compensation slot.
     """

@@ -4,7 +4,7 @@ TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs 
 Selection (2024), arXiv 2411.02886. Positions are kept: the paper's renumbering, which extends the trained length, needs
 keys from before the rotary embedding, and a site's keys have it. With grouped heads, a query head scores the keys of
 its own group; the release's kernel reads them in another order. The release has its selection cache off by default
-(here: a `sim_threshold` above 1).
+(here: a `sim_threshold` above 1), and votes without the scale of attention (`scale_votes=False`).
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class TokenSelect(Policy):
             every step votes, at -1 the first vote stays.
         pool: odd width of a max-pool along the votes, which also chooses neighbours; 0 is none.
         chunk: number of queries of a prompt that share one vote, by their mean; also for prompts in one call.
+        scale_votes: whether logits of the vote have the scale of the model's attention, `1 / sqrt(D)` as a rule. False
+            is the release's kernel, whose dot products have none: each head's vote then goes to few tokens.
     """
 
     sink: int = 128
@@ -57,6 +59,7 @@ class TokenSelect(Policy):
     sim_threshold: float = 0.9
     pool: int = 0
     chunk: int = 8192
+    scale_votes: bool = True
     in_place: ClassVar[bool] = True
     _far: frozenset[int] = field(default=frozenset(), init=False, repr=False)
 
@@ -64,6 +67,7 @@ class TokenSelect(Policy):
         for name, least in (("sink", 0), ("local", 0), ("k", 1), ("pool", 0), ("chunk", 1)):
             validate.count(name, getattr(self, name), least)
         validate.at_least("sim_threshold", self.sim_threshold, -1)
+        validate.flag("scale_votes", self.scale_votes)
         if self.pool and self.pool % 2 == 0:
             raise OptionError(f"pool={self.pool} must be odd, or 0 for none")
 
@@ -168,7 +172,7 @@ class TokenSelect(Policy):
             first, end = self.sink, past - self.local
         if seen is not None:
             candidate = seen[:, first:end] if candidate is None else candidate & seen[:, first:end]
-        votes = soft_vote(query, site.k[:, :, first:end], 0, site.scale, candidate)
+        votes = soft_vote(query, site.k[:, :, first:end], 0, site.scale if self.scale_votes else 1.0, candidate)
         place = top_keys(votes, self.k, site, self.pool, candidate, ranked=False).sort().values
         real = torch.ones_like(place, dtype=torch.bool) if candidate is None else candidate.gather(1, place)
         fresh: dict[str, Any] = {"query": query, "chosen": place + first, "real": real}

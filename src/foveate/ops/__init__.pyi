@@ -44,7 +44,7 @@ from foveate.ops.linear.aaren import Aaren as Aaren
 from foveate.ops.linear.aaren import prefix_attention as prefix_attention
 from foveate.ops.linear.based import TaylorAttention as TaylorAttention
 from foveate.ops.linear.dsf import Converted as Converted
-from foveate.ops.linear.dsf import NormalisedAttention as NormalisedAttention
+from foveate.ops.linear.dsf import NormalizedAttention as NormalizedAttention
 from foveate.ops.linear.dsf import to_dsf as to_dsf
 from foveate.ops.linear.efficient_attention import EfficientAttention as EfficientAttention
 from foveate.ops.linear.hedgehog import FeatureMap as FeatureMap
@@ -97,7 +97,7 @@ __all__ = [
     "MonotonicLocationAttention",
     "MusicTransformer",
     "NeuralAttention",
-    "NormalisedAttention",
+    "NormalizedAttention",
     "Operator",
     "ReLULinear",
     "ReversedAttention",

@@ -1,4 +1,4 @@
-"""Calls by name: `attend(q, k, v, "hip", ...)`, and operators made from their keys."""
+"""Calls by name, `attend(q, k, v, "hip", ...)`, and operators built from their keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from foveate.core.call import Plan
 
-#: The seed of parameters that are drawn where a call brings no generator.
+#: The seed of drawn parameters, for calls without a generator.
 SEED = 0
 
 
@@ -40,9 +40,9 @@ def attend(
         mask, causal, scale, engine: as for `Operator.forward`.
         inputs: per-token inputs of the mechanism by name, such as `{"poses": ...}`; see `Capabilities.inputs`. They may
             also be given as keywords of their own.
-        generator: draws the parameters of an operator that has some. Without one they are the same at every call.
-        options: the operator's own, such as `window=256`. The sizes that q, k and v tell (`heads`, `head_dim`,
-            `value_dim`) are filled in.
+        generator: draws the parameters of an operator that has some. Without one they are the same in every call.
+        options: the operator's own, such as `window=256`. The sizes of q, k and v (`heads`, `head_dim`, `value_dim`)
+            are filled in.
 
     Raises:
         ShapeError, OptionError: a malformed call.
@@ -50,7 +50,7 @@ def attend(
         UnsupportedPattern: something that the mechanism does not define.
     """
     made, given = _made(q, k, v, op, inputs, generator, options)
-    return made(q, k, v, mask=mask, causal=causal, scale=scale, engine=engine, **given)  # type: ignore[no-any-return]
+    return made(q, k, v, mask=mask, causal=causal, scale=scale, engine=engine, **given)
 
 
 def plan(
@@ -58,16 +58,16 @@ def plan(
     mask: Tensor | None = None, causal: bool = False, scale: float | None = None, engine: str = "auto",
     inputs: Mapping[str, Tensor] | None = None, generator: torch.Generator | None = None, **options: Any,
 ) -> Plan:  # fmt: skip
-    """Say what `attend` with the same arguments would cost, which engine would compute it, and why."""
+    """Return the cost of `attend` with the same arguments, the engine that would compute it, and the reason."""
     made, given = _made(q, k, v, op, inputs, generator, options)
     return made.plan(q, k, v, mask=mask, causal=causal, scale=scale, engine=engine, **given)
 
 
 def create(op: str | type[Operator] | Operator, /, **options: Any) -> Operator:
-    """Build the operator with this catalogue key, or of this class; an `Operator` is returned as it is.
+    """Build the operator with this catalogue key or of this class; return an `Operator` unchanged.
 
     Raises:
-        OptionError: options that do not fit; the message names the nearest right one, or what is missing.
+        OptionError: options that do not fit; the message names the nearest valid or the missing one.
     """
     if isinstance(op, Operator):
         if options:
@@ -89,7 +89,7 @@ def create(op: str | type[Operator] | Operator, /, **options: Any) -> Operator:
 def sized(
     op: str | type[Operator] | Operator, heads: int, head_dim: int, value_dim: int | None = None, **options: Any
 ) -> Operator:
-    """Build an operator for calls of such a size: where its class asks for sizes, it gets these."""
+    """Build an operator for calls of these sizes; a class that takes sizes gets them."""
     if isinstance(op, Operator):
         return create(op, **options)
     known = _constructor(op if isinstance(op, type) else _class(op))
@@ -101,7 +101,7 @@ def _made(
     q: Tensor, k: Tensor, v: Tensor, op: str | type[Operator] | Operator, inputs: Mapping[str, Tensor] | None,
     generator: torch.Generator | None, options: dict[str, Any],
 ) -> tuple[Operator, dict[str, Tensor]]:  # fmt: skip
-    """The operator of a call, and the call's per-token inputs."""
+    """Return the operator of a call, and the call's per-token inputs."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise OptionError(f"generator={shown(generator)} must be a torch.Generator or None")
     given = dict(inputs or {})
@@ -112,6 +112,8 @@ def _made(
         given |= {name: options.pop(name) for name in list(options) if name in own and name not in known}
     else:
         given |= {name: options.pop(name) for name in list(options) if name in op.capabilities.inputs}
+        return create(op, **options), given
+    if not known:  # nothing to choose, and nothing to draw
         return create(op, **options), given
     if generator is not None and "generator" in known:
         options["generator"] = generator
@@ -126,14 +128,14 @@ def _made(
 
 
 def _sizes(q: Tensor, v: Tensor) -> dict[str, int]:
-    """The sizes that tensors tell; none where they are malformed, which the call itself will say."""
+    """Return the sizes of the tensors, or none if they are malformed; the call itself then raises."""
     fits = all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, v))
     return {"heads": q.shape[1], "head_dim": q.shape[3], "value_dim": v.shape[3]} if fits else {}
 
 
 @contextmanager
 def _drawing(generator: torch.Generator | None) -> Iterator[None]:
-    """Draw parameters from a seed, and leave PyTorch's own generator as it was."""
+    """Draw parameters from a seed, and restore PyTorch's own generator."""
     source = torch.default_generator
     before = source.get_state()
     seed = SEED
@@ -148,7 +150,7 @@ def _drawing(generator: torch.Generator | None) -> Iterator[None]:
 
 @cache
 def _constructor(cls: type[Operator]) -> dict[str, bool]:
-    """The options of a class, each with whether it is required."""
+    """Return the options of a class, and for each whether it is required."""
     kinds = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     return {
         name: option.default is option.empty

@@ -1,4 +1,4 @@
-"""What was measured, for people: a table for the terminal, one for Markdown, and a self-contained web page."""
+"""Reports of results: a table for the terminal, one for Markdown, and a self-contained web page."""
 
 from foveate.core.public import lazy
 

@@ -1,4 +1,4 @@
-"""The columns of every table: what each is called, how its numbers read, and which end of it is better."""
+"""The columns of every table: their headings, number formats, and directions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VARIES = "varies"
 
 @dataclass(frozen=True)
 class Column:
-    """One measure of a `Row`; `meaning` explains it to someone who sees the table for the first time."""
+    """One measure of a `Row`; `meaning` explains it to new readers."""
 
     measure: str
     heading: str
@@ -30,10 +30,10 @@ class Cell:
 
     Args:
         text: the number.
-        interval: where the number may lie, for scores; else empty.
-        ratio: to the baseline; empty for the baseline itself and where there is none, `VARIES` where it is too unsure.
-        spread: where the ratio may lie, for times; else empty.
-        best: whether none in the column is better.
+        interval: the confidence interval of a score; else empty.
+        ratio: the ratio to the baseline; empty for the baseline and without a ratio, `VARIES` if it is uncertain.
+        spread: the confidence interval of a time's ratio; else empty.
+        best: True if no number in the column is better.
     """
 
     text: str
@@ -44,7 +44,7 @@ class Cell:
 
     @property
     def remark(self) -> str:
-        """All but the number, in one piece."""
+        """Interval, ratio and spread as one text."""
         return (
             self.interval
             + " " * bool(self.interval and self.ratio)
@@ -54,7 +54,7 @@ class Cell:
 
 
 def percent(share: float) -> str:
-    """0.312 as `31 %`. What falls short of all is never rounded up to 100 %."""
+    """Format 0.312 as `31 %`; shares below 1 are never rounded up to 100 %."""
     value = 100 * share
     if not math.isfinite(value):
         return NOTHING
@@ -65,7 +65,7 @@ def percent(share: float) -> str:
 
 
 def number(value: float, unit: str) -> str:
-    """Three digits that count, more only before the point: `4.13 ms`, `82.0 ms`, `1,204 MB`."""
+    """Format with three significant digits, and more only before the point: `4.13 ms`, `82.0 ms`, `1,204 MB`."""
     if not math.isfinite(value):
         return NOTHING
     size = abs(value)
@@ -74,7 +74,7 @@ def number(value: float, unit: str) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """0.82 as `0.82×`; empty for None."""
+    """Format 0.82 as `0.82×`; None is empty."""
     if ratio is None:
         return ""
     size = abs(ratio)
@@ -91,17 +91,17 @@ def megabytes(value: float) -> str:
 
 
 def plain_number(value: float) -> str:
-    """A loss: `2.314`."""
+    """Format a loss: `2.314`."""
     return f"{value:.3f}" if math.isfinite(value) else NOTHING
 
 
 def columns(comparison: Comparison) -> tuple[Column, ...]:
-    """What the comparison's table has; the score is a share of right answers, or the loss."""
+    """Return the columns of the comparison's table; the score is a share of right answers, or the loss."""
     return (_score(comparison), *_COSTS)
 
 
 def column(comparison: Comparison, measure: str) -> Column:
-    """The column of a measure."""
+    """Return the column of a measure."""
     return next(found for found in columns(comparison) if found.measure == measure)
 
 
@@ -117,26 +117,26 @@ _COSTS = (
     Column("keys_read", "keys read", percent, "share of the visible keys read while decoding"),
     Column("prefill_ms", "prefill", milliseconds, "time to read one prompt; ratios prompt by prompt, 95 % interval"),
     Column("decode_ms", "decode / token", milliseconds, "time for each generated token; ratios as for prefill"),
-    Column("memory_mb", "memory", megabytes, "tensors alive between calls, beyond the weights, at the longest prompt"),
+    Column("memory_mb", "memory", megabytes, "tensors live between calls, beyond the weights, at the longest prompt"),
 )
 
 
 def ordered(comparison: Comparison) -> list[Row]:
-    """The rows with the baseline first, the others as they ran."""
+    """Return the rows, the baseline first and the others in the order of the run."""
     return sorted(comparison.rows, key=lambda row: row.method != comparison.baseline)
 
 
 def cells(comparison: Comparison) -> list[list[Cell]]:
-    """One list of cells for each of the `ordered` rows."""
+    """Return one list of cells for each of the `ordered` rows."""
     rows = ordered(comparison)
     found = [_column_cells(comparison, rows, column) for column in columns(comparison)]
     return [list(line) for line in zip(*found, strict=True)]
 
 
 def visible(text: str, lines: bool = False) -> str:
-    """`text` with its control characters drawn as symbols, so that no output can steer a terminal or a page.
+    """Replace control characters by symbols, so that no output can control a terminal or a page.
 
-    With `lines`, line breaks and tabs stay what they are.
+    With `lines`, line breaks and tabs stay.
     """
     return "".join(char if lines and char in "\n\t" else _symbol(char) for char in text)
 
@@ -146,7 +146,7 @@ def _symbol(char: str) -> str:
         return chr(0x2400 + ord(char))
     if char == "\x7f":
         return "\N{SYMBOL FOR DELETE}"
-    # Cc: the other controls; Cs: lone surrogates, which no encoding can write; bidirectional overrides reorder a line.
+    # Cc: other controls; Cs: lone surrogates, which cannot be encoded; bidirectional overrides reorder a line.
     if unicodedata.category(char) in ("Cc", "Cs") or unicodedata.bidirectional(char) in _OVERRIDES:
         return "\N{REPLACEMENT CHARACTER}"
     return char
@@ -158,7 +158,7 @@ _OVERRIDES = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 def _column_cells(comparison: Comparison, rows: list[Row], column: Column) -> list[Cell]:
     texts = [column.show(getattr(row, column.measure)) for row in rows]
     best = _best(rows, column)
-    # Where everyone reads alike, nobody stands out.
+    # If all numbers look alike, none is marked.
     mark = {column.show(best)} if best is not None and len(set(texts) - {NOTHING}) > 1 else set()
     found = []
     for row, text in zip(rows, texts, strict=True):
@@ -170,7 +170,7 @@ def _column_cells(comparison: Comparison, rows: list[Row], column: Column) -> li
 
 def _ratio(comparison: Comparison, row: Row, measure: str) -> tuple[str, str]:
     if measure == "score" and comparison.metric == LOSS:
-        return "", ""  # a loss of half as many nats is not half of anything
+        return "", ""  # a ratio of losses has no meaning
     found = comparison.paired(row, measure)
     if found is None:
         return "", ""
@@ -180,7 +180,7 @@ def _ratio(comparison: Comparison, row: Row, measure: str) -> tuple[str, str]:
 
 
 def between(interval: tuple[float, float] | None, show: Callable[[float], str]) -> str:
-    """`(0.76, 0.99)` as `76–99 %`: the unit stands once. Empty for None."""
+    """Format `(0.76, 0.99)` as `76–99 %`, with the unit once; None is empty."""
     if interval is None or not all(map(math.isfinite, interval)):
         return ""
     low, high = map(show, interval)

@@ -1,4 +1,4 @@
-"""Curves and points over a run: plain Plotly pages that open without a network."""
+"""Figures of a training and of recall, as Plotly pages that work offline."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from foveate.bench.recall_figure import Point
     from foveate.train.loop.loop import History
 
-#: The legend stands under the figure: above it, it would cover the title as soon as the page is narrow.
+#: The legend is below the figure: above it, it would cover the title on narrow pages.
 _LAYOUT = dict(
     template="plotly_white",
     font=dict(family="system-ui, sans-serif", size=14),
     margin=dict(l=64, r=24, t=64, b=112),
     legend=dict(orientation="h", x=0, xanchor="left", y=-0.16, yanchor="top"),
 )
-#: A hue for each family of operators, told apart also by their marks.
+#: A colour and a marker for each family of operators.
 FAMILIES = {
     "attention": ("#1f4e9e", "circle"), "window": ("#2a9d8f", "square"), "based": ("#d1495b", "diamond"),
     "linear": ("#8d6a9f", "triangle-up"), "memory": ("#e08e2b", "star"),
@@ -30,10 +30,10 @@ FAMILIES = {
 
 
 def loss(histories: Mapping[int, History], title: str, path: Path) -> Path:
-    """The losses of one training or of several with other seeds, and the accuracy on held-out data, at `path`.
+    """Draw the losses and the held-out accuracy of one training, or of several seeds, as a page at `path`.
 
-    One training shows its loss at each step. Several show each one's running mean, the mean of them all, and the
-    accuracy's mean with its standard deviation as bars.
+    For one training it shows the loss of each step; for several, each one's running mean, the mean of all, and the mean
+    accuracy with its standard deviation as bars.
     """
     from plotly.graph_objects import Figure, Scatter
 
@@ -61,18 +61,18 @@ def _title(title: str, runs: int) -> dict[str, Any]:
 
 
 def _accuracy(runs: Sequence[History]) -> dict[str, Any]:
-    """The accuracy's mean over the trainings at each look, with one standard deviation where they are several."""
-    looks = list(runs[0].scores)
-    at = [[100 * run.scores[step] for run in runs] for step in looks]
-    drawn: dict[str, Any] = dict(x=looks, y=[statistics.fmean(values) for values in at], name="accuracy, held out")
+    """Return the mean accuracy at each evaluation, with the standard deviation if there are several trainings."""
+    steps = list(runs[0].scores)
+    at = [[100 * run.scores[step] for run in runs] for step in steps]
+    trace: dict[str, Any] = dict(x=steps, y=[statistics.fmean(values) for values in at], name="accuracy, held out")
     if len(runs) > 1:
-        drawn |= dict(error_y=dict(array=[statistics.stdev(values) for values in at], thickness=1.5))
-        drawn |= dict(name="accuracy, held out: mean ± standard deviation")
-    return drawn
+        trace |= dict(error_y=dict(array=[statistics.stdev(values) for values in at], thickness=1.5))
+        trace |= dict(name="accuracy, held out: mean ± standard deviation")
+    return trace
 
 
 def recall(points: Sequence[Point], title: str, path: Path) -> Path:
-    """Recall against the bytes of the state, one mark for each network, as a page at `path`."""
+    """Draw recall against the bytes of the state, with a marker for each network, as a page at `path`."""
     from plotly.graph_objects import Figure, Scatter
 
     figure = Figure(layout=dict(title=_title(title, 1), **_LAYOUT))
@@ -101,8 +101,8 @@ def recall(points: Sequence[Point], title: str, path: Path) -> Path:
 
 
 def label_places(points: Sequence[Point]) -> dict[str, str]:
-    """On which side of its mark each label stands, such that marks close together do not write over each other."""
-    sides, placed = ("top center", "bottom center", "middle left", "middle right"), {}
+    """Choose the side of each label so that labels of near markers do not overlap."""
+    sides, placed = ("top center", "bottom center", "middle left", "middle right"), dict[str, str]()
     for point in sorted(points, key=lambda point: (-point.accuracy, point.state_bytes)):
         near = {
             placed[other.label]
@@ -116,7 +116,7 @@ def label_places(points: Sequence[Point]) -> dict[str, str]:
 
 
 def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """A running mean that forgets: each value's weight falls with its age, over about `share` of all steps."""
+    """Return an exponential running mean over about `share` of all steps."""
     keep, mean, out = 1 - 1 / max(1.0, share * len(values)), 0.0, []
     for step, value in enumerate(values, 1):
         mean = keep * mean + (1 - keep) * value

@@ -1,6 +1,6 @@
-"""What the page's figures draw, as plain data for `templates/compare.js`.
+"""The data of the page's figures, as plain data for `templates/compare.js`.
 
-Plotly reads a subset of HTML in labels and hover texts: every name is escaped here, whatever the page does with it.
+Plotly interprets a subset of HTML in labels and hover texts, so every name is escaped here.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from foveate.report.headline import headliner
 
 SHARES = ("cache_kept", "keys_read")
 COSTS = ("prefill_ms", "decode_ms", "memory_mb")
-LONGEST = 26  # characters of a name beside a mark; the table has it whole
+LONGEST = 26  # the most characters of a name in a figure; the table shows the whole name
 
 
 def figures(comparison: Comparison) -> dict[str, Any]:
-    """`quality`: score against each share; `cost`: time and memory relative to the baseline. Empty lists: no figure."""
+    """Return `quality`, score against each share, and `cost`, ratios of time and memory; no figure for empty lists."""
     return {"quality": _quality(comparison), "cost": _cost(comparison)}
 
 
 def label(text: str) -> str:
-    """`text` as Plotly may be given it."""
+    """Shorten and escape `text` for Plotly."""
     text = visible(text)
     return html.escape(text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…", quote=False)
 
 
 def _quality(comparison: Comparison) -> dict[str, Any]:
     base, loss = comparison.base(), comparison.metric == LOSS
-    drawn = math.isfinite(base.score) if base else False
+    has_line = math.isfinite(base.score) if base else False
     panels = []
     for measure in SHARES:
         rows = [row for row in ordered(comparison) if _finite(row.score, getattr(row, measure))]
@@ -40,7 +40,7 @@ def _quality(comparison: Comparison) -> dict[str, Any]:
             panels.append({"id": measure, "heading": column(comparison, measure).heading, "points": points})
     return {
         "panels": panels,
-        "line": _height(comparison, base.score) if base and drawn else None,
+        "line": _height(comparison, base.score) if base and has_line else None,
         "baseline": label(comparison.baseline),
         "unit": "" if loss else " %",
         "score": column(comparison, "score").heading,

@@ -1,4 +1,4 @@
-"""The result in one plain sentence, and what was measured in another."""
+"""The result in one sentence, the run in another, and notes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from foveate.bench.comparison.results import LOSS, PAIRS, TIMES, Comparison, Row
 from foveate.report.columns import column, percent, visible
 
-KEEPS = 0.95  # of the baseline's score: what the headline counts as having kept it
-WHOLE = 0.995  # a share from here on is no saving worth a headline
-_SLACK = 1.1  # used beyond the budget: what is worth a note
+KEEPS = 0.95  # the least share of the baseline's score that counts as kept
+WHOLE = 0.995  # shares from here on do not count as savings
+_SLACK = 1.1  # the ratio of used share and budget above which a note is shown
 
 
 def headliner(comparison: Comparison) -> Row | None:
-    """The row that the headline is about: cheapest of those that keep the score, else the one that keeps most of it.
+    """Return the row of the headline: the cheapest that keeps the score, else the one that keeps most of it.
 
-    Cheapest means the smallest cache; among methods that all store it whole, the fewest keys read.
+    The cheapest has the smallest cache; among methods that store the whole cache, the fewest keys read.
     """
     scored = [(kept, row) for row in comparison.rows if (kept := share_kept(comparison, row)) is not None]
     if not scored:
@@ -36,48 +36,49 @@ def headline(comparison: Comparison) -> str:
         return f"{_count(measured, 'method')} measured, without {name} to compare with"
     kept = share_kept(comparison, row) if row else None
     if row is None or kept is None:
-        said = "has a loss of" if comparison.metric == LOSS else "scores"
-        return f"{name} {said} {score.show(base.score)}; no other method can be compared with it"
-    where, what = _where(row), "likelihood per token" if comparison.metric == LOSS else "score"
+        verb = "has a loss of" if comparison.metric == LOSS else "scores"
+        return f"{name} {verb} {score.show(base.score)}; no other method can be compared with it"
+    saving, quality = _saving(row), "likelihood per token" if comparison.metric == LOSS else "score"
     if kept < KEEPS:
         return (
-            f"No method keeps {percent(KEEPS)} of the {name} {what}; {visible(row.method)} keeps {percent(kept)}{where}"
+            f"No method keeps {percent(KEEPS)} of the {name} {quality}; "
+            f"{visible(row.method)} keeps {percent(kept)}{saving}"
         )
-    sentence = f"{visible(row.method)} keeps {percent(kept)} of the {name} {what}"
-    return f"{where.strip().capitalize()}, {sentence}" if where else sentence
+    sentence = f"{visible(row.method)} keeps {percent(kept)} of the {name} {quality}"
+    return f"{saving.strip().capitalize()}, {sentence}" if saving else sentence
 
 
 def about(comparison: Comparison) -> str:
-    """Say what ran: model, task, how many prompts, which methods, under which budget."""
+    """Describe the run: model, prompts, task, methods and budget."""
     others = sum(row.method != comparison.baseline for row in comparison.rows)
     length = f" of length {comparison.length:,}" if comparison.length is not None else ""
     rivals = (
         f"under {_count(others, 'other method')} at a budget of {percent(comparison.budget)} of each prompt’s cache"
     )
-    beside = f"under {visible(comparison.baseline)} and {rivals}" if comparison.base() else rivals
+    methods = f"under {visible(comparison.baseline)} and {rivals}" if comparison.base() else rivals
     prompts = f"{_count(comparison.examples, 'prompt')}{length} from the task {visible(comparison.task)}"
-    return f"{visible(comparison.model)} answered {prompts}, {beside}."
+    return f"{visible(comparison.model)} answered {prompts}, {methods}."
 
 
 def notes(comparison: Comparison) -> Sequence[str]:
-    """Notes without which the numbers would be misread."""
+    """Return the notes that a reader needs to interpret the numbers."""
     found = []
     base = comparison.base()
     if base is None or not base.answers:
         found.append(f"{visible(comparison.baseline)} was not measured, so there are no ratios.")
     for row in comparison.rows:
         if row.error:
-            said = "failed on" if row.answers else "did not run:"
-            found.append(f"{visible(row.method)} {said} {visible(row.error)}")
+            verb = "failed on" if row.answers else "did not run:"
+            found.append(f"{visible(row.method)} {verb} {visible(row.error)}")
     if any("context holds" in row.error for row in comparison.rows if row.error):
-        found.append("Policies that evict read on past the model's context with --renumber.")
+        found.append("Policies that evict can read past the model's context with --renumber.")
     if base is not None and base.answers and len(comparison.rows) > 1 and headliner(comparison) is None:
         found.append(f"{headline(comparison)}.")
     return (*found, *_over_budget(comparison), *_withheld(comparison))
 
 
 def _over_budget(comparison: Comparison) -> list[str]:
-    """Name the methods that saved less than was asked for: short prompts leave little room beside the sinks."""
+    """Name the methods that used more than the budget; in short prompts the sinks alone may exceed it."""
     over = []
     for row in comparison.rows:
         used = min(row.cache_kept, row.keys_read)
@@ -87,7 +88,7 @@ def _over_budget(comparison: Comparison) -> list[str]:
 
 
 def _withheld(comparison: Comparison) -> list[str]:
-    """Name the times that cannot be compared."""
+    """Name the times without a reliable ratio."""
     few, wide = False, []
     for row in comparison.rows:
         if row.method == comparison.baseline or not row.answers:
@@ -101,18 +102,18 @@ def _withheld(comparison: Comparison) -> list[str]:
     found = []
     if wide:
         found.append(
-            f"The times of single prompts vary too much for a ratio: {', '.join(wide)}. A quieter machine or more "
-            "prompts would tell."
+            f"The times of single prompts vary too much for a ratio: {', '.join(wide)}. Use an idle machine or more "
+            "prompts."
         )
     if few:
-        found.append(f"Ratios of times need at least {PAIRS} prompts that {visible(comparison.baseline)} has read too.")
+        found.append(f"Ratios of times need at least {PAIRS} prompts that {visible(comparison.baseline)} answered too.")
     return found
 
 
 def share_kept(comparison: Comparison, row: Row) -> float | None:
-    """The share of the baseline's score; None for the baseline itself and where there is no such share.
+    """Return the share of the baseline's score; None for the baseline, and if it is undefined.
 
-    Of a loss, the share of the likelihood that each token of the answers has under the baseline.
+    For losses it is the ratio of the answers' likelihoods per token.
     """
     base = comparison.base()
     if row.method == comparison.baseline or not row.answers or base is None:
@@ -124,12 +125,12 @@ def share_kept(comparison: Comparison, row: Row) -> float | None:
 
 
 def _costs(row: Row) -> tuple[float, float]:
-    """Cache and keys, smaller is cheaper; a missing number counts as no saving."""
+    """Return the shares of cache and keys as costs; a missing number counts as 1."""
     shares = [share if math.isfinite(share) else 1.0 for share in (row.cache_kept, row.keys_read)]
     return (1.0 if shares[0] >= WHOLE else shares[0], shares[1])
 
 
-def _where(row: Row) -> str:
+def _saving(row: Row) -> str:
     if row.cache_kept < WHOLE:
         return f" at {percent(row.cache_kept)} of the cache"
     if row.keys_read < WHOLE:

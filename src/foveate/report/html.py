@@ -1,4 +1,4 @@
-"""The comparison as one web page that stands alone: no request leaves it, and it still opens from a disk in years."""
+"""The comparison as one self-contained web page, which makes no requests and works from a disk."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ ARXIV = re.compile(r"(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v\d+)?")
 
 
 def write(comparison: Comparison, path: str | os.PathLike) -> Path:
-    """Write the page of `comparison` to `path` and return it.
+    """Write the page of `comparison` to `path`, and return the path.
 
-    About 5 MB, nearly all of it Plotly's script, which is inlined so that the page works offline. Every text in it that
-    came from a prompt, a model or a user is escaped; a policy in the page forbids all network and all other scripts.
+    The page has about 5 MB, nearly all of it Plotly's script, which makes it work offline. All texts from prompts,
+    models and users are escaped, and a content security policy forbids network access and other scripts.
     """
     return write_atomic(path, render(comparison))
 
 
 def render(comparison: Comparison) -> str:
-    """The page as text."""
+    """Return the page as text."""
     environment = Environment(
         loader=PackageLoader("foveate.report"),
         autoescape=True,
@@ -53,7 +53,7 @@ def render(comparison: Comparison) -> str:
 
 
 def _content(comparison: Comparison) -> dict[str, Any]:
-    """Everything that the template shows."""
+    """Return the values of the template."""
     samples = choose(comparison)
     return {
         "comparison": comparison,
@@ -72,7 +72,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
 
 
 def _row(comparison: Comparison, row: Row, line: list) -> dict[str, Any]:
-    """One method: its cells, and what its card says."""
+    """Return one method's cells and details."""
     paper = row.options.get("arxiv")
     linked = isinstance(paper, str) and ARXIV.fullmatch(paper) is not None
     options = [(visible(str(name)), trim(_option(value))) for name, value in row.options.items()]
@@ -93,7 +93,7 @@ def _row(comparison: Comparison, row: Row, line: list) -> dict[str, Any]:
 
 
 def _further(row: Row) -> list[tuple[str, Any]]:
-    """What was measured and has no column: how the share kept differs by prompt, and the highest memory."""
+    """Return measurements without a column: the range of the kept share over prompts, and the peak memory."""
     found = []
     kept = [answer.cache_kept for answer in row.answers if math.isfinite(answer.cache_kept)]
     if kept and percent(min(kept)) != percent(max(kept)):
@@ -104,12 +104,12 @@ def _further(row: Row) -> list[tuple[str, Any]]:
 
 
 def _highlights(comparison: Comparison) -> list[tuple[str, str]]:
-    """The headline's method in a few large numbers: what is left of the baseline's score, cache, time and memory."""
+    """Return the headline method's shares of the baseline's score, cache, times and memory, as large numbers."""
     row = headliner(comparison)
     if row is None:
         return []
-    what = "of the likelihood" if comparison.metric == LOSS else "of the score"
-    shares = [(what, share_kept(comparison, row)), ("of the cache", row.cache_kept)]
+    quality = "of the likelihood" if comparison.metric == LOSS else "of the score"
+    shares = [(quality, share_kept(comparison, row)), ("of the cache", row.cache_kept)]
     words = {"prefill_ms": "of the prefill time", "decode_ms": "of the decode time", "memory_mb": "of the memory"}
     shares += [(words[measure], comparison.ratio(row, measure)) for measure in COSTS]
     return [(percent(share), text) for text, share in shares if share is not None and math.isfinite(share)]
@@ -127,19 +127,19 @@ def _option(value: Any) -> str:
 
 
 def _asset(environment: Environment, name: str) -> str:
-    """A file beside the template, as it is: it holds no placeholders."""
+    """Return a file of the templates unchanged; it has no placeholders."""
     assert environment.loader is not None
     return environment.loader.get_source(environment, name)[0]
 
 
 def _plotly() -> str:
-    from plotly.offline import get_plotlyjs  # slow to import, and only a page needs it
+    from plotly.offline import get_plotlyjs  # slow to import, and needed only here
 
-    return get_plotlyjs().replace("\r\n", "\n")  # a browser hashes what its parser read, which has no carriage returns
+    return get_plotlyjs().replace("\r\n", "\n")  # a browser hashes the parsed script, without carriage returns
 
 
 def _policy(scripts: list[str]) -> str:
-    """What the browser lets the page do: these scripts and no others, inline styles and images, no network at all."""
+    """Return the content security policy: only these scripts, inline styles and images, and no network."""
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts
     )

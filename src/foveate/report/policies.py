@@ -1,8 +1,9 @@
-"""The reference run as a page of Markdown, and as one small table."""
+"""The reference run as a Markdown page, and as a small table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 Record = dict[str, Any]
@@ -11,20 +12,20 @@ _INTRODUCTION = """\
 # Cache policies on real models
 
 Every cache policy of the catalogue on pretrained decoders, at several budgets, beside the full cache.
-`make real` makes this page; [measured/real.json](measured/real.json) holds its figures.
+`make real` writes this page; [measured/real.json](measured/real.json) has its numbers.
 
-- **Retrieval**: tasks as in RULER on real text, {examples} prompts each. A score is the share of what was asked for
-  that the greedy answer holds, with its 95 % interval (Wilson's where every answer is right or wrong, else a bootstrap
-  over prompts). The prompts are few: mind the intervals.
-- **Loss**: of {horizon} tokens after {texts} texts of each length, and how much more it is than under the full cache,
-  token by token, with a bootstrap over tokens.
-- **Kept** and **read**: shares of the full cache's slots that are stored, and that decoding queries read.
-- **Memory**: all tensors alive beyond the weights, in megabytes.
-- **Times**: medians over rounds in which all take turns ({threads} threads, {device}). A ratio is to the full cache in
-  the same round, with the interval of its median over rounds.
+- **Retrieval**: tasks as in RULER on real text, {examples} prompts each. A score is the share of the requested items
+  that the greedy answer contains, with its 95 % interval (Wilson's if every answer is right or wrong, else a bootstrap
+  over prompts). There are few prompts, so mind the intervals.
+- **Loss**: the mean loss of {horizon} tokens after {texts} texts of each length, and its increase over the full cache,
+  compared per token, with a bootstrap over tokens.
+- **Kept** and **read**: the shares of the full cache's slots that are stored, and that decoding queries read.
+- **Memory**: all live tensors beyond the weights, in megabytes.
+- **Times**: medians over rounds, in each of which all policies run ({threads} threads, {device}). A ratio refers to the
+  full cache in the same round, with the interval of its median over rounds.
 
-Every policy reads the prompt densely. For scores and losses the reading is shared, and a policy comes in with the
-prompt's last token. {versions}, {machine}.
+Every policy reads the prompt densely. Scores and losses share the prefill, and each policy is applied at the prompt's
+last token. {versions}, {machine}.
 """
 
 
@@ -35,7 +36,7 @@ _READ_AS = (
 
 
 def page(found: Record) -> str:
-    """The whole result; see `foveate.bench.policies.run`."""
+    """Return the whole result as Markdown; see `foveate.bench.policies.run`."""
     made, plan = found["made"], found["plan"]
     versions = ", ".join(f"{name} {made[name]}" for name in ("foveate", "torch", "transformers", "python"))
     lines = _INTRODUCTION.format(versions=versions, **made, **plan).splitlines()
@@ -45,7 +46,7 @@ def page(found: Record) -> str:
 
 
 def short(found: Record, budget: float | None = None) -> str:
-    """One row a policy at one budget (the one nearest to a quarter), for each model: for a first page."""
+    """Return a table for each model with one row per policy, at one budget (by default the nearest to 0.25)."""
     lines, known = [], found["plan"]["budgets"]
     budget = budget or min(known, key=lambda share: abs(share - 0.25))
     for model in found["models"]:
@@ -69,10 +70,10 @@ def _model(model: Record) -> list[str]:
         f"{model['parameters'] / 1e6:,.0f} million parameters, {model['layers']} layers, {model['heads']} query and "
         f"{model['kv_heads']} key/value heads, {model['dtype']}."
     )
-    learnt = ", ".join(f"`{key}` {seconds:,.0f} s" for key, seconds in model["learnt_seconds"].items())
+    calibration = ", ".join(f"`{key}` {seconds:,.0f} s" for key, seconds in model["learnt_seconds"].items())
     rows = model["rows"]
     good = [row for row in rows if "error" not in row]
-    lines = [f"## {model['name']}", "", facts, *([f"Learnt about it once: {learnt}."] if learnt else [])]
+    lines = [f"## {model['name']}", "", facts, *([f"Calibrated once: {calibration}."] if calibration else [])]
     lines += ["", "### Retrieval", "", _sizes(model), "", *_table(_retrieval(model), good)]
     lines += ["", "### Next-token loss", "", *_table(_losses(rows[0]), good)]
     for tokens in rows[0].get("times", {}):
@@ -86,15 +87,18 @@ def _model(model: Record) -> list[str]:
 def _sizes(model: Record) -> str:
     each = ", ".join(f"{name} {about['tokens']:,}" for name, about in model["tasks"].items())
     lost = [name for name, about in model["tasks"].items() if not about["counts"]]
-    said = f" The full cache itself fails {', '.join(lost)}, which the others were not asked and “all” leaves out."
-    return f"Tokens of a prompt: {each}.{said if lost else ''}"
+    note = f" The full cache fails {', '.join(lost)}; the policies skip it, and “all” leaves it out."
+    return f"Tokens per prompt: {each}.{note if lost else ''}"
 
 
 Columns = list[tuple[str, Callable[[Record], str]]]
 
 
 def _retrieval(model: Record) -> Columns:
-    tasks: Columns = [(task, lambda row, task=task: _score(row["scores"][task])) for task in model["tasks"]]  # type: ignore[misc]
+    def score(task: str) -> Callable[[Record], str]:
+        return lambda row: _score(row["scores"][task])
+
+    tasks: Columns = [(task, score(task)) for task in model["tasks"]]
     return [
         ("budget", _budget), ("method", _name), ("all", lambda row: _score(row["scores"]["all"])), *tasks,
         ("kept", lambda row: _percent(row["kept"])), ("read", lambda row: _percent(row["read"])),
@@ -102,16 +106,13 @@ def _retrieval(model: Record) -> Columns:
 
 
 def _losses(full: Record) -> Columns:
-    def cell(row: Record, tokens: str) -> str:
+    def cell(tokens: str, row: Record) -> str:
         loss = row["losses"][tokens]
         if "more" in loss:
             return f"{loss['more']:+.3f} ({loss['low']:+.3f} to {loss['high']:+.3f})"
         return _number(loss["mean"], "{:.3f}")
 
-    each: Columns = [
-        (f"after {int(tokens):,} tokens", lambda row, tokens=tokens: cell(row, tokens))  # type: ignore[misc]
-        for tokens in full.get("losses", {})
-    ]
+    each: Columns = [(f"after {int(tokens):,} tokens", partial(cell, tokens)) for tokens in full.get("losses", {})]
     return [("budget", _budget), ("method", _name), *each]
 
 
@@ -121,10 +122,10 @@ def _costs(tokens: str) -> Columns:
 
     return [
         ("budget", _budget), ("method", _name),
-        ("stored MB", figure("decode_cache_mb")), ("alive MB", figure("decode_live_mb")),
-        ("alive after the prompt", figure("read_live_mb")),
-        ("reading", lambda row: _timed(row["times"][tokens], "read")),
-        ("decoding a token", lambda row: _timed(row["times"][tokens], "decode")),
+        ("stored MB", figure("decode_cache_mb")), ("live MB", figure("decode_live_mb")),
+        ("live after the prompt", figure("read_live_mb")),
+        ("prefill", lambda row: _timed(row["times"][tokens], "read")),
+        ("decode / token", lambda row: _timed(row["times"][tokens], "decode")),
     ]  # fmt: skip
 
 

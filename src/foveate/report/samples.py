@@ -1,4 +1,4 @@
-"""Which answers the page shows, and how much of each prompt."""
+"""The examples of the page, with shortened prompts and answers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from foveate.bench.comparison.results import LOSS, Answer, Comparison, Row
 from foveate.report.columns import ordered, percent, visible
 
 SHOWN = 4  # examples on the page
-HEAD, TAIL, AROUND = 360, 240, 140  # characters kept of a long text: its ends, and on either side of the answer
-LEAST_GAP = 80  # leaving out less than this saves no reader any time
+HEAD, TAIL, AROUND = 360, 240, 140  # characters kept of a long text: start, end, and on each side of the answer
+LEAST_GAP = 80  # the fewest characters that are left out
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a text: `plain`, `mark` (the expected answer) or `gap` (a note of how much was left out)."""
+    """A part of a text: `plain`, `mark` (the expected answer) or `gap` (the number of characters left out)."""
 
     kind: str
     text: str
@@ -25,7 +25,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Line:
-    """What one method answered; `kind` is right, wrong, partly or unscored, and `verdict` says so in words."""
+    """One method's answer; `kind` is right, wrong, partly or unscored, and `verdict` describes it."""
 
     method: str
     output: list[Piece]
@@ -45,7 +45,7 @@ class Sample:
 
 
 def by_example(comparison: Comparison) -> list[list[tuple[Row, Answer]]]:
-    """Every method's answer to each example, told apart by prompt and expected answer."""
+    """Group all methods' answers by example, which prompt and expected answer identify."""
     groups: dict[tuple[str, str], list[tuple[Row, Answer]]] = {}
     for row in ordered(comparison):
         for answer in row.answers:
@@ -54,7 +54,7 @@ def by_example(comparison: Comparison) -> list[list[tuple[Row, Answer]]]:
 
 
 def choose(comparison: Comparison, shown: int = SHOWN) -> list[Sample]:
-    """Up to `shown` examples, the most telling first: methods disagree, and in ways not shown yet."""
+    """Choose up to `shown` examples, first those on which methods differ, in patterns not shown yet."""
     seen: Counter[tuple[str, ...]] = Counter()
     ranked = []
     for number, pairs in enumerate(by_example(comparison), start=1):
@@ -66,9 +66,10 @@ def choose(comparison: Comparison, shown: int = SHOWN) -> list[Sample]:
 
 
 def trim(text: str, answer: str = "") -> list[Piece]:
-    """`text` with the middle of what is long left out and counted; `answer` is kept and marked where it stands.
+    """Shorten a long `text` in the middle, and keep and mark `answer`.
 
-    It is marked only where it is a word of its own that stands there once or twice: any "A" would be no evidence.
+    The answer is marked only if it occurs once or twice, as a whole word of at least three characters: other
+    occurrences may be accidental.
     """
     found = _find(text, answer.strip())
     spans = [(0, HEAD), (len(text) - TAIL, len(text))]
@@ -89,7 +90,7 @@ def trim(text: str, answer: str = "") -> list[Piece]:
 
 
 def _between_words(text: str, at: int) -> int:
-    """`at`, brought within the text and moved back over at most a long word, so that a cut seldom splits one."""
+    """Clip `at` to the text and move it back to the start of a word, if that is near."""
     at = min(max(at, 0), len(text))
     return at if at in (0, len(text)) else max(text.rfind(" ", max(at - 24, 0), at) + 1, 0) or at
 
@@ -102,7 +103,7 @@ def _find(text: str, answer: str) -> tuple[int, int] | None:
 
 
 def _marked(text: str, start: int, stop: int, found: tuple[int, int] | None) -> list[Piece]:
-    """`text[start:stop]`, split where it holds all of `found`."""
+    """Return `text[start:stop]`, split around `found` if it contains it."""
     if not found or not start <= found[0] < found[1] <= stop:
         return [Piece("plain", visible(text[start:stop], lines=True))]
     cuts = [("plain", start, found[0]), ("mark", *found), ("plain", found[1], stop)]

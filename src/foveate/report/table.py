@@ -1,4 +1,4 @@
-"""The comparison as a table for the terminal and for Markdown."""
+"""The comparison as tables for the terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from foveate.report.columns import Cell, cells, columns, ordered, visible
 
 
 def render(comparison: Comparison) -> Table:
-    """Two lines per method, the baseline first: numbers, and under them, dim, intervals and ratios to the baseline.
+    """Build a table with two lines per method, the baseline first: numbers, and below them intervals and ratios, dim.
 
-    The best of each column is bold. `rich.print(render(comparison))` shows it. Names are shown as they are: markup and
-    control codes in them do nothing.
+    The best number of each column is bold. `rich.print(render(comparison))` prints it. Markup and control codes in
+    names are shown as text.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("method", no_wrap=True)
     for column in columns(comparison):
-        # Wide enough for any number: where the terminal is narrow, only the remarks break.
+        # Wide enough for any number, so that in a narrow terminal only the remarks wrap.
         table.add_column(column.heading, justify="right", min_width=7)
     for row, line in zip(ordered(comparison), cells(comparison), strict=True):
         name = Text(visible(row.method), style="bold" if row.method == comparison.baseline else "")
@@ -32,7 +32,7 @@ def render(comparison: Comparison) -> Table:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The same table for a README; the best of each column is bold, intervals and ratios stand in brackets."""
+    """Return the same table as Markdown; the best number of each column is bold, intervals and ratios in brackets."""
     heads = ["method", *(column.heading for column in columns(comparison))]
     lines = [_line(heads), _line(["---", *("---:" for _ in heads[1:])])]
     for row, line in zip(ordered(comparison), cells(comparison), strict=True):
@@ -57,5 +57,5 @@ def _line(parts: list[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """`text` with what Markdown, or HTML within it, would take for markup made literal."""
+    """Escape the characters that Markdown, or HTML in it, would interpret."""
     return re.sub(r"([\\`*_{}\[\]()#+!|~<>&])", r"\\\1", text)

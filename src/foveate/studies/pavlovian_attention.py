@@ -40,7 +40,7 @@ def hebbian_retrieval(
     """Return what the queries retrieve after a memory S has learned the pairs (k, v) in order, by a plasticity rule.
 
     Args:
-        rule: "hebb": `S += eta v kᵀ`, un-normalised linear attention. "delta": `S += eta (v - S k) kᵀ`, the rule of
+        rule: "hebb": `S += eta v kᵀ`, un-normalized linear attention. "delta": `S += eta (v - S k) kᵀ`, the rule of
             Rescorla and Wagner, which learns from prediction errors. "oja": `S += eta (v kᵀ - S diag(k²))`, which
             bounds S. "decay": `S <- (1 - decay) S + eta v kᵀ`, which forgets with time.
         eta: the learning rate. For "oja", `eta k²` may be at most 1.
@@ -78,7 +78,7 @@ class _Oja(Linear):
     """A linear operator with a decay per feature: each key channel forgets in proportion to its use."""
 
     capabilities = replace(Linear.capabilities, patterns=CAUSAL_PATTERNS, default_scale=1.0)
-    normalised: ClassVar[bool] = False
+    normalized: ClassVar[bool] = False
 
     def __init__(self, eta: float) -> None:
         super().__init__()
@@ -120,8 +120,8 @@ def conditioning(rule: Rule, *, eta: float = 1.0, decay: float = 0.1, trials: in
     def response(test: Tensor, *phases: tuple[Tensor, float]) -> float:
         k = torch.stack([cue for cue, _ in phases]).repeat_interleave(trials, 0)
         v = torch.tensor([us for _, us in phases], dtype=k.dtype).repeat_interleave(trials)[:, None]
-        shaped = (x.reshape(1, 1, -1, x.shape[-1]) for x in (test[None], k, v))
-        return hebbian_retrieval(*shaped, rule, eta=eta, decay=decay).item()
+        q, k, v = (x.reshape(1, 1, -1, x.shape[-1]) for x in (test[None], k, v))
+        return hebbian_retrieval(q, k, v, rule, eta=eta, decay=decay).item()
 
     return Conditioning(
         acquired=response(a, (a, 1.0)),

@@ -1,4 +1,4 @@
-"""Tasks: what a model is asked, and how its answers are scored."""
+"""Tasks: prompts with scores for the answers, and batches to train on."""
 
 from foveate.core.public import lazy
 

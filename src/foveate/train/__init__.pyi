@@ -21,6 +21,8 @@ from foveate.train.loop.loop import Schedule as Schedule
 from foveate.train.loop.loop import Training as Training
 from foveate.train.loop.loop import evaluate as evaluate
 from foveate.train.loop.loop import fit as fit
+from foveate.train.loop.network import spec as spec
+from foveate.train.loop.network import training_task as training_task
 from foveate.train.loop.seeds import Spread as Spread
 from foveate.train.loop.seeds import Trainings as Trainings
 from foveate.train.objectives.latent_alignment import kl as kl
@@ -59,5 +61,7 @@ __all__ = [
     "projections",
     "relaxed",
     "save",
+    "spec",
     "state_spaces",
+    "training_task",
 ]

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from foveate.core.errors import FoveateError
-from foveate.host import EMPTY, SUMMARY, Method, Slots, apply
+from foveate.host import EMPTY, SUMMARY, Method, Site, Slots, apply
 from foveate.host.hf.model import host
 from foveate.kv import razor_attention
 from foveate.kv.parts.probing import read
@@ -58,6 +58,20 @@ def test_other_heads_hold_sink_window_and_one_slot() -> None:
     assert (first[0] >= 0).sum() == 60 and (first[1] != EMPTY).sum() == 2 + 12 + 1  # the window is now N / 5 = 12
     assert second.shape[1] == 15 and (second == SUMMARY).sum(1).tolist() == [1, 1]
     assert sorted(second[0][second[0] >= 0].tolist()) == [0, 1, *range(48, 60)]
+
+
+def test_a_step_sees_its_own_token_beside_the_window() -> None:
+    ids = torch.randint(0, 32, (1, 60), generator=torch.Generator().manual_seed(1))
+    seen = []
+
+    class Spy(Method):
+        def read(self, site: Site, out: torch.Tensor) -> None:
+            if site.q.shape[2] == 1:
+                seen.append((site.positions >= 0).sum(-1).unique().tolist())
+
+    none = torch.zeros(2, 2, dtype=torch.bool)
+    steps(tiny(), ids, RazorAttention(heads=none, sink=2, min_window=10, ratio=1000.0, compensate=False), Spy())
+    assert seen == [[2 + 10 + 1]] * 16
 
 
 def test_compensation_is_exact_where_keys_and_values_do_not_vary() -> None:

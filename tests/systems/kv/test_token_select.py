@@ -19,6 +19,7 @@ from tests.conftest import ClaimFixture
 from tests.constructed import accuracy, induction_lm, recall
 from tests.host_models import DECODERS, feed, model, padded, tokens
 
+Patch = pytest.MonkeyPatch
 DECODING, CHUNKS = [20, *[1] * 10], [7, 9, 5, 8, 1]
 
 
@@ -240,6 +241,23 @@ def test_grouped_heads_vote_with_their_own_keys() -> None:
     torch.testing.assert_close(soft_vote(q, k).sum(-1), torch.full((3,), 4.0))
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+@torch.no_grad()
+def test_votes_have_the_scale_of_attention_or_none_as_in_the_release(scaled: bool, monkeypatch: Patch) -> None:
+    scales, vote = [], soft_vote
+
+    def spy(q: Tensor, k: Tensor, pool: int, scale: float, candidates: Tensor | None) -> Tensor:
+        scales.append((scale, q.shape[-1]))
+        return vote(q, k, pool, scale, candidates)
+
+    monkeypatch.setattr(token_select, "soft_vote", spy)
+    with apply(model("llama"), TokenSelect(1, 2, 5, sim_threshold=1.01, scale_votes=scaled)):
+        ids = tokens(1, 30)
+        feed(model("llama"), ids, torch.ones_like(ids), DECODING)
+    assert scales
+    assert all(scale == (width**-0.5 if scaled else 1.0) for scale, width in scales)
+
+
 @torch.no_grad()
 def test_budget() -> None:
     here = host(model("llama"))
@@ -257,6 +275,7 @@ def test_budget() -> None:
         ({"sink": -1}, "sink=-1 must be a whole number, at least 0"),
         ({"pool": 4}, "pool=4 must be odd"),
         ({"chunk": 0}, "chunk=0 must be a whole number, at least 1"),
+        ({"scale_votes": 1}, "scale_votes=1 must be True or False"),
         ({"sim_threshold": -2}, "sim_threshold=-2 must be at least -1"),
     ],
 )

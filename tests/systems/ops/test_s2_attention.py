@@ -1,4 +1,4 @@
-"""S2-Attention: each head another shard, all shards together the whole context."""
+"""S2-Attention: each head sees another shard, and all shards cover the context."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.tensors import assert_near, qkv
 
 
 def elementwise(mask: Tensor, block: int, n: int) -> Tensor:
-    """A block mask for tokens, causal inside the diagonal blocks."""
+    """Expand a block mask to tokens, causal inside the diagonal blocks."""
     tokens = mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :n, :n]
     return tokens & torch.ones(n, n, dtype=torch.bool).tril()
 
@@ -60,6 +60,50 @@ def test_decoding_from_a_cache_that_drops_what_each_head_skips() -> None:
         assert len(cache) < n
 
 
+@pytest.mark.parametrize("prompt", [None, 1, 13])
+@pytest.mark.parametrize(("heads", "kv_heads", "shards", "dense"), [
+    (4, 4, None, 0), (4, 2, None, 0), (4, 2, 4, 0), (4, 4, 2, 0), (6, 3, 2, 0), (4, 2, None, 1), (4, 4, 4, 3),
+])  # fmt: skip
+def test_a_stream_holds_what_each_head_still_needs(heads, kv_heads, shards, dense, prompt) -> None:
+    n, block, op = 45, 4, S2Attention(4, local_blocks=2, stride=4, shards=shards, dense_heads=dense)
+    q, k, v = qkv(n, heads=heads, kv_heads=kv_heads, value_width=3)
+    whole, out = op(q, k, v, causal=True), []
+    state = op.init_state(2, heads, kv_heads, q.shape[3], 3, dtype=q.dtype)
+    if prompt is not None:
+        y, state = op.prefill(*(x[:, :, :prompt] for x in (q, k, v)))
+        out.append(y)
+    each, groups = heads // (shards or kv_heads), heads // kv_heads
+    mask = s2_mask(shards or kv_heads, 12, 2, 4).repeat_interleave(each, 0)
+    mask[heads - dense * groups :] = torch.ones(12, 12, dtype=torch.bool).tril()
+    for t in range(prompt or 0, n):
+        y, state = op.step(*(x[:, :, t : t + 1] for x in (q, k, v)), state)
+        out.append(y)
+        for head in range(kv_heads):
+            rows = mask[head * groups : (head + 1) * groups, t // block].any(0)
+            needed = [place for place in range(t + 1) if rows[place // block]]
+            held = state.places[head] >= 0
+            assert state.places[head][held].tolist() == needed
+            assert torch.equal(state.k[:, head][:, held], k[:, head, needed])
+            assert not state.k[:, head][:, ~held].any()
+    assert_near(torch.cat(out, 2), whole, 1e-12)
+    assert state.seen == n
+    assert (state.k.shape[2] < n) == (dense == 0), "dense heads need everything"
+
+
+def test_a_budget_of_heads_is_dense() -> None:
+    """The last key/value heads are dense for all of their queries; the others keep their shards."""
+    q, k, v = qkv(32, heads=6, kv_heads=3)
+    out = S2Attention(4, 2, 4, dense_heads=2)(q, k, v, causal=True)
+    assert_near(out[:, 2:], oracle.attention(q[:, 2:], k[:, 1:], v[:, 1:], causal=True), 1e-12)
+    assert_near(out[:, :2], S2Attention(4, 2, 4)(q, k, v, causal=True)[:, :2], 1e-12)
+    late = S2Attention(4, 2, 4, dense_heads=2)(q[:, :, 25:], k, v, causal=True)
+    assert_near(late, out[:, :, 25:], 1e-12)
+    with pytest.raises(OptionError, match="dense_heads=4 must be at most Hkv=3"):
+        S2Attention(dense_heads=4)(q, k, v, causal=True)
+    with pytest.raises(OptionError, match="dense_heads=-1 must be a whole number"):
+        S2Attention(dense_heads=-1)
+
+
 @pytest.mark.parametrize(
     ("budget", "length", "local_blocks", "stride"),
     [(0.25, 4096, 8, 7), (0.3, 4096, 10, 6), (0.5, 256, 1, 3), (1.0, 64, 1, 1)],
@@ -75,7 +119,7 @@ def test_shards_must_fit_the_heads() -> None:
 
 
 def test_different_shards_find_what_equal_ones_lose(claim) -> None:
-    """A needle anywhere in the context: one key that every head looks for, and whether any head brings its value."""
+    """Heads with different shards find a key anywhere in the context; equal shards of the same sparsity miss some."""
     n, block, heads = 512, 8, 8
     random = torch.Generator().manual_seed(0)
 
@@ -90,14 +134,14 @@ def test_different_shards_find_what_equal_ones_lose(claim) -> None:
         return hits / len(places)
 
     claim(
-        "shards that differ by head cover the context that equal ones, as sparse, leave out: needles found",
+        "shards that differ by head find needles that equal shards of the same sparsity miss: share of needles found",
         ours=found(8), baseline=found(1), better="higher", margin=0.5, baseline_name="the same shard for all heads",
         seed=0,
     )  # fmt: skip
 
 
 def test_shards_take_turns_at_equal_distances() -> None:
-    """Two shards at a stride of 8 keep blocks 4 apart; more shards than the stride start over."""
+    """Two shards at a stride of 8 keep blocks 4 apart; more shards than the stride repeat offsets."""
     kept = [s2_mask(shards, 17, 1, 8)[:, 16, :16].nonzero().tolist() for shards in (2, 16)]
     assert kept[0] == [[0, 0], [0, 8], [1, 4], [1, 12]]
     assert [block for shard, block in kept[1] if shard == 1] == [7, 15] == [b for shard, b in kept[1] if shard == 9]

@@ -1,1 +1,1 @@
-"""The job behind `foveate compare`: methods side by side on the same prompts."""
+"""The work behind `foveate compare`: methods side by side on the same prompts."""

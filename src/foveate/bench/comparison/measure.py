@@ -1,4 +1,4 @@
-"""One method on one batch of prompts: what it answers, how long it takes, what it keeps and what it holds in memory."""
+"""Run one method on one batch of prompts, and measure its answers, times, kept cache and memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from foveate.bench.parts.timing import now
 from foveate.host import Host, Method, apply
 from foveate.kv.renumbered import Renumbered
 
-#: What a model says whose layers keep states of their own, and which no method can be put on: all that it keeps.
-_WHOLE = SimpleNamespace(stats=SimpleNamespace(kept=1.0, read=1.0))
-_ALIKE = 1.1  # prompts of a batch are at most this much longer than its shortest, for which its budget is set
+#: The statistics of a model without attention, to which no method applies: it keeps and reads everything.
+_NO_METHOD = SimpleNamespace(stats=SimpleNamespace(kept=1.0, read=1.0))
+_LENGTH_RATIO = 1.1  # the largest ratio of lengths in a batch, whose budget is set for the shortest prompt
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,20 @@ class Batch:
     """Prompts that run together, padded on the left.
 
     Args:
-        places: of the prompts in the task.
-        prompts: themselves.
-        forced: `(B, N)` ids to continue with whatever the model says, -1 where one's answer has ended; None lets the
-            model continue with what it says itself.
-        pad: the id to pad with.
+        indices: the prompts' indices in the task.
+        prompts: the prompts.
+        forced: `(B, N)` ids with which each prompt continues, -1 after its end; None lets the model generate.
+        pad: the padding id.
     """
 
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     prompts: tuple[Prompt, ...]
     forced: Tensor | None = None
     pad: int = 0
 
     @property
     def length(self) -> int:
-        """Tokens of the shortest prompt."""
+        """The tokens of the shortest prompt."""
         return min(prompt.ids.shape[1] for prompt in self.prompts)
 
     @property
@@ -55,13 +54,13 @@ class Batch:
         return max(prompt.new_tokens for prompt in self.prompts) if self.forced is None else self.forced.shape[1]
 
     @property
-    def beyond(self) -> Prompt | None:
-        """A prompt that the model's context does not hold."""
-        return next((prompt for prompt in self.prompts if prompt.beyond), None)
+    def too_long(self) -> Prompt | None:
+        """A prompt that exceeds the model's context, or None."""
+        return next((prompt for prompt in self.prompts if prompt.excess), None)
 
     @cached_property
     def identity(self) -> str:
-        """The digest of what the model is asked."""
+        """The digest of the model's input."""
         forced = None if self.forced is None else self.forced.tolist()
         return digest.of([prompt.ids.tolist() for prompt in self.prompts], self.steps, forced)
 
@@ -72,28 +71,28 @@ class Batch:
         return torch.cat(rows)
 
     def padding(self, step: int, has_positions: bool) -> dict[str, Tensor]:
-        """The mask and the positions of a step; nothing where no prompt is padded."""
+        """Return the mask and the positions of a step; nothing if no prompt is padded."""
         if len({prompt.ids.shape[1] for prompt in self.prompts}) == 1:
             return {}
         total = self.ids.shape[1] + step
-        begins = torch.tensor([[self.ids.shape[1] - prompt.ids.shape[1]] for prompt in self.prompts])
+        starts = torch.tensor([[self.ids.shape[1] - prompt.ids.shape[1]] for prompt in self.prompts])
         key = torch.arange(total, device=self.ids.device)
-        begins = begins.to(self.ids.device)
-        found = {"attention_mask": (key >= begins).long()}
+        starts = starts.to(self.ids.device)
+        found = {"attention_mask": (key >= starts).long()}
         if has_positions:
-            positions = (key - begins).clamp_min(0)
+            positions = (key - starts).clamp_min(0)
             found["position_ids"] = positions[:, -1:] if step else positions
         return found
 
 
 @dataclass(frozen=True)
-class Said:
+class BatchResult:
     """The result of a batch.
 
     Args:
-        ids: of each prompt's answer.
-        losses: mean next-token loss of each forced answer; None where nothing was forced.
-        prefill_ms, decode_ms: for one prompt of the batch, and for one token of one prompt (a median over the steps).
+        ids: the ids of each prompt's answer.
+        losses: the mean next-token loss of each forced answer; None if nothing was forced.
+        prefill_ms, decode_ms: the time per prompt, and per token of one prompt (a median over the steps).
         kept, read: shares of the full cache.
     """
 
@@ -106,80 +105,82 @@ class Said:
 
 
 def batches(prompts: Sequence[Prompt], size: int, forced: Sequence[list[int]] | None, pad: int) -> list[Batch]:
-    """Prompts in batches of at most `size`, of neighbours in length; in the task's order where each runs alone."""
+    """Group prompts of similar length into batches of at most `size`; with size 1 the task's order stays."""
     order = list(range(len(prompts)))
     if size > 1:
-        order.sort(key=lambda place: prompts[place].ids.shape[1])
+        order.sort(key=lambda index: prompts[index].ids.shape[1])
     groups: list[list[int]] = []
-    for place in order:
+    for index in order:
         first = prompts[groups[-1][0]].ids.shape[1] if groups else 0
-        fits = groups and len(groups[-1]) < size and prompts[place].ids.shape[1] <= _ALIKE * first
-        if fits and bool(prompts[place].beyond) == bool(prompts[groups[-1][0]].beyond):
-            groups[-1].append(place)
+        fits = groups and len(groups[-1]) < size and prompts[index].ids.shape[1] <= _LENGTH_RATIO * first
+        if fits and bool(prompts[index].excess) == bool(prompts[groups[-1][0]].excess):
+            groups[-1].append(index)
         else:
-            groups.append([place])
+            groups.append([index])
     return [
         Batch(
             tuple(group),
-            tuple(prompts[place] for place in group),
-            None if forced is None else _rectangle([forced[place] for place in group], prompts[0].ids),
+            tuple(prompts[index] for index in group),
+            None if forced is None else _padded([forced[index] for index in group], prompts[0].ids),
             pad,
         )
         for group in groups
     ]
 
 
-def _rectangle(rows: list[list[int]], like: Tensor) -> Tensor:
+def _padded(rows: list[list[int]], like: Tensor) -> Tensor:
     longest = max(map(len, rows))
     return like.new_tensor([row + [-1] * (longest - len(row)) for row in rows])
 
 
 @torch.inference_mode()
-def answer(
+def run_batch(
     model: PreTrainedModel,
     methods: tuple[Method, ...],
     batch: Batch,
     steps: int | None = None,
-    look: Callable[[int], None] | None = None,
-) -> Said:
-    """Greedy answers of a batch, or the losses of those that are forced.
+    after_step: Callable[[int], None] | None = None,
+) -> BatchResult:
+    """Answer a batch greedily, or measure the losses of forced answers.
 
     Args:
-        steps: another number of tokens than the batch's own.
-        look: called after the prompt and after each token, while everything is as the model left it.
+        steps: the number of tokens, if it is not the batch's own.
+        after_step: called after the prompt and after each token, before anything is released.
     """
-    cache, feed, said, seconds, losses = DynamicCache(config=model.config), batch.ids, [], [], []
+    cache, feed, tokens, seconds, losses = DynamicCache(config=model.config), batch.ids, [], [], []
     has_positions = "position_ids" in inspect.signature(model.forward).parameters
     with _applied(model, methods) as run:
         for step in range(steps or batch.steps):
             padding = batch.padding(step, has_positions)
-            begun = now(model.device)
-            for piece, given in _pieces(feed, padding, _longest(methods, batch)):
-                logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1, **given).logits[:, -1]
+            start = now(model.device)
+            for piece, extra in _pieces(feed, padding, _piece_length(methods, batch)):
+                logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra).logits[:, -1]
             best = logits.argmax(-1)
-            said.append(best.tolist())
-            seconds.append(now(model.device) - begun)
+            tokens.append(best.tolist())
+            seconds.append(now(model.device) - start)
             if batch.forced is not None:
                 best = batch.forced[:, step]
                 losses.append(F.cross_entropy(logits.float(), best, ignore_index=-1, reduction="none"))
                 best = best.clamp_min(0)
             feed = best[:, None]
-            del logits, padding, piece, given
-            if look is not None:
-                look(step)
+            del logits, padding, piece, extra
+            if after_step is not None:
+                after_step(step)
     each = len(batch.prompts)
     later = seconds[1:] or [float("nan")]
-    return Said(
-        [list(row) for row in zip(*said, strict=True)], _mean_losses(losses, batch.forced),
+    return BatchResult(
+        [list(row) for row in zip(*tokens, strict=True)], _mean_losses(losses, batch.forced),
         1e3 * seconds[0] / each, 1e3 * median(later) / each, run.stats.kept, run.stats.read,
     )  # fmt: skip
 
 
-def _longest(methods: tuple[Method, ...], batch: Batch) -> int | None:
-    """Tokens of a prompt that are read at once; None for all. One that the model's context does not hold is read in
-    pieces where positions are renumbered: half of the context is for what is kept.
+def _piece_length(methods: tuple[Method, ...], batch: Batch) -> int | None:
+    """Return how many tokens of a prompt to read at once; None for all.
+
+    With renumbered positions, a prompt past the model's context is read in pieces, and half of the context is left to
+    the kept tokens.
     """
-    prompt = batch.beyond
+    prompt = batch.too_long
     if prompt is None or prompt.context is None or not any(isinstance(method, Renumbered) for method in methods):
         return None
     return max(1, prompt.context // 2 - prompt.new_tokens)
@@ -188,7 +189,7 @@ def _longest(methods: tuple[Method, ...], batch: Batch) -> int | None:
 def _pieces(
     feed: Tensor, padding: dict[str, Tensor], longest: int | None
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """A call's tokens, or pieces of at most `longest`, with their part of the mask and of the positions."""
+    """Yield a call's tokens in pieces of at most `longest`, with their part of the mask and of the positions."""
     n = feed.shape[1]
     if longest is None or n <= longest:
         yield feed, padding
@@ -199,16 +200,16 @@ def _pieces(
         yield feed[:, start:end], {name: x[:, cut[name]] for name, x in padding.items()}
 
 
-def memory(model: PreTrainedModel, methods: tuple[Method, ...], batch: Batch) -> list[float]:
-    """Megabytes of tensors beyond the weights: alive after the prompt, alive after the answer, and most at any time."""
-    last, marks, _ = batch.steps - 1, {}, batch.ids  # the prompt itself is made before anything is counted
+def memory_use(model: PreTrainedModel, methods: tuple[Method, ...], batch: Batch) -> list[float]:
+    """Return megabytes beyond the weights: live after the prompt, live after the answer, and the peak."""
+    last, marks, _ = batch.steps - 1, {}, batch.ids  # `batch.ids` is created before counting starts
     with Memory(model.device) as counted:
 
-        def look(step: int) -> None:
+        def after_step(step: int) -> None:
             if step in (0, last):
                 marks[step] = counted.now
 
-        answer(model, methods, batch, look=look)
+        run_batch(model, methods, batch, after_step=after_step)
         return [marks[0] / 1e6, marks[last] / 1e6, counted.peak / 1e6]
 
 
@@ -221,5 +222,5 @@ def _mean_losses(losses: list[Tensor], forced: Tensor | None) -> list[float] | N
 
 def _applied(model: PreTrainedModel, methods: tuple[Method, ...]) -> AbstractContextManager[Any]:
     if not methods and not Host(model).attention_modules():
-        return nullcontext(_WHOLE)
+        return nullcontext(_NO_METHOD)
     return apply(model, *methods)

@@ -1,9 +1,9 @@
-"""What one run of `compare` measured, as plain data: needs neither torch nor any other package.
+"""The results of one run of `compare`, as plain data without other packages.
 
-A `Comparison` holds one `Row` per method and one `Answer` per example. It goes to `results.json` and back without loss,
-with two exceptions, for which JSON has no token: NaN and infinity are written as `null` and read as NaN, and options
-that are not plain data are written as their `str`. Intervals and ratios are worked out of the answers; the file has
-them too, as each row's "derived", for other programs to read.
+A `Comparison` holds one `Row` per method, and a row one `Answer` per example. Saving to `results.json` and loading is
+lossless with two exceptions, which JSON cannot express: NaN and infinity become `null` and load as NaN, and options
+that are not plain data become their `str`. Intervals and ratios are computed from the answers; the file also has them,
+as each row's "derived", for other programs.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ __all__ = ["LOSS", "MEASURES", "Answer", "Comparison", "Ratio", "Row", "plain", 
 FORMAT = "foveate.comparison/2"
 MEASURES = ("score", "cache_kept", "keys_read", "prefill_ms", "decode_ms", "memory_mb", "peak_mb")
 TIMES = ("prefill_ms", "decode_ms")
-PAIRS = 3  # fewer pairs of times say nothing about their ratio
-_WIDE, _UNDECIDED = 2.0, 1.3  # how far an interval's ends may lie apart; where it has 1 inside, how far
+PAIRS = 3  # the fewest pairs of times for a ratio
+_WIDE, _UNDECIDED = 2.0, 1.3  # the largest ratio of an interval's ends, in general and if 1 is inside
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one prompt, and what that took.
+    """A model's answer to one prompt, and its cost.
 
     Args:
-        score: 0..1, or the loss; NaN where there is none.
-        tokens: of the prompt.
+        score: 0..1, or the loss; NaN if there is none.
+        tokens: the tokens of the prompt.
         cache_kept, keys_read: as in `Row`, for this prompt.
         prefill_ms, decode_ms: as in `Row`, for this prompt.
-        base_prefill_ms, base_decode_ms: what the baseline took for the same prompt, just before or after.
-        error: why there is no answer; empty where there is one.
+        base_prefill_ms, base_decode_ms: the baseline's times for the same prompt, measured just before or after.
+        error: the reason of a missing answer; empty otherwise.
     """
 
     prompt: str
@@ -64,38 +64,38 @@ class Row:
     """One method on the whole task.
 
     Args:
-        method: its key in the catalogue.
-        title: its name in words, for instance that of the paper.
-        options: what it ran with; `arxiv`, where present, is shown as a link to the paper.
-        score: mean score of the answers, 0..1 or the loss.
-        cache_kept: share of the full cache's slots that were stored, 0..1, a mean over the prompts.
-        keys_read: share of the visible keys read while decoding, 0..1, a mean over the prompts.
+        method: the method's key in the catalogue.
+        title: its title, such as that of the paper.
+        options: its settings; `arxiv`, if present, is shown as a link to the paper.
+        score: the mean score of the answers, 0..1 or the loss.
+        cache_kept: the stored share of the full cache's slots, 0..1, a mean over the prompts.
+        keys_read: the share of the visible keys read while decoding, 0..1, a mean over the prompts.
         prefill_ms: milliseconds to read one prompt, a median.
-        decode_ms: milliseconds for each generated token, a median.
-        prompt_mb: megabytes of tensors alive after the longest prompt, beyond the model's weights.
+        decode_ms: milliseconds per generated token, a median.
+        prompt_mb: megabytes of live tensors after the longest prompt, beyond the model's weights.
         answer_mb: the same after its answer.
-        peak_mb: the most at any time.
+        peak_mb: the peak of the same.
         answers: one per example, in the order of the examples.
-        error: why it has no results, or not all; empty where nothing went wrong.
+        error: the reason of missing results; empty if there are none missing.
     """
 
     method: str
     title: str
     options: dict
-    score: float
-    cache_kept: float
-    keys_read: float
-    prefill_ms: float
-    decode_ms: float
-    prompt_mb: float
-    answer_mb: float
-    peak_mb: float
+    score: float = math.nan
+    cache_kept: float = math.nan
+    keys_read: float = math.nan
+    prefill_ms: float = math.nan
+    decode_ms: float = math.nan
+    prompt_mb: float = math.nan
+    answer_mb: float = math.nan
+    peak_mb: float = math.nan
     answers: list[Answer] = field(default_factory=list)
     error: str = ""
 
     @property
     def memory_mb(self) -> float:
-        """What stays alive between calls: the larger of the two moments it is measured at."""
+        """The live memory between calls, the larger of its two measurements."""
         return max(self.prompt_mb, self.answer_mb)
 
     @property
@@ -105,21 +105,24 @@ class Row:
 
     @classmethod
     def failed(cls, method: str, title: str, error: str, options: dict | None = None) -> Row:
-        """A row that says only why it has nothing to say."""
-        return cls(method, title, options or {}, *[math.nan] * 8, error=error)
+        """Create the row of a method without results, with the reason."""
+        return cls(method, title, options or {}, error=error)
 
     @classmethod
     def summing(
         cls, method: str, title: str, options: dict, answers: list[Answer], memory: Sequence[float], error: str = ""
     ) -> Row:
-        """The row of these answers. `memory` has megabytes after the prompt and the answer, and at most."""
-        means = [_over(fmean, answers, name) for name in ("score", "cache_kept", "keys_read")]
-        medians = [_over(median, answers, name) for name in TIMES]
-        return cls(method, title, options, *means, *medians, *memory, answers, error)
+        """Summarise answers as a row; `memory` has megabytes after the prompt, after the answer, and at the peak."""
+        score, kept, read = (_over(fmean, answers, name) for name in ("score", "cache_kept", "keys_read"))
+        prefill, decode = (_over(median, answers, name) for name in TIMES)
+        prompt, answer, peak = memory
+        return cls(
+            method, title, options, score, kept, read, prefill, decode, prompt, answer, peak, answers, error
+        )  # fmt: skip
 
 
 class Ratio(NamedTuple):
-    """A measure over the baseline's, and for times the 95 % interval of the median over pairs."""
+    """A measure divided by the baseline's, and for times the 95 % interval of the median over pairs."""
 
     value: float
     low: float
@@ -127,24 +130,24 @@ class Ratio(NamedTuple):
 
     @property
     def is_certain(self) -> bool:
-        """Whether the interval is narrow enough to say anything: what is 0.4 or 1.5 times as long is neither."""
+        """True if the interval is narrow enough for a conclusion; 0.4 to 1.5 is neither faster nor slower."""
         undecided = self.low < 1 < self.high and self.high > _UNDECIDED * self.low
         return not undecided and self.high <= _WIDE * self.low
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods side by side in one run: append a `Row` to `rows` as each is measured.
+    """Methods side by side in one run; append a `Row` to `rows` as each is measured.
 
     Args:
-        length: of the prompts, or None where the task has no such setting.
-        budget: share of the cache of each prompt that every method was asked to stay within.
+        length: the length of the prompts; None if the task has no such setting.
+        budget: the share of each prompt's cache that every method may use.
         examples: how many prompts each method answered.
-        versions: of the packages that ran, by name.
-        baseline: key of the method that ratios refer to.
-        metric: by which rule answers are scored, see `foveate.tasks.base.scores`, or "loss".
-        batch: prompts that ran together.
-        digest: of all that the answers hang on, the model's weights and the prompts among them.
+        versions: the versions of the packages, by name.
+        baseline: the key of the method to which ratios refer.
+        metric: the score, one of `foveate.tasks.base.scores.SCORES`, or "loss".
+        batch: how many prompts ran together.
+        digest: the digest of all inputs, such as the model's weights and the prompts.
     """
 
     model: str
@@ -163,16 +166,16 @@ class Comparison:
     digest: str = ""
 
     def base(self) -> Row | None:
-        """The baseline's row, or None while it has not been measured."""
+        """Return the baseline's row, or None before it is measured."""
         return next((row for row in self.rows if row.method == self.baseline), None)
 
     def ratio(self, row: Row, measure: str) -> float | None:
-        """`row`'s `measure` over the baseline's; None where either is missing, or a time's ratio is too unsure."""
+        """Return `row`'s `measure` over the baseline's; None if either is missing, or a time's ratio is uncertain."""
         found = self.paired(row, measure)
         return found.value if found is not None and found.is_certain else None
 
     def paired(self, row: Row, measure: str) -> Ratio | None:
-        """`ratio` with its interval, however wide. Times are compared prompt by prompt, others as they are."""
+        """Return `ratio` with its interval, of any width. Times are compared per prompt, other measures directly."""
         if measure not in MEASURES:
             raise OptionError(f'measure="{measure}" must be one of {", ".join(MEASURES)}')
         if measure in TIMES:
@@ -188,11 +191,11 @@ class Comparison:
         return Ratio(*[value / reference] * 3)
 
     def settings(self) -> dict[str, Any]:
-        """All that describes the run but for its results."""
+        """Return all that describes the run, without its results."""
         return {item.name: plain(getattr(self, item.name)) for item in fields(self) if item.name != "rows"}
 
     def to_json(self) -> str:
-        """One JSON object; `from_json` reads it back."""
+        """Return one JSON object, which `from_json` reads."""
         rows = [{**plain(row), "derived": plain(self._derived(row))} for row in self.rows]
         return json.dumps({"format": FORMAT, **self.settings(), "rows": rows}, indent=1, allow_nan=False) + "\n"
 
@@ -207,7 +210,7 @@ class Comparison:
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
-        """The comparison that `to_json` wrote; an `OptionError` names the first field that does not fit."""
+        """Read what `to_json` wrote; an `OptionError` names the first invalid field."""
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -224,12 +227,12 @@ class Comparison:
         return plaindata.build(cls, values, {"list[Row]": Row, "list[Answer]": Answer})
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write `results.json`; whoever reads `path` sees the old file or the new one, never half of one."""
+        """Write `results.json` atomically: a reader of `path` sees the old or the new file, never a part."""
         return write_atomic(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Comparison:
-        """Read what `save` wrote; a missing or malformed file is an `OptionError` that names the file."""
+        """Read what `save` wrote; for a missing or malformed file, an `OptionError` names it."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:

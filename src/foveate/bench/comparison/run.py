@@ -1,10 +1,11 @@
-"""`foveate compare`: a model on a task under several methods, side by side in one run."""
+"""`foveate compare`: run a model on a task under several methods, side by side."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ from transformers import PreTrainedModel
 
 from foveate._version import __version__
 from foveate.bench import known
-from foveate.bench.calibration import Learnt
-from foveate.bench.comparison.encoding import Prompt, prompts
-from foveate.bench.comparison.lanes import Lane
-from foveate.bench.comparison.question import Question, ends
+from foveate.bench.calibration import CalibrationStore
+from foveate.bench.comparison.encoding import prompts
+from foveate.bench.comparison.evaluation import Evaluation, evaluation_of
+from foveate.bench.comparison.interleaved import InterleavedRun, Progress
+from foveate.bench.comparison.method_run import MethodRun
 from foveate.bench.comparison.results import FORMAT, Comparison
-from foveate.bench.comparison.turns import Progress, Turns
+from foveate.bench.comparison.task_choice import choose_task, with_fields
 from foveate.bench.known import DEFAULT, FULL
 from foveate.bench.loading import load, trained_on
 from foveate.bench.methods import Contender
 from foveate.bench.parts import digest, timing
-from foveate.bench.parts.folder import claimed
+from foveate.bench.parts.folder import lock_folder
 from foveate.bench.parts.journal import Journal
 from foveate.bench.parts.plaindata import version_of
 from foveate.core import validate
@@ -33,25 +35,47 @@ from foveate.core.errors import OptionError, TaskError
 from foveate.host.hf.model import Host, host
 from foveate.tasks.base import scores
 from foveate.tasks.base.task import Task
-from foveate.tasks.base.training_task import TrainingTask
-from foveate.tasks.files.prompts import Prompts
-from foveate.tasks.files.records import READERS, is_file
-from foveate.tasks.parts.token_prompts import TokenPrompts
-from foveate.tasks.registry import TASKS, named
-from foveate.tasks.text.continuation import Continuation
-from foveate.tasks.text.needle import Needle
 from foveate.tasks.text.passkeys import Passkeys
 
 RESULTS, JOURNAL = "results.json", "answers.jsonl"
-EXAMPLES, LENGTH = 20, 1024
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Progress that is not shown."""
 
     def start(self, total: int) -> None: ...
     def advance(self, label: str) -> None: ...
     def say(self, label: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `compare` that the measurement needs, with the meaning that they have there."""
+
+    model: str | None
+    methods: list[str] | None
+    budget: float
+    score: str | None
+    batch: int
+    seed: int
+    device: str
+    dtype: str
+    trust_remote_code: bool
+    chat: bool
+    new_tokens: int | None
+    renumber: bool
+    fresh: bool
+
+    def keys(self) -> list[str]:
+        """Return the keys of the methods, the full cache first, after checking all that needs no model."""
+        keys = [FULL, *(key for key in (self.methods or DEFAULT) if key != FULL)]
+        known.check(keys)
+        if not 0 < self.budget <= 1:
+            raise OptionError(f"budget={self.budget} must be above 0 and at most 1, a share of the full cache")
+        validate.count("batch", self.batch, 1)
+        if self.score is not None:
+            scores.check(self.score, ())
+        return keys
 
 
 def compare(
@@ -77,148 +101,108 @@ def compare(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Run a model on a task under several methods; saves each prompt's answers into `out`, and at the end a table.
+    """Run a model on a task under several methods; save each prompt's answers to `out`, and a table at the end.
+
+    A method that fails gets a row with the reason.
 
     Args:
-        model: folder, GGUF file, adapter's folder or hub id of a decoder; None is the lab model.
+        model: a folder, GGUF file, adapter's folder or hub id of a decoder; None is the lab model.
         task: a name of `foveate.tasks.registry.TASKS`, "mqar", "copy", or a file of prompts and answers (see
-            `foveate.tasks.files.prompts`). None is needle, or what a model of `foveate train` was trained on.
+            `foveate.tasks.files.prompts`). None is the training task of a model of `foveate train`, else needle.
         methods: keys of the catalogue (cache policies, or operators to read the prompt with); the full cache always
             runs.
-        budget: share of each prompt's full cache that a method may keep, or read, in (0, 1].
+        budget: the share of each prompt's full cache that a method may keep, or read, in (0, 1].
         examples: how many prompts.
-        length: length of needle prompts in characters.
+        length: the length of needle prompts in characters.
         score: one of `foveate.tasks.base.scores.SCORES`, or "loss"; None is the task's own.
-        batch: prompts of like length that run together.
-        out: folder. What an earlier run left there is used again where the model's weights, the prompt and all options
-            that matter are the same, unless `fresh`.
-        seed: of the task.
-        device, dtype: where and in what the model runs.
-        trust_remote_code: whether code that lies beside the model's weights may run.
-        prompt_field, answer_field: where a file's prompts and answers are, if not where known formats have them.
-        chat: put plain prompts into the model's chat template too.
-        new_tokens: how many tokens to answer with; None is by the accepted answers.
-        renumber: under policies that evict, positions count the tokens that are kept; see `foveate.kv.renumbered`.
-            Prompts past the model's context are then read in pieces that fit.
-        progress: told about every example.
-
-    A method that fails is a row that says why.
+        batch: how many prompts of similar length run together.
+        out: the output folder. Results of an earlier run in it are reused if the model's weights, the prompt and all
+            relevant options are the same, unless `fresh`.
+        seed: the seed of the task.
+        device, dtype: the device and number format of the model.
+        trust_remote_code: True lets code from the model's folder or repository run.
+        prompt_field, answer_field: the fields of a file's prompts and answers; None takes those of a known format.
+        chat: True applies the model's chat template to plain prompts too.
+        new_tokens: how many tokens to generate; None depends on the accepted answers.
+        renumber: under policies that evict, let positions count the kept tokens; see `foveate.kv.renumbered`. Prompts
+            past the model's context are then read in pieces that fit.
+        fresh: True measures everything again.
+        progress: receives the progress.
 
     Raises:
-        FoveateError: for anything that cannot be run, before anything is written.
-        KeyboardInterrupt: with `(answers found, answers in all)`, after what is measured was saved.
+        FoveateError: if anything cannot be run; nothing has been written then.
+        Interrupted: with the number of answers, and of all, after the results so far were saved.
     """
-    keys = _asked_for(methods, budget, batch, score)
-    drilled = trained_on(model)
-    chosen = _task(task or (drilled.name if drilled else None), examples, length, seed, drilled)
-    if isinstance(chosen, Prompts):
-        chosen = replace(chosen, prompt_field=prompt_field, answer_field=answer_field)
-    elif prompt_field or answer_field:
-        raise OptionError("prompt_field and answer_field go with a file of prompts as the task")
-    with claimed(Path(out)) as folder, timing.threads() as threads:
-        earlier = None if fresh else _earlier(folder / RESULTS)
-        watch = progress or Silent()
-        loaded, tokenizer, source = load(model, device, dtype, trust_remote_code=trust_remote_code, note=watch.say)
-        if methods is None and not Host(loaded).attention_modules():
-            keys = [FULL]  # nothing to put a method on: the model's layers keep states of their own
-        elif keys != [FULL]:
-            host(loaded)
-        asked = prompts(chosen, tokenizer, loaded, chat=chat, new_tokens=new_tokens, score=score)
-        question = _question(chosen, score, asked, tokenizer, loaded, batch)
-        versions = _versions()
-        world = digest.of(digest.of_model(loaded), device, dtype, versions, digest.of_code())
-        result = Comparison(
-            model=model or "lab lm", task=chosen.name, seed=seed, device=device, dtype=dtype, budget=budget,
-            examples=len(question.prompts), length=getattr(chosen, "length", None), batch=batch,
-            versions={**versions, "threads": str(threads)}, metric=question.metric,
-            digest=digest.of(world, budget, renumber, question.identity), rows=[],
-        )  # fmt: skip
-        turns = Turns(loaded, world, Journal(folder / JOURNAL, fresh), watch)
-        folders = [path for path in (source, folder) if path is not None]
-        learnt = Learnt(Host(loaded), lambda: _passkeys(tokenizer, loaded, question, seed), folders, watch.say)
-        lanes = [Lane.of(Contender(key, Host(loaded), budget, renumber), learnt) for key in keys]
-        turns.run(lanes, question)
-        result.rows.extend(question.row(lane) for lane in lanes)
-        _complete(result, earlier)
-        result.save(folder / RESULTS)
-        return result
+    options = Options(
+        model, methods, budget, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, fresh
+    )
+    keys = options.keys()
+    chosen = with_fields(choose_task(task, examples, length, seed, trained_on(model)), prompt_field, answer_field)
+    with lock_folder(Path(out)) as folder, timing.threads() as threads:
+        return _measure(options, keys, chosen, folder, threads, progress or Silent())
 
 
-def _asked_for(methods: list[str] | None, budget: float, batch: int, score: str | None) -> list[str]:
-    """The keys to measure, the full cache first, once all that can be refused before anything is loaded was checked."""
-    keys = [FULL, *(key for key in (methods or DEFAULT) if key != FULL)]
-    known.check(keys)
-    if not 0 < budget <= 1:
-        raise OptionError(f"budget={budget} must be above 0 and at most 1, a share of the full cache")
-    validate.count("batch", batch, 1)
-    if score is not None:
-        scores.check(score, ())
+def _measure(
+    options: Options, keys: list[str], task: Task, folder: Path, threads: int, progress: Progress
+) -> Comparison:
+    earlier = None if options.fresh else _earlier(folder / RESULTS)
+    model, tokenizer, source = load(
+        options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code, note=progress.say
+    )
+    keys = _applicable(keys, options, model)
+    encoded = prompts(task, tokenizer, model, chat=options.chat, new_tokens=options.new_tokens, score=options.score)
+    evaluation = evaluation_of(task, options.score, encoded, tokenizer, model, options.batch)
+    versions = _versions()
+    environment = digest.of(digest.of_model(model), options.device, options.dtype, versions, digest.of_code())
+    result = Comparison(
+        model=options.model or "lab lm", task=task.name, seed=options.seed, device=options.device, dtype=options.dtype,
+        budget=options.budget, examples=len(encoded), length=getattr(task, "length", None), batch=options.batch,
+        versions={**versions, "threads": str(threads)}, metric=evaluation.metric,
+        digest=digest.of(environment, options.budget, options.renumber, evaluation.identity), rows=[],
+    )  # fmt: skip
+    folders = [path for path in (source, folder) if path is not None]
+    data = partial(_passkeys, tokenizer, evaluation, options.seed)
+    store = CalibrationStore(Host(model), data, folders, progress.say)
+    runs = [MethodRun.of(Contender(key, Host(model), options.budget, options.renumber), store) for key in keys]
+    InterleavedRun(model, environment, Journal(folder / JOURNAL, options.fresh), progress).run(runs, evaluation)
+    result.rows.extend(evaluation.row(run) for run in runs)
+    _add_earlier_rows(result, earlier)
+    result.save(folder / RESULTS)
+    return result
+
+
+def _applicable(keys: list[str], options: Options, model: PreTrainedModel) -> list[str]:
+    """Return the methods that can run; without attention, the default is the full cache alone."""
+    if options.methods is None and not Host(model).attention_modules():
+        return [FULL]
+    if keys != [FULL]:
+        host(model)  # refuses a model that methods cannot be applied to
     return keys
 
 
-def _complete(result: Comparison, earlier: Comparison | None) -> None:
-    """Add what an earlier run measured for the same question under methods that were not asked for now."""
+def _add_earlier_rows(result: Comparison, earlier: Comparison | None) -> None:
+    """Add an earlier run's rows of other methods, if its settings were the same."""
     if not any(row.answers for row in result.rows):
         raise TaskError(f"no method ran: {result.rows[0].error}")
     if earlier is not None and earlier.digest == result.digest:
-        there = {row.method for row in result.rows}
-        result.rows.extend(row for row in earlier.rows if row.method not in there and row.answers)
-
-
-def _task(task: str | None, examples: int | None, length: int | None, seed: int, drilled: TrainingTask | None) -> Task:
-    if examples is not None:
-        validate.at_least("examples", examples, 1)
-    if task in ("mqar", "copy"):
-        if drilled is None or drilled.name != task:
-            raise TaskError(f'task="{task}" is for a model that `foveate train --task {task}` made')
-        if length is not None:
-            raise OptionError(f"length={length} goes with the needle task; {task} has the length of the training")
-        return TokenPrompts(drilled, examples or EXAMPLES, seed)
-    if task == "lm" and drilled is not None:  # trained on short text: judged by its loss on such, not by needles
-        size = drilled.length if length is None else length
-        return Continuation(length=size, count=examples or EXAMPLES, horizon=max(1, size // 4), seed=seed)
-    if task in (None, "needle", "lm"):
-        return Needle(length=LENGTH if length is None else length, count=examples or EXAMPLES, seed=seed)
-    if task in TASKS:
-        return named(task, length, examples, seed)
-    if not is_file(task):
-        names = ", ".join([*TASKS, "mqar", "copy"])
-        raise TaskError(f"task={task!r:.80} must be one of {names}, or a file of prompts: {', '.join(READERS)}")
-    if length is not None:
-        raise OptionError(f"length={length} goes with the needle task; the prompts of {task} have their own")
-    return Prompts(Path(task), examples)
-
-
-def _question(
-    task: Task, score: str | None, asked: list[Prompt], tokenizer: Any, model: PreTrainedModel, size: int
-) -> Question:
-    """Put together the prompts that every method gets, and how its answers are read and scored."""
-    metric = score or task.metric
-    scores.check(metric, (prompt.example.answers for prompt in asked))
-    forced = None
-    if metric == scores.LOSS:
-        forced = [[] if prompt.answer_ids is None else prompt.answer_ids[0].tolist() for prompt in asked]
-        if not all(forced):
-            raise TaskError(f"example {forced.index([]) + 1} of {task.name} has an empty answer, which has no loss")
-    named = scores.SCORES.get(metric)
-    rule = task.score if score is None or named is None else lambda example, said: named(said, example.answers)
-    return Question(asked, metric, rule, forced, size, *ends(tokenizer, model), tokenizer)
+        present = {row.method for row in result.rows}
+        result.rows.extend(row for row in earlier.rows if row.method not in present and row.answers)
 
 
 def _earlier(file: Path) -> Comparison | None:
-    """Load the results of an earlier run; None where there is none, or where another version wrote them."""
+    """Load the results of an earlier run; None if there are none, or another version wrote them."""
     if not file.exists() or version_of(file) not in (None, FORMAT):
         return None
     try:
         return Comparison.load(file)
     except OptionError as error:
-        raise OptionError(f"{error}; add --fresh to measure anew, or name another folder") from None
+        raise OptionError(f"{error}; add --fresh to measure again, or name another folder") from None
 
 
-def _passkeys(tokenizer: Any, model: PreTrainedModel, question: Question, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Text with keys to retrieve, about as long as the prompts, for policies that have to learn about the model."""
+def _passkeys(tokenizer: Any, evaluation: Evaluation, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw texts with pass keys, about half as long as the longest prompt, on which policies calibrate."""
     begin = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    length = max(64, max(prompt.ids.shape[1] for prompt in question.prompts) // 2)
+    length = max(64, max(prompt.ids.shape[1] for prompt in evaluation.prompts) // 2)
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False).input_ids)

@@ -1,4 +1,4 @@
-"""From names on a command line to a model and its tokenizer, refusing what would not work later."""
+"""Load a model and its tokenizer by name, and refuse unsuitable ones early, in one line."""
 
 from foveate.bench.loading.device import DTYPES, torch_device
 from foveate.bench.loading.load import load, trained_on

@@ -10,12 +10,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def torch_device(device: str) -> torch.device:
-    """The device by name, checked to be there."""
+    """Return the device of this name, after checking that it works."""
     try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
+        found = torch.device(device)
+        torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OptionError(f"device={device!r} is not usable here: {str(error).splitlines()[0]}") from None
-    if where.type == "meta":
-        raise OptionError(f"device={device!r} holds no numbers; use cpu or cuda")
-    return where
+    if found.type == "meta":
+        raise OptionError(f"device={device!r} must hold data, such as cpu or cuda")
+    return found

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint's files before anything is read from them, so that the refusal names the file."""
+"""Checks of a checkpoint's files before they are read, so that an error names the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from foveate.bench.loading.refusal import refused, several
 
 INDEX = "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs.github.com/spec"
-#: Side files that transformers, tokenizers or peft read as one JSON object.
+#: Files beside the weights that transformers, tokenizers or peft read as one JSON object.
 _OBJECTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "chat_template.json", "adapter_config.json", INDEX,
@@ -21,7 +21,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"
 
 
 def check(name: str, folder: Path) -> None:
-    """Refuse a folder whose side files or weights are broken."""
+    """Refuse a folder with damaged JSON files or weights."""
     for file in _OBJECTS:
         if (folder / file).exists():
             read_object(name, folder / file)
@@ -35,8 +35,8 @@ def check(name: str, folder: Path) -> None:
 
 
 def read_object(name: str, file: Path) -> dict[str, Any]:
-    """The JSON object that a side file holds."""
-    not_a_pointer(name, file)
+    """Read a JSON object from a file."""
+    refuse_pointer(name, file)
     try:
         content = json.loads(file.read_text("utf-8"))
     except OSError as error:
@@ -49,7 +49,7 @@ def read_object(name: str, file: Path) -> dict[str, Any]:
 
 
 def shards(name: str, folder: Path) -> list[Path]:
-    """The files of weights, as the index names them, or the only one."""
+    """Return the files of weights: those that the index names, or the only one."""
     whole = folder / "model.safetensors"
     if whole.exists():
         return [whole]
@@ -58,35 +58,35 @@ def shards(name: str, folder: Path) -> list[Path]:
         if len(own) > 1 or (own and own[0].name.startswith("model-")):
             raise refused(name, f"cannot be loaded: {several(path.name for path in own)} need a {INDEX}")
         return own
-    places = read_object(name, folder / INDEX).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
+    mapping = read_object(name, folder / INDEX).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(file, str) for file in mapping.values()):
         raise refused(name, f"cannot be loaded: {INDEX} must hold a weight_map from tensors to files")
-    files = sorted(set(places.values()))
-    if astray := [file for file in files if Path(file).name != file]:
-        raise refused(name, f"cannot be loaded: {INDEX} points out of the folder, to {several(astray)}")
+    files = sorted(set(mapping.values()))
+    if outside := [file for file in files if Path(file).name != file]:
+        raise refused(name, f"cannot be loaded: {INDEX} points out of the folder, to {several(outside)}")
     if missing := [file for file in files if not (folder / file).exists()]:
         raise refused(name, f"cannot be loaded: {INDEX} names {several(missing)}, which the folder lacks")
     return [folder / file for file in files]
 
 
 def tensors(name: str, file: Path) -> list[str]:
-    """The names of a safetensors file's tensors; its header must be whole and cover all of the file."""
-    not_a_pointer(name, file)
+    """Return the tensor names of a safetensors file; its header must be complete and cover the whole file."""
+    refuse_pointer(name, file)
     try:
-        with safe_open(file, "pt") as held:
-            return list(held.keys())
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
     except (SafetensorError, OSError, ValueError) as error:
         size = file.stat().st_size if file.is_file() else 0
-        why = f"{file.name} ({size:,} bytes) is no whole safetensors file: {error}"
+        why = f"{file.name} ({size:,} bytes) is not a complete safetensors file: {error}"
         raise refused(name, f"cannot be loaded: {why}") from None
 
 
-def not_a_pointer(name: str, file: Path) -> None:
-    """Refuse what Git LFS leaves in the place of a file that was not fetched."""
+def refuse_pointer(name: str, file: Path) -> None:
+    """Refuse a Git LFS pointer, which replaces a file that was not fetched."""
     try:
         with file.open("rb") as opened:
-            begins = opened.read(len(_POINTER))
+            start = opened.read(len(_POINTER))
     except OSError as error:
         raise refused(name, f"cannot be loaded: {file.name} cannot be read: {error.strerror or error}") from None
-    if begins == _POINTER:
+    if start == _POINTER:
         raise refused(name, f"cannot be loaded: {file.name} is a Git LFS pointer; `git lfs pull` fetches the file")

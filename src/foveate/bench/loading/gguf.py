@@ -1,8 +1,8 @@
-"""GGUF files: read and dequantised by transformers once, then kept as an ordinary checkpoint.
+"""GGUF files, dequantised by transformers once and then cached as an ordinary checkpoint.
 
-Reading takes minutes for a model of half a billion weights, so what came out is kept in a folder of this user's:
-`$FOVEATE_CACHE`, or the system's place for caches. The folder is named after the file's place, size and time, so that
-another file never finds it. Nothing is lost by deleting it.
+Dequantising half a billion weights takes minutes, so the result is cached in `$FOVEATE_CACHE` or in the system's cache
+folder. The name of the cached folder depends on the file's path, size and modification time, so that a changed file is
+converted again. The cache may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from foveate.bench.loading import files, weights
 from foveate.bench.loading.refusal import quiet, reading, refused, several
+from foveate.bench.loading.rope_scaling import apply_rope_scaling
 from foveate.bench.loading.source import Source
-from foveate.bench.loading.stretch import stretch
 from foveate.bench.loading.trial import check_words
 
-_LAYOUT = "1"  # changes when what is kept would be read differently
+_LAYOUT = "1"  # change it when older cached folders must not be read
 
 
 def read(
-    source: Source, dtype: torch.dtype, where: torch.device, note: Callable[[str], None]
+    source: Source, dtype: torch.dtype, device: torch.device, note: Callable[[str], None]
 ) -> tuple[PreTrainedModel, Any]:
-    """The model and the tokenizer of a GGUF file, from the cache where they are there."""
+    """Return the model and the tokenizer of a GGUF file, from the cache if possible."""
     file = _local(source)
     _check_begin(source.name, file)
-    kept = place(file, dtype)
-    if (kept / "config.json").is_file():
-        ready = Source(source.name, str(kept))
-        files.check(source.name, kept)
-        with reading(source.name, f"was kept in {kept}, which cannot be read"):
-            config, tokenizer = AutoConfig.from_pretrained(kept), AutoTokenizer.from_pretrained(kept)
-        return weights.read(ready, config, dtype, where, trust=False), tokenizer
+    folder = cached_folder(file, dtype)
+    if (folder / "config.json").is_file():
+        cached = Source(source.name, str(folder))
+        files.check(source.name, folder)
+        with reading(source.name, f"was cached in {folder}, which cannot be read"):
+            config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        return weights.read(cached, config, dtype, device, trust=False), tokenizer
     model, tokenizer = _convert(source.name, file, dtype, note)
-    _keep(model, tokenizer, kept)
-    return model.to(where), tokenizer
+    _save(model, tokenizer, folder)
+    return model.to(device), tokenizer
 
 
-def place(file: Path, dtype: torch.dtype) -> Path:
-    """Where the converted model of a GGUF file is kept."""
-    told = file.stat()
-    facts = (file.resolve(), told.st_size, told.st_mtime_ns, dtype, transformers.__version__, _LAYOUT)
+def cached_folder(file: Path, dtype: torch.dtype) -> Path:
+    """Return the folder for the converted model of a GGUF file."""
+    stat = file.stat()
+    facts = (file.resolve(), stat.st_size, stat.st_mtime_ns, dtype, transformers.__version__, _LAYOUT)
     digest = hashlib.sha256("|".join(map(str, facts)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return cache() / "gguf" / f"{file.stem}-{digest}"
 
 
 def cache() -> Path:
-    """This user's folder for what Foveate keeps between runs."""
+    """Return the user's cache folder of Foveate."""
     if named := os.environ.get("FOVEATE_CACHE"):
         return Path(named).expanduser()
     home = Path.home()
@@ -70,23 +70,23 @@ def cache() -> Path:
 
 
 def _local(source: Source) -> Path:
-    """The file on this machine; one of a hub is fetched."""
+    """Return the local file; a file on a hub is downloaded."""
     assert source.gguf is not None
     if source.folder is not None:
         return source.folder / source.gguf
     with reading(source.name):
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(source.place, source.gguf))
+        return Path(hf_hub_download(source.location, source.gguf))
 
 
 def _check_begin(name: str, file: Path) -> None:
-    """Refuse what is no GGUF file, a part of one, and a machine without the readers."""
+    """Refuse other files, a part of a split file, and an environment without the reader packages."""
     with file.open("rb") as opened:
         magic = opened.read(4)
-    files.not_a_pointer(name, file)
+    files.refuse_pointer(name, file)
     if magic != b"GGUF":
-        raise refused(name, f"cannot be loaded: it does not begin as a GGUF file does ({magic!r})")
+        raise refused(name, f"cannot be loaded: it does not begin as a GGUF file does; got {magic!r}")
     if "-of-" in file.stem and file.stem.rpartition("-of-")[2].isdigit():
         raise refused(name, "is one part of several; join them with llama.cpp's `gguf-split --merge` first")
     try:
@@ -97,31 +97,31 @@ def _check_begin(name: str, file: Path) -> None:
 
 
 def _convert(name: str, file: Path, dtype: torch.dtype, note: Callable[[str], None]) -> tuple[PreTrainedModel, Any]:
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    origin = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     note(f"reading {file.name}")
     with reading(name):
-        config = AutoConfig.from_pretrained(**where)
+        config = AutoConfig.from_pretrained(**origin)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
         raise refused(name, f"is a {config.model_type}; compare needs a decoder language model")
     with reading(name, "has a tokenizer that cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**origin)
     check_words(name, tokenizer)
     with reading(name):
-        stretch(name, file, config)
+        apply_rope_scaling(name, file, config)
     note(f"dequantising {file.name}, once")
-    plain: dict[str, Any] = {"config": config, "dtype": dtype}
-    if hasattr(transformers, "GgufConfig"):  # releases that have it keep the blocks packed unless told otherwise
-        plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    options: dict[str, Any] = {"config": config, "dtype": dtype}
+    if hasattr(transformers, "GgufConfig"):  # these releases keep the blocks packed by default
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with reading(name), _silent_bar():
         model, info = AutoModelForCausalLM.from_pretrained(
-            **where, **plain, output_loading_info=True, ignore_mismatched_sizes=True
+            **origin, **options, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    weights.account(name, info)
-    return _unmarked(name, model), tokenizer
+    weights.check_report(name, info)
+    return _unmark(name, model), tokenizer
 
 
-def _unmarked(name: str, model: PreTrainedModel) -> PreTrainedModel:
-    """The dequantised model without what says that it is quantised, which would keep it from being saved."""
+def _unmark(name: str, model: PreTrainedModel) -> PreTrainedModel:
+    """Remove the attributes that mark the model as quantised, with which it cannot be saved."""
     if packed := [key for key, tensor in model.named_parameters() if not tensor.is_floating_point()]:
         raise refused(name, f"cannot be loaded: {several(packed)} stayed packed")
     for owner, mark in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
@@ -133,19 +133,19 @@ def _unmarked(name: str, model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def _silent_bar() -> Iterator[None]:
-    """Without the bar that transformers' reader of these files draws whatever its settings say."""
+    """Suppress the progress bar of transformers' GGUF reader, which ignores the library's settings."""
     import transformers.modeling_gguf_pytorch_utils as reader
 
-    drawn = reader.tqdm
+    original = reader.tqdm
     reader.tqdm = lambda items, **_: items
     try:
         yield
     finally:
-        reader.tqdm = drawn
+        reader.tqdm = original
 
 
-def _keep(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Save the model for next time. Where there is no room or no permission, next time takes as long again."""
+def _save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Cache the model. Without space or permission nothing is cached, and the next run converts again."""
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     try:

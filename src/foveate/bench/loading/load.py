@@ -1,4 +1,4 @@
-"""A model and its tokenizer from wherever they are, tried once before they are handed out."""
+"""Load a model and its tokenizer from a folder, a file or a hub, and check with one short run that it works."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ def load(
     trust_remote_code: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[PreTrainedModel, Any, Path | None]:
-    """A decoder, its tokenizer, and the folder it came from (None for one from the hub or from a GGUF file).
+    """Load a decoder and its tokenizer; return them with the model's folder (None for a hub or a GGUF file).
+
+    Weights load from safetensors and GGUF only.
 
     Args:
         model: folder, GGUF file, folder of an adapter, or hub id; None is the lab model.
         device: a torch device.
         dtype: "float32", "bfloat16" or "float16".
-        trust_remote_code: whether code that lies beside the weights may run.
-        note: told of steps that take long.
+        trust_remote_code: True lets code from the model's folder or repository run.
+        note: called with a message before each slow step.
 
     Raises:
-        UnsupportedModel: for anything else than a whole decoder, in one line.
-
-    Weights load from safetensors and GGUF only.
+        UnsupportedModel: if it is not a complete decoder; the message is one line.
     """
     validate.one_of("dtype", dtype, tuple(DTYPES))
-    where = torch_device(device)
+    target = torch_device(device)
     source = find(model)
     folder = None if source.gguf else source.folder
     if source.adapter is not None:
         adapters.check(source.name, source.adapter)
         folder = source.adapter
-    loaded, tokenizer = _base(source, where, DTYPES[dtype], trust_remote_code, note)
+    loaded, tokenizer = _base(source, target, DTYPES[dtype], trust_remote_code, note)
     if source.adapter is not None:
-        loaded = adapters.put_on(source.name, loaded, source.adapter)
+        loaded = adapters.merge(source.name, loaded, source.adapter)
     check_causal(source.name, loaded)
     return loaded.eval(), tokenizer, folder
 
 
 def trained_on(model: str | None) -> TrainingTask | None:
-    """The task that a folder of `foveate train` was trained on; None for any other model."""
+    """Return the task that a folder of `foveate train` was trained on; None for other models."""
     source = find(model)
     if model is None or source.folder is None or source.gguf is not None:
         return None
@@ -72,22 +72,22 @@ def trained_on(model: str | None) -> TrainingTask | None:
 
 
 def _base(
-    source: Source, where: torch.device, dtype: torch.dtype, trust: bool, note: Callable[[str], None]
+    source: Source, device: torch.device, dtype: torch.dtype, trust: bool, note: Callable[[str], None]
 ) -> tuple[PreTrainedModel, Any]:
-    """The model without its adapter, and the tokenizer."""
+    """Return the model without its adapter, and the tokenizer."""
     if source.gguf is not None:
-        return gguf.read(source, dtype, where, note)
+        return gguf.read(source, dtype, device, note)
     if source.folder is not None:
         files.check(source.name, source.folder)
     config = _config(source, trust)
     tokenizer = _tokenizer(source, trust)
     check_words(source.name, tokenizer)
-    return weights.read(source, config, dtype, where, trust), tokenizer
+    return weights.read(source, config, dtype, device, trust), tokenizer
 
 
 def _config(source: Source, trust: bool) -> Any:
     with reading(source.name):
-        config = AutoConfig.from_pretrained(source.place, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust)
     own_code = trust and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or own_code
     if not decoder or getattr(config, "is_encoder_decoder", False):
@@ -96,8 +96,8 @@ def _config(source: Source, trust: bool) -> Any:
 
 
 def _tokenizer(source: Source, trust: bool) -> Any:
-    """The adapter's tokenizer where it has one, else the model's."""
+    """Return the adapter's tokenizer if it has one, else the model's."""
     adapter = source.adapter
     own = adapter is not None and any((adapter / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
     with reading(source.name, "has a tokenizer that cannot be loaded"):
-        return AutoTokenizer.from_pretrained(str(adapter) if own else source.place, trust_remote_code=trust)
+        return AutoTokenizer.from_pretrained(str(adapter) if own else source.location, trust_remote_code=trust)

@@ -1,4 +1,4 @@
-"""Refusals of a model in one line, and readers by others kept from saying more than that."""
+"""One-line errors for models that cannot be loaded, and silence from the libraries that read them."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from transformers.utils import logging
 
 from foveate.core.errors import FoveateError, UnsupportedModel
 
-_SHOWN = 3  # names in a message before it says how many more there are
+_SHOWN = 3  # the most names in a message
 
-_LONGEST = 240  # characters of somebody else's message
-#: Errors that readers raise with a sentence about the file.
-_TELLING = (OSError, ValueError, ImportError, RuntimeError)
+_LONGEST = 240  # the most characters of another library's message
+#: Errors whose messages describe the problem without the name of their type.
+_DESCRIPTIVE = (OSError, ValueError, ImportError, RuntimeError)
 
 
 def refused(name: str, why: str) -> UnsupportedModel:
-    """The error for a model that cannot be run."""
+    """Return the error for a model that cannot be used."""
     shown = name if len(name) <= _LONGEST else name[:_LONGEST] + "..."
     return UnsupportedModel(f"model={shown!r} {why}")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the advice that follows it; its type too where the words alone say little."""
+    """Return the first line of an error's message, with its type if the message alone is unclear."""
     if "trust_remote_code" in str(error):
         return "it runs code of its own, which --trust-remote-code allows (read the code first)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    told = lines[0] if isinstance(error, _TELLING) else f"{type(error).__name__}: {lines[0]}"
-    return told if len(told) <= _LONGEST else told[:_LONGEST] + "..."
+    text = lines[0] if isinstance(error, _DESCRIPTIVE) else f"{type(error).__name__}: {lines[0]}"
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def several(names: Iterable[str]) -> str:
-    """A few names, and how many more there are."""
+    """List a few names, and the number of the others."""
     found = sorted(names)
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return ", ".join(found[:_SHOWN]) + more
 
 
 @contextmanager
-def reading(name: str, what: str = "cannot be loaded") -> Iterator[None]:
-    """Turn whatever a reader of files raises into one line.
+def reading(name: str, problem: str = "cannot be loaded") -> Iterator[None]:
+    """Turn any error of a library that reads files into one line.
 
-    The readers are transformers, tokenizers, safetensors, gguf and peft. Between them they raise bare `Exception`, a
-    dozen subclasses and Rust panics for files that are broken, and nothing but their calls stands inside this block.
+    The libraries are transformers, tokenizers, safetensors, gguf and peft. For damaged files they raise plain
+    `Exception`, many subclasses and Rust panics, so that this catches all; put only their calls inside the block.
     """
     try:
         with quiet():
@@ -55,16 +55,16 @@ def reading(name: str, what: str = "cannot be loaded") -> Iterator[None]:
     except (FoveateError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  see above
-        raise refused(name, f"{what}: {first_line(error)}") from None
+        raise refused(name, f"{problem}: {first_line(error)}") from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
+        if type(error).__name__ != "PanicException":  # a Rust panic, which does not derive from Exception
             raise
-        raise refused(name, f"{what}: {first_line(error)}") from None
+        raise refused(name, f"{problem}: {first_line(error)}") from None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which would run into ours, and its reports, which we make ourselves."""
+    """Suppress transformers' progress bars, warnings and reports; the caller reports instead."""
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity(python_logging.CRITICAL)

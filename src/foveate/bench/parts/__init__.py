@@ -1,1 +1,1 @@
-"""What every benchmark uses: fingerprints, journals, plain data, intervals, clocks, memory."""
+"""Parts that every benchmark uses: digests, journals, plain data, intervals, clocks, memory."""

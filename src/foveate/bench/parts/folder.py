@@ -1,4 +1,4 @@
-"""The folder that a run writes to: refused before any work where it cannot serve, and one run's own while it lasts."""
+"""A run's output folder: it is checked before any work, and locked during the run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _LOCK = ".lock"
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[Path]:
-    """Make the folder and hold it; a folder that we made, and that nothing was written to, is taken away again.
+def lock_folder(out: Path) -> Iterator[Path]:
+    """Create the folder and lock it; folders that were created here and stay empty are removed again.
 
     Raises:
-        OptionError: where it is a file, cannot be written to, or is another run's at the moment.
+        OptionError: if it is a file, cannot be written to, or is in use by another run.
     """
-    made = [path for path in (out, *out.parents) if not path.exists()]
+    created = [path for path in (out, *out.parents) if not path.exists()]
     lock = FileLock(out / _LOCK, timeout=0)
     try:
-        _make(out)
+        _create(out)
         try:
             lock.acquire()
         except Timeout:
@@ -35,26 +35,26 @@ def claimed(out: Path) -> Iterator[Path]:
         finally:
             lock.release()
     finally:
-        _remove(made, out)
+        _remove(created, out)
 
 
-def _make(out: Path) -> None:
+def _create(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise OptionError(f"out={out} is a file; name a folder")
+        raise OptionError(f"out={out} is a file; it must be a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise OptionError(f"out={out} lies inside a file; name a folder") from None
+        raise OptionError(f"out={out} is inside a file; it must be a folder") from None
     except OSError as error:
-        raise OptionError(f"out={out} cannot be made: {error.strerror or error}") from None
+        raise OptionError(f"out={out} cannot be created: {error.strerror or error}") from None
 
 
-def _remove(made: list[Path], out: Path) -> None:
-    """Take away what we made and left empty."""
-    for path in made:
+def _remove(created: list[Path], out: Path) -> None:
+    """Remove the created folders that are still empty."""
+    for path in created:
         try:
             if path == out and [item.name for item in path.iterdir()] == [_LOCK]:
                 (path / _LOCK).unlink()
             path.rmdir()
         except OSError:
-            return  # something is in it, or somebody else took it
+            return  # it is not empty, or another process uses it

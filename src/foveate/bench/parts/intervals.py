@@ -1,4 +1,4 @@
-"""How sure a measured number is: intervals for scores and for ratios of times. Needs nothing but Python."""
+"""Confidence intervals for scores and for ratios of times, in plain Python."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Interval = tuple[float, float]
 
 
 def of_scores(scores: Sequence[float]) -> Interval | None:
-    """A 95 % interval of the mean score: Wilson's where every score is right or wrong, else a bootstrap.
+    """Return a 95 % interval of the mean score: Wilson's if all scores are 0 or 1, else a bootstrap.
 
-    None where there is no score, or only one that is neither right nor wrong.
+    None without a score, or with a single one that is neither 0 nor 1.
     """
     known = tuple(score for score in scores if math.isfinite(score))
     if known and set(known) <= {0.0, 1.0}:
@@ -25,7 +25,7 @@ def of_scores(scores: Sequence[float]) -> Interval | None:
 
 
 def wilson(hits: float, count: int) -> Interval:
-    """Wilson's score interval of a proportion, which stays within 0..1 and has a width where all are hits."""
+    """Return Wilson's interval of a proportion; it stays in 0..1, and is not empty if all or none are hits."""
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
     share, spread = hits / count, z * z / count
     middle = (share + spread / 2) / (1 + spread)
@@ -36,7 +36,7 @@ def wilson(hits: float, count: int) -> Interval:
 
 @lru_cache(maxsize=256)
 def bootstrap(values: tuple[float, ...]) -> Interval:
-    """The percentile bootstrap of the mean, the same for the same values."""
+    """Return the percentile bootstrap of the mean; equal values give equal intervals."""
     draw = random.Random(0)
     means = sorted(fmean(draw.choices(values, k=len(values))) for _ in range(_RESAMPLES))
     cut = round((1 - LEVEL) / 2 * _RESAMPLES)
@@ -44,9 +44,9 @@ def bootstrap(values: tuple[float, ...]) -> Interval:
 
 
 def of_median(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median and its 95 % interval between two of the values, which holds whatever their distribution.
+    """Return the median and its distribution-free 95 % interval, whose ends are two of the values.
 
-    Under six values even the smallest and the largest do not reach 95 %; they are given then.
+    With fewer than six values even the smallest and largest do not reach 95 %; they are returned then.
     """
     ordered, count = sorted(values), len(values)
     outside, rank = 0.5**count, 0  # the chance of at most `rank` values under the median

@@ -1,4 +1,4 @@
-"""What was measured, one line at a time: a run that is cut off loses at most what it was at."""
+"""A file of finished results: an interrupted run loses at most the unfinished one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from foveate.core.errors import OptionError
 
 
 class Journal:
-    """Records under the digest of the question that they answer, in a file of JSON lines that only grows.
+    """Records in an append-only file of JSON lines, each under the digest of its inputs.
 
-    Records of other questions may stand in the same file: they are found again where their question is asked again.
+    The file may hold records of other inputs, which are found again if those inputs recur.
     """
 
     def __init__(self, file: Path, fresh: bool = False) -> None:
@@ -24,11 +24,11 @@ class Journal:
             self._read()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The record under this key; None where there is none."""
+        """Return the record under this key, or None."""
         return self._records.get(key)
 
     def add(self, records: dict[str, dict[str, Any]]) -> None:
-        """Write records down, all in one piece."""
+        """Append records, in a single write."""
         if not records:
             return
         self._records |= records
@@ -38,23 +38,24 @@ class Journal:
             with self.file.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(lines)
         except OSError as error:
-            raise OptionError(f"cannot write {self.file}: {error.strerror or error}; what it held is kept") from None
+            reason = error.strerror or error
+            raise OptionError(f"cannot write {self.file}: {reason}; earlier records are kept") from None
 
     def _read(self) -> None:
         try:
             text = self.file.read_bytes().decode("utf-8", "replace")
         except OSError as error:
             raise OptionError(f"cannot read {self.file}: {error.strerror or error}") from None
-        *lines, cut = text.split("\n")
+        *lines, partial = text.split("\n")
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
                 self._records[record.pop("key")] = record
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise OptionError(
-                    f"{self.file} line {number} is damaged; add --fresh to measure anew, or name another folder"
+                    f"{self.file} line {number} is damaged; add --fresh to measure again, or name another folder"
                 ) from None
-        if cut:  # a run that was killed while it wrote: that line is measured again
+        if partial:  # the run was killed while it wrote: that record is measured again
             try:
                 self.file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
             except OSError as error:

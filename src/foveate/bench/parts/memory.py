@@ -1,4 +1,4 @@
-"""Memory of a piece of work, in bytes of tensors: what is alive at a moment, and the most that was at once."""
+"""Memory of tensors in bytes: live at a moment, and the peak."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes of tensors alive at once that `work` made."""
+    """Return the peak bytes of live tensors that `work` created."""
     with Memory(device) as memory:
         work()
     return memory.peak
 
 
 class Memory:
-    """Counts the tensors made since it was entered: `now` those alive, `peak` the most of them at once, in bytes.
+    """Counts the tensors created inside its block, in bytes: `now` is the live memory, `peak` the most at once.
 
-    On CUDA by the allocator's own count. Elsewhere every operation's results are followed until they are freed, which
-    sees what Python sees and not the scratch space inside a kernel; that is slow, so it is never timed. Whatever
-    somebody still holds is counted, whoever it is: a cache, a method's memory, or what a model's buffers became.
+    On CUDA it reads the allocator. Elsewhere it follows every operation's results until they are freed. This excludes
+    scratch space inside kernels, and it is slow, so it is never timed. Every tensor that is still referenced counts,
+    whether by a cache, a method or a model's buffers.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._alive = None if device.type == "cuda" else _Alive()
+        self._live = None if device.type == "cuda" else _LiveStorages()
         self._before = 0
 
     def __enter__(self) -> Self:
-        gc.freeze()  # what is there already need not be searched each time
-        if self._alive is not None:
-            self._alive.__enter__()
+        gc.freeze()  # existing objects need not be searched at each collection
+        if self._live is not None:
+            self._live.__enter__()
         else:
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -47,55 +47,55 @@ class Memory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         gc.unfreeze()
-        if self._alive is not None:
-            self._alive.__exit__(kind, error, trace)
+        if self._live is not None:
+            self._live.__exit__(kind, error, trace)
 
     @property
     def now(self) -> int:
-        gc.collect()  # what only a cycle holds is no use of memory
-        if self._alive is not None:
-            return self._alive.now
+        gc.collect()  # free what only reference cycles hold
+        if self._live is not None:
+            return self._live.now
         torch.cuda.synchronize(self._device)
         return torch.cuda.memory_allocated(self._device) - self._before
 
     @property
     def peak(self) -> int:
-        if self._alive is not None:
-            return self._alive.peak
+        if self._live is not None:
+            return self._live.peak
         torch.cuda.synchronize(self._device)
         return torch.cuda.max_memory_allocated(self._device) - self._before
 
 
-class _Alive(TorchDispatchMode):
-    """Counts the storages that operations return for as long as some tensor holds them."""
+class _LiveStorages(TorchDispatchMode):
+    """Counts the storages that operations return, as long as a tensor refers to them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._holders: dict[int, int] = {}
+        self._references: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self._hold(tensor, known)
+                self._add(tensor, known)
         return out
 
-    def _hold(self, tensor: torch.Tensor, inputs: set[int]) -> None:
+    def _add(self, tensor: torch.Tensor, inputs: set[int]) -> None:
         storage = tensor.untyped_storage()
         key, size = storage.data_ptr(), storage.nbytes()
-        if key == 0 or (key in inputs and key not in self._holders):
-            return  # a view of something that was there before
-        if key not in self._holders:
-            self._holders[key] = 0
+        if key == 0 or (key in inputs and key not in self._references):
+            return  # a view of a tensor from before the block
+        if key not in self._references:
+            self._references[key] = 0
             self.now += size
             self.peak = max(self.peak, self.now)
-        self._holders[key] += 1
+        self._references[key] += 1
         weakref.finalize(tensor, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
-        self._holders[key] -= 1
-        if not self._holders[key]:
-            del self._holders[key]
+        self._references[key] -= 1
+        if not self._references[key]:
+            del self._references[key]
             self.now -= size

@@ -1,4 +1,4 @@
-"""Dataclasses to JSON and back, each field checked; and files that are never half written."""
+"""Dataclasses to JSON and back with type checks, and atomic writes of files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foveate.core.errors import OptionError
 
 
 def write_atomic(path: str | os.PathLike, text: str) -> Path:
-    """Write `text` beside `path`, then move it there in one step; missing folders are made."""
+    """Write `text` to a draft, then move it to `path` in one step; missing folders are created."""
     target = Path(path)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -32,22 +32,22 @@ def write_atomic(path: str | os.PathLike, text: str) -> Path:
 
 
 def version_of(path: Path) -> str | None:
-    """What a file of ours says it is, such as `foveate.comparison/1`; None where it says nothing of the kind."""
+    """Return the format that a file of Foveate's names, such as `foveate.comparison/1`; None for other files."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    said = content.get("format") if isinstance(content, dict) else None
-    return said if isinstance(said, str) and said.startswith("foveate.") else None
+    found = content.get("format") if isinstance(content, dict) else None
+    return found if isinstance(found, str) and found.startswith("foveate.") else None
 
 
 def plain(value: Any) -> Any:
-    """`value` in terms that JSON has; numbers that are not finite become None, foreign objects their `str`."""
+    """Convert `value` to JSON types; numbers that are not finite become None, unknown objects their `str`."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
-    if isinstance(value, numbers.Real):  # NumPy's scalars too
+    if isinstance(value, numbers.Real):  # also NumPy's scalars
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
@@ -59,7 +59,7 @@ def plain(value: Any) -> Any:
 
 
 def build(cls: type, content: Any, items: Mapping[str, type], where: str = "") -> Any:
-    """A `cls` from what JSON gave, each field checked against its declared type; `items` has the lists' own classes."""
+    """Build a `cls` from JSON data and check each field against its type; `items` has the lists' classes."""
     if not isinstance(content, dict):
         raise OptionError(f"{where or 'the file'} must be an object, got {_shown(content)}")
     declared = {item.name: str(item.type) for item in fields(cls)}
@@ -74,7 +74,7 @@ def build(cls: type, content: Any, items: Mapping[str, type], where: str = "") -
 
 
 def _read(value: Any, kind: str, items: Mapping[str, type], where: str) -> Any:
-    """`value` checked against the field type `kind`, as written in the classes above."""
+    """Check `value` against the field type `kind`, as annotated in the class, and convert it."""
     wanted, fits = ("a list", _is(list)) if kind in items else _KINDS[kind]
     if not fits(value):
         raise OptionError(f"{where} must be {wanted}, got {_shown(value)}")
@@ -86,7 +86,7 @@ def _read(value: Any, kind: str, items: Mapping[str, type], where: str) -> Any:
 
 
 def _is(*kinds: type) -> Callable[[Any], bool]:
-    """A check for `kinds`; True and False, which Python counts among the integers, do not pass as numbers."""
+    """Return a type check for `kinds` that does not accept booleans as numbers."""
     return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
 
 

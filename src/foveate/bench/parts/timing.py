@@ -1,4 +1,4 @@
-"""Times that mean something: as many threads as cores are free, and a clock that waits for the device."""
+"""Reliable times: as many threads as free cores, and a clock that waits for the device."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
-_GLANCE = 0.2  # seconds that the cores are watched for
-_SET_BY_HAND = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_SAMPLE = 0.2  # seconds over which the cores' load is sampled
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @contextmanager
 def threads() -> Iterator[int]:
-    """As many torch threads as cores are free, unless the environment has set them; gives their number.
+    """Use as many torch threads as there are free cores, unless the environment sets them; yield the number.
 
-    Threads that wait for a busy core make every operation wait with them.
+    A thread that waits for a busy core delays every operation.
     """
     before = torch.get_num_threads()
-    if not any(os.environ.get(name) for name in _SET_BY_HAND):
+    if not any(os.environ.get(name) for name in _THREAD_VARIABLES):
         torch.set_num_threads(min(before, free_cores()))
     try:
         yield torch.get_num_threads()
@@ -30,13 +30,13 @@ def threads() -> Iterator[int]:
 
 
 def free_cores() -> int:
-    """Cores that this process may use and that nobody else keeps busy; at least one."""
-    ours = _cores()
-    return max(1, min(len(ours), round(len(ours) - _busy(ours))))
+    """Return the number of cores that this process may use and others leave free; at least one."""
+    usable = _cores()
+    return max(1, min(len(usable), round(len(usable) - _busy(usable))))
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done what it was given."""
+    """Return the clock's seconds, after the device has finished its work."""
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).synchronize()
     return time.perf_counter()
@@ -49,11 +49,11 @@ def _cores() -> set[int]:
 
 
 def _busy(cores: set[int]) -> float:
-    """How many of these cores work for others at the moment, as Linux counts it; elsewhere the load average."""
+    """Return how many of these cores are busy, by Linux's counters; elsewhere the load average."""
     before = _ticks(cores)
     if before is None:
         return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    time.sleep(_GLANCE)
+    time.sleep(_SAMPLE)
     after = _ticks(cores)
     if after is None or after[1] <= before[1]:
         return 0.0
@@ -61,7 +61,7 @@ def _busy(cores: set[int]) -> float:
 
 
 def _ticks(cores: set[int]) -> tuple[int, int] | None:
-    """Ticks of the clock in which these cores worked, and all ticks, since the machine started."""
+    """Return the busy and the total clock ticks of these cores since the machine started."""
     try:
         lines = Path("/proc/stat").read_text("ascii").splitlines()
     except (OSError, UnicodeDecodeError):

@@ -1,1 +1,1 @@
-"""Every cache policy on pretrained decoders, side by side: the reference run."""
+"""The reference run: every cache policy on pretrained decoders, side by side."""

@@ -1,4 +1,4 @@
-"""Retrieval tasks: each prompt is read once, and answered under every policy and budget."""
+"""Retrieval tasks: each prompt is read once and answered under every policy and budget."""
 
 from __future__ import annotations
 
@@ -9,83 +9,83 @@ from torch import Tensor
 
 from foveate.bench.methods import Contender
 from foveate.bench.parts import digest
-from foveate.bench.policies.desk import Desk
-from foveate.bench.policies.shared import Continued, go_on, read
+from foveate.bench.policies.model_run import ModelRun
+from foveate.bench.policies.shared_prefill import Decoded, decode, prefill
 from foveate.core.errors import TaskError
 from foveate.tasks.base.task import Example, Task
 from foveate.tasks.registry import named
 
-_LEAST = 0.1  # of the full cache's score, for a task that says something
-_SPARE = 3  # tokens beyond the expected answer's, so that an answer is seen to end or to run on
+_LEAST = 0.1  # the lowest score of the full cache at which a task is informative
+_SPARE = 3  # tokens beyond the expected answer, which show if the output ends there
 
 
-def steps(desk: Desk) -> int:
-    """How many contenders are to answer how many batches."""
-    return len(desk.contenders) * len(desk.plan.tasks) * -(-desk.plan.examples // desk.plan.batch)
+def answer_steps(run: ModelRun) -> int:
+    """Return the number of batches over all contenders and tasks."""
+    return len(run.contenders) * len(run.plan.tasks) * -(-run.plan.examples // run.plan.batch)
 
 
-def answer(desk: Desk) -> None:
-    """Write down every answer that the journal does not have.
+def measure_answers(run: ModelRun) -> None:
+    """Record every answer that the journal does not have.
 
-    A task whose first prompts the full cache itself fails is not put to the policies: nothing can be lost on it.
+    If the full cache fails a task's first prompts, the policies skip the task, since they cannot lose anything on it.
     """
-    for name in desk.plan.tasks:
-        task, (ids, new) = _task(desk, name), prompts(desk, name)
-        examples, size = task.examples(), desk.plan.batch
+    for name in run.plan.tasks:
+        task, (ids, new) = _task(run, name), prompts(run, name)
+        examples, size = task.examples(), run.plan.batch
         for start in range(0, len(examples), size):
             chosen = slice(start, start + size)
-            _answer(desk, task, examples[chosen], ids[chosen], new)
+            _answer(run, task, examples[chosen], ids[chosen], new)
 
 
-def is_worth(desk: Desk, name: str) -> bool:
-    """Whether the full cache answers a task at all, as its first batch of prompts shows."""
-    ids, new = prompts(desk, name)
-    found = [desk.known(desk.contenders[0], *what(name, one, new)) for one in ids[: desk.plan.batch]]
+def is_informative(run: ModelRun, name: str) -> bool:
+    """Return True if the full cache answers some of a task's first batch of prompts."""
+    ids, new = prompts(run, name)
+    found = [run.known(run.contenders[0], *answer_key(name, one, new)) for one in ids[: run.plan.batch]]
     return fmean(record["score"] if record else 0.0 for record in found) >= _LEAST
 
 
-def prompts(desk: Desk, name: str) -> tuple[Tensor, int]:
-    """A task's prompts as ids of one length, and how many tokens to answer with."""
-    examples = _task(desk, name).examples()
-    longest = max(len(desk.tokenizer(e.answer, add_special_tokens=False).input_ids) for e in examples)
-    ids, context = desk.level([desk.encode(example.prompt) for example in examples]), desk.context
+def prompts(run: ModelRun, name: str) -> tuple[Tensor, int]:
+    """Encode a task's prompts with equal length; return the ids and the number of tokens to generate."""
+    examples = _task(run, name).examples()
+    longest = max(len(run.tokenizer(e.answer, add_special_tokens=False).input_ids) for e in examples)
+    ids, context = run.equalise([run.encode(example.prompt) for example in examples]), run.context
     if context is not None and ids.shape[1] + longest + _SPARE > context:
-        raise TaskError(f"{name} takes {ids.shape[1]} + {longest + _SPARE} tokens; the model's context holds {context}")
+        needed = f"{ids.shape[1]} + {longest + _SPARE}"
+        raise TaskError(f"task={name!r} takes {needed} tokens; the model's context holds {context}")
     return ids, longest + _SPARE
 
 
-def _task(desk: Desk, name: str) -> Task:
-    return named(name, desk.plan.characters, desk.plan.examples, desk.plan.seed)
+def _task(run: ModelRun, name: str) -> Task:
+    return named(name, run.plan.characters, run.plan.examples, run.plan.seed)
 
 
-def what(task: str, ids: Tensor, new: int) -> tuple[str, str, int]:
-    """What tells one prompt's record from another's."""
+def answer_key(task: str, ids: Tensor, new: int) -> tuple[str, str, int]:
+    """Return what identifies one prompt's record."""
     return f"answer to {task}", digest.of(ids.tolist()), new
 
 
-def _answer(desk: Desk, task: Task, examples: list[Example], ids: Tensor, new: int) -> None:
+def _answer(run: ModelRun, task: Task, examples: list[Example], ids: Tensor, new: int) -> None:
     def missing(contender: Contender) -> bool:
-        return any(desk.known(contender, *what(task.name, row, new)) is None for row in ids)
+        return any(run.known(contender, *answer_key(task.name, row, new)) is None for row in ids)
 
-    reading = None
-    full, *others = desk.able()
+    prefilled = None
+    full, *others = run.working()
     for contender in (full, *others):
-        if missing(contender) and (contender is full or is_worth(desk, task.name)):
-            reading = reading or read(desk.model, ids)
-            methods, source = contender.at(ids.shape[1]), reading
-            said = desk.attempt(contender, lambda: go_on(desk.model, methods, source, new))  # noqa: B023
-            if said is not None:
-                found = _records(desk, task, examples, said)
-                desk.journal.add(
-                    {desk.key(contender, *what(task.name, row, new)): one for row, one in zip(ids, found, strict=True)}
-                )
-        desk.watch.advance(f"{task.name}: {contender.key} at {contender.budget:.0%}")
+        if missing(contender) and (contender is full or is_informative(run, task.name)):
+            prefilled = prefilled or prefill(run.model, ids)
+            methods, source = contender.at(ids.shape[1]), prefilled
+            decoded = run.attempt(contender, lambda: decode(run.model, methods, source, new))  # noqa: B023
+            if decoded is not None:
+                found = _records(run, task, examples, decoded)
+                keys = [run.key(contender, *answer_key(task.name, row, new)) for row in ids]
+                run.journal.add(dict(zip(keys, found, strict=True)))
+        run.progress.advance(f"{task.name}: {contender.key} at {contender.budget:.0%}")
 
 
-def _records(desk: Desk, task: Task, examples: list[Example], said: Continued) -> list[dict[str, Any]]:
+def _records(run: ModelRun, task: Task, examples: list[Example], decoded: Decoded) -> list[dict[str, Any]]:
     found = []
-    for example, ids in zip(examples, said.ids.tolist(), strict=True):
-        output = desk.tokenizer.decode(ids, skip_special_tokens=True)
+    for example, ids in zip(examples, decoded.ids.tolist(), strict=True):
+        output = run.tokenizer.decode(ids, skip_special_tokens=True)
         score = task.score(example, output)
-        found.append({"score": score, "output": output, "kept": said.kept, "read": said.read})
+        found.append({"score": score, "output": output, "kept": decoded.kept, "read": decoded.read})
     return found

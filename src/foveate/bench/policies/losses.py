@@ -1,4 +1,4 @@
-"""Next-token loss behind long text: each text is read once, and its next tokens are forced under every policy."""
+"""Next-token loss after long text: each text is read once, and its next tokens are forced under every policy."""
 
 from __future__ import annotations
 
@@ -6,50 +6,53 @@ from torch import Tensor
 
 from foveate.bench.methods import Contender
 from foveate.bench.parts import digest
-from foveate.bench.policies.desk import Desk
-from foveate.bench.policies.shared import Reading, go_on, read
+from foveate.bench.policies.model_run import ModelRun
+from foveate.bench.policies.shared_prefill import Prefilled, decode, prefill
 
 
-def steps(desk: Desk) -> int:
-    return len(desk.contenders) * len(desk.plan.losses)
+def loss_steps(run: ModelRun) -> int:
+    """Return the number of measurements over all contenders and lengths."""
+    return len(run.contenders) * len(run.plan.losses)
 
 
-def measure(desk: Desk) -> None:
-    """Write down every loss that the journal does not have."""
-    for tokens in desk.plan.losses:
-        ids, forced = texts(desk, tokens)
-        reading = None
-        for contender in desk.able():
-            if any(desk.known(contender, *what(row, answer)) is None for row, answer in zip(ids, forced, strict=True)):
-                reading = reading or read(desk.model, ids)
-                _measure(desk, contender, reading, forced)
-            desk.watch.advance(f"loss at {tokens}: {contender.key} at {contender.budget:.0%}")
+def measure_losses(run: ModelRun) -> None:
+    """Record every loss that the journal does not have."""
+    for tokens in run.plan.losses:
+        ids, forced = texts(run, tokens)
+        prefilled = None
+        for contender in run.working():
+            keys = [loss_key(row, following) for row, following in zip(ids, forced, strict=True)]
+            if any(run.known(contender, *key) is None for key in keys):
+                prefilled = prefilled or prefill(run.model, ids)
+                _measure(run, contender, prefilled, forced)
+            run.progress.advance(f"loss at {tokens}: {contender.key} at {contender.budget:.0%}")
 
 
-def texts(desk: Desk, tokens: int) -> tuple[Tensor, Tensor]:
-    """Contexts `(texts, tokens)` and what follows them, one token more than is counted.
+def texts(run: ModelRun, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return contexts `(texts, tokens)` and the tokens that follow, one more than is counted.
 
-    The first token behind a context comes from attention to all of it under most policies, and is not counted.
+    The first token after a context is not counted: most policies compute it with attention to the whole context.
     """
-    ids = desk.text(tokens + desk.plan.horizon + 1, desk.plan.texts)
+    ids = run.text(tokens + run.plan.horizon + 1, run.plan.texts)
     return ids[:, :tokens], ids[:, tokens:]
 
 
-def what(ids: Tensor, forced: Tensor) -> tuple[str, str]:
+def loss_key(ids: Tensor, forced: Tensor) -> tuple[str, str]:
+    """Return what identifies one text's record."""
     return "loss", digest.of(ids.tolist(), forced.tolist())
 
 
-def _measure(desk: Desk, contender: Contender, reading: Reading, forced: Tensor) -> None:
-    ids, new = reading.ids, forced.shape[1]
+def _measure(run: ModelRun, contender: Contender, prefilled: Prefilled, forced: Tensor) -> None:
+    ids, new = prefilled.ids, forced.shape[1]
     methods = contender.at(ids.shape[1])
-    said = desk.attempt(contender, lambda: go_on(desk.model, methods, reading, new, forced))
-    if said is None:
+    decoded = run.attempt(contender, lambda: decode(run.model, methods, prefilled, new, forced))
+    if decoded is None:
         return
-    desk.journal.add(
+    run.journal.add(
         {
-            desk.key(contender, *what(row, answer)): {
-                "losses": [round(loss, 5) for loss in losses[1:]], "kept": said.kept, "read": said.read,
+            run.key(contender, *loss_key(row, following)): {
+                "losses": [round(loss, 5) for loss in losses[1:]], "kept": decoded.kept, "read": decoded.read,
             }
-            for row, answer, losses in zip(ids, forced, said.losses.tolist(), strict=True)
+            for row, following, losses in zip(ids, forced, decoded.losses.tolist(), strict=True)
         }
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a reference run measures, and how much of it."""
+"""The plan of a reference run: its methods, tasks and sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from foveate.core.catalog import systems
 from foveate.core.errors import OptionError, unknown
 from foveate.tasks.text.ruler import KINDS
 
-#: All kinds but the common words: models of half a billion parameters do not find them, whatever they keep.
+#: All of RULER's tasks except common words, which models of half a billion parameters fail even with a full cache.
 TASKS = tuple(name for name in KINDS if name != "common_words")
 
 
@@ -22,16 +22,16 @@ class Plan:
         methods: keys of cache policies.
         budgets: shares of the full cache.
         tasks: names of retrieval tasks, see `foveate.tasks.registry`.
-        examples: prompts of each task.
-        characters: length of a retrieval prompt.
-        batch: retrieval prompts that are answered together.
-        losses: tokens of context at which the next-token loss is measured.
-        texts: texts at each of these lengths.
-        horizon: tokens of each text whose loss is taken.
-        times: tokens of the prompts that are timed.
-        rounds: how often each decoding time is taken, in turns.
-        steps: tokens of each such turn.
-        seed: of the prompts.
+        examples: prompts per task.
+        characters: the length of a retrieval prompt.
+        batch: how many retrieval prompts are answered together.
+        losses: context lengths in tokens at which the next-token loss is measured.
+        texts: texts per context length.
+        horizon: tokens of each text whose loss is measured.
+        times: lengths in tokens of the timed prompts.
+        rounds: rounds of decoding times; all contenders run in each.
+        steps: decoded tokens per contender and round.
+        seed: the seed of the prompts.
     """
 
     methods: tuple[str, ...]
@@ -62,27 +62,27 @@ class Plan:
 
     @property
     def contenders(self) -> list[tuple[str, float]]:
-        """The full cache, plain and packed, and every policy at every budget."""
+        """The full cache, plain and packed, and every policy at every budget, as (key, budget)."""
         return [(FULL, 1.0), (PACKED, 1.0), *((key, budget) for budget in self.budgets for key in self.methods)]
 
     @property
     def typical(self) -> float:
-        """The budget nearest to a quarter. Reading the prompt is dense under every policy, and timed at this one."""
+        """The budget nearest to 0.25, at which the prefill is timed; it is dense under every policy."""
         return min(self.budgets, key=lambda budget: abs(budget - 0.25))
 
 
 def policies() -> tuple[str, ...]:
-    """The cache policies of the catalogue."""
+    """Return the keys of the catalogue's cache policies."""
     return tuple(row.key for row in systems(room="kv"))
 
 
 def whole() -> Plan:
-    """The run behind the published table."""
+    """Return the plan of the published table."""
     return Plan(policies())
 
 
 def quick() -> Plan:
-    """A few minutes' worth of it: one budget, fewer prompts, shorter texts."""
+    """Return a plan of a few minutes: one budget, fewer prompts, shorter texts."""
     return replace(
         whole(), budgets=(0.25,), tasks=("niah_single", "niah_multikey", "niah_multivalue"), examples=8,
         batch=8, losses=(4096,), texts=1, times=(1024,), rounds=3, steps=8,

@@ -102,7 +102,7 @@ class Statistics:
         plan, real, n = site.attention_mask, site.real, site.k.shape[2]
         if is_given(plan):
             return None
-        rule = ("causal" if site.is_causal else "full") if plan is None else plan.rule()
+        rule = plan.rule() if isinstance(plan, MaskPlan) else "causal" if site.is_causal else "full"
         if rule is None or (rule == "causal" and n < site.q.shape[2]):
             return None
         keys = None

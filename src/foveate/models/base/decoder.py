@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn import Block, GatedMLP, Layer
+from foveate.nn.parts.blocks import stacked
 
 
 class Decoder(nn.Module):
@@ -76,24 +77,31 @@ class Decoder(nn.Module):
     def init_state(self, batch: int) -> list[Any]:
         """Return each layer's state before the first token; a layer that cannot stream raises an error."""
         like = self.embed.weight
-        return [block.init_state(batch, dtype=like.dtype, device=like.device) for block in self.blocks]
+        return [block.init_state(batch, dtype=like.dtype, device=like.device) for block in stacked(self.blocks)]
 
     def step(
         self, token: Int[Tensor, "b 1"], state: list[Any], at: int = 0
     ) -> tuple[Float[Tensor, "b 1 v"], list[Any]]:
         """Return the logits after one more token, at position `at`, and the next state."""
         x, after = self.embedded(token, at), []
-        for block, before in zip(self.blocks, state, strict=True):
+        for block, before in zip(stacked(self.blocks), state, strict=True):
             x, now = block.step(x, before)
             after.append(now)
         return self.head(self.norm(x)), after
 
     def embedded(self, tokens: Tensor, first: int = 0) -> Tensor:
         """Return the input of the first block; `first` is the position of the first of these tokens."""
-        x = self.embed(tokens)
-        if self.places is None:
-            return x
-        last = first + tokens.shape[1]
-        if last > self.places.num_embeddings:
-            raise ShapeError(f"the decoder has places={self.places.num_embeddings} positions; got N={last}")
-        return x + self.places(torch.arange(first, last, device=tokens.device))
+        return embedded(self.embed, self.places, tokens, first)
+
+
+def embedded(
+    embed: nn.Embedding, places: nn.Embedding | None, tokens: Int[Tensor, "b n"], first: int
+) -> Float[Tensor, "b n c"]:
+    """Return tokens' embeddings, with those of their positions from `first` on added, if there are `places`."""
+    x = embed(tokens)
+    if places is None:
+        return x
+    last = first + tokens.shape[1]
+    if last > places.num_embeddings:
+        raise ShapeError(f"the decoder has places={places.num_embeddings} positions; got N={last}")
+    return x + places(torch.arange(first, last, device=tokens.device))

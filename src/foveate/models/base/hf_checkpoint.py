@@ -5,7 +5,7 @@ Importing this module registers the model type "foveate" with `AutoModelForCausa
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from foveate.core.errors import UnsupportedModel
-from foveate.models.base.decoder import Decoder
+from foveate.models.base.decoder import Decoder, embedded
 from foveate.models.base.spec import Spec
-from foveate.nn import Layer, MultiHeadAttention
+from foveate.nn import Block, Layer, MultiHeadAttention
+from foveate.nn.base.layer import streaming
+from foveate.nn.parts.blocks import stacked
 from foveate.ops.dense.softmax import Softmax
 
 
@@ -88,7 +90,7 @@ class Attention(nn.Module):
     ) -> Tensor:  # fmt: skip
         if not goes_through_interface(self.layer):
             return self._streamed(hidden_states, past_key_values)
-        layer: Any = self.layer
+        layer = self.layer
         q, k, v = layer.projected(hidden_states, torch.arange(first, first + hidden_states.shape[1]))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -103,26 +105,28 @@ class Attention(nn.Module):
         if not isinstance(held, StateLayer):
             held = cache.layers[self.layer_idx] = StateLayer()
         if held.seen == 0 and x.shape[1] > 1:
-            out, held.state = self.layer.prefill(x)
+            out, held.state = streaming(self.layer).prefill(x)
         else:
             out = self._stepped(x, held)
         held.seen += x.shape[1]
         return out
 
     def _stepped(self, x: Tensor, held: StateLayer) -> Tensor:
-        state = held.state or self.layer.init_state(x.shape[0], dtype=x.dtype, device=x.device)
+        layer = streaming(self.layer)
+        state = held.state or layer.init_state(x.shape[0], dtype=x.dtype, device=x.device)
         out = []
         for t in range(x.shape[1]):
-            y, state = self.layer.step(x[:, t : t + 1], state)
+            y, state = layer.step(x[:, t : t + 1], state)
             out.append(y)
         held.state = state
         return torch.cat(out, 1)
 
 
-def goes_through_interface(layer: Layer) -> bool:
+def goes_through_interface(layer: Layer) -> TypeGuard[MultiHeadAttention]:
     """Return whether the layer is softmax attention that transformers' interface can compute."""
-    plain = isinstance(layer, MultiHeadAttention) and type(layer.op) is Softmax and layer.conv is None
-    return plain and not (layer.position is not None and layer.position.biased)
+    if not isinstance(layer, MultiHeadAttention) or type(layer.op) is not Softmax or layer.conv is not None:
+        return False
+    return layer.position is None or not layer.position.biased
 
 
 def eager_attention_forward(
@@ -153,20 +157,22 @@ class Backbone(nn.Module):
     It shares the modules of its decoder, under the same names.
     """
 
-    embedded = Decoder.embedded  # it reads this module's own embeddings, which may have been resized or quantised
-
     def __init__(self, decoder: Decoder, config: FoveateConfig) -> None:
         super().__init__()
         self.config, self._decoder = config, [decoder]  # a list is not registered as a module
         self.embed, self.places, self.blocks = decoder.embed, decoder.places, decoder.blocks
         self.norm, self.head = decoder.norm, decoder.head
-        for index, block in enumerate(self.blocks):
-            block.mixer = Attention(block.mixer, config, index)
+        for index, block in enumerate(stacked(self.blocks)):
+            block.add_module("mixer", Attention(block.mixer, config, index))
+
+    def wrapped(self) -> list[tuple[Block, Attention]]:
+        """Return each block, and its layer as transformers calls it."""
+        return [(block, cast(Attention, block.mixer)) for block in stacked(self.blocks)]
 
     def released(self) -> Decoder:
         """Return the decoder without the wrappers."""
-        for block in self.blocks:
-            block.mixer = block.mixer.layer
+        for block, attention in self.wrapped():
+            block.mixer = attention.layer
         (decoder,) = self._decoder
         decoder.embed, decoder.head = self.embed, self.head
         return decoder
@@ -178,17 +184,17 @@ class Backbone(nn.Module):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         first = 0 if past_key_values is None else past_key_values.get_seq_length()
-        x = self.embedded(input_ids, first)
+        x = embedded(self.embed, self.places, input_ids, first)  # its own, which may have been resized or quantised
         mask = self._mask(x, attention_mask, past_key_values, first)
-        for block in self.blocks:
-            mixed = block.mixer(block.norm(x), attention_mask=mask, past_key_values=past_key_values, first=first)
+        for block, attention in self.wrapped():
+            mixed = attention(block.norm(x), attention_mask=mask, past_key_values=past_key_values, first=first)
             x = block.channels(x + mixed)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x), past_key_values=past_key_values if use_cache else None
         )
 
     def _mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, first: int) -> Any:
-        through = [goes_through_interface(block.mixer.layer) for block in self.blocks]
+        through = [goes_through_interface(attention.layer) for _, attention in self.wrapped()]
         if attention_mask is not None and not attention_mask.bool().all() and not all(through):
             raise UnsupportedModel("layers with a state of their own read padding as text; send prompts one by one")
         if not any(through):
@@ -225,13 +231,13 @@ class FoveateForCausalLM(FoveatePreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embed
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.decoder.embed = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.decoder.head = value
 
     def forward(

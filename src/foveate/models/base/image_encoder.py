@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn import Block, GatedMLP, Layer
+from foveate.nn.parts.blocks import stacked
 
 
 class ImageEncoder(nn.Module):
@@ -59,6 +60,6 @@ class ImageEncoder(nn.Module):
             )
         patches = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=self.patch, q=self.patch)
         x = self.embed(patches) + self.places
-        for block in self.blocks:
+        for block in stacked(self.blocks):
             x = block(x, causal=self.causal, **({"size": self.grid} if block.mixer.capabilities.grid else {}))
         return self.head(self.norm(x).mean(1))

@@ -16,6 +16,7 @@ from foveate.core import masks as mask_algebra, validate
 from foveate.core.errors import OptionError, shown
 from foveate.models.base.decoder import Decoder
 from foveate.nn import Layer, MultiHeadAttention, Rotary, ShortConv, StreamingLayer
+from foveate.nn.parts.blocks import stacked
 from foveate.nn.parts.heads import HeadState
 from foveate.ops.base.kv_state import KVState
 from foveate.ops.linear.based import TaylorAttention
@@ -65,7 +66,7 @@ class Based(Decoder):
 
     def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
         """Return the bytes of all layers' states after a text of `length` tokens."""
-        return sum(state_bytes(block.mixer, length, dtype) for block in self.blocks)
+        return sum(state_bytes(block.mixer, length, dtype) for block in stacked(self.blocks))
 
 
 def linear_layer(dim: int, heads: int, feature_dim: int = 16, *, symmetric: bool = False) -> MultiHeadAttention:
@@ -105,7 +106,7 @@ class GatedConv(StreamingLayer):
         self.into, self.out = nn.Linear(dim, 2 * expand * dim), nn.Linear(expand * dim, dim)
         self.conv = ShortConv(expand * dim, kernel, bias=False)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         seen = None if mask is None else mask_algebra.keys_of(mask, x.shape[0], x.shape[1])[..., None]
         mixed, gate = self.into(x if seen is None else x.masked_fill(~seen, 0.0)).chunk(2, -1)
         return self._gated(self.conv(mixed if seen is None else mixed.masked_fill(~seen, 0.0)), gate)
@@ -113,7 +114,7 @@ class GatedConv(StreamingLayer):
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return self.conv.init_state(batch, dtype, device)
 
-    def _step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, x: Tensor, state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         mixed, gate = self.into(x).chunk(2, -1)
         mixed, state = self.conv.step(mixed, state)
         return self._gated(mixed, gate), state
@@ -142,13 +143,13 @@ class WindowAttention(StreamingLayer):
         self.window = window
         self.attention = MultiHeadAttention(dim, heads, op=SlidingWindow(window, sinks=0), position=Rotary())
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         return self.attention(x, mask=mask, causal=True)
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> HeadState:
         return self.attention.init_state(batch, dtype=dtype, device=device)
 
-    def _step(self, x: Tensor, state: HeadState) -> tuple[Tensor, HeadState]:
+    def _step(self, x: Tensor, state: HeadState, **inputs: Tensor) -> tuple[Tensor, HeadState]:
         out, state = self.attention.step(x, state)
         held: KVState = state.op
         return out, replace(state, op=KVState(held.k[:, :, -self.window :], held.v[:, :, -self.window :]))
@@ -171,5 +172,5 @@ def state_bytes(layer: Layer, length: int, dtype: torch.dtype = torch.float32) -
         return 2 * layer.dim * min(length, layer.window) * dtype.itemsize
     if isinstance(layer, MultiHeadAttention) and isinstance(layer.op, TaylorAttention):
         state: Any = layer.init_state(1, dtype=dtype, device="meta").op
-        return state.memory.numel() * state.memory.dtype.itemsize
+        return state.sums.numel() * state.sums.dtype.itemsize
     raise OptionError(f"layer={shown(layer)} must be one of BASED's: conv, linear or window")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.nn import Block, Layer, StreamingLayer
-from foveate.nn.parts.blocks import GatedMLP
+from foveate.nn.parts.blocks import GatedMLP, stacked
 from foveate.ops.base.fixed_decay import Variant
 from foveate.ops.functional.heads import accumulating
 from foveate.ops.linear.lightning_attention import LightningAttention
@@ -87,7 +87,7 @@ class GatedLightning(StreamingLayer):
         self.norm = SimpleRMSNorm(dim)
         self.lrpe = LRPE(heads, dim // heads) if lrpe else None
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         q, k, v, u = self._projected(x, 0)
         return self._merged(self.op(q, k, v, mask=mask, causal=True), u)
 
@@ -163,12 +163,12 @@ class TransNormerLLM(nn.Module):
     def init_state(self, batch: int) -> list[Any]:
         """Return each layer's state before the first token."""
         like = self.embed.weight
-        return [block.init_state(batch, dtype=like.dtype, device=like.device) for block in self.blocks]  # type: ignore[operator]
+        return [block.init_state(batch, dtype=like.dtype, device=like.device) for block in stacked(self.blocks)]
 
     def step(self, token: Int[Tensor, "b 1"], state: list[Any]) -> tuple[Float[Tensor, "b 1 v"], list[Any]]:
         """Return the logits after one more token, and the next state."""
         x, after = self.embed(token), []
-        for block, before in zip(self.blocks, state, strict=True):
-            x, now = block.step(x, before)  # type: ignore[operator]
+        for block, before in zip(stacked(self.blocks), state, strict=True):
+            x, now = block.step(x, before)
             after.append(now)
         return self.head(self.norm(x)), after

@@ -76,8 +76,8 @@ class L2ViT(nn.Module):
             return LocalWindowBlock(dim, heads, window, padding=padding, mlp_ratio=ratio)
 
         self.stages = nn.ModuleList(
-            _Stage(block(place, *widths) for place in range(depth))
-            for depth, *widths in zip(depths, dims, heads, ratios, strict=True)
+            _Stage(block(place, dim, number, ratio) for place in range(depth))
+            for depth, dim, number, ratio in zip(depths, dims, heads, ratios, strict=True)
         )
         self.norm, self.head = nn.LayerNorm(dims[-1]), nn.Linear(dims[-1], classes)
         self.apply(_initialise)

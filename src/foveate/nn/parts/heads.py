@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -22,6 +22,9 @@ from foveate.nn.parts.positions import Position
 from foveate.ops.base.streaming import Streaming
 from foveate.ops.calls import sized
 from foveate.ops.operator import Operator
+
+#: The norm of each head's queries and keys; True is "rms".
+QKNorm = bool | Literal["rms", "layer"]
 
 
 def split(x: Float[Tensor, "b n hd"], heads: int) -> Float[Tensor, "b h n d"]:
@@ -45,7 +48,7 @@ def activation(x: Tensor, how: str | None) -> Tensor:
 class Rates(nn.ModuleDict):
     """The inputs that an operator takes from each token (rates of decay, of learning), by a linear map for each.
 
-    From the tokens x, or from those of the memory that they attend to, as the operator's gates say.
+    From the tokens x, or from the source tokens, as the operator's gates say.
     """
 
     def __init__(self, dim: int, heads: int, op: Operator) -> None:
@@ -57,8 +60,8 @@ class Rates(nn.ModuleDict):
             assert isinstance(rate, nn.Linear)
             nn.init.constant_(rate.bias, self.gates[name].bias)
 
-    def forward(self, x: Float[Tensor, "b n c"], memory: Tensor | None = None) -> dict[str, Float[Tensor, "b h n"]]:
-        seen = {"query": x, "key": x if memory is None else memory}
+    def forward(self, x: Float[Tensor, "b n c"], source: Tensor | None = None) -> dict[str, Float[Tensor, "b h n"]]:
+        seen = {"query": x, "key": x if source is None else source}
         made = {name: rate(seen[self.gates[name].of]) for name, rate in self.items()}
         return {name: activation(rate, self.gates[name].activation).transpose(1, 2) for name, rate in made.items()}
 
@@ -86,7 +89,7 @@ class HeadScheme(StreamingLayer):
         op: an operator or its key.
         position: how positions enter, or None.
         out_dim: width that W_o gives; `dim` where None.
-        bias: whether W_o has one.
+        bias: whether all projections have biases: W_o, which the base makes, and those that a system makes.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class HeadScheme(StreamingLayer):
 
     @abstractmethod
     def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q `(B, Hq, N, D)` from x, and k, v `(B, Hkv, M, ·)` from the source, which is x or the memory."""
+        """q `(B, Hq, N, D)` from x, and k, v `(B, Hkv, M, ·)` from the source, which may be x."""
 
     def weigh(self, out: Float[Tensor, "b h n dv"], x: Tensor, q: Tensor) -> Float[Tensor, "b h n dv"]:
         """Heads' outputs as they enter W_o; q are queries that positions have not turned."""
@@ -137,10 +140,10 @@ class HeadScheme(StreamingLayer):
 
     # -- a call --------------------------------------------------------------------------------------------------------
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
-        source = x if memory is None else memory
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+        source = x if source is None else source
         q, k, v = self.project(x, source, mask)
-        return self.attend(q, k, v, x, mask, causal, **self.rates(x, memory), **inputs)
+        return self.attend(q, k, v, x, mask, causal, **self.rates(x, source), **inputs)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None, causal: bool, **inputs: Any
@@ -188,6 +191,14 @@ class HeadScheme(StreamingLayer):
         """`_prefill` from projected heads on."""
         out, op = self._streaming_op.prefill(self._turned(q, 0), self._turned(k, 0), v, **self.rates(x), **inputs)
         return self.out(merge(self.weigh(out, x, q))), HeadState(op, x.shape[1])
+
+
+def head_norm(name: str, kind: object, head_dim: int) -> nn.RMSNorm | nn.LayerNorm | None:
+    """Return the norm of a head's channels that the option `name` asks for: one of `QKNorm`."""
+    validate.one_of(name, kind, (False, True, "rms", "layer"))
+    if kind == "layer":
+        return nn.LayerNorm(head_dim)
+    return nn.RMSNorm(head_dim) if kind else None
 
 
 def _places(start: int, x: Float[Tensor, "b h n d"], device: torch.device) -> Tensor:

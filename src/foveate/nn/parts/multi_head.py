@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import masks, validate
-from foveate.nn.parts.heads import HeadScheme, HeadState, activation, merge, split
+from foveate.nn.parts.heads import HeadScheme, HeadState, QKNorm, activation, head_norm, merge, split
 from foveate.nn.parts.linear_maps import Linear
 from foveate.nn.parts.positions import Position, Rotary
 from foveate.nn.parts.short_conv import ShortConv
@@ -41,10 +41,11 @@ class MultiHeadAttention(HeadScheme):
         op: an operator, or its catalogue key: it is then built for these heads and widths with its own defaults.
         position: how positions enter: `Rotary()`, `Alibi(heads)`, `RelativeBias(heads)`, or None.
         conv: tokens that a short causal convolution on queries, keys and values sees; 0 for none. Causal only.
-        qk_norm: whether queries and keys are normalised per head (RMSNorm, learned gains).
-        out_norm: whether each head's output is (RMSNorm): what operators without a normaliser need.
+        qk_norm: the norm of each head's queries and keys: True or "rms" (RMSNorm, learned gains), "layer" (LayerNorm,
+            learned gains and shifts), or False for none.
+        out_norm: whether each head's output is (RMSNorm): what operators without a normalizer need.
         gate: a gate on the outputs, from the token: "sigmoid", "silu", or None.
-        bias: whether the projections have biases.
+        bias: whether all projections have biases, the gate's included.
 
     The layer makes what the operator takes from each token (`Capabilities.gates`: rates of decay, of learning) by a
     linear map. It passes an operator's other inputs on: `layer(x, poses=...)`.
@@ -56,7 +57,7 @@ class MultiHeadAttention(HeadScheme):
     def __init__(
         self, dim: int, heads: int, *, kv_heads: int | None = None, head_dim: int | None = None,
         value_dim: int | None = None, op: str | Operator = "softmax", position: Position | None = None, conv: int = 0,
-        qk_norm: bool = False, out_norm: bool = False, gate: Literal["sigmoid", "silu"] | None = None,
+        qk_norm: QKNorm = False, out_norm: bool = False, gate: Literal["sigmoid", "silu"] | None = None,
         bias: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -70,8 +71,8 @@ class MultiHeadAttention(HeadScheme):
         self.v = Linear(dim, widths[2], bias=bias)
         self.k.requires_grad_(self.op.capabilities.reads_keys)
         self.conv = ShortConv(sum(widths), conv) if conv else None
-        self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
+        self.q_norm = head_norm("qk_norm", qk_norm, self.head_dim)
+        self.k_norm = head_norm("qk_norm", qk_norm, self.head_dim)
         self.out_norm = nn.RMSNorm(self.value_dim) if out_norm else None
         self.gate, self.gating = gate, Linear(dim, heads * self.value_dim, bias=bias) if gate else None
         if conv:
@@ -94,7 +95,7 @@ class MultiHeadAttention(HeadScheme):
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = split(q, self.heads), split(k, self.kv_heads), split(v, self.kv_heads)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 

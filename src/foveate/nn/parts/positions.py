@@ -38,15 +38,20 @@ class Rotary(Position):
 
     Args:
         base: of the frequencies `base ** (-2c / D)`.
+        layout: which channels make a pair. "half": c and c + D/2, as in Hugging Face's Llama and GPT-NeoX.
+            "interleaved": 2c and 2c + 1, as in RoFormer, Meta's Llama and GPT-J. Weights trained with one are wrong in
+            the other.
     """
 
-    def __init__(self, base: float = 10_000.0) -> None:
+    def __init__(self, base: float = 10_000.0, layout: rotary.Layout = "half") -> None:
         super().__init__()
         validate.at_least("base", base, 1)
-        self.base = base
+        validate.one_of("layout", layout, ("half", "interleaved"))
+        self.base, self.layout = base, layout
 
     def turn(self, x: Tensor, at: Tensor) -> Tensor:
-        return rotary.rotate(x, rotary.rotary_angles(at, x.shape[-1], self.base).to(x.device)).to(x.dtype)
+        angles = rotary.rotary_angles(at, x.shape[-1], self.base).to(x.device)
+        return rotary.rotate(x, angles, self.layout).to(x.dtype)
 
 
 @final
@@ -54,6 +59,7 @@ class Alibi(Position):
     """Scores fall with distance, at a rate of each head's own (Train Short, Test Long, 2021)."""
 
     biased = True
+    slopes: Float[Tensor, " h"]
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -90,6 +96,10 @@ def check(position: object, heads: int) -> None:
     """Refuse what is no scheme, or one made for another number of heads."""
     if position is not None and not isinstance(position, Position):
         raise OptionError(f"position={shown(position)} must be a foveate.nn.Position, such as Rotary(), or None")
-    made_for = {Alibi: lambda p: len(p.slopes), RelativeBias: lambda p: len(p.table)}.get(type(position))
-    if made_for is not None and made_for(position) != heads:
-        raise OptionError(f"position is for {made_for(position)} heads; the layer has heads={heads}")
+    made_for = heads
+    if isinstance(position, Alibi):
+        made_for = len(position.slopes)
+    elif isinstance(position, RelativeBias):
+        made_for = len(position.table)
+    if made_for != heads:
+        raise OptionError(f"position is for {made_for} heads; the layer has heads={heads}")

@@ -111,12 +111,11 @@ class PointerNetwork(nn.Module):
         lengths = self._check(inputs, None, lengths, steps)
         steps = inputs.shape[1] + self._extra if steps is None else steps
         batch = len(inputs)
-        memory, state, fed, allowed = (
-            x.repeat_interleave(width, 0) if isinstance(x, Tensor) else tuple(y.repeat_interleave(width, 0) for y in x)
-            for x in self._read(inputs, lengths)
-        )
+        memory, (h, c), fed, allowed = self._read(inputs, lengths)
+        memory, h, c, fed, allowed = (x.repeat_interleave(width, 0) for x in (memory, h, c, fed, allowed))
+        state: State = h, c
         given = self.start.expand(batch * width, -1)
-        total = inputs.new_full((batch, width), masks.NEVER)
+        total = inputs.new_full((batch, width), masks.NEG_INF)
         total[:, 0] = 0.0  # beams start alike: all but one wait until they can differ
         found = torch.empty(batch, width, 0, dtype=torch.long, device=inputs.device)
         first = torch.arange(batch, device=inputs.device)[:, None] * width
@@ -206,4 +205,4 @@ def _log_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
     """Of what the mask allows; rows of -inf where it allows nothing."""
     if mask is None:
         return torch.log_softmax(logits, -1)
-    return torch.log_softmax(logits.masked_fill(~mask, masks.NEVER), -1).masked_fill(~mask, masks.NEVER)
+    return torch.log_softmax(logits.masked_fill(~mask, masks.NEG_INF), -1).masked_fill(~mask, masks.NEG_INF)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, final
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +19,8 @@ from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts.blocks import Block
-from foveate.ops.functional import linear_forms as forms
+from foveate.ops.base.streaming import Streaming
+from foveate.ops.functional import linear_forms
 from foveate.ops.functional.heads import accumulating
 from foveate.ops.linear.lightnet import LightNetAttention
 from foveate.ops.operator import Operator
@@ -49,7 +50,7 @@ class MDLRPE(nn.Module):
         theta = torch.where(own, 10_000 ** (-(channel % share) / share), 0.0)
         self.theta = nn.Parameter(theta[:, None].repeat(1, heads, 1))
 
-    def forward(self, x: Float[Tensor, "b h n f"], at: Float[Tensor, "n a"]) -> Float[Tensor, "b h n two_f"]:
+    def forward(self, x: Float[Tensor, "b h n f"], at: Int[Tensor, "n a"]) -> Float[Tensor, "b h n two_f"]:
         theta = self.theta.to(accumulating(self.theta.dtype))  # bfloat16 knows no places beyond 256
         angle = torch.einsum("na,ahf->hnf", at.to(theta.dtype), theta)
         return torch.cat([x * angle.cos(), x * angle.sin()], -1).to(x.dtype)
@@ -88,7 +89,7 @@ class MDTPE(nn.Module):
         state = v.new_zeros(*v.shape[:2], weight.shape[-1], 1)
 
         def past(v: Tensor) -> Tensor:
-            return forms.chunked(fq, torch.ones_like(fq), v, decay, state, 64)
+            return linear_forms.chunked(fq, torch.ones_like(fq), v, decay, state, 64)
 
         out = past(v)
         if not causal:  # the token itself is in both sums
@@ -141,7 +142,7 @@ class LightNetLayer(StreamingLayer):
         self.lrpe = MDLRPE(axes, heads, expand) if lrpe else None
 
     def _mix(
-        self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, size: Size | None = None,
+        self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, size: Size | None = None,
         **inputs: Any,
     ) -> Tensor:  # fmt: skip
         q, k, v = self._heads(x)
@@ -166,7 +167,7 @@ class LightNetLayer(StreamingLayer):
             return (fq @ (fk.mT @ v)).to(dtype)
         decay = torch.cat([decay, decay], -1).clamp_min(-100.0)  # nothing is left of a state after that
         state = v.new_zeros(*v.shape[:2], fk.shape[-1], v.shape[-1])
-        return forms.chunked(fq, fk, v, decay, state, self.op.block).to(dtype)
+        return linear_forms.chunked(fq, fk, v, decay, state, self.op.block).to(dtype)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (rearrange(w(x), "b n (h d) -> b h n d", h=self.heads) for w in (self.q, self.k, self.v))
@@ -175,12 +176,17 @@ class LightNetLayer(StreamingLayer):
     def _merged(self, out: Tensor, x: Tensor) -> Tensor:
         return self.out(self.norm(rearrange(out, "b h n d -> b n (h d)")) * F.silu(self.gate(x)))
 
+    @property
+    def _streaming_op(self) -> Streaming:
+        assert isinstance(self.op, Streaming)  # `capabilities.streaming` says so
+        return self.op
+
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
         sizes = batch, self.heads, self.heads, self.expand, self.dim // self.heads
-        return self.op.init_state(*sizes, dtype=dtype, device=device)
+        return self._streaming_op.init_state(*sizes, dtype=dtype, device=device)
 
     def _step(self, x: Tensor, state: Any, **inputs: Tensor) -> tuple[Tensor, Any]:
-        out, state = self.op.step(*self._heads(x), state)
+        out, state = self._streaming_op.step(*self._heads(x), state)
         return self._merged(out, x), state
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
-from foveate.nn.parts.heads import HeadScheme, split
+from foveate.nn.parts.heads import HeadScheme, QKNorm, head_norm, split
 from foveate.nn.parts.positions import Position
 from foveate.ops.operator import Operator
 
@@ -36,9 +36,13 @@ class MixtureOfHeadAttention(HeadScheme):
             the K heads with the longest queries and weighs each with 1 (in training with the gradient of its share).
         rescale: whether gates have mean 1, as in the release for images; else they are the paper's bare shares.
         kv_heads: Hkv, a divisor of H; H where None.
+        head_dim: D; `dim / heads` where None. The release's larger diffusion models have 8, 16 or 24 heads by layer,
+            all of one width.
+        qk_norm: the norm of each head's queries and keys: False, True or "rms" (RMSNorm), or "layer" (LayerNorm), which
+            is the release's. The router "query_norm" compares queries as they are before it.
         op: an operator or its key.
         position: how positions enter, or None. The router sees queries before they are turned.
-        bias: whether projections have biases; the router has none.
+        bias: whether all projections have biases; the router has none.
 
     Raises:
         OptionError: an option out of range, or a split of the heads that leaves nothing on.
@@ -50,9 +54,10 @@ class MixtureOfHeadAttention(HeadScheme):
     def __init__(
         self, dim: int, heads: int = 8, shared_heads: int = 4, routed_active: int = 2, *,
         router: Literal["linear", "query_norm"] = "linear", rescale: bool = True, kv_heads: int | None = None,
-        op: str | Operator = "softmax", position: Position | None = None, bias: bool = False,
+        head_dim: int | None = None, qk_norm: QKNorm = False, op: str | Operator = "softmax",
+        position: Position | None = None, bias: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(dim, heads, kv_heads=kv_heads, op=op, position=position, bias=bias)
+        super().__init__(dim, heads, kv_heads=kv_heads, head_dim=head_dim, op=op, position=position, bias=bias)
         validate.count("shared_heads", shared_heads, 0)
         validate.count("routed_active", routed_active, 0)
         validate.one_of("router", router, ("linear", "query_norm"))
@@ -68,20 +73,27 @@ class MixtureOfHeadAttention(HeadScheme):
         self.q = nn.Linear(dim, heads * self.head_dim, bias)
         self.k = nn.Linear(dim, self.kv_heads * self.head_dim, bias)
         self.v = nn.Linear(dim, self.kv_heads * self.head_dim, bias)
+        self.q_norm = head_norm("qk_norm", qk_norm, self.head_dim)
+        self.k_norm = head_norm("qk_norm", qk_norm, self.head_dim)
         linear = router == "linear"
         self.routed = nn.Linear(dim, routed, bias=False) if linear and routed else None
         self.shared = nn.Linear(dim, shared_heads, bias=False) if linear and shared_heads > 1 else None
         self.groups = nn.Linear(dim, 2, bias=False) if linear and routed and shared_heads else None
 
     def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return split(self.q(x), self.heads), split(self.k(source), self.kv_heads), split(self.v(source), self.kv_heads)
+        q, k, v = self._queries(x), split(self.k(source), self.kv_heads), split(self.v(source), self.kv_heads)
+        return (q, k, v) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k), v)
 
     def weigh(self, out: Tensor, x: Tensor, q: Tensor) -> Tensor:
-        return out * self._gates(x, q).transpose(1, 2)[..., None]
+        asks = q if self.q_norm is None or self.routed is not None else self._queries(x)
+        return out * self._gates(x, asks).transpose(1, 2)[..., None]
+
+    def _queries(self, x: Tensor) -> Float[Tensor, "b h n d"]:
+        return split(self.q(x), self.heads)
 
     def gates(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h"]:
         """Each head's weight for each token."""
-        return self._gates(x, split(self.q(x), self.heads))
+        return self._gates(x, self._queries(x))
 
     def _gates(self, x: Tensor, q: Tensor) -> Tensor:
         if self.routed is None and self.shared_heads < self.heads:
@@ -112,7 +124,7 @@ class MixtureOfHeadAttention(HeadScheme):
         """
         if not self.routed_active:
             return x.new_zeros(())
-        share = self._shares(split(self.q(x), self.heads)) if self.routed is None else self.routed(x).softmax(-1)
+        share = self._shares(self._queries(x)) if self.routed is None else self.routed(x).softmax(-1)
         return balance_loss(share, self.routed_active)
 
     @classmethod

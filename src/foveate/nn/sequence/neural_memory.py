@@ -6,7 +6,7 @@ Titans: Learning to Memorize at Test Time (2025), arXiv 2501.00663.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self, final
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,13 @@ class NeuralMemory(StreamingLayer):
 
     Args:
         dim: C. heads: H, memories side by side, each of width `C / H`.
-        depth, expansion, chunk, reads: of the memory; see `foveate.ops.Titans`.
+        depth, expansion, chunk, reads, activation, max_grad_norm: of the memory; see `foveate.ops.Titans`. Tokens that
+            are not normalised before the layer want a `max_grad_norm`, such as 1.
         conv: tokens that each convolution sees; 0 for none.
 
     Raises:
         OptionError: an option out of range.
+        DivergedError: the memory's weights have grown until an answer is NaN or inf.
     """
 
     capabilities = replace(
@@ -61,12 +63,15 @@ class NeuralMemory(StreamingLayer):
 
     def __init__(
         self, dim: int, heads: int = 1, *, depth: int = 2, expansion: int = 2, chunk: int = 16, reads: Reads = "token",
-        conv: int = 4,
+        activation: Literal["silu", "gelu"] = "silu", max_grad_norm: float | None = None, conv: int = 4,
     ) -> None:  # fmt: skip
         super().__init__(dim, heads)
         validate.count("conv", conv, 0)
         self.head_dim = width(dim, heads, None)
-        self.op = Learner(heads, self.head_dim, depth=depth, expansion=expansion, chunk=chunk, reads=reads)
+        self.op = Learner(
+            heads, self.head_dim, depth=depth, expansion=expansion, chunk=chunk, reads=reads, activation=activation,
+            max_grad_norm=max_grad_norm,
+        )  # fmt: skip
         self.q = Linear(dim, dim, bias=False)
         self.k = Linear(dim, dim, bias=False)
         self.v = Linear(dim, dim, bias=False)
@@ -147,10 +152,11 @@ class Titans(StreamingLayer):
         dim: C. heads: H, of attention and of the memory.
         persistent: persistent tokens.
         position: how positions enter attention; None or a scheme without a bias, such as `Rotary()`.
-        memory: options of `NeuralMemory`: depth, expansion, chunk, reads, conv.
+        memory: options of `NeuralMemory`: depth, expansion, chunk, reads, activation, max_grad_norm, conv.
 
     Raises:
         OptionError: an option out of range.
+        DivergedError: the memory's weights have grown until an answer is NaN or inf.
     """
 
     capabilities = replace(

@@ -34,7 +34,7 @@ class WindowState:
     """The memory, and a cache of the persistent tokens and those of the window."""
 
     memory: NeuralMemoryState
-    attention: HeadState
+    attention: HeadState | None  # None after a call that keeps no state
 
 
 class Windowed(Titans):
@@ -170,11 +170,14 @@ class MemoryAsContext(Titans):
 
     def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         if mask is None:
-            return self._prefill(x)[0]
+            return self._walk(x, None)[0]
         seen = masks.keys_of(mask, x.shape[0], x.shape[1])
-        return self._prefill(x.masked_fill(~seen[..., None], 0.0), seen)[0]
+        return self._walk(x.masked_fill(~seen[..., None], 0.0), seen)[0]
 
-    def _prefill(self, x: Tensor, seen: Tensor | None = None) -> tuple[Tensor, ContextState]:  # type: ignore[override]
+    def _prefill(self, x: Tensor, **inputs: Tensor) -> tuple[Tensor, ContextState]:
+        return self._walk(x, None)
+
+    def _walk(self, x: Tensor, seen: Tensor | None) -> tuple[Tensor, ContextState]:
         state, out = self._init_state(x.shape[0], x.dtype, x.device), [x[:, :0]]
         for start in range(0, x.shape[1], self.segment):
             part = slice(start, start + self.segment)

@@ -1,4 +1,4 @@
-"""Linear attention with a fixed decay per head: what the two Lightning papers share, decays and the tiled scan."""
+"""Linear attention with a fixed decay per head: the decays and the tiled scan that the two Lightning papers share."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.core.readable import is_clean
 from foveate.ops.base.linear import Linear
-from foveate.ops.functional import alibi, causal
+from foveate.ops.functional import alibi
+from foveate.ops.functional.causal import causal_product
 from foveate.ops.operator import CAUSAL_PATTERNS
 
 Variant = Literal["paper", "release"]
 
 
 class FixedDecay(Linear, ABC):
-    """`out_i = sum_{j <= i} decay^(i - j) (q_i . k_j) v_j`: no softmax, no feature map, no normaliser. Causal only.
+    """`out_i = sum_{j <= i} decay^(i - j) (q_i . k_j) v_j`: no softmax, no feature map, no normalizer. Causal only.
 
     Args:
         decay: the factor per step of each head, `(H,)` in (0, 1], or "transnormer" for `transnormer_decay`.
-        layer, depth: which layer of how many, for "transnormer": later layers look further back.
-        variant: which slopes "transnormer" means; see `transnormer_decay`.
-        block: tokens in a block; it changes the speed, not the result.
+        layer, depth: the layer's number and the number of layers, for "transnormer": later layers look further back.
+        variant: the slopes of "transnormer"; see `transnormer_decay`.
+        block: tokens in a block. It changes the speed, not the result.
 
     The decay is a constant: it gets no gradient. `scale` is 1 unless a call says otherwise.
     """
 
     capabilities = replace(Linear.capabilities, patterns=CAUSAL_PATTERNS, default_scale=1.0)
-    normalised: ClassVar[bool] = False
+    normalized: ClassVar[bool] = False
 
     def __init__(
         self, decay: Tensor | Sequence[float] | Literal["transnormer"] = "transnormer", *, layer: int = 0,
         depth: int = 1, variant: Variant = "paper", block: int = 64,
     ) -> None:  # fmt: skip
         super().__init__()
-        transnormer_decay(1, layer, depth, variant)  # refuses what it cannot take
+        transnormer_decay(1, layer, depth, variant)  # raises on invalid options
         validate.count("block", block, 1)
         self.layer, self.depth, self.variant, self.block = layer, depth, variant, block
         self.decay = None if isinstance(decay, str) and decay == "transnormer" else _checked(decay)
@@ -64,11 +65,11 @@ class FixedDecay(Linear, ABC):
 
 
 def transnormer_decay(heads: int, layer: int = 0, depth: int = 1, variant: Variant = "paper") -> Tensor:
-    """The decays `(heads,)`, in float64, that TransNormerLLM gives to layer `layer` of `depth`.
+    """Return the decays `(heads,)`, in float64, that TransNormerLLM gives to layer `layer` of `depth`.
 
     "paper": `exp(-(8 h / H)(1 - l / L))`; head 0 never forgets. "release": `exp(-s_h (1 - l / (L - 1) + 1e-5))` with
-    ALiBi's slopes `s_h = 2^(-8 (h + 1) / H)`, which for a number of heads that is no power of two are those of the next
-    smaller one, filled up with every other slope of the next larger one.
+    ALiBi's slopes `s_h = 2^(-8 (h + 1) / H)`. If the number of heads is no power of two, these are the slopes of the
+    next smaller power, filled up with every other slope of the next larger one.
     """
     validate.count("heads", heads, 1)
     validate.count("depth", depth, 1)
@@ -82,7 +83,7 @@ def transnormer_decay(heads: int, layer: int = 0, depth: int = 1, variant: Varia
 
 
 def _checked(decay: Any) -> tuple[float, ...]:
-    """The decays as plain numbers: a module's `.half()` must not round them, as 0.999 would be to 1."""
+    """Return the decays as plain numbers, since a module's `.half()` would round 0.999 to 1."""
     try:
         given = torch.as_tensor(decay, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -93,16 +94,16 @@ def _checked(decay: Any) -> tuple[float, ...]:
 
 
 def scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, block: int) -> Tensor:
-    """The causal output from `state` on, where the decay is the same for every token: `log_decay (1, H, N)`.
+    """Return the causal output from `state` on, for one decay for all tokens: `log_decay (1, H, N)`.
 
-    What it keeps for the backward pass are its inputs. It cannot be differentiated twice.
+    It keeps only its inputs for the backward pass. It cannot be differentiated twice.
     """
     assert log_decay is not None
     return _Tiled.apply(q, k, v, state, log_decay[0, :, 0], block)
 
 
 class _Tiled(torch.autograd.Function):
-    """One sweep forward; backward one sweep forward for the queries and one in reverse for the keys and values."""
+    """One forward sweep; the backward pass sweeps forward for queries and in reverse for keys and values."""
 
     generate_vmap_rule = True
 
@@ -112,11 +113,11 @@ class _Tiled(torch.autograd.Function):
         ctx.block = inputs[5]
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, state: Tensor, rate: Tensor, block: int) -> Tensor:  # type: ignore[override]
+    def forward(q: Tensor, k: Tensor, v: Tensor, state: Tensor, rate: Tensor, block: int) -> Tensor:
         out, clean = torch.empty_like(v[:, :, : q.shape[2]]), is_clean(v)
         for at, tile in _tiles(q.shape[2], block, rate):
             inside = tile.weigh(q[:, :, at] @ k[:, :, at].mT)
-            own = inside @ v[:, :, at] if clean else causal.product(inside, v[:, :, at])
+            own = inside @ v[:, :, at] if clean else causal_product(inside, v[:, :, at])
             out[:, :, at] = own + tile.since * (q[:, :, at] @ state)
             state = tile.whole * state + (tile.until * k[:, :, at]).mT @ v[:, :, at]
         return out
@@ -154,12 +155,12 @@ class _Tile:
         self.whole = torch.exp(rate * n)
 
     def weigh(self, products: Tensor) -> Tensor:
-        """Products of queries and keys as weights: later keys have none, whatever they hold. In place."""
+        """Turn products of queries and keys into weights, in place; later keys have weight 0, even if they hold NaN."""
         return products.mul_(self.inside).tril_()
 
 
 def _tiles(n: int, block: int, rate: Tensor) -> list[tuple[slice, _Tile]]:
-    """The blocks of `n` tokens; all but a ragged last one share their powers."""
+    """Yield the blocks of `n` tokens; all but a ragged last one share their powers."""
     whole, rest = divmod(n, block)
     tile = _Tile(block, rate) if whole else None
     tiles = [(slice(index * block, (index + 1) * block), tile) for index in range(whole)]

@@ -1,10 +1,10 @@
-"""Operators that are one engine call over all keys so far: what the dense and the sparse family have in common."""
+"""Operators that run one engine call over all keys so far: the base of the dense and the sparse family."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import final
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
@@ -16,19 +16,25 @@ from foveate.ops.base.streaming import Streaming
 
 
 class Cached(Streaming):
-    """A call goes to an engine as it is, or prepared; streaming is the same call on a growing cache, with one query."""
+    """An operator that sends a prepared call to an engine; a streaming step is such a call on a cache."""
+
+    state_type: ClassVar[type[KVState]] = KVState
 
     @abstractmethod
     def _prepared(self, call: AttentionCall) -> AttentionCall:
         """Return the call that an engine computes."""
 
     def trim_state(self, state: KVState) -> KVState:
-        """Return what a stream goes on with: everything, unless a mechanism never looks at some of it again."""
+        """Return the state that a stream continues with; override it to drop keys that are never read again."""
         return state
 
     def selection_macs(self, q: Tensor, k: Tensor, causal: bool) -> int:
-        """Count multiply-adds before queries read: to choose keys by content, or to share them out. For plans."""
+        """Count the multiply-adds that choose keys by content or assign them to queries; plans use it."""
         return 0
+
+    def _resumed(self, call: AttentionCall, state: Any) -> AttentionCall:
+        """Return the call that an engine computes for a step's query, over what the state holds."""
+        return self._prepared(replace(call, k=state.k, v=state.v))
 
     @final
     def _attend(self, call: AttentionCall) -> Tensor:
@@ -44,17 +50,18 @@ class Cached(Streaming):
 
     @final
     def _init_state(self, sizes: StateSizes) -> KVState:
-        return KVState.empty(sizes.batch, sizes.kv_heads, sizes.key_dim, sizes.value_dim, sizes.dtype, sizes.device)
+        shape = sizes.batch, sizes.kv_heads, sizes.key_dim, sizes.value_dim
+        return self.state_type.empty(*shape, sizes.dtype, sizes.device)
 
     @final
     def _step(self, call: AttentionCall, state: KVState) -> tuple[Tensor, KVState]:
         state = self.trim_state(state.append(call.k, call.v))
-        return self._attend(replace(call, k=state.k, v=state.v)), state
+        return engines.run(self._resumed(call, state), call.engine), state
 
     @final
     def _prefill(self, call: AttentionCall, state: KVState | None) -> tuple[Tensor, KVState]:
         if state is None:
-            return self._attend(call), self.trim_state(KVState(call.k, call.v))
+            return self._attend(call), self.trim_state(self.state_type.of(call.k, call.v))
         if type(self).trim_state is not Cached.trim_state or call.inputs:  # places in a trimmed state are not those
             return super()._prefill(call, state)  # of the sequence, and earlier tokens' inputs are gone
         state = state.append(call.k, call.v)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from foveate.core import masks as mask_algebra, validate
 from foveate.core.call import AttentionCall, Plan, StateSizes
-from foveate.core.errors import ShapeError, UnsupportedPattern
+from foveate.core.errors import DivergedError, ShapeError, UnsupportedPattern
+from foveate.core.readable import is_clean
 from foveate.ops.base.streaming import Streaming
 from foveate.ops.functional.fast_weights import Layer, Outer, Path, Shares, Weights, shares, shares_at_the_end, still
 from foveate.ops.functional.heads import accumulating, per_query_head
@@ -59,6 +60,11 @@ class Memory(Streaming):
     With `reads="chunk"` the weights at the start of a chunk answer all of its queries: cheaper, but its tokens do not
     see what the chunk itself writes, their own keys and values included. What is written is the same.
 
+    A step on a loud token may overshoot, and the next one more, until the weights are infinite. `max_grad_norm` bounds
+    the norm of a token's gradient in each layer, so that all stays finite; without it, a call (of `step` too) whose
+    answers are NaN or inf though its inputs are finite raises `DivergedError`. Looking at them costs one wait for the
+    device per call.
+
     Engines: "chunked" (the default), "recurrent" (token by token). They agree up to rounding for every chunk size.
 
     A system writes `initial`, `read` and `surprise`; where the weights are not the memory itself, also `link`, and says
@@ -77,8 +83,9 @@ class Memory(Streaming):
     linked: bool = False
 
     def __init__(
-        self, *, alpha: float, eta: float, theta: float, chunk: int, unit: bool, reads: Reads = "token", **more: float
-    ) -> None:
+        self, *, alpha: float, eta: float, theta: float, chunk: int, unit: bool, reads: Reads = "token",
+        max_grad_norm: float | None = None, **more: float,
+    ) -> None:  # fmt: skip
         """`unit`: whether queries and keys are scaled to length 1 first. `more`: further rates, by name."""
         super().__init__()
         validate.between("alpha", alpha, 0, 1)
@@ -86,8 +93,10 @@ class Memory(Streaming):
         validate.at_least("theta", theta, 0)
         validate.count("chunk", chunk, 1)
         validate.one_of("reads", reads, ("token", "chunk"))
+        if max_grad_norm is not None:
+            validate.at_least("max_grad_norm", max_grad_norm, 0)
         self.rates = {"alpha": alpha, "eta": eta, "theta": theta, **more}
-        self.chunk, self.unit, self.reads = chunk, unit, reads
+        self.chunk, self.unit, self.reads, self.max_grad_norm = chunk, unit, reads, max_grad_norm
 
     # -- what a system writes ------------------------------------------------------------------------------------------
 
@@ -144,6 +153,7 @@ class Memory(Streaming):
         if not n_keys:
             return call.no_output, state
         out, state = run(F.pad(q, (0, 0, n_keys - n_queries, 0)), k, v, rates, state)
+        self._check_finite(out, q, k, v, *rates.values())
         if fresh and hidden is not None:
             # where nothing has been seen there is no answer, whatever the first weights would say
             out = out.masked_fill(hidden.cummin(-1).values[..., None], 0.0)
@@ -168,7 +178,7 @@ class Memory(Streaming):
         for t, part in enumerate(shared):
             here = {name: rate[t] for name, rate in rates_of.items()}
             anchor = tuple(map(self.link, memory))
-            gradients = self.surprise(anchor, ks[t], vs[t], here)
+            gradients = self._bounded(self.surprise(anchor, ks[t], vs[t], here))
             paths = [Path(*each, part) for each in zip(memory, momentum, gradients, strict=True)]
             out.append(self.read(self._met(anchor, paths), qs[t]))
             memory, momentum = zip(*(path.end() for path in paths), strict=True)
@@ -197,7 +207,7 @@ class Memory(Streaming):
         self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState
     ) -> tuple[Tensor, MemoryState]:
         """The definition: write one token, then read; "chunk" reads what was there when the chunk began."""
-        gradients = self.surprise(state.anchor, k, v, rates)
+        gradients = self._bounded(self.surprise(state.anchor, k, v, rates))
         alpha, eta, theta, write = (rates[name][..., None] for name in ("alpha", "eta", "theta", "write"))
         moved = zip(state.momentum, gradients, strict=True)
         momentum = tuple(eta * s - theta * (u.left.mT @ u.right) for s, u in moved)
@@ -235,8 +245,31 @@ class Memory(Streaming):
 
     @final
     def _step(self, call: AttentionCall, state: MemoryState) -> tuple[Tensor, MemoryState]:
-        out, state = self._token(*self._prepared(call, None), self._rates(call, None), state)
+        prepared, rates = self._prepared(call, None), self._rates(call, None)
+        out, state = self._token(*prepared, rates, state)
+        self._check_finite(out, *prepared, *rates.values())
         return out.to(call.q.dtype), state
+
+    def _bounded(self, gradients: tuple[Outer, ...]) -> tuple[Outer, ...]:
+        """Gradients whose norms are at most `max_grad_norm`, token by token and layer by layer."""
+        most = self.max_grad_norm
+        if most is None:
+            return gradients
+        tiny = torch.finfo(gradients[0].left.dtype).tiny
+        # the norm of an outer product is the product of the norms
+        lengths = [_length(u.left) * _length(u.right) for u in gradients]
+        shares = [most / length.clamp_min(max(most, tiny)) for length in lengths]
+        return tuple(Outer(u.left * share, u.right) for u, share in zip(gradients, shares, strict=True))
+
+    def _check_finite(self, out: Tensor, *given: Tensor) -> None:
+        """Refuse answers that are not finite though all that was given is."""
+        if is_clean(out) or bool(out.isfinite().all()) or not all(bool(x.isfinite().all()) for x in given):
+            return
+        remedy = "a smaller theta" if self.max_grad_norm is not None else "max_grad_norm=1.0, or a smaller theta"
+        raise DivergedError(
+            f"{self.name}'s memory diverged: its steps grew until its weights were not finite; {remedy}, inputs of "
+            f"unit size, or a smaller chunk (now {self.chunk}) keep it bounded"
+        )
 
     def _begin(self, batch: int, heads: int, key_dim: int, value_dim: int, like: Tensor) -> MemoryState:
         memory = tuple(m.expand(batch, *m.shape) for m in self.initial(heads, key_dim, value_dim, like))
@@ -265,3 +298,7 @@ class Memory(Streaming):
         if hidden is None:
             return rates
         return {name: rate.masked_fill(hidden, _ABSENT.get(name, 1.0)) for name, rate in rates.items()}
+
+
+def _length(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -1,6 +1,6 @@
-"""Distribution functions: how logits become weights, in the forms that An Attentive Survey of Attention Models lists.
+"""Distribution functions, which turn logits into weights, in the forms of An Attentive Survey of Attention Models.
 
-All of them work over the last axis, give weight 0 where a logit is -inf, and zeros where all are.
+All of them work over the last axis, give weight 0 to a logit of -inf, and zeros to a row of only -inf.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.autograd.function import once_differentiable
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, shown
 from foveate.core.scoring import safe_softmax
-from foveate.ops.functional import local_window as location
+from foveate.ops.functional import local_window
 
 
 def entmax(logits: Float[Tensor, "... k"], alpha: float = 1.5) -> Float[Tensor, "... k"]:
-    """alpha-entmax: the distribution p that maximises `p . logits` plus the Tsallis entropy of order alpha.
+    """Return alpha-entmax: the distribution p that maximises `p . logits` plus the Tsallis entropy of order alpha.
 
     `p = max(0, (alpha - 1) logits - tau) ** (1 / (alpha - 1))`, with the tau for which it sums to 1. alpha = 1 is the
-    softmax; from there on weights can be 0, and the more are the larger alpha is. alpha = 2 (sparsemax) and 1.5 are
-    exact by one sort; tau is bisected for others. (Peters, Niculae, Martins 2019; Martins, Astudillo 2016.)
+    softmax; above it, weights can be 0, and a larger alpha gives more zeros. One sort makes alpha = 2 (sparsemax) and
+    1.5 exact; other values bisect tau. (Peters, Niculae, Martins 2019; Martins, Astudillo 2016.)
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 1 <= alpha < math.inf:
         raise OptionError(f"alpha={shown(alpha)} must be a finite number, at least 1")
@@ -33,25 +33,25 @@ def entmax(logits: Float[Tensor, "... k"], alpha: float = 1.5) -> Float[Tensor, 
 
 
 def sparsemax(logits: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
-    """The Euclidean projection of the logits onto the simplex: entmax with alpha = 2."""
+    """Return the Euclidean projection of the logits onto the simplex: entmax with alpha = 2."""
     return entmax(logits, 2.0)
 
 
 def argmax(logits: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
-    """All weight on the largest logit, the first of equals. No gradient."""
+    """Put all weight on the largest logit, the first of equals. No gradient."""
     best = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    return best.masked_fill(logits == masks.NEVER, 0.0)
+    return best.masked_fill(logits == masks.NEG_INF, 0.0)
 
 
 def sample(logits: Float[Tensor, "... k"], uniform: Float[Tensor, "..."]) -> Float[Tensor, "... k"]:
-    """All weight on one key, drawn from the softmax by a number in [0, 1) for each row. No gradient."""
+    """Put all weight on one key, drawn from the softmax by a number in [0, 1) for each row. No gradient."""
     heights = safe_softmax(logits.detach().double()).cumsum(-1)
     drawn = (heights <= uniform.double()[..., None] * heights[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
     one = torch.nn.functional.one_hot(drawn, logits.shape[-1]).to(logits.dtype)
-    return one.masked_fill(logits == masks.NEVER, 0.0)
+    return one.masked_fill(logits == masks.NEG_INF, 0.0)
 
 
-#: Distributions that need nothing but logits.
+#: Distributions that need only logits.
 DISTRIBUTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": safe_softmax,
     "sparsemax": sparsemax,
@@ -61,15 +61,15 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LocalWindow(nn.Module):
-    """The window of local-p attention: each query predicts where to look.
+    """The window of local-p attention: each query predicts the centre of its window.
 
     The centre is `p = S sigmoid(v . tanh(W q))` for S visible keys at positions counted from 0; keys within `window` of
-    it are seen, and their weights are multiplied by `exp(-(s - p)^2 / (2 sigma^2))`, without normalising them again.
+    it are seen, and their weights are multiplied by `exp(-(s - p)^2 / (2 sigma^2))`, without another normalization.
 
     Args:
         heads, head_dim: H and D.
         window: keys to either side, Luong's D; may be infinite.
-        sigma: of the Gaussian; half of the window where None.
+        sigma: the width of the Gaussian; None for half of the window.
     """
 
     def __init__(self, heads: int, head_dim: int, window: float, sigma: float | None = None) -> None:
@@ -86,16 +86,16 @@ class LocalWindow(nn.Module):
         self.v = nn.Parameter(torch.empty(heads, head_dim).uniform_(-bound, bound))
 
     def centre(self, q: Float[Tensor, "b h q d"], seen: Tensor) -> Float[Tensor, "b h q"]:
-        """Where each query looks; `seen (Nq,)` is the number of keys that it may see."""
-        return location.predicted(q, self.w.mT, self.v, seen.expand(q.shape[2])[:, None]).squeeze(-1)
+        """Return each query's centre; `seen (Nq,)` is the number of keys that it may see."""
+        return local_window.predicted(q, self.w.mT, self.v, seen.expand(q.shape[2])[:, None]).squeeze(-1)
 
     def cut(self, logits: Tensor, centre: Tensor, keys: Tensor) -> Float[Tensor, "b h q k"]:
-        """-inf outside of the window."""
-        return location.cut(logits, keys, centre[..., None], self.window)
+        """Set logits outside of the window to -inf."""
+        return local_window.cut(logits, keys, centre[..., None], self.window)
 
     def dampen(self, weights: Tensor, centre: Tensor, keys: Tensor) -> Float[Tensor, "b h q k"]:
-        """Weights times the Gaussian."""
-        return weights * location.log_bell(keys, centre[..., None], self.sigma).exp().to(weights.dtype)
+        """Multiply weights by the Gaussian."""
+        return weights * local_window.log_bell(keys, centre[..., None], self.sigma).exp().to(weights.dtype)
 
 
 class _Entmax(torch.autograd.Function):
@@ -108,14 +108,14 @@ class _Entmax(torch.autograd.Function):
         ctx.save_for_backward(output[1])
 
     @staticmethod
-    def forward(logits: Tensor, alpha: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The weights, and the same as wide as they were computed."""
-        empty = (logits == masks.NEVER).all(-1, keepdim=True)
+    def forward(logits: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """Return the weights, and a copy in the dtype of the computation."""
+        empty = (logits == masks.NEG_INF).all(-1, keepdim=True)
         x = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(empty, 0.0)
         x = (alpha - 1) * (x - x.amax(-1, keepdim=True))
         tau = {1.5: _tau_one_and_a_half, 2.0: _tau_two}.get(alpha, _tau_bisected)(x, alpha).clamp(
             min=-1.0
-        )  # what lies 1 below the top has no weight
+        )  # a logit 1 below the largest has no weight
         weights = (x - tau).clamp(min=0.0) ** (1 / (alpha - 1))
         weights = (weights / weights.sum(-1, keepdim=True)).masked_fill(empty, 0.0)
         return weights.to(logits.dtype), weights.clone()
@@ -132,7 +132,7 @@ class _Entmax(torch.autograd.Function):
 
 
 def _tau_two(x: Tensor, alpha: float) -> Tensor:
-    """The threshold of the longest leading run of sorted logits that all stay above their own threshold."""
+    """Return the threshold of the longest leading run of sorted logits that all stay above their own threshold."""
     top = x.sort(-1, descending=True).values
     count = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
     tau = (top.cumsum(-1) - 1) / count
@@ -140,7 +140,7 @@ def _tau_two(x: Tensor, alpha: float) -> Tensor:
 
 
 def _tau_one_and_a_half(x: Tensor, alpha: float) -> Tensor:
-    """As for sparsemax, where the threshold of a run solves a quadratic equation."""
+    """Return the threshold as `_tau_two` does; that of a run solves a quadratic equation."""
     top = x.sort(-1, descending=True).values
     count = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
     mean, square = top.cumsum(-1) / count, (top**2).cumsum(-1) / count
@@ -149,12 +149,12 @@ def _tau_one_and_a_half(x: Tensor, alpha: float) -> Tensor:
 
 
 def _last(tau: Tensor, above: Tensor) -> Tensor:
-    """The threshold of the longest run; in a row that holds NaN none is above anything, and NaN is what comes out."""
+    """Return the threshold of the longest run; a row that holds NaN gives NaN."""
     return tau.gather(-1, (above.sum(-1, keepdim=True) - 1).clamp(min=0))
 
 
 def _tau_bisected(x: Tensor, alpha: float) -> Tensor:
-    low = torch.full_like(x[..., :1], -1.0)  # here the top alone has all the weight, or more
+    low = torch.full_like(x[..., :1], -1.0)  # at this tau the largest logit alone has a weight of 1 or more
     width = low.new_tensor(1 - x.shape[-1] ** (1 - alpha))
     for _ in range(60 if x.dtype == torch.float64 else 30):
         width = width / 2

@@ -23,12 +23,12 @@ Bias = Literal["none", "scalar", "vector"]
 
 @final
 class Hedgehog(Linear):
-    """Weights `phi_q(q_i) . phi_k(k_j)`, normalised over the keys, with one learned map per head for q and one for k.
+    """Weights `phi_q(q_i) . phi_k(k_j)`, normalized over the keys, with one learned map per head for q and one for k.
 
-    `phi(x)` makes 2D positive features of `y = gain (W x + b)`: a spiky, nearly monotone stand-in for `exp(q . k)`, at
-    O(N D Dv) cost and with a state of 2D x (Dv + 1) numbers per head. Made to take the place of a softmax: train the
-    maps with `foveate.train.distill`, then the model. Untrained (W = 1, b = 0) it is already lower in
-    entropy than `elu + 1`. The wrong choice where nothing can be trained.
+    `phi(x)` makes 2F positive features of `y = gain (W x + b)`, with W `(F, D)`: a spiky, nearly monotone stand-in for
+    `exp(q . k)`, at O(N F (D + Dv)) cost and with a state of 2F x (Dv + 1) numbers per head. Made to take the place of
+    a softmax: train the maps with `foveate.train.distill`, then the model. Untrained (W = 1, b = 0) it is already lower
+    in entropy than `elu + 1`. The wrong choice where nothing can be trained.
 
     Args:
         heads, head_dim: Hq and D of the calls to come.
@@ -39,6 +39,8 @@ class Hedgehog(Linear):
         gain: factor on `W x + b`; the port in flash-linear-attention uses 2, with form "softmax", shared=True.
         bias: "vector", one "scalar" per map, or "none".
         shared: one map for all heads in place of one per head.
+        feature_dim: F; D where None, as in the paper. W starts as an identity of F rows and D columns. Fewer features
+            make the state smaller, and before training the channels from F on have no effect.
 
     `scale` is the factor on the dot products: its square root goes to q and to k before the maps. It is 1 unless a call
     says otherwise; `head_dim ** -0.5` gives the two of them `head_dim ** -0.25` each.
@@ -53,11 +55,13 @@ class Hedgehog(Linear):
 
     def __init__(
         self, heads: int, head_dim: int, form: Form = "softmax", *, gain: float = 1.0, bias: Bias = "vector",
-        shared: bool = False,
+        shared: bool = False, feature_dim: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.query_map = FeatureMap(heads, head_dim, form, gain=gain, bias=bias, shared=shared)
-        self.key_map = FeatureMap(heads, head_dim, form, gain=gain, bias=bias, shared=shared)
+        self.query_map, self.key_map = (
+            FeatureMap(heads, head_dim, form, gain=gain, bias=bias, shared=shared, feature_dim=feature_dim)
+            for _ in range(2)
+        )
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:
         return self.query_map(_rooted(q, scale))
@@ -66,7 +70,7 @@ class Hedgehog(Linear):
         return self.key_map(_rooted(k, scale))
 
     def feature_macs(self, width: int) -> int:
-        return width**2
+        return width * self.query_map.weight.shape[1]
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
@@ -75,10 +79,15 @@ class Hedgehog(Linear):
 
 @final
 class FeatureMap(nn.Module):
-    """`x (B, H, N, D) -> (B, H, N, 2D)`: Hedgehog's features, at first of x itself. Options as for `Hedgehog`."""
+    """`x (B, H, N, D) -> (B, H, N, 2F)`: Hedgehog's features, at first of x itself. Options as for `Hedgehog`."""
 
-    def __init__(self, heads: int, head_dim: int, form: Form, *, gain: float, bias: Bias, shared: bool) -> None:
+    def __init__(
+        self, heads: int, head_dim: int, form: Form, *, gain: float, bias: Bias, shared: bool,
+        feature_dim: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        feature_dim = head_dim if feature_dim is None else feature_dim
+        validate.count("feature_dim", feature_dim, 1)
         validate.count("heads", heads, 1)
         validate.count("head_dim", head_dim, 1)
         validate.at_least("gain", gain, 0)
@@ -86,8 +95,8 @@ class FeatureMap(nn.Module):
         validate.one_of("bias", bias, ("none", "scalar", "vector"))
         self.heads, self.head_dim, self.form, self.gain = heads, head_dim, form, gain
         maps = 1 if shared else heads
-        self.weight = nn.Parameter(torch.eye(head_dim).repeat(maps, 1, 1))
-        width = {"none": 0, "scalar": 1, "vector": head_dim}[bias]
+        self.weight = nn.Parameter(torch.eye(feature_dim, head_dim).repeat(maps, 1, 1))
+        width = {"none": 0, "scalar": 1, "vector": feature_dim}[bias]
         self.bias = nn.Parameter(torch.zeros(maps, 1, width)) if width else None
 
     def forward(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n f"]:

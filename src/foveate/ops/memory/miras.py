@@ -62,6 +62,7 @@ class Miras(Memory):
         unit: scale queries and keys to length 1, as the paper does.
         memory: as above; the presets have "mlp".
         heads, head_dim, value_dim: Hq, D and Dv of the calls to come; MLPs need to know them.
+        max_grad_norm: as in `foveate.ops.Titans`; None, as in the paper, bounds nothing.
         generator: for an MLP's first weights, which are parameters, as are gain and shift of its norm.
 
     Departures: rates are one number per token and head, where the paper has one per channel, and does not say for which
@@ -72,6 +73,7 @@ class Miras(Memory):
     Raises:
         OptionError: an option out of range, a decay together with retention="none", or an MLP of unknown size.
         ShapeError: a call to an MLP with other heads or widths.
+        DivergedError: the memory's weights have grown until an answer is NaN or inf.
     """
 
     capabilities = replace(
@@ -85,9 +87,11 @@ class Miras(Memory):
         mass: float = 1.0, slices: Slices = "rows", smooth: float = 1e-6, alpha: float = 0.0, eta: float = 0.0,
         theta: float = 0.1, chunk: int = 16, unit: bool = True, memory: Architecture = "linear",
         heads: int | None = None, head_dim: int | None = None, value_dim: int | None = None,
-        generator: torch.Generator | None = None,
+        max_grad_norm: float | None = None, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(alpha=alpha, eta=eta, theta=theta, chunk=chunk, unit=unit, delta=delta)
+        super().__init__(
+            alpha=alpha, eta=eta, theta=theta, chunk=chunk, unit=unit, max_grad_norm=max_grad_norm, delta=delta
+        )
         validate.one_of("bias", bias, ("dot", "l2", "lp", "huber", "huber_norm", "huber_channel"))
         validate.one_of("retention", retention, ("none", "l2", "lq", "kl"))
         validate.one_of("slices", slices, ("rows", "columns", "matrix"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Self, final
+from typing import Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,9 @@ class Titans(Memory):
     Args:
         heads, head_dim: Hq and D of the calls to come.
         value_dim: Dv; `head_dim` where None.
-        depth: layers of the MLP; SiLU between them, no biases. The paper prefers 2 and more.
+        depth: layers of the MLP, without biases. The paper prefers 2 and more.
         expansion: hidden width over `head_dim`.
+        activation: between the layers, "silu" or "gelu". The paper names none; the common port has "gelu".
         alpha, eta, theta: forgetting, momentum and step, for calls that bring no tensors of these names. In the paper
             all three come from the token, through a sigmoid.
         chunk: tokens whose gradients are taken at the same weights (16 to 64 in training); 1 is the exact rule.
@@ -40,24 +41,40 @@ class Titans(Memory):
         reads: "token": a token reads the weights that it has just written. "chunk": it reads those at the start of its
             chunk. That is cheaper, but tokens of a chunk do not see what the chunk itself writes; with chunk=1 a token
             reads before it writes. What is written, and so the state that is handed on, is the same.
+        max_grad_norm: the largest norm of a token's gradient in one layer; larger ones are scaled down to it. None, as
+            in the paper: then loud inputs or long steps can make the weights grow without bound, and a call that they
+            make infinite raises `DivergedError`.
         generator: for the first weights. The last layer starts at zero, so that an empty memory answers 0.
 
-    The first weights are parameters, trained by the outer loop. Against a common port: the loss is summed over channels
-    and not averaged, rates act token by token, and token t reads the weights that it has just written. The port's
-    longer chunks have one forgetting and momentum each, and are read as with "chunk", but for the last token of a
-    chunk, which there reads what that has written.
+    The first weights are parameters, trained by the outer loop. The authors have released no code, and the paper leaves
+    open the first weights and the activation of the MLP: both are reconstructed here.
+
+    Where the common port (titans-pytorch) differs:
+        the MLP: it reads `x + norm(mlp(x))`, with a norm whose gain is a fast weight too, GELU, 4 times as wide, and
+            Xavier's first weights in all layers (here: `mlp(x)`, and zeros in the last layer).
+        the loss: averaged over channels (here summed, so that theta is `1 / Dv` of the port's).
+        rates: one forgetting and one momentum for a chunk (here all act token by token).
+        reading: as with "chunk", but for the last token of a chunk, which reads what that has written.
+        queries and keys: neither SiLU, convolution nor unit length, but a norm of the tokens before the projections.
+        steps: it can bound each gradient's norm, smoothly, and has that off by default; see `max_grad_norm`.
 
     Raises:
         OptionError: an option out of range.
         ShapeError: a call with other heads or widths.
+        DivergedError: the memory's weights have grown until an answer is NaN or inf.
     """
 
     def __init__(
         self, heads: int, head_dim: int, value_dim: int | None = None, *, depth: int = 2, expansion: int = 2,
         alpha: float = 0.01, eta: float = 0.5, theta: float = 0.1, chunk: int = 16, unit: bool = True,
-        reads: Reads = "token", generator: torch.Generator | None = None,
+        reads: Reads = "token", activation: Literal["silu", "gelu"] = "silu", max_grad_norm: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(alpha=alpha, eta=eta, theta=theta, chunk=chunk, unit=unit, reads=reads)
+        super().__init__(
+            alpha=alpha, eta=eta, theta=theta, chunk=chunk, unit=unit, reads=reads, max_grad_norm=max_grad_norm
+        )
+        validate.one_of("activation", activation, tuple(learner.ACTIVATIONS))
+        self.activation = learner.ACTIVATIONS[activation]
         value_dim = head_dim if value_dim is None else value_dim
         sizes = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim, "depth": depth, "expansion": expansion}
         for name, value in sizes.items():
@@ -71,10 +88,10 @@ class Titans(Memory):
         return learner.first("Titans", self.first, (heads, key_dim, value_dim), like)
 
     def read(self, layers: Sequence[Layer], q: Tensor) -> Tensor:
-        return learner.read(layers, q)
+        return learner.read(layers, q, self.activation)
 
     def surprise(self, weights: Weights, k: Tensor, v: Tensor, rates: Mapping[str, Tensor]) -> tuple[Outer, ...]:
-        return learner.gradients(weights, k, lambda read: 2 * (read - v))
+        return learner.gradients(weights, k, lambda read: 2 * (read - v), self.activation)
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:

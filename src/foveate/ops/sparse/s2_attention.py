@@ -5,19 +5,55 @@ Efficient LLM Training and Serving with Heterogeneous Context Sharding among Att
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Self, final
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self, final
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.core.errors import OptionError
+from foveate.core.call import AttentionCall
+from foveate.core.errors import OptionError, ShapeError
 from foveate.core.readable import remembered
 from foveate.core.selection import Blocks, Selection
+from foveate.ops.base.kv_state import KVState
 from foveate.ops.base.selective import Selective
 from foveate.ops.operator import CAUSAL_PATTERNS
+
+
+@final
+@dataclass(frozen=True)
+class S2State(KVState):
+    """The keys and values that some query head of each key/value head still needs.
+
+    Args:
+        k, v: as in `KVState`; a head that needs fewer tokens than another has zeros in the slots that are left.
+        places: the place in the sequence of what each slot holds, on the CPU; -1 for one that holds nothing.
+        seen: tokens so far.
+    """
+
+    places: Int[Tensor, "hkv n"]
+    seen: int
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> Self:
+        return cls(k, v, torch.arange(k.shape[2], device="cpu").expand(k.shape[1], -1), k.shape[2])
+
+    def append(self, k: Tensor, v: Tensor) -> S2State:
+        joined, last = super().append(k, v), self.seen + k.shape[2]
+        new = torch.arange(self.seen, last, device="cpu").expand(k.shape[1], -1)
+        return S2State(joined.k, joined.v, torch.cat([self.places, new], 1), last)
+
+    def only(self, kept: Bool[Tensor, "hkv n"]) -> S2State:
+        """Return the state with some slots of each head, in order; the numbers of slots may differ by head."""
+        count = int(kept.sum(-1).max())
+        order = kept.int().argsort(dim=-1, descending=True, stable=True)[:, :count]
+        held = kept.gather(1, order)
+        at, there = order.to(self.k.device)[None, :, :, None], held.to(self.k.device)[None, :, :, None]
+        k, v = (x.gather(2, at.expand(len(x), -1, -1, x.shape[3])).where(there, 0.0) for x in (self.k, self.v))
+        return replace(self, k=k, v=v, places=self.places.gather(1, order).where(held, -1))
 
 
 @final
@@ -25,7 +61,8 @@ class S2Attention(Selective):
     """A head sees the last `local_blocks` blocks and every `stride`-th block before, at an offset of its own. Causal.
 
     Cost O(N (local_blocks · block + N / stride) D). A block that a head skips is never needed by that head again, so
-    that its cache may drop it. A model has to be trained with it; the wrong choice for one that was not.
+    that a stream drops it: a key/value head holds about `local_blocks · block + N / stride` tokens. A model has to be
+    trained with it; the wrong choice for one that was not.
 
     Args:
         block: tokens in a block.
@@ -33,22 +70,61 @@ class S2Attention(Selective):
         stride: of the blocks further back, one in so many.
         shards: different offsets, each shared by neighbouring heads; one to each key/value head where None. Offsets are
             counted with this one number; the release mixes query and key/value heads, and then leaves gaps.
+        dense_heads: the last so many key/value heads see the whole past, with all of their queries, as in the release.
     """
 
     capabilities = replace(Selective.capabilities, patterns=CAUSAL_PATTERNS)
+    state_type: ClassVar[type[KVState]] = S2State
 
-    def __init__(self, block: int = 64, local_blocks: int = 16, stride: int = 8, shards: int | None = None) -> None:
+    def __init__(
+        self, block: int = 64, local_blocks: int = 16, stride: int = 8, shards: int | None = None, dense_heads: int = 0
+    ) -> None:
         super().__init__()
         for name, value in (("block", block), ("local_blocks", local_blocks), ("stride", stride), ("shards", shards)):
             validate.count(name, 1 if value is None else value, 1)
+        validate.count("dense_heads", dense_heads, 0)
         self.block, self.local_blocks, self.stride, self.shards = block, local_blocks, stride, shards
+        self.dense_heads = dense_heads
 
     def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
-        heads, shards = q.shape[1], self.shards or k.shape[1]
+        heads, kv_heads = q.shape[1], k.shape[1]
+        shards = self._shards(heads, kv_heads)
+        layout = (self.block, self.local_blocks, self.stride, shards, self.dense_heads * heads // kv_heads)
+        return _selection(q.shape[2], k.shape[2], heads, layout, q.device)
+
+    def _shards(self, heads: int, kv_heads: int) -> int:
+        """Return the number of different offsets among so many heads."""
+        shards = self.shards or kv_heads
         if heads % shards:
             raise OptionError(f"shards={shards} must divide the number of heads, Hq={heads}")
-        layout = (self.block, self.local_blocks, self.stride, shards)
-        return _selection(q.shape[2], k.shape[2], heads, layout, q.device)
+        if self.dense_heads > kv_heads:
+            raise OptionError(f"dense_heads={self.dense_heads} must be at most Hkv={kv_heads}")
+        return shards
+
+    # -- a stream ------------------------------------------------------------------------------------------------------
+
+    def trim_state(self, state: KVState) -> KVState:
+        assert isinstance(state, S2State)
+        kv_heads = state.k.shape[1]
+        heads = math.lcm(kv_heads, self.shards or kv_heads)  # as fine as any number of query heads divides the shards
+        needed = self._needed(state, heads).unflatten(0, (kv_heads, -1)).any(1)
+        return state if bool(needed.all()) else state.only(needed)
+
+    def _resumed(self, call: AttentionCall, state: S2State) -> AttentionCall:
+        needed = self._needed(state, call.q.shape[1])
+        mask = None if bool(needed.all()) else needed[None, :, None].to(call.q.device)
+        return replace(call, k=state.k, v=state.v, mask=mask)
+
+    def _needed(self, state: S2State, heads: int) -> Bool[Tensor, "h n"]:
+        """Return the slots that each of so many query heads reads at the last place."""
+        kv_heads = state.places.shape[0]
+        shards, groups = self._shards(heads, kv_heads), heads // kv_heads
+        shard = torch.arange(heads, device="cpu")[:, None] // (heads // shards)
+        places = state.places.repeat_interleave(groups, 0)
+        key_block, query_block = places // self.block, (state.seen - 1) // self.block
+        read = _sees(shard, query_block, key_block, shards, self.local_blocks, self.stride)
+        read[heads - self.dense_heads * groups :] = True
+        return read & (places >= 0)
 
     @classmethod
     def at_budget(cls, budget: float, length: int) -> Self:
@@ -69,25 +145,35 @@ def s2_mask(
 ) -> Bool[Tensor, "h i j"]:
     """Which key blocks j the query blocks i, from `first` on, of each shard see."""
     shard, i, j = torch.arange(shards)[:, None, None], torch.arange(first, n_blocks)[:, None], torch.arange(n_blocks)
-    kept = (j + shard * max(1, stride // shards)) % stride == 0
-    return (j <= i) & ((i - j < local_blocks) | kept)
+    return (j <= i) & _sees(shard, i, j, shards, local_blocks, stride)
+
+
+def _sees(
+    shard: Tensor, i: Tensor | int, j: Tensor, shards: int, local_blocks: int, stride: int
+) -> Bool[Tensor, "..."]:
+    """Return whether query block i of a shard sees key block j, which is not later."""
+    return (i - j < local_blocks) | ((j + shard * max(1, stride // shards)) % stride == 0)
 
 
 def is_kv_efficient(mask: Bool[Tensor, "h i j"]) -> bool:
     """Whether no head comes back to a key block that it has once skipped, so that its cache may drop what it skips."""
+    if mask.dim() != 3:
+        raise ShapeError(f"mask must be (H, query blocks, key blocks); got {tuple(mask.shape)}")
     past = torch.ones(mask.shape[1:], dtype=torch.bool).tril()
     return not bool((mask[:, 1:] & ~mask[:, :-1] & past[:-1]).any())
 
 
 @remembered
 def _selection(
-    n_queries: int, n_keys: int, heads: int, layout: tuple[int, int, int, int], device: torch.device
+    n_queries: int, n_keys: int, heads: int, layout: tuple[int, int, int, int, int], device: torch.device
 ) -> Blocks:
     """Tiles of queries count from the first query, blocks of the mask from the first key: a tile may lie in two."""
-    block, local_blocks, stride, shards = layout
+    block, local_blocks, stride, shards, dense = layout
     n_blocks, size = -(-n_keys // block), (block, block)
     skipped, shift = divmod(n_keys - n_queries, block)
-    mask = s2_mask(shards, n_blocks, local_blocks, stride, skipped).repeat_interleave(heads // shards, 0).to(device)
+    mask = s2_mask(shards, n_blocks, local_blocks, stride, skipped).repeat_interleave(heads // shards, 0)
+    mask = torch.cat([mask[: heads - dense], s2_mask(1, n_blocks, n_blocks, 1, skipped).expand(dense, -1, -1)])
+    mask = mask.to(device)
     if shift == 0:
         return Blocks(mask[None], size, n_queries, n_keys)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from foveate.tasks.base.scores import SCORES
 
@@ -17,7 +16,7 @@ class Example:
         prompt: the text that the model reads.
         answer: the expected continuation.
         spans: stretches of `prompt` by character offsets `[start, end)`, such as that of the needle.
-        answers: every accepted answer; `(answer,)` by default.
+        accepted: every accepted answer, `answer` included; empty where it is the only one.
         messages: a conversation as `{"role": ..., "content": ...}`, which the model's chat template formats;
             `prompt` then holds the same conversation as plain text.
     """
@@ -25,22 +24,30 @@ class Example:
     prompt: str
     answer: str
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
-    answers: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
     messages: tuple[dict[str, str], ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "answers", tuple(self.answers) or (self.answer,))
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every accepted answer."""
+        return self.accepted or (self.answer,)
 
 
 class Task(ABC):
     """A generator of examples and the rule that scores an answer.
 
-    Attributes:
-        metric: the default score, one of `foveate.tasks.base.scores.SCORES` or `LOSS`.
+    A class may set `name` and `metric` as plain attributes.
     """
 
-    name: str
-    metric: ClassVar[str] = "begins"
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The task's name in results."""
+
+    @property
+    def metric(self) -> str:
+        """The default score, one of `foveate.tasks.base.scores.SCORES` or `LOSS`."""
+        return "begins"
 
     @abstractmethod
     def examples(self) -> list[Example]:

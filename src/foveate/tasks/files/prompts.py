@@ -37,11 +37,11 @@ class Prompts(Task):
     answer_field: str | None = None
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return self.path.name
 
     @property
-    def metric(self) -> str:  # type: ignore[override]
+    def metric(self) -> str:
         """The score that fits the first row's format."""
         return self._read[1]
 

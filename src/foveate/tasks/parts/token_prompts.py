@@ -27,7 +27,7 @@ class TokenPrompts(Task):
         validate.count("count", self.count, 1)
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return self.training_task.name
 
     @property

@@ -49,15 +49,15 @@ class Retrieval(Task):
         validate.between("queries", self.queries, 1, self.keys)
         longest = [max(NAMES, key=len)]
         fact = len(_fact(longest[0], "0" * self.digits))
-        beside = self.keys * self.values * fact + len(self._question(longest * self.queries))
+        facts = self.keys * self.values * fact + len(self._question(longest * self.queries))
         shown = self.queries * self.values * (2 * fact) + 64 if self._several else 0
-        if self.length - beside - shown < 128:
+        if self.length - facts - shown < 128:
             raise OptionError(
                 f"length={self.length} must be larger: {self.keys * self.values} facts leave no room for text"
             )
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         if self.queries > 1:
             return "niah_multiquery"
         if self.values > 1:

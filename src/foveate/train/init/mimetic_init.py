@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -95,13 +96,14 @@ def projections(module: nn.Module) -> Iterator[Projections]:
         elif isinstance(part, nn.MultiheadAttention):
             yield _checked(_torchs(part))
         elif all(hasattr(part, name) for name in ("qkv", "proj", "num_heads")):
-            yield _checked(_timms(part))
+            yield _checked(_timms(cast(_Timm, part)))
 
 
 def _ours(layer: MultiHeadAttention) -> Projections:
     linear = (layer.q, layer.k, layer.v, layer.out)
     biases = tuple(part.bias for part in linear if part.bias is not None)
-    return Projections(*(part.weight.mT for part in linear), biases, layer.heads)
+    q, k, v, out = (part.weight.mT for part in linear)
+    return Projections(q, k, v, out, biases, layer.heads)
 
 
 def _torchs(layer: nn.MultiheadAttention) -> Projections:
@@ -115,7 +117,15 @@ def _torchs(layer: nn.MultiheadAttention) -> Projections:
     return Projections(q.mT, k.mT, v.mT, layer.out_proj.weight.mT, biases, layer.num_heads)
 
 
-def _timms(layer: nn.Module) -> Projections:
+class _Timm(Protocol):
+    """The modules of timm's attention."""
+
+    qkv: nn.Linear
+    proj: nn.Linear
+    num_heads: int
+
+
+def _timms(layer: _Timm) -> Projections:
     q, k, v = layer.qkv.weight.chunk(3)
     biases = tuple(part.bias for part in (layer.qkv, layer.proj) if part.bias is not None)
     return Projections(q.mT, k.mT, v.mT, layer.proj.weight.mT, biases, layer.num_heads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,27 @@ class StateSpaceLayer:
     conv: nn.Conv1d
     value: Tensor
     out: Tensor
+
+
+class _Mamba(Protocol):
+    """The modules of a Mamba layer by the names that its implementations share."""
+
+    A_log: Tensor
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    out_proj: nn.Linear
+
+
+class _Mamba2(Protocol):
+    """The same of a Mamba-2 layer."""
+
+    A_log: Tensor
+    dt_bias: Tensor
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    out_proj: nn.Linear
 
 
 @torch.no_grad()
@@ -107,6 +129,7 @@ def mimetic_init_linear_attention(module: nn.Module) -> int:
         if layer.conv is not None:
             layer.conv.identity_()
         for name, gate in layer.rates.items():
+            assert isinstance(gate, nn.Linear)  # `Rates` makes nothing else
             kind = layer.op.capabilities.gates[name].activation
             if name == "alpha" or kind == "logsigmoid":
                 gate.weight.zero_()
@@ -118,12 +141,12 @@ def state_spaces(module: nn.Module) -> Iterator[StateSpaceLayer]:
     """Yield the Mamba and Mamba-2 layers inside `module`."""
     for part in module.modules():
         if all(hasattr(part, name) for name in ("A_log", "x_proj", "dt_proj", "conv1d", "in_proj")):
-            yield _mamba(part)
+            yield _mamba(cast(_Mamba, part))
         elif all(hasattr(part, name) for name in ("A_log", "dt_bias", "conv1d", "in_proj", "n_groups")):
-            yield _mamba2(part)
+            yield _mamba2(cast(_Mamba2, part))
 
 
-def _mamba(part: nn.Module) -> StateSpaceLayer:
+def _mamba(part: _Mamba) -> StateSpaceLayer:
     """Read a Mamba layer, which projects step sizes, B and C from the convolution's output."""
     states = part.A_log.shape[1]
     weight = part.x_proj.weight
@@ -134,7 +157,7 @@ def _mamba(part: nn.Module) -> StateSpaceLayer:
     )
 
 
-def _mamba2(part: nn.Module) -> StateSpaceLayer:
+def _mamba2(part: _Mamba2) -> StateSpaceLayer:
     """Read a Mamba-2 layer, which projects gate, values, B, C and step sizes before the convolution."""
     heads, inner = part.A_log.shape[0], part.out_proj.weight.shape[1]
     groups = (part.conv1d.in_channels - inner) // 2

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from foveate.core.errors import OptionError
+from foveate.models.base.decoder import Decoder
 from foveate.models.base.spec import Spec
 from foveate.tasks.base.training_task import TrainingTask
 from foveate.tasks.training.language import Language
@@ -58,6 +59,7 @@ def save(
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as made:
             draft = Path(made)
             if spec.image is None:
+                assert isinstance(net, Decoder)  # it is what a spec without images builds
                 _save_decoder(net, spec, task, draft)
             else:
                 weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
@@ -152,7 +154,7 @@ def _move(draft: Path, folder: Path) -> None:
         path.replace(folder / path.name)
 
 
-def _save_decoder(net: nn.Module, spec: Spec, task: TrainingTask, folder: Path) -> None:
+def _save_decoder(net: Decoder, spec: Spec, task: TrainingTask, folder: Path) -> None:
     from foveate.models.base.hf_checkpoint import FoveateConfig, FoveateForCausalLM
 
     tokenizer = _tokenizer(task)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from foveate.core.errors import OptionError
+from foveate.core.errors import Interrupted, OptionError
 from foveate.models.base.spec import Spec
 from foveate.tasks.base.training_task import TrainingTask
 from foveate.train.loop import checkpoint
@@ -83,7 +83,7 @@ class Job:
             progress: called as `progress(step, steps, note)` after every step.
 
         Raises:
-            KeyboardInterrupt: with `(step, steps)`, after the interrupted training was saved.
+            Interrupted: with the steps that are done, after the interrupted training was saved.
             FoveateError: as `check` raises; DivergedError if the loss is not finite.
         """
         stage = self.check(fresh)
@@ -113,7 +113,7 @@ class Job:
             if stop():
                 if training.step:
                     self._save_unfinished(training)
-                raise KeyboardInterrupt(training.step, self.schedule.steps)
+                raise Interrupted(training.step, self.schedule.steps, self.folder)
             training.advance()
             if time.monotonic() - saved > SAVE_EVERY:
                 self._save_unfinished(training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from foveate.core import validate
@@ -35,7 +35,9 @@ def training_task(name: str, **sizes: Any) -> TrainingTask:
     if name not in TRAINING_TASKS:
         raise unknown("task", name, TRAINING_TASKS)
     given = {key: value for key, value in sizes.items() if value is not None}
-    taken = {field.name for field in fields(TRAINING_TASKS[name])}
+    kind = TRAINING_TASKS[name]
+    assert is_dataclass(kind)  # every one of them is
+    taken = {field.name for field in fields(kind)}
     if wrong := sorted(given.keys() - taken):
         raise OptionError(
             f"task={name!r} takes no {', '.join(wrong)}; valid are {', '.join(sorted(taken)) or 'no sizes'}"
@@ -48,7 +50,7 @@ def layer_options(key: str, *, tokens: bool = True, conv: int | None = None) -> 
 
     Token networks get a short convolution: without it, only two layers of softmax attention learn which token came
     before. Operators over all keys get rotary positions; operators with a state know the order from it, and their
-    outputs are normalised unless they are bounded. Softmax attention with `conv=0` is a standard transformer, to whose
+    outputs are normalized unless they are bounded. Softmax attention with `conv=0` is a standard transformer, to whose
     checkpoint cache policies apply.
     """
     cls = system(key).load()
@@ -58,7 +60,7 @@ def layer_options(key: str, *, tokens: bool = True, conv: int | None = None) -> 
     chosen: dict[str, Any] = {"conv": CONV if conv is None else conv} if tokens else {}
     if not stateful and tokens:
         chosen["position"] = "rotary"
-    if issubclass(cls, Memory) or (issubclass(cls, Linear) and not cls.normalised):
+    if issubclass(cls, Memory) or (issubclass(cls, Linear) and not cls.normalized):
         chosen["out_norm"] = True
     return chosen
 

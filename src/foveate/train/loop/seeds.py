@@ -54,7 +54,7 @@ class Trainings:
             fresh, stop, progress: see `Job.run`; `progress` counts the steps of all trainings.
 
         Raises:
-            KeyboardInterrupt: with `(step, steps, folder)`, after the interrupted training was saved.
+            Interrupted: with the steps that are done and the folder, after the interrupted training was saved.
         """
         jobs = self.jobs()
         self._check_folder()
@@ -68,10 +68,7 @@ class Trainings:
                 if progress is not None:
                     progress(before * steps + step, total, f"seed {seed}: {note}" if self.several else note)
 
-            try:
-                found[seed] = job.run(fresh=fresh, stop=stop, progress=watch)
-            except KeyboardInterrupt as interrupt:
-                raise KeyboardInterrupt(*interrupt.args, job.folder) from None
+            found[seed] = job.run(fresh=fresh, stop=stop, progress=watch)
         return found
 
     def _check_folder(self) -> None:

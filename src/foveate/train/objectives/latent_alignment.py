@@ -59,7 +59,7 @@ def latent_attention_loss(
     if estimator != "enum" and generator is None:
         raise OptionError(f'estimator="{estimator}" needs a generator; got None')
     log_p = torch.log_softmax(prior_logits, -1)
-    log_q = log_p if objective != "elbo" else torch.log_softmax(post_logits, -1)
+    log_q = log_p if objective != "elbo" or post_logits is None else torch.log_softmax(post_logits, -1)
     at = loglik if callable(loglik) else lambda weights: _expected(weights, loglik)
     needs_soft = objective == "soft" or (estimator == "reinforce" and baseline)
     if needs_soft and soft_loglik is None:
@@ -67,23 +67,25 @@ def latent_attention_loss(
             raise OptionError(f'objective="{objective}", estimator="{estimator}" needs soft_loglik; got None')
         soft_loglik = at(log_p.exp()[None])[0]
     if objective == "soft":
+        assert soft_loglik is not None  # given, or computed just now
         return -soft_loglik
+    divergence = kl(log_q, log_p) if objective == "elbo" else 0.0
+    if estimator == "enum":
+        each = loglik if not callable(loglik) else _each(log_p, at)
+        if objective == "exact":
+            return -torch.logsumexp(log_p + each.masked_fill(log_p == masks.NEG_INF, 0.0), -1)
+        return divergence - _expected(log_q.exp(), each)
+    assert generator is not None  # every other estimator is refused without one
     if estimator == "wsram":
         return _wsram(log_p, log_q, at, samples, generator)
-    divergence = kl(log_q, log_p) if objective == "elbo" else 0.0
     if estimator == "reinforce":
         return divergence - _reinforce(log_q, at, soft_loglik if baseline else None, samples, generator)
-    if estimator == "gumbel":
-        return divergence - at(relaxed(log_q, samples, temperature, generator)).mean(0)
-    each = loglik if not callable(loglik) else _each(log_p, at)
-    if objective == "exact":
-        return -torch.logsumexp(log_p + each.masked_fill(log_p == masks.NEVER, 0.0), -1)
-    return divergence - _expected(log_q.exp(), each)
+    return divergence - at(relaxed(log_q, samples, temperature, generator)).mean(0)
 
 
 def kl(log_q: Float[Tensor, "... t"], log_p: Float[Tensor, "... t"]) -> Float[Tensor, "..."]:
     """Return `KL(q, p)` of categorical distributions; positions with q = 0 add nothing."""
-    gap = (log_q - log_p).masked_fill(log_q == masks.NEVER, 0.0)
+    gap = (log_q - log_p).masked_fill(log_q == masks.NEG_INF, 0.0)
     return (log_q.exp() * gap).sum(-1)
 
 

@@ -5,7 +5,7 @@ Latent Alignment and Variational Attention (2018), arXiv 1807.03756.
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import Literal, TypedDict, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +22,15 @@ from foveate.train.objectives.latent_alignment import (
     latent_attention_loss,
     marginal_decode,
 )
+
+
+class _Options(TypedDict):
+    """The arguments of `latent_attention_loss` that say how expectations are estimated."""
+
+    estimator: Estimator
+    samples: int
+    temperature: float
+    generator: torch.Generator | None
 
 
 @final
@@ -57,7 +66,7 @@ class VariationalAttention(nn.Module):
             need = "must be given" if generator is None else "must be None"
             raise OptionError(f'generator {need} with estimator="{estimator}"')
         self.objective = objective
-        self.options = dict(estimator=estimator, samples=samples, temperature=temperature, generator=generator)
+        self.options = _Options(estimator=estimator, samples=samples, temperature=temperature, generator=generator)
         self.src_dim, self.tgt_dim, self.vocab = src_dim, tgt_dim, vocab
         self.query = nn.Linear(tgt_dim, attn_dim if score == "mlp" else src_dim, bias=False)
         self.memory = nn.Linear(src_dim, attn_dim, bias=False) if score == "mlp" else None
@@ -154,7 +163,7 @@ def _encode(lstm: nn.LSTM, x: Tensor, lengths: Tensor | None) -> Tensor:
 def _mask_padding(logits: Float[Tensor, "b s t"], lengths: Tensor | None) -> Float[Tensor, "b s t"]:
     if lengths is None:
         return logits
-    return logits.masked_fill(_padding(lengths, logits.shape[-1])[:, None], masks.NEVER)
+    return logits.masked_fill(_padding(lengths, logits.shape[-1])[:, None], masks.NEG_INF)
 
 
 def _padding(lengths: Int[Tensor, " b"], size: int) -> Bool[Tensor, "b n"]:

@@ -1,8 +1,8 @@
-"""Stretched rotary embeddings of GGUF files, most of which transformers reads as plain ones.
+"""RoPE scaling of GGUF files, which transformers mostly ignores.
 
-A file says how its rotary embedding is stretched in three ways: by `rope.scaling.*` (linear, YaRN), by a tensor of
-factors for each frequency (Llama 3.1), or by two of them (Phi 3's long form). Left out, every prompt comes out wrong,
-and the longer it is the more.
+A file describes its RoPE scaling in one of three ways: by `rope.scaling.*` (linear, YaRN), by a tensor of factors per
+frequency (Llama 3.1), or by two such tensors (Phi 3's LongRoPE). Without the scaling every output is wrong, the more so
+the longer the prompt.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from foveate.bench.loading.refusal import refused
 _LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def stretch(name: str, file: Path, config: Any) -> None:
-    """Put into the configuration what the file says of its rotary embedding.
+def apply_rope_scaling(name: str, file: Path, config: Any) -> None:
+    """Copy the file's RoPE scaling into the configuration.
 
     Raises:
-        UnsupportedModel: where the file's factors are of no kind that transformers can express.
+        UnsupportedModel: if transformers has no equivalent of the file's scaling.
     """
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict) or rope.get("rope_type") != "default":
-        return  # none, one for each kind of layer, or read already
-    told, tensors = _told(file)
-    kind, factor = told.get("type"), told.get("factor")
-    original = int(told.get("original_context_length") or config.max_position_embeddings)
+        return  # no RoPE, one per type of layer, or scaling that transformers has read
+    fields, tensors = _scaling(file)
+    kind, factor = fields.get("type"), fields.get("factor")
+    original = int(fields.get("original_context_length") or config.max_position_embeddings)
     if "rope_factors_long.weight" in tensors:
         short, long = (tensors[f"rope_factors_{length}.weight"].tolist() for length in ("short", "long"))
         found = {"short_factor": short, "long_factor": long, "original_max_position_embeddings": original}
         rope |= {"rope_type": "longrope", **found}
-        if told.get("attn_factor"):
-            rope["attention_factor"] = float(told["attn_factor"])
+        if fields.get("attn_factor"):
+            rope["attention_factor"] = float(fields["attn_factor"])
     elif "rope_freqs.weight" in tensors and not (tensors["rope_freqs.weight"] == 1).all():
         rope |= _llama_3(name, tensors["rope_freqs.weight"], config)
     elif kind in ("linear", "yarn") and factor and float(factor) != 1:
@@ -44,15 +44,15 @@ def stretch(name: str, file: Path, config: Any) -> None:
         if kind == "yarn":
             rope["original_max_position_embeddings"] = original
     elif kind not in (None, "none", "linear", "yarn"):
-        raise refused(name, f"stretches its rotary embedding by {kind!r}, which is not known here")
+        raise refused(name, f"has RoPE scaling of type {kind!r}; it must be linear, yarn or none")
 
 
-def _told(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the file says under `rope.scaling`, and its tensors of factors."""
+def _scaling(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the file's fields under `rope.scaling`, and its tensors of factors."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
-    told = {
+    fields = {
         key.rpartition("rope.scaling.")[2]: field.contents()
         for key, field in reader.fields.items()
         if "rope.scaling." in key
@@ -62,16 +62,16 @@ def _told(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for tensor in reader.tensors
         if tensor.name.startswith("rope_f")
     }
-    return told, tensors
+    return fields, tensors
 
 
 def _llama_3(name: str, factors: Tensor, config: Any) -> dict[str, Any]:
-    """Llama 3's parameters, where they give exactly these factors."""
+    """Return the parameters of Llama 3's scaling that give these factors; refuse other factors."""
     rope = {**config.rope_parameters, **_LLAMA_3, "rope_type": "llama3", "factor": float(factors.max())}
-    tried = type(config)(**{**config.to_dict(), "rope_parameters": rope})
-    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](tried, torch.device("cpu"))
-    count = stretched.numel()
+    trial = type(config)(**{**config.to_dict(), "rope_parameters": rope})
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](trial, torch.device("cpu"))
+    count = scaled.numel()
     plain = float(rope["rope_theta"]) ** -(torch.arange(count) / count)
-    if factors.numel() != count or not torch.allclose(plain / stretched, factors, rtol=1e-3):
-        raise refused(name, "stretches its rotary embedding by factors that are not Llama 3's; they cannot be read")
+    if factors.numel() != count or not torch.allclose(plain / scaled, factors, rtol=1e-3):
+        raise refused(name, "has RoPE scaling factors that are not Llama 3's; others are not supported")
     return rope

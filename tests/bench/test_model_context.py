@@ -1,4 +1,4 @@
-"""How far a model reads, by its configuration; numbers are those of published checkpoints."""
+"""The context length by a model's configuration; the numbers are those of published checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHORT_LONG = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 
 
 @pytest.mark.parametrize(
-    ("told", "scaling", "length"),
+    ("stored", "scaling", "length"),
     [
         (4096, None, 4096),
         (32768, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),  # Qwen2.5's card
@@ -37,18 +37,18 @@ SHORT_LONG = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
         (2048, {"rope_type": "default"}, 2048),
     ],
 )  # fmt: skip
-def test_stretched_contexts(told: int, scaling: dict[str, Any] | None, length: int) -> None:
-    config = LlamaConfig(max_position_embeddings=told, rope_parameters={"rope_theta": 1e4, **(scaling or {})})
+def test_rope_scaling_extends_the_context(stored: int, scaling: dict[str, Any] | None, length: int) -> None:
+    config = LlamaConfig(max_position_embeddings=stored, rope_parameters={"rope_theta": 1e4, **(scaling or {})})
     assert context_length(config) == length
 
 
-def test_longrope_says_its_full_length() -> None:
+def test_longrope_stores_its_full_length() -> None:
     scaling = {"rope_type": "longrope", "rope_theta": 1e4, **SHORT_LONG}
     config = Phi3Config(max_position_embeddings=131072, original_max_position_embeddings=4096, rope_parameters=scaling)
     assert context_length(config) == 131072
 
 
-def test_parameters_by_layer_leave_the_length_as_it_is() -> None:
+def test_parameters_by_layer_leave_the_length_unchanged() -> None:
     scaling = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -63,5 +63,5 @@ def test_parameters_by_layer_leave_the_length_as_it_is() -> None:
         (BloomConfig(), None), (Qwen2Config(), 32768),
     ],
 )  # fmt: skip
-def test_other_names_and_none(config: Any, length: int | None) -> None:
+def test_other_names_and_no_limit(config: Any, length: int | None) -> None:
     assert context_length(config) == length

@@ -1,0 +1,122 @@
+"""The prompts and the score of a comparison, and the rows that a method's answers give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from math import nan
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from foveate.bench.comparison.encoding import Prompt
+from foveate.bench.comparison.measure import batches
+from foveate.bench.comparison.method_run import MethodRun
+from foveate.bench.comparison.results import Answer, Row
+from foveate.bench.parts import digest
+from foveate.core.errors import TaskError
+from foveate.tasks.base import scores
+from foveate.tasks.base.scores import LOSS
+from foveate.tasks.base.task import Example, Task
+
+
+class Evaluation:
+    """Prompts in batches, and the rule that scores the answers.
+
+    Args:
+        prompts: the prompts in the order of the task.
+        metric: the name of the rule.
+        rule: scores an answer; unused for the loss.
+        forced: ids of the answers whose loss is measured; None lets the model answer.
+        size: the largest number of prompts in a batch.
+        pad: the padding id.
+        stops: ids that end an answer.
+        tokenizer: turns ids into text.
+    """
+
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        metric: str,
+        rule: Callable[[Example, str], float],
+        forced: list[list[int]] | None,
+        size: int,
+        pad: int,
+        stops: frozenset[int],
+        tokenizer: Any,
+    ) -> None:
+        self.prompts, self.metric, self.rule, self.tokenizer, self.stops = prompts, metric, rule, tokenizer, stops
+        self.batches = batches(prompts, size, forced, pad)
+        # memory is measured on the longest prompt that the full cache can read, alone
+        index = max(range(len(prompts)), key=lambda i: (not prompts[i].excess, prompts[i].ids.shape[1]))
+        (self.memory_batch,) = batches([prompts[index]], 1, None if forced is None else [forced[index]], pad)
+
+    @cached_property
+    def identity(self) -> str:
+        """The digest of the prompts, the accepted answers and the score."""
+        return digest.of(self.metric, [[x.identity for x in self.batches], [p.example.answers for p in self.prompts]])
+
+    def row(self, run: MethodRun) -> Row:
+        """Summarise a method's answers as a row of the table."""
+        contender = run.contender
+        if not run.records:
+            return Row.failed(contender.key, contender.title, run.given_up or next(iter(run.errors.values()), ""))
+        answers = [self._answer(run, index) for index in range(len(self.prompts))]
+        lengths = [batch.length for batch in self.batches if batch.indices[0] in run.records]
+        error = ""
+        if failed := [answer.error for answer in answers if answer.error]:
+            error = f"{len(failed)} of {len(answers)} prompts: {failed[0]}"
+        options, megabytes = contender.options(lengths), run.megabytes or [nan] * 3
+        return Row.summing(contender.key, contender.title, options, answers, megabytes, error)
+
+    def _answer(self, run: MethodRun, index: int) -> Answer:
+        prompt = self.prompts[index]
+        example, tokens = prompt.example, prompt.ids.shape[1]
+        record = run.records.get(index)
+        if record is None:  # a missing answer counts as wrong, but has no loss
+            score = nan if self.metric == LOSS else 0.0
+            return Answer(example.prompt, example.answer, "", score, tokens, error=run.errors.get(index, "not run"))
+        output = self._text(record["ids"])
+        score = _number(record["loss"]) if self.metric == LOSS else self.rule(example, output)
+        return Answer(
+            example.prompt, example.answer, output, score, tokens,
+            cache_kept=_number(record["cache_kept"]),
+            keys_read=_number(record["keys_read"]),
+            prefill_ms=_number(record["prefill_ms"]),
+            decode_ms=_number(record["decode_ms"]),
+            base_prefill_ms=_number(record["base_prefill_ms"]),
+            base_decode_ms=_number(record["base_decode_ms"]),
+        )  # fmt: skip
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """Decode an answer up to its first stop id."""
+        end = next((at for at, token in enumerate(ids) if token in self.stops), len(ids))
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+
+
+def evaluation_of(
+    task: Task, score: str | None, encoded: list[Prompt], tokenizer: Any, model: PreTrainedModel, size: int
+) -> Evaluation:
+    """Combine the encoded prompts of a task with the score, which is the task's own if None."""
+    metric = score or task.metric
+    scores.check(metric, (prompt.example.answers for prompt in encoded))
+    forced = None
+    if metric == LOSS:
+        forced = [[] if prompt.answer_ids is None else prompt.answer_ids[0].tolist() for prompt in encoded]
+        if not all(forced):
+            raise TaskError(f"example {forced.index([]) + 1} of {task.name} has an empty answer, which has no loss")
+    given = None if score is None else scores.SCORES.get(metric)
+    rule = task.score if given is None else lambda example, output: given(output, example.answers)
+    return Evaluation(encoded, metric, rule, forced, size, *_special_ids(tokenizer, model), tokenizer)
+
+
+def _special_ids(tokenizer: Any, model: PreTrainedModel) -> tuple[int, frozenset[int]]:
+    """Return the padding id, and the ids that end an answer."""
+    named = [getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id]
+    stops = {token for ids in named for token in (ids if isinstance(ids, list | tuple) else [ids]) if token is not None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+    return pad, frozenset(stops)
+
+
+def _number(value: float | None) -> float:
+    return nan if value is None else float(value)

@@ -1,0 +1,162 @@
+"""Run methods interleaved: every method answers a prompt before the next prompt starts.
+
+Disturbances of the machine then affect all methods alike, since each prompt takes only a few seconds, and the baseline
+is timed beside the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite, nan
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from foveate.bench.comparison.evaluation import Evaluation
+from foveate.bench.comparison.measure import Batch, BatchResult, memory_use, run_batch
+from foveate.bench.comparison.method_run import MethodRun, one_line
+from foveate.bench.known import FULL
+from foveate.bench.parts import digest
+from foveate.bench.parts.journal import Journal
+from foveate.core.errors import Interrupted
+
+
+class Progress(Protocol):
+    """A receiver of progress."""
+
+    def start(self, total: int) -> None: ...
+    def advance(self, label: str) -> None: ...
+    def say(self, label: str) -> None: ...
+
+
+class InterleavedRun:
+    """Runs what the journal does not have, and records it prompt by prompt.
+
+    Args:
+        model: a decoder.
+        environment: the digest of the model and of all else that is common to all answers.
+        journal: holds known results, and receives new ones.
+        progress: receives the progress.
+    """
+
+    def __init__(self, model: PreTrainedModel, environment: str, journal: Journal, progress: Progress) -> None:
+        self.model, self.environment, self.journal, self.progress = model, environment, journal, progress
+
+    def run(self, runs: Sequence[MethodRun], evaluation: Evaluation) -> None:
+        """Complete the runs of all methods.
+
+        Raises:
+            Interrupted: with the number of known answers, and of all answers.
+        """
+        active = [run for run in runs if not run.given_up]
+        total = len(active) * len(evaluation.prompts)
+        self._load_known(active, evaluation.batches)
+        self.progress.start(total - _known(active))
+        try:
+            for number, batch in enumerate(evaluation.batches):
+                todo = [run for run in active if not all(index in run.records for index in batch.indices)]
+                if todo:
+                    self._run_round(_rotated(_with_baseline(todo, active), number), todo, batch)
+            for run in active:
+                if run.records:
+                    self.progress.say(f"{run.contender.key}: memory")
+                    run.megabytes = self._memory(run, evaluation.memory_batch)
+        except KeyboardInterrupt:
+            raise Interrupted(_known(active), total) from None
+
+    def _load_known(self, runs: Sequence[MethodRun], batches: Sequence[Batch]) -> None:
+        """Load the journal's answers."""
+        for run in runs:
+            for batch in batches:
+                for row, index in enumerate(batch.indices):
+                    found = self.journal.get(self._key(run, batch, row))
+                    if found is not None:
+                        run.records[index] = found
+
+    def _run_round(self, order: list[MethodRun], todo: list[MethodRun], batch: Batch) -> None:
+        """Run one batch under every method, and record it after the last one."""
+        results: dict[str, BatchResult] = {}
+        for run in order:
+            found = self._attempt(run, batch)
+            if found is not None:
+                results[run.contender.key] = found
+            if run in todo:
+                for _ in batch.indices:
+                    self.progress.advance(run.contender.key)
+        base, new = results.get(FULL), {}
+        for run in todo:
+            if run.contender.key in results:
+                for row, index in enumerate(batch.indices):
+                    run.records[index] = _record(results[run.contender.key], base, row)
+                    new[self._key(run, batch, row)] = run.records[index]
+        self.journal.add(new)
+
+    def _attempt(self, run: MethodRun, batch: Batch) -> BatchResult | None:
+        """Run a method on a batch; None with a reason if it fails. A method that has no answer yet is given up."""
+        reason = run.given_up or _refusal(run, batch)
+        if not reason:
+            try:
+                run.warm_up(self.model, batch)
+                return run_batch(self.model, run.contender.at(batch.length), batch)
+            except Exception as error:  # noqa: BLE001  a failed method becomes a row with its reason
+                reason = one_line(error)
+                run.given_up = "" if run.records else reason
+        run.errors |= dict.fromkeys(batch.indices, reason)
+        return None
+
+    def _memory(self, run: MethodRun, batch: Batch) -> list[float]:
+        """Measure a method's memory, on the same prompt for all."""
+        key = digest.of(self.environment, run.contender.identity, batch.identity, "memory")
+        known = self.journal.get(key)
+        if known is not None:
+            return [nan if value is None else value for value in known["megabytes"]]
+        try:
+            found = memory_use(self.model, run.contender.at(batch.length), batch)
+        except Exception:  # noqa: BLE001  a method without a memory figure keeps its other figures
+            found = [nan] * 3
+        self.journal.add({key: {"megabytes": [_plain(value) for value in found]}})
+        return found
+
+    def _key(self, run: MethodRun, batch: Batch, row: int) -> str:
+        return digest.of(self.environment, run.contender.identity, batch.identity, row)
+
+
+def _known(runs: Sequence[MethodRun]) -> int:
+    return sum(len(run.records) for run in runs)
+
+
+def _refusal(run: MethodRun, batch: Batch) -> str:
+    """Return why the full cache cannot read this batch. Other methods may: many stream over any length."""
+    prompt = batch.too_long
+    if run.contender.key != FULL or prompt is None:
+        return ""
+    needed = f"{prompt.ids.shape[1]} + {prompt.new_tokens}"
+    return f"the prompt and its answer take {needed} tokens; the model's context holds {prompt.context}"
+
+
+def _with_baseline(todo: list[MethodRun], runs: Sequence[MethodRun]) -> list[MethodRun]:
+    """Return the runs to do, and the full cache's beside them, for comparable times."""
+    return todo + [run for run in runs if run.contender.key == FULL and run not in todo]
+
+
+def _rotated(runs: list[MethodRun], by: int) -> list[MethodRun]:
+    """Rotate the order, so that no method always starts with warm or cold caches."""
+    cut = by % len(runs)
+    return runs[cut:] + runs[:cut]
+
+
+def _record(result: BatchResult, base: BatchResult | None, row: int) -> dict[str, Any]:
+    return {
+        "ids": result.ids[row],
+        "loss": None if result.losses is None else _plain(result.losses[row]),
+        "cache_kept": result.kept,
+        "keys_read": result.read,
+        "prefill_ms": result.prefill_ms,
+        "decode_ms": _plain(result.decode_ms),
+        "base_prefill_ms": None if base is None else base.prefill_ms,
+        "base_decode_ms": None if base is None else _plain(base.decode_ms),
+    }
+
+
+def _plain(value: float) -> float | None:
+    return value if isfinite(value) else None

@@ -1,0 +1,58 @@
+"""The run of one method on a task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from transformers import PreTrainedModel
+
+from foveate.bench.comparison.measure import Batch, run_batch
+from foveate.bench.methods import Calibrations, Contender
+from foveate.core.errors import FoveateError
+
+_WARM_UP = 2  # tokens of a warm-up
+
+
+@dataclass
+class MethodRun:
+    """A method's answers so far and its errors, by the index of the prompt.
+
+    Attributes:
+        records: the journal's records of the answers.
+        errors: the reason of each missing answer.
+        megabytes: live memory after the prompt, after the answer, and the peak.
+        given_up: the reason why no more prompts are tried; empty while the method runs.
+    """
+
+    contender: Contender
+    records: dict[int, dict[str, Any]] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+    megabytes: list[float] | None = None
+    given_up: str = ""
+    _warm: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, contender: Contender, calibrations: Calibrations) -> Self:
+        """Start the run of a method with its calibration; it is given up at once if calibration fails."""
+        run = cls(contender)
+        try:
+            run.contender.calibrate(calibrations)
+        except Exception as error:  # noqa: BLE001  a failed method becomes a row with its reason
+            run.given_up = one_line(error)
+        return run
+
+    def warm_up(self, model: PreTrainedModel, batch: Batch) -> None:
+        """Run a few tokens at each new power of two of the length, so that no measured call is the first one."""
+        order = (len(batch.prompts) * batch.ids.shape[1]).bit_length()
+        if order not in self._warm:
+            run_batch(model, self.contender.at(batch.length), batch, min(_WARM_UP, batch.steps))
+            self._warm.add(order)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message as one line, with its type if it is not one of Foveate's errors."""
+    text = " ".join(str(error).split())
+    if isinstance(error, FoveateError):
+        return text
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -1,0 +1,145 @@
+"""One dense prefill of a prompt, after which every policy decodes on its own copy of the cache.
+
+All cache policies read a prompt in one piece densely, so that they can share the prefill. The policy is applied at the
+prompt's last token. For policies that evict, and for those that select by the last query, this equals their own prefill
+up to rounding; a policy that reads sparsely makes its first selection one token early. Prefill times are never measured
+this way, see `times.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from foveate.bench.parts.timing import now
+from foveate.host import Method, apply
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """Prompts of equal length, read up to their last token.
+
+    Args:
+        ids: `(B, N)`.
+        cache: the cache of the first `N - 1` tokens.
+    """
+
+    ids: Tensor
+    cache: DynamicCache
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The tokens decoded after a prefill, and their cost.
+
+    Args:
+        ids: `(B, T)`: the likeliest tokens, also if others were forced.
+        losses: `(B, T)` next-token losses of forced tokens; None if the model generated.
+        kept: the stored share of the full cache's slots.
+        read: the share of the keys that queries read, after the prompt's last token.
+        bytes: the bytes of the stored keys and values.
+        live: the bytes of all live tensors beyond those from before; 0 if not counted.
+        seconds: the time of each step; the first step is the prompt's last token.
+    """
+
+    ids: Tensor
+    losses: Tensor | None
+    kept: float
+    read: float
+    bytes: int
+    live: int
+    seconds: tuple[float, ...]
+
+
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, ids: Tensor) -> Prefilled:
+    """Read prompts densely, up to the last token."""
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Prefilled(ids, cache)
+
+
+def copy_cache(cache: DynamicCache) -> DynamicCache:
+    """Copy a cache with its tensors."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in found.layers:
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor):
+                setattr(layer, name, value.clone())
+    return found
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel,
+    methods: tuple[Method, ...],
+    prefilled: Prefilled,
+    steps: int,
+    forced: Tensor | None = None,
+    count_memory: bool = False,
+) -> Decoded:
+    """Decode from a copy of a prefill, under methods.
+
+    Args:
+        steps: the number of tokens.
+        forced: `(B, steps)` tokens to continue with instead of the model's own.
+        count_memory: True counts the live memory.
+    """
+    before = live_bytes(model.device) if count_memory else 0
+    cache, first = copy_cache(prefilled.cache), 1.0
+    steps_done: list[tuple[Tensor, Tensor, float]] = []
+    with apply(model, *methods) as run:
+        for step in _decode_steps(model, cache, prefilled.ids[:, -1:], steps, forced):
+            first = first if steps_done else run.stats.read
+            steps_done.append(step)
+        tokens, losses, seconds = zip(*steps_done, strict=True)
+        return Decoded(
+            ids=torch.stack(tokens, 1),
+            losses=torch.stack(losses, 1) if forced is not None else None,
+            kept=run.stats.kept,
+            read=_without_first(run.stats.read, first, steps),
+            bytes=run.stats.cache_bytes,
+            live=live_bytes(model.device) - before if count_memory else 0,
+            seconds=seconds,
+        )
+
+
+def _decode_steps(
+    model: PreTrainedModel, cache: DynamicCache, feed: Tensor, steps: int, forced: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Yield each step's likeliest tokens, the loss of the next tokens, and the seconds."""
+    for step in range(steps):
+        start = now(model.device)
+        logits = model(feed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        best = logits.argmax(-1)
+        seconds = now(model.device) - start
+        following = best if forced is None else forced[:, step]
+        yield best, F.cross_entropy(logits.float(), following, reduction="none"), seconds
+        feed = following[:, None]
+
+
+def _without_first(read: float, first: float, steps: int) -> float:
+    """Return the mean share read after the first step, from the mean over all steps and the first step's share."""
+    return (read * steps - first) / (steps - 1) if steps > 1 else first
+
+
+def live_bytes(device: torch.device) -> int:
+    """Return the bytes of all tensors that Python can reach; on CUDA, the allocator's count."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    found = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), Tensor) and not item.is_meta:
+            storage = item.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())

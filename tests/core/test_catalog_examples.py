@@ -1,0 +1,43 @@
+"""The catalogue's examples run unchanged, with only public names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import foveate
+from foveate.core.catalog import systems
+from foveate.ops import GTA
+from tests.lens.models import text, tiny
+
+EXAMPLES = {row.key: row.example for row in systems() if row.example}
+B, N, HEADS, HEAD_DIM = 2, 12, 8, 64
+
+
+def tensors() -> dict[str, Any]:
+    q, k, v = torch.randn(3, B, HEADS, N, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    return {"q": q, "k": k, "v": v, "B": B, "N": N, "heads": HEADS, "head_dim": HEAD_DIM}
+
+
+def of_a_model() -> dict[str, Any]:
+    ids = text()["input_ids"]
+    return {"model": tiny("llama").eval(), "ids": ids[:, :8], "input_ids": ids}
+
+
+#: The names in an example besides `torch` and `foveate`.
+GIVEN: dict[str, dict[str, Any]] = {
+    "aaren": {"query": torch.randn(1, HEADS, 1, HEAD_DIM)},
+    "act_calibration": {"examples": [text()["input_ids"][:1]], "score": lambda model, example: 0.0},
+    "gta": {
+        "camera_to_world": GTA.example_input("poses", B, HEADS, N).float(),
+        "places": GTA.example_input("coords", B, HEADS, N).float(),
+    },
+}
+
+
+@pytest.mark.parametrize("key", EXAMPLES)
+def test_it_runs(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"torch": torch, "foveate": foveate, **tensors(), **of_a_model(), **GIVEN.get(key, {})}
+    exec(compile(EXAMPLES[key], key, "exec"), names)
