@@ -61,7 +61,7 @@ TESTS = {
     "core/scoring.py": "tests/core/test_engines.py",
     "core/window_selection.py": "tests/core/test_selection.py tests/core/test_engines.py",
     "models/base/byte_tokenizer.py": "tests/bench/test_encoding.py tests/tasks/test_training_tasks.py",
-    "models/base/decoder.py": "tests/train/test_loop.py",
+    "models/base/decoder.py": "tests/models/test_decoder.py tests/train/test_loop.py",
     "models/base/hf_checkpoint.py": "tests/models/test_pretrained.py tests/train/test_loop.py",
     "models/base/image_encoder.py": "tests/train/test_loop.py tests/train/test_job.py",
     "models/base/number_tokenizer.py": "tests/train/test_loop.py",
@@ -82,21 +82,20 @@ TESTS = {
     "host/hf/dispatch.py": "tests/host/test_renumbered.py tests/contracts/test_host_methods.py "
     "tests/contracts/test_host_trace.py",
     "host/hf/hooks.py": "tests/contracts/test_host_generation.py -k 'copy or saved or checkpointed or another'",
-    "host/hf/layout.py": "tests/systems/kv/test_razor_attention.py tests/contracts/test_policies.py "
-    "-k 'razor and not live_memory'",
+    "host/hf/layout.py": "tests/host/test_layout.py tests/systems/kv/test_razor_attention.py tests/contracts/test_policies.py "
+    "-k 'layout or razor and not live_memory'",
     "host/hf/marks.py": "tests/host/test_context.py",
     "host/hf/mask.py": "tests/host/test_mask.py tests/contracts/test_host_eviction.py",
     "host/hf/model.py": "tests/lens/test_look.py tests/host/test_composition.py",
     "host/hf/passes.py": "tests/contracts/test_host_generation.py tests/contracts/test_hosts.py "
     "-k 'phases or batching or checkpointed or searches or gradients'",
     "host/hf/sites.py": "tests/host/test_kinds_of_models.py tests/host/test_nesting.py",
-    "host/method.py": "tests/contracts/test_host_methods.py tests/host/test_kinds_of_models.py",
-    "host/operator_swap.py": "tests/host/test_composition.py tests/systems/ops/test_hip.py",
-    "host/padding.py": "tests/systems/kv/test_token_select.py tests/systems/kv/test_sink_recent.py "
-    "tests/host/test_renumbered.py",
+    "host/method.py": "tests/host/test_method.py tests/contracts/test_host_methods.py tests/host/test_kinds_of_models.py",
+    "host/padding.py": "tests/host/test_padding.py tests/systems/kv/test_token_select.py tests/host/test_renumbered.py",
     "host/pieces.py": "tests/host/test_renumbered.py tests/contracts/test_host_once.py "
     "tests/contracts/test_host_generation.py -k 'not searches and not checkpointed and not encoder_decoders'",
-    "host/run.py": "tests/host/test_nesting.py tests/host/test_stats.py tests/contracts/test_host_methods.py",
+    "host/run.py": "tests/host/test_nesting.py tests/host/test_stats.py tests/contracts/test_host_methods.py "
+    "tests/contracts/test_host_sites.py tests/host/test_kinds_of_models.py",
     "host/site.py": "tests/contracts/test_host_sites.py tests/contracts/test_host_eviction.py "
     "tests/systems/kv/test_token_select.py",
     "host/slots/group.py": "tests/host/test_ends.py tests/host/test_caches_elsewhere.py "
@@ -107,7 +106,7 @@ TESTS = {
     "kv/base.py": "tests/systems/kv/test_sink_recent.py tests/contracts/test_policies.py "
     "-k 'sink_recent and not live_memory'",
     "kv/parts/calibration_store.py": "tests/bench/test_compare.py -k 'not operator'",
-    "kv/parts/head_split.py": "tests/systems/kv/test_razor_attention.py tests/systems/kv/test_duo_attention.py",
+    "kv/parts/head_split.py": "tests/kv/test_head_split.py tests/systems/kv/test_razor_attention.py tests/systems/kv/test_duo_attention.py",
     "kv/parts/last_query.py": "tests/systems/kv/test_recycled_attention.py tests/systems/kv/test_token_select.py",
     "kv/renumbered.py": "tests/host/test_renumbered.py",
     "lens/capture/fused.py": "tests/lens/test_fused.py tests/lens/test_look.py",

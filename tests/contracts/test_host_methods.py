@@ -199,6 +199,18 @@ def test_refusals() -> None:
         dispatch.attention_function(llama.model.layers[0].self_attn, ids, ids, ids, None)
 
 
+def test_a_call_without_a_cache_names_the_first_method_that_needs_one() -> None:
+    class First(Reads):
+        needs_cache = True
+
+    class Second(Reads):
+        needs_cache = True
+
+    first, second, reader = First(lambda site: 0), Second(lambda site: 0), Reads(lambda site: 0)
+    with foveate.apply(model("llama"), reader, first, second), pytest.raises(OptionError, match=r"^First acts on"):
+        model("llama")(tokens(), use_cache=False)
+
+
 def test_a_run_is_used_once() -> None:
     run = foveate.apply(model("llama"), Evicts())
     with run:

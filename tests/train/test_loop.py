@@ -16,7 +16,7 @@ from foveate.core.errors import DivergedError, OptionError, TaskError, UnknownKe
 from foveate.models.base.spec import Mixer, Spec
 from foveate.tasks.base.training_task import IGNORED, TrainingTask
 from foveate.train.loop import checkpoint, network
-from foveate.train.loop.loop import History, Schedule, evaluate, fit, loss_of
+from foveate.train.loop.loop import History, Schedule, Training, evaluate, fit, loss_of
 from tests.tensors import assert_near
 
 
@@ -70,6 +70,16 @@ def test_training_learns_and_reports_its_progress() -> None:
     assert calls[-1][:2] == (150, 150)
     assert "accuracy" in calls[-1][2]
     assert not net.training
+
+
+def test_weight_decay_shrinks_matrices_and_spares_vectors() -> None:
+    """A clip near zero leaves no gradient, so that a step does nothing but decay."""
+    net, _, task = small("softmax")
+    before = {name: x.detach().clone() for name, x in net.named_parameters()}
+    training = Training(net, task, Schedule(steps=1, rate=0.1, decay=2.0, clip=1e-30), evaluations=1)
+    training.advance()
+    for name, x in net.named_parameters():
+        assert_near(x.detach(), before[name] * (0.8 if x.ndim > 1 else 1.0), 1e-6, name)
 
 
 def test_a_seed_repeats_its_training() -> None:
