@@ -37,8 +37,10 @@ def pointer_scores(
     Args:
         e: what represents the inputs `(B, N, h)`.
         d: what represents the outputs so far `(B, S, h)`.
-        mask: True where an input may be pointed at; a row without any is -inf.
+        mask: bool `(B, 1, N)` or `(B, S, N)`, True where an input may be pointed at; a row without any is -inf.
     """
+    if mask is not None:
+        validate.bool_mask("mask", mask, "B, S, N", (e.shape[0], d.shape[1], e.shape[1]), e.device)
     return _log_softmax(pair_score(d @ w2.mT, e @ w1.mT, v), mask)
 
 

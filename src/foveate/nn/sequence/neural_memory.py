@@ -39,13 +39,13 @@ class NeuralMemory(StreamingLayer):
 
     Queries, keys and values are projected, convolved over a few tokens and passed through SiLU, queries and keys scaled
     to length 1. Forgetting, momentum and step come from the token, one number per head. What the memory answers is
-    normalised per head, gated by the token and projected. Cost O(N), a stream has a state of constant size. The wrong
+    normalized per head, gated by the token and projected. Cost O(N), a stream has a state of constant size. The wrong
     choice alone where a few tokens must be recalled exactly out of very many: see `foveate.nn.sequence.titans`.
 
     Args:
         dim: C. heads: H, memories side by side, each of width `C / H`.
         depth, expansion, chunk, reads, activation, max_grad_norm: of the memory; see `foveate.ops.Titans`. Tokens that
-            are not normalised before the layer want a `max_grad_norm`, such as 1.
+            are not normalized before the layer want a `max_grad_norm`, such as 1.
         conv: tokens that each convolution sees; 0 for none.
 
     Raises:
@@ -80,7 +80,7 @@ class NeuralMemory(StreamingLayer):
         self.rates = Rates(dim, heads, self.op)
         self.norm, self.gate = nn.RMSNorm(self.head_dim), Linear(dim, dim)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         seen = None if mask is None else masks.keys_of(mask, x.shape[0], x.shape[1])
         return self.go_on(x, self._init_state(x.shape[0], x.dtype, x.device), seen)[0]
 
@@ -89,10 +89,11 @@ class NeuralMemory(StreamingLayer):
     ) -> tuple[Tensor, NeuralMemoryState]:
         """The outputs for further tokens `(B, N, C)`; those that are not `seen (B, N)` are neither read nor written."""
         if seen is not None:
+            validate.bool_mask("seen", seen, "B, N", tuple(x.shape[:2]), x.device)
             x = x.masked_fill(~seen[..., None], 0.0)
         made = [self._convolved(part, x, state.seen[part]) for part in range(3)]
         q, k, v = (part for part, _ in made)
-        mask = None if seen is None else seen[:, None, None]
+        mask = None if seen is None else seen.expand(x.shape[:2])[:, None, None]
         out, learner = self.op.go_on(q, k, v, state.learner, mask=mask, **self.rates(x))
         return self.merged(out, x), NeuralMemoryState(learner, tuple(past for _, past in made))
 

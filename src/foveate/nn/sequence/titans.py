@@ -51,7 +51,7 @@ class Windowed(Titans):
     def _combined(self, x: Tensor, attend: Path, remember: Path) -> tuple[Tensor, WindowState]:
         """The two paths put together; each takes tokens and gives tokens and its state."""
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         first = len(self.persistent)
         seen = None if mask is None else F.pad(masks.keys_of(mask, x.shape[0], x.shape[1]), (first, 0), value=True)
 
@@ -168,7 +168,7 @@ class MemoryAsContext(Titans):
         super().__init__(dim, heads, "softmax", persistent, position, memory)
         self.segment, self.gate = segment, Gate(dim)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         if mask is None:
             return self._walk(x, None)[0]
         seen = masks.keys_of(mask, x.shape[0], x.shape[1])
