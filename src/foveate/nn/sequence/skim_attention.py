@@ -100,7 +100,7 @@ class SkimLayer(nn.Module):
         validate.count("dim", dim, 1)
         validate.count("heads", heads, 1)
         if head_dim is None and dim % heads:
-            raise OptionError(f"heads={heads} must divide dim={dim}, or head_dim be given")
+            raise OptionError(f"heads={heads} must divide dim={dim}, unless head_dim is given")
         head_dim = dim // heads if head_dim is None else head_dim
         validate.count("head_dim", head_dim, 1)
         hidden = 4 * dim if hidden is None else hidden
