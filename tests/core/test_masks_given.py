@@ -130,7 +130,7 @@ CHECKED = {
 
 
 def takes_masks(room: ModuleType) -> set[str]:
-    """The public functions and methods of a room with an argument that is a mask."""
+    """Return the public functions and methods of a room with an argument that is a mask."""
     found = set()
     for public in (getattr(room, name) for name in dir(room) if not name.startswith("_")):
         members = [f for name, f in inspect.getmembers(public, inspect.isfunction) if not name.startswith("_")]
@@ -150,7 +150,7 @@ def test_no_public_call_with_a_mask_is_left_out(room: str) -> None:
 
 
 def real(shape: tuple[int, ...]) -> Tensor:
-    """A mask whose last key is padding in the first sequence."""
+    """Make a mask whose last key is padding in the first sequence."""
     mask = torch.ones(shape, dtype=torch.bool)
     mask[0, ..., -1] = False
     return mask

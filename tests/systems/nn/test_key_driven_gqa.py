@@ -95,7 +95,7 @@ def test_longer_keys_get_no_fewer() -> None:
     vectors = torch.rand(300, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for rule in ("kdgqa", "dgqa_ema"):
         runs = allocate_queries(vectors, 48, rule)
-        assert (runs == allocate_queries(7.5 * vectors, 48, rule)).all(), "the scale has no say"
+        assert (runs == allocate_queries(7.5 * vectors, 48, rule)).all(), "the scale has no effect"
         order = vectors.argsort(-1)
         assert (runs.gather(-1, order).diff(dim=-1) >= -1).all(), "but for the repair of rounding"
     assert (allocate_queries(vectors, 48, "kdgqa").gather(-1, vectors.argsort(-1)[:, :1]) <= 1).all(), "the weakest"

@@ -163,7 +163,7 @@ def test_a_window_over_the_whole_grid_is_global_attention() -> None:
     for layer in (WindowAttention(12, 3, (3, 4)).double(), WindowAttention(12, 3, 7, padding="hidden").double()):
         assert_near(layer(x, size=(3, 4)), layer.attention(x), 1e-12)
     seen = WindowAttention(12, 3, 7).double()
-    assert (seen(x, size=(3, 4)) - seen.attention(x)).abs().max() > 1e-3, "the release's zeros do have a say"
+    assert (seen(x, size=(3, 4)) - seen.attention(x)).abs().max() > 1e-3, "the release's zeros have an effect"
     assert WindowAttention(12, 3).window == (7, 7)
 
 

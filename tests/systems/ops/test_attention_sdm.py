@@ -316,7 +316,7 @@ def test_random_neurons_approximate_the_expected_weights(seed: int, claim) -> No
     expected = SparseDistributedMemory(16, 4, "binary").weights(cues, patterns)
     few, many = ((memory(r, seed=seed).weights(cues, patterns) - expected).abs().mean().item() for r in (10**3, 10**5))
     claim(
-        f"weights counted over random neurons come near the expected ones: mean error of 100,000 neurons (seed {seed})",
+        f"random neurons approximate the expected weights: mean error of 100,000 neurons (seed {seed})",
         ours=many, baseline=few, better="lower", margin=2 / 3 * few, baseline_name="1,000 neurons", seed=seed,
     )  # fmt: skip
 

@@ -187,7 +187,7 @@ def test_every_weight_gets_a_gradient() -> None:
     op = built(step="controlled_relu", mix=True)
     for grad in gradients(op(q, k, v), [q, k, v, *op.parameters()]):
         assert grad.any()
-    assert not gradients(built()(q, k, v), [k])[0].any(), "without a mixture keys have no say"
+    assert not gradients(built()(q, k, v), [k])[0].any(), "without a mixture keys have no effect"
 
 
 def test_initial_values() -> None:

@@ -162,7 +162,7 @@ class HeadScheme(StreamingLayer):
 
     @property
     def _streaming_op(self) -> Streaming:
-        assert isinstance(self.op, Streaming)  # `capabilities.streaming` says so
+        assert isinstance(self.op, Streaming)  # implied by `capabilities.streaming`
         return self.op
 
     # -- a stream ------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ class HeadScheme(StreamingLayer):
 
 
 def head_norm(name: str, kind: object, head_dim: int) -> nn.RMSNorm | nn.LayerNorm | None:
-    """Return the norm of a head's channels that the option `name` asks for: one of `QKNorm`."""
+    """Return the norm of a head's channels that `name` selects: one of `QKNorm`."""
     validate.one_of(name, kind, (False, True, "rms", "layer"))
     if kind == "layer":
         return nn.LayerNorm(head_dim)

@@ -30,7 +30,7 @@ def pointer_scores(
     e: Float[Tensor, "b n h"], d: Float[Tensor, "b s h"], w1: Float[Tensor, "a h"], w2: Float[Tensor, "a h"],
     v: Float[Tensor, " a"], mask: Bool[Tensor, "b _ n"] | None = None,
 ) -> Float[Tensor, "b s n"]:  # fmt: skip
-    """The scores `log softmax_j(v . tanh(W_1 e_j + W_2 d_i))`, the log-probability that output i is input j.
+    """Return `log softmax_j(v . tanh(W_1 e_j + W_2 d_i))`, the log-probability that output i is input j.
 
     They suit any network whose answer is a position in its input (copying, extractive question answering).
 

@@ -178,7 +178,7 @@ class LightNetLayer(StreamingLayer):
 
     @property
     def _streaming_op(self) -> Streaming:
-        assert isinstance(self.op, Streaming)  # `capabilities.streaming` says so
+        assert isinstance(self.op, Streaming)  # implied by `capabilities.streaming`
         return self.op
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Any:

@@ -76,7 +76,7 @@ class SAB(_SetLayer):
     """Set attention block, `MAB(x, x)`: every element attends to all, O(n²); equivariant to their order.
 
     Args:
-        dim: width out, and in unless `dim_in` says otherwise.
+        dim: output width, and input width unless `dim_in` is given.
         heads, ln, scale: see `MAB`.
         dim_in: width of the elements that come in.
     """
@@ -101,7 +101,7 @@ class ISAB(_SetLayer):
     a whole model see `SetTransformer`.
 
     Args:
-        dim: width out, and in unless `dim_in` says otherwise.
+        dim: output width, and input width unless `dim_in` is given.
         heads, ln, scale: see `MAB`.
         inducing: m, the learned points.
         dim_in: width of the elements that come in.

@@ -36,7 +36,7 @@ class Sent(NamedTuple):
 
 @final
 class DependencyAttention(Layer):
-    """Each token (child) picks parents by a softmax and sends them `p_h m v`; see `foveate.ops.ReversedAttention`.
+    """A token (child) picks parents by a softmax and sends them `p_h m v`; see `foveate.ops.ReversedAttention`.
 
     A second, sharp softmax `p` weighs the child's heads. The message `m` in (0, 1) scales its values and falls from
     layer to layer: pass each layer's `send(...).message` on to the next. `dependency_tree` derives a tree from the
@@ -122,7 +122,7 @@ class DependencyAttention(Layer):
 
 
 class Tree(NamedTuple):
-    """Each token's parent `(B, N)` (the root is its own), and the roots `(B,)`."""
+    """The parent of each token `(B, N)` (the root is its own), and the roots `(B,)`."""
 
     parent: Int[Tensor, "b n"]
     root: Int[Tensor, " b"]
