@@ -12,6 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+if os.environ.get("FOVEATE_TYPECHECK"):  # before anything of foveate is imported
+    from tests import typecheck
+
+    typecheck.install()
+
 from tests import claims
 
 torch.set_num_threads(1)  # tiny tensors on busy cores are several times slower with more

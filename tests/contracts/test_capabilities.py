@@ -49,7 +49,7 @@ def test_systems_without_such_facts() -> None:
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_every_system_has_its_place(category: str) -> None:
+def test_every_system_has_a_taxonomy(category: str) -> None:
     groups = grouped(systems(), category)
     assert list(groups) == list(CATEGORIES[category])
     assert {row.key for rows in groups.values() for row in rows} == {row.key for row in systems()}

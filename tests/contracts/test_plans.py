@@ -30,7 +30,7 @@ def counted(op: Operator, engine: str) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if "reference" in CLASSES[key].capabilities.engines])
-def test_a_plan_counts_what_is_multiplied(key: str) -> None:
+def test_a_plan_counts_products(key: str) -> None:
     seen, planned = counted(example(key, N).float(), "reference")
     assert planned / 1.06 <= seen <= 1.06 * planned
 

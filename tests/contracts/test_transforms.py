@@ -76,13 +76,13 @@ def try_out(name: str, way: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("way", ["meta", "vmap"])
-def test_it_goes_through_what_it_declares(name: str, way: str) -> None:
+def test_declared_transforms_work(name: str, way: str) -> None:
     try_out(name, way)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_exported_where_it_declares_so(name: str) -> None:
+def test_declared_export_works(name: str) -> None:
     try_out(name, "export")
 
 
@@ -92,5 +92,5 @@ def test_exported(name: str) -> None:
     try_out(name, "export")
 
 
-def test_all_ways_are_tried() -> None:
+def test_all_transforms_are_covered() -> None:
     assert set(WAYS) == ALL_TRANSFORMS

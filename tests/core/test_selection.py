@@ -71,7 +71,7 @@ def from_gathered(s: Blocks | Indices) -> Tensor:
 
 @few
 @given(st.one_of(blocks(), indices()))
-def test_dense_and_gathered_are_what_was_chosen(s: Blocks | Indices) -> None:
+def test_dense_and_gathered_agree_with_the_selection(s: Blocks | Indices) -> None:
     expected = spelt_out(s)
     assert torch.equal(s.dense(), expected)
     assert torch.equal(from_gathered(s), expected)
@@ -86,7 +86,7 @@ def test_some_rows(s: Blocks | Indices, start: int, stop: int) -> None:
 
 @few
 @given(blocks())
-def test_the_causal_twin_loses_the_future_alone(s: Blocks) -> None:
+def test_the_causal_selection_loses_only_the_future(s: Blocks) -> None:
     past = masks.causal(s.n_queries, s.n_keys)
     twin = s.causal()
     assert torch.equal(twin.dense(), s.dense() & past)
@@ -149,7 +149,7 @@ def test_keys_read_by_a_list() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "says"),
+    ("made", "message"),
     [
         (lambda: Blocks(torch.ones(1, 1, 2, 3, dtype=torch.bool), (4, 4), 8, 8), r"blocks must be \(B, H, 2, 2\)"),
         (lambda: Blocks(torch.ones(2, 2, dtype=torch.bool), (4, 4), 8, 8), "blocks must be"),
@@ -157,8 +157,8 @@ def test_keys_read_by_a_list() -> None:
         (lambda: Indices(torch.zeros(1, 1, 8, 2).long(), 8, 8, torch.ones(1, 1, 8, 3).bool()), "valid must be like"),
     ],
 )
-def test_malformed_selections_are_refused(made, says: str) -> None:
-    with pytest.raises(ShapeError, match=says):
+def test_malformed_selections_are_refused(made, message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
         made()
 
 

@@ -75,8 +75,8 @@ def test_garbage_behind_the_mask() -> None:
 
 def test_refusals() -> None:
     x, query, mask = tensors()
-    for options, says in (({"dim": 0}, "dim=0"), ({"hidden": 0}, "hidden=0"), ({"query_dim": 0}, "query_dim=0")):
-        with pytest.raises(OptionError, match=says):
+    for options, message in (({"dim": 0}, "dim=0"), ({"hidden": 0}, "hidden=0"), ({"query_dim": 0}, "query_dim=0")):
+        with pytest.raises(OptionError, match=message):
             built(**options)
     assert MultiDimAttention(3).keys.out_features == 3
     with pytest.raises(ShapeError, match=r"x must be \(B, N, C=3\)"):

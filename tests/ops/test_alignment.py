@@ -88,7 +88,7 @@ def test_scales() -> None:
     assert {built(name).default_scale for name in ALIGNMENTS} == {None, 1.0}
 
 
-def test_which_are_inner_products() -> None:
+def test_inner_products_are_marked() -> None:
     inner = {"similarity", "dot", "scaled_dot", "general", "biased_general", "kernel"}
     assert {name for name in ALIGNMENTS if built(name).is_inner_product} == inner
 
@@ -158,7 +158,7 @@ def test_weights_start_small_and_biases_at_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "says"),
+    ("name", "options", "message"),
     [
         ("aditive", {}, 'unknown alignment "aditive"; did you mean "additive"'),
         ("general", {}, 'alignment="general" needs heads and head_dim'),
@@ -173,12 +173,12 @@ def test_weights_start_small_and_biases_at_zero() -> None:
         ("kernel", {"activation": "exp"}, "activation='exp'"),
     ],
 )
-def test_bad_options(name: str, options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(name: str, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         make_alignment(name, **options)
 
 
-def test_sizes_go_to_those_that_learn() -> None:
+def test_only_learned_alignments_get_sizes() -> None:
     assert not list(make_alignment("dot", heads=2, head_dim=3).parameters())
 
 

@@ -39,7 +39,7 @@ def test_sums_are_wide() -> None:
         assert accumulating(given) == kept
 
 
-def test_bytes_of_whatever_holds_a_state() -> None:
+def test_bytes_of_nested_states() -> None:
     @dataclass
     class Held:
         a: torch.Tensor

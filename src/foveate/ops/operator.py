@@ -102,7 +102,7 @@ class Operator(nn.Module, ABC):
         validate.options(cls, args, options)
         return super().__new__(cls)
 
-    # -- what a user calls ---------------------------------------------------------------------------------------------
+    # -- calls ---------------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -169,7 +169,7 @@ class Operator(nn.Module, ABC):
         """Return the tensor that `weights` multiplies: v, unless the mechanism transforms it."""
         return v
 
-    # -- what tests and tables read ------------------------------------------------------------------------------------
+    # -- for tests and tables ------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -198,7 +198,7 @@ class Operator(nn.Module, ABC):
         """Make the instance that reads about this share of `length` keys, or the default if no option controls it."""
         return cls()
 
-    # -- what a family writes ------------------------------------------------------------------------------------------
+    # -- for families --------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def _attend(self, call: AttentionCall) -> Tensor:

@@ -48,7 +48,7 @@ def test_without_embeddings_all_heads_are_one(mode: str) -> None:
     assert_near(layer(x), layer.out(alone.repeat(1, 1, HEADS)), 1e-12)
 
 
-def test_what_the_embedding_of_keys_does() -> None:
+def test_the_effect_of_key_embeddings() -> None:
     x = tokens()
     for mode, low, high in (("add", 0.0, 1e-10), ("mul", 1e-3, 1e3)):
         layer = made(mode)
@@ -113,7 +113,7 @@ def test_bad_options(options: dict, message: str) -> None:
 
 
 @pytest.mark.slow
-def test_embeddings_are_worth_most_of_the_projections(claim) -> None:
+def test_embeddings_replace_most_of_the_projections(claim) -> None:
     where = (1, 3, 5, 8)
     ours, one, all_heads = (
         sum(lags.loss(lags.fitted(make, where, seed=seed), where) for seed in (0, 1)) / 2

@@ -233,7 +233,7 @@ def test_slots_are_not_causal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"potential": "cosine"}, "potential='cosine'"),
         ({"estimate": "median"}, "estimate='median'"),
@@ -242,8 +242,8 @@ def test_slots_are_not_causal() -> None:
         ({"generator": torch.Generator()}, 'only with it; got estimate="mean"'),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         MarginalAttention(**options)
 
 

@@ -37,7 +37,7 @@ def test_it_is_softmax_attention_for_every_chunk(q_chunk: int, k_chunk: int, cau
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_loud_scores(causal: bool) -> None:
+def test_large_scores(causal: bool) -> None:
     q, k, v = qkv(130, heads=2, dtype=torch.float32)
     q = 1e3 * q
     out = MemoryEfficientAttention(32, 16)(q, k, v, causal=causal)
@@ -64,7 +64,7 @@ def test_partial_results_merge_in_any_order_and_grouping() -> None:
             assert_near(one, two, 1e-10)
 
 
-def test_logits_are_only_written_over_where_they_may_be() -> None:
+def test_logits_are_overwritten_only_inplace() -> None:
     logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     logits[0, 0] = float("-inf")
     before, values = logits.clone(), torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
@@ -87,7 +87,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def test_the_chunks_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_have_the_given_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy(monkeypatch)
     q, k, v = qkv(10, 14)
     MemoryEfficientAttention(4, 8)(q, k, v)

@@ -199,7 +199,7 @@ class Totals:
     """The running sums of the gradients of q, k, v, the mask and the parameters, in float32 at least.
 
     Attributes:
-        q, k, v, mask: the sums of these; None where no gradient is asked for.
+        q, k, v, mask: the sums of these; None where no gradient is needed.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> None:

@@ -177,7 +177,7 @@ class Linear(Streaming):
 
     @final
     def _plan(self, call: AttentionCall) -> Plan:
-        why = "asked for" if call.engine != "auto" else "a state of fixed size: linear in the length"
+        why = "named by the caller" if call.engine != "auto" else "a state of fixed size: linear in the length"
         engine, q = self._engine(call), call.q
         b, h, nq, _ = q.shape
         nk, width, out = call.n_keys, self._width(q, call.scale), call.v.shape[-1] + self.normalized

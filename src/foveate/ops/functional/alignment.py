@@ -6,6 +6,7 @@ The classes hold weights per head, for queries `(B, H, Nq, D)` and keys `(B, H, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any, final
@@ -150,18 +151,22 @@ class Pairwise(Learned):
         self.act, self.b = _activation(activation), self.zeros(self.hidden)
         self.w = nn.Parameter(self.weight(1, self.hidden).detach()[:, 0])
 
-    def project(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the query's and the key's summand of the activation's argument."""
-        raise NotImplementedError
-
-    def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
-        return pair_score(*self.project(q, k), self.w, self.act)
-
     def score_macs(self, width: int) -> int:
         return self.hidden
 
 
-class Additive(Pairwise):
+class Summed(Pairwise, ABC):
+    """A pairwise form whose activations are of a sum: one summand of the query's, one of the key's."""
+
+    @abstractmethod
+    def project(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the query's and the key's summand of the activation's argument."""
+
+    def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
+        return pair_score(*self.project(q, k), self.w, self.act)
+
+
+class Additive(Summed):
     """The additive form `w . act(W_q q + W_k k + b)`."""
 
     def __init__(self, heads: int, head_dim: int, hidden: int | None = None, activation: str = "tanh") -> None:
@@ -172,7 +177,7 @@ class Additive(Pairwise):
         return q @ self.w_q.mT + self.b[:, None], k @ self.w_k.mT
 
 
-class Concat(Pairwise):
+class Concat(Summed):
     """`w . act(W [q; k] + b)`: the additive form with one matrix for both."""
 
     def __init__(self, heads: int, head_dim: int, hidden: int | None = None, activation: str = "tanh") -> None:

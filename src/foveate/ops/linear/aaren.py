@@ -90,7 +90,7 @@ class Aaren(Streaming):
         return _matrix(scores)[:, :, call.n_keys - call.n_queries :].to(call.q.dtype)
 
     def _plan(self, call: AttentionCall) -> Plan:
-        why = "asked for" if call.engine != "auto" else "one question for all: linear in the length"
+        why = "named by the caller" if call.engine != "auto" else "one query for all: linear in the length"
         engine, (b, h, _, d), (nk, dv) = self._engine(call), call.q.shape, call.v.shape[2:]
         merges = {"scan": math.ceil(math.log2(BLOCK)) + 1, "recurrent": 1, "reference": nk / 2}[engine]
         flops = b * h * nk * (2 * d + int(merges * 4 * (dv + 1)))
@@ -101,10 +101,10 @@ class Aaren(Streaming):
         return AarenState(Partial(zero + mask_algebra.NEG_INF, zero, zero.expand(-1, -1, -1, sizes.value_dim)))
 
     def _step(self, call: AttentionCall, state: AarenState) -> tuple[Tensor, AarenState]:
-        asked = call.q if state.query is None else self._asked(torch.cat([state.query, call.q], 2))
-        scores, values = self._scored(replace(call, q=asked))
+        query = call.q if state.query is None else self._query(torch.cat([state.query, call.q], 2))
+        scores, values = self._scored(replace(call, q=query))
         part = combine(state.part, online.partial(scores[..., None], values))
-        return online.finish(part).to(call.q.dtype), AarenState(part, asked)
+        return online.finish(part).to(call.q.dtype), AarenState(part, query)
 
     def _prefill(self, call: AttentionCall, state: AarenState | None) -> tuple[Tensor, AarenState]:
         if state is not None:
@@ -113,9 +113,9 @@ class Aaren(Streaming):
         if call.n_queries == 0:
             return out, self._init_state(StateSizes.of(call))
         scores, values = self._scored(call)
-        return out, AarenState(online.partial(scores[:, :, None], values), self._asked(call.q))
+        return out, AarenState(online.partial(scores[:, :, None], values), self._query(call.q))
 
-    def _asked(self, q: Tensor) -> Float[Tensor, "b h 1 d"]:
+    def _query(self, q: Tensor) -> Float[Tensor, "b h 1 d"]:
         if self.query == "same" and known((q == q[:, :, :1]).all()) is False:
             raise OptionError('q must be the same in every row, as Aaren has one query; or use query="first"')
         return q[:, :, :1]
@@ -123,7 +123,7 @@ class Aaren(Streaming):
     def _scored(self, call: AttentionCall) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n dv"]]:
         """Return scores of all keys, -inf for masked ones, and values."""
         wide, heads, mask, scale = accumulating(call.q.dtype), call.q.shape[1], call.mask, call.scale
-        q = self._asked(call.q).to(wide)
+        q = self._query(call.q).to(wide)
         k, v = per_query_head(call.k, heads).to(wide), per_query_head(call.v, heads).to(wide)
         if mask is None:
             return (q * scale @ k.mT)[:, :, 0], v
