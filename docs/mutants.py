@@ -82,15 +82,16 @@ TESTS = {
     "host/hf/dispatch.py": "tests/host/test_renumbered.py tests/contracts/test_host_methods.py "
     "tests/contracts/test_host_trace.py",
     "host/hf/hooks.py": "tests/contracts/test_host_generation.py -k 'copy or saved or checkpointed or another'",
-    "host/hf/layout.py": "tests/host/test_layout.py tests/systems/kv/test_razor_attention.py tests/contracts/test_policies.py "
-    "-k 'layout or razor and not live_memory'",
+    "host/hf/layout.py": "tests/host/test_layout.py tests/systems/kv/test_razor_attention.py "
+    "tests/contracts/test_policies.py -k 'layout or razor and not live_memory'",
     "host/hf/marks.py": "tests/host/test_context.py",
     "host/hf/mask.py": "tests/host/test_mask.py tests/contracts/test_host_eviction.py",
     "host/hf/model.py": "tests/lens/test_look.py tests/host/test_composition.py",
     "host/hf/passes.py": "tests/contracts/test_host_generation.py tests/contracts/test_hosts.py "
     "-k 'phases or batching or checkpointed or searches or gradients'",
     "host/hf/sites.py": "tests/host/test_kinds_of_models.py tests/host/test_nesting.py",
-    "host/method.py": "tests/host/test_method.py tests/contracts/test_host_methods.py tests/host/test_kinds_of_models.py",
+    "host/method.py": "tests/host/test_method.py tests/contracts/test_host_methods.py "
+    "tests/host/test_kinds_of_models.py",
     "host/padding.py": "tests/host/test_padding.py tests/systems/kv/test_token_select.py tests/host/test_renumbered.py",
     "host/pieces.py": "tests/host/test_renumbered.py tests/contracts/test_host_once.py "
     "tests/contracts/test_host_generation.py -k 'not searches and not checkpointed and not encoder_decoders'",
@@ -106,7 +107,8 @@ TESTS = {
     "kv/base.py": "tests/systems/kv/test_sink_recent.py tests/contracts/test_policies.py "
     "-k 'sink_recent and not live_memory'",
     "kv/parts/calibration_store.py": "tests/bench/test_compare.py -k 'not operator'",
-    "kv/parts/head_split.py": "tests/kv/test_head_split.py tests/systems/kv/test_razor_attention.py tests/systems/kv/test_duo_attention.py",
+    "kv/parts/head_split.py": "tests/kv/test_head_split.py tests/systems/kv/test_razor_attention.py "
+    "tests/systems/kv/test_duo_attention.py",
     "kv/parts/last_query.py": "tests/systems/kv/test_recycled_attention.py tests/systems/kv/test_token_select.py",
     "kv/renumbered.py": "tests/host/test_renumbered.py",
     "lens/capture/fused.py": "tests/lens/test_fused.py tests/lens/test_look.py",
