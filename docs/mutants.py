@@ -97,8 +97,8 @@ TESTS = {
     "tests/contracts/test_host_generation.py -k 'not searches and not checkpointed and not encoder_decoders'",
     "host/run.py": "tests/host/test_nesting.py tests/host/test_stats.py tests/contracts/test_host_methods.py "
     "tests/contracts/test_host_sites.py tests/host/test_kinds_of_models.py",
-    "host/site.py": "tests/contracts/test_host_sites.py tests/contracts/test_host_eviction.py "
-    "tests/systems/kv/test_token_select.py",
+    "host/site.py": "tests/host/test_site.py tests/contracts/test_host_sites.py "
+    "tests/contracts/test_host_eviction.py tests/systems/kv/test_token_select.py",
     "host/slots/group.py": "tests/host/test_ends.py tests/host/test_caches_elsewhere.py "
     "tests/contracts/test_host_eviction.py",
     "host/slots/slots.py": "tests/host/test_ends.py tests/contracts/test_host_eviction.py",

@@ -77,6 +77,14 @@ def test_ends_keep_what_a_mask_keeps(seed: int, folds: bool) -> None:
     assert slid > 30
 
 
+def test_the_mask_has_both_ends_and_no_empty_slot() -> None:
+    positions = torch.tensor([[[0, 1, 2, -1, 6, 7, 8], [0, 1, 2, -1, 6, 7, 8]]])
+    kept = [True, True, False, False, False, True, True]
+    assert Ends(2, 2).mask(positions, 9).tolist() == [[kept, kept]]
+    assert Ends(2, 2, frozenset({1})).mask(positions, 9).tolist() == [[kept, [True] * 7]]
+    assert Ends(0, 1).mask(positions[:, :1], 9).tolist() == [[[False] * 6 + [True]]]
+
+
 def test_rows_with_different_tokens_have_no_ledger() -> None:
     alike = torch.tensor([[[0, 5, -1, 6], [0, 5, -1, 6]]])
     ledger = Ledger.read(alike, 1)
