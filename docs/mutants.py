@@ -109,7 +109,8 @@ TESTS = {
     "kv/parts/calibration_store.py": "tests/bench/test_compare.py -k 'not operator'",
     "kv/parts/head_split.py": "tests/kv/test_head_split.py tests/systems/kv/test_razor_attention.py "
     "tests/systems/kv/test_duo_attention.py",
-    "kv/parts/last_query.py": "tests/systems/kv/test_recycled_attention.py tests/systems/kv/test_token_select.py",
+    "kv/parts/last_query.py": "tests/kv/test_last_query.py tests/systems/kv/test_recycled_attention.py "
+    "tests/systems/kv/test_token_select.py",
     "kv/renumbered.py": "tests/host/test_renumbered.py",
     "lens/capture/fused.py": "tests/lens/test_fused.py tests/lens/test_look.py",
     "lens/capture/record.py": "tests/lens/test_look.py",
