@@ -171,7 +171,7 @@ def options(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
 
 @cache
 def _constructor(cls: type) -> tuple[inspect.Signature, dict[str, Kind]]:
-    init = cls.__init__  # type: ignore[misc]
+    init = cls.__init__  # type: ignore[misc]  # mypy refuses it, since a subclass may have another one; `cls` is exact
     try:
         hints = get_type_hints(init)
     except NameError:  # an annotation that only a type checker can read

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.bench.parts.memory import peak_bytes
-from foveate.core import online_softmax as online, oracle
+from foveate.core import online_softmax, oracle
 from foveate.core.errors import OptionError, UnsupportedEngine
 from foveate.ops import create
 from foveate.ops.dense.memory_efficient_attention import MemoryEfficientAttention
@@ -44,21 +44,21 @@ def test_large_scores(causal: bool) -> None:
     assert_near(out, oracle.attention(q.double(), k.double(), v.double(), causal=causal, scale=8**-0.5), 1e-4)
 
 
-def parts(count: int, seed: int = 0) -> list[online.Partial]:
+def parts(count: int, seed: int = 0) -> list[online_softmax.Partial]:
     """Return partial results of disjoint keys; the second one saw no key."""
     random = torch.Generator().manual_seed(seed)
     made = []
     for index in range(count):
         logits = 20 * torch.randn(2, 3, 4, generator=random, dtype=torch.float64)
         values = torch.randn(2, 4, 5, generator=random, dtype=torch.float64)
-        made.append(online.partial(logits.fill_(float("-inf")) if index == 1 else logits, values))
+        made.append(online_softmax.partial(logits.fill_(float("-inf")) if index == 1 else logits, values))
     return made
 
 
 def test_partial_results_merge_in_any_order_and_grouping() -> None:
     a, b, c = parts(3)
-    merged = [reduce(online.merge, order) for order in permutations((a, b, c))]
-    merged.append(online.merge(a, online.merge(b, c)))
+    merged = [reduce(online_softmax.merge, order) for order in permutations((a, b, c))]
+    merged.append(online_softmax.merge(a, online_softmax.merge(b, c)))
     for other in merged[1:]:
         for one, two in zip(merged[0], other, strict=True):
             assert_near(one, two, 1e-10)
@@ -68,22 +68,22 @@ def test_logits_are_overwritten_only_inplace() -> None:
     logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     logits[0, 0] = float("-inf")
     before, values = logits.clone(), torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
-    kept = online.partial(logits, values)
+    kept = online_softmax.partial(logits, values)
     assert torch.equal(logits, before)
-    for one, other in zip(online.partial(logits, values, inplace=True), kept, strict=True):
+    for one, other in zip(online_softmax.partial(logits, values, inplace=True), kept, strict=True):
         assert torch.equal(one, other)
 
 
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Record the shapes of merged tiles."""
     seen: list[tuple[int, ...]] = []
-    partial = online.partial
+    partial = online_softmax.partial
 
-    def watched(logits: Tensor, values: Tensor, **options: bool) -> online.Partial:
+    def watched(logits: Tensor, values: Tensor, **options: bool) -> online_softmax.Partial:
         seen.append(tuple(logits.shape[-2:]))
         return partial(logits, values, **options)
 
-    monkeypatch.setattr(online, "partial", watched)
+    monkeypatch.setattr(online_softmax, "partial", watched)
     return seen
 
 

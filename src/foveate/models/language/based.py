@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.core import masks as mask_algebra, validate
+from foveate.core import masks, validate
 from foveate.core.errors import OptionError, shown
 from foveate.models.base.decoder import Decoder
 from foveate.nn import Layer, MultiHeadAttention, Rotary, ShortConv, StreamingLayer
@@ -107,7 +107,7 @@ class GatedConv(StreamingLayer):
         self.conv = ShortConv(expand * dim, kernel, bias=False)
 
     def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
-        seen = None if mask is None else mask_algebra.keys_of(mask, x.shape[0], x.shape[1])[..., None]
+        seen = None if mask is None else masks.keys_of(mask, x.shape[0], x.shape[1])[..., None]
         mixed, gate = self.into(x if seen is None else x.masked_fill(~seen, 0.0)).chunk(2, -1)
         return self._gated(self.conv(mixed if seen is None else mixed.masked_fill(~seen, 0.0)), gate)
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.core import masks as mask_algebra
+from foveate.core import masks
 from foveate.core.call import AttentionCall, Plan, StateSizes
 from foveate.core.errors import ShapeError
 from foveate.ops.base import linear_spans
@@ -242,7 +242,7 @@ class Linear(Streaming):
         heads, wide, mask = call.q.shape[1], accumulating(call.v.dtype), call.mask
         v = per_query_head(call.v, heads).to(wide)
         k = per_query_head(call.k, heads).to(torch.promote_types(call.k.dtype, wide))
-        hidden = None if mask is None else ~mask_algebra.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
+        hidden = None if mask is None else ~masks.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
         if hidden is not None:
             # mask before and after the features, so that neither values nor gradients of hidden keys leak
             k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)

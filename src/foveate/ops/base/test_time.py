@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.core import masks as mask_algebra, validate
+from foveate.core import masks, validate
 from foveate.core.call import AttentionCall, Plan, StateSizes
 from foveate.core.errors import DivergedError, ShapeError, UnsupportedPattern
 from foveate.core.readable import is_clean
@@ -144,7 +144,7 @@ class Memory(Streaming):
         """Return the output and the state after the last token, continued from `state` (None: the start)."""
         run = self._chunks if engine == "chunked" else self._tokens
         n_queries, n_keys, mask = call.n_queries, call.n_keys, call.mask
-        hidden = None if mask is None else ~mask_algebra.keys_of(mask, call.k.shape[0], n_keys)[:, None]
+        hidden = None if mask is None else ~masks.keys_of(mask, call.k.shape[0], n_keys)[:, None]
         rates = self._rates(call, hidden)
         q, k, v = self._prepared(call, hidden)
         fresh = state is None

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.core import masks as mask_algebra, online_softmax as online, validate
+from foveate.core import masks, online_softmax, validate
 from foveate.core.call import AttentionCall, Plan, StateSizes
 from foveate.core.errors import OptionError
 from foveate.core.online_softmax import Partial
@@ -27,7 +27,7 @@ from foveate.ops.operator import CAUSAL_PATTERNS
 Form = Literal["scan", "recurrent", "reference"]
 
 #: Merges the `(top, total, out)` of two sets of keys: the associative operation of the scan.
-combine = online.merge
+combine = online_softmax.merge
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ class Aaren(Streaming):
 
     def _init_state(self, sizes: StateSizes) -> AarenState:
         zero = torch.zeros(sizes.batch, sizes.heads, 1, 1, dtype=accumulating(sizes.dtype), device=sizes.device)
-        return AarenState(Partial(zero + mask_algebra.NEG_INF, zero, zero.expand(-1, -1, -1, sizes.value_dim)))
+        return AarenState(Partial(zero + masks.NEG_INF, zero, zero.expand(-1, -1, -1, sizes.value_dim)))
 
     def _step(self, call: AttentionCall, state: AarenState) -> tuple[Tensor, AarenState]:
         query = call.q if state.query is None else self._query(torch.cat([state.query, call.q], 2))
         scores, values = self._scored(replace(call, q=query))
-        part = combine(state.part, online.partial(scores[..., None], values))
-        return online.finish(part).to(call.q.dtype), AarenState(part, query)
+        part = combine(state.part, online_softmax.partial(scores[..., None], values))
+        return online_softmax.finish(part).to(call.q.dtype), AarenState(part, query)
 
     def _prefill(self, call: AttentionCall, state: AarenState | None) -> tuple[Tensor, AarenState]:
         if state is not None:
@@ -113,7 +113,7 @@ class Aaren(Streaming):
         if call.n_queries == 0:
             return out, self._init_state(StateSizes.of(call))
         scores, values = self._scored(call)
-        return out, AarenState(online.partial(scores[:, :, None], values), self._query(call.q))
+        return out, AarenState(online_softmax.partial(scores[:, :, None], values), self._query(call.q))
 
     def _query(self, q: Tensor) -> Float[Tensor, "b h 1 d"]:
         if self.query == "same" and known((q == q[:, :, :1]).all()) is False:
@@ -127,9 +127,9 @@ class Aaren(Streaming):
         k, v = per_query_head(call.k, heads).to(wide), per_query_head(call.v, heads).to(wide)
         if mask is None:
             return (q * scale @ k.mT)[:, :, 0], v
-        hidden = ~mask_algebra.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
+        hidden = ~masks.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-        return (q * scale @ k.mT)[:, :, 0].masked_fill(hidden[..., 0], mask_algebra.NEG_INF), v
+        return (q * scale @ k.mT)[:, :, 0].masked_fill(hidden[..., 0], masks.NEG_INF), v
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
@@ -154,15 +154,15 @@ def prefix_attention(
     validate.one_of("form", form, ("scan", "recurrent", "reference"))
     if form == "reference":
         return causal_product(_matrix(scores), values)
-    leaves = online.partial(scores[..., None, None], values[..., None, :])  # one key each: (B, H, N, 1, ·)
+    leaves = online_softmax.partial(scores[..., None, None], values[..., None, :])  # one key each: (B, H, N, 1, ·)
     run = _scanned if form == "scan" else _folded
-    return online.finish(run(leaves)).squeeze(-2)
+    return online_softmax.finish(run(leaves)).squeeze(-2)
 
 
 def _matrix(scores: Tensor) -> Float[Tensor, "b h n n"]:
     n = scores.shape[-1]
-    seen = mask_algebra.causal(n, n, device=scores.device)
-    return safe_softmax(scores[..., None, :].masked_fill(~seen, mask_algebra.NEG_INF))
+    seen = masks.causal(n, n, device=scores.device)
+    return safe_softmax(scores[..., None, :].masked_fill(~seen, masks.NEG_INF))
 
 
 def _folded(parts: Partial) -> Partial:
@@ -179,7 +179,7 @@ def _scanned(parts: Partial) -> Partial:
     if n <= BLOCK:
         return _doubled(parts, 2)
     empty = Partial(*(torch.zeros_like(each[:, :, :1]) for each in parts))
-    empty = empty._replace(top=torch.full_like(empty.top, mask_algebra.NEG_INF))
+    empty = empty._replace(top=torch.full_like(empty.top, masks.NEG_INF))
     short = -n % BLOCK
     filled = (torch.cat([x, e.expand(-1, -1, short, -1, -1)], 2) for x, e in zip(parts, empty, strict=True))
     inside = _doubled(Partial(*(x.unflatten(2, (-1, BLOCK)) for x in filled)), 3)
