@@ -353,7 +353,7 @@ def _is_real(item: WorkItem, inert: list[Span]) -> bool:
 
 
 def _inert(source: str) -> list[Span]:
-    """Where annotations stand, which are strings at run time so that no test could notice, and what is for tests."""
+    """Return the places of annotations, which no test could notice as they are strings, and of code for tests."""
     nodes = list(ast.walk(ast.parse(source)))
     parts = [getattr(node, name, None) for node in nodes for name in ("annotation", "returns")]
     parts += [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name in FOR_TESTS]

@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 #: Words that a question or a clause without a main verb begins with.
 HEADLESS = {
-    "what", "whether", "where", "which", "how", "when", "who", "whose", "why", "of", "from", "in", "to", "by", "that", "if",
-    "as", "for", "with", "on", "at", "until", "while", "because",
+    "what", "whether", "where", "which", "how", "when", "who", "whose", "why", "of", "from", "in", "to", "by", "that",
+    "if", "as", "for", "with", "on", "at", "until", "because",
 }  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def docstrings(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def headless(text: str) -> bool:
-    first = text.split()[0].strip("`\"'(,.:;").lower()
+    first = text.split(maxsplit=1)[0].strip("`\"'(,.:;").lower()
     return first in HEADLESS
 
 
