@@ -119,7 +119,7 @@ TESTS = {
     "train/loop/seeds.py": "tests/train/test_job.py -k seeds",
     "train/loop/loop.py": "tests/train/test_loop.py "
     "-k 'rate or schedule or seed or decay or progress or positions or finite'",
-    "train/loop/network.py": "tests/train/test_loop.py -k 'any_operator or streams or images or invalid_networks'",
+    "train/loop/network.py": "tests/train/test_loop.py -k 'any_operator or fixed or images or invalid_networks'",
     "tasks/base/scores.py": "tests/tasks/test_scores.py tests/tasks/test_ruler.py",
     "tasks/base/training_task.py": "tests/tasks/test_training_tasks.py tests/train/test_loop.py",
     "tasks/files/formats.py": "tests/tasks/test_rows.py",
@@ -156,7 +156,6 @@ TESTS = {
     "bench/policies/shared_prefill.py": "tests/bench/test_policies.py -k 'prefill or losses or counted or counts'",
     "bench/policies/summary.py": "tests/bench/test_policies.py -k 'figure or skip'",
     "bench/policies/times.py": "tests/bench/test_policies.py -k figure",
-    "report/curves.py": "tests/bench/test_recall.py -k page",
     "report/policies.py": "tests/bench/test_policies.py -k page",
     "ops/functional/alibi.py": "tests/ops/test_prepare.py",
     "ops/base/kv_state.py": "tests/ops/test_prepare.py",

@@ -111,6 +111,12 @@ def test_any_operator_or_layer_makes_a_decoder(key: str) -> None:
     assert_near(net(changed)[:, :8], net(tokens)[:, :8], 1e-5)
 
 
+def test_a_layer_of_fixed_length_gets_that_of_its_task() -> None:
+    for name, length, causal in (("copy", 64, True), ("digits", 16, False)):  # 8 by 8 pixels in patches of 2 by 2
+        task = network.training_task(name)
+        assert network.spec("super_attention", task).mixers[0].options == {"context_len": length, "causal": causal}
+
+
 def test_a_decoder_streams_token_by_token() -> None:
     net, _, task = small("lightning_attention_2")
     tokens, _ = task.sample(2, torch.Generator().manual_seed(0))
