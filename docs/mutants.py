@@ -61,7 +61,6 @@ TESTS = {
     "core/scoring.py": "tests/core/test_engines.py",
     "core/window_selection.py": "tests/core/test_selection.py tests/core/test_engines.py",
     "models/base/byte_tokenizer.py": "tests/models/test_tokenizers.py",
-    "models/base/image_encoder.py": "tests/train/test_loop.py -k images",
     "models/base/number_tokenizer.py": "tests/models/test_tokenizers.py",
     "models/base/spec.py": "tests/train/test_loop.py -k 'any_operator or images or invalid_networks'",
     "host/attention.py": "tests/contracts/test_host_methods.py tests/contracts/test_hosts.py "

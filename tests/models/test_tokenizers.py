@@ -29,3 +29,4 @@ def test_the_ids_of_numbers_are_the_numbers() -> None:
     assert tokenizer("17 4 0 19").input_ids == [17, 4, 0, 19]
     assert tokenizer.decode([17, 4]) == "17 4" and len(tokenizer) == 20
     assert tokenizer("20").input_ids == [0], "a number that is not in the vocabulary"
+    assert (tokenizer.padding_side, tokenizer.clean_up_tokenization_spaces) == ("left", False)
