@@ -101,7 +101,7 @@ systems: $(INSTALLED_DEV)
 models: $(INSTALLED_DEV)
 	$(ONE_THREAD) $(BIN)/python docs/models.py
 
-# changes to the formulas that the tests should notice: docs/mutants.md. KEYS="mega gta" does only these systems or files again
+# changes to the code that the tests should notice: docs/mutants.md. KEYS="kv mega" does only these rooms, systems or files again
 mutants: $(INSTALLED_DEV)
 	$(PIP) install -c constraints.txt -e '.[mutants]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/mutants.py $(KEYS)

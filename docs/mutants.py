@@ -120,7 +120,7 @@ TESTS = {
     "-k 'rate or schedule or seed or decay or progress or positions or finite'",
     "train/loop/network.py": "tests/train/test_loop.py -k 'any_operator or fixed or images or invalid_networks'",
     "tasks/base/scores.py": "tests/tasks/test_scores.py tests/tasks/test_ruler.py",
-    "tasks/base/training_task.py": "tests/tasks/test_training_tasks.py tests/train/test_loop.py",
+    "tasks/base/training_task.py": "tests/tasks/test_training_tasks.py tests/systems/tasks/test_zoology_mqar.py",
     "tasks/files/formats.py": "tests/tasks/test_rows.py",
     "tasks/files/prompts.py": "tests/tasks/test_prompts.py tests/tasks/test_rows.py",
     "tasks/files/records.py": "tests/tasks/test_rows.py tests/tasks/test_prompts.py",
