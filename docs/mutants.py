@@ -125,7 +125,6 @@ TESTS = {
     "tasks/files/prompts.py": "tests/tasks/test_prompts.py tests/tasks/test_rows.py",
     "tasks/files/records.py": "tests/tasks/test_rows.py tests/tasks/test_prompts.py",
     "tasks/parts/haystack.py": "tests/tasks/test_ruler.py tests/tasks/test_needle.py",
-    "tasks/text/passkeys.py": "tests/tasks/test_corpus.py -k passkeys",
     "bench/calibration.py": "tests/bench/test_compare.py -k 'not operator'",
     "bench/capabilities.py": "tests/contracts/test_capabilities.py",
     "bench/comparison/evaluation.py": "tests/bench/test_compare.py tests/bench/test_measure.py -k 'not operator'",
