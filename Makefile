@@ -53,7 +53,7 @@ test: $(INSTALLED_DEV)
 test-all: $(INSTALLED_DEV)
 	$(PYTEST) -m "not real"
 
-# a part of the tests with the annotations of every call checked, shapes included (tests/typecheck.py); TESTS=... chooses
+# a part of the tests with the annotations of every call checked, shapes included (tests/support/typecheck.py); TESTS=... chooses
 # other tests. Tests of gradients are left out: they repeat the same calls many times
 TESTS ?= tests/contracts/test_operators.py tests/contracts/test_layers.py tests/core tests/ops tests/nn
 typecheck: $(INSTALLED_DEV)
@@ -90,7 +90,7 @@ bench: $(INSTALLED_DEV)
 claims: $(INSTALLED_DEV)
 	rm -rf .claims
 	FOVEATE_CLAIMS=.claims $(PYTEST) tests/systems
-	$(BIN)/python -m tests.claims .claims
+	$(BIN)/python -m tests.support.claims .claims
 
 # what the classes say of themselves, for `foveate systems` and docs/systems.md
 systems: $(INSTALLED_DEV)

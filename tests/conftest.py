@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 if os.environ.get("FOVEATE_TYPECHECK"):  # before anything of foveate is imported
-    from tests import typecheck
+    from tests.support import typecheck
 
     typecheck.install()
 
-from tests import claims
+from tests.support import claims
 
 torch.set_num_threads(1)  # tiny tensors on busy cores are several times slower with more
 

@@ -13,7 +13,7 @@ from foveate.core.errors import UnknownKey
 from foveate.nn.parts.multi_head import MultiHeadAttention
 from foveate.ops.base.selective import Selective
 from tests.contracts.operators import CLASSES, HEADS, WIDTH, example
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 #: Bounds on the cost of four times the tokens over the cost of the tokens, for each declared growth.
 RANGES = {"N": (3.5, 4.5), "N log N": (4.0, 7.0), "N²": (9.0, 17.0)}

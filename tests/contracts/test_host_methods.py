@@ -16,7 +16,7 @@ from foveate.host import Method, Site
 from foveate.host.hf import dispatch
 from foveate.host.hf.attach import OPEN
 from foveate.host.hf.cache import SlotLayer
-from tests.host_models import Evicts, Reads, Recent, model, padded, tokens, use
+from tests.support.host_models import Evicts, Reads, Recent, model, padded, tokens, use
 
 
 @pytest.mark.parametrize("order", ["evicts in reads", "reads in evicts", "together"])

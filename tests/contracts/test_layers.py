@@ -30,7 +30,7 @@ from tests.contracts.layers import (
     main_call,
 )
 from tests.contracts.operators import CLASSES
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 # -- visibility --------------------------------------------------------------------------------------------------------
 

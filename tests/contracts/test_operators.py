@@ -32,7 +32,7 @@ from tests.contracts.operators import (
     on_flex,
     twin,
 )  # fmt: skip
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 
 def grouped(x: torch.Tensor) -> torch.Tensor:

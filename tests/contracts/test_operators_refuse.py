@@ -15,7 +15,7 @@ from foveate.ops.base.scored import Scored
 from foveate.ops.base.streaming import Streaming
 from foveate.ops.operator import ALL_MASKS, ALL_PATTERNS
 from tests.contracts.operators import CLASSES, HEADS, KV_HEADS, WIDTH, Call, each_operator, example, main_call
-from tests.tensors import gradients, qkv
+from tests.support.tensors import gradients, qkv
 
 
 @pytest.mark.parametrize(

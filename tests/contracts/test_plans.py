@@ -11,7 +11,7 @@ from foveate.ops.base.selective import Selective
 from foveate.ops.base.test_time import Memory
 from foveate.ops.operator import Operator
 from tests.contracts.operators import CLASSES, HEADS, WIDTH, example
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 N = 256
 #: Operators that choose pairs are left out, since these engines compute all; aaren is too, since it merges elementwise.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from foveate.ops.operator import ALL_TRANSFORMS
 from tests.contracts import layers, operators
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 OPERATORS = [f"operator-{key}" for key in operators.CLASSES]
 NAMES = [*OPERATORS, *(f"layer-{key}" for key in layers.KEYS)]

@@ -175,7 +175,7 @@ def test_methods_name_the_systems_inside_them() -> None:
 
 def test_a_run_names_its_methods() -> None:
     from foveate.kv import SinkRecent
-    from tests.host_models import model
+    from tests.support.host_models import model
 
     assert cited(foveate.apply(model("llama"), SinkRecent())) == ["sink_recent"]
 

@@ -20,7 +20,7 @@ from foveate.core.errors import ShapeError, UnknownKey, UnsupportedEngine
 from foveate.core.scoring import SOFTMAX, SoftmaxScoring, Tile
 from foveate.core.selection import Blocks, Indices, Selection
 from foveate.core.window_selection import window
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 #: Engines that attend only to the keys of a selection.
 SPARSE = ("gather", "slices")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import online_softmax
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 
 def tiles(seed: int = 0) -> tuple[Tensor, Tensor]:

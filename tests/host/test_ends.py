@@ -16,7 +16,7 @@ from foveate.host.slots.slots import Slots
 from foveate.host.slots.store import Store
 from foveate.kv.razor_attention import RazorAttention, compensation
 from foveate.kv.sink_recent import SinkRecent
-from tests.host_models import model as model_of, tokens as drawn
+from tests.support.host_models import model as model_of, tokens as drawn
 
 
 def prompt(rows: int, n: int, seed: int = 0) -> Tensor:

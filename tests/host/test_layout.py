@@ -13,7 +13,7 @@ from torch import nn
 
 from foveate.host.hf.layout import AttendingLayer, Layout, _quiet, layout
 from foveate.host.hf.model import host
-from tests.host_models import WINDOW, model
+from tests.support.host_models import WINDOW, model
 
 
 def test_a_narrow_layer_has_fewer_heads_in_the_table() -> None:

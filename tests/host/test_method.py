@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer
 
 from foveate.host import Method, apply
 from foveate.host.method import HOOKS, describe, overrides
-from tests.host_models import Reads, Recent, model, tokens
+from tests.support.host_models import Reads, Recent, model, tokens
 
 
 class Named(Method):

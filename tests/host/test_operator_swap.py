@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.core.errors import OptionError
 from foveate.host import PrefillSwap, Site, apply
 from foveate.ops import HiP, SlidingWindow
-from tests.host_models import feed, model, padded, tokens
+from tests.support.host_models import feed, model, padded, tokens
 
 
 @pytest.fixture

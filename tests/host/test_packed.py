@@ -14,7 +14,7 @@ from foveate.core import engines, oracle
 from foveate.core.call import AttentionCall
 from foveate.core.engines import fused
 from foveate.host.hf.cache import SlotLayer
-from tests.host_models import DECODERS, Recent, feed, model, padded, tokens
+from tests.support.host_models import DECODERS, Recent, feed, model, padded, tokens
 
 
 @pytest.mark.parametrize("name", DECODERS)

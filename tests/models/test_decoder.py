@@ -10,7 +10,7 @@ import torch
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.models.base.decoder import Decoder
 from foveate.nn import MultiHeadAttention
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 
 def decoder(**options: Any) -> Decoder:

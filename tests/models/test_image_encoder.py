@@ -10,7 +10,7 @@ import torch
 from foveate.core.errors import OptionError, ShapeError
 from foveate.models.base.image_encoder import ImageEncoder
 from foveate.nn import MultiHeadAttention
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 
 def encoder(**options: Any) -> ImageEncoder:

@@ -9,7 +9,7 @@ import torch
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.fusion.co_attention import CoAttention
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 
 def sides() -> tuple[torch.Tensor, ...]:

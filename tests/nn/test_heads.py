@@ -16,7 +16,7 @@ from foveate.nn.sequence.moh import MixtureOfHeadAttention
 from foveate.nn.sequence.super_attention import OptimisedAttention, SlimAttention
 from foveate.ops import create
 from foveate.ops.calls import sized
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 DIM, HEADS, LENGTH = 16, 4, 9
 

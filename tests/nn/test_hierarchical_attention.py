@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.pool.hierarchical_attention import AttentionPool, HierarchicalAttention
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 LENGTHS = torch.tensor([[4, 2, 1], [3, 5, 0]])
 

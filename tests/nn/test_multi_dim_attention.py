@@ -7,7 +7,7 @@ import torch
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.channel.multi_dim_attention import MultiDimAttention
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 
 def built(**options) -> MultiDimAttention:

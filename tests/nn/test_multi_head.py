@@ -12,7 +12,7 @@ from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.parts.heads import HeadState
 from foveate.nn.parts.multi_head import ConvState
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 DIM, HEADS, LENGTH = 12, 4, 7
 

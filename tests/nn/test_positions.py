@@ -7,7 +7,7 @@ import torch
 
 from foveate.core.errors import OptionError
 from foveate.nn.parts.positions import Alibi, Position, RelativeBias, Rotary, check
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 def test_the_base_scheme_is_the_identity() -> None:

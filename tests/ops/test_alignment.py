@@ -12,7 +12,7 @@ from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import Tile
 from foveate.ops.functional.additive_score import pair_score
 from foveate.ops.functional.alignment import ACTIVATIONS, ALIGNMENTS, Alignment, make_alignment
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 HEADS, WIDTH, HIDDEN = 3, 4, 5
 

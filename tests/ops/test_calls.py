@@ -8,7 +8,7 @@ import torch
 import foveate
 from foveate.core.errors import OptionError, ShapeError, UnknownKey
 from foveate.ops import GTA, HiP, MonotonicLocationAttention, SlidingWindow, Softmax, TaylorAttention
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.core.errors import OptionError
 from foveate.ops.functional.normalizers import DISTRIBUTIONS, LocalWindow, argmax, entmax, sample, sparsemax
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 INF = float("inf")
 ALPHAS = (1, 1.2, 1.5, 1.75, 2, 3)

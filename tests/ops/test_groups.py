@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from foveate.ops.functional import geometry
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 def rotations(count: int, seed: int = 0) -> torch.Tensor:

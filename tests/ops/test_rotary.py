@@ -9,7 +9,7 @@ import torch
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.ops.functional import rotary
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 def test_frequencies_and_angles() -> None:

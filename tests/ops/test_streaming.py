@@ -25,7 +25,7 @@ from foveate.ops.memory.miras import Miras
 from foveate.ops.operator import Operator
 from foveate.ops.sparse.sliding_window import SlidingWindow
 from tests.contracts.operators import CLASSES, HEADS, KV_HEADS, WIDTH, each_operator, example
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 STREAMS = [
     key for key, cls in CLASSES.items()

@@ -26,7 +26,7 @@ from foveate.ops.memory.miras import Miras
 from foveate.ops.memory.titans import Titans
 from foveate.ops.sparse.sliding_window import SlidingWindow
 from tests.parity import peers
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 peers.source("fla", "")  # skips where it is missing
 

@@ -17,7 +17,7 @@ from foveate.models.base.spec import Mixer, Spec
 from foveate.tasks.base.training_task import IGNORED, TrainingTask
 from foveate.train.loop import checkpoint, network
 from foveate.train.loop.loop import History, Schedule, Training, evaluate, fit, loss_of
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 
 def test_the_rate_rises_and_falls() -> None:

@@ -14,9 +14,9 @@ from foveate.kv import razor_attention
 from foveate.kv.parts.probing import read
 from foveate.kv.razor_attention import RazorAttention, compensation, head_scores, razor_heads
 from foveate.kv.sink_recent import SinkRecent
-from tests import host_models
 from tests.conftest import ClaimFixture
-from tests.constructed import accuracy, induction_lm, recall
+from tests.support import host_models
+from tests.support.constructed import accuracy, induction_lm, recall
 
 
 @pytest.fixture(scope="module")

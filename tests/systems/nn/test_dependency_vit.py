@@ -15,8 +15,8 @@ from foveate.nn import MultiHeadAttention
 from foveate.nn.vision.dependency_vit import DependencyAttention, dependency_tree, prune
 from foveate.ops.dense.reversed_attention import ReversedAttention
 from foveate.ops.dense.softmax import Softmax
+from tests.support.tensors import assert_near, gradients, qkv
 from tests.systems.nn.digits import accuracy, fit, vit
-from tests.tensors import assert_near, gradients, qkv
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

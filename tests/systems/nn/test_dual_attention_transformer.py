@@ -12,7 +12,7 @@ from foveate.nn import Alibi, MultiHeadAttention, Rotary
 from foveate.nn.parts.symbols import PositionalSymbols, RelativeSymbols, SymbolicAttention
 from foveate.nn.sequence.dual_attention_transformer import DualAttention
 from foveate.nn.sequence.relational_attention import ACTIVATIONS, RelationalAttention
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 DIM, LENGTH = 24, 7
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn import MultiHeadAttention
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention, GaussianBlock, importance_factor
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 PAD = -7.0
 

@@ -15,8 +15,8 @@ from foveate.nn.vision.inline_attention import InLineAttention, LocalKernels, in
 from foveate.ops.base.linear import Linear
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.linear.inline import FEATURE_MAPS, InLine
+from tests.support.tensors import assert_near, qkv
 from tests.systems.nn.digits import MakeLayer, accuracy, fit, vit
-from tests.tensors import assert_near, qkv
 
 
 class Divided(Linear):

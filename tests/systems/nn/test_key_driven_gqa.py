@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.sequence.key_driven_gqa import RULES, KeyDrivenGQA, allocate_queries, mha_to_gqa, share_out
+from tests.support.tensors import assert_near
 from tests.systems.nn import digits
-from tests.tensors import assert_near
 
 DIM, HEADS, GROUPS, LENGTH = 32, 8, 4, 6
 

@@ -18,8 +18,8 @@ from foveate.nn.parts.window import WindowAttention, Windows
 from foveate.nn.vision.l2vit import LinearGlobalBlock, LocalConcentration, LocalWindowBlock, concentration, influence
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.linear.relu_linear import ReLULinear
+from tests.support.tensors import assert_near, qkv
 from tests.systems.nn.digits import accuracy, fit
-from tests.tensors import assert_near, qkv
 
 
 def relu(x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.sequence.mhe_attention import MultiHeadEmbeddingAttention, mhe_param_count
+from tests.support.tensors import assert_near
 from tests.systems.nn import lags
-from tests.tensors import assert_near
 
 DIM, HEADS, WIDTH, LENGTH = 12, 3, 6, 9
 

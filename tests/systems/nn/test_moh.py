@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.sequence.moh import MixtureOfHeadAttention, balance_loss, moh_gates
+from tests.support.tensors import assert_near
 from tests.systems.nn import digits, lags
-from tests.tensors import assert_near
 
 DIM, HEADS, LENGTH = 32, 8, 11
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.seq2seq.pointer_network import PointerNetwork, pointer_loss, pointer_scores
 from foveate.tasks.training.planar import planar_batch
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 
 def built(seed: int = 0, sharp: float = 1.0, **options) -> PointerNetwork:

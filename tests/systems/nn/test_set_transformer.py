@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from foveate.core import masks
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.sequence.set_transformer import ISAB, MAB, PMA, SAB, SetTransformer
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

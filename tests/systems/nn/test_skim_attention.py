@@ -11,7 +11,7 @@ from foveate.core import masks
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn import MultiHeadAttention
 from foveate.nn.sequence.skim_attention import LayoutEmbedding, SkimAttention, Skimformer, SkimLayer, skimming_mask
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 
 def boxes(batch: int = 2, n: int = 7, seed: int = 0) -> Tensor:

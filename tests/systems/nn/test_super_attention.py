@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.sequence.super_attention import OptimisedAttention, SlimAttention, SuperAttention
+from tests.support.tensors import assert_near
 from tests.systems.nn import digits
-from tests.tensors import assert_near
 
 DIM, HEADS, LENGTH = 12, 3, 9
 

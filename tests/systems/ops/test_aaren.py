@@ -18,7 +18,7 @@ from foveate.nn.sequence.aaren import AarenLayer
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.linear.aaren import BLOCK, Aaren, combine, prefix_attention
 from foveate.ops.linear.dsf import state_size
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 FORMS = ("scan", "recurrent", "reference")
 

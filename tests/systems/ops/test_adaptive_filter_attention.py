@@ -16,7 +16,7 @@ from foveate.ops.dense.adaptive_filter_attention import AdaptiveFilterAttention
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.functional import rotary
 from foveate.ops.functional.linear_sde import Dynamics, mean_decay
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 NUMBERS = {"mu": -0.3, "sigma2": 0.7, "eta2": 0.4, "gamma2": 0.2, "nu": 1.7, "tau": 0.8}
 

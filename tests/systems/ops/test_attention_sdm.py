@@ -15,7 +15,7 @@ from foveate.core.errors import OptionError, ShapeError
 from foveate.ops.dense.attention_sdm import SparseDistributedMemory, cap_intersection, circle_intersection, fit_beta
 from foveate.ops.dense.softmax import Softmax
 from tests.ops.plans import score_products
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 
 def bits(*shape: int, seed: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ from foveate.ops.dense.attention_taxonomy import SurveyAttention
 from foveate.ops.functional.alignment import ALIGNMENTS, Additive, Alignment, ScaledDot
 from foveate.ops.functional.normalizers import DISTRIBUTIONS, entmax, sparsemax
 from tests.ops.plans import score_products
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 HEADS, WIDTH = 4, 8
 INNER = ("similarity", "dot", "scaled_dot", "general", "biased_general", "kernel")

@@ -19,9 +19,9 @@ from foveate.ops import Operator
 from foveate.ops.functional import taylor
 from foveate.ops.linear.based import TaylorAttention
 from foveate.ops.linear.dsf import state_size
+from tests.support.tensors import assert_near
 from tests.systems.ops.recall import Recall, accuracy, train
 from tests.systems.ops.recall_layers import Elu, Stack
-from tests.tensors import assert_near
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -27,9 +27,9 @@ from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.ops.memory.miras import Miras
 from foveate.ops.operator import CAUSAL_PATTERNS
 from tests.contracts.operators import CLASSES, example
+from tests.support.tensors import assert_near
 from tests.systems.ops.recall import Recall, accuracy, train
 from tests.systems.ops.recall_layers import Elu, around
-from tests.tensors import assert_near
 
 B, H, N, D, DV = 2, 3, 7, 4, 5
 

@@ -13,8 +13,8 @@ from foveate.ops import Operator, create
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.linear.efficient_attention import EfficientAttention
 from foveate.ops.linear.lightning_attention import LightningAttention
+from tests.support.tensors import assert_near, gradients, qkv
 from tests.systems.nn import digits
-from tests.tensors import assert_near, gradients, qkv
 
 
 def softmax(x: Tensor, dim: int) -> Tensor:

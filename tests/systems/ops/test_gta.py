@@ -15,7 +15,7 @@ from foveate.ops.dense.gta import GTA
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.functional import geometry, rotary
 from foveate.ops.operator import Operator
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 LENGTH = 12
 POSES = GTA.example_input("poses", 2, 4, LENGTH)

@@ -13,7 +13,7 @@ from foveate.core import oracle
 from foveate.core.errors import OptionError
 from foveate.ops.sparse import hip
 from foveate.ops.sparse.hip import HiP
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 @pytest.mark.parametrize("options", [{"keep": 40}, {"keep": 4, "window": 40}, {"keep": 4, "sinks": 40}])

@@ -16,8 +16,8 @@ from foveate.nn import Layer
 from foveate.nn.sequence.lightnet import MDLRPE, MDTPE, LightNet, LightNetLayer, places
 from foveate.ops import create
 from foveate.ops.linear.lightnet import LightNetAttention
+from tests.support.tensors import assert_near, qkv
 from tests.systems.nn import digits
-from tests.tensors import assert_near, qkv
 
 ENGINES = pytest.mark.parametrize("engine", ["chunked", "recurrent", "reference"])
 

@@ -16,8 +16,8 @@ from foveate.ops import create
 from foveate.ops.base.fixed_decay import transnormer_decay
 from foveate.ops.linear.lightning_attention import LightningAttention
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
+from tests.support.tensors import assert_near, gradients, qkv
 from tests.systems.ops import markov
-from tests.tensors import assert_near, gradients, qkv
 
 DECAY = [1.0, 0.9, 0.4, 0.05]
 

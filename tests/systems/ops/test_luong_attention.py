@@ -16,7 +16,7 @@ from foveate.nn.seq2seq.luong_decoder import LuongDecoder
 from foveate.ops.dense.luong_attention import LuongAttention, alignment_error_rate
 from foveate.ops.operator import Capabilities
 from tests.ops.plans import score_products
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 SCORES, MODES = ("dot", "general", "concat", "location"), ("global", "local_m", "local_p")
 PAIRS = [(score, mode) for score in SCORES for mode in MODES if score != "location" or mode == "global"]

@@ -21,7 +21,7 @@ from foveate.ops.dense.marginal_attention import (
 )
 from foveate.ops.dense.softmax import Softmax
 from tests.contracts.operators import a_mask
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from foveate.core.errors import OptionError, UnsupportedEngine
 from foveate.ops import create
 from foveate.ops.dense.memory_efficient_attention import MemoryEfficientAttention
 from foveate.ops.dense.softmax import Softmax
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 CHUNKS = pytest.mark.parametrize(("q_chunk", "k_chunk"), [(1, 130), (7, 64), (64, 7), (130, 1), (1024, 4096)])
 

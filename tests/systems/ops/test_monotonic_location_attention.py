@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError, ShapeError, UnsupportedEngine, UnsupportedPattern
 from foveate.nn.seq2seq.monotonic_location import MonotonicLocationSeq2Seq, backwards
 from foveate.ops.dense.monotonic_location_attention import MonotonicLocationAttention, softstair
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 KINDS = ("onestep", "relu", "controlled_relu", "softstair", "free")
 

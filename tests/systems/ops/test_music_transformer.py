@@ -18,7 +18,7 @@ from foveate.ops.dense.music_transformer import MusicTransformer, with_previous_
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.functional.relative_position import skew
 from tests.ops.plans import score_products
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 
 def built(seed: int = 0, **options) -> MusicTransformer:

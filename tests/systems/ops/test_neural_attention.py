@@ -16,7 +16,7 @@ from foveate.ops.dense.neural_attention import NeuralAttention
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.operator import Operator
 from tests.ops.plans import score_products
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 
 def built(*args, **options) -> NeuralAttention:

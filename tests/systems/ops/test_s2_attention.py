@@ -9,7 +9,7 @@ from torch import Tensor
 from foveate.core import oracle
 from foveate.core.errors import OptionError
 from foveate.ops.sparse.s2_attention import S2Attention, is_kv_efficient, s2_mask
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 def elementwise(mask: Tensor, block: int, n: int) -> Tensor:

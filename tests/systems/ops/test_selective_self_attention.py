@@ -14,7 +14,7 @@ from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.ops.base.scored import Scored
 from foveate.ops.dense.selective_self_attention import SelectiveSelfAttention
 from foveate.ops.dense.softmax import Softmax
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 def active(**options) -> SelectiveSelfAttention:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foveate.core import masks, oracle
 from foveate.ops.sparse.sliding_window import SlidingWindow
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(200, 200), (3, 200), (1, 200)])

@@ -19,7 +19,7 @@ _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 
 def install() -> None:
     """Check every module of Foveate that is imported from now on."""
-    jaxtyping.install_import_hook("foveate", "tests.typecheck.checked")
+    jaxtyping.install_import_hook("foveate", "tests.support.typecheck.checked")
 
 
 def checked(call: Callable[..., Any]) -> Callable[..., Any]:
