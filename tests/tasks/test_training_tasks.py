@@ -49,6 +49,13 @@ def test_language_windows_come_from_the_corpus(heldout: bool) -> None:
         assert bytes(row).decode() in source
 
 
+def test_language_windows_begin_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "_bytes", lambda split: torch.arange(100, dtype=torch.uint8))
+    _, labels = Language(length=40).sample(2000, draw())
+    assert set(labels[:, 0].tolist()) == set(range(60))
+    assert torch.equal(labels, labels[:, :1] + torch.arange(40))
+
+
 def test_text_is_read_as_the_tokenizer_reads_it() -> None:
     assert (language.BOS, language.VOCABULARY) == (byte_tokenizer.BOS, byte_tokenizer.VOCAB)
     _, labels = Language(length=20).sample(1, draw())
