@@ -113,7 +113,7 @@ class Streaming(Operator, ABC):
         """Return the sizes of a state for such calls. Those of the last call are kept, as a stream's are all alike."""
         if type(self)._fixed_sizes is Streaming._fixed_sizes:
             return ()
-        sizes = replace(StateSizes.of(call), device=torch.device("meta"))
+        sizes = StateSizes.of(call)  # on the device of the parameters, which features may need
         last: tuple[StateSizes, tuple[object, ...]] | None = self.__dict__.get("_last_sizes")
         if last is None or last[0] != sizes:
             with torch.no_grad():
