@@ -188,8 +188,9 @@ def test_refusals() -> None:
     assert "FalconForCausalLM does not go through" in refusal(
         UnsupportedModel, lambda: foveate.apply(model("falcon"), Evicts())
     )
-    assert refusal(OptionError, lambda: foveate.apply(llama, "sink_recent")) == "apply() takes Method objects; got str"
-    assert "apply() takes Method objects; got type" in refusal(OptionError, lambda: foveate.apply(llama, Evicts))
+    says = refusal(OptionError, lambda: foveate.apply(llama, "sink_recent"))
+    assert says == "apply() takes Method and Operator objects; got str"
+    assert "got the class Evicts" in refusal(OptionError, lambda: foveate.apply(llama, Evicts))
     static = StaticCache(config=llama.config, max_cache_len=32)
     assert refusal(UnsupportedModel, lambda: inside("llama", Recent(), lambda: llama(ids, past_key_values=static))) == (
         "past_key_values must be a DynamicCache for a method that evicts; got StaticCache of StaticLayer: "

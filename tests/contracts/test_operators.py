@@ -67,6 +67,15 @@ def test_the_output_is_weights_times_values(call: Call) -> None:
         assert not weights[~masks.allowed(call.mask).expand(weights.shape)].any()
 
 
+@each_operator(lambda cls: cls.capabilities.has_weights and any("cross" in name for name in cls.capabilities.patterns))
+def test_no_query_has_an_empty_matrix_of_weights(key: str) -> None:
+    op = example(key)
+    q, k, _ = qkv(0, 12, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
+    weights = op.weights(q, k, causal="cross" not in op.capabilities.patterns)
+    assert weights.shape == (2, HEADS, 0, 12)
+    assert weights.dtype == q.dtype
+
+
 @each_engine(at_limit=False)
 def test_engines_agree_in_outputs_and_gradients(call: Call) -> None:
     q, k, v = call.tensors(grad=True)

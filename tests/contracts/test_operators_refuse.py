@@ -130,3 +130,12 @@ def test_what_cannot_stream_says_so() -> None:
             op.init_state(2, HEADS, KV_HEADS, WIDTH, WIDTH)
         with pytest.raises(UnsupportedPattern, match=f"{op.name} cannot go one token at a time"):
             op.step(*qkv(1, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH), None)
+
+
+def test_facts_in_the_wrong_place_are_refused() -> None:
+    """A class that was written for an earlier version would be ignored in silence."""
+    for body, says in (({"masks": frozenset()}, "belongs into its `capabilities`"), ({"steps": None}, "streaming now")):
+        with pytest.raises(TypeError, match=says):
+            type("Old", (Scored,), body)
+    with pytest.raises(TypeError, match="kept is trim_state now"):
+        type("Old", (Scored,), {"kept": lambda self, state: state})

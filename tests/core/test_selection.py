@@ -143,6 +143,19 @@ def test_density_counts_visible_pairs() -> None:
     assert half.keys_read() == 2
 
 
+def test_keys_read_counts_real_keys_and_queries() -> None:
+    assert Blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool), (128, 128), 16, 16).keys_read() == 16
+    ragged = Blocks(torch.tensor([[[[True, True], [True, False]]]]), (4, 4), 5, 6)
+    assert ragged.keys_read() == pytest.approx((4 * 6 + 1 * 4) / 5)
+
+
+def test_keys_read_of_shapes_alone_is_the_bound() -> None:
+    tiles = torch.ones(1, 1, 2, 3, dtype=torch.bool, device="meta")
+    assert Blocks(tiles, (4, 4), 8, 10).keys_read() == 10
+    keys = torch.zeros(1, 1, 8, 3, dtype=torch.long, device="meta")
+    assert Indices(keys, 8, 10, torch.ones_like(keys, dtype=torch.bool)).keys_read() == 3
+
+
 def test_keys_read_by_a_list() -> None:
     valid = torch.tensor([[[[True, True], [True, False]]]])
     assert Indices(torch.tensor([[[[0, 1], [2, 0]]]]), 4, 3, valid, group=2).keys_read() == 1.5

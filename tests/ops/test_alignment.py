@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import Tile
+from foveate.ops.dense.attention_taxonomy import SurveyAttention
 from foveate.ops.functional.additive_score import pair_score
 from foveate.ops.functional.alignment import ACTIVATIONS, ALIGNMENTS, Alignment, make_alignment
 from tests.support.tensors import assert_near, qkv
@@ -193,3 +194,14 @@ def test_a_call_of_another_size_is_refused() -> None:
         built("location").check(q, 10)
     built("location").check(q, 9)
     built("dot").check(q[:, :1, :, :2], 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_a_call_may_have_another_dtype_than_the_weights(name: str, dtype: torch.dtype) -> None:
+    align, (q, k, v) = built(name), qkv(6, heads=HEADS, kv_heads=HEADS, width=WIDTH)
+    expected = SurveyAttention(align)(q, k, v)
+    op = SurveyAttention(align.float())
+    out = op(*(x.to(dtype) for x in (q, k, v)))
+    assert out.dtype == dtype
+    assert_near(out, expected.detach(), 1e-6 if dtype == torch.float64 else 0.1)

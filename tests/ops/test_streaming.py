@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.core.errors import UnsupportedPattern
+from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.core.selection import Selection
 from foveate.ops.base.kv_cached import Cached
 from foveate.ops.base.linear import Linear
@@ -160,6 +160,41 @@ def test_a_prompt_in_pieces_is_the_whole_prompt(key: str, pieces: tuple[int, ...
     if not brings:
         tail = [x[:, :, PROMPT:] for x in (q, k, v)]
         assert_near(steps(op, *tail, state)[0], steps(op, *tail, filled)[0], 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_operator(lambda cls: cls.capabilities.streaming == "exact")
+def test_a_prompt_goes_on_from_a_state_in_every_dtype(key: str, dtype: torch.dtype) -> None:
+    q, k, v = qkv(10, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH, dtype=dtype)
+    op = steady(key, 10).to(dtype)
+    first, second = ([x[:, :, piece] for x in (q, k, v)] for piece in (slice(0, 6), slice(6, 10)))
+    _, state = op.prefill(*first)
+    out, filled = op.prefill(*second, state=state)
+    expected, stepped = steps(op, *second, state)
+    assert out.dtype == dtype
+    assert_near(out, expected, 1e-4 if dtype == torch.float32 else 0.1)
+    assert [x.dtype for x in tensors_of(filled)] == [x.dtype for x in tensors_of(stepped)]
+
+
+@each_operator(lambda cls: cls.capabilities.streaming == "exact")
+def test_a_state_of_other_sizes_is_refused(key: str) -> None:
+    """No size of a state or of a token is broadcast: batch, heads, or the width of values."""
+    op = example(key)
+    q, k, v = qkv(1, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
+    _, state = op.prefill(q, k, v)
+    _, single = op.prefill(q[:1], k[:1], v[:1])
+    for tokens, held in (((q, k, v), single), ((q[:1], k[:1], v[:1]), state), ((q, k, v[..., :1]), state)):
+        for go_on in (lambda: op.step(*tokens, held), lambda: op.prefill(*tokens, state=held)):  # noqa: B023
+            with pytest.raises((ShapeError, OptionError)) as caught:
+                go_on()
+            assert "\n" not in str(caught.value)
+
+
+def test_a_state_of_another_linear_operator_is_refused() -> None:
+    q, k, v = qkv(1, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
+    _, state = example("lightning_attention").prefill(q, k, v)
+    with pytest.raises(ShapeError, match="state must fit LightNetAttention"):
+        example("lightnet").step(q, k, v, state)
 
 
 @each_operator(lambda cls: cls.capabilities.streaming is None)

@@ -78,8 +78,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownKey:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the most similar valid name, or None if none is similar."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return near[0] if near else None
+    spelled = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), list(spelled), n=1, cutoff=0.5)
+    return spelled[near[0]] if near else None
 
 
 def shown(value: object) -> str:

@@ -104,7 +104,7 @@ def test_other_operators_keep_a_state_of_their_own() -> None:
         (dict(heads=5), "heads=5 must divide dim=12"),
         (dict(spread=-1), "spread=-1"),
         (dict(head_dim=0), "head_dim=0"),
-        (dict(op="moh"), "is no operator"),
+        (dict(op="moh"), "must be an operator"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:

@@ -113,7 +113,7 @@ def choose(call: AttentionCall, engine: str = "auto") -> tuple[str, str]:
 def _sparse(call: AttentionCall) -> tuple[str, str]:
     selection = call.selection
     if has_shapes_alone(call.q):
-        return "reference", "shapes alone: nothing says how many keys are chosen"
+        return "reference", "shapes alone"
     if not isinstance(selection, Blocks):
         return "gather", "chosen keys gathered"
     if call.q.device.type != "cpu":

@@ -106,7 +106,7 @@ class HeadScheme(StreamingLayer):
         if heads % self.kv_heads:
             raise OptionError(f"kv_heads={kv_heads} must divide heads={heads}")
         positions.check(position, heads)
-        self.op, self.position = sized(op, heads, self.head_dim, self.value_dim), position
+        self.op, self.position = sized(op, heads, self.head_dim, self.value_dim, self.kv_heads), position
         self.rates = Rates(dim, heads, self.op)
         self.out = Linear(heads * self.value_dim, dim if out_dim is None else out_dim, bias=bias)
         self._declare_operator()

@@ -213,9 +213,14 @@ class Linear(Streaming):
         fq, fk, v, decay = self.encoded(carried)
         if carried.n_keys > call.n_keys:  # the state already holds the key that represents the past
             fk, v, decay = fk[:, :, 1:], v[:, :, 1:], None if decay is None else decay[:, :, 1:]
+        fk, decay = fk.to(v.dtype), None if decay is None else decay.to(v.dtype)  # the carry may be wider
         out = self.normalize(self._causal(fq, fk, v, decay, "chunked", before))
         sums = _written(fk, v, decay, "chunked", before)
         return out.to(call.q.dtype), LinearState(sums, self.normalized, carry)
+
+    @final
+    def _fixed_sizes(self, state: LinearState) -> tuple[object, ...]:
+        return tuple(state.sums.shape), state.normalized, None if state.carry is None else tuple(state.carry.shape)
 
     def _after(self, call: AttentionCall, state: LinearState | None) -> tuple[AttentionCall, Tensor | None]:
         """Prepend the key that represents the past, if features depend on it; return the call and the key after it."""

@@ -251,6 +251,10 @@ class Memory(Streaming):
         self._check_finite(out, *prepared, *rates.values())
         return out.to(call.q.dtype), state
 
+    @final
+    def _fixed_sizes(self, state: MemoryState) -> tuple[object, ...]:
+        return tuple(tuple(memory.shape) for memory in state.memory)
+
     def _bounded(self, gradients: tuple[Outer, ...]) -> tuple[Outer, ...]:
         """Scale gradients down to norms of at most `max_grad_norm`, for each token and layer."""
         most = self.max_grad_norm

@@ -116,7 +116,7 @@ class General(Learned):
         self.w = self.weight(head_dim, head_dim)
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return q @ self.w, k
+        return q @ self.w.to(q), k
 
 
 class BiasedGeneral(General):
@@ -127,7 +127,7 @@ class BiasedGeneral(General):
         self.b = self.zeros(head_dim)
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return q @ self.w.mT + self.b[:, None], k
+        return q @ self.w.to(q).mT + self.b.to(q)[:, None], k
 
 
 class ActivatedGeneral(Learned):
@@ -138,7 +138,7 @@ class ActivatedGeneral(Learned):
         self.w, self.b, self.act = self.weight(head_dim, head_dim), self.zeros(), _activation(activation)
 
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
-        return self.act(q @ self.w @ k.mT + self.b[:, None, None])
+        return self.act(q @ self.w.to(q) @ k.mT + self.b.to(q)[:, None, None])
 
 
 class Pairwise(Learned):
@@ -163,7 +163,7 @@ class Summed(Pairwise, ABC):
         """Return the query's and the key's summand of the activation's argument."""
 
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
-        return pair_score(*self.project(q, k), self.w, self.act)
+        return pair_score(*self.project(q, k), self.w.to(q), self.act)
 
 
 class Additive(Summed):
@@ -174,7 +174,7 @@ class Additive(Summed):
         self.w_q, self.w_k = self.weight(self.hidden, head_dim), self.weight(self.hidden, head_dim)
 
     def project(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return q @ self.w_q.mT + self.b[:, None], k @ self.w_k.mT
+        return q @ self.w_q.to(q).mT + self.b.to(q)[:, None], k @ self.w_k.to(k).mT
 
 
 class Concat(Summed):
@@ -185,8 +185,8 @@ class Concat(Summed):
         self.w_both = self.weight(self.hidden, 2 * head_dim)
 
     def project(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        w_q, w_k = self.w_both.chunk(2, -1)
-        return q @ w_q.mT + self.b[:, None], k @ w_k.mT
+        w_q, w_k = self.w_both.to(q).chunk(2, -1)
+        return q @ w_q.mT + self.b.to(q)[:, None], k @ w_k.mT
 
 
 class Deep(Additive):
@@ -204,8 +204,8 @@ class Deep(Additive):
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
         hidden = self.act(pairs(*self.project(q, k)))
         for w, b in zip(self.layers, self.biases, strict=True):
-            hidden = self.act(hidden @ w.mT[:, None] + b[:, None, None])
-        return read_out(hidden, self.w) + self.b_out[:, None, None]
+            hidden = self.act(hidden @ w.to(q).mT[:, None] + b.to(q)[:, None, None])
+        return read_out(hidden, self.w.to(q)) + self.b_out.to(q)[:, None, None]
 
     def score_macs(self, width: int) -> int:
         return self.hidden * (1 + len(self.layers) * self.hidden)
@@ -225,7 +225,7 @@ class Location(Learned):
             raise ShapeError(f"built for positions={self.w.shape[1]}; got Nk={n_keys}")
 
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
-        return q @ self.w[:, at.cols].mT
+        return q @ self.w[:, at.cols].to(q).mT
 
 
 class Feature(Pairwise):
@@ -237,7 +237,7 @@ class Feature(Pairwise):
 
     def own(self, k: Tensor) -> Float[Tensor, "b h k"]:
         """Return each key's logit."""
-        return (self.act(k @ self.w_k.mT + self.b[:, None]) @ self.w[:, :, None]).squeeze(-1)
+        return (self.act(k @ self.w_k.to(k).mT + self.b.to(k)[:, None]) @ self.w.to(k)[:, :, None]).squeeze(-1)
 
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
         return self.own(k)[:, :, None].expand(-1, -1, q.shape[2], -1)

@@ -115,6 +115,9 @@ class Aaren(Streaming):
         scores, values = self._scored(call)
         return out, AarenState(online_softmax.partial(scores[:, :, None], values), self._query(call.q))
 
+    def _fixed_sizes(self, state: AarenState) -> tuple[object, ...]:
+        return (tuple(state.part.out.shape),)
+
     def _query(self, q: Tensor) -> Float[Tensor, "b h 1 d"]:
         if self.query == "same" and known((q == q[:, :, :1]).all()) is False:
             raise OptionError('q must be the same in every row, as Aaren has one query; or use query="first"')
