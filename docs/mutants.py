@@ -140,7 +140,7 @@ TESTS = {
     "bench/loading/rope_scaling.py": "tests/bench/test_loading.py",
     "bench/loading/source.py": "tests/bench/test_loading.py",
     "bench/loading/trial.py": "tests/bench/test_loading.py",
-    "bench/loading/weights.py": "tests/bench/test_loading.py",
+    "bench/loading/weights.py": "tests/bench/test_loading_parts.py tests/bench/test_loading.py",
     "bench/methods.py": "tests/bench/test_compare.py",
     "bench/parts/digest.py": "tests/bench/test_resume.py",
     "bench/parts/memory.py": "tests/bench/test_measure.py",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from foveate.bench.loading import files, gguf, trained_on
+from foveate.bench.loading import files, gguf, trained_on, weights
 from foveate.bench.loading.device import torch_device
 from foveate.bench.loading.refusal import first_line, reading, refused, several
 from foveate.core.errors import OptionError, UnsupportedModel
@@ -73,6 +75,48 @@ def test_an_index_names_files_of_the_folder(tmp_path: Path) -> None:
     for wrong in ({}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}):
         with pytest.raises(UnsupportedModel, match="must hold a weight_map"):
             shards(folder(tmp_path, index=wrong))
+
+
+REPORT: dict[str, Any] = {"mismatched_keys": [], "missing_keys": [], "unexpected_keys": []}
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ({"mismatched_keys": [("b", [3], [4])]}, r"b is \(3,\) in the file and \(4,\) by config.json$"),
+        (
+            {"mismatched_keys": [("b", [3], [4]), ("a", [2], [5]), ("c", [3], [4])]},
+            r"a is \(2,\) in the file and \(5,\) by config.json, and 2 more tensors differ$",
+        ),
+        ({"error_msgs": ["  bad\nworse"]}, "cannot be loaded: bad$"),
+        ({"missing_keys": ["b", "a"]}, "lacks weights that its config.json asks for: a, b$"),
+        ({"unexpected_keys": ["b", "x.rotary_emb.inv_freq"]}, "has no place for: b$"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(report: dict[str, Any], message: str) -> None:
+    weights.check_report("m", {**REPORT, "unexpected_keys": ["h.0.attn.bias", "position_ids"]})
+    with pytest.raises(UnsupportedModel, match=message):
+        weights.check_report("m", {**REPORT, **report})
+
+
+@pytest.mark.parametrize("quantised", [None, "gptq"])
+def test_weights_go_to_the_device_and_packed_ones_load_there(
+    quantised: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+    moved: list[torch.device] = []
+
+    def from_pretrained(source: object, config: object, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given.append(options)
+        return SimpleNamespace(to=moved.append), REPORT
+
+    monkeypatch.setattr(weights, "_from_pretrained", from_pretrained)
+    config = SimpleNamespace(quantization_config=quantised and {"quant_method": quantised})
+    source, device = SimpleNamespace(folder=None, name="m"), torch.device("meta")
+    weights.read(source, config, torch.float16, device, trust=False)  # type: ignore[arg-type]
+    assert moved == ([device] if quantised is None else [])
+    assert given[0].get("device_map") == (None if quantised is None else {"": device})
+    assert given[0]["dtype"] == torch.float16 and given[0]["use_safetensors"] and given[0]["key_mapping"] is None
 
 
 # -- GGUF --------------------------------------------------------------------------------------------------------------
