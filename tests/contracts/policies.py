@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from foveate.core.catalog import systems
 from foveate.host import Host
 from foveate.host.hf.model import host
-from foveate.kv.base import Policy
+from foveate.kv.base.policy import Policy
 
 VOCAB = 64
 _SIZES = dict(

@@ -1,6 +1,6 @@
 # The public names of foveate.kv; written by `make systems` from the catalogue.
 
-from foveate.kv.base import Policy as Policy
+from foveate.kv.base.policy import Policy as Policy
 from foveate.kv.duo_attention import DuoAttention as DuoAttention
 from foveate.kv.duo_attention import duo_train as duo_train
 from foveate.kv.duo_attention import full_heads as full_heads
