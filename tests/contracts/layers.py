@@ -1,4 +1,4 @@
-"""The layers of the catalogue, and `MultiHeadAttention` with an operator of each family, as the contract runs them."""
+"""The layers of the catalogue, and `MultiHeadAttention` with an operator of each family, for the contract."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXTRA: dict[str, type[Layer]] = {
 }  # fmt: skip
 SYSTEMS |= EXTRA
 
-#: The house's own layer around an operator of each family, with and without a convolution.
+#: `MultiHeadAttention` around an operator of each family, with and without a convolution.
 AROUND: dict[str, dict[str, Any]] = {
     "multi_head": dict(kv_heads=2, position=Rotary(), qk_norm=True, out_norm=True, gate="sigmoid", bias=True),
     "multi_head-selective": dict(op="sliding_window", kv_heads=2),
@@ -48,7 +48,7 @@ KEYS = [*SYSTEMS, *AROUND]
 
 
 def example(key: str, length: int = LENGTH) -> Layer:
-    """The layer's example, always with the same parameters, none of them where it does nothing."""
+    """Make the layer's example with the same parameters each time, all of which have an effect."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if key in AROUND:
@@ -79,13 +79,13 @@ class Call:
     def tokens(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None]:
         random = torch.Generator().manual_seed(seed)
         x = torch.randn(BATCH, LENGTH, DIM, generator=random, dtype=torch.float64).to(dtype)
-        memory = torch.randn(BATCH, MEMORY, DIM, generator=random, dtype=torch.float64).to(dtype)
-        return x, memory if "cross" in self.pattern else None
+        source = torch.randn(BATCH, MEMORY, DIM, generator=random, dtype=torch.float64).to(dtype)
+        return x, source if "cross" in self.pattern else None
 
-    def __call__(self, layer: Layer, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, layer: Layer, x: Tensor, source: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         inputs = example_inputs(self.key, x.shape[1], x.shape[0])
         given = {name: i.to(x.dtype) if is_real(i) else i for name, i in inputs.items()}
-        return layer(x, memory, mask=mask, causal=self.causal, **given)
+        return layer(x, source, mask=mask, causal=self.causal, **given)
 
     def __str__(self) -> str:
         return "-".join(part.replace(" ", "_") for part in (self.key, self.pattern, self.mask_kind) if part)
@@ -96,7 +96,7 @@ def is_real(x: object) -> bool:
 
 
 def calls(*, masked: bool = False, causal: bool = False) -> pytest.MarkDecorator:
-    """Every pattern of every layer: with each kind of mask where `masked`, the causal ones alone where `causal`."""
+    """Parametrise over the patterns of every layer: with each kind of mask if `masked`, only causal if `causal`."""
     found = []
     for key in KEYS:
         layer = example(key)

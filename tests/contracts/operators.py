@@ -1,7 +1,7 @@
-"""The operators of the catalogue, and the calls that their contract makes of them.
+"""The operators of the catalogue, and the calls of their contract.
 
-What an operator declares (`patterns`, `masks`, `engines`, `steps`) decides which cases there are: a case that does not
-apply is not collected, so that nothing is skipped.
+The declared capabilities (`patterns`, `masks`, `engines`, `streaming`) decide the cases: a case that does not apply is
+not collected, so that no test is skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LENGTHS: dict[Pattern, tuple[int, int]] = {
     "self": (12, 12), "causal self": (12, 12), "cross": (9, 12), "causal cross": (9, 12),
 }  # fmt: skip
 
-#: Operators inside layers of the catalogue: they have no row of their own, and the same duties.
+#: Operators inside layers of the catalogue: they have no row of their own, and keep the same contract.
 INSIDE: dict[str, type[Operator]] = {
     "inline": InLine, "relu_linear": ReLULinear, "reversed_attention": ReversedAttention,
 }  # fmt: skip
@@ -40,7 +40,7 @@ CLASSES: dict[str, type[Operator]] = {
 
 
 def example(key: str, length: int = 12, heads: int = HEADS, width: int = WIDTH) -> Operator:
-    """The operator's own example, always with the same parameters."""
+    """Make the operator's own example, always with the same parameters."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return CLASSES[key].example(heads, width, length).double()
@@ -52,7 +52,7 @@ def exact(key: str, length: int) -> Operator | None:
 
 
 def twin(key: str) -> str:
-    """The engine that decides what is right."""
+    """Return the reference engine of an operator."""
     return "reference" if "reference" in CLASSES[key].capabilities.engines else "recurrent"
 
 
@@ -106,9 +106,9 @@ HIDDEN = (2, 5)
 
 
 def a_mask(kind: MaskKind, n_queries: int, n_keys: int) -> Tensor:
-    """A mask of the kind, in which some keys are hidden from all queries.
+    """Make a mask of the kind that hides some keys from all queries.
 
-    "pairs" and "bias" also have a query that may attend to nothing.
+    "pairs" and "bias" also have a query that sees nothing.
     """
     random = torch.Generator().manual_seed(3)
     if kind == "keys":
@@ -121,11 +121,11 @@ def a_mask(kind: MaskKind, n_queries: int, n_keys: int) -> Tensor:
     if kind != "bias":
         return seen
     bias = torch.randn(seen.shape, generator=random, dtype=torch.float64)
-    return bias.masked_fill(~seen, masks.NEVER)
+    return bias.masked_fill(~seen, masks.NEG_INF)
 
 
 def calls(key: str) -> Iterator[Call]:
-    """Every pattern and mask kind that the operator declares."""
+    """Return a call for every pattern and mask kind that the operator declares."""
     cls = CLASSES[key]
     for pattern in sorted(cls.capabilities.patterns):
         for kind in (None, *sorted(cls.capabilities.masks)):
@@ -137,17 +137,17 @@ def over(cases: Iterator[Call] | list[Call]) -> pytest.MarkDecorator:
 
 
 def each_call(*, masked: bool = False) -> pytest.MarkDecorator:
-    """Every pattern with every kind of mask and, unless `masked`, without one."""
+    """Parametrise over every pattern with every kind of mask and, unless `masked`, without one."""
     return over(call for key in CLASSES for call in calls(key) if call.mask_kind or not masked)
 
 
 def each_pattern(*, causal: bool = False) -> pytest.MarkDecorator:
-    """Every pattern without a mask; the causal ones alone where asked for."""
+    """Parametrise over every pattern without a mask, or only over the causal ones."""
     return over(call for key in CLASSES for call in calls(key) if not call.mask_kind and (call.causal or not causal))
 
 
 def each_engine(*, at_limit: bool) -> pytest.MarkDecorator:
-    """Every call on every engine that takes it, at the exact limit or in the example."""
+    """Parametrise over every call on every engine that takes it, at the exact limit or in the example."""
     found = []
     for key, cls in CLASSES.items():
         for call in calls(key):
@@ -160,7 +160,7 @@ def each_engine(*, at_limit: bool) -> pytest.MarkDecorator:
 
 
 def each_causal_engine() -> pytest.MarkDecorator:
-    """Every causal pattern, with and without a mask of keys, on every engine that takes it."""
+    """Parametrise over every causal pattern, with and without a mask of keys, on every engine that takes it."""
     found = []
     for key, cls in CLASSES.items():
         for call in calls(key):
@@ -174,7 +174,7 @@ def each_causal_engine() -> pytest.MarkDecorator:
 
 
 def on_flex() -> pytest.MarkDecorator:
-    """Calls that compiled FlexAttention takes: float32 only, so that they are apart from the rest."""
+    """Parametrise over calls for compiled FlexAttention, separately since it takes only float32."""
     keys = [key for key, cls in CLASSES.items() if "flex" in cls.capabilities.engines]
     cases = (Call(key, pattern, None, "flex") for key in keys for pattern in sorted(CLASSES[key].capabilities.patterns))
     return over(call for call in cases if call.is_accepted(example(call.key), torch.float32))
@@ -185,7 +185,7 @@ def each_operator(where=lambda cls: True) -> pytest.MarkDecorator:
 
 
 def main_call(key: str) -> Call:
-    """A pattern that the operator has, preferably the plainest."""
+    """Return a call of the operator's simplest pattern."""
     return next(
         Call(key, pattern)
         for pattern in ("self", "causal self", *LENGTHS)

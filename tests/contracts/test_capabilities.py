@@ -1,4 +1,4 @@
-"""What the classes declare: kept beside the catalogue as they are, and true of what they cost."""
+"""Capabilities: the saved file equals the classes' declarations, and declared growth equals the cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foveate.ops.base.selective import Selective
 from tests.contracts.operators import CLASSES, HEADS, WIDTH, example
 from tests.tensors import qkv
 
-#: Time on four times the tokens, over the time on the tokens: what each way of growing may come to.
+#: Bounds on the cost of four times the tokens over the cost of the tokens, for each declared growth.
 RANGES = {"N": (3.5, 4.5), "N log N": (4.0, 7.0), "N²": (9.0, 17.0)}
 
 
@@ -25,7 +25,7 @@ def test_the_saved_facts_are_those_of_the_classes() -> None:
 
 @pytest.mark.parametrize("key", CLASSES)
 def test_time_grows_as_declared(key: str) -> None:
-    """By the operations that a plan counts on one engine, at lengths where what does not grow is small."""
+    """A plan's flops on one engine grow as declared, at lengths where constant costs are small."""
     op = example(key)
     causal, engine = "self" not in op.capabilities.patterns, "gather" if isinstance(op, Selective) else "auto"
 

@@ -1,4 +1,4 @@
-"""What every layer has to do, whatever its mechanism."""
+"""The contract that every layer has to keep."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from tests.contracts.layers import (
 from tests.contracts.operators import CLASSES
 from tests.tensors import assert_near, gradients
 
-# -- who sees whom -----------------------------------------------------------------------------------------------------
+# -- visibility --------------------------------------------------------------------------------------------------------
 
 
 @calls()
 def test_tokens_in_tokens_out(call: Call) -> None:
-    x, memory = call.tokens()
-    out = call(example(call.key), x, memory)
+    x, source = call.tokens()
+    out = call(example(call.key), x, source)
     assert out.shape == (BATCH, LENGTH, DIM)
     assert out.isfinite().all()
 
 
 @calls()
 def test_other_tokens_have_a_say(call: Call) -> None:
-    """A layer that mixed nothing would pass much of what follows."""
-    x, memory = (t if t is None else t.requires_grad_() for t in call.tokens())
+    """Other tokens change an output; a layer without mixing would pass many tests below."""
+    x, source = (t if t is None else t.requires_grad_() for t in call.tokens())
     layer = example(call.key)
-    (grad,) = gradients(call(layer, x, memory)[:, LENGTH // 2], [x if memory is None else memory])
-    others = grad if memory is not None else grad[:, : LENGTH // 2]
+    (grad,) = gradients(call(layer, x, source)[:, LENGTH // 2], [x if source is None else source])
+    others = grad if source is not None else grad[:, : LENGTH // 2]
     assert others.abs().sum() > 0
 
 
@@ -75,11 +75,11 @@ def test_garbage_in_the_future_does_not_reach_back(call: Call) -> None:
 
 
 def hiding(call: Call, keys: slice) -> torch.Tensor:
-    """A mask of the call's kind that hides these keys from everybody."""
+    """Return a mask of the call's kind that hides these keys from all queries."""
     shape = (BATCH, 1, 1, call.n_keys) if call.mask_kind == "keys" else (BATCH, HEADS, LENGTH, call.n_keys)
     seen = torch.ones(shape, dtype=torch.bool)
     seen[..., keys] = False
-    return torch.zeros(shape, dtype=torch.float64).masked_fill(~seen, masks.NEVER) if call.mask_kind == "bias" else seen
+    return masks.as_bias(seen, torch.float64) if call.mask_kind == "bias" else seen
 
 
 @calls(masked=True)
@@ -87,9 +87,9 @@ def test_what_is_masked_has_no_say(call: Call) -> None:
     layer, hidden = example(call.key), slice(call.n_keys - 3, call.n_keys)
     outs = []
     for garbage in (float("nan"), float("inf"), 7.0):
-        x, memory = call.tokens()
-        (x if memory is None else memory)[:, hidden] = garbage
-        outs.append(call(layer, x, memory, hiding(call, hidden)))
+        x, source = call.tokens()
+        (x if source is None else source)[:, hidden] = garbage
+        outs.append(call(layer, x, source, hiding(call, hidden)))
     seen = slice(None) if "cross" in call.pattern else slice(0, LENGTH - 3)
     for out in outs[:2]:
         assert_near(out[:, seen], outs[-1][:, seen], 1e-12)
@@ -97,7 +97,7 @@ def test_what_is_masked_has_no_say(call: Call) -> None:
 
 @layers(lambda layer: "keys" in layer.capabilities.masks and not layer.capabilities.grid)
 def test_padding_is_absence(key: str) -> None:
-    """Hidden tokens at the end give what a call without them gives."""
+    """Hidden tokens at the end give the output of a call without them."""
     for pattern in sorted(example(key).capabilities.patterns - {"cross"}):
         call = Call(key, pattern, "keys")
         layer, (x, _) = example(key), call.tokens()
@@ -110,12 +110,12 @@ def test_padding_is_absence(key: str) -> None:
 @layers()
 def test_batch_items_do_not_meet(key: str) -> None:
     call = main_call(key)
-    layer, (x, memory) = example(key), call.tokens()
-    together = call(layer, x, memory)
+    layer, (x, source) = example(key), call.tokens()
+    together = call(layer, x, source)
     inputs = example_inputs(key)
     for i in range(BATCH):
         own = {name: t[i : i + 1] if isinstance(t, torch.Tensor) else t for name, t in inputs.items()}
-        alone = layer(x[i : i + 1], None if memory is None else memory[i : i + 1], causal=call.causal, **own)
+        alone = layer(x[i : i + 1], None if source is None else source[i : i + 1], causal=call.causal, **own)
         assert_near(alone, together[i : i + 1], 1e-12)
 
 
@@ -125,10 +125,10 @@ def test_batch_items_do_not_meet(key: str) -> None:
 @layers()
 def test_gradients(key: str) -> None:
     call = main_call(key)
-    layer, (x, memory) = example(key), call.tokens()
+    layer, (x, source) = example(key), call.tokens()
     x.requires_grad_()
     random = torch.Generator().manual_seed(5)
-    out = call(layer, x, memory)
+    out = call(layer, x, source)
     toward = torch.randn(out.shape, generator=random, dtype=torch.float64)
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
     grads = torch.autograd.grad((out * toward).sum(), wanted, allow_unused=True)
@@ -140,14 +140,14 @@ def test_gradients(key: str) -> None:
         for sign in (1, -1):
             with torch.no_grad():
                 leaf += sign * step * way
-                ends.append((call(layer, x, memory) * toward).sum())
+                ends.append((call(layer, x, source) * toward).sum())
                 leaf -= sign * step * way
         assert_near((ends[0] - ends[1]) / (2 * step), (grad * way).sum(), 1e-4 * (1 + (grad * way).sum().abs().item()))
 
 
 @pytest.mark.parametrize("key", [*KEYS, *(key for key in CLASSES if key not in KEYS)])
 def test_no_parameter_is_left_without_a_gradient(key: str) -> None:
-    """In a layer with its defaults, or around an operator with its own; an example where there are none."""
+    """Every parameter gets a gradient, in a layer or operator with its defaults, or in an example if it has none."""
     torch.manual_seed(0)
     try:
         built = SYSTEMS[key](64, 4) if key in KEYS else build.create(key, 64, 4)
@@ -155,7 +155,7 @@ def test_no_parameter_is_left_without_a_gradient(key: str) -> None:
         built = example(key) if key in KEYS else MultiHeadAttention(64, 4, op=CLASSES[key].example(4, 16, LENGTH))
     built = built.float().train()
     pattern = next(p for p in ("self", "causal self", "cross") if p in built.capabilities.patterns)
-    memory = torch.randn(BATCH, MEMORY, built.dim) if pattern == "cross" else None
+    source = torch.randn(BATCH, MEMORY, built.dim) if pattern == "cross" else None
     given = {} if key not in SYSTEMS else SYSTEMS[key].example_inputs(BATCH, LENGTH)
     op = getattr(built, "op", None)
     if isinstance(op, Operator):
@@ -163,7 +163,7 @@ def test_no_parameter_is_left_without_a_gradient(key: str) -> None:
             name: op.example_input(name, BATCH, 4, LENGTH).float() for name in built.capabilities.inputs - set(given)
         }
     given = {name: i.float() if is_real(i) else i for name, i in given.items()}
-    out = built(torch.randn(BATCH, LENGTH, built.dim), memory, causal=pattern == "causal self", **given)
+    out = built(torch.randn(BATCH, LENGTH, built.dim), source, causal=pattern == "causal self", **given)
     (out * torch.randn(out.shape)).sum().backward()
     assert not [name for name, p in built.named_parameters() if p.requires_grad and p.grad is None]
 
@@ -171,11 +171,11 @@ def test_no_parameter_is_left_without_a_gradient(key: str) -> None:
 @calls()
 def test_bfloat16(call: Call) -> None:
     layer = example(call.key).bfloat16()
-    x, memory = call.tokens(dtype=torch.bfloat16)
-    out = call(layer, x, memory)
+    x, source = call.tokens(dtype=torch.bfloat16)
+    out = call(layer, x, source)
     assert out.dtype == torch.bfloat16
     wide = copy.deepcopy(layer).double()
-    expected = call(wide, x.double(), None if memory is None else memory.double())
+    expected = call(wide, x.double(), None if source is None else source.double())
     assert (out.double() - expected).norm() < 0.05 * expected.norm()
 
 
@@ -209,13 +209,13 @@ def test_what_does_not_stream_says_so(key: str) -> None:
 @layers()
 def test_a_state_dict_makes_a_twin(key: str) -> None:
     call = main_call(key)
-    layer, (x, memory) = example(key), call.tokens()
+    layer, (x, source) = example(key), call.tokens()
     twin = copy.deepcopy(layer)
     with torch.no_grad():
         for tensor in twin.state_dict().values():
             tensor.zero_()
     twin.load_state_dict(layer.state_dict())
-    assert_near(call(twin, x, memory), call(layer, x, memory), 0)
+    assert_near(call(twin, x, source), call(layer, x, source), 0)
 
 
 @layers()
@@ -237,40 +237,40 @@ def test_it_fits_a_block(key: str) -> None:
 def test_patterns_that_it_does_not_define(key: str) -> None:
     layer, x = example(key), torch.zeros(BATCH, LENGTH, DIM, dtype=torch.float64)
     for pattern in {"self", "causal self", "cross", "causal cross"} - layer.capabilities.patterns:
-        memory = x if "cross" in pattern else None
+        source = x if "cross" in pattern else None
         with pytest.raises(UnsupportedPattern, match=f'does not define "{pattern}" attention; it does'):
-            layer(x, memory, causal=pattern.startswith("causal"), **example_inputs(key))
+            layer(x, source, causal=pattern.startswith("causal"), **example_inputs(key))
 
 
 @layers()
 def test_masks_that_it_does_not_take(key: str) -> None:
     call = main_call(key)
-    layer, (x, memory) = example(key), call.tokens()
+    layer, (x, source) = example(key), call.tokens()
     for kind in {"keys", "pairs", "bias"} - layer.capabilities.masks:
         shaped = Call(key, call.pattern, kind)
         with pytest.raises(UnsupportedPattern, match=f'mask of kind "{kind}"; it takes'):
-            call(layer, x, memory, hiding(shaped, slice(0, 1)))
+            call(layer, x, source, hiding(shaped, slice(0, 1)))
 
 
 @layers()
 def test_malformed_calls(key: str) -> None:
     call = main_call(key)
-    layer, (x, memory) = example(key), call.tokens()
+    layer, (x, source) = example(key), call.tokens()
     inputs = example_inputs(key)
     with pytest.raises(ShapeError, match=rf"x must be \(B, N, C={DIM}\)"):
-        layer(x[..., 1:], memory, causal=call.causal, **inputs)
+        layer(x[..., 1:], source, causal=call.causal, **inputs)
     with pytest.raises(ShapeError, match=r"x must be \(B, N, C"):
-        layer(x[0], memory, causal=call.causal, **inputs)
+        layer(x[0], source, causal=call.causal, **inputs)
     with pytest.raises(OptionError, match="causal=1 must be True or False"):
-        layer(x, memory, causal=1, **inputs)
+        layer(x, source, causal=1, **inputs)
     with pytest.raises(OptionError, match="takes no input 'nonsense'"):
-        layer(x, memory, causal=call.causal, nonsense=x, **inputs)
+        layer(x, source, causal=call.causal, nonsense=x, **inputs)
     if layer.capabilities.grid:
         with pytest.raises(ShapeError, match=r"size=\(5, 7\) must be \(H, W\)"):
-            layer(x, memory, causal=call.causal, **{**inputs, "size": (5, 7)})
+            layer(x, source, causal=call.causal, **{**inputs, "size": (5, 7)})
     else:
-        with pytest.raises(OptionError, match="knows no grid"):
-            layer(x, memory, causal=call.causal, size=(3, 4), **inputs)
+        with pytest.raises(OptionError, match="takes no grid"):
+            layer(x, source, causal=call.causal, size=(3, 4), **inputs)
     if layer.capabilities.masks:
         with pytest.raises(ShapeError, match="mask must broadcast"):
-            call(layer, x, memory, torch.ones(BATCH, 1, 1, 77, dtype=torch.bool))
+            call(layer, x, source, torch.ones(BATCH, 1, 1, 77, dtype=torch.bool))

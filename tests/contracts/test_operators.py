@@ -1,4 +1,4 @@
-"""What every operator of the catalogue has to do, whatever its mechanism."""
+"""The contract that every operator of the catalogue has to keep."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def grouped(x: torch.Tensor) -> torch.Tensor:
     return x.repeat_interleave(HEADS // KV_HEADS, 1)
 
 
-# -- what it computes --------------------------------------------------------------------------------------------------
+# -- the output --------------------------------------------------------------------------------------------------------
 
 
 @each_engine(at_limit=True)
@@ -106,7 +106,7 @@ def test_any_shape(
         assert_near(out, op(q, k, v, causal=pattern.startswith("causal"), engine=twin(key)), 1e-10)
 
 
-# -- who sees whom -----------------------------------------------------------------------------------------------------
+# -- visibility --------------------------------------------------------------------------------------------------------
 
 
 @each_pattern(causal=True)
@@ -129,7 +129,7 @@ def test_the_future_does_not_reach_back(call: Call) -> None:
 @each_causal_engine()
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
 def test_garbage_in_the_future_does_not_reach_back(call: Call, garbage: float) -> None:
-    """Later queries, keys and values may hold anything: nothing of it is in an earlier output."""
+    """Garbage in later queries, keys and values does not change an earlier output."""
     op = example(call.key)
     at = op.capabilities.selection_group * (call.lengths[0] // 2 // op.capabilities.selection_group)
     clean = call.tensors()
@@ -140,7 +140,7 @@ def test_garbage_in_the_future_does_not_reach_back(call: Call, garbage: float) -
 @each_operator(lambda cls: cls.capabilities.streaming == "exact")
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
 def test_a_stream_with_garbage_is_the_call_with_garbage(key: str, garbage: float) -> None:
-    """A prompt and a stream give what they give without the garbage, up to it."""
+    """A prompt and a stream with garbage give the clean outputs up to the garbage."""
     op, at = example(key), 7
     clean = qkv(12, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
     dirty = with_garbage(clean, (at, at, at), garbage)
@@ -150,7 +150,7 @@ def test_a_stream_with_garbage_is_the_call_with_garbage(key: str, garbage: float
 
 
 def with_garbage(tensors: tuple[torch.Tensor, ...], firsts: tuple[int, ...], garbage: float) -> list[torch.Tensor]:
-    """The tensors with garbage of both signs from some place on."""
+    """Fill tensors with garbage of both signs from some position on."""
     found = [x.clone() for x in tensors]
     for x, first in zip(found, firsts, strict=True):
         x[:, :, first:] = garbage
@@ -160,7 +160,7 @@ def with_garbage(tensors: tuple[torch.Tensor, ...], firsts: tuple[int, ...], gar
 
 @each_call(masked=True)
 def test_what_is_masked_has_no_say(call: Call) -> None:
-    """Neither NaN nor another finite value, neither in the output nor in any gradient."""
+    """Neither NaN nor another finite value behind a mask changes the output or a gradient."""
     op = example(call.key)
     results = []
     for garbage in (float("nan"), float("inf"), 7.0):
@@ -196,7 +196,7 @@ def test_a_query_that_sees_nothing_gives_zeros(call: Call) -> None:
     op = example(call.key)
     q, k, v = call.tensors(grad=True)
     nobody = call.mask.clone()
-    nobody[0] = masks.NEVER if call.mask_kind == "bias" else False
+    nobody[0] = masks.NEG_INF if call.mask_kind == "bias" else False
     out = op(q, k, v, mask=nobody, causal=call.causal)
     assert not out[0].any()
     assert out[1].any()
@@ -309,7 +309,7 @@ def test_the_plan_is_sane(call: Call) -> None:
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
 @pytest.mark.parametrize("op", [Softmax(), SlidingWindow(4)], ids=lambda op: op.name)
 def test_a_hidden_key_is_hidden_however_it_is_said(op: Operator, engine: str, dtype: torch.dtype) -> None:
-    """A mask as bool, as -inf or as the dtype's lowest value gives one output, rows that see nothing included."""
+    """A mask as bool, as -inf or as the dtype's lowest value gives one output, also for rows that see nothing."""
     q, k, v = (x.to(dtype) for x in qkv(9, heads=2, kv_heads=2, width=8))
     seen = torch.rand(9, 9, generator=torch.Generator().manual_seed(0)) < 0.6
     seen[4] = False

@@ -1,4 +1,4 @@
-"""Every operator, layer and method refuses an option of the wrong type, by name and on one line."""
+"""Every operator, layer and method refuses an option of the wrong type by name, in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan says a call multiplies is what PyTorch counts while it runs."""
+"""The flops of a plan equal those that PyTorch counts during the call."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tests.contracts.operators import CLASSES, HEADS, WIDTH, example
 from tests.tensors import qkv
 
 N = 256
-#: What chooses pairs is left out, for these engines compute them all; so is aaren, which merges numbers one by one.
+#: Operators that choose pairs are left out, since these engines compute all; aaren is too, since it merges elementwise.
 KEYS = [key for key, cls in CLASSES.items() if not issubclass(cls, Selective) and key != "aaren"]
 
 
 def counted(op: Operator, engine: str) -> tuple[float, float]:
-    """Multiply-adds, counted as two, that PyTorch saw in a call, and those that its plan says."""
+    """Return the flops that PyTorch counts in a call, and those of its plan."""
     causal = "self" not in op.capabilities.patterns
     given = [x.float() for x in qkv(N, batch=1, heads=HEADS, kv_heads=HEADS, width=WIDTH)]
     inputs = {name: op.example_input(name, 1, HEADS, N).float() for name in op.capabilities.inputs}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         op(*given, causal=causal, engine=engine, **inputs)
-    whole = causal and engine == "reference" and not isinstance(op, Linear)  # the plan counts the past alone
+    whole = causal and engine == "reference" and not isinstance(op, Linear)  # the plan counts only the past
     return counter.get_total_flops(), op.plan(*given, causal=causal, engine=engine).flops * (2 * N / (N + 1)) ** whole
 
 

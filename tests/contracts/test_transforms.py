@@ -1,4 +1,4 @@
-"""What a call goes through besides running: the meta device, `vmap`, `torch.export`. Declared, and tried here."""
+"""Declared transforms of calls work: the meta device, `vmap`, `torch.export`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = [*OPERATORS, *(f"layer-{key}" for key in layers.KEYS)]
 
 
 class Called(nn.Module):
-    """An operator or a layer with all of a call but its tensors."""
+    """An operator or a layer with all arguments of a call but its tensors."""
 
     def __init__(self, inner: Any, options: dict[str, Any]) -> None:
         super().__init__()
@@ -34,9 +34,9 @@ def example(name: str) -> tuple[Called, tuple[Tensor, ...]]:
         call = operators.main_call(key)
         return Called(operators.example(key), {"causal": call.causal}), call.tensors()
     layer_call = layers.main_call(key)
-    x, memory = layer_call.tokens()
+    x, source = layer_call.tokens()
     options = {"causal": layer_call.causal, **layers.example_inputs(key)}
-    return Called(layers.example(key), options), (x,) if memory is None else (x, memory)
+    return Called(layers.example(key), options), (x,) if source is None else (x, source)
 
 
 def on_meta(called: Called, tensors: tuple[Tensor, ...]) -> None:
@@ -57,7 +57,7 @@ def exported(called: Called, tensors: tuple[Tensor, ...]) -> None:
     program = torch.export.export(called, tensors, strict=False).module()
     changed = tuple(x.flip(-1) for x in tensors)
     assert_near(program(*changed), called(*changed), 1e-10)
-    assert_near(called(*tensors), program(*tensors), 1e-10)  # what was remembered on the way is not of the graph
+    assert_near(called(*tensors), program(*tensors), 1e-10)  # clear caches whose tensors do not belong to the graph
 
 
 WAYS: dict[str, Callable[[Called, tuple[Tensor, ...]], None]] = {
@@ -88,7 +88,7 @@ def test_it_is_exported_where_it_declares_so(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["operator-sliding_window", "operator-hedgehog", "layer-multi_head"])
 def test_exported(name: str) -> None:
-    """Three of them, for every run."""
+    """Three systems are exported in every run."""
     try_out(name, "export")
 
 

@@ -1,4 +1,4 @@
-"""The catalogue's reader: what a good file gives, and what each malformed one says."""
+"""The catalogue's reader: the rows of a good file, and the error of each malformed one."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_file_that_is_no_room(tmp_path: Path) -> None:
 
 @pytest.fixture
 def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A catalogue in another folder, from the text of each room."""
+    """Make a catalogue in another folder from the text of each room."""
 
     def at(**rooms: str) -> None:
         for room, text in rooms.items():

@@ -1,4 +1,4 @@
-"""The catalogue's examples run as they stand, with public names alone."""
+"""The catalogue's examples run unchanged, with only public names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def of_a_model() -> dict[str, Any]:
     return {"model": tiny("llama").eval(), "ids": ids[:, :8], "input_ids": ids}
 
 
-#: What an example's reader has at hand, besides `torch` and `foveate`.
+#: The names in an example besides `torch` and `foveate`.
 GIVEN: dict[str, dict[str, Any]] = {
     "aaren": {"query": torch.randn(1, HEADS, 1, HEAD_DIM)},
     "act_calibration": {"examples": [text()["input_ids"][:1]], "score": lambda model, example: 0.0},

@@ -1,4 +1,4 @@
-"""`foveate.cite`: one correct BibTeX entry for each paper, whatever names or holds its system."""
+"""`foveate.cite` returns one correct BibTeX entry for each paper, for keys, classes and objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines: each is the oracle on what it accepts, and says no to the rest."""
+"""Every engine equals the oracle on the calls that it accepts, and refuses the others."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from foveate.core.selection import Blocks, Indices, Selection
 from foveate.core.window_selection import window
 from tests.tensors import assert_near, gradients, qkv
 
-#: Engines that attend to what a selection chooses, and to nothing else.
+#: Engines that attend only to the keys of a selection.
 SPARSE = ("gather", "slices")
 
 
 class Capped(SoftmaxScoring):
-    """A scoring of one's own: capped logits with a learned cap."""
+    """A custom scoring: capped logits with a learned cap."""
 
     def __init__(self) -> None:
         self.cap = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
@@ -40,7 +40,7 @@ class Capped(SoftmaxScoring):
 
 
 class Unmerged(Capped):
-    """The same for engines that may not know that its rows are a softmax."""
+    """The same, declared as no softmax over rows."""
 
     is_softmax = False
 
@@ -53,7 +53,7 @@ def a_mask(kind: str | None, n_queries: int, n_keys: int) -> Tensor | None:
         return seen[:, :, -1:]
     if kind == "bias":
         return torch.randn(2, 4, n_queries, n_keys, generator=random, dtype=torch.float64).masked_fill(
-            ~seen, masks.NEVER
+            ~seen, masks.NEG_INF
         )
     return seen if kind == "pairs" else None
 
@@ -94,7 +94,7 @@ def test_dense_engines_are_the_oracle(engine: str, kind: str | None, n_queries: 
 def test_sparse_engines_are_the_oracle(
     engine: str, form: str, heads: int, kind: str | None, n_queries: int, n_keys: int, causal: bool
 ) -> None:
-    """Selections for all heads at once, per key/value head and per query head, with grouped queries."""
+    """Sparse engines equal the oracle on selections for all heads, per key/value head and per query head."""
     q, k, v = qkv(n_queries, n_keys, value_width=5, grad=True)
     mask, selection = a_mask(kind, n_queries, n_keys), a_selection(form, heads, n_queries, n_keys)
     chosen = selection.for_heads(4).dense()
@@ -123,7 +123,7 @@ def test_chunks_of_any_size(scoring, queries: int, keys: int, causal: bool, kind
 
 
 class Counted(Unmerged):
-    """Counts the pairs whose logits were asked for."""
+    """Counts the pairs whose logits an engine computed."""
 
     def __init__(self, is_softmax: bool) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Counted(Unmerged):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 2), (3, 4), (8, 5), (100, 100)])
 def test_chunks_skip_what_a_selection_leaves_out(is_softmax: bool, causal: bool, queries: int, keys: int) -> None:
-    """Query blocks see two blocks of keys side by side; one sees none, and one, under causality, the future alone."""
+    """Query blocks see two neighbouring blocks of keys; one sees none, and one, under causality, only the future."""
     q, k, v = qkv(22, 23, grad=True)
     row, column = torch.arange(6)[:, None], torch.arange(8)
     chosen = (column == row) | (column == row + 1)
@@ -293,7 +293,7 @@ def test_garbage_shows_to_those_who_see_it_alone(engine: str, where: str, grad: 
 def test_garbage_in_a_query_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(9)
     q[:, :, 3] = float("nan")
-    monkeypatch.setattr(chunked, "attend", None)  # no reason to go there
+    monkeypatch.setattr(chunked, "attend", None)  # it is not needed
     out = engines.run(AttentionCall(q, k, v, 1.0, masks.causal(9, 9)))
     assert out[:, :, 3].isnan().all()
     assert out[:, :, [i for i in range(9) if i != 3]].isfinite().all()
@@ -305,7 +305,7 @@ def plain(n: int, device: str = "cpu", grad: bool = False) -> AttentionCall:
 
 
 def by_head(n: int, heads: int = 4, tile: int = 64) -> AttentionCall:
-    """Heads that choose blocks of their own, an eighth of them."""
+    """Make a selection in which every head chooses its own eighth of the blocks."""
     random = torch.Generator().manual_seed(2)
     chosen = torch.rand(1, heads, n // tile, n // tile, generator=random) < 1 / 8
     q, k, v = qkv(n, batch=1, heads=heads, kv_heads=heads, width=4, dtype=torch.float32)
@@ -329,7 +329,7 @@ def test_what_auto_chooses() -> None:
 
 
 def test_flex_is_for_long_calls_that_keep_coming_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call of another length may be of the same kind; plans are no calls, nor are those that gradients go through."""
+    """A call of another length may be of the same kind; plans and calls with gradients do not count."""
     monkeypatch.setattr(flex, "has_compiler", lambda: True)
     monkeypatch.setattr(engines, "LONG", 256)
     monkeypatch.setattr(engines, "_came", Counter())
@@ -354,7 +354,7 @@ def test_flex_is_for_long_calls_that_keep_coming_back(monkeypatch: pytest.Monkey
 
 
 def test_slices_hold_what_a_window_needs() -> None:
-    """The work and the memory of a window, forward and backward, are those of its keys."""
+    """A window's work and memory, forward and backward, are those of its keys."""
     n, size = 2048, 128
     q, k, v = qkv(n, batch=1, heads=1, kv_heads=1, width=4, dtype=torch.float32, grad=True)
     problem = AttentionCall(q, k, v, 1.0, None, True, window(n, n, size, 4, q.device))
@@ -364,7 +364,7 @@ def test_slices_hold_what_a_window_needs() -> None:
 
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_slices_leave_keys_where_they_are(sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that sees one stretch of keys reads the caller's memory; sinks are a stretch of their own."""
+    """A run that sees one range of keys reads the caller's memory; sinks are a separate range."""
     seen: list[tuple[int, int]] = []
     kernel = F.scaled_dot_product_attention
 
@@ -440,7 +440,7 @@ def test_a_sparse_engine_never_makes_the_matrix(engine: str, form: str, monkeypa
 
 
 def test_without_a_compiler_flex_is_skipped_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window needs none, and says nothing."""
+    """A window needs no compiler and gives no warning."""
     banded = replace(plain(8192), selected=window(8192, 8192, 64, 0, torch.device("cpu")))
     monkeypatch.setattr(engines, "LONG", 256)
     monkeypatch.setattr(flex.shutil, "which", lambda name: None)
@@ -462,7 +462,7 @@ def test_without_a_compiler_flex_is_skipped_with_one_warning(monkeypatch: pytest
 
 @pytest.fixture
 def repeated(monkeypatch: pytest.MonkeyPatch) -> AttentionCall:
-    """A call that `auto` runs in FlexAttention."""
+    """Make a call that `auto` runs in FlexAttention."""
     problem = by_head(256)
     monkeypatch.setattr(flex, "has_compiler", lambda: True)
     monkeypatch.setattr(flex, "_failures", [])
@@ -473,7 +473,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> AttentionCall:
 
 
 def test_flex_is_never_run_uncompiled(repeated: AttentionCall, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uncompiled, it would attend to every key: `auto` gathers in its place, and the engine by name says no."""
+    """Uncompiled FlexAttention would attend to every key: `auto` gathers instead, and the named engine raises."""
     monkeypatch.setattr(flex, "_compiled", lambda: flex._kernel)
     assert_near(engines.run(repeated), engines.run(repeated, "reference"), 1e-5)
     with pytest.raises(UnsupportedEngine, match="needs torch.compile"):

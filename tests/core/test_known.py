@@ -1,4 +1,4 @@
-"""What is remembered between calls serves every later call."""
+"""Cached tensors serve every later call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The algebra of masks, against definitions spelt out pair by pair."""
+"""Functions on masks equal definitions pair by pair."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_a_bool_mask_and_its_bias_say_the_same() -> None:
 
 def test_masks_combine() -> None:
     a, b = torch.tensor([[True, False, True]]), torch.tensor([[True], [False]])
-    bias = torch.tensor([1.0, 2.0, masks.NEVER])
-    never = masks.NEVER
+    bias = torch.tensor([1.0, 2.0, masks.NEG_INF])
+    never = masks.NEG_INF
     assert masks.combine(None, None) is None
     assert masks.combine(a, None) is a
     assert torch.equal(masks.combine(a, b), a & b)

@@ -1,4 +1,4 @@
-"""Merging partial softmax attentions: in any order, in any grouping, the same as attending to all keys at once."""
+"""Merged partial softmax attentions, in any order and grouping, equal attention to all keys at once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.tensors import assert_near
 def tiles(seed: int = 0) -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, 5, 12, generator=random, dtype=torch.float64) * 30
-    logits[:, 0, :4] = float("-inf")  # a tile in which this row sees nothing
-    logits[:, 1] = float("-inf")  # a row that sees nothing at all
+    logits[:, 0, :4] = float("-inf")  # this row sees nothing in this tile
+    logits[:, 1] = float("-inf")  # this row sees nothing at all
     return logits, torch.randn(2, 12, 3, generator=random, dtype=torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""The oracle against PyTorch's own attention in float64, and on what PyTorch leaves open."""
+"""The oracle equals PyTorch's own attention in float64, and is defined where PyTorch is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which numbers a processor multiplies fast."""
+"""The dtypes that a processor multiplies fast."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from foveate.core.precision import multiplying
 def test_which_processors_multiply_halves(
     capability: str, flags: tuple[bool, bool, bool], fast: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """AVX-512 alone is not enough: its first processors have no instruction for halves."""
+    """AVX-512 alone is not enough: its first processors have no instruction for half precision."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     for name, flag in zip(("avx512_bf16", "amx_tile", "amx_fp16"), flags, strict=True):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda flag=flag: flag)

@@ -1,4 +1,4 @@
-"""Rows copied as such are the rows that indexing gives, however a tensor lies in memory."""
+"""Rows that are copied whole equal those of indexing, for every memory layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selections: each form says the same in every shape that it turns into."""
+"""Selections: all forms that one converts to agree."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def indices(draw: st.DrawFn) -> Indices:
 
 
 def spelt_out(s: Blocks | Indices) -> Tensor:
-    """The definition of a selection, pair by pair."""
+    """Return the pairs of a selection by its definition."""
     b, h = (s.blocks if isinstance(s, Blocks) else s.indices).shape[:2]
     seen = torch.zeros(b, h, s.n_queries, s.n_keys, dtype=torch.bool)
     for at in torch.cartesian_prod(*map(torch.arange, seen.shape)):

@@ -1,4 +1,4 @@
-"""Each malformed argument is refused by name, with what came."""
+"""Each malformed argument raises an error with its name and value."""
 
 from __future__ import annotations
 

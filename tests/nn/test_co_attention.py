@@ -81,7 +81,7 @@ def test_garbage_behind_a_mask(pool: str | None) -> None:
 
 
 def test_it_learns_which_side_matches() -> None:
-    """Affinities are of the two sides together: swapping them swaps the answers."""
+    """Affinities depend on both sides: swapping the sides swaps the answers."""
     a, b, *_ = sides()
     layer, swapped = built(), CoAttention(4, 3).double()
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_refusals() -> None:
         built()(b, b)
     with pytest.raises(ShapeError, match=r"tokens must be \(B, N, 4\)"):
         built()(a, b[0])
-    with pytest.raises(ShapeError, match=r"other_mask must be bool \(2, 6\)"):
+    with pytest.raises(ShapeError, match=r"other_mask must be bool \(B, N\)=\(2, 6\)"):
         built()(a, b, other_mask=mask)
-    with pytest.raises(ShapeError, match=r"mask must be bool \(2, 5\)"):
+    with pytest.raises(ShapeError, match=r"mask must be bool \(B, N\)=\(2, 5\)"):
         built()(a, b, mask=mask.float())

@@ -1,4 +1,4 @@
-"""What schemes of heads share: positions, rates, streams and refusals, on the plainest scheme."""
+"""The common part of head schemes: positions, rates, streams and refusals, on the simplest scheme."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Plain(HeadScheme):
 
 
 def schemes(bias: bool) -> dict[str, HeadScheme]:
-    """Every scheme of heads of the house, with `bias`."""
+    """Make every head scheme of the library with `bias`."""
     return {
         "multi_head": MultiHeadAttention(DIM, HEADS, gate="silu", bias=bias),
         "moh": MixtureOfHeadAttention(DIM, HEADS, 2, 1, bias=bias),
@@ -62,7 +62,7 @@ def tokens(n: int = LENGTH, seed: int = 1) -> Tensor:
 
 
 def pair(**options) -> tuple[Plain, MultiHeadAttention]:
-    """The scheme and the house's layer, with one set of parameters."""
+    """Make the scheme and `MultiHeadAttention` with the same parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         plain = Plain(**options).double()
@@ -88,9 +88,9 @@ OPTIONS = [
 def test_it_is_what_the_house_s_layer_is(options: dict) -> None:
     plain, twin = pair(**options)
     assert plain.capabilities == twin.capabilities
-    x, memory = tokens(), tokens(5, seed=3)
+    x, other = tokens(), tokens(5, seed=3)
     for pattern in sorted(plain.capabilities.patterns):
-        causal, source = pattern.startswith("causal"), memory if "cross" in pattern else None
+        causal, source = pattern.startswith("causal"), other if "cross" in pattern else None
         assert_near(plain(x, source, causal=causal), twin(x, source, causal=causal), 1e-12)
         if source is None and "pairs" in plain.capabilities.masks:
             mask = (torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(4)) > 0.3) | torch.eye(
@@ -148,10 +148,10 @@ def test_rates() -> None:
 
 
 def test_rates_are_of_the_token_that_asks_or_of_the_one_that_is_asked() -> None:
-    x, memory = tokens().float(), 2 * tokens().float()
-    for key, of in (("dsf", x), ("titans", memory)):
+    x, source = tokens().float(), 2 * tokens().float()
+    for key, of in (("dsf", x), ("titans", source)):
         rates = Rates(DIM, HEADS, sized(key, HEADS, 4, 4))
-        given, own = rates(x, memory), rates(of)
+        given, own = rates(x, source), rates(of)
         assert given.keys() == own.keys() != set()
         for name, rate in given.items():
             assert_near(rate, own[name], 0)

@@ -27,7 +27,7 @@ def words() -> torch.Tensor:
 
 
 def pooled(pool: AttentionPool, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one sequence `(N, C)`."""
+    """Pool one sequence `(N, C)` by the formula."""
     align = pool.align
     logits = torch.stack([align.w[0] @ torch.tanh(align.w_k[0] @ token + align.b[0]) for token in x])
     weights = torch.softmax(logits, 0)
@@ -97,7 +97,7 @@ def test_refusals() -> None:
 
 
 def test_it_finds_the_telling_sentence() -> None:
-    """Documents of noise with one telling word: trained on the class alone, both levels come to look at it."""
+    """Trained on classes of noise documents with one informative word, both levels attend to that word."""
     random = torch.Generator().manual_seed(0)
 
     def documents(count: int):

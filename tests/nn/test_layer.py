@@ -1,4 +1,4 @@
-"""What the seam of layers gives for nothing: a stream of a prompt, and refusals."""
+"""The base class of layers: prefill of a prompt, and refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tensors import assert_near
 
 
 class Sums(StreamingLayer):
-    """The running sum of tokens, each times a factor that the call brings."""
+    """The running sum of tokens, each times a factor from the call."""
 
     capabilities = replace(
         Layer.capabilities,
@@ -25,7 +25,7 @@ class Sums(StreamingLayer):
         inputs=frozenset({"factor"}),
     )
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         return (inputs["factor"] * x).cumsum(1)
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -41,7 +41,7 @@ class Rows(Layer):
 
     capabilities = replace(Layer.capabilities, grid=True, prefix=1)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         return x * inputs["size"][0]
 
 
@@ -62,7 +62,7 @@ def test_a_prompt_goes_token_by_token_with_its_inputs() -> None:
         layer(x, factor=factor)
     with pytest.raises(UnsupportedPattern, match='Sums does not take a mask of kind "keys"; it takes none'):
         layer(x, causal=True, factor=factor, mask=torch.ones(1, 1, 1, 6, dtype=torch.bool))
-    with pytest.raises(OptionError, match=r"Sums knows no grid; got size=\(2, 3\)"):
+    with pytest.raises(OptionError, match=r"Sums takes no grid; got size=\(2, 3\)"):
         layer(x, causal=True, factor=factor, size=(2, 3))
 
 
@@ -76,15 +76,15 @@ def test_a_grid_has_its_size() -> None:
 
 
 def test_tokens_fit_the_layer() -> None:
-    for given, memory, message in (
+    for given, source, message in (
         (torch.ones(2, 6, 4), None, r"x must be \(B, N, C=3\); got \(2, 6, 4\)"),
         (torch.ones(6, 3), None, r"x must be \(B, N, C=3\); got \(6, 3\)"),
         ([1.0], None, r"x must be \(B, N, C=3\)"),
-        (torch.ones(2, 7, 3), torch.ones(2, 5, 2), r"memory must be \(B, N, C=3\); got \(2, 5, 2\)"),
-        (torch.ones(2, 7, 3), torch.ones(1, 5, 3), "memory has B=1; x has B=2"),
+        (torch.ones(2, 7, 3), torch.ones(2, 5, 2), r"source must be \(B, N, C=3\); got \(2, 5, 2\)"),
+        (torch.ones(2, 7, 3), torch.ones(1, 5, 3), "source has B=1; x has B=2"),
     ):
         with pytest.raises(ShapeError, match=message):
-            Rows(3)(given, memory, size=(2, 3))
+            Rows(3)(given, source, size=(2, 3))
     with pytest.raises(OptionError, match="causal=1 must be True or False"):
         Rows(3)(torch.ones(2, 7, 3), causal=1, size=(2, 3))
     with pytest.raises(OptionError, match="dim=0"):

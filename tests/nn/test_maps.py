@@ -1,4 +1,4 @@
-"""Linear maps in half precision: the product goes the way that is fast, and no result is less exact for it."""
+"""Linear maps in half precision: the fast product is used, and no result is less exact."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tokens(*shape: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.fixture
 def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """The dtypes that products are computed in."""
+    """Record the dtypes of products."""
     seen: list[torch.dtype] = []
     plain = F.linear
 

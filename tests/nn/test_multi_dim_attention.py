@@ -93,5 +93,5 @@ def test_refusals() -> None:
         with pytest.raises(ShapeError, match=r"query must be \(B=2, Nq, 2\)"):
             built()(x, wrong)
     for wrong in (mask[:, :2], mask.float()):
-        with pytest.raises(ShapeError, match=r"mask must be bool \(2, 6\)"):
+        with pytest.raises(ShapeError, match=r"mask must be bool \(B, N\)=\(2, 6\)"):
             built()(x, query, mask=wrong)

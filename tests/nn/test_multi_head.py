@@ -1,4 +1,4 @@
-"""Multi-head attention by hand, option by option: what its projections, norms, convolution and gate do."""
+"""Multi-head attention by hand, option by option: projections, norms, convolution and gate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tokens(seed: int = 0, n: int = LENGTH) -> Tensor:
 
 
 def built(**options: object) -> MultiHeadAttention:
-    """The layer with every parameter away from where it does nothing."""
+    """Make the layer with random parameters, so that each has an effect."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         layer = MultiHeadAttention(DIM, HEADS, **options).double()
@@ -81,13 +81,13 @@ def by_hand(layer: MultiHeadAttention, x: Tensor, source: Tensor, *, causal: boo
     ], ids=lambda options: ", ".join(options) or "plain",
 )  # fmt: skip
 def test_the_layer_by_hand(options: dict) -> None:
-    layer, x, memory = built(**options), tokens(), tokens(1, 5)
+    layer, x, source = built(**options), tokens(), tokens(1, 5)
     width = options.get("head_dim", DIM // HEADS)
     sizes = dict(width=width, value=options.get("value_dim", width))
     assert_near(layer(x, causal=True), by_hand(layer, x, x, causal=True, **sizes), 1e-10)
     if layer.conv is None:
         assert_near(layer(x), by_hand(layer, x, x, causal=False, **sizes), 1e-10)
-        assert_near(layer(x, memory), by_hand(layer, x, memory, causal=False, **sizes), 1e-10)
+        assert_near(layer(x, source), by_hand(layer, x, source, causal=False, **sizes), 1e-10)
     assert (layer.out.bias is not None) == options.get("bias", False)
 
 

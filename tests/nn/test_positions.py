@@ -1,4 +1,4 @@
-"""Position schemes by hand: what is turned, what is added, and for whom."""
+"""Position schemes by hand: rotations, biases, and the heads that they fit."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def test_rotary_scores_depend_on_distances_alone(base: float) -> None:
     assert (score(7, 3) - score(3, 7)).abs().min() > 1e-3
     turned = position.turn(q, torch.tensor([1]))
     assert_near(turned.norm(dim=-1), q.norm(dim=-1), 1e-12)
-    # the last pair of channels turns slowest: by base ** (-4 / 6)
+    # the last pair of channels rotates slowest: by base ** (-4 / 6)
     slow = torch.acos((turned * q)[..., [2, 5]].sum(-1) / q[..., [2, 5]].square().sum(-1))
     assert_near(slow, torch.full_like(slow, base ** (-4 / 6)), 1e-6)
 
 
 def test_rotary_pairs_channels_in_either_layout() -> None:
-    """Channels in the other order, turned in the other layout, are the same in that order."""
+    """Permuted channels, rotated in the other layout, are the permuted result."""
     x, at = torch.randn(1, 2, 5, 6, dtype=torch.float64), torch.arange(3, 8)
-    order = [0, 3, 1, 4, 2, 5]  # channels of a pair side by side
+    order = [0, 3, 1, 4, 2, 5]  # puts channels of a pair next to each other
     assert_near(Rotary(layout="interleaved").turn(x[..., order], at), Rotary().turn(x, at)[..., order], 1e-12)
     assert (Rotary(layout="interleaved").turn(x, at) - Rotary().turn(x, at)).abs().max() > 1e-2
     first = torch.view_as_complex(x.unflatten(-1, (3, 2)).contiguous())
@@ -67,7 +67,7 @@ def test_a_relative_bias_is_read_by_distance_and_far_ones_are_alike() -> None:
     assert not position.table.any()
     with torch.no_grad():
         position.table.copy_(torch.arange(10.0).reshape(2, 5))
-    # columns: two or more before the query, one before, the query's own place, one after, two or more after
+    # columns: two or more before the query, one before, the query's own position, one after, two or more after
     expected = [[2.0, 3.0, 4.0, 4.0], [0.0, 1.0, 2.0, 3.0]]
     found = position.bias(torch.tensor([0, 2]), torch.arange(4))
     assert found[0].tolist() == expected

@@ -1,4 +1,4 @@
-"""Alignment functions, each against its formula pair by pair."""
+"""Alignment functions equal their formulas pair by pair."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADS, WIDTH, HIDDEN = 3, 4, 5
 
 
 def built(name: str, **options) -> Alignment:
-    """The alignment with every weight away from where it starts."""
+    """Make the alignment with random weights."""
     sizes = {"heads": HEADS, "head_dim": WIDTH}
     if name in ("concat", "additive", "deep", "feature"):
         options = {"hidden": HIDDEN, **options}
@@ -43,7 +43,7 @@ def logits(align: Alignment, q: Tensor, k: Tensor) -> Tensor:
 
 
 def by_pairs(name: str, p: dict[str, Tensor], h: int, q: Tensor, k: Tensor, j: int) -> Tensor:
-    """One query against one key, in head h, as the survey writes it."""
+    """Score one query and one key in head h by the survey's formula."""
     p = {key: value[h] for key, value in p.items()}
     phi = lambda x: torch.where(x > 0, x + 1, x.exp())  # noqa: E731
     if name == "similarity":
@@ -94,7 +94,7 @@ def test_which_are_inner_products() -> None:
 
 
 def test_limits() -> None:
-    """Forms that are special cases of others."""
+    """Some forms are special cases of others."""
     q, k = tensors()
     general, biased = built("general"), built("biased_general")
     with torch.no_grad():

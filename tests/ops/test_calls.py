@@ -1,4 +1,4 @@
-"""`foveate.attend` and `plan`: inputs, sizes, drawn parameters, and messages that name the nearest right option."""
+"""`foveate.attend` and `plan`: inputs, sizes, drawn parameters, and messages that name the nearest valid option."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distribution functions: what defines each of them, and the gradients that are written by hand."""
+"""Distribution functions: their definitions, and their gradients in closed form."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows(*shape: int, seed: int = 0, spread: float = 2.0) -> Tensor:
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
 def test_entmax_is_what_it_is_defined_to_be(alpha: float, spread: float) -> None:
-    """p is a distribution; on its support p ** (alpha - 1) - (alpha - 1) z is one number, and nothing lies above it."""
+    """p is a distribution, and p ** (alpha - 1) - (alpha - 1) z is constant on its support and maximal there."""
     z = rows(40, 9, spread=spread)
     p = entmax(z, alpha)
     assert (p >= 0).all()
@@ -67,7 +67,7 @@ def test_sorting_and_bisecting_agree(alpha: float) -> None:
 def test_gradients(alpha: float) -> None:
     z = rows(6, 5, spread=1.0)
     z[0, 1] = z[2, :3] = z[3] = -INF
-    z[4, 0] = 40.0  # all weight on one
+    z[4, 0] = 40.0  # all weight on one key
     seen = z > -INF
     leaf = z.masked_fill(~seen, 0.0).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: entmax(x.masked_fill(~seen, -INF), alpha), leaf)

@@ -1,4 +1,4 @@
-"""Geometric groups on channels: representations really are such, and actions go into a common frame and back."""
+"""Geometric groups on channels: representations multiply, and actions map into a common frame and back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_wigner() -> None:
     assert not found[..., 3:, :3].any()
     angle = torch.arccos((r.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2)
     trace = found[..., 3:, 3:].diagonal(dim1=-2, dim2=-1).sum(-1)
-    assert_near(trace, 1 + 2 * angle.cos() + 2 * (2 * angle).cos(), 1e-12)  # the character of degree 2
+    assert_near(trace, 1 + 2 * angle.cos() + 2 * (2 * angle).cos(), 1e-12)  # the trace is the character of degree 2
 
 
 def test_shift_and_octaves() -> None:

@@ -1,4 +1,4 @@
-"""The linear family: its three forms agree, in outputs and gradients, and do what the definition says."""
+"""The linear family: its three forms agree in outputs and gradients, and equal the definition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from foveate.bench.parts.memory import peak_bytes
 from foveate.core.errors import ShapeError, UnsupportedEngine, UnsupportedPattern
 from foveate.ops.base.linear import Linear
-from foveate.ops.functional import linear_forms as forms
+from foveate.ops.functional import linear_forms
 from foveate.ops.linear.hedgehog import Hedgehog
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.ops.operator import Pattern
@@ -25,7 +25,7 @@ CAUSAL: frozenset[Pattern] = frozenset({"causal self", "causal cross"})
 
 @final
 class Elu(Linear):
-    """`elu + 1`, normalised, no decay."""
+    """Features `elu + 1`, normalized, without decay."""
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:
         return F.elu(q * scale) + 1
@@ -36,10 +36,10 @@ class Elu(Linear):
 
 @final
 class Gated(Linear):
-    """One data-dependent decay for each token and head, brought by the call."""
+    """One data-dependent decay for each token and head, an input of the call."""
 
     capabilities = replace(Linear.capabilities, patterns=CAUSAL, inputs=frozenset({"gate"}))
-    normalised: ClassVar[bool] = False
+    normalized: ClassVar[bool] = False
     block = 8
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:
@@ -54,7 +54,7 @@ class Gated(Linear):
 
 @final
 class GatedByFeature(Linear):
-    """One data-dependent decay for each token, head and feature; normalised, so that the sum fades with them."""
+    """One data-dependent decay for each token, head and feature; normalized, so that the sum decays too."""
 
     capabilities = replace(Linear.capabilities, patterns=CAUSAL, inputs=frozenset({"gates"}))
     block = 12  # neither a power of 2 nor a multiple of the tile
@@ -74,7 +74,7 @@ class FadingFeatures(Linear):
     """A fixed decay for each head and feature, one of them 1."""
 
     capabilities = replace(Linear.capabilities, patterns=CAUSAL)
-    normalised: ClassVar[bool] = False
+    normalized: ClassVar[bool] = False
 
     def query_features(self, q: Tensor, scale: float) -> Tensor:
         return q * scale
@@ -114,7 +114,7 @@ def inputs_of(
 
 
 def naive(op: Linear, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Tensor], causal: bool) -> Tensor:
-    """The definition, pair by pair."""
+    """Compute the output by the definition, pair by pair."""
     scale = op.capabilities.default_scale or q.shape[-1] ** -0.5
     fq, fk = op.query_features(q, scale), op.key_features(k, scale)
     decay = op.log_decay(k, **extra)
@@ -131,7 +131,7 @@ def naive(op: Linear, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Tensor],
             w = (fq[:, :, i] * faded).sum(-1)
             out[:, :, i] += w[..., None] * v[:, :, j]
             total = total + w
-        if op.normalised:
+        if op.normalized:
             out[:, :, i] /= total[..., None]
     return out
 
@@ -175,7 +175,7 @@ def test_steps_are_the_causal_call(make):
         out.append(y)
     torch.testing.assert_close(torch.cat(out, 2), op(q, k, v, causal=True, **extra), rtol=1e-10, atol=1e-12)
     assert state.S.shape[-1] == VALUE
-    assert (state.z is not None) == op.normalised
+    assert (state.z is not None) == op.normalized
 
 
 @PATTERNS
@@ -184,7 +184,7 @@ def test_output_is_weights_times_values(name, pattern):
     (q, k, v), extra = inputs_of(op, 9)
     weights = op.weights(q, k, causal=causal, **(extra if causal else {}))
     torch.testing.assert_close(weights @ v, op(q, k, v, causal=causal, **extra), rtol=1e-10, atol=1e-12)
-    if op.normalised:
+    if op.normalized:
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 9, dtype=torch.float64))
 
 
@@ -194,7 +194,7 @@ def test_masked_keys_are_as_if_absent_and_may_hold_nan(make, engine):
     op = make()
     (q, k, v), extra = inputs_of(op, 9)
     mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
-    mask[..., :3] = False  # a prefix: for a decay per head, the places of the rest count
+    mask[..., :3] = False  # a prefix, since masked positions count for a decay per head
     dirty = [x.detach().masked_fill(~mask[0, 0, 0, :, None], float("nan")).requires_grad_() for x in (k, v)]
     place = mask[0, 0, 0]
     gates = {
@@ -256,7 +256,7 @@ def test_half_precision_keeps_its_sums_in_float32(make):
     out = op(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=True, **half)
     exact = op(*(x.bfloat16().double() for x in (q, k, v)), causal=True, **{n: x.double() for n, x in half.items()})
     assert out.dtype == torch.bfloat16
-    # one rounding at the end, not three hundred on the way
+    # one rounding at the end, not three hundred before
     assert ((out.double() - exact).norm() / exact.norm()).item() < 3e-3
 
 
@@ -291,22 +291,22 @@ def test_strong_decay_over_a_long_chunk_in_float32():
     n = 256
     fq, fk, v = (torch.randn(1, 1, n, 4, generator=torch.Generator().manual_seed(s)) for s in range(3))
     decay = torch.full((1, 1, n), math.log(0.01))
-    out = forms.chunked(fq, fk, v, decay, torch.zeros(1, 1, 4, 4), n)
-    exact = forms.matrix(fq.double(), fk.double(), True, decay.double()) @ v.double()
+    out = linear_forms.chunked(fq, fk, v, decay, torch.zeros(1, 1, 4, 4), n)
+    exact = linear_forms.matrix(fq.double(), fk.double(), True, decay.double()) @ v.double()
     torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("block", [5, 64, 3000])
 def test_spans_of_a_long_call_hand_on_their_state(features, block):
-    n, g = 2 * forms.SPAN + 77, torch.Generator().manual_seed(0)
+    n, g = 2 * linear_forms.SPAN + 77, torch.Generator().manual_seed(0)
     fq, fk, v = (torch.randn(1, 2, n, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3))
     decay = F.logsigmoid(torch.randn(1, 2, n, *([3] if features else []), generator=g, dtype=torch.float64) + 4)
     decay.requires_grad_()
     state = torch.randn(1, 2, 3, 3, generator=g, dtype=torch.float64).requires_grad_()
     wanted = (fq, fk, v, decay, state)
     seen = torch.randn(1, 2, n, 3, generator=g, dtype=torch.float64)
-    ours, theirs = forms.chunked(*wanted, block), forms.recurrent(*wanted)
+    ours, theirs = linear_forms.chunked(*wanted, block), linear_forms.recurrent(*wanted)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
     pairs = zip(*(torch.autograd.grad((x * seen).sum(), wanted) for x in (ours, theirs)), strict=True)
     for one, other in pairs:
@@ -317,14 +317,14 @@ def test_a_long_past_is_absorbed_without_losing_the_recent_tokens():
     n, g = 65536, torch.Generator().manual_seed(0)
     fk, v = (torch.randn(1, 1, n, 4, generator=g) for _ in range(2))
     decay = torch.full((1, 1, n, 1), -0.7)
-    exact = forms.absorb(fk[:, :, -200:].double(), v[:, :, -200:].double(), decay[:, :, -200:].double())
-    torch.testing.assert_close(forms.absorb(fk, v, decay).double(), exact, rtol=1e-5, atol=1e-5)
+    exact = linear_forms.absorb(fk[:, :, -200:].double(), v[:, :, -200:].double(), decay[:, :, -200:].double())
+    torch.testing.assert_close(linear_forms.absorb(fk, v, decay).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_by_feature_the_factors_of_few_pairs_are_written_out():
     n, f = 512, 16
     fq, fk = torch.randn(2, 1, n, f).unbind()
-    bytes_made = peak_bytes(lambda: forms.matrix(fq, fk, True, -torch.rand(1, n, f)), torch.device("cpu"))
+    bytes_made = peak_bytes(lambda: linear_forms.matrix(fq, fk, True, -torch.rand(1, n, f)), torch.device("cpu"))
     assert bytes_made < n * n * f * 4 / 3
 
 
@@ -362,7 +362,7 @@ def test_refusals():
 @pytest.mark.parametrize("lead", [(), (2,), (2, 1, 3)])
 @pytest.mark.parametrize("by_feature", [False, True, None])
 def test_the_forms_take_any_leading_dims(lead: tuple[int, ...], by_feature: bool | None) -> None:
-    """One head alone gives what it gives among others."""
+    """A head alone gives the same output as among others."""
     generator = torch.Generator().manual_seed(0)
     shapes = (*lead, 21, DIM), (*lead, 21, DIM), (*lead, 21, VALUE)
     fq, fk, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
@@ -370,16 +370,18 @@ def test_the_forms_take_any_leading_dims(lead: tuple[int, ...], by_feature: bool
     if by_feature is not None:
         decay = -torch.rand(*lead, 21, *((DIM,) if by_feature else ()), generator=generator, dtype=torch.float64)
     state = torch.randn(*lead, DIM, VALUE, generator=generator, dtype=torch.float64)
-    out = forms.recurrent(fq, fk, v, decay, state)
-    torch.testing.assert_close(forms.chunked(fq, fk, v, decay, state, 4), out)
+    out = linear_forms.recurrent(fq, fk, v, decay, state)
+    torch.testing.assert_close(linear_forms.chunked(fq, fk, v, decay, state, 4), out)
     empty = torch.zeros_like(state)
-    torch.testing.assert_close(forms.matrix(fq, fk, True, decay) @ v, forms.recurrent(fq, fk, v, decay, empty))
+    torch.testing.assert_close(
+        linear_forms.matrix(fq, fk, True, decay) @ v, linear_forms.recurrent(fq, fk, v, decay, empty)
+    )
     written = empty
     for t in range(21):
         at = slice(t, t + 1)
         gate = None if decay is None else decay[..., at, :] if by_feature else decay[..., at]
-        written = forms.write(written, fk[..., at, :], v[..., at, :], gate)
-    torch.testing.assert_close(forms.absorb(fk, v, decay), written)
+        written = linear_forms.write(written, fk[..., at, :], v[..., at, :], gate)
+    torch.testing.assert_close(linear_forms.absorb(fk, v, decay), written)
 
 
 def test_a_state_tells_its_sums_apart() -> None:
@@ -394,7 +396,7 @@ def test_a_state_tells_its_sums_apart() -> None:
 
 
 def test_the_plan_by_hand() -> None:
-    """q, k, v and the output once; products inside blocks, and with the state, for D features and Dv + 1 columns."""
+    """The plan counts q, k, v and the output once, and products in blocks and with the state, for Dv + 1 columns."""
     q, k, v = torch.zeros(2, HEADS, 100, DIM), torch.zeros(2, HEADS, 100, DIM), torch.zeros(2, HEADS, 100, VALUE)
     plan, inside, out = Elu().plan(q, k, v, causal=True), 64, VALUE + 1
     assert plan.bytes == 4 * 2 * HEADS * 100 * (2 * DIM + 2 * VALUE)

@@ -1,4 +1,4 @@
-"""Linear operators that make their features a span of tokens at a time: the same results, and never all features."""
+"""Linear operators that compute features span by span give the same results and never hold all features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.bench.parts.memory import peak_bytes
-from foveate.ops.base import linear_spans as spans
+from foveate.ops.base import linear_spans
 from foveate.ops.base.linear import Linear
 from foveate.ops.linear.based import TaylorAttention
 from foveate.ops.linear.hedgehog import Hedgehog
@@ -24,7 +24,7 @@ PATTERNS: tuple[Pattern, ...] = ("self", "causal self", "cross", "causal cross")
 
 @final
 class Fading(Linear):
-    """A fixed decay for each head, or one that each key brings for each feature."""
+    """A fixed decay for each head, or one for each feature of a key."""
 
     capabilities = replace(Linear.capabilities, patterns=CAUSAL_PATTERNS)
     tokenwise: ClassVar[bool] = True
@@ -59,8 +59,8 @@ CASES = [
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spans of one block."""
-    monkeypatch.setattr(spans, "ROWS", 1)
+    """Set spans of one block."""
+    monkeypatch.setattr(linear_spans, "ROWS", 1)
 
 
 def made(name: str) -> Linear:
@@ -107,7 +107,7 @@ def test_the_state_after_a_prompt_is_that_of_its_steps(name: str, n_queries: int
         for t in range(43):
             at = slice(t, t + 1)
             y, state = op.step(q[:, :, at], k[:, :, at], v[:, :, at], state)
-    torch.testing.assert_close(found.memory, state.memory, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found.sums, state.sums, rtol=1e-9, atol=1e-11)
     assert out.shape == (2, HEADS, n_queries, VALUE)
     if n_queries:
         torch.testing.assert_close(out[:, :, -1:], y, rtol=1e-9, atol=1e-11)
@@ -122,14 +122,14 @@ def test_nothing_to_read_or_to_ask(causal: bool) -> None:
     assert empty.shape == (2, HEADS, 0 if causal else 12, VALUE)
     assert not empty.any()
     _, state = op.prefill(q[:, :, :0], k[:, :, :0], v[:, :, :0])
-    assert state.memory.shape == (2, HEADS, 2 * DIM, VALUE + 1)
-    assert not state.memory.any()
+    assert state.sums.shape == (2, HEADS, 2 * DIM, VALUE + 1)
+    assert not state.sums.any()
 
 
 @pytest.mark.parametrize("key", ["hedgehog", "taylor"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_features_of_all_tokens_never_exist_at_once(key: str, causal: bool) -> None:
-    """All that a call makes is less than the features of its keys alone."""
+    """A call's peak memory is less than the features of its keys."""
     n, dim = 8192, 16
     op = Hedgehog(HEADS, dim) if key == "hedgehog" else TaylorAttention()
     q, k, v = torch.randn(3, 1, HEADS, n, dim, generator=torch.Generator().manual_seed(0)).unbind()
@@ -144,7 +144,7 @@ def test_the_features_of_all_tokens_never_exist_at_once(key: str, causal: bool) 
 def test_spans_are_shorter_the_more_heads_and_sequences_there_are(
     batch: int, heads: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2048 rows of features at a time, and at least one block of tokens."""
+    """A span has 2048 rows of features, and at least one block of tokens."""
     op, asked = TaylorAttention(), []
     features = op.query_features
 

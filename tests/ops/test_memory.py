@@ -1,4 +1,4 @@
-"""The family of test-time learners: chunks, tokens and steps agree, and do what gradient descent does."""
+"""The family of test-time learners: chunks, tokens and steps agree, and equal gradient descent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADS, DIM, VALUE, LENGTH = 4, 6, 5, 11
 
 
 def titans(**options: object) -> Titans:
-    """Deep or not, with first weights that are all different from zero."""
+    """Make a memory of any depth whose first weights all differ from zero."""
     g = torch.Generator().manual_seed(3)
     op = Titans(HEADS, DIM, VALUE, generator=g, **options)
     for matrix in op.first:
@@ -28,7 +28,7 @@ def titans(**options: object) -> Titans:
 def miras_mlp(*options: str, **more: float) -> Miras:
     sizes = {"memory": "plain_mlp", "heads": HEADS, "head_dim": DIM, "value_dim": VALUE}
     op = Miras(*options, **sizes, **more, generator=torch.Generator().manual_seed(3))
-    op.first[1].data += 0.3  # not where nothing comes out
+    op.first[1].data += 0.3  # zeros would give no output
     return op.double()
 
 
@@ -68,9 +68,9 @@ def inputs_of(op: Memory, n: int = LENGTH, n_queries: int | None = None, kv_head
 def naive(
     op: Titans, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], act=F.silu, most: float = float("inf")
 ) -> Tensor:
-    """Gradient descent with momentum on `|M(k) - v|²`, one sequence and head at a time, gradients by autograd.
+    """Run gradient descent with momentum on `|M(k) - v|²` by autograd, one sequence and head at a time.
 
-    Queries are answered by the weights that their token has made, or by those that the chunk began with.
+    The weights after a query's token answer it, or those at the start of its chunk.
     """
     if op.unit:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
@@ -125,7 +125,7 @@ def test_the_activation_and_the_bound_on_gradients_by_autograd(chunk, options, t
 
 
 def loud(op: Memory, most: float | None) -> tuple[Memory, tuple[Tensor, Tensor, Tensor]]:
-    """Values and raw keys of size 10, in float32: enough for the steps of every objective that grows with the error."""
+    """Make values and raw keys of size 10 in float32: every objective that grows with the error then diverges."""
     g = torch.Generator().manual_seed(0)
     op.max_grad_norm, op.unit = most, False
     return op.float(), tuple(10 * torch.randn(1, HEADS, 200, DIM, generator=g) for _ in range(3))
@@ -155,7 +155,7 @@ def test_a_memory_that_diverges_says_so(name, engine):
     ) as e:
         by_steps(op, q, k, v) if engine == "step" else op(q, k, v, causal=True, engine=engine)
     assert "\n" not in str(e.value)
-    k[:, :, 100:] = float("nan")  # what was not finite when it came is no divergence
+    k[:, :, 100:] = float("nan")  # inputs that are not finite are no divergence
     assert not op(q, k, v, causal=True, theta=torch.full((1, HEADS, 200), 1e-6)).isfinite().all()
 
 
@@ -222,18 +222,18 @@ def test_the_scale_is_a_factor_on_queries_as_they_enter(make):
     op = make(4)
     (q, k, v), rates = inputs_of(op)
     doubled = op(q, k, v, causal=True, scale=2.0, **rates)
-    if op.unit:  # as F.normalize leaves them: a longer query alone would be cut down again
+    if op.unit:  # unit length already: a longer query would be normalized again
         torch.testing.assert_close(op(2 * q, k, v, causal=True, **rates), op(q, k, v, causal=True, **rates))
     else:
         torch.testing.assert_close(doubled, op(2 * q, k, v, causal=True, **rates))
     assert (doubled - op(q, k, v, causal=True, **rates)).abs().max() > 1e-3
-    if not op.linked and len(op.initial(HEADS, DIM, VALUE, q)) == 1:  # what a matrix answers is linear
+    if not op.linked and len(op.initial(HEADS, DIM, VALUE, q)) == 1:  # a matrix answers linearly
         torch.testing.assert_close(doubled, 2 * op(q, k, v, causal=True, **rates))
 
 
 @pytest.mark.parametrize("cls", [Titans, Miras])
 def test_a_layer_begins_with_small_rates(cls):
-    """Of a token that says nothing: after 128 most is still there, a surprise fades soon, and steps are short."""
+    """For a zero token, most of a memory is left after 128 tokens, momentum decays fast, and steps are short."""
     begun = {
         name: torch.sigmoid(torch.tensor(cls.capabilities.gates[name].bias)).item()
         for name in ("alpha", "eta", "theta")
@@ -289,7 +289,7 @@ def test_batch_rows_do_not_meet_and_the_future_is_not_seen(make):
     for x in (k, v, *rates.values()):
         x.data[:, :, 6:] *= 0.5
     after = op(q, k, v, causal=True, **rates)
-    seen = 6 if op.reads == "token" else 8  # by whom the change is seen first: by its token, or by the next chunk
+    seen = 6 if op.reads == "token" else 8  # the first position that sees the change: its token, or the next chunk
     torch.testing.assert_close(before[:, :, :seen], after[:, :, :seen], rtol=0, atol=0)
     assert (before[:, :, seen:] - after[:, :, seen:]).abs().amax((0, 1, 3)).min() > 1e-8
 
@@ -355,7 +355,7 @@ def test_recalling_reads_and_writes_nothing(make):
     op = make(4)
     (q, k, v), rates = inputs_of(op)
     out, state = op.prefill(q, k, v, **rates)
-    if op.reads == "chunk":  # what the last token has written is recalled, though the token itself has not read it
+    if op.reads == "chunk":  # a recall includes the write of the last token, which the token itself has not read
         op.reads = "token"
         out, _ = op.prefill(q, k, v, **rates)
     torch.testing.assert_close(op.recall(q[:, :, -1:], state), out[:, :, -1:], rtol=1e-9, atol=1e-11)
@@ -385,7 +385,7 @@ def test_cost_grows_with_the_length():
     plans = [op.plan(*[torch.empty(1, 1, n, 16, device="meta")] * 3, causal=True) for n in (128, 512)]
     assert plans[1].flops == 4 * plans[0].flops
     assert plans[0].engine == "chunked"
-    # weights that are written out for each token cost more than those that stay products
+    # weights that are materialised for each token cost more than those that stay products
     q = torch.empty(1, 1, 64, 16, device="meta")
     assert Miras.memora(memory="linear").plan(q, q, q, causal=True).flops > 2 * Miras().plan(q, q, q, causal=True).flops
 

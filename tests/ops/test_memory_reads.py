@@ -1,4 +1,4 @@
-"""Memories whose queries are answered by the weights at the start of their chunk: `reads="chunk"`."""
+"""Memories that answer queries with the weights at the start of their chunk: `reads="chunk"`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.ops.test_memory import DIM, HEADS, LENGTH, VALUE, inputs_of, titans
 @pytest.mark.parametrize("engine", ["chunked", "recurrent"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_read_by_chunks_of_one_is_reading_before_writing(engine, depth):
-    """Token t gets what the memory recalls of the tokens before it; the first one asks the first weights."""
+    """Token t reads the memory of the tokens before it; the first one reads the initial weights."""
     op = titans(depth=depth, chunk=1, reads="chunk")
     (q, k, v), rates = inputs_of(op)
     state, expected = op.init_state(2, HEADS, HEADS, DIM, VALUE, dtype=torch.float64), []
@@ -42,7 +42,7 @@ def test_how_queries_are_read_does_not_change_what_is_written():
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_read_by_chunks_costs_less(depth):
-    """As PyTorch counts what is multiplied, and as the plan says: at most four fifths, at the same chunks."""
+    """PyTorch's counter and the plan agree that it takes at most four fifths of the products, for equal chunks."""
     seen, planned = {}, {}
     for reads in ("token", "chunk"):
         op = Titans(2, 32, depth=depth, chunk=16, reads=reads)

@@ -1,4 +1,4 @@
-"""The small parts under the recurrent families: engines by name, heads, wide sums, bytes of a state, slopes, caches."""
+"""Small parts of the recurrent families: engines by name, heads, wide sums, bytes of a state, slopes, caches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_auto_is_the_first_engine() -> None:
 
 
 def test_heads_are_repeated_in_groups_and_not_copied_where_they_agree() -> None:
-    for n in (4, 5):  # also where as many tokens as heads could be taken for heads
+    for n in (4, 5):  # also if there are as many tokens as heads
         _, k, _ = qkv(n, heads=4, kv_heads=2)
         assert torch.equal(per_query_head(k, 4), k[:, [0, 0, 1, 1]])
         assert per_query_head(k, 2) is k
@@ -56,7 +56,7 @@ def test_bytes_of_whatever_holds_a_state() -> None:
 def test_slopes() -> None:
     assert alibi.alibi_slopes(8).tolist() == [2.0**-h for h in range(1, 9)]
     assert alibi.alibi_slopes(1).tolist() == [2.0**-8]
-    # the four of 4 heads, then every other one of 8
+    # the slopes of 4 heads, then every other one of 8
     assert alibi.alibi_slopes(6).tolist() == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
     assert alibi.alibi_slopes(12)[8:].tolist() == pytest.approx([2.0**-0.5, 2.0**-1.5, 2.0**-2.5, 2.0**-3.5])
 
@@ -70,5 +70,5 @@ def test_a_cache_takes_what_fits() -> None:
         (k[:1], v, "k"), (k[:, :2], v, "k"), (k[..., :3], v, "k"), (k.double(), v, "k"), (k, v[..., :4], "v"),
         (torch.ones(3, 3, 1, 4), v, "k"), (torch.ones(2, 4, 1, 4), v, "k"), (torch.ones(2, 3, 1, 5), v, "k"),
     ):  # fmt: skip
-        with pytest.raises(ShapeError, match=f"{name} does not fit the state"):
+        with pytest.raises(ShapeError, match=f"{name} must fit the state"):
             held.append(bad_k, bad_v)

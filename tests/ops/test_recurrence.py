@@ -1,4 +1,4 @@
-"""Decayed scans over a chunk: what is left of old tokens, down to where it no longer counts."""
+"""Decayed scans over a chunk: the shares of old tokens, down to negligible ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from foveate.ops.functional.recurrence import decay_matrix, since_the_start
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 def test_what_is_left_is_the_product_of_the_factors(dtype: torch.dtype) -> None:
-    """Whatever their sign: systems have negative and complex factors too."""
+    """A share is the product of the factors, which may be negative or complex."""
     factors = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=dtype)
     matrix, first = decay_matrix(factors), since_the_start(factors)
     for t in range(6):
@@ -24,7 +24,7 @@ def test_what_is_left_is_the_product_of_the_factors(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("eta", [0.1, 0.01, 0.5])
 @pytest.mark.parametrize("alpha", [0.0, 0.9])
 def test_no_share_is_too_small_to_be_multiplied_fast(eta: float, alpha: float) -> None:
-    """Numbers below the smallest normal one made a memory with long chunks several times as slow."""
+    """No share is below the smallest normal number, which would slow long chunks down several times."""
     given = {"eta": eta, "alpha": alpha, "theta": 0.01, "write": 1.0}
     rates = {name: torch.full((1, 64), rate) for name, rate in given.items()}
     least = torch.finfo(torch.float32).tiny
@@ -37,7 +37,7 @@ def test_no_share_is_too_small_to_be_multiplied_fast(eta: float, alpha: float) -
 
 @pytest.mark.parametrize("least", [0.0, 1e-36])
 def test_where_nothing_is_left_there_is_still_a_gradient(least: float) -> None:
-    """What a factor near 0 would let through, were it larger."""
+    """A factor near 0 has the gradient of the input that it would let through."""
     factors = torch.tensor([0.5, least, 0.25], requires_grad=True)
     matrix = decay_matrix(factors)
     assert not matrix[1:, 0].any()

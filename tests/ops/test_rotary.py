@@ -1,4 +1,4 @@
-"""Rotary positions: only offsets count, in both layouts of pairs."""
+"""Rotary positions: scores depend only on offsets, in both layouts of pairs."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from foveate.nn import MultiHeadAttention
 from foveate.ops.functional.fast_weights import shares
 from foveate.ops.linear.based import TaylorAttention
-from foveate.ops.linear.dsf import NormalisedAttention
+from foveate.ops.linear.dsf import NormalizedAttention
 from foveate.ops.linear.hedgehog import FeatureMap, Hedgehog
 from foveate.ops.linear.lightnet import LightNetAttention
 from foveate.ops.linear.lightning_attention import LightningAttention
@@ -102,7 +102,7 @@ def test_the_papers_decays_are_those_of_their_lightning_attention(layer: int) ->
 # -- features ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_decay_no_normaliser_is_linear_attention() -> None:
+def test_no_decay_no_normalizer_is_linear_attention() -> None:
     leaves = tokens()
     eta = torch.full((2, H, N), 2.0, dtype=torch.float64)
 
@@ -110,7 +110,7 @@ def test_no_decay_no_normaliser_is_linear_attention() -> None:
         out, _ = naive("linear_attn").naive_recurrent_linear_attn(*time_first(*leaves), scale=1.0)
         return out.transpose(1, 2) / 2
 
-    peers.agree(lambda: NormalisedAttention()(*leaves, causal=True, eta=eta), theirs, leaves, LOOSE)
+    peers.agree(lambda: NormalizedAttention()(*leaves, causal=True, eta=eta), theirs, leaves, LOOSE)
 
 
 def feature_maps() -> Any:
@@ -278,9 +278,9 @@ def test_shares_of_a_chunk_are_those_of_their_titans() -> None:
     theta, alpha, eta = (rates[name][..., None] for name in ("theta", "alpha", "eta"))
     beta, _, f, _, _, G, m_end, n_end = made.combine_params(theta, alpha, eta, 7)
     ours = shares({**rates, "write": torch.ones(2, H, 7, dtype=torch.float64)})
-    assert_near(ours.memory[..., 0], beta, LOOSE)
-    assert_near(ours.memory[..., 1], f, LOOSE)
-    assert_near(ours.memory[..., 2:], G, LOOSE)
+    assert_near(ours.sums[..., 0], beta, LOOSE)
+    assert_near(ours.sums[..., 1], f, LOOSE)
+    assert_near(ours.sums[..., 2:], G, LOOSE)
     assert_near(ours.momentum[..., -1, 1], m_end, LOOSE)
     assert_near(ours.momentum[..., -1, 2:], n_end, LOOSE)
 

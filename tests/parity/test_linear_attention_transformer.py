@@ -1,6 +1,6 @@
 """Efficient attention against `linear-attention-transformer`, which multiplies it by `D ** -0.5`.
 
-Its causal form has another normaliser, clamped at 1e-3, and sees whole buckets: we define none.
+Its causal form has another normalizer, clamped at 1e-3, and sees whole buckets: we define none.
 """
 
 from __future__ import annotations

@@ -115,8 +115,8 @@ def converted(w: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_multi_head_attention(kind: str, cross: bool) -> None:
     """Their masks say what is hidden, ours what may be seen."""
     ours, theirs, w = layers()
-    x, memory = peers.leaf(2, N, WIDTH, seed=1), peers.leaf(2, M, WIDTH, seed=2)
-    source = memory if cross else x
+    x, y = peers.leaf(2, N, WIDTH, seed=1), peers.leaf(2, M, WIDTH, seed=2)
+    source = y if cross else x
     mask = masks(N, source.shape[1])[kind]
     given: dict[str, Any] = {}
     if mask is not None:
@@ -129,8 +129,8 @@ def test_multi_head_attention(kind: str, cross: bool) -> None:
     def other() -> Tensor:
         return peers.call(theirs, converted(w), x, source, source, need_weights=False, **given)[0]
 
-    leaves = {"x": x, **w, **({"memory": memory} if cross else {})}
-    peers.agree(lambda: peers.call(ours, w, x, memory if cross else None, mask=mask), other, leaves, 1e-12)
+    leaves = {"x": x, **w, **({"source": y} if cross else {})}
+    peers.agree(lambda: peers.call(ours, w, x, y if cross else None, mask=mask), other, leaves, 1e-12)
 
 
 def test_multi_head_attention_under_causality() -> None:

@@ -83,19 +83,19 @@ def test_grouped_heads_and_masks(kv_heads: int, kind: str) -> None:
 
 def test_cross_attention() -> None:
     ours, theirs, w = pair(2)
-    x, memory = peers.leaf(2, N, DIM, seed=1), peers.leaf(2, M, DIM, seed=2)
+    x, source = peers.leaf(2, N, DIM, seed=1), peers.leaf(2, M, DIM, seed=2)
     keys = torch.arange(M) < torch.tensor([[4], [M]])
     peers.agree(
-        lambda: peers.call(ours, w, x, memory, mask=keys[:, None, None]),
-        lambda: peers.call(theirs, converted(w, 2), x, memory, context_mask=keys),
-        {"x": x, "memory": memory, **w},
+        lambda: peers.call(ours, w, x, source, mask=keys[:, None, None]),
+        lambda: peers.call(theirs, converted(w, 2), x, source, context_mask=keys),
+        {"x": x, "source": source, **w},
         LOOSE,
     )
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_rotary_positions_and_normalised_queries_and_keys(kv_heads: int, qk_norm: bool) -> None:
+def test_rotary_positions_and_normalized_queries_and_keys(kv_heads: int, qk_norm: bool) -> None:
     ours, theirs, w = pair(kv_heads, True, {"qk_rmsnorm": qk_norm}, position=Rotary(500.0), qk_norm=qk_norm)
     x = peers.leaf(2, N, DIM, seed=1)
     angles = peer.RotaryEmbedding(D, base=500).double()(torch.arange(N))

@@ -126,7 +126,7 @@ def test_bidirectional_layers_read_images() -> None:
         (lambda: network.training_task("copy", pairs=3), OptionError, "valid are length, vocabulary"),
         (lambda: network.training_task("digits", length=8), OptionError, "takes no length; valid are no sizes"),
         (lambda: small("efficient_attention"), UnsupportedPattern, "a decoder's layers are causal"),
-        (lambda: small("sink_recent"), OptionError, 'system "sink_recent" is neither operator nor layer'),
+        (lambda: small("sink_recent"), OptionError, 'system "sink_recent" must be an operator or a layer'),
         (lambda: Spec(8, 2, (Mixer("softmax"),)), OptionError, "vocabulary=.* or image="),
         (lambda: Spec(8, 2, (), vocabulary=3).build(), OptionError, "mixers must be layers of one width"),
         (lambda: Spec.from_dict({"dim": 8}), OptionError, "no description of a network"),

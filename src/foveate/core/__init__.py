@@ -1,4 +1,4 @@
-"""What every room stands on: calls, masks, selections, engines, the catalogue, errors."""
+"""The floor under every room: calls, masks, selections, engines, the catalogue, errors."""
 
 from foveate.core.public import lazy
 

@@ -1,4 +1,4 @@
-"""One attention call, as every engine receives it, and what an engine says of its cost."""
+"""The attention call that every engine receives, and the plan that states its cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from foveate.core.selection import Blocks, Selection
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """q, k, v and everything that decides who attends to whom. Already validated.
+    """A validated call: q, k, v and everything that decides which query attends to which key.
 
     Args:
         q: queries `(B, Hq, Nq, D)`.
@@ -26,12 +26,12 @@ class AttentionCall:
         v: values `(B, Hkv, Nk, Dv)`.
         scale: the factor on the dot products.
         mask: bool, True = may attend, or a float bias; broadcastable to `(B, Hq, Nq, Nk)`.
-        causal: only the past; the last query sees the last key.
+        causal: True = each query sees only the past; the last query sees the last key.
         selected: the keys that each query sees, for all query heads or for the heads of k.
-        scoring: how logits are made and become weights.
+        scoring: makes logits and turns them into weights.
         dropout: the share of weights that is dropped.
-        chunk: queries and keys of a tile, where the call is to be computed in such chunks.
-        engine: who computes; see `foveate.core.engines`.
+        chunk: queries and keys of a tile; None leaves the tiles to the engine.
+        engine: the engine's name; see `foveate.core.engines`.
         inputs: further per-token inputs of a mechanism (gates, rates, poses), by name.
     """
 
@@ -70,7 +70,7 @@ class AttentionCall:
 
     @property
     def groups(self) -> int:
-        """Query heads to each key/value head."""
+        """Query heads for each key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
     @property
@@ -87,16 +87,16 @@ class AttentionCall:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no query, or no key to attend to: the output is then zeros, if it has any elements."""
+        """True if the call has no query or no key. The output is then zeros, if it has any elements."""
         return self.q.numel() == 0 or self.n_keys == 0
 
     @property
     def is_plain(self) -> bool:
-        """Whether this is softmax over scaled dot products, which fused kernels compute."""
+        """True if the scoring is the softmax over scaled dot products, which fused kernels compute."""
         return self.scoring is SOFTMAX
 
     def grouped(self, x: Tensor) -> Tensor:
-        """Keys or values with one head to each query head (a view where the heads are equal in number)."""
+        """Repeat the heads of keys or values for the query heads (a view if the head counts are equal)."""
         if self.groups == 1:
             return x
         b, h, n, d = x.shape
@@ -112,9 +112,9 @@ class AttentionCall:
     def tile_mask(
         self, rows: slice = slice(None), cols: slice = slice(None), mine: Tensor | None = None
     ) -> Tensor | None:
-        """Mask, causality and selection together, for a tile; None where every pair counts.
+        """Return the mask, causality and the selection of a tile as one mask, or None if every pair counts.
 
-        `mine` takes the place of the caller's mask for the tile, where that has been cut out already.
+        `mine` is the caller's mask for the tile, if the engine has cut it out already.
         """
         if mine is None:
             mine = masks.columns_of(masks.rows_of(self.mask, rows), cols)
@@ -131,15 +131,15 @@ class AttentionCall:
 
     @property
     def hides_keys(self) -> bool:
-        """Whether there may be a key that some query may not see."""
+        """True if some query may have to ignore some key."""
         return self.mask is not None or self.selection is not None or (self.causal and self.n_queries > 1)
 
     def has_garbage(self) -> bool:
-        """Whether keys or values hold NaN or inf: those that are hidden must then be masked value by value."""
+        """Return True if keys or values hold NaN or inf. Hidden ones must then be masked value by value."""
         return not is_clean(self.k, self.v)
 
     def shows_no_garbage(self, out: Tensor) -> bool:
-        """Whether an output proves that no key or value has put NaN or inf into it."""
+        """Return True if an output proves that no key or value has put NaN or inf into it."""
         sees_all = self.mask is None and self.selection is None
         witness = out[:, :, -1] if sees_all else out  # under causality alone the last query sees every key
         return is_clean(witness)
@@ -147,7 +147,7 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class StateSizes:
-    """The sizes of a stream, which its empty state is made for.
+    """The sizes that an empty state of a stream is made for.
 
     Args:
         batch: B.
@@ -155,8 +155,8 @@ class StateSizes:
         kv_heads: Hkv.
         key_dim: D.
         value_dim: Dv.
-        dtype: of the calls to come.
-        device: of the calls to come.
+        dtype: the dtype of the calls to come.
+        device: the device of the calls to come.
     """
 
     batch: int
@@ -169,21 +169,21 @@ class StateSizes:
 
     @classmethod
     def of(cls, call: AttentionCall) -> StateSizes:
-        """The sizes of a call."""
+        """Return the sizes of a call."""
         (b, heads, _, d), q = call.q.shape, call.q
         return cls(b, heads, call.k.shape[1], d, call.v.shape[3], q.dtype, q.device)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call will cost, and why it is computed as it is.
+    """The engine of a call, its cost, and the reason for the choice.
 
     Args:
-        engine: who computes.
-        flops: multiply-adds counted as two: for the pairs that are computed, their scores and the sums over values; for
-            a mechanism with a state, a token's features, reads and writes; and what it takes to choose keys. What is
-            done to single numbers (activations, softmax) does not count, nor how a dense mechanism projects a token.
-        bytes: least traffic: q, the output, and the keys and values that are read at all, once each.
+        engine: the engine's name.
+        flops: two for each multiply-add. They count the scores and the sums over values of the pairs that are computed,
+            the features, reads and writes of a mechanism with a state, and the choice of keys. They leave out
+            elementwise work (activations, softmax) and a dense mechanism's projections of tokens.
+        bytes: least traffic: q, the output, and every key and value that is read, once each.
         why: the reason for the engine, in words.
         density: share of the visible pairs that are computed.
     """
@@ -200,7 +200,7 @@ class Plan:
 
 
 def cost(call: AttentionCall, engine: str, why: str) -> Plan:
-    """The `Plan` of a call on an engine."""
+    """Return the `Plan` of a call on an engine."""
     (b, hq, nq, d), nk, dv = call.q.shape, call.n_keys, call.v.shape[-1]
     visible = nq * nk - (nq * (nq - 1) // 2 if call.causal else 0)
     pairs, read = float(visible), float(nk)

@@ -1,7 +1,7 @@
-"""The catalogue of systems that work, read from `catalog/<room>.toml` without torch.
+"""The catalogue of published systems, read from `catalog/<room>.toml` without torch.
 
-A row says where a system's object and its parts live; `System.load()` imports the object, and with it whatever it
-needs. A room's file is read when it is first asked for.
+A row names the modules of a system's object and parts. `System.load()` imports the object and whatever it needs. A
+room's file is read on first use.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = [
 FOLDER = Path(__file__).parent.parent / "catalog"
 CAPABILITIES = FOLDER / "capabilities.json"
 
-#: What else the catalogue can be grouped by: where a system lives, and what operators and layers say of themselves.
+#: Further keys to group the catalogue by: a system's room, and the capabilities of operators and layers.
 FACTS = ("room", "kind", "family", "state", "growth")
 
 
 def systems(room: str | None = None, tag: str | None = None) -> list[System]:
-    """The catalogue's systems in its order, or only those of one room, or with one tag."""
+    """Return the catalogue's systems in its order, or only those of one room, or with one tag."""
     if room is not None and room not in ROOMS:
         raise unknown("room", room, ROOMS)
     rows = _by_key().values() if room is None else shelf(room).systems
@@ -37,7 +37,7 @@ def systems(room: str | None = None, tag: str | None = None) -> list[System]:
 
 
 def system(key: str) -> System:
-    """The system that `key` names."""
+    """Return the system that `key` names."""
     try:
         return _by_key()[key]
     except KeyError:
@@ -45,9 +45,9 @@ def system(key: str) -> System:
 
 
 def grouped(rows: Sequence[System], by: str) -> dict[str, list[System]]:
-    """The rows under each place that a category of the survey, or one of `FACTS`, tells apart.
+    """Group the rows by the values of a category of the survey, or of one of `FACTS`.
 
-    A row with several places stands under each; one of which a fact is not known stands under "none".
+    A row with several values is in each of their groups. A row with no known value is in the group "none".
     """
     if by in CATEGORIES:
         return {place: [row for row in rows if place in getattr(row.taxonomy, by)] for place in CATEGORIES[by]}
@@ -58,12 +58,12 @@ def grouped(rows: Sequence[System], by: str) -> dict[str, list[System]]:
 
 
 def capabilities(key: str) -> dict[str, Any]:
-    """What an operator or a layer can do (`foveate.bench.Capabilities`); {} for any other system."""
+    """Return the capabilities of an operator or a layer (`foveate.bench.Capabilities`); {} for any other system."""
     return dict(_capabilities().get(key, {}))
 
 
 def public_names(package: str) -> dict[str, str]:
-    """The public names of a room ("nn") or of a package in it ("ops.functional"), each with its module."""
+    """Return the public names of a room ("nn") or of a package in it ("ops.functional"), each with its module."""
     names = dict(shelf(package.partition(".")[0]).public)
     for row in _by_key().values():
         for target in (row.object, *row.parts):
@@ -73,9 +73,9 @@ def public_names(package: str) -> dict[str, str]:
 
 
 def module_of(package: str, name: str) -> str | None:
-    """The module that defines a package's public name; None where it has no such name.
+    """Return the module that defines a package's public name, or None if the package has no such name.
 
-    The room's own file is looked at first, so that the others are read only where a system's part lives elsewhere.
+    The room's own file comes first. The others are read only if a system's part lives in another room.
     """
     for target, module in _named(shelf(package.partition(".")[0])):
         if target == name and _package(module) == package:
@@ -92,14 +92,14 @@ def _named(found: Shelf) -> Iterator[tuple[str, str]]:
 
 
 def _package(module: str) -> str:
-    """The package that publishes a module's names."""
+    """Return the package that publishes a module's names."""
     _, room, *rest = module.split(".")
     return "ops.functional" if room == "ops" and rest[:1] == ["functional"] else room
 
 
 @cache
 def shelf(room: str) -> Shelf:
-    """What the catalogue's file of a room says, checked; a malformed one raises `CatalogError`."""
+    """Read and check the catalogue's file of a room; a malformed one raises `CatalogError`."""
     path = FOLDER / f"{room}.toml"
     return read(path) if path.is_file() else Shelf()
 

@@ -1,4 +1,4 @@
-"""One room's file of the catalogue: read, and checked so that a bad row fails in the first test that looks.
+"""Read and check one room's file of the catalogue, so that a bad row fails in the first test that reads it.
 
 Errors name file, row and field.
 """
@@ -27,7 +27,7 @@ _LISTS = ("authors", "tags", "parts")
 
 
 def read(path: Path) -> Shelf:
-    """The rows and public names of a file; its room is its name."""
+    """Read the rows and public names of a file. The file is named after its room."""
     room = path.stem
     if room not in ROOMS:
         raise CatalogError(f"{path.name}: {unknown('room', room, ROOMS)}")
@@ -46,7 +46,7 @@ def read(path: Path) -> Shelf:
 
 
 def _public(given: object, room: str, path: Path) -> dict[str, str]:
-    """Turn modules with their names into names with their module."""
+    """Invert a table from module to names into one from name to module."""
     names: dict[str, str] = {}
     for module, listed in given.items() if isinstance(given, dict) else ():
         if not _lives_in(module, room) or not _is_strings(listed):

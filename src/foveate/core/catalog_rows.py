@@ -1,4 +1,4 @@
-"""The rows of the catalogue: what is said of a published system, and what one room's file holds."""
+"""The rows of the catalogue, one for each published system, and the shelf of rows that a room's file holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOMS = (
     "dist", "report",
 )  # fmt: skip
 
-#: The survey's four categories, each with what it tells apart.
+#: The survey's four categories, each with its values.
 CATEGORIES = {
     "sequences": ("self", "distinctive", "co-attention"),
     "levels": ("single", "multi"),
@@ -25,12 +25,14 @@ CATEGORIES = {
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """A place in An Attentive Survey of Attention Models (2019), arXiv 1904.02874; a category may hold several.
+    """The values of a system in the categories of An Attentive Survey of Attention Models (2019), arXiv 1904.02874.
 
-    sequences: queries and keys of the same sequence, of different ones, or both sequences attending to each other.
-    levels: one level of abstraction, or attention over the outcomes of attention.
+    A category may hold several.
+
+    sequences: queries and keys of the same sequence, of different ones, or two sequences that attend to each other.
+    levels: one level of abstraction, or attention over the outputs of attention.
     positions: all of them, softly; some, chosen by the input; or a neighbourhood.
-    representations: one of each token, several, or a weight for each of its features.
+    representations: one for each token, several, or a weight for each of its features.
     """
 
     sequences: tuple[str, ...] = ("self",)
@@ -41,20 +43,20 @@ class Taxonomy:
 
 @dataclass(frozen=True)
 class System:
-    """One row of the catalogue: a published system and where it lives here.
+    """One row of the catalogue: a published system and the modules that hold it.
 
     Args:
-        key: what a user types.
+        key: the name that a user types.
         title: the paper's title.
         authors: the paper's authors, in its order.
-        year: of first publication.
-        arxiv: "2309.17453", or "" where there is none.
+        year: the year of first publication.
+        arxiv: "2309.17453", or "" if there is none.
         room: the package under `foveate` that its object lives in.
         object: "module:Name" of the class or function.
-        test: the test file that holds what its paper claims.
+        test: the test file that checks its paper's claims.
         tags: family and traits, to filter by.
         taxonomy: its place in the survey's categories.
-        parts: "module:Name" of what else belongs to it: its layer, its network, its loss.
+        parts: "module:Name" of everything else that belongs to it: its layer, its network, its loss.
         example: a line or a few that a reader can paste.
     """
 
@@ -73,11 +75,11 @@ class System:
 
     @property
     def url(self) -> str:
-        """The paper's address on arXiv, or "" where it has none."""
+        """The paper's address on arXiv, or "" if it has none."""
         return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else ""
 
     def load(self) -> Any:
-        """The class or function itself. This is what imports torch."""
+        """Import and return the class or function. This imports torch."""
         module, _, name = self.object.partition(":")
         try:
             return getattr(import_module(module), name)
@@ -85,16 +87,16 @@ class System:
             raise CatalogError(f'system "{self.key}": module {module} has no {name}') from None
         except ModuleNotFoundError as error:
             if not (f"{module}.").startswith(f"{error.name}."):
-                raise  # our module is there; something it needs is not installed
+                raise  # our module exists; a package that it needs is not installed
             raise CatalogError(f'system "{self.key}": no module {error.name}') from None
 
 
 @dataclass(frozen=True)
 class Shelf:
-    """What the catalogue's file of one room says.
+    """The content of the catalogue's file of one room.
 
     Args:
-        systems: its rows, in their order.
+        systems: the rows, in the file's order.
         public: public names that belong to no system, each with the module that defines it.
     """
 

@@ -17,7 +17,7 @@ from foveate.core.catalog import system, systems
 from foveate.core.catalog_rows import System
 from foveate.core.errors import OptionError
 
-#: Surnames of several words, which a plain name does not tell from given names. A row may also write
+#: Surnames of several words, which look like given names in a plain name. A row may also write
 #: "Surname, Given names".
 COMPOUND = ("Amo Alonso", "Ray Chowdhury")
 
@@ -25,7 +25,7 @@ COMPOUND = ("Amo Alonso", "Ray Chowdhury")
 _PARTICLES = frozenset("al bin da dal de del den der di do dos du el la las le lo los ten ter van von y zu".split())
 _SUFFIXES = frozenset({"Jr.", "Jr", "Sr.", "Sr", "II", "III", "IV"})
 
-#: First words of a title that say too little to name an entry by.
+#: First words of a title that are too common to name an entry by.
 _ARTICLES = frozenset({"a", "an", "the"})
 
 _ACCENTS = {
@@ -57,7 +57,7 @@ _GREEK = {
 
 
 class Bibliography(str):
-    """BibTeX entries as text, which a prompt and a notebook show as it is.
+    """BibTeX entries as text, which a prompt and a notebook print without quotes.
 
     Attributes:
         systems: the catalogue's rows that the entries are of; several rows may share a paper.
@@ -78,13 +78,13 @@ def cite(*used: Any) -> Bibliography:
       ...
 
     Args:
-        used: catalogue keys; classes and functions of a system; operators, layers, methods and runs; whole models, of
-            which every module is looked at. Lists of these count as their elements. An object of no published system
-            gives a line that says so and no entry.
+        used: catalogue keys; classes and functions of a system; operators, layers, methods and runs; whole models (all
+            their modules are searched). Lists of these count as their elements. An object of no published system gives
+            a comment line and no entry.
 
     Raises:
         UnknownKey: a key that the catalogue does not have.
-        OptionError: nothing at all was given, or nothing of what was given belongs to a published system.
+        OptionError: nothing was given, or nothing that was given belongs to a published system.
     """
     rows: dict[str, System] = {}
     without: list[str] = []
@@ -114,7 +114,7 @@ def entry(row: System) -> str:
         fields |= {"eprint": row.arxiv, "archivePrefix": "arXiv", "url": row.url}
     lines = [f"  {name} = {{{value}}}," for name, value in fields.items() if value]
     paper = _paper(row)
-    key = _entry_keys().get(paper) or entry_keys([row])[paper]  # the latter for a row of one's own
+    key = _entry_keys().get(paper) or entry_keys([row])[paper]  # the latter for a row outside the catalogue
     return "\n".join([f"@misc{{{key},", *lines, "}"]) + "\n"
 
 
@@ -126,8 +126,8 @@ def _author(name: str) -> str:
 def split_name(name: str) -> tuple[str, str, str]:
     """Split a person's name into surname, suffix ("Jr.") and given names; the last two may be empty.
 
-    The surname is the last word, with what stands before it of `COMPOUND` and of particles in lower case ("van der").
-    A name in braces is that of a group ("{Gemma Team}"), all of which is the surname.
+    The surname is the last word, together with the words of `COMPOUND` and the particles in lower case ("van der") in
+    front of it. A name in braces belongs to a group ("{Gemma Team}") and is a surname as a whole.
     """
     if name.startswith("{"):
         return name.strip("{}"), "", ""
@@ -166,7 +166,7 @@ def latex(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """The letters and digits of a text in ASCII and lower case, as keys of entries have them."""
+    """Return the letters and digits of a text in ASCII and lower case, the alphabet of an entry's key."""
     spelt = "".join(_LETTERS.get(character, (character, ""))[0] for character in text)
     return "".join(c for c in unicodedata.normalize("NFKD", spelt).lower() if c.isascii() and c.isalnum())
 
@@ -176,7 +176,7 @@ def _paper(row: System) -> str:
 
 
 def _by_paper(rows: Iterable[System]) -> dict[str, System]:
-    """One row for each paper, the first that has it."""
+    """Return the first row of each paper."""
     found: dict[str, System] = {}
     for row in rows:
         found.setdefault(_paper(row), row)
@@ -184,7 +184,7 @@ def _by_paper(rows: Iterable[System]) -> dict[str, System]:
 
 
 def entry_keys(rows: Iterable[System]) -> dict[str, str]:
-    """The key of each paper's entry: surname, year, first word, and further words where two would share a key."""
+    """Return the key of each paper's entry: surname, year, first word, and further words where two keys would clash."""
     papers = _by_paper(rows)
     words = {paper: _title_words(row.title) for paper, row in papers.items()}
     names, length = dict.fromkeys(papers, ""), dict.fromkeys(papers, 1)
@@ -207,17 +207,17 @@ def _entry_keys() -> dict[str, str]:
 
 
 def _title_words(title: str) -> list[str]:
-    """The words of a title; parts that a hyphen or a slash joins count as words of their own."""
+    """Return the words of a title; hyphens and slashes separate words too."""
     parts = title.replace("-", " ").replace("/", " ").split()
     words = [word for word in (_plain(part) for part in parts) if word]
     return words[1:] if len(words) > 1 and words[0] in _ARTICLES else words
 
 
-# -- what is in use ----------------------------------------------------------------------------------------------------
+# -- systems in use ----------------------------------------------------------------------------------------------------
 
 
 def _listed(things: Iterable[Any]) -> Iterator[Any]:
-    """The things themselves, those in lists, tuples and sets included."""
+    """Flatten lists, tuples and sets."""
     for thing in things:
         if isinstance(thing, list | tuple | set | frozenset) and not hasattr(thing, "_fields"):
             yield from _listed(thing)
@@ -226,7 +226,7 @@ def _listed(things: Iterable[Any]) -> Iterator[Any]:
 
 
 def _systems_in(thing: Any) -> list[System]:
-    """The systems of a row, a class, a function, or an object and all that it holds, in the order they come in."""
+    """Return the systems of a row, a class, a function, or an object and all that it holds, in order of appearance."""
     if isinstance(thing, System):
         return [thing]
     rows: dict[str, System] = {}
@@ -236,8 +236,8 @@ def _systems_in(thing: Any) -> list[System]:
 
 
 def _definitions(thing: Any) -> Iterator[Any]:
-    """The classes and functions of an object and of what it holds: submodules, methods, operators, containers."""
-    seen: dict[int, Any] = {}  # holding the objects keeps their ids from being used again
+    """Yield the classes and functions of an object and of everything it holds: submodules, methods, containers."""
+    seen: dict[int, Any] = {}  # a reference to each object keeps its id from being used again
     waiting = [thing]
     while waiting:
         this = waiting.pop()
@@ -253,9 +253,10 @@ def _definitions(thing: Any) -> Iterator[Any]:
 
 
 def _held(this: Any) -> Iterable[Any]:
-    """What an object holds that may be a system: a container's elements; attributes of modules and of our own classes.
+    """Return the objects inside an object that may be systems.
 
-    Objects of other packages are left alone, since all of a program may hang on them.
+    These are the elements of containers and the attributes of modules and of our own classes. Objects of other packages
+    are not searched, since they may reference the whole program.
     """
     if isinstance(this, dict):
         return this.values()
@@ -271,7 +272,7 @@ def _held(this: Any) -> Iterable[Any]:
 
 
 def _rows_of(found: Any) -> list[System]:
-    """The rows that name a class or a function, or the nearest of a class's bases that a row names."""
+    """Return the rows that name a class or a function, or the nearest base of a class that a row names."""
     for definition in found.__mro__ if isinstance(found, type) else (found,):
         target = f"{getattr(definition, '__module__', '')}:{getattr(definition, '__qualname__', '')}"
         if rows := _by_target().get(target):
@@ -281,7 +282,7 @@ def _rows_of(found: Any) -> list[System]:
 
 @cache
 def _by_target() -> dict[str, list[System]]:
-    """The rows by "module:Name" of their objects, and of parts where no row has them as its object."""
+    """Index the rows by "module:Name" of their objects, and of parts that are no row's object."""
     own: dict[str, list[System]] = {}
     parts: dict[str, list[System]] = {}
     for row in systems():

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-NEVER = float("-inf")
+NEG_INF = float("-inf")
 
 
 def causal(
@@ -45,12 +45,12 @@ def as_bias(mask: Tensor, dtype: torch.dtype) -> Float[Tensor, "..."]:
     """Turn a mask into a float bias: 0 where a key may be seen and -inf elsewhere; a float mask is only cast."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
-    return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, NEVER)
+    return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, NEG_INF)
 
 
 def allowed(mask: Tensor) -> Bool[Tensor, "..."]:
     """Return the bool part of a mask: a float bias forbids a key where it is -inf."""
-    return mask if mask.dtype == torch.bool else mask > NEVER
+    return mask if mask.dtype == torch.bool else mask > NEG_INF
 
 
 def hide_lowest(mask: Tensor | None) -> Tensor | None:
@@ -61,7 +61,7 @@ def hide_lowest(mask: Tensor | None) -> Tensor | None:
     """
     if mask is None or mask.dtype == torch.bool:
         return mask
-    return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, NEVER)
+    return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, NEG_INF)
 
 
 def combine(*masks: Tensor | None) -> Tensor | None:
@@ -73,7 +73,7 @@ def combine(*masks: Tensor | None) -> Tensor | None:
     if not biases:
         return total
     bias = reduce(torch.add, biases)
-    return bias if total is None else bias.masked_fill(~total, NEVER)
+    return bias if total is None else bias.masked_fill(~total, NEG_INF)
 
 
 def rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:

@@ -1,6 +1,6 @@
-"""The oracle: softmax attention as one reads it in a textbook, in float64, with nothing clever.
+"""The oracle: textbook softmax attention in float64, without optimisation.
 
-Every engine and every operator at its exact limit is held against it. It shares no code with them on purpose.
+Tests compare every engine, and every operator at its exact limit, with it. It shares no code with them on purpose.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 def weights(
     q: Tensor, k: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """Softmax weights `(B, Hq, Nq, Nk)` in float64; a query that may see nothing has a row of zeros."""
+    """Return softmax weights `(B, Hq, Nq, Nk)` in float64; a query that may see nothing has a row of zeros."""
     b, hq, nq, d = q.shape
     hkv, nk = k.shape[1], k.shape[2]
     k = k.double()[:, torch.arange(hq) // (hq // hkv)]
@@ -37,7 +37,7 @@ def weights(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention `(B, Hq, Nq, Dv)` in float64. Keys of weight zero contribute nothing, whatever they hold."""
+    """Return softmax attention `(B, Hq, Nq, Dv)` in float64. Keys of weight zero contribute nothing, not even NaN."""
     w = weights(q, k, mask=mask, causal=causal, scale=scale)
     group = torch.arange(q.shape[1]) // (q.shape[1] // k.shape[1])
     return torch.einsum("bhij,bhjd->bhid", w, torch.nan_to_num(v.double(), posinf=0.0, neginf=0.0)[:, group])

@@ -1,4 +1,4 @@
-"""The types of numbers that a device multiplies fast."""
+"""The dtypes that a device multiplies fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PLAIN = ("DEFAULT", "NO AVX", "AVX2")
 
 @cache
 def _has_halves(dtype: torch.dtype) -> bool:
-    """Whether this processor has instructions that multiply such halves."""
+    """Return True if this processor has instructions for matrix products in this half precision."""
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX512"):
         return capability not in _PLAIN
@@ -23,9 +23,9 @@ def _has_halves(dtype: torch.dtype) -> bool:
 
 
 def multiplying(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype for matrix products of such numbers: float32 for halves on a CPU that multiplies them one by one.
+    """Return the dtype for matrix products: float32 for half precision on a CPU without instructions for it.
 
-    There it is many times as fast, and no less exact.
+    float32 is many times as fast there, and at least as exact.
     """
     halves = dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if halves and device.type == "cpu" and not _has_halves(dtype) else dtype

@@ -1,7 +1,7 @@
-"""Public names: `foveate.<room>.Name`, fetched from the module that defines it when it is first touched (PEP 562).
+"""Public names: `foveate.<room>.Name`, imported from the module that defines them on first access (PEP 562).
 
-The catalogue's `[public]` tables, objects and parts are the one list of them. Module paths are private: they may change
-in any release.
+The catalogue's `[public]` tables, objects and parts are the only list of them. Module paths are private: they may
+change in any release.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def lazy(package: str) -> tuple[Getattr, Dir]:
-    """`__getattr__` and `__dir__` for a package's `__init__.py`: `__getattr__, __dir__ = lazy(__name__)`."""
+    """Return a package's `__getattr__` and `__dir__`: `__getattr__, __dir__ = lazy(__name__)` in its `__init__.py`."""
     room = package.removeprefix("foveate.")
 
     def get(name: str) -> Any:
@@ -32,7 +32,7 @@ def lazy(package: str) -> tuple[Getattr, Dir]:
         if module is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}{_hint(room, name)}", name=name)
         value = getattr(import_module(module), name)
-        setattr(sys.modules[package], name, value)  # the next access is a plain look-up
+        setattr(sys.modules[package], name, value)  # the next access skips __getattr__
         return value
 
     def names() -> list[str]:
@@ -52,7 +52,7 @@ def _hint(room: str, name: str) -> str:
 
 
 def stub(package: str) -> str:
-    """The text of a package's `__init__.pyi`, for editors and type checkers."""
+    """Return the text of a package's `__init__.pyi`, for editors and type checkers."""
     from foveate.core.catalog import public_names
 
     names = public_names(package)

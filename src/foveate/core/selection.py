@@ -1,8 +1,8 @@
-"""Which keys each query sees, said once and read by every sparse engine.
+"""Selections state which keys each query sees; every sparse engine reads them.
 
 A `Selection` is either `Blocks` (tiles of queries and keys, with an optional rule inside a tile) or `Indices` (a list
-of keys per group of neighbouring queries). Both turn into a dense mask, into gathered keys, and, where the form allows,
-into FlexAttention's `BlockMask`. Causality and the caller's mask are not part of a selection: engines apply them.
+of keys per group of neighbouring queries). Both convert to a dense mask and to gathered keys; `Blocks` also converts to
+FlexAttention's `BlockMask`. Causality and the caller's mask are not part of a selection: engines apply them.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class Selection(ABC):
 
     @abstractmethod
     def dense(self, rows: slice = slice(None)) -> Bool[Tensor, "b h q k"]:
-        """The same as a mask `(B or 1, H or 1, Nq, Nk)`, or some rows of it: O(N²) for all of them."""
+        """Return the selection as a mask `(B or 1, H or 1, Nq, Nk)`, or some rows of it. All rows cost O(N²)."""
 
     @abstractmethod
     def for_heads(self, heads: int) -> Selection:
-        """The same for `heads` query heads: what was chosen for a key/value head holds for its group of query heads."""
+        """Return the selection for `heads` query heads; a group of query heads shares its key/value head's choice."""
 
     @abstractmethod
     def keys_read(self) -> float:
-        """Mean number of keys that one query touches (before causality and masks)."""
+        """Return the mean number of keys that a query sees (before causality and masks)."""
 
     def density(self, causal: bool = False) -> float:
-        """Share of the (query, key) pairs that are seen, of all or with `causal` of those not in the future."""
+        """Return the share of (query, key) pairs that are seen: of all, or with `causal` of those not in the future."""
         seen = self.dense()
         if causal:
             visible = masks.causal(self.n_queries, self.n_keys, device=seen.device)
@@ -62,8 +62,8 @@ class Blocks(Selection):
         blocks: bool `(B or 1, H or 1, ceil(Nq / size[0]), ceil(Nk / size[1]))`; H counts query or key/value heads.
         size: queries and keys in a tile.
         n_queries, n_keys: lengths; the last tiles may be ragged.
-        rule: which pairs inside a chosen tile count (None: all). Query indices count from 0 at the first query.
-        whole: tiles on which `rule` need not be asked since it holds everywhere; same shape as `blocks`.
+        rule: the pairs inside a chosen tile that count (None: all). Query indices count from 0 at the first query.
+        whole: the tiles in which `rule` holds everywhere and need not be evaluated; same shape as `blocks`.
     """
 
     blocks: Bool[Tensor, "b h i j"]
@@ -99,7 +99,7 @@ class Blocks(Selection):
         return self.blocks.double().sum(-1).mean().item() * self.size[1]
 
     def causal(self) -> Blocks:
-        """This selection with future keys taken out (the last query sees the last key)."""
+        """Return this selection without future keys (the last query sees the last key)."""
         shift, (tall, wide) = self.n_keys - self.n_queries, self.size
         first = torch.arange(self.blocks.shape[2], device=self.blocks.device)[:, None] * tall + shift
         last = (first + tall - 1).clamp_max(self.n_keys - 1)
@@ -115,7 +115,7 @@ class Blocks(Selection):
 
     @property
     def without_future(self) -> Blocks:
-        """`causal()`, remembered: static selections are used again and again."""
+        """`causal()`, cached since static selections are used again and again."""
         if torch.compiler.is_compiling():
             return self.causal()
         twin = self.__dict__.get("_without_future")
@@ -124,7 +124,10 @@ class Blocks(Selection):
         return twin
 
     def seen(self, rows: slice, key: Int[Tensor, " n"]) -> Bool[Tensor, "b h q n"] | None:
-        """Which of some keys the queries of some block rows see, a ragged last row in full; None where they see all."""
+        """Return which of some keys the queries of some block rows see, or None if they see all of them.
+
+        A ragged last block row counts in full.
+        """
         column = key // self.size[1]
         chosen = self.blocks[:, :, rows][..., column]
         whole = self.whole if self.whole is not None or self.rule is not None else self.blocks
@@ -139,7 +142,7 @@ class Blocks(Selection):
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """FlexAttention's form. Made once per selection, since it costs a sort of the tiles."""
+        """FlexAttention's form of this selection, cached since it costs a sort of the tiles."""
         from torch.nn.attention.flex_attention import BlockMask
 
         whole = self.whole if self.whole is not None else (self.blocks if self.rule is None else None)
@@ -152,9 +155,10 @@ class Blocks(Selection):
         )
 
     def gathered(self, rows: slice) -> tuple[Int[Tensor, "b h i n"], Bool[Tensor, "b h i q n"]]:
-        """For some block rows: the keys to gather and which query of the block sees which of them.
+        """Return the keys to gather for some block rows, and which query of the block sees which of them.
 
-        Returns `(indices (B, H, R, n), seen (B, H, R, size[0], n))`; rows with fewer keys are padded with unseen ones.
+        The result is `(indices (B, H, R, n), seen (B, H, R, size[0], n))`; rows with fewer keys are padded with unseen
+        ones.
         """
         tiles = self.blocks[:, :, rows]
         chosen = max(int(tiles.sum(-1).max()), 1)
@@ -182,7 +186,7 @@ class Indices(Selection):
         valid: bool of the same shape: False pads a short list.
         group: queries that share a list.
         n_queries, n_keys: lengths.
-        own: the selection by key/value head that this one, by query head, was made from; engines gather once by it.
+        own: the selection by key/value head that this one, by query head, repeats; engines gather by it only once.
     """
 
     indices: Int[Tensor, "b h g n"]
@@ -224,30 +228,30 @@ class Indices(Selection):
         return self.real.double().sum(-1).mean().item()
 
     def gathered(self, rows: slice) -> tuple[Int[Tensor, "b h i n"], Bool[Tensor, "b h i q n"]]:
-        """For some groups: the keys to gather, and which of them count; see `Blocks.gathered`."""
+        """Return the keys to gather for some groups, and which of them count; see `Blocks.gathered`."""
         index, real = self.indices[:, :, rows], self.real[:, :, rows]
         return index, real[..., None, :].expand(*real.shape[:3], self.group, real.shape[-1])
 
 
 def _compressed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Per block row: how many tiles, and their column numbers with the chosen ones first."""
+    """Return the number of chosen tiles in each block row, and all column numbers with the chosen ones first."""
     order = (~blocks).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
     return blocks.sum(-1, dtype=torch.int32).contiguous(), order.contiguous()
 
 
 def _groups(own: int, heads: int) -> int:
-    """Query heads to each head of a selection; 1 where the selection is for all heads at once."""
+    """Return the query heads for each head of a selection; 1 if the selection is for all heads at once."""
     if heads % own:
         raise ShapeError(f"a selection for {own} heads does not fit {heads} query heads")
     return 1 if own == 1 else heads // own
 
 
-# Rules are remembered, few at a time: compiled kernels are reused where the rule is the same object.
+# Rules are cached, a few at a time: a compiled kernel is reused only if the rule is the same object.
 
 
 @lru_cache(maxsize=64)
 def _not_future(shift: int) -> Rule:
-    """Causality as a rule."""
+    """Return causality as a rule."""
     return lambda b, h, q, k: k <= q + shift
 
 
@@ -258,5 +262,5 @@ def _both(rule: Rule, shift: int) -> Rule:
 
 @lru_cache(maxsize=64)
 def _shared(rule: Rule, groups: int) -> Rule:
-    """A rule over key/value heads, for query heads."""
+    """Turn a rule over key/value heads into one over query heads."""
     return lambda b, h, q, k: rule(b, h // groups, q, k)

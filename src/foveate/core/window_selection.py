@@ -1,4 +1,4 @@
-"""The sliding window with sinks as a `Selection`: shared by the operator and by the policies that split heads."""
+"""The sliding window with sinks as a `Selection`; the operator and the policies that split heads share it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from foveate.core.readable import remembered
 from foveate.core.selection import Blocks, Rule
 
-#: Tokens in a tile, and in one of a long call on a CPU, where compiled FlexAttention wastes less with smaller ones.
+#: Tokens in a tile, and in a tile of a long call on a CPU, where compiled FlexAttention wastes less on small tiles.
 TILE, LONG_TILE, LONG = 128, 64, 4096
 
 
 @remembered
 def window(n_queries: int, n_keys: int, size: int, sinks: int, device: torch.device) -> Blocks:
-    """Causal: the last `size` keys, the query's own included, and the first `sinks` keys.
+    """Return the causal selection of the last `size` keys, the query's own included, and the first `sinks` keys.
 
-    Only the tiles that the band and the sinks touch are chosen, and on tiles well inside the band nothing is masked.
-    The same call gives the same object, so that compiled kernels and block masks are reused.
+    It chooses only tiles that the band and the sinks touch, and masks nothing on tiles well inside the band. The same
+    call returns the same object, so that compiled kernels and block masks are reused.
     """
     shift = n_keys - n_queries
     tile = LONG_TILE if n_queries >= LONG and device.type == "cpu" else TILE

@@ -198,5 +198,5 @@ class _Sets(Method):
     def _sets(self, site: Site, batch: int, rows: Tensor) -> Bool[Tensor, "rh s"]:
         logits = logits_of(site, rows.to(site.q.device), batch)[0].transpose(0, 1)
         best = logits.topk(min(self.k, logits.shape[-1]))
-        sets = torch.zeros_like(logits, dtype=torch.bool).scatter_(2, best.indices, best.values > masks.NEVER)
+        sets = torch.zeros_like(logits, dtype=torch.bool).scatter_(2, best.indices, best.values > masks.NEG_INF)
         return sets.flatten(0, 1)

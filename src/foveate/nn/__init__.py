@@ -1,6 +1,6 @@
-"""Layers: `(B, N, C) -> (B, N, C)`, any operator inside, head schemes, positions, and blocks to stack.
+"""Layers `(B, N, C) -> (B, N, C)` around any operator, head schemes, positions, and blocks to stack.
 
-Systems of this room are found through the catalogue: `foveate.nn.MixtureOfHeadAttention` is its row's object.
+The catalogue lists the systems of this room: `foveate.nn.MixtureOfHeadAttention` is the object of its row.
 """
 
 from foveate.core.public import lazy

@@ -51,21 +51,21 @@ class Capabilities:
     """Facts that an operator declares about itself, which programs may read.
 
     Args:
-        patterns: what it can compute: "self" and "cross" over all keys, "causal self" and "causal cross" over the past.
-        masks: kinds of mask that it takes: "keys" (bool `(B, 1, 1, Nk)`), "pairs" (any bool mask), "bias" (float).
-        has_weights: whether there is a matrix of weights such that `out = weights @ values(v)`.
-        streaming: "exact" where `step` gives what the causal call over the whole sequence gives, "own" where one query
-            at a time chooses or learns differently by design, None where it cannot stream.
+        patterns: valid patterns: "self" and "cross" over all keys, "causal self" and "causal cross" over the past.
+        masks: valid kinds of mask: "keys" (bool `(B, 1, 1, Nk)`), "pairs" (any bool mask), "bias" (float).
+        has_weights: True if a matrix of weights exists such that `out = weights @ values(v)`.
+        streaming: "exact" if `step` equals the causal call over the whole sequence, "own" if one query at a time
+            chooses or learns differently by design, None if it cannot stream.
         default_scale: the factor on `q k`; None for `D ** -0.5`.
         inputs: names of further per-token tensors that a call may bring (gates, rates).
-        gates: for those that a layer should learn to make from the tokens, how it makes them.
-        engines: names that `engine` may take besides "auto"; a call that one of them cannot run is refused.
-        selection_group: neighbouring queries that choose their keys together, counted from the first. Causal calls
-            never let a later token into an earlier output, but within such a group it may change which keys are seen.
-        growth: how time grows with the number of tokens.
-        reads_keys: whether keys have an effect at all; a layer does not train what makes them where they have none.
-        transforms: what a call goes through besides running: "meta" (the meta device, shapes alone), "vmap", "export"
-            (`torch.export`, where what chooses keys makes the whole matrix).
+        gates: the maps from tokens to those inputs that a layer should learn to make.
+        engines: valid names for `engine` besides "auto"; an engine that cannot run a call raises.
+        selection_group: neighbouring queries that choose their keys together, counted from the first. In causal calls a
+            later token never enters an earlier output, but within such a group it may change which keys are seen.
+        growth: the growth of time with the number of tokens.
+        reads_keys: False if keys have no effect; a layer then does not train their projection.
+        transforms: supported transforms of a call: "meta" (the meta device, shapes only), "vmap", "export"
+            (`torch.export`; operators that choose keys compute the whole matrix there).
     """
 
     patterns: frozenset[Pattern] = ALL_PATTERNS
@@ -86,19 +86,19 @@ class Operator(nn.Module, ABC):
     """Attention from queries, keys and values.
 
     Attributes:
-        capabilities: what it can do. A class declares it; an instance whose options change it sets its own.
+        capabilities: its declared facts. A class declares them; an instance whose options change them sets its own.
     """
 
     capabilities: Capabilities = Capabilities()
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Refuse a fact that is declared beside `capabilities`, where it would be read by nobody."""
+        """Refuse a fact that is declared outside `capabilities`, where nothing would read it."""
         super().__init_subclass__(**options)
         if astray := sorted({each.name for each in fields(Capabilities)} & vars(cls).keys()):
             raise TypeError(f"{cls.__name__} declares {', '.join(astray)}: that belongs into its `capabilities`")
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Refuse an option of the wrong type before anything is made."""
+        """Refuse an option of the wrong type before anything is built."""
         validate.options(cls, args, options)
         return super().__new__(cls)
 
@@ -124,9 +124,9 @@ class Operator(nn.Module, ABC):
             v: values `(B, Hkv, Nk, Dv)`.
             mask: bool, True = may attend, or a float bias, in which -inf or its dtype's lowest value hides a key;
                 broadcastable to `(B, Hq, Nq, Nk)`.
-            causal: only the past; the last query sees the last key.
-            scale: factor on the dot products; the mechanism's own default where None.
-            engine: who computes; see `foveate.core.engines`.
+            causal: True = each query sees only the past; the last query sees the last key.
+            scale: factor on the dot products; None for the mechanism's default.
+            engine: the engine's name; see `foveate.core.engines`.
             inputs: further per-token inputs of the mechanism (gates, rates), by name.
 
         Raises:
@@ -162,11 +162,11 @@ class Operator(nn.Module, ABC):
         engine: str = "auto",
         **inputs: Tensor,
     ) -> Plan:
-        """Say what such a call would cost, which engine would compute it, and why."""
+        """Return the cost of such a call, the engine that would compute it, and the reason."""
         return self._plan(self._call(q, k, v, mask, causal, scale, engine, inputs))
 
     def values(self, v: Tensor) -> Tensor:
-        """Return what `weights` multiplies: v, unless the mechanism weighs values by what they hold."""
+        """Return the tensor that `weights` multiplies: v, unless the mechanism transforms it."""
         return v
 
     # -- what tests and tables read ------------------------------------------------------------------------------------
@@ -177,25 +177,25 @@ class Operator(nn.Module, ABC):
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
-        """Make an instance fit for inputs of such a size, in which the mechanism really is at work.
+        """Make an instance for inputs of this size, in which the mechanism has an effect.
 
-        Tests run it: a window shorter than `length`, learned parts away from where they do nothing.
+        Tests run it: it has a window shorter than `length`, and learned parts away from values without effect.
         """
         return cls()
 
     @classmethod
     def example_input(cls, name: str, batch: int, heads: int, length: int) -> Tensor:
-        """Make one of the inputs for such a call: `(batch, heads, length)` unless a mechanism wants another shape."""
+        """Make one of the inputs for such a call: `(batch, heads, length)` unless a mechanism needs another shape."""
         return torch.full((batch, heads, length), 0.123)
 
     @classmethod
     def exact(cls, heads: int, head_dim: int, length: int) -> Self | None:
-        """Make the instance that equals softmax attention exactly; None where there is no such limit."""
+        """Make the instance that equals softmax attention exactly; None if there is no such limit."""
         return None
 
     @classmethod
     def at_budget(cls, budget: float, length: int) -> Self:
-        """Make the instance that reads about this share of `length` keys; the only one, where there is no such knob."""
+        """Make the instance that reads about this share of `length` keys, or the default if no option controls it."""
         return cls()
 
     # -- what a family writes ------------------------------------------------------------------------------------------
@@ -215,14 +215,14 @@ class Operator(nn.Module, ABC):
     # -- checks --------------------------------------------------------------------------------------------------------
 
     def _declare(self, **facts: Any) -> None:
-        """Set capabilities that this instance's options change; for `__init__`."""
+        """Set the capabilities that this instance's options change; call it in `__init__`."""
         self.capabilities = replace(self.capabilities, **facts)
 
     def _call(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None,
         engine: str = "auto", inputs: Mapping[str, Tensor] | None = None,
     ) -> AttentionCall:  # fmt: skip
-        """The checked call."""
+        """Check the arguments and return the call."""
         self._check(q, k, v, mask, causal, inputs or {})
         mask = masks.hide_lowest(mask)
         return AttentionCall(q, k, v, self._scale(scale, q), mask, causal, engine=engine, inputs=inputs or {})
@@ -240,10 +240,10 @@ class Operator(nn.Module, ABC):
             raise UnsupportedPattern(
                 f'{self.name} does not define "{pattern}" attention; it does {listed(can.patterns)}'
             )
-        if mask is not None and (kind := mask_kind(mask)) not in can.masks:
-            raise UnsupportedPattern(f'{self.name} does not take a mask of kind "{kind}"; it takes {listed(can.masks)}')
+        if mask is not None:
+            check_mask_kind(self.name, mask, can.masks)
 
-    def _check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+    def _check_inputs(self, inputs: Mapping[str, object]) -> None:
         for name in inputs:
             if name not in self.capabilities.inputs:
                 near = nearest(name, self.capabilities.inputs)
@@ -251,7 +251,7 @@ class Operator(nn.Module, ABC):
                 raise OptionError(f"{self.name} takes no input {name!r}{hint}")
 
     def _engine(self, call: AttentionCall) -> str:
-        """The engine of its own that runs a call: the first one that it declares for "auto"."""
+        """Return the operator's own engine for a call: the first declared one for "auto"."""
         engines = self.capabilities.engines
         if call.engine == "auto":
             return engines[0]
@@ -266,11 +266,19 @@ class Operator(nn.Module, ABC):
 
 
 def mask_kind(mask: Tensor) -> MaskKind:
-    """ "bias" for a float mask, "keys" for a bool mask that is the same for all heads and queries, else "pairs"."""
+    """Return "bias" for a float mask, "keys" for a bool mask shared by all heads and queries, else "pairs"."""
     if mask.dtype != torch.bool:
         return "bias"
     same = all(size == 1 for size in mask.shape[max(mask.dim() - 3, 0) : -1])
     return "keys" if same else "pairs"
+
+
+def check_mask_kind(name: str, mask: Tensor, taken: frozenset[MaskKind]) -> None:
+    """Refuse a mask of a kind that an operator or layer of this name does not take."""
+    if (kind := mask_kind(mask)) in taken:
+        return
+    hint = "; a mask of keys is (B, 1, 1, Nk)" if kind == "pairs" and mask.dim() < 4 and "keys" in taken else ""
+    raise UnsupportedPattern(f'{name} does not take a mask of kind "{kind}"; it takes {listed(taken)}{hint}')
 
 
 def listed(names: frozenset[Any]) -> str:

@@ -25,7 +25,7 @@ PIXELS, CLASSES, TRAIN = 8, 10, 1347
 
 @cache
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images `(n, 8, 8)` in -1..1 and labels: 1347 to train on, 450 to test on; always the same split."""
+    """Return images `(n, 8, 8)` in -1..1 and labels: 1347 to train on, 450 to test on; always the same split."""
     datasets = pytest.importorskip("sklearn.datasets")
     pixels, digit = map(torch.tensor, datasets.load_digits(return_X_y=True))
     images = pixels.float().reshape(-1, PIXELS, PIXELS) / 8 - 1
@@ -48,19 +48,19 @@ class ViT(nn.Module):
         self.norm, self.head = nn.RMSNorm(dim), nn.Linear(dim, CLASSES)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """`(B, 8, 8)` to `(B, N, C)`, row by row."""
+        """Embed patches, `(B, 8, 8)` to `(B, N, C)`, row by row."""
         patches = images.unflatten(2, (-1, self.patch)).unflatten(1, (-1, self.patch)).transpose(2, 3)
         return self.embed(patches.flatten(3).flatten(1, 2)) + self.place
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.tokens(images)
         for block in self.blocks:
-            x = block(x, size=(self.side, self.side)) if block.mixer.grid else block(x)
+            x = block(x, size=(self.side, self.side)) if block.mixer.capabilities.grid else block(x)
         return self.head(self.norm(x).mean(1))
 
 
 def vit(make_layer: MakeLayer, depth: int = 2, dim: int = 64, heads: int = 4, patch: int = 2, *, seed: int = 0) -> ViT:
-    """A net whose parameters come from `seed`; `make_layer(dim, heads)` is called once for each block."""
+    """Make a net with parameters from `seed`; it calls `make_layer(dim, heads)` once for each block."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ViT(make_layer, depth, dim, heads, patch)
@@ -74,9 +74,9 @@ def fit(
     net: nn.Module, seed: int = 0, epochs: int = 12, *, lr: float = 3e-3, batch: int = 64, examples: int = TRAIN,
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = cross_entropy,
 ) -> nn.Module:  # fmt: skip
-    """Train in place on the first `examples` images: AdamW, one cycle of the rate. `seed` is of the batches' order.
+    """Train in place on the first `examples` images: AdamW, one cycle of the rate; `seed` orders the batches.
 
-    The net comes back in eval mode. What a layer draws from torch's global generator comes from `seed` too.
+    The net returns in eval mode. `seed` also seeds torch's global generator, for layers that draw from it.
     """
     images, labels, _, _ = data()
     order = torch.Generator().manual_seed(seed)
@@ -99,6 +99,6 @@ def fit(
 
 @torch.no_grad()
 def accuracy(net: nn.Module) -> float:
-    """Share of the 450 test images that the net reads right."""
+    """Return the share of the 450 test images that the net classifies right."""
     _, _, images, labels = data()
     return (net(images).argmax(-1) == labels).float().mean().item()

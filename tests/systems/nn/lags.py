@@ -1,7 +1,7 @@
 """Copying from given distances, and a small causal model around any layer, for claims about heads.
 
-Each token shows a symbol and which of a few lags it wants: what to say is the symbol so many tokens back. A layer
-has to look in several places, and a token needs one of them.
+Each token shows a symbol and one of a few lags; the target is the symbol that many tokens back. A layer has to attend
+to several positions, and a token needs one of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SYMBOLS = 16
 
 
 def examples(count: int, length: int, lags: tuple[int, ...], random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Symbols, wishes (which lag) and answers, each `(count, length)`; an answer before the first token is -100."""
+    """Return symbols, lags and answers, each `(count, length)`; an answer before the first token is -100."""
     symbols = torch.randint(SYMBOLS, (count, length), generator=random)
     wishes = torch.randint(len(lags), (count, length), generator=random)
     at = torch.arange(length) - torch.tensor(lags)[wishes]
@@ -51,7 +51,7 @@ def fitted(
     make_layer: Callable[[int, int], Layer], lags: tuple[int, ...], *, seed: int = 0, steps: int = 400, depth: int = 1,
     dim: int = 64, heads: int = 8, length: int = 24, extra: Callable[[nn.Module], Tensor | float] = lambda net: 0.0,
 ) -> Copier:  # fmt: skip
-    """A copier trained on `steps` batches of 64; `extra(net)` is added to its loss."""
+    """Train a copier on `steps` batches of 64; `extra(net)` is added to its loss."""
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -69,6 +69,6 @@ def fitted(
 
 @torch.no_grad()
 def loss(net: Copier, lags: tuple[int, ...], length: int = 24, seed: int = 1000) -> float:
-    """Mean cross-entropy on 256 fresh sequences; log 16 = 2.77 is chance."""
+    """Return the mean cross-entropy on 256 fresh sequences; log 16 = 2.77 is chance."""
     symbols, wishes, answers = examples(256, length, lags, torch.Generator().manual_seed(seed))
     return F.cross_entropy(net(symbols, wishes).flatten(0, 1), answers.flatten()).item()

@@ -1,4 +1,4 @@
-"""DependencyViT: attention turned round, who speaks and how loudly, the tree, and pruning."""
+"""DependencyViT: reversed attention, messages, the tree, and pruning."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def layer(dim: int = 12, heads: int = 3, **options) -> DependencyAttention:
 
 
 def matrices(attention: DependencyAttention, x: Tensor, message: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Reversed weights `(B, H, N, N)`, values, and messages, child by child and head by head."""
+    """Return reversed weights `(B, H, N, N)`, values, and messages, child by child and head by head."""
     q, k, v = (x @ part.mT for part in attention.qkv.weight.chunk(3))
     batch, n, dim = x.shape
     width, heads = dim // attention.heads, attention.heads
@@ -203,7 +203,7 @@ def test_refusals() -> None:
 
 
 def sending(*parents: int, n: int = 6, kept: float = 0.0) -> Tensor:
-    """A mask in which each child sends everything to one parent, less what it spreads evenly."""
+    """Make a mask in which each child sends most to one parent and spreads the rest evenly."""
     mask = torch.full((n, n), kept / n, dtype=torch.float64)
     mask[list(parents), torch.arange(n)] += 1 - kept
     return mask[None]
@@ -216,7 +216,7 @@ def test_the_tree_of_clear_parents() -> None:
 
 
 def test_layers_follow_each_other() -> None:
-    """By hand for two tokens: column-normalised masks with a residual, the later on the left."""
+    """The product of column-normalized masks with a residual is right for two tokens, later layers on the left."""
     first, second = torch.tensor([[[0.1, 0.9], [0.3, 0.1]]]), torch.tensor([[[0.0, 0.2], [0.8, 0.5]]])
     flows = []
     for mask in (first[0], second[0]):
@@ -367,7 +367,7 @@ def test_bad_images() -> None:
         network()(randn(1, 2, 6, 4))
 
 
-# -- what the paper claims ---------------------------------------------------------------------------------------------
+# -- the paper's claims ---------------------------------------------------------------------------------------------
 
 
 class Digits(nn.Module):
@@ -391,7 +391,7 @@ def read(epochs: int, seed: int = 0, **options) -> float:
 def test_it_learns_as_attention_that_gathers(claim) -> None:
     gather = accuracy(fit(vit(MultiHeadAttention, depth=3, dim=48), epochs=16))
     claim(
-        "a transformer that sends learns as one that gathers: accuracy on held-out digits",
+        "reversed attention learns as well as ordinary attention: accuracy on held-out digits",
         ours=read(16), baseline=gather - 0.03, better="higher",
         baseline_name="a ViT of the same width and depth, less three points", seed=0,
     )  # fmt: skip
@@ -409,8 +409,7 @@ def test_what_sends_little_can_go(claim, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(dependency_vit, "prune", at_random)
     claim(
-        "trained with half of its tokens dropped early, a net does better if they are those that send least: digits, "
-        "mean of four seeds",
+        "dropping the half of tokens that send least beats dropping at random: accuracy on digits, mean of four seeds",
         ours=ours, baseline=mean_of_four(), better="higher", margin=0.02, baseline_name="tokens dropped at random",
         seed=0,
     )  # fmt: skip

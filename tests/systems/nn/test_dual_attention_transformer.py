@@ -1,4 +1,4 @@
-"""Dual attention: relations by hand, symbols, and comparing things never seen before."""
+"""Dual attention: relations by hand, symbols, and comparison of unseen objects."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tokens(n: int = LENGTH, seed: int = 1) -> Tensor:
 
 
 def by_hand(layer: RelationalAttention, x: Tensor, source: Tensor, symbol, causal: bool = False) -> Tensor:
-    """The paper's formula, pair by pair: `symbol(j)` or `symbol(j - i)` is `(B, C)`; relations go through W_r first."""
+    """Compute the paper's formula pair by pair; `symbol(j)` or `symbol(j - i)` is `(B, C)`, and W_r acts first."""
     d, group = layer.head_dim, layer.heads // layer.kv_heads
     width = layer.inner // layer.relations
     weights = layer.from_symbols.weight
@@ -84,10 +84,10 @@ def test_relational_heads_by_hand(options: dict, causal: bool) -> None:
 
 @pytest.mark.parametrize("rel_act", ["identity", "silu"])
 def test_of_a_memory(rel_act: str) -> None:
-    layer, x, memory = dual(rel_act=rel_act), tokens(), tokens(4, seed=2)
-    symbols = layer.symbols(memory)
-    expected = by_hand(layer.relational, x, memory, lambda _, j: symbols[:, j])
-    assert_near(layer(x, memory)[..., 8:], expected, 1e-10)
+    layer, x, source = dual(rel_act=rel_act), tokens(), tokens(4, seed=2)
+    symbols = layer.symbols(source)
+    expected = by_hand(layer.relational, x, source, lambda _, j: symbols[:, j])
+    assert_near(layer(x, source)[..., 8:], expected, 1e-10)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -111,7 +111,7 @@ def test_symbols_of_places_and_of_distances(causal: bool) -> None:
 
 
 def test_both_orders_agree_in_gradients() -> None:
-    """One call of the operator, and weights times relations: the latter is what activations need."""
+    """One call of the operator and weights times relations, which activations need, have equal gradients."""
     layer, x = dual(), tokens().requires_grad_()
     inner, symbols = layer.relational, layer.symbols(x).detach()
     at_once = inner(x, symbols, causal=True)
@@ -228,7 +228,7 @@ def test_any_operator() -> None:
     assert layer.capabilities.growth == "N"
     first, state = layer.prefill(x[:, :-1])
     assert_near(torch.cat([first, layer.step(x[:, -1:], state)[0]], 1), layer(x, causal=True), 1e-10)
-    with pytest.raises(OptionError, match="take plain weights over keys; Hedgehog"):
+    with pytest.raises(OptionError, match="weights over keys for these relations; Hedgehog"):
         dual(op="hedgehog", rel_act="relu")
     assert dual(rel_act="relu").capabilities.growth == "N²"
     assert dual(op="sliding_window", rel_act="relu")(x, causal=True).shape == x.shape
@@ -267,17 +267,17 @@ def test_refusals() -> None:
     ):  # fmt: skip
         with pytest.raises(OptionError, match=message):
             make()
-    with pytest.raises(ShapeError, match="7 tokens are more than max_length=6"):
+    with pytest.raises(ShapeError, match="at most max_length=6 tokens; got 7"):
         dual(symbols=lambda: PositionalSymbols(DIM, 6))(tokens())
     with pytest.raises(UnsupportedPattern, match='"cross"'):
         dual(symbols=lambda: RelativeSymbols(DIM, 2))(tokens(), tokens())
 
 
-# -- what the paper claims: comparing what was never seen --------------------------------------------------------------
+# -- the paper's claims: comparison of unseen objects ------------------------------------------------------------------
 
 
 class Same(nn.Module):
-    """One layer that reads two objects, and says whether they are one and the same."""
+    """One layer that classifies whether two objects are the same."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ class Same(nn.Module):
 
 
 def pairs(objects: Tensor, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Half of the pairs are of one object; the others of two."""
+    """Draw pairs: half of them of one object, the others of two."""
     first = torch.randint(len(objects), (count,), generator=random)
     other = (first + torch.randint(1, len(objects), (count,), generator=random)) % len(objects)
     same = torch.rand(count, generator=random) < 0.5
@@ -298,7 +298,7 @@ def pairs(objects: Tensor, count: int, random: torch.Generator) -> tuple[Tensor,
 
 
 def accuracy(make, seed: int) -> float:
-    """On pairs of 50 new objects, after 300 steps on pairs of 8."""
+    """Return the accuracy on pairs of 50 new objects, after 300 steps on pairs of 8."""
     random = torch.Generator().manual_seed(seed)
     seen, new = torch.randn(8, 16, generator=random), torch.randn(50, 16, generator=random)
     with torch.random.fork_rng(devices=[]):
@@ -317,11 +317,11 @@ def accuracy(make, seed: int) -> float:
 
 @pytest.mark.slow
 def test_relational_heads_compare_what_they_never_saw(claim) -> None:
-    ours, plain = (  # single seeds differ by six points, so that the mean of a few says nothing
+    ours, plain = (  # single seeds differ by six points, so the mean needs many seeds
         sum(accuracy(make, seed) for seed in range(30)) / 30
         for make in (lambda: DualAttention(32, 2, 2, symmetric=True), lambda: MultiHeadAttention(32, 4))
     )
     claim(
-        "same or different, learned from 8 objects, on 50 others: accuracy with 2 of 4 heads relational, 30 seeds",
+        "2 relational heads of 4 generalise same-or-different from 8 objects to 50 new ones: accuracy, 30 seeds",
         ours=ours, baseline=plain, better="higher", margin=0.02, baseline_name="4 ordinary heads", seed=0,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Gaussian adaptive attention: the gate by hand, padding, and signals that a linear map cannot read."""
+"""Gaussian adaptive attention: the gate by hand, padding, and signals that no linear map can classify."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAD = -7.0
 
 
 def made(*args, seed: int = 0, offset: float = 0.4, **options) -> GaussianAdaptiveAttention:
-    """A gate whose offsets are away from where they start."""
+    """Make a gate with random offsets."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         gate = GaussianAdaptiveAttention(*args, **options).double()
@@ -31,7 +31,7 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
 
 
 def by_hand(gate: GaussianAdaptiveAttention, row: list[float]) -> list[float]:
-    """Weights of one row along the axis, chunk by chunk, entry by entry, as a product of densities."""
+    """Compute the weights of one row along the axis, entry by entry, as a product of densities."""
     release, pad, out = gate.variant == "release", gate.padding_value, []
     size = len(row) // gate.heads
     for h in range(gate.heads):
@@ -198,11 +198,11 @@ def test_bad_calls() -> None:
     assert made(4)(noise(2, 8)).shape == (2, 8)
 
 
-# -- signals that do not stand still -----------------------------------------------------------------------------------
+# -- non-stationary signals --------------------------------------------------------------------------------------------
 
 
 def unsteady(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """32 normal features, 8 of which, those of the class, spread three times as far; a gain and an offset by sample."""
+    """Draw 32 normal features; 8, by class, have three times the spread; each sample has a gain and an offset."""
     random = torch.Generator().manual_seed(seed)
     chosen = torch.stack([torch.randperm(32, generator=torch.Generator().manual_seed(77 + c))[:8] for c in range(4)])
     label = torch.randint(4, (count,), generator=random)
@@ -237,7 +237,7 @@ def accuracy(body: nn.Module, seed: int) -> float:
 
 @pytest.mark.slow
 def test_the_gate_reads_what_moves(claim) -> None:
-    """With the class in the features' means instead, or over many tokens, attention does as well or better."""
+    """The gate reads spreads. For a class in the features' means, or over many tokens, attention does as well."""
     ours, theirs = 0.0, 0.0
     for seed in range(3):
         with torch.random.fork_rng(devices=[]):
@@ -245,7 +245,7 @@ def test_the_gate_reads_what_moves(claim) -> None:
             ours += accuracy(GaussianBlock(3, 4, 5), seed) / 3
             theirs += accuracy(Residual(MultiHeadAttention(32, 4)), seed) / 3
     claim(
-        "a class that shows in which features spread, under a random gain and offset: a linear head's accuracy on top",
+        "the gate reads a class from the spread of features under random gain and offset: accuracy of a linear head",
         ours=ours, baseline=theirs, better="higher", margin=0.03,
         baseline_name="self-attention over the same features as one token", seed=0,
     )  # fmt: skip

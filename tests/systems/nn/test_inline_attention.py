@@ -1,4 +1,4 @@
-"""InLine attention: weights that tell queries apart by a subtraction, and kernels that an image chooses."""
+"""InLine attention: injective weights by a subtraction, and kernels predicted from the image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tensors import assert_near, qkv
 
 
 class Divided(Linear):
-    """Linear attention as it was: the same features, divided by their sum."""
+    """Ordinary linear attention: the same features, divided by their sum."""
 
     def __init__(self, phi: str = "relu") -> None:
         super().__init__()
@@ -46,7 +46,7 @@ PHI = {
 @pytest.mark.parametrize("phi", PHI)
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_the_release_s_factors_are_the_paper_s_weights(phi: str, scale: float | None) -> None:
-    """`q (K^T V) s/n + (1 - s q · mean k) mean v`, and `phi(q) · phi(k) - mean + 1/n`, with 1/n in the first term."""
+    """`q (K^T V) s/n + (1 - s q · mean k) mean v` equals the weights `phi(q) · phi(k) - mean + 1/n`, scaled by 1/n."""
     q, k, v = qkv(7, 11, heads=4, kv_heads=4, width=5, value_width=3)
     s = 5**-0.5 if scale is None else scale
     fq, fk = PHI[phi](q), PHI[phi](k)
@@ -104,7 +104,7 @@ def test_tokens_and_maps() -> None:
 
 
 def convolved(image: Tensor, kernels: Tensor) -> Tensor:
-    """`(B, C, H, W)` with kernels `(B, C, K, K)`, pixel by pixel."""
+    """Convolve `(B, C, H, W)` with kernels `(B, C, K, K)`, pixel by pixel."""
     out, reach = torch.zeros_like(image), kernels.shape[-1] // 2
     for y in range(image.shape[2]):
         for x in range(image.shape[3]):
@@ -158,7 +158,7 @@ def test_neighbours_and_local_mass() -> None:
 
 
 def by_hand(layer: InLineAttention, x: Tensor, size: tuple[int, int]) -> Tensor:
-    """The layer head by head, and its kernels channel by channel."""
+    """Compute the layer head by head, and its kernels channel by channel."""
     dim, heads, first = layer.dim, layer.heads, layer.prefix
     width = dim // heads
     qkv = x @ layer.qkv.weight.mT + (0 if layer.qkv.bias is None else layer.qkv.bias)
@@ -215,7 +215,7 @@ def test_refusals() -> None:
     assert LocalKernels(12, 3)(torch.zeros(2, 12)).shape == (2, 12, 3, 3)
 
 
-# -- what the paper claims ---------------------------------------------------------------------------------------------
+# -- the paper's claims ---------------------------------------------------------------------------------------------
 
 
 def test_it_tells_queries_apart_by_their_length(claim) -> None:
@@ -226,7 +226,7 @@ def test_it_tells_queries_apart_by_their_length(claim) -> None:
         return injectivity_probe(op.weights, pairs, k)
 
     claim(
-        "queries that differ in length alone see different things: share of pairs with the same row of weights",
+        "queries that differ only in length get different weights: share of pairs with the same row of weights",
         ours=confused(InLine("relu")), baseline=confused(Divided("relu")), better="lower", margin=0.99,
         baseline_name="the same features, divided by their sum", seed=0,
     )  # fmt: skip
@@ -253,7 +253,7 @@ def test_the_probe() -> None:
 
 
 def growth(op, first: int = 1024) -> float:
-    """Seconds of four times `first` tokens over those of `first`: called in turns, each at its best."""
+    """Return the time of four times `first` tokens over that of `first`, as interleaved minima."""
     best = {first: float("inf"), 4 * first: float("inf")}
     inputs = {n: qkv(n, batch=1, heads=1, kv_heads=1, width=32, dtype=torch.float32) for n in best}
     for _ in range(15):
@@ -277,9 +277,9 @@ def digits_read(make_layer: MakeLayer) -> float:
 
 @pytest.mark.slow
 def test_features_of_either_sign_train_with_the_subtraction(claim) -> None:
-    """Sums of signed products come near 0, and dividing by them goes wrong; there is nothing to divide by here."""
+    """Sums of signed products may be near 0, where a division fails; the subtraction has no division."""
     claim(
-        "features that may be negative (the identity) train when sums are subtracted: accuracy on held-out digits",
+        "signed features (the identity) train with the subtraction: accuracy on held-out digits",
         ours=digits_read(lambda dim, heads: InLineAttention(dim, heads, local=False)),
         baseline=digits_read(lambda dim, heads: MultiHeadAttention(dim, heads, op=Divided("identity"))),
         better="higher", margin=0.2, baseline_name="the same features, divided by their sum", seed=0,

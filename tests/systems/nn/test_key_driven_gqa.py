@@ -1,4 +1,4 @@
-"""Key-driven grouped queries: who gets how many, what training leaves behind, and up-training a pooled network."""
+"""Key-driven grouped queries: the allocation, the buffers of training, and up-training a pooled network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tokens(n: int = LENGTH, seed: int = 1, batch: int = 3) -> Tensor:
 
 
 def attended(layer: KeyDrivenGQA, x: Tensor, runs: list[list[int]]) -> Tensor:
-    """Item by item, with a list of how many queries each key head serves."""
+    """Compute attention item by item, from the number of queries of each key head."""
     outs = []
     for item, own in zip(x, runs, strict=True):
         q, k, v = (p(item).unflatten(-1, (-1, DIM // HEADS)).transpose(0, 1) for p in (layer.q, layer.k, layer.v))
@@ -38,7 +38,7 @@ def attended(layer: KeyDrivenGQA, x: Tensor, runs: list[list[int]]) -> Tensor:
 
 
 def norms(layer: KeyDrivenGQA, x: Tensor) -> Tensor:
-    """Frobenius norms of key heads, `(B, G)`."""
+    """Return Frobenius norms of key heads, `(B, G)`."""
     k = layer.k(x).unflatten(-1, (GROUPS, -1))
     return k.square().sum((1, 3)).sqrt().detach()
 
@@ -47,7 +47,7 @@ def norms(layer: KeyDrivenGQA, x: Tensor) -> Tensor:
 
 
 def by_hand(n: list[float], heads: int, rule: str, cache: list[float]) -> list[float]:
-    """Shares before rounding."""
+    """Compute shares before rounding."""
     low, high = min(n), max(n)
     claims = {
         "kdgqa": lambda: [(a - low) / (high - low) for a in n],
@@ -140,8 +140,8 @@ def test_the_layer_by_hand(rule: str, stats: str) -> None:
     assert any(max(own) > 2 for own in runs.tolist())
     assert_near(layer(x), attended(layer, x, runs.tolist()), 1e-10)
     assert layer.cache.tolist() == [20.0, 1.0, 3.0, 6.0], "evaluation learns nothing"
-    memory = tokens(4, seed=2)
-    assert layer(x, memory).shape == x.shape
+    source = tokens(4, seed=2)
+    assert layer(x, source).shape == x.shape
 
 
 def test_grouped_queries_are_torch_s() -> None:
@@ -272,8 +272,8 @@ def test_pooling_of_key_heads() -> None:
         (dict(stats="all"), "stats='all'"),
         (dict(window=0), "window=0"),
         (dict(kv_heads=3), "kv_heads=3 must divide heads=8"),
-        (dict(rule="pgqa"), "draws noise"),
-        (dict(generator=torch.Generator()), "draws noise"),
+        (dict(rule="pgqa"), "generator must come with rule"),
+        (dict(generator=torch.Generator()), "generator must come with rule"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:
@@ -303,7 +303,7 @@ def test_refusals() -> None:
 
 @pytest.mark.slow
 def test_up_training_a_pooled_network(claim) -> None:
-    """The paper's gain over equal shares, of large networks, does not show on digits: no loss is what is checked."""
+    """Shares by norms lose nothing on digits; the paper's gain over equal shares appears only in large networks."""
     found = {"gqa": 0.0, "dgqa_ema": 0.0, "kdgqa": 0.0}
     trained = digits.fit(digits.vit(MultiHeadAttention, heads=8), 0, 8).state_dict()
     for seed in range(3):
@@ -312,12 +312,12 @@ def test_up_training_a_pooled_network(claim) -> None:
             net.load_state_dict(mha_to_gqa(trained, 8, 4), strict=False)
             found[rule] += digits.accuracy(digits.fit(net, seed, 3, lr=1e-3)) / 3
     claim(
-        "key heads pooled from 8 to 4, trained 3 epochs on: shares by norms lose nothing, accuracy over 3 seeds",
+        "after pooling 8 key heads to 4 and 3 epochs of training, shares by norms lose nothing: accuracy, 3 seeds",
         ours=found["dgqa_ema"], baseline=found["gqa"] - 0.005, better="higher",
         baseline_name="equal shares less half a point", seed=0,
     )  # fmt: skip
     claim(
-        "key heads pooled from 8 to 4, trained 3 epochs on: a running mean of norms beats the norms of the moment",
-        ours=found["dgqa_ema"], baseline=found["kdgqa"], better="higher", margin=0.005,
-        baseline_name='rule="kdgqa"', seed=0,
+        "after pooling 8 key heads to 4 and 3 epochs, a running mean of norms beats current norms: accuracy, 3 seeds",
+        ours=found["dgqa_ema"], baseline=found["kdgqa"], better="higher", margin=0.005, baseline_name='rule="kdgqa"',
+        seed=0,
     )  # fmt: skip

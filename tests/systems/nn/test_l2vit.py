@@ -1,4 +1,4 @@
-"""L2ViT: linear attention under a clamp, the convolutions that concentrate it, windows, and the network of both."""
+"""L2ViT: clamped linear attention, the convolutions that concentrate it, windows, and the network."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_taken_apart_and_put_together(size: tuple[int, int], window: tuple[int, 
 
 
 def attended(layer: WindowAttention, x: Tensor, size: tuple[int, int], hidden: bool) -> Tensor:
-    """Window attention with a mask over the whole grid, and zeros among the tokens."""
+    """Compute window attention by a mask over the whole padded grid."""
     (h, w), (below, right) = layer.window, Windows(size, layer.window).padding
     tall, wide = size[0] + below, size[1] + right
     padded = F.pad(x.unflatten(1, size), (0, 0, 0, right, 0, below)).flatten(1, 2)
@@ -177,7 +177,7 @@ def test_bad_windows(options: dict) -> None:
 
 
 def shaken(module: nn.Module) -> nn.Module:
-    """In float64 and eval mode, with every parameter and statistic somewhere that shows."""
+    """Randomise every parameter and statistic, in float64 and eval mode."""
     random = torch.Generator().manual_seed(0)
     module = module.double().eval()
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_the_window_block_by_hand() -> None:
     assert LocalWindowBlock(12, 3).mlp[0].out_features == 48
 
 
-def test_in_training_the_concentration_normalises_over_the_batch() -> None:
+def test_in_training_the_concentration_normalizes_over_the_batch() -> None:
     module = LocalConcentration(4, 3).double()
     x = torch.randn(5, 12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     inside = gelu(conv(module.first, x, (3, 4)))
@@ -276,7 +276,7 @@ def test_refusals() -> None:
         LinearGlobalBlock(12, 3, clamp=0)
 
 
-# -- how concentrated --------------------------------------------------------------------------------------------------
+# -- concentration -----------------------------------------------------------------------------------------------------
 
 
 def test_concentration_by_hand() -> None:
@@ -312,7 +312,7 @@ def test_the_convolutions_restore_the_local_peak(claim) -> None:
         return concentration(found - found.diag().diag(), size, reach=2).mass
 
     claim(
-        "local concentration gives linear attention its peak: influence on a token that comes from the 5x5 around it",
+        "local concentration gives linear attention a local peak: share of a token's influence from the 5x5 around it",
         ours=mass(3), baseline=mass(None), better="higher", margin=0.2, baseline_name="without the convolutions",
         seed=0,
     )  # fmt: skip
@@ -343,7 +343,7 @@ def test_the_network_by_hand() -> None:
 
 @pytest.mark.parametrize("patch", [3, 4])
 def test_an_image_is_filled_up_to_whole_patches(patch: int) -> None:
-    """Zeros at the bottom and on the right, before the stem; the last pixels have a say."""
+    """Zeros at the bottom and on the right fill up whole patches before the stem; the last pixels have an effect."""
     net = shaken(small(patch=patch))
     images = torch.randn(2, 2, 4 * patch - 1, 3 * patch - 2, generator=torch.Generator().manual_seed(1)).double()
     images.requires_grad_()

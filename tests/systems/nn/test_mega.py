@@ -1,4 +1,4 @@
-"""Mega: two forms of one average, gated attention by loops, chunks that only the average crosses."""
+"""Mega: two forms of the average, gated attention by loops, and chunks that only the average crosses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError, UnsupportedPattern
 from foveate.nn.parts.ema import DampedEMA
 from foveate.nn.sequence.mega import Mega, MegaBlock, MegaState, RotaryBias, laplace
-from foveate.ops.functional import linear_forms as forms
+from foveate.ops.functional import linear_forms
 from tests.systems.ops.recall import VOCAB, Recall, accuracy, train
 
 BATCH, LENGTH, DIM, Z, E = 2, 11, 6, 4, 5
@@ -29,7 +29,7 @@ def average(dim: int = DIM, states: int = 3, **options: Any) -> DampedEMA:
 
 
 def mega(**options: Any) -> Mega:
-    """All parameters drawn, so that none of them is where it does nothing."""
+    """Make a layer with random parameters, so that each has an effect."""
     torch.manual_seed(1)
     layer = Mega(DIM, Z, E, **{"ema_dim": 3, **options}).double()
     with torch.no_grad():
@@ -42,7 +42,7 @@ def mega(**options: Any) -> Mega:
 
 
 def averaged(ema: DampedEMA, x: Tensor, way: int = 0) -> Tensor:
-    """The recurrence as the paper writes it, a number at a time."""
+    """Compute the paper's recurrence number by number."""
     out = torch.zeros_like(x)
     for b in range(x.shape[0]):
         for c in range(x.shape[2]):
@@ -100,7 +100,7 @@ def test_steps_and_the_state_after():
 
 
 def test_it_is_a_linear_state_with_a_diagonal_transition():
-    """Each average is a head of decayed linear attention with one feature: the families' states are of one kind."""
+    """Each average is a head of decayed linear attention with one feature."""
     ema, x = average(), tokens()
     p = torch.sigmoid(ema.alpha[0]).flatten()
     decay = torch.log(1 - p * torch.sigmoid(ema.delta[0]).flatten())
@@ -111,7 +111,7 @@ def test_it_is_a_linear_state_with_a_diagonal_transition():
     v = x.mT.repeat_interleave(ema.states, 1)[..., None]
     fq, fk = heads(ema.gamma[0].flatten() / math.sqrt(ema.states)), heads(p * ema.beta[0].flatten())
     start = torch.zeros(BATCH, DIM * ema.states, 1, 1, dtype=x.dtype)
-    out = forms.chunked(fq, fk, v, heads(decay)[..., 0], start, 4)
+    out = linear_forms.chunked(fq, fk, v, heads(decay)[..., 0], start, 4)
     torch.testing.assert_close(out[..., 0].unflatten(1, (DIM, -1)).sum(2).mT + ema.omega * x, ema(x))
 
 
@@ -139,7 +139,7 @@ def test_the_first_parameters_are_the_releases():
 
 
 def by_hand(layer: Mega, x: Tensor, causal: bool, seen: Tensor) -> Tensor:
-    """The layer, token by token and key by key."""
+    """Compute the layer token by token and key by key."""
     out = torch.zeros_like(x)
     normed = layer.norm(x) if layer.prenorm else x
     m = F.silu(layer.ema(normed, seen, "recurrent"))
@@ -223,7 +223,7 @@ def test_a_chunk_as_long_as_the_input_is_full_attention():
 
 
 def reach(layer: Mega, at: int) -> Tensor:
-    """How much each token has to do with the output at one place."""
+    """Return the influence of each token on the output at one position."""
     x = tokens(12).requires_grad_()
     (grad,) = torch.autograd.grad(layer(x, causal=True)[:, at].square().sum(), x)
     return grad.abs().sum((0, 2))
@@ -232,7 +232,7 @@ def reach(layer: Mega, at: int) -> Tensor:
 def test_only_the_average_crosses_chunks():
     layer = mega(chunk=4)
     assert (reach(layer, 9)[:10] > 1e-6).all()
-    with torch.no_grad():  # what is new goes in whole, what is old leaves at once: lag 0 alone
+    with torch.no_grad():  # the input enters in full and the state decays at once: only lag 0
         layer.ema.alpha.fill_(40.0), layer.ema.delta.fill_(40.0)
     local = reach(layer, 9)
     assert (local[8:10] > 1e-6).all()
@@ -317,7 +317,7 @@ def test_bad_averages(options, message):
         MegaBlock(Mega(4), 0)
 
 
-# -- what is claimed ---------------------------------------------------------------------------------------------------
+# -- claims ------------------------------------------------------------------------------------------------------------
 
 
 class Network(nn.Module):
@@ -343,20 +343,21 @@ class Network(nn.Module):
 
 @pytest.mark.slow
 def test_keys_that_know_what_came_before_recall_in_one_layer(claim):
-    """A value is asked for by the key before it: attention alone needs a second layer to join the two."""
+    """A query key asks for the value after it; without the average, attention needs a second layer to join the two."""
     task, found = Recall(pairs=4, length=24), {}
     for without in (False, True):
         torch.manual_seed(0)
         model = Network(nn.Embedding(VOCAB, 32), 1, VOCAB, without)
         found[without] = accuracy(train(model, task, 300, lr=2e-2), task)
     claim(
-        "values recalled by one trained layer, 4 pairs of key and value", ours=found[False], baseline=found[True],
-        better="higher", margin=0.3, baseline_name="the same layer without its moving average", seed=0,
+        "keys with a moving average recall in one layer: share of values recalled, 4 pairs of key and value",
+        ours=found[False], baseline=found[True], better="higher", margin=0.3,
+        baseline_name="the same layer without its moving average", seed=0,
     )  # fmt: skip
 
 
 def smooth_signal(size: int, generator: torch.Generator, length: int = 64, back: int = 20) -> tuple[Tensor, Tensor]:
-    """A smooth random signal under as much noise, and the sign that it had `back` steps ago."""
+    """Draw a smooth random signal with as much noise, and its sign `back` steps ago."""
     fading = torch.exp(-torch.arange(64.0).flip(0) / 16)
     smooth = F.conv1d(torch.randn(size, 1, length + 63, generator=generator), fading[None, None])[:, 0]
     smooth = smooth / fading.norm()
@@ -386,11 +387,11 @@ def error(steps: int = 150, back: int = 20, **options: Any) -> float:
 
 @pytest.mark.slow
 def test_the_average_carries_across_chunks_what_attention_cannot(claim):
-    # attention over all tokens finds the place by its bias and smooths by itself; it is chunks that need the average
+    # attention over all tokens finds the position by its bias and smooths without the average; chunks need it
     chunked = error(chunk=16)
     assert chunked < 1.3 * error()
     claim(
-        "squared error at the sign of a noisy signal 20 steps ago, in chunks of 16, two trained layers",
+        "the average carries information across chunks of 16: squared error of a signal's sign 20 steps ago",
         ours=chunked, baseline=error(chunk=16, without_average=True), better="lower", margin=0.3,
         baseline_name="the same layers without their moving average", seed=0,
     )  # fmt: skip

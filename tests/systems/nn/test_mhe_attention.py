@@ -1,4 +1,4 @@
-"""Multi-head embedding attention: heads from one projection, a cache of one head, and what that is worth."""
+"""Multi-head embedding attention: heads from one projection, a cache of one head, and its accuracy."""
 
 from __future__ import annotations
 
@@ -124,10 +124,10 @@ def test_embeddings_are_worth_most_of_the_projections(claim) -> None:
         )
     )
     claim(
-        "8 heads told apart by embeddings copy from 4 lags better than one head: loss, by at least a tenth, 2 seeds",
+        "8 heads by embeddings copy from 4 lags better than one head, by at least a tenth: loss, 2 seeds",
         ours=ours, baseline=0.9 * one, better="lower", baseline_name="one head of the same size, less a tenth", seed=0,
     )  # fmt: skip
     claim(
-        "8 heads told apart by embeddings copy from 4 lags as 8 heads of their own do: loss, within 15 %, 2 seeds",
+        "8 heads by embeddings copy from 4 lags as well as 8 separate heads, within 15 %: loss, 2 seeds",
         ours=ours, baseline=1.15 * all_heads, better="lower", baseline_name="multi-head attention plus 15 %", seed=0,
     )  # fmt: skip

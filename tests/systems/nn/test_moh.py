@@ -1,4 +1,4 @@
-"""MoH: the router by hand, its balance, and heads that are worth choosing."""
+"""MoH: the router by hand, its balance, and the heads that it chooses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tokens(seed: int = 1, n: int = LENGTH, batch: int = 3) -> Tensor:
 
 
 def by_hand(layer: MixtureOfHeadAttention, x: Tensor) -> Tensor:
-    """Gates of one token `(C,)`, as the release for images writes them, one head after the other."""
+    """Compute the gates of one token `(C,)` head by head, as in the release for images."""
     shared, k = layer.shared_heads, layer.routed_active
     factor = [1.0, 1.0]
     if layer.groups is not None:
@@ -98,7 +98,7 @@ def test_a_zero_router_with_all_heads_on_is_multi_head_attention(causal: bool) -
 
 @pytest.mark.parametrize("norm", [True, "rms", "layer"])
 def test_a_width_of_heads_and_a_norm_of_queries_and_keys(norm: bool | str) -> None:
-    """With the router at zero and all heads on it is multi-head attention with the same options."""
+    """With a zero router and all heads on, it is multi-head attention with the same options."""
     layer, x = made(4, 4, head_dim=6, qk_norm=norm, position=Rotary()), tokens()
     nn.init.normal_(layer.q_norm.weight)
     for router in (layer.routed, layer.shared, layer.groups):
@@ -111,7 +111,7 @@ def test_a_width_of_heads_and_a_norm_of_queries_and_keys(norm: bool | str) -> No
 
 
 def test_the_router_compares_queries_as_they_are_before_the_norm() -> None:
-    """After it all are about as long, and the choice would be rounding's."""
+    """The router compares queries before the norm; after it all have nearly equal length."""
     layer, x = made(4, 2, router="query_norm", qk_norm="layer"), tokens()
     plain = made(4, 2, router="query_norm")
     plain.load_state_dict(layer.state_dict(), strict=False)
@@ -146,7 +146,7 @@ def test_gates_are_a_function_of_logits() -> None:
 
 
 def longest(layer: MixtureOfHeadAttention, x: Tensor) -> Tensor:
-    """The shares of routed heads of one token `(C,)`, from the lengths of their queries."""
+    """Return the shares of routed heads of one token `(C,)`, from the norms of their queries."""
     d = DIM // HEADS
     q = layer.q(x)
     lengths = [q[h * d : (h + 1) * d].pow(2).sum().sqrt() for h in range(layer.shared_heads, HEADS)]
@@ -223,7 +223,7 @@ def test_the_loss_spreads_the_tokens(claim) -> None:
         layer.balance_loss(x).backward()
         optimiser.step()
     claim(
-        "the balance loss alone spreads tokens that crowd on one head: largest load over the mean load after 300 steps",
+        "the balance loss alone spreads tokens over heads: largest load over the mean load after 300 steps",
         ours=crowding(), baseline=before, better="lower", margin=before - 1.3, baseline_name="before training", seed=0,
     )  # fmt: skip
 
@@ -252,11 +252,11 @@ def test_bad_options(options: dict, message: str) -> None:
         MixtureOfHeadAttention(DIM, **options)
 
 
-# -- what the paper claims, on digits ----------------------------------------------------------------------------------
+# -- the paper's claims, on digits ----------------------------------------------------------------------------------
 
 
 class DropsHeads(nn.Module):
-    """Takes the place of W_o: for each token, `count` heads drawn at random are left out."""
+    """Replaces W_o and drops `count` random heads of each token."""
 
     def __init__(self, out: nn.Linear, heads: int, count: int, seed: int) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class DropsHeads(nn.Module):
 
 @pytest.mark.slow
 def test_a_router_finds_the_heads_that_a_token_needs(claim) -> None:
-    """Digits do not tell: there, dropping heads at random costs multi-head attention nothing."""
+    """A router picks useful heads in copying; on digits, dropping random heads costs nothing."""
     where = (1, 3, 5, 8)
     moh, mha, dropped = 0.0, 0.0, 0.0
     for seed in (0, 1):
@@ -281,11 +281,11 @@ def test_a_router_finds_the_heads_that_a_token_needs(claim) -> None:
         plain.blocks[0].mixer.out = DropsHeads(plain.blocks[0].mixer.out, 8, 2, seed)
         dropped += lags.loss(plain, where) / 2
     claim(
-        "6 of 8 heads, which a router picks for each token, copy from 4 lags no worse than all 8: loss over 2 seeds",
+        "6 of 8 heads, picked by the router for each token, copy from 4 lags as well as all 8: loss over 2 seeds",
         ours=moh, baseline=mha + 0.05, better="lower", baseline_name="multi-head attention plus 0.05", seed=0,
     )  # fmt: skip
     claim(
-        "6 of 8 heads, which a router picks for each token, copy from 4 lags better than 6 drawn by chance: loss",
+        "6 of 8 heads, picked by the router for each token, copy from 4 lags better than 6 random ones: loss",
         ours=moh, baseline=dropped, better="lower", margin=0.3, seed=0,
         baseline_name="multi-head attention with 2 random heads of each token dropped",
     )  # fmt: skip
@@ -304,7 +304,7 @@ def test_three_quarters_of_the_heads_are_enough(claim) -> None:
     moh = digits.fit(digits.vit(MixtureOfHeadAttention, heads=8), 0, 12, loss=balanced)
     mha = digits.fit(digits.vit(MultiHeadAttention, heads=8), 0, 12)
     claim(
-        "with 6 of 8 heads for each token, a router reads digits as well as all heads do: accuracy",
+        "6 of 8 heads, picked by the router for each token, classify digits as well as all heads: accuracy",
         ours=digits.accuracy(moh), baseline=digits.accuracy(mha) - 0.015, better="higher",
         baseline_name="multi-head attention less 1.5 points", seed=0,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pointer Networks: outputs are places in the input, of however many inputs."""
+"""Pointer Networks: outputs are positions in inputs of any length."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_scores_are_additive_attention() -> None:
 
 
 def by_hand(net: PointerNetwork, inputs: Tensor, targets: list[int] | None, steps: int, visit_once: bool = False):
-    """One sequence `(N, C)` of real inputs: log-probabilities and choices, output by output."""
+    """Compute log-probabilities and choices of one sequence `(N, C)`, output by output."""
     e, (h, c) = net.encoder(inputs)
     slots = list(e) if net.stop is None else [*e, net.stop]
     state, given, scores, taken = (h[0], c[0]), net.start, [], []
@@ -154,7 +154,7 @@ def test_a_beam_of_one_is_greedy(stop: bool, visit_once: bool) -> None:
 
 
 def orders(n: int, steps: int, stop: bool) -> list[tuple[int, ...]]:
-    """All outputs of so many steps; after a stop (slot 3) nothing but stops."""
+    """Return all outputs of so many steps; only stops follow a stop (slot 3)."""
     every = itertools.product([*range(n), 3] if stop else range(n), repeat=steps)
     return [order for order in every if 3 not in order or set(order[order.index(3) :]) == {3}]
 
@@ -299,7 +299,7 @@ def trained(net: nn.Module, lengths: tuple[int, ...], steps: int, seed: int) -> 
 
 @torch.no_grad()
 def accuracy(net: nn.Module, n: int) -> float:
-    """Share of positions, following the targets."""
+    """Return the share of right positions under teacher forcing."""
     inputs, targets = planar_batch("sort", 1000, n, torch.Generator().manual_seed(99))
     found = net(inputs, targets)
     log_probs = found.log_probs if isinstance(net, PointerNetwork) else found
@@ -314,17 +314,17 @@ def a_net(kind: str, words: int, seed: int = 0) -> nn.Module:
 
 @pytest.mark.slow
 def test_sorting_numbers_of_more_lengths_than_were_seen(claim) -> None:
-    """A dictionary of positions has to be learned anew for every length, and has no word for a seventh."""
+    """Pointing generalises to more inputs; a dictionary of positions has no entry for a seventh."""
     mixed, fixed = (trained(a_net(kind, 6), (3, 4, 5, 6), 300, 0) for kind in ("pointer", "fixed"))
     claim(
-        "a net that points, trained on sorting 3 to 6 numbers, sorts 8: right positions, following the targets",
+        "a pointer network trained to sort 3 to 6 numbers sorts 8: right positions under teacher forcing",
         ours=accuracy(mixed, 8), baseline=accuracy(fixed, 8), better="higher", margin=0.3,
         baseline_name="sequence to sequence with a dictionary of 6", seed=0,
     )  # fmt: skip
     five = trained(a_net("pointer", 5), (5,), 900, 0)
     assert accuracy(five, 5) >= 0.9
     claim(
-        "training on 3 to 6 numbers carries farther than on 5 alone: right positions of 8",
+        "training on 3 to 6 numbers generalises better than on 5 alone: right positions of 8",
         ours=accuracy(mixed, 8), baseline=accuracy(five, 8), better="higher", margin=0.2,
         baseline_name="trained on 5, for three times as long", seed=0,
     )  # fmt: skip
@@ -333,10 +333,10 @@ def test_sorting_numbers_of_more_lengths_than_were_seen(claim) -> None:
 
 @pytest.mark.slow
 def test_sorting_ten_numbers(claim) -> None:
-    """Of 5 numbers both learn to sort most; the gap opens with their number."""
+    """Both learn to sort 5 numbers; the gap grows with the number."""
     found = {kind: accuracy(trained(a_net(kind, 10), (10,), 300, 0), 10) for kind in ("pointer", "fixed")}
     claim(
-        "pointing sorts ten numbers after 300 steps: right positions, following the targets",
+        "a pointer network sorts ten numbers after 300 steps: right positions under teacher forcing",
         ours=found["pointer"], baseline=found["fixed"], better="higher", margin=0.1,
         baseline_name="sequence to sequence with attention and a dictionary of 10", seed=0,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Set Transformer: what its blocks compute, that order and padding have no say, and that pooling learns."""
+"""The Set Transformer: its blocks by hand, invariance to order and padding, and learned pooling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def shaken(module: nn.Module) -> nn.Module:
-    """In float64, with every parameter somewhere that shows."""
+    """Randomise every parameter, in float64."""
     module = module.double()
     with torch.no_grad():
         for index, parameter in enumerate(module.parameters()):
@@ -40,7 +40,7 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def released(block: MAB, x: Tensor, y: Tensor, divisor: float) -> Tensor:
-    """The released block, element by element and head by head."""
+    """Compute the released block element by element and head by head."""
     q, k, v = linear(block.q, x), linear(block.k, y), linear(block.v, y)
     width, out = q.shape[-1] // block.heads, torch.zeros_like(q)
     for b in range(x.shape[0]):
@@ -205,7 +205,7 @@ def test_encoders_follow_the_order(make) -> None:
 
 
 def scores(layer: nn.Module, n: int) -> int:
-    """Scores computed in a call on n elements, counted as queries by keys at every block."""
+    """Count the scores of a call on n elements, as queries times keys in every block."""
     counts = []
     hooks = [
         part.op.register_forward_hook(lambda _, given, __: counts.append(given[0].shape[2] * given[1].shape[2]))
@@ -257,15 +257,15 @@ def test_bad_options(make, says: str) -> None:
 def test_bad_masks(mask: Tensor) -> None:
     x = torch.zeros(2, 7, 12)
     for call in (lambda: PMA(12, 3)(x, mask), lambda: MAB(12, 12, 12, 3)(x, x, mask)):
-        with pytest.raises(ShapeError, match=r"mask must be bool \(B, 1, 1, n\); got"):
+        with pytest.raises(ShapeError, match=r"mask must be bool \(B, 1, 1, Nk\)=\(2, 1, 1, 7\).*; got"):
             call()
 
 
-# -- what the paper claims ---------------------------------------------------------------------------------------------
+# -- the paper's claims ---------------------------------------------------------------------------------------------
 
 
 class MeanPooling(nn.Module):
-    """The baseline: layers on each element, the mean, layers on that (Deep Sets)."""
+    """The baseline (Deep Sets): layers on each element, the mean, and layers on it."""
 
     def __init__(self, dim_in: int, dim_out: int, outputs: int = 1, dim: int = 64) -> None:
         super().__init__()
@@ -297,7 +297,7 @@ def trained(make, loss, steps: int) -> nn.Module:
 
 
 def maximum_error(net: nn.Module, random: torch.Generator, sets: int = 64) -> Tensor:
-    """The mean error of the maximum of one to ten numbers in 0..1."""
+    """Return the mean error of the predicted maximum of one to ten numbers in 0..1."""
     numbers = torch.rand(sets, 10, 1, generator=random)
     there = masks.padding(torch.randint(1, 11, (sets,), generator=random), 10)
     largest = numbers[..., 0].masked_fill(~there[:, 0, 0], 0).amax(1)
@@ -318,7 +318,7 @@ def test_it_finds_the_maximum(claim) -> None:
 
 
 def mixture_loss(net: nn.Module, random: torch.Generator, sets: int = 16) -> Tensor:
-    """Of 100 points from 4 Gaussians in the plane: minus the mean log likelihood under the mixture that net names."""
+    """Return minus the mean log likelihood of 100 points of 4 Gaussians in the plane under the predicted mixture."""
     centres = 8 * torch.rand(sets, 4, 2, generator=random) - 4
     shares = torch._sample_dirichlet(torch.ones(sets, 4), generator=random)
     which = torch.multinomial(shares, 100, True, generator=random)

@@ -1,4 +1,4 @@
-"""Skim-Attention: weights from boxes alone, computed once, reused by layers and as another model's mask."""
+"""Skim-Attention: weights from boxes alone, computed once, for all layers and for another model's mask."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def boxes(batch: int = 2, n: int = 7, seed: int = 0) -> Tensor:
 
 
 def shaken(module: nn.Module) -> nn.Module:
-    """In float64, with every parameter somewhere that shows."""
+    """Randomise every parameter, in float64."""
     module = module.double()
     with torch.no_grad():
         for index, parameter in enumerate(module.parameters()):
@@ -160,7 +160,7 @@ def test_words_have_no_positions_of_their_own() -> None:
 
 def test_scores_are_paid_for_once(claim) -> None:
     def products(net: nn.Module, *inputs: Tensor) -> int:
-        """How often tokens pass a projection to queries or keys."""
+        """Count the calls of projections to queries or keys."""
         calls: list[int] = []
         for name, part in net.named_modules():
             if isinstance(part, nn.Linear) and name.rpartition(".")[2] in ("q", "k"):
@@ -266,23 +266,23 @@ def test_edges_of_the_page() -> None:
 
 def test_bad_masks_and_weights() -> None:
     for mask in (torch.ones(2, 1, 7, 7, dtype=torch.bool), torch.zeros(2, 1, 1, 7)):
-        with pytest.raises(ShapeError, match=r"mask must be bool \(B, 1, 1, N\)"):
+        with pytest.raises(ShapeError, match=r"mask must be bool \(B, 1, 1, Nk\)"):
             skim()(boxes(), mask)
-        with pytest.raises(ShapeError, match=r"mask must be bool \(B, 1, 1, N\)"):
+        with pytest.raises(ShapeError, match=r"mask must be bool \(B, 1, 1, Nk\)"):
             skimming_mask(skim()(boxes()), 2, mask)
     with pytest.raises(ShapeError, match=r"weights must be \(B=2, H=3, N=7, N\); got \(2, 4, 7, 7\)"):
         SkimLayer(12, 3)(torch.zeros(2, 7, 12), torch.zeros(2, 4, 7, 7))
 
 
-# -- what the paper claims ---------------------------------------------------------------------------------------------
+# -- the paper's claims ---------------------------------------------------------------------------------------------
 
 KINDS, ROWS, BLANK = 12, 6, 24
 
 
 def forms(pages: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Pages of six rows, a label on the left and a value that goes with it on the right, half of the values blank.
+    """Make pages of six rows with a label on the left and its value on the right, half of the values blank.
 
-    Tokens come in any order, so that boxes alone say what is on a row. Targets are -100 where there is nothing to fill.
+    Tokens come in any order, so that only boxes show the rows. Targets are -100 except at blanks.
     """
     labels = torch.randint(KINDS, (pages, ROWS), generator=random)
     values = KINDS + (5 * labels + 3) % KINDS
@@ -297,7 +297,7 @@ def forms(pages: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Reader(nn.Module):
-    """A Skimformer with a head, or, without a layout, a transformer of the same size over words and their places."""
+    """A Skimformer with a head or, without a layout, a transformer of the same size over words and positions."""
 
     def __init__(self, layout: bool) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ class Reader(nn.Module):
 
 
 def filled(layout: bool, steps: int = 400) -> float:
-    """Share of blanks that a trained reader fills rightly."""
+    """Return the share of blanks that a trained reader fills correctly."""
     torch.manual_seed(0)
     net, random = Reader(layout), torch.Generator().manual_seed(0)
     optimiser = torch.optim.AdamW(net.parameters(), 3e-3)
@@ -332,7 +332,7 @@ def filled(layout: bool, steps: int = 400) -> float:
 @pytest.mark.slow
 def test_the_layout_says_what_belongs_together(claim) -> None:
     claim(
-        "attention from the layout alone fills in forms whose words come in any order: blanks filled rightly",
+        "attention from the layout alone fills in forms whose words come in any order: share of blanks filled",
         ours=filled(True), baseline=filled(False), better="higher", margin=0.4,
         baseline_name="a transformer over the words and their order", seed=0,
     )  # fmt: skip

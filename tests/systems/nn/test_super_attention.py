@@ -32,7 +32,7 @@ def aligned(context: int = LENGTH, **options) -> SuperAttention:
 
 
 def stock(layer: OptimisedAttention | SlimAttention) -> nn.MultiheadAttention:
-    """torch's own layer, with identities for the projections that are missing."""
+    """Make torch's own layer, with identities for the missing projections."""
     plain, eye = nn.MultiheadAttention(DIM, HEADS, bias=False, batch_first=True).double(), torch.eye(DIM).double()
     with torch.no_grad():
         k = layer.k.weight if isinstance(layer, OptimisedAttention) else eye
@@ -43,12 +43,12 @@ def stock(layer: OptimisedAttention | SlimAttention) -> nn.MultiheadAttention:
 
 @pytest.mark.parametrize("cls", [OptimisedAttention, SlimAttention])
 def test_identities_in_place_of_projections(cls: type) -> None:
-    layer, x, memory = seeded(lambda: cls(DIM, HEADS)), tokens(), tokens(5, seed=3)
+    layer, x, source = seeded(lambda: cls(DIM, HEADS)), tokens(), tokens(5, seed=3)
     plain = stock(layer)
     hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
     assert_near(layer(x), plain(x, x, x)[0], 1e-10)
     assert_near(layer(x, causal=True), plain(x, x, x, attn_mask=hidden)[0], 1e-10)
-    assert_near(layer(x, memory), plain(x, memory, memory)[0], 1e-10)
+    assert_near(layer(x, source), plain(x, source, source)[0], 1e-10)
     first, state = layer.prefill(x[:, :-1])
     assert_near(torch.cat([first, layer.step(x[:, -1:], state)[0]], 1), layer(x, causal=True), 1e-10)
 
@@ -83,11 +83,11 @@ def test_super_attention_by_hand(options: dict, causal: bool) -> None:
 
 
 def test_cross_attention_aligns_the_memory() -> None:
-    layer, x, memory = aligned(7), tokens(), tokens(5, seed=3)
-    values = layer.alignment[:5, :5] @ memory
+    layer, x, source = aligned(7), tokens(), tokens(5, seed=3)
+    values = layer.alignment[:5, :5] @ source
     plain = stock(layer.slim)
-    assert_near(layer(x, memory), plain(x, memory, values)[0], 1e-10)
-    assert layer(x, memory).shape == x.shape, "only the memory has to fit the context"
+    assert_near(layer(x, source), plain(x, source, values)[0], 1e-10)
+    assert layer(x, source).shape == x.shape, "only the source has to fit the context"
 
 
 def test_parameters() -> None:
@@ -139,7 +139,7 @@ def test_streams(options: dict) -> None:
     for t in (LENGTH - 2, LENGTH - 1):
         y, state = layer.step(x[:, t : t + 1], state)
         assert_near(y, out[t], 1e-10)
-    with pytest.raises(ShapeError, match="10 tokens are more than context_len=9"):
+    with pytest.raises(ShapeError, match="at most context_len=9 tokens; got 10"):
         layer.step(x[:, :1], state)
 
 
@@ -152,18 +152,18 @@ def test_refusals() -> None:
     ):
         with pytest.raises(OptionError, match=message):
             SuperAttention(DIM, **{"heads": HEADS, **options})
-    with pytest.raises(ShapeError, match="9 tokens are more than context_len=8"):
+    with pytest.raises(ShapeError, match="at most context_len=8 tokens; got 9"):
         aligned(8)(tokens())
     with pytest.raises(UnsupportedPattern, match='"self"'):
         aligned(causal=True)(tokens())
 
 
-# -- what the paper claims, on digits as 16 tokens ---------------------------------------------------------------------
+# -- the paper's claims, on digits as 16 tokens ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def accuracies() -> dict[str, float]:
-    """Mean accuracy over two seeds, 10 epochs each."""
+    """Return the mean accuracy over two seeds, 10 epochs each."""
     kinds = {
         "standard": MultiHeadAttention, "optimised": OptimisedAttention, "slim": SlimAttention,
         "super": lambda dim, heads: SuperAttention(dim, heads, 16),
@@ -179,7 +179,7 @@ def accuracies() -> dict[str, float]:
 @pytest.mark.parametrize("kind,share", [("optimised", "three quarters"), ("slim", "half")])
 def test_fewer_projections_read_digits_as_well(claim, accuracies: dict[str, float], kind: str, share: str) -> None:
     claim(
-        f"{kind} attention, with {share} of the parameters, reads digits as well: accuracy, 2 seeds",
+        f"{kind} attention, with {share} of the parameters, classifies digits as well: accuracy, 2 seeds",
         ours=accuracies[kind], baseline=accuracies["standard"] - 0.015, better="higher",
         baseline_name="multi-head attention less 1.5 points", seed=0,
     )  # fmt: skip
@@ -189,7 +189,7 @@ def test_fewer_projections_read_digits_as_well(claim, accuracies: dict[str, floa
 @pytest.mark.parametrize("other", ["slim", "standard"])
 def test_alignment_reads_digits_better(claim, accuracies: dict[str, float], other: str) -> None:
     claim(
-        "super attention reads digits better: accuracy, 2 seeds",
+        "super attention classifies digits better: accuracy, 2 seeds",
         ours=accuracies["super"], baseline=accuracies[other], better="higher", margin=0.005,
         baseline_name=f"{other} attention", seed=0,
     )  # fmt: skip

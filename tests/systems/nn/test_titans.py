@@ -1,4 +1,4 @@
-"""Titans' layers: each combination of memory and attention by hand, its limits, and what is beyond the window."""
+"""Titans' layers: each combination of memory and attention by hand, its limits, and recall beyond the window."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokens(n: int = LENGTH, seed: int = 0) -> Tensor:
 
 
 def made(cls: type[Layer], **options: Any) -> Any:
-    """All parameters drawn, so that none of them is where it does nothing."""
+    """Make a layer with random parameters, so that each has an effect."""
     torch.manual_seed(1)
     persistent = {} if cls is NeuralMemory else {"persistent": P}
     layer = cls(DIM, HEADS, **{"chunk": 2, "conv": 3, **persistent, **options}).double()
@@ -39,7 +39,7 @@ def made(cls: type[Layer], **options: Any) -> Any:
 
 
 def silent(layer: Titans) -> Titans:
-    """Its memory answers nothing to anybody, and learns nothing."""
+    """Make the memory of a layer answer zeros and learn nothing."""
     nn.init.zeros_(layer.memory.op.first[-1])
     nn.init.constant_(layer.memory.rates["theta"].bias, -math.inf)
     return layer
@@ -49,7 +49,7 @@ def silent(layer: Titans) -> Titans:
 
 
 def projected(memory: NeuralMemory, part: int, x: Tensor) -> Tensor:
-    """Queries, keys or values by hand: one sum over the past for each token."""
+    """Compute queries, keys or values by hand, with one sum over the past for each token."""
     y = (memory.q, memory.k, memory.v)[part].weight @ x.mT
     if memory.convs:
         conv = memory.convs[part].conv
@@ -63,7 +63,7 @@ def projected(memory: NeuralMemory, part: int, x: Tensor) -> Tensor:
 
 
 def spoken(memory: NeuralMemory, out: Tensor, x: Tensor) -> Tensor:
-    """Answers by hand: a norm per head, a gate from the token, a projection."""
+    """Compute the output by hand from answers: a norm per head, a gate from the token, a projection."""
     scale = (out.square().mean(-1, keepdim=True) + torch.finfo(out.dtype).eps).rsqrt()
     heads = (out * scale * memory.norm.weight).transpose(1, 2).flatten(2)
     return (heads * torch.sigmoid(x @ memory.gate.weight.mT + memory.gate.bias)) @ memory.out.weight.mT
@@ -99,7 +99,7 @@ def test_recalling_is_reading_without_writing():
     out, past = memory.recall(x[:, :6], state, past)
     q = projected(memory, 0, x[:, :6])
     torch.testing.assert_close(out, spoken(memory, memory.op.recall(q, state.learner), x[:, :6]))
-    more, _ = memory.recall(x[:, 6:], state, past)  # the convolution of queries goes on
+    more, _ = memory.recall(x[:, 6:], state, past)  # the convolution of queries continues
     q = projected(memory, 0, x)[:, :, 6:]
     torch.testing.assert_close(more, spoken(memory, memory.op.recall(q, state.learner), x[:, 6:]))
 
@@ -119,7 +119,7 @@ def test_what_it_starts_from():
 
 
 def attended(attention: MultiHeadAttention, x: Tensor, visible: Tensor, at: Tensor | None = None) -> Tensor:
-    """Softmax attention over tokens at these places, by the whole matrix."""
+    """Compute softmax attention over tokens at these positions by the whole matrix."""
     q, k, v = (
         linear(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for linear in (attention.q, attention.k, attention.v)
     )
@@ -135,7 +135,7 @@ def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 def in_window(n: int, window: int) -> Tensor:
-    """Figure 3b: the window, and the persistent tokens."""
+    """Return the mask of figure 3b: the window and the persistent tokens."""
     query, key = torch.arange(n)[:, None], torch.arange(n)
     return (key <= query) & ((key < P) | (query - key < window))
 
@@ -173,7 +173,7 @@ def test_what_gate_and_layer_do_not_see(cls):
 
 
 def context(layer: MemoryAsContext, x: Tensor) -> Tensor:
-    """Token by token: what it and those before it in the segment have asked for, and they themselves."""
+    """Compute it token by token: a context of recalled answers and tokens of the segment so far."""
     memory, segment, out = layer.memory, layer.segment, []
     prefix = layer.persistent.expand(BATCH, -1, -1)
     old, new = memory.init_state(BATCH, dtype=x.dtype), memory.init_state(BATCH, dtype=x.dtype)
@@ -257,7 +257,7 @@ REACH = {MemoryAsGate: {"window": 3}, MemoryAsLayer: {"window": 3}, MemoryAsCont
 @pytest.mark.parametrize("cls", REACH)
 def test_the_memory_alone_reaches_beyond_the_window(cls):
     def reach(layer: Titans) -> Tensor:
-        """How much each token has to do with the last output."""
+        """Return the influence of each token on the last output."""
         x = tokens(12).requires_grad_()
         (grad,) = torch.autograd.grad(layer(x, causal=True)[:, -1].square().sum(), x)
         return grad.abs().sum((0, 2))
@@ -334,14 +334,14 @@ def test_bad_options(cls, options, message):
         cls(DIM, **options)
 
 
-# -- what is claimed ---------------------------------------------------------------------------------------------------
+# -- claims ------------------------------------------------------------------------------------------------------------
 
 
 class Told:
-    """The first token is a word, noise follows, and at the last places the word is asked for."""
+    """A task: the first token is a word, noise follows, and the last positions ask for the word."""
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Tokens `(size, 20)`, and the token to say at each place or -100."""
+        """Return tokens `(size, 20)`, and the target of each position or -100."""
         word = torch.randint(VOCAB // 2, VOCAB, (size, 1), generator=generator)
         noise = torch.randint(1, VOCAB // 2, (size, 13), generator=generator)
         found = torch.cat([word, noise, torch.zeros(size, 6, dtype=torch.long)], 1)
@@ -349,11 +349,11 @@ class Told:
 
 
 def said(layer: Layer) -> float:
-    """Share of the words that a network of one layer says after training."""
+    """Return the share of words that a trained network of one layer predicts."""
     model = Stack([layer])
     for name, parameter in model.named_parameters():
         if name.endswith("rates.theta.bias"):
-            nn.init.zeros_(parameter)  # longer steps than by default: the training is short
+            nn.init.zeros_(parameter)  # longer steps than the default, since the training is short
     return accuracy(train(model, Told(), 200, lr=1e-2), Told())
 
 
@@ -373,7 +373,7 @@ def test_it_tells_what_the_window_has_lost(claim, by_the_window, cls, options):
     torch.manual_seed(0)
     ours = said(cls(32, 1, persistent=2, position=Rotary(), depth=1, **options))
     claim(
-        f"a word told 14 and more tokens ago, one trained layer that sees 4 to 6 tokens: {cls.__name__}",
+        f"{cls.__name__}, one layer that sees 4 to 6 tokens, recalls a word from 14 or more tokens ago: share recalled",
         ours=ours, baseline=by_the_window, better="higher", margin=0.5,
         baseline_name="the window alone, with a short convolution", seed=0,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Text of a second-order Markov chain whose end repeats its beginning, and how well a causal model learns it."""
+"""Text of a second-order Markov chain whose end repeats its beginning, and the loss of causal models on it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ SYMBOLS, LENGTH, COPIED = 8, 48, 8
 
 
 def chain(generator: torch.Generator) -> Tensor:
-    """What follows each pair of symbols: `(symbols, symbols, symbols)`, each row a few likely ones."""
+    """Return the distribution after each pair of symbols, `(symbols, symbols, symbols)`, with few likely symbols."""
     return (2.5 * torch.randn(SYMBOLS, SYMBOLS, SYMBOLS, generator=generator)).softmax(-1)
 
 
 def text(count: int, table: Tensor, generator: torch.Generator) -> Tensor:
-    """`(count, LENGTH)`: the last `COPIED` symbols are the first ones again."""
+    """Return text `(count, LENGTH)` whose last `COPIED` symbols repeat the first ones."""
     symbols = [torch.randint(SYMBOLS, (count,), generator=generator) for _ in range(2)]
     while len(symbols) < LENGTH - COPIED:
         symbols.append(torch.multinomial(table[symbols[-2], symbols[-1]], 1, generator=generator)[:, 0])
@@ -27,7 +27,7 @@ def text(count: int, table: Tensor, generator: torch.Generator) -> Tensor:
 def loss_after(
     make: Callable[[], nn.Module], *, seed: int, steps: int = 250, batch: int = 16, lr: float = 8e-3
 ) -> float:
-    """Mean loss on fresh text, in nats a symbol, after training on the chain of that seed."""
+    """Return the mean loss on fresh text, in nats a symbol, after training on the chain of that seed."""
     random = torch.Generator().manual_seed(seed)
     table = chain(random)
     with torch.random.fork_rng(devices=[]):

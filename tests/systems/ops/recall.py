@@ -15,15 +15,16 @@ KEYS, VOCAB = 32, 64
 
 @dataclass(frozen=True)
 class Recall:
-    """`pairs` keys with their values come first, `tellings` times, each time with new values and in a new order; after
-    that every token is one of these keys, and its latest value is asked for."""
+    """Recall of key-value pairs: `pairs` keys come first, `tellings` times, each time with new values in a new order.
+
+    After that every token is one of these keys, and the target is its latest value."""
 
     pairs: int = 8
     length: int = 48
     tellings: int = 1
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Tokens `(size, length)` and, for each position, the token to say or -100."""
+        """Return tokens `(size, length)` and the target of each position, or -100."""
         keys = torch.rand(size, KEYS, generator=generator).argsort(-1)[:, : self.pairs]
         told = []
         for _ in range(self.tellings):
@@ -38,7 +39,7 @@ class Recall:
 
 
 class Mixer(nn.Module):
-    """Projections, a short causal convolution, the operator, and a projection back; gates, if it takes any."""
+    """Projections, a short causal convolution, the operator, its gates if it has any, and an output projection."""
 
     def __init__(self, dim: int, heads: int, op: Operator, unit: bool) -> None:
         super().__init__()
@@ -64,12 +65,12 @@ class Mixer(nn.Module):
         return self.out(self.op(q, k, v, causal=True, **rates).transpose(1, 2).flatten(2))
 
 
-#: Biases of the gates before training: forget little, some momentum, a short step (chunks add steps up).
+#: Initial biases of the gates: little forgetting, some momentum, a short step (chunks add steps up).
 FIRST = {"alpha": -4.0, "eta": -2.0, "theta": -3.0, "delta": 0.0}
 
 
 class Model(nn.Module):
-    """A layer of mixer and MLP for each operator. `unit`: queries and keys of length 1, as memories like them."""
+    """A layer of mixer and MLP for each operator. `unit`: queries and keys of length 1, which suit memories."""
 
     def __init__(self, ops: list[Operator], dim: int = 64, heads: int = 2, unit: bool = True) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ def train(model: Model, task: Recall, steps: int, *, seed: int = 0, lr: float = 
 
 @torch.no_grad()
 def accuracy(model: Model, task: Recall, seed: int = 12345, size: int = 256) -> float:
-    """Share of the asked values that the model says."""
+    """Return the share of queried values that the model predicts."""
     tokens, labels = task.batch(size, torch.Generator().manual_seed(seed))
     asked = labels >= 0
     return (model(tokens).argmax(-1) == labels)[asked].double().mean().item()

@@ -1,4 +1,4 @@
-"""A model of the house's own blocks for the recall tasks, and the linear attention that others are compared with."""
+"""A model of the library's own blocks for the recall tasks, and the baseline linear attention."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Elu(Linear):
 
 
 class Stack(nn.Module):
-    """Tokens to logits through a block for each layer."""
+    """A network from tokens to logits, with a block for each layer."""
 
     def __init__(self, layers: list[Layer]) -> None:
         super().__init__()
@@ -46,5 +46,5 @@ class Stack(nn.Module):
 
 
 def around(*ops: Operator, dim: int = 64, heads: int = 2) -> Stack:
-    """Two or more layers of attention with a short convolution before each."""
+    """Make two or more layers of attention with a short convolution before each."""
     return Stack([MultiHeadAttention(dim, heads, op=op, conv=4) for op in ops])

@@ -1,4 +1,4 @@
-"""Aaren: one question of every prefix, by a scan, by a recurrence or by a matrix; a state that does not grow."""
+"""Aaren: one query for every prefix, by a scan, a recurrence or a matrix, with a state of constant size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def by_hand(s: Tensor, v: Tensor) -> Tensor:
-    """Each prefix by itself."""
+    """Compute each prefix separately."""
     return torch.cat([s[..., None, : t + 1].softmax(-1) @ v[..., : t + 1, :] for t in range(s.shape[-1])], -2)
 
 
@@ -116,7 +116,7 @@ def test_a_stream_gives_the_same_with_a_state_that_does_not_grow() -> None:
             out.append(y)
             sizes.append(sum(numbers(state) for state in states))
     assert_near(torch.cat(out, 1), expected, 1e-5)
-    assert set(sizes) == {2 * 2 * 3 * (2 + 4 + 4)}  # two layers of two items, three heads: sums and the question
+    assert set(sizes) == {2 * 2 * 3 * (2 + 4 + 4)}  # two layers of two items, three heads: sums and the query
     cache = Softmax().init_state(2, 3, 3, 4, 4)
     for t in range(1, 4):
         _, cache = Softmax().step(*(draw(2, 3, 1, 4, dtype=torch.float32) for _ in range(3)), cache)
@@ -129,7 +129,7 @@ def test_going_on_from_a_prompt() -> None:
     q, k, v = qkv(50, value_width=5)
     op = Aaren("first")
     whole = op(q, k, v, causal=True)
-    for queries in (40, 3):  # the question is what the first query given asks
+    for queries in (40, 3):  # the stream's query is the first one given
         out, state = op.prefill(q[:, :, 40 - queries : 40], k[:, :, :40], v[:, :, :40])
         asked = whole if queries == 40 else op(q[:, :, 37:40].repeat(1, 1, 17, 1)[:, :, :50], k, v, causal=True)
         assert_near(out, asked[:, :, 40 - queries : 40], 1e-10)
@@ -188,11 +188,11 @@ def test_the_question_is_all_that_a_layer_has_more_of() -> None:
 
 
 class Classifier(nn.Module):
-    """A series to one of two classes, from what the last token holds after two blocks."""
+    """A classifier of series into two classes, from the last token after two blocks."""
 
     def __init__(self, make, dim: int = 32) -> None:
         super().__init__()
-        self.into = nn.Linear(5, dim)  # a value and the four before it
+        self.into = nn.Linear(5, dim)  # each token holds a value and the four before it
         self.blocks = nn.ModuleList([Block(make(dim)) for _ in range(2)])
         self.norm, self.out = nn.RMSNorm(dim), nn.Linear(dim, 2)
 
@@ -207,7 +207,7 @@ MOTIFS = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0], [1.0, 1.0, -1.0, -1.0, 1.0]]
 
 
 def series(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise of 64 values in which one of two motifs occurs once."""
+    """Make noise of 64 values in which one of two motifs occurs once."""
     x = 0.7 * torch.randn(size, 64, generator=generator)
     which = torch.randint(2, (size,), generator=generator)
     place = torch.randint(64 - 5, (size, 1), generator=generator) + torch.arange(5)
@@ -240,14 +240,14 @@ def test_it_classifies_series_as_a_transformer_does(claim) -> None:
     )
     assert ours > 0.8
     claim(
-        "which of two motifs occurs in noise, two layers of width 32, 200 steps, mean over three seeds",
+        "two layers of width 32 find which of two motifs occurs in noise: accuracy after 200 steps, three seeds",
         ours=ours, baseline=baseline - 0.03, better="higher",
         baseline_name="causal softmax attention, less three points", seed=0,
     )  # fmt: skip
 
 
 def seconds_per_token(lengths: tuple[int, ...]) -> dict[int, list[float]]:
-    """To stream one more token after n of them, by Aaren and by softmax attention: all in turns, each at its best."""
+    """Time one more token of a stream after n tokens, by Aaren and by softmax attention, as interleaved minima."""
     calls, best = {}, {n: [float("inf")] * 2 for n in lengths}
     for n in lengths:
         q, k, v = (draw(8, 4, n, 32, seed=s, dtype=torch.float32) for s in range(3))
@@ -267,14 +267,14 @@ def test_a_token_costs_the_same_however_long_the_past(claim) -> None:
     after = seconds_per_token((100, 2000))
     assert after[2000][0] < 2 * after[100][0]
     claim(
-        "microseconds to stream one more token of eight texts after 2,000, four heads of width 32",
+        "a stream's time per token is constant: microseconds after 2,000 tokens, eight texts, four heads of width 32",
         ours=1e6 * after[2000][0], baseline=0.5e6 * after[2000][1], better="lower",
-        baseline_name="half of what softmax attention takes",
+        baseline_name="half of softmax attention's time",
     )  # fmt: skip
 
 
 def test_the_plan_by_hand() -> None:
-    """Scores, and six merges a token inside blocks of 32; q, k, v and the output are read or written once."""
+    """The plan counts scores, six merges a token inside blocks of 32, and q, k, v and the output once each."""
     q, k, v = torch.zeros(2, 4, 100, 8), torch.zeros(2, 2, 100, 8), torch.zeros(2, 2, 100, 5)
     op = Aaren()
     plans = {engine: op.plan(q, k, v, causal=True, engine=engine) for engine in ("auto", *FORMS)}

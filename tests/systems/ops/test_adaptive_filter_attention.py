@@ -32,7 +32,7 @@ def build(heads: int = 4, head_dim: int = 8, value_dim: int | None = None, **opt
 
 
 def system(dynamics: Dynamics, head: int, paired: bool) -> tuple[torch.Tensor, dict[str, float]]:
-    """Complex rates `λ (C,)` of a head, and its numbers, from what is stored."""
+    """Return a head's complex rates `λ (C,)` and its other numbers from the parameters."""
     numbers = dict(dynamics.fixed)
     for name, raw in dynamics.raw.items():
         numbers[name] = F.softplus(raw[head]).item() + (0 if name == "sigma2" else 1e-5)
@@ -50,7 +50,7 @@ def variance(gap: float, mu: float, sigma2: float, eta2: float, gamma2: float) -
 
 
 def by_hand(op: AdaptiveFilterAttention, q, k, v, t=None, scale: float = 1.0, paired: bool = False) -> torch.Tensor:
-    """Pair by pair in complex numbers: each key and value times `e^{λ (t_i - t_j)}`, nothing factorised."""
+    """Compute the output pair by pair in complex numbers: each key and value times `e^{λ (t_i - t_j)}`."""
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
     t = torch.arange(k.shape[2])[None, None].expand(q.shape[0], 1, -1) if t is None else t
     q, k, v = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k, v))
@@ -133,9 +133,9 @@ def test_a_stream_may_go_on_with_times_of_each_head() -> None:
 
 
 def test_the_limit_is_rotary_attention() -> None:
-    """Neither decay nor process noise, unit vectors: softmax attention with rotary positions, values turned too.
+    """Without decay and process noise, unit vectors give softmax attention with rotary positions, also on values.
 
-    A key is carried forward to the query's time, so that angles have the sign opposite to that of most rotary models.
+    The system carries a key forward to the query's time, so that angles have the opposite sign of most rotary models.
     """
     nu, eta2, gamma2 = 0.7, 0.15, 0.1
     q, k, v = (F.normalize(x, dim=-1) for x in qkv(32, kv_heads=4))
@@ -171,7 +171,7 @@ def one(**numbers) -> Dynamics:
 
 
 def test_the_variance_solves_the_lyapunov_equation() -> None:
-    """Against Euler steps of `dV/ds = 2 μ V + σ²` from the key's noise; the query's own is added at the end."""
+    """The variance equals Euler steps of `dV/ds = 2 μ V + σ²` from the key's noise, plus the query's own noise."""
     for mu in (-0.3, -1e-7, 0.0):
         solved, steps = 0.4, 200_000
         for _ in range(steps):
@@ -258,7 +258,7 @@ def test_long_gaps_stay_finite() -> None:
 
 
 def test_rounding_makes_no_negative_residuals() -> None:
-    """Keys that the dynamics carry right onto large queries, measured with next to no noise, in float32."""
+    """Keys that the dynamics carry exactly onto large queries, with almost no noise, give no NaN in float32."""
     q = 300 * qkv(40, kv_heads=4, dtype=torch.float32)[0][:, :, :1].expand(-1, -1, 40, -1)
     op = AdaptiveFilterAttention(4, 8, mu=0.0, omega=[0.0] * 4, sigma2=0.0, eta2=1e-7, gamma2=1e-7, nu=1.0, tau=1.0)
     expected = q.cumsum(2) / torch.arange(1, 41)[:, None]
@@ -285,7 +285,7 @@ def test_rounding_makes_no_negative_residuals() -> None:
         ({"mu": float("nan")}, "mu=nan must be a finite number"),
         ({"sigma2": -1.0}, r"sigma2=-1\.0 must be at least 0"),
         ({"eta2": "small"}, "eta2='small'"),
-        ({"eta2": 0.0, "gamma2": 0}, "eta2=0 and gamma2=0 leave a token no variance"),
+        ({"eta2": 0.0, "gamma2": 0}, "eta2=0 and gamma2=0 give a token no variance"),
         ({"nu": 0.0}, r"nu=0\.0 must be above 0"),
         ({"tau": True}, "tau=True"),
         ({"tau": -1.0}, r"tau=-1\.0 must be at least 0"),
@@ -318,7 +318,7 @@ TRUE = {"mu": -0.02, "omega": [0.4], "sigma2": 0.02, "eta2": 0.5, "gamma2": 0.5,
 
 
 def measurements(seed: int, count: int = 16, length: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
-    """States `(B, 1, N, 2)` of a decaying rotation with noise, from its stationary distribution, and measurements."""
+    """Draw states `(B, 1, N, 2)` of a noisy decaying rotation from its stationary distribution, and measurements."""
     random = torch.Generator().manual_seed(seed)
 
     def noise(variance: float, *shape: int) -> torch.Tensor:
@@ -339,15 +339,14 @@ def error(estimate: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def test_it_filters(claim) -> None:
-    """With the true dynamics. It treats measurements as independent, so that it is no Kalman filter (0.09 here)."""
+    """With the true dynamics it filters. It treats measurements as independent: a Kalman filter gets 0.09 here."""
     truth, seen = measurements(0)
     ours = error(AdaptiveFilterAttention(1, 2, **TRUE)(seen, seen, seen, causal=True), truth)
     raw, softmax = error(seen, truth), min(
         error(Softmax()(seen, seen, seen, causal=True, scale=scale), truth) for scale in (0.25, 0.5, 1.0, 2.0)
     )  # fmt: skip
     claim(
-        "filtering a noisy decaying rotation with its true dynamics, queries, keys and values being the measurements:"
-        " error of the estimate",
+        "the operator with the true dynamics filters measurements of a noisy decaying rotation: error of the estimate",
         ours=ours, baseline=softmax, better="lower", margin=0.02,
         baseline_name="softmax attention at the best of four scales", seed=0,
     )  # fmt: skip
@@ -358,7 +357,7 @@ def test_it_filters(claim) -> None:
 
 
 def test_outliers_have_less_say(claim) -> None:
-    """10 % of the measurements are 20 times too large, wherever they stand: as queries, keys and values."""
+    """10 % of the measurements, in queries, keys and values, are 20 times too large."""
     rises: dict[bool, list[float]] = {True: [], False: []}
     for seed in range(5):
         truth, seen = measurements(seed)
@@ -371,6 +370,6 @@ def test_outliers_have_less_say(claim) -> None:
     assert all(ours < 0.85 * theirs for ours, theirs in zip(rises[True], rises[False], strict=True))
     ours, theirs = (sum(rises[robust]) / 5 for robust in (True, False))
     claim(
-        "outliers in 10% of the measurements raise the error less under robust logits: the rise, mean of 5 seeds",
+        "outliers in 10% of the measurements raise the error less under robust logits: increase, mean of 5 seeds",
         ours=ours, baseline=theirs, better="lower", margin=0.2 * theirs, baseline_name="Gaussian logits", seed=0,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sparse Distributed Memory: the balls' intersection, the softmax near it, and a memory that cleans up noise."""
+"""Sparse Distributed Memory: the intersection of balls, the fitted softmax, and recall from noisy cues."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_intersection_is_counted_exactly() -> None:
 
 
 def cap_by_the_beta_function(n: int, radius: int, cosine: float) -> float:
-    """The same area as the released code writes it (Lee and Kim, 2014), with the constant that it drops."""
+    """Return the same area by the released code's formula (Lee and Kim, 2014), with the constant that it drops."""
     reach, half = math.acos(1 - 2 * radius / n), math.acos(cosine) / 2
     if half >= reach:
         return -math.inf
@@ -251,14 +251,14 @@ def test_bad_arguments() -> None:
 
 
 def flipped(patterns: Tensor, count: int, seed: int) -> Tensor:
-    """Every pattern with `count` of its bits flipped."""
+    """Return every pattern with `count` of its bits flipped."""
     random = torch.Generator().manual_seed(seed)
     at = torch.rand(patterns.shape, generator=random).argsort(-1)[..., :count]
     return patterns.scatter(-1, at, -patterns.gather(-1, at))
 
 
 def recalled(read: Tensor, patterns: Tensor) -> Tensor:
-    """For each query the pattern that its reading is nearest to, -1 where the reading is no pattern."""
+    """Return the pattern nearest to each query's reading, or -1 if the reading is no pattern."""
     cosine = F.normalize(read, dim=-1) @ F.normalize(patterns, dim=-1).mT
     best = cosine.max(-1)
     return torch.where(best.values > 0.9, best.indices, -1)[0, 0]
@@ -291,7 +291,7 @@ def test_a_softmax_recalls_what_the_memory_recalls(seed: int, claim) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_fitted_softmax_has_the_memorys_weights(seed: int, claim) -> None:
-    """Where the weights are spread: a radius for noisy cues. Other betas are farther off, to either side."""
+    """At a radius for noisy cues, which spreads weights, the fitted beta is nearer than larger or smaller ones."""
     patterns = bits(1, 1, 200, 64, seed=seed)
     cues, op = flipped(patterns, 8, seed), SparseDistributedMemory(64, 15, "binary")
     unit, weights = (F.normalize(cues, dim=-1), F.normalize(patterns, dim=-1)), op.weights(cues, patterns)
@@ -322,7 +322,7 @@ def test_finite_neurons_come_near_the_expected_weights(seed: int, claim) -> None
 
 
 def test_recall_cleans_up_in_steps(claim) -> None:
-    """Each reading has fewer wrong bits than the one before it."""
+    """Each reading has fewer wrong bits than the one before."""
     patterns = bits(1, 1, 100, 64)
     cues, op = flipped(patterns, 22, 0), SparseDistributedMemory(64, 15, "binary")
 
@@ -331,7 +331,7 @@ def test_recall_cleans_up_in_steps(claim) -> None:
 
     once, often = (right(op.recall(cues, 3 * patterns, steps=steps)) for steps in (1, 5))
     claim(
-        "readings that are cues again recall more of 100 patterns from cues with 22 of 64 bits wrong",
+        "repeated readings recall more of 100 patterns from cues with 22 of 64 bits wrong: share recalled",
         ours=often, baseline=once, better="higher", margin=0.15, baseline_name="one reading", seed=0,
     )  # fmt: skip
     assert right(cues) == 0

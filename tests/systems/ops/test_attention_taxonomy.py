@@ -38,7 +38,7 @@ def built(alignment: str | Alignment = "scaled_dot", distribution="softmax", **o
 
 
 def plain_logits(op: SurveyAttention, q: Tensor, k: Tensor) -> Tensor:
-    """Logits by the alignment itself, keys repeated for every query head."""
+    """Return the alignment's logits, with keys repeated for every query head."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     n_queries, n_keys = q.shape[2], k.shape[2]
     at = Tile(torch.arange(n_keys - n_queries, n_keys), torch.arange(n_keys), n_keys, n_queries, False)
@@ -79,7 +79,7 @@ def test_limits() -> None:
 
 
 class Identity(Alignment):
-    """An alignment of the user's own."""
+    """A custom alignment."""
 
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
         return torch.einsum("bhqd,bhkd->bhqk", q, k)
@@ -145,7 +145,7 @@ def test_inner_products_run_on_fused_kernels(alignment: str) -> None:
 
 
 def test_only_a_softmax_is_merged_tile_by_tile() -> None:
-    """The chunked engine sees 1,024 keys at a time: a normaliser of whole rows would go wrong there."""
+    """The chunked engine reads 1,024 keys at a time, which would be wrong for a normalizer of whole rows."""
     q, k, v = qkv(4, 1100, heads=4)
     k = 3 * k
     for op in (built("additive"), built("dot", "sparsemax"), built(window=700)):
@@ -157,7 +157,7 @@ def test_only_a_softmax_is_merged_tile_by_tile() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_local_window_by_hand(causal: bool) -> None:
-    """Softmax over the keys near the predicted position, times a Gaussian, which is not normalised away."""
+    """The local window is a softmax over keys near the predicted position, times a Gaussian, not normalized again."""
     q, k, _ = qkv(9, 12)
     op = built(window=2, sigma=1.3)
     ours, logits = op.weights(q, k, causal=causal), plain_logits(op, q, k)
@@ -173,7 +173,7 @@ def test_a_local_window_by_hand(causal: bool) -> None:
 
 
 def test_the_window_learns() -> None:
-    """The prediction is trained through the Gaussian."""
+    """The Gaussian passes a gradient to the prediction."""
     q, k, v = qkv(9)
     op = built(window=3)
     assert all(grad.any() for grad in gradients(op(q, k, v), list(op.local.parameters())))
@@ -222,15 +222,15 @@ def test_samples() -> None:
         ({"alignment": "aditive"}, "did you mean"),
         ({"alignment": "additive"}, "needs heads and head_dim"),
         ({"alignment": "dot", "hidden": 4}, "takes no hidden"),
-        ({"alignment": Identity(), "hidden": 4, "depth": 2}, "depth, hidden: options of an alignment by name"),
+        ({"alignment": Identity(), "hidden": 4, "depth": 2}, "depth, hidden must come with an alignment's name"),
         ({"distribution": "sofmax"}, "distribution='sofmax' must be one of"),
         ({"distribution": "entmax", "alpha": 0.5}, "alpha=0.5"),
-        ({"alpha": 1.5}, 'alpha=1.5 belongs to distribution="entmax"'),
-        ({"distribution": "sample"}, "draws from a generator"),
-        ({"generator": torch.Generator()}, "draws from a generator"),
-        ({"sigma": 1.0}, "sigma=1.0 needs a window"),
-        ({"window": 2}, "window=2 needs heads and head_dim"),
-        ({"window": 2, "heads": 2}, "window=2 needs heads and head_dim"),
+        ({"alpha": 1.5}, 'alpha=1.5 must come with distribution="entmax"'),
+        ({"distribution": "sample"}, "generator must come with distribution"),
+        ({"generator": torch.Generator()}, "generator must come with distribution"),
+        ({"sigma": 1.0}, "sigma=1.0 must come with a window"),
+        ({"window": 2}, "window=2 must come with heads and head_dim"),
+        ({"window": 2, "heads": 2}, "window=2 must come with heads and head_dim"),
         ({"window": 0, "heads": 2, "head_dim": 4}, "window=0"),
         ({"window": 2, "sigma": -1, "heads": 2, "head_dim": 4}, "sigma=-1"),
     ],
@@ -295,11 +295,12 @@ def test_queries(places: dict[str, str], known: set[str], strangers: set[str]) -
     assert not found & strangers
 
 
-# -- the race ----------------------------------------------------------------------------------------------------------
+# -- a comparison of alignments
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Needle:
-    """Queries are keys seen through a fixed rotation: which of n keys is meant? It is one of the first `places`."""
+    """A task whose queries are rotated keys: find the key of a query among the first `places` of n keys."""
 
     def __init__(self, seed: int, places: int = 64, width: int = 8, n: int = 64) -> None:
         self.random, self.places, self.n, self.width = torch.Generator().manual_seed(seed), places, n, width
@@ -312,13 +313,13 @@ class Needle:
 
 
 def found_share(alignment: str, seed: int, places: int = 64, steps: int = 100) -> float:
-    """Share of needles that get the largest weight, after training on the weights' log-likelihood."""
+    """Return the share of needles with the largest weight, after training on the weights' log-likelihood."""
     task = Needle(seed, places)
     options = {"positions": 64} if alignment == "location" else {"hidden": 32} if alignment == "additive" else {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         op = SurveyAttention(alignment, heads=1, head_dim=8, **options)
-    sharpness = nn.Parameter(torch.tensor(1.0))  # the dot product may learn its temperature, and no more
+    sharpness = nn.Parameter(torch.tensor(1.0))  # the dot product learns only its temperature
     optimiser = torch.optim.Adam([sharpness, *op.parameters()], lr=2e-2)
     for _ in range(steps):
         q, k, at = task.batch(64)
@@ -352,5 +353,5 @@ def test_locations_say_nothing_of_a_needle_that_moves(seed: int) -> None:
     [("additive", {}, 5), ("deep", {"depth": 3}, 5 + 2 * 25), ("feature", {}, 0)],
 )
 def test_what_a_pair_costs(alignment: str, options: dict[str, int], products: int) -> None:
-    """What is read out of 5 hidden numbers, which meet 2 further layers, or do not wait for a query."""
+    """The cost of a pair is a read-out of 5 hidden numbers, plus 2 layers for "deep", and less for "feature"."""
     assert score_products(SurveyAttention(alignment, heads=2, head_dim=16, hidden=5, **options)) == products

@@ -1,4 +1,4 @@
-"""BASED: a parabola for the exponential, tiny windows, short convolutions; and recall against bytes of state."""
+"""BASED: a second-order exponential, small windows, short convolutions, and recall against bytes of state."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_output_is_the_quadratic_form(symmetric: bool, scale: float | None) 
 
 
 def test_the_release_layer_written_out() -> None:
-    """Projections to 16 channels a head, the feature map of the paper on both sides, cumulative sums."""
+    """The release's layer: projections to 16 channels a head, the paper's features of q and k, cumulative sums."""
     torch.manual_seed(0)
     layer, x = linear_layer(24, 3, 16).double(), draw(2, 20, 24)
     assert [p.shape[0] for p in (layer.q.weight, layer.k.weight, layer.v.weight)] == [48, 48, 24]
@@ -144,7 +144,7 @@ def test_the_convolution_by_hand(expand: int) -> None:
         expected = layer.out(past / (1 + torch.exp(-past)) * gate[:, t])
         assert_near(layer(x, causal=True)[:, t], expected, 1e-12)
     assert layer.conv.conv.bias is None
-    # padding on the left is absence
+    # padding on the left has no effect
     seen = torch.ones(2, 1, 1, 6, dtype=torch.bool)
     seen[..., :2] = False
     garbage = x.masked_fill(~seen[:, 0, 0, :, None], float("nan"))
@@ -160,7 +160,7 @@ LAYERS = {
 
 
 def held(state: Any) -> int:
-    """Bytes of a state's tensors."""
+    """Return the bytes of a state's tensors."""
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
     parts = state if isinstance(state, tuple | list) else vars(state).values() if hasattr(state, "__dict__") else ()
@@ -247,7 +247,7 @@ def test_bad_options(options: dict, message: str) -> None:
 
 
 def recalled(op: Operator, feature_dim: int, seed: int) -> float:
-    """By one trained layer of width 64, whose convolution puts each key beside its value."""
+    """Train one layer of width 64, whose convolution joins each key with its value; return its recall."""
     torch.manual_seed(seed)
     layer = MultiHeadAttention(64, 1, head_dim=feature_dim, value_dim=64, op=op, conv=4)
     task = Recall(pairs=16, length=48)
@@ -256,14 +256,14 @@ def recalled(op: Operator, feature_dim: int, seed: int) -> float:
 
 @pytest.mark.slow
 def test_recall_grows_with_the_state_and_beats_plain_features(claim) -> None:
-    # the row's own model, a convolution layer and then this one, is at chance after 300 steps whatever the features
+    # the paper's own model, a convolution layer and then this one, is at chance after 300 steps with any features
     ours, small, plain = recalled(TaylorAttention(), 16, 1), recalled(TaylorAttention(), 4, 1), recalled(Elu(), 16, 1)
     assert ours > 0.9
     claim(
-        "values recalled of 16 keys by one trained layer, 16 channels a head in place of 4",
+        "16 channels a head recall more values than 4: share recalled of 16 keys, one trained layer",
         ours=ours, baseline=small, better="higher", margin=0.1, baseline_name="4 channels a head, 21 features", seed=1,
     )  # fmt: skip
     claim(
-        "values recalled of 16 keys by one trained layer with 16 channels a head",
+        "Taylor features recall more values than elu + 1: share recalled of 16 keys, one layer, 16 channels a head",
         ours=ours, baseline=plain, better="higher", margin=0.1, baseline_name="elu + 1, same projections", seed=1,
     )  # fmt: skip

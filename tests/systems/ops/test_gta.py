@@ -1,4 +1,4 @@
-"""GTA: attention by relative geometry, through a common frame, and blind to where the world's origin is."""
+"""GTA: attention by relative geometry through a common frame, invariant to the world's origin."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build(name: str, **more) -> tuple[int, GTA]:
 
 
 def attributes(op: GTA) -> dict[str, torch.Tensor]:
-    """Poses and coordinates, as far as the operator uses them."""
+    """Make the poses and coordinates that the operator uses."""
     given = {"poses": POSES} if {"se3", "so3"} & op.dims.keys() else {}
     return given | ({"coords": COORDS} if {"so2", "t2"} & op.dims.keys() else {})
 
@@ -49,7 +49,7 @@ def turn(angle: float) -> torch.Tensor:
 
 
 def relative(op: GTA, mine: tuple, theirs: tuple) -> torch.Tensor:
-    """The block-diagonal matrix of the group element g_i⁻¹ g_j, from poses and coordinates of two tokens."""
+    """Return the block-diagonal matrix of the group element g_i⁻¹ g_j, from poses and coordinates of two tokens."""
     pose, offset = torch.linalg.inv(mine[0]) @ theirs[0], theirs[1] - mine[1]
     shifted = pose.clone()
     shifted[:3, 3] *= 0.375
@@ -68,12 +68,12 @@ def relative(op: GTA, mine: tuple, theirs: tuple) -> torch.Tensor:
             count = width // 4
             rate = [2 * math.pi * 2.0 ** (f - count) for f in range(1, count + 1)]
             rate = rate if op.base is None else [op.base ** (-f / count) for f in range(count)]
-            blocks += [turn(float(x) * w) for x in offset for w in rate]
+            blocks += [turn(float(x) * w) for w in rate for x in offset]
     return torch.block_diag(*blocks)
 
 
 def pairwise(op: GTA, q, k, v, causal: bool, poses=(POSES, POSES), coords=(COORDS, COORDS)) -> torch.Tensor:
-    """The definition: a matrix for each pair of tokens."""
+    """Compute the output by the definition, with a matrix for each pair of tokens."""
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
     for b in range(q.shape[0]):
         for i in range(q.shape[2]):
@@ -103,8 +103,30 @@ def test_the_factorised_form_is_the_pairwise_definition(name: str, v_transform: 
         assert_near(weights @ v.repeat_interleave(2, 1), out, 1e-10)
 
 
+@pytest.mark.parametrize("base", [None, 10_000.0])
+def test_pairs_lie_as_in_the_release(base: float | None) -> None:
+    """The release stacks a matrix for each frequency and axis, axes innermost, and multiplies neighbouring channels."""
+    count, axes = 3, 2
+    op = GTA(2 * axes * count, {"so2": 2 * axes * count}, base=base)
+    q, k, v = qkv(LENGTH, width=2 * axes * count)
+    if base is None:
+        rates = 2 * math.pi * 2.0 ** torch.arange(1, count + 1, dtype=torch.float64) / 2.0**count
+    else:
+        rates = torch.exp(torch.arange(0, 2 * count, 2, dtype=torch.float64) * -(math.log(base) / (2 * count)))
+    angles = torch.stack([COORDS[..., axis, None] * rates for axis in range(axes)], -1)
+    cos, sin = angles.cos(), angles.sin()
+    rows = [torch.stack(row, -1) for row in ((cos, -sin), (sin, cos))]
+    rho = torch.stack(rows, -2).flatten(2, 3)  # (B, N, pairs, 2, 2)
+
+    def times(matrices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bnpij,bhnpj->bhnpi", matrices, x.unflatten(-1, (-1, 2))).flatten(-2)
+
+    moved = oracle.attention(*(times(rho, x) for x in (q, k, v)))
+    assert_near(op(q, k, v, coords=COORDS), times(rho.mT, moved), 1e-10)
+
+
 def test_the_euclidean_form() -> None:
-    """Groups of three are points; what counts is their distance in the world, whose norms are squared."""
+    """Groups of three are points, and logits are squared distances in the world's frame."""
     width, op = build("euclid")
     q, k, v = qkv(LENGTH, kv_heads=4, width=width)
 
@@ -112,7 +134,7 @@ def test_the_euclidean_form() -> None:
         still, points, pairs = x[..., :2], x[..., 2:8].unflatten(-1, (2, 3)), x[..., 8:]
         rotation, shift = POSES[:, None, :, :3, :3], 0.375 * POSES[:, None, :, None, :3, 3]
         points = (points - shift) @ rotation if back else points @ rotation.mT + shift
-        angles = (COORDS[:, None, ..., None] * groups.octaves(2)).flatten(-2) * (-1 if back else 1)
+        angles = (COORDS[:, None, ..., None, :] * groups.octaves(2)[:, None]).flatten(-2) * (-1 if back else 1)
         return torch.cat([still, points.flatten(-2), rotary.rotate(pairs, angles, "interleaved")], -1)
 
     distance = (moved(q)[:, :, :, None] - moved(k)[:, :, None]).square().sum(-1)
@@ -122,8 +144,8 @@ def test_the_euclidean_form() -> None:
     assert not op(q, k, v, mask=nobody, **attributes(op)).any()
     plain = build("euclid", v_transform=False)[1]
     assert_near(
-        plain(q, k, v, causal=True, **attributes(op)),
-        (-0.5 * distance * width**-0.5).masked_fill(~masks.causal(LENGTH, LENGTH), masks.NEVER).softmax(-1) @ v, 1e-10,
+        plain(q, k, v, causal=True, **attributes(op)), (-0.5 * distance * width**-0.5).masked_fill(~masks.causal(LENGTH,
+        LENGTH), masks.NEG_INF).softmax(-1) @ v, 1e-10,
     )  # fmt: skip
 
 
@@ -295,7 +317,7 @@ def test_other_widths_are_refused() -> None:
 
 
 class Viewer(nn.Module):
-    """A token asks for one of several points, each seen by another camera, and wants it in its own camera's frame."""
+    """A query token asks for one of several points, each seen by another camera, in its own camera's frame."""
 
     def __init__(self, op: Operator, points: int, width: int = 32) -> None:
         super().__init__()
@@ -315,7 +337,7 @@ class Viewer(nn.Module):
 
 
 def scene(count: int, points: int, random: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Points as their cameras see them (homogeneous, and their names), the cameras, the question, and its answer."""
+    """Make points in their cameras' frames (homogeneous, with names), the cameras, the query, and the answer."""
     rotation, _ = torch.linalg.qr(torch.randn(count, points + 1, 3, 3, generator=random))
     poses = torch.eye(4).repeat(count, points + 1, 1, 1)
     poses[..., :3, :3] = rotation * torch.linalg.det(rotation)[..., None, None]
@@ -353,7 +375,7 @@ SPLIT = {"triv": 16, "se3": 16}
 def test_it_carries_points_from_camera_to_camera(claim) -> None:
     ours, theirs = error(GTA(32, SPLIT), 0), error(Softmax(), 0)
     claim(
-        "a point seen by one camera, told in another's frame, for random poses: test error after 300 steps",
+        "GTA predicts a point seen by one camera in another's frame, for random poses: test error after 300 steps",
         ours=ours, baseline=theirs, better="lower", margin=0.9 * theirs,
         baseline_name="the same net that reads flattened pose matrices", seed=0,
     )  # fmt: skip
@@ -363,7 +385,7 @@ def test_it_carries_points_from_camera_to_camera(claim) -> None:
 def test_values_have_to_be_carried_too(claim) -> None:
     ours, theirs = (sum(error(GTA(32, SPLIT, v_transform=v), seed) for seed in range(2)) / 2 for v in (True, False))
     claim(
-        "values and outputs go through the frames too, and not only scores: test error of the same task",
+        "transforming values and outputs, not only scores, lowers the error on the same task: test error",
         ours=ours, baseline=theirs, better="lower", margin=0.9 * theirs,
         baseline_name="GTA with v_transform=False", seed=0,
     )  # fmt: skip

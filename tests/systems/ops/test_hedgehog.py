@@ -1,4 +1,4 @@
-"""Hedgehog: features that are spiky and monotone before training, and follow a softmax after distillation."""
+"""Hedgehog: its weights are spiky and monotone before training, and imitate a softmax after distillation."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_options_shape_the_maps(bias, numbers):
 def test_a_width_of_the_features_apart_from_the_head_s(feature_dim, bias):
     op = Hedgehog(2, 8, "exp", bias=bias, feature_dim=feature_dim)
     assert op.query_map.weight.shape == op.key_map.weight.shape == (2, feature_dim, 8)
-    assert op.init_state(1, 2, 2, 8, 5).memory.shape == (1, 2, 2 * feature_dim, 6)
+    assert op.init_state(1, 2, 2, 8, 5).sums.shape == (1, 2, 2 * feature_dim, 6)
     x = draw(1, 2, 9, 8)
     y = F.pad(x, (0, 4))[..., :feature_dim]  # at first the first channels, and zeros beyond them
     torch.testing.assert_close(op.key_features(x, 1.0), torch.cat([y.exp(), (-y).exp()], -1))
@@ -127,20 +127,20 @@ def test_untrained_it_is_spikier_and_more_monotone_than_elu(claim):
     q, k = (8 * F.normalize(draw(8, 1, 64, 16, seed=s), dim=-1) for s in (0, 1))
     ours, elu = (op.weights(q, k) for op in (Hedgehog(1, 16, "exp"), Learned(1, 16, "elu")))
     claim(
-        "entropy of the weights before training, q and k of norm 8, in nats",
+        "untrained weights are spiky: their entropy in nats, for q and k of norm 8",
         ours=attention_entropy(ours).mean().item(), baseline=attention_entropy(elu).mean().item(),
         better="lower", margin=0.2, baseline_name="elu + 1", seed=0,
     )  # fmt: skip
     scores = q @ k.mT
     claim(
-        "rank correlation of weights with q . k before training, q and k of norm 8",
+        "untrained weights are monotone: their rank correlation with q . k, for q and k of norm 8",
         ours=monotonicity(scores, ours).mean().item(), baseline=monotonicity(scores, elu).mean().item(),
         better="higher", margin=0.15, baseline_name="elu + 1", seed=0,
     )  # fmt: skip
 
 
 def tokens(size: int, g: torch.Generator, words: Tensor) -> Tensor:
-    """Queries or keys as a layer makes them: one of a few words each (so that some match), and noise."""
+    """Make queries or keys like those of a layer: each is one of a few words, so that some match, plus noise."""
     heads, count, dim = words.shape
     which = torch.randint(count, (heads, size, 64), generator=g)
     chosen = torch.stack([words[h][which[h]] for h in range(heads)], 1)
@@ -148,7 +148,7 @@ def tokens(size: int, g: torch.Generator, words: Tensor) -> Tensor:
 
 
 def divergence(op: Linear, q: Tensor, k: Tensor) -> float:
-    """KL(teacher || student), mean over rows and heads."""
+    """Return KL(teacher || student), the mean over rows and heads."""
     with torch.no_grad():
         teacher = Softmax().weights(q, k)
         excess = distillation_loss(op.weights(q, k), teacher) - attention_entropy(teacher).mean(0).sum()
@@ -157,7 +157,7 @@ def divergence(op: Linear, q: Tensor, k: Tensor) -> float:
 
 @pytest.mark.parametrize("form", ["softmax", "exp"])
 def test_distillation_follows_a_softmax_where_elu_cannot(claim, form):
-    # isotropic Gaussians leave no map of 2D features a chance (KL about 0.26, elu 0.30): real keys are words with noise
+    # no map of 2D features fits isotropic Gaussians (KL about 0.26, elu 0.30): real keys are words with noise
     g = torch.Generator().manual_seed(0)
     words = F.normalize(torch.randn(2, 16, 16, generator=g), dim=-1)
     batches = [(tokens(4, g, words), tokens(4, g, words)) for _ in range(16)]
@@ -173,13 +173,13 @@ def test_distillation_follows_a_softmax_where_elu_cannot(claim, form):
     assert after["ours"] < 0.5 * after["elu"]
     for name, baseline in (("elu", "a learned elu + 1 map"), ("T2R", "a learned ReLU map (T2R)")):
         claim(
-            f"KL from softmax weights after 300 steps of distillation, form {form}",
+            f"the form {form} imitates softmax weights after 300 steps of distillation: KL divergence",
             ours=after["ours"], baseline=after[name], better="lower", baseline_name=baseline, seed=0,
         )  # fmt: skip
 
 
 def layer_inputs(model: Model, task: Recall) -> list[list[tuple[Tensor, Tensor]]]:
-    """What the operator of each layer gets as q and k, over a few batches."""
+    """Record each operator's q and k over a few batches."""
     g, seen = torch.Generator().manual_seed(1), [[] for _ in model.mixers]
     hooks = [
         mixer.op.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[:2]))
@@ -207,7 +207,7 @@ def test_a_trained_softmax_model_is_converted(claim):
         found[name] = accuracy(model, task)
     assert found["ours"] >= 0.8
     claim(
-        "values recalled of 24 keys after the softmax of a trained model was swapped, with 300 steps of distillation",
+        "it can replace a trained model's softmax after 300 steps of distillation: share of values recalled, 24 keys",
         ours=found["ours"], baseline=found["elu"], better="higher", margin=0.2,
         baseline_name="a learned elu + 1 map", seed=0,
     )  # fmt: skip
@@ -223,7 +223,7 @@ def test_distillation_changes_the_maps_alone_and_repeats():
         assert given[0][0].grad is None
         assert all(p.grad is None for p in op.parameters())
     assert runs[0] == runs[1]
-    with pytest.raises(OptionError, match="Softmax has no parameters to train"):
+    with pytest.raises(OptionError, match="op=Softmax must have parameters to train"):
         distill(Softmax(), [(q, k)], steps=1)
     with pytest.raises(OptionError, match="steps=0"):
         distill(op, [(q, k)], steps=0)
@@ -286,7 +286,7 @@ def test_a_scale_of_nothing_is_a_mean_and_a_negative_one_is_refused() -> None:
 
 
 def test_the_plan_counts_the_maps() -> None:
-    """16 features of 8 numbers for each of 5 queries and 9 keys; a state of 16 numbers by 3 values and their sum."""
+    """The plan counts 16 features of 8 numbers for 5 queries and 9 keys, and a state of 16 by 3 values and a sum."""
     q, k, v = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 9, 8), torch.zeros(2, 4, 9, 3)
     flops = Hedgehog(4, 8).plan(q, k, v).flops
     assert flops == 2 * 2 * 4 * (5 + 9) * (8 * 8 + 16 * 4)

@@ -1,4 +1,4 @@
-"""HiP: the search finds what matters where neighbours are alike, at sub-quadratic cost."""
+"""HiP: the search finds important keys if neighbours are similar, at sub-quadratic cost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_keeping_all_is_causal_attention(options: dict[str, int], rep: str) -> N
 
 
 def chosen(op: HiP, q: Tensor, k: Tensor) -> list[Tensor]:
-    """The keys that each group of queries of the first head keeps."""
+    """Return the keys that each group of queries of the first head keeps."""
     s = op.selection(q, k, True, 1.0)
     return [index[real].sort().values for index, real in zip(s.indices[0, 0], s.real[0, 0], strict=True)]
 
@@ -46,7 +46,7 @@ def test_what_a_group_keeps(sinks: int, window: int) -> None:
 @pytest.mark.parametrize("rep", ["first", "middle"])
 @pytest.mark.parametrize("block_q", [1, 4])
 def test_the_search_by_hand(rep: str, block_q: int) -> None:
-    """The row's algorithm for one head, with lists."""
+    """The search equals the paper's algorithm for one head, with lists."""
     q, k, _ = qkv(62, heads=1, kv_heads=1, width=3)
     keep, block = 8, 2
     products = (q[0, 0] @ k[0, 0].T).masked_fill(torch.ones(62, 62, dtype=torch.bool).triu(1), float("-inf"))
@@ -71,7 +71,7 @@ def test_the_search_by_hand(rep: str, block_q: int) -> None:
 @pytest.mark.parametrize("n", [256, 1024, 4096])
 @pytest.mark.parametrize("keep", [32, 128])
 def test_the_search_is_sub_quadratic(n: int, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Representatives scored are counted, not timed."""
+    """The number of scored representatives grows less than quadratically."""
     counted: list[Tensor] = []
     scores = hip.Part.scores
     monkeypatch.setattr(hip.Part, "scores", lambda self, *at: counted.append(at[1].sum(-1)) or scores(self, *at))
@@ -82,7 +82,7 @@ def test_the_search_is_sub_quadratic(n: int, keep: int, monkeypatch: pytest.Monk
 
 
 def drifting(n: int, coefficient: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Queries, and keys that are a stationary random walk over positions: neighbours are alike."""
+    """Make queries, and keys from a stationary random walk over positions, so that neighbours are similar."""
     random = torch.Generator().manual_seed(seed)
     noise, keys = torch.randn(n, 1, 4, 32, generator=random), [torch.randn(1, 4, 32, generator=random)]
     for step in noise[1:]:
@@ -91,7 +91,7 @@ def drifting(n: int, coefficient: float, seed: int = 0) -> tuple[Tensor, Tensor]
 
 
 def recovered(keys: Tensor, q: Tensor, k: Tensor) -> float:
-    """Attention mass on some keys `(1, 4, 64)`, over that on the best as many."""
+    """Return the attention mass on some keys `(1, 4, 64)` over that on the best keys of the same number."""
     weights = oracle.weights(q, k)[:, :, 0]
     best = weights.topk(keys.shape[-1]).values.sum(-1)
     return (weights.gather(-1, keys).sum(-1) / best).mean().item()
@@ -140,7 +140,7 @@ def test_a_budget_is_the_keys_kept() -> None:
 
 
 def test_the_plan_counts_the_search() -> None:
-    """The products that PyTorch counts while keys are chosen, and two for each key that is kept."""
+    """The plan equals PyTorch's count of products while choosing keys, plus two for each kept key."""
     q, k, v = qkv(256, heads=4, kv_heads=2, batch=2, width=8, dtype=torch.float32)
     op = HiP(16, block_q=4)
     for queries in (1, 256):

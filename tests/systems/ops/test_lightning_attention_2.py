@@ -1,4 +1,4 @@
-"""Lightning Attention-2: the tiled backward pass is exact, keeps nothing that grows, and costs the same per token."""
+"""Lightning Attention-2: the tiled backward pass is exact, saves only its inputs, and costs constant time per token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def qkv(n: int, heads: int = 2, dim: int = 8, dtype: torch.dtype = torch.float64
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, decay: float) -> Tensor:
-    """The sum that the mechanism is defined by, as one matrix."""
+    """Compute the defining sum as one matrix."""
     lag = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
     return ((q @ k.transpose(-1, -2)) * torch.where(lag >= 0, decay ** lag.clamp_min(0).double(), 0.0)) @ v
 
@@ -75,12 +75,12 @@ def test_a_strong_decay_over_a_long_block_stays_finite(backward):
     out = LightningAttention2([0.01, 1e-30], block=256, backward=backward)(q, k, v, causal=True)
     grads = torch.autograd.grad(out.square().sum(), (q, k, v))
     assert all(x.isfinite().all() for x in (out, *grads))
-    # what is left of such a memory is the token itself
+    # with such a decay only the token itself is left
     torch.testing.assert_close(out[:, 1], ((q * k).sum(-1, keepdim=True) * v)[:, 1])
 
 
 def kept(op: LightningAttention2, n: int) -> int:
-    """Numbers held between forward and backward, apart from q, k and v themselves."""
+    """Count the numbers that are saved for the backward pass besides q, k and v."""
     inputs, sizes = qkv(n, dtype=torch.float32), {}
     own = {x.untyped_storage().data_ptr() for x in inputs}
 
@@ -98,14 +98,14 @@ def test_nothing_kept_for_the_backward_pass_grows_with_the_length(claim):
     short, long = (kept(LightningAttention2(decay, block=16), n) for n in (64, 512))
     assert short == long
     claim(
-        "numbers kept for the backward pass per token beyond q, k, v, at 512 tokens in blocks of 16",
+        "the tiled backward pass saves only q, k, v: further saved numbers per token at 512 tokens in blocks of 16",
         ours=long / 512, baseline=kept(LightningAttention2(decay, block=16, backward="autograd"), 512) / 512,
         better="lower", margin=1.0, baseline_name="the same blocks under autograd", seed=0,
     )  # fmt: skip
 
 
 def seconds_per_token(n: int, engine: str) -> float:
-    """CPU seconds of forward and backward; the least of a few runs, so that a busy machine does not show."""
+    """Return the CPU seconds of forward and backward: the minimum of a few runs, for a busy machine."""
     inputs, op, best = qkv(n, heads=1, dim=16, dtype=torch.float32), LightningAttention2([0.99]), math.inf
     for _ in range(3):
         start = time.thread_time()
@@ -120,7 +120,7 @@ def test_time_per_token_does_not_grow_with_the_length(claim):
     )
     assert ours < 1.5
     claim(
-        "forward and backward time per token at 4,096 tokens over that at 512",
+        "time per token, forward and backward, does not grow with the length: at 4,096 tokens over that at 512",
         ours=ours, baseline=quadratic, better="lower", margin=2.5, baseline_name="the quadratic form", seed=0,
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_decays_of_the_release():
     decay = transnormer_decay(8, 3, 12, "release")
     slopes = [2 ** -(h + 1) * (1 - 3 / 11 + 1e-5) for h in range(8)]
     assert decay.tolist() == pytest.approx([math.exp(-s) for s in slopes], rel=1e-12)
-    # six heads: the slopes of four, then every other one of eight
+    # the slopes of four heads, then every other one of eight
     six = -torch.log(transnormer_decay(6, 0, 12, "release")) / (1 + 1e-5)
     assert six.tolist() == pytest.approx([2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3], rel=1e-9)
     assert transnormer_decay(8, 0, 1, "release").shape == (8,)

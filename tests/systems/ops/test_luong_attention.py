@@ -1,4 +1,4 @@
-"""Luong attention: four scores, windows that know where they are, and a decoder that is told where it looked."""
+"""Luong attention: four scores, windows by position, and a decoder with input feeding."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from foveate.core.engines import chunked
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn.seq2seq.luong_decoder import LuongDecoder
 from foveate.ops.dense.luong_attention import LuongAttention, alignment_error_rate
+from foveate.ops.operator import Capabilities
 from tests.ops.plans import score_products
 from tests.tensors import assert_near, gradients, qkv
 
@@ -22,7 +23,7 @@ PAIRS = [(score, mode) for score in SCORES for mode in MODES if score != "locati
 
 
 def built(score: str = "dot", mode: str = "global", *, heads: int = 4, spread: float = 1.0, **options):
-    """One whose weights do something."""
+    """Make an operator with random weights."""
     if score == "location":
         options = {"max_keys": 8, **options}
     op = LuongAttention(8, score, mode, heads=heads, **options).double()
@@ -34,7 +35,7 @@ def built(score: str = "dot", mode: str = "global", *, heads: int = 4, spread: f
 
 
 def logit_by_hand(op, head: int, state, key, place: int):
-    """None: a location score does not know the place."""
+    """Return a logit by its formula; None if a location score does not cover the position."""
     if op.kind == "dot":
         return state @ key
     if op.kind == "general":
@@ -47,7 +48,7 @@ def logit_by_hand(op, head: int, state, key, place: int):
 
 @torch.no_grad()
 def by_hand(op, q, k, v, scale: float, seen, t=None):
-    """The formulas, a word at a time; `seen (B, Nk)`."""
+    """Compute the formulas word by word; `seen (B, Nk)`."""
     (b, h, nq, _), nk = q.shape, k.shape[2]
     k, v = (x.repeat_interleave(h // x.shape[1], 1) for x in (k, v))
     out = q.new_zeros(b, h, nq, v.shape[3])
@@ -130,7 +131,7 @@ def test_special_cases() -> None:
 
 
 def test_the_query_knows_its_place() -> None:
-    """Step by step, as a decoder goes, and for any places."""
+    """Queries know their positions, step by step in a decoder and for any positions."""
     q, k, v = qkv(6, 11)
     op = built("dot", "local_m", window=2)
     whole = op(q, k, v)
@@ -142,7 +143,7 @@ def test_the_query_knows_its_place() -> None:
 
 
 def test_the_window_follows_the_prediction() -> None:
-    """The whole formula at once, with its gradients, those of the Gaussian's centre among them."""
+    """The formula and its gradients, also of the Gaussian's centre, agree."""
     q, k, v = qkv(40, 30, heads=1, kv_heads=1, grad=True)
     op = built("general", "local_p", heads=1, window=4, spread=0.7)
     centre = 30 * torch.sigmoid(torch.tanh(q @ op.w_place) @ op.v_place[0])
@@ -194,12 +195,12 @@ def test_alignment_error_rate() -> None:
     weights = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.4, 0.1], [0.2, 0.3, 0.5], [0.0, 0.0, 0.0]])
     sure = torch.tensor([[0, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]).bool()
     possible = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0]]).bool()
-    # three links drawn, two sure; one of the three is sure, and two may be
+    # three links, two sure ones; one of the three is sure, and two are possible
     assert alignment_error_rate(weights, sure, possible) == pytest.approx(1 - (1 + 2) / (3 + 2))
     assert alignment_error_rate(weights, sure) == pytest.approx(1 - (1 + 1) / (3 + 2))
     assert alignment_error_rate(sure.double(), sure) == 0
     assert alignment_error_rate(sure.double(), sure.roll(1, 1)) == 1
-    # of two sentences: all their links together
+    # two sentences: all their links together
     two, links = torch.stack([weights, weights.flip(0)]), torch.stack([sure, sure.flip(0)])
     assert alignment_error_rate(two, links) == alignment_error_rate(weights, sure)
     assert alignment_error_rate(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool)) == 1
@@ -219,10 +220,10 @@ def test_alignment_error_rate() -> None:
         ({"heads": 2.0}, r"heads=2\.0"),
         ({"hidden": -1}, "hidden=-1"),
         ({"gaussian": None}, "gaussian=None"),
-        ({"max_keys": 5}, 'max_keys=5 goes with score="location"'),
-        ({"score": "location"}, 'max_keys=None goes with score="location"'),
+        ({"max_keys": 5}, 'max_keys=5 must come with score="location"'),
+        ({"score": "location"}, 'max_keys=None must come with score="location"'),
         ({"score": "location", "max_keys": 0}, "max_keys=0"),
-        ({"score": "location", "max_keys": 5, "mode": "local_p"}, "score=\"location\" has no mode 'local_p'"),
+        ({"score": "location", "max_keys": 5, "mode": "local_p"}, "must come with mode=\"global\"; got mode='local_p'"),
     ],
 )
 def test_bad_options(options: dict, says: str) -> None:
@@ -260,7 +261,7 @@ def test_the_decoder_by_hand(mode: str, input_feeding: bool) -> None:
         torch.manual_seed(0)
         decoder = LuongDecoder(6, 9, "general", mode, window=2, input_feeding=input_feeding, layers=2).double()
     random = torch.Generator().manual_seed(0)
-    memory, tokens = torch.randn(2, 7, 6, generator=random).double(), torch.randint(9, (2, 4), generator=random)
+    source, tokens = torch.randn(2, 7, 6, generator=random).double(), torch.randint(9, (2, 4), generator=random)
     state = tuple(torch.randn(2, 2, 6, generator=random).double() for _ in range(2))
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2]).bool()[:, None, None]
     expected, rows, inner, fed = [], [], state, torch.zeros(2, 6).double()
@@ -268,16 +269,16 @@ def test_the_decoder_by_hand(mode: str, input_feeding: bool) -> None:
         x = decoder.embed(tokens[:, t])
         out, inner = decoder.lstm((torch.cat([x, fed], -1) if input_feeding else x)[:, None], inner)
         given = {"t": torch.tensor([t])} if mode == "local_m" else {}
-        source = memory[:, None]
+        keys = source[:, None]
         weights = decoder.attention.weights(
-            F.pad(out[:, None], (0, 0, 0, 6)), source, mask=mask, **{name: torch.full((7,), t) for name in given}
+            F.pad(out[:, None], (0, 0, 0, 6)), keys, mask=mask, **{name: torch.full((7,), t) for name in given}
         )[:, 0, 0]
-        context = (weights[..., None] * memory).sum(1)
+        context = (weights[..., None] * source).sum(1)
         fed = torch.tanh(decoder.combine(torch.cat([context, out[:, 0]], -1)))
         expected.append(decoder.out(fed))
         rows.append(weights)
-    assert_near(decoder(memory, tokens, state, mask), torch.stack(expected, 1), 1e-12)
-    assert_near(decoder.align(memory, tokens, state, mask), torch.stack(rows, 1), 1e-12)
+    assert_near(decoder(source, tokens, state, mask), torch.stack(expected, 1), 1e-12)
+    assert_near(decoder.align(source, tokens, state, mask), torch.stack(rows, 1), 1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -289,11 +290,11 @@ def test_what_it_says_is_the_likeliest(mode: str, input_feeding: bool) -> None:
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(10)
-    memory = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(0))
+    source = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(0))
     start = torch.tensor([1, 2, 3])
-    said = decoder.generate(memory, start, 5)
+    said = decoder.generate(source, start, 5)
     given = torch.cat([start[:, None], said[:, :-1]], 1)
-    assert torch.equal(decoder(memory, given).argmax(-1), said)
+    assert torch.equal(decoder(source, given).argmax(-1), said)
     assert len(said.unique()) > 2
 
 
@@ -305,15 +306,15 @@ def test_bad_decoders() -> None:
         with pytest.raises(OptionError, match=says):
             LuongDecoder(**{"dim": 6, "vocab": 9, **options})
     decoder = LuongDecoder(6, 9)
-    for memory in (torch.zeros(2, 7, 5), torch.zeros(3, 7, 6), torch.zeros(2, 7)):
-        with pytest.raises(ShapeError, match=r"memory must be \(B, S, C\) with B=2, C=6; got"):
-            decoder(memory, torch.zeros(2, 4, dtype=torch.long))
+    for source in (torch.zeros(2, 7, 5), torch.zeros(3, 7, 6), torch.zeros(2, 7)):
+        with pytest.raises(ShapeError, match=r"source must be \(B, S, C\) with B=2, C=6; got"):
+            decoder(source, torch.zeros(2, 4, dtype=torch.long))
     with pytest.raises(OptionError, match="steps=0"):
         decoder.generate(torch.zeros(2, 7, 6), torch.zeros(2, dtype=torch.long), 0)
 
 
 class Translator(nn.Module):
-    """An LSTM that reads, and Luong's decoder; `blind`: it looks at nothing."""
+    """An LSTM encoder and Luong's decoder; `blind` removes attention."""
 
     vocab = 22  # padding, the start, and twenty words
 
@@ -325,7 +326,7 @@ class Translator(nn.Module):
             self.decoder.attention = Nothing()
 
     def read(self, source: torch.Tensor, length: torch.Tensor):
-        """The source's states, where the decoder starts, and the mask."""
+        """Return the source's states, the decoder's first state, and the mask."""
         packed = nn.utils.rnn.pack_padded_sequence(self.embed(source), length, batch_first=True, enforce_sorted=False)
         states, last = self.encoder(packed)
         states, _ = nn.utils.rnn.pad_packed_sequence(states, batch_first=True, total_length=source.shape[1])
@@ -338,21 +339,21 @@ class Translator(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=0)
 
     def accuracy(self, source: torch.Tensor, target: torch.Tensor, length: torch.Tensor) -> float:
-        """Share of whole sentences."""
+        """Return the share of sentences that are right as a whole."""
         states, last, mask = self.read(source, length)
         said = self.decoder.generate(states, torch.ones_like(length), target.shape[1], last, mask)
         return ((said == target) | (target == 0)).all(1).double().mean().item()
 
 
 class Nothing(nn.Module):
-    inputs: frozenset[str] = frozenset()
+    capabilities = Capabilities()
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(q)
 
 
 def reversals(count: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """8 to 12 words, the same in reverse, and how many."""
+    """Make sentences of 8 to 12 words, their reversals, and their lengths."""
     length, place = torch.randint(8, 13, (count,), generator=random), torch.arange(12)
     real = place < length[:, None]
     source = torch.randint(2, 22, (count, 12), generator=random) * real
@@ -376,7 +377,7 @@ def trained(blind: bool = False, steps: int = 500, lr: float = 5e-3, **options) 
 
 @pytest.fixture(scope="module")
 def seeing() -> Translator:
-    """With global dot attention."""
+    """Train a translator with global dot attention."""
     return trained()
 
 
@@ -385,7 +386,7 @@ def test_looking_back_reverses_sentences(claim, seeing: Translator) -> None:
     tests, blind = reversals(200, torch.Generator().manual_seed(99)), trained(blind=True)
     ours = seeing.accuracy(*tests)
     claim(
-        "global dot attention with input feeding reverses sentences of 8 to 12 words: share of whole sentences",
+        "global dot attention with input feeding reverses sentences of 8 to 12 words: share of sentences right",
         ours=ours, baseline=blind.accuracy(*tests), better="higher", margin=0.3,
         baseline_name="the same without attention", seed=0,
     )  # fmt: skip
@@ -399,11 +400,11 @@ def test_looking_back_reverses_sentences(claim, seeing: Translator) -> None:
 
 @pytest.mark.slow
 def test_a_predicted_window_is_as_good(claim, seeing: Translator) -> None:
-    """The baseline is global attention less ten points."""
+    """A predicted window is as good as global attention, up to ten points."""
     tests = reversals(200, torch.Generator().manual_seed(99))
     local = trained(score="general", mode="local_p", window=3).accuracy(*tests)
     claim(
-        "a window of 7 words whose centre is predicted does as well as the whole sentence: share of whole sentences",
+        "a window of 7 words with a predicted centre does as well as the whole sentence: share of sentences right",
         ours=local, baseline=seeing.accuracy(*tests) - 0.1, better="higher",
         baseline_name="global attention less ten points", seed=0,
     )  # fmt: skip

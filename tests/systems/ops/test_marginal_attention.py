@@ -1,4 +1,4 @@
-"""Attention as the posterior over a latent edge: by enumeration, by key, by slot."""
+"""Attention as the posterior over a latent edge: by enumeration, with axis "key" and with axis "slot"."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def log_psi(op: MarginalAttention, q: Tensor, k: Tensor, scale: float) -> Tensor
 
 
 def test_enumerated_marginals_are_the_factorised_ones() -> None:
-    """All 5^4 sets of edges, one for each of 4 queries."""
+    """Enumerating all 5^4 sets of edges, one for each of 4 queries, gives the factorised marginals."""
     score, prior = random(4, 5), random(4, 5, seed=1)
     assert_near(enumerate_edges(score), torch.softmax(score, -1), 1e-10)
     assert_near(enumerate_edges(score, prior), torch.softmax(score + prior, -1), 1e-10)
@@ -56,7 +56,7 @@ def test_enumerated_marginals_are_the_factorised_ones() -> None:
 
 
 def test_enumeration_has_an_end() -> None:
-    with pytest.raises(ShapeError, match=r"5 \*\* 7 = 78125 joint states; at most 65536"):
+    with pytest.raises(ShapeError, match=r"at most 65536 joint states; got 5 \*\* 7 = 78125"):
         enumerate_edges(random(7, 5))
     assert enumerate_edges(random(8, 4)).shape == (8, 4), "exactly as many as are allowed"
 
@@ -72,7 +72,7 @@ def test_weights_are_enumerated_marginals(potential: str) -> None:
 
 @pytest.mark.parametrize("potential", ["dot", "gaussian"])
 def test_the_collapsed_gradient(potential: str) -> None:
-    """One step on the marginal log-likelihood is attention, with the gradients of each log psi as values."""
+    """A gradient step on the marginal log-likelihood is attention, with the gradients of each log psi as values."""
     k, prior, y = random(6, 3), random(6, seed=1), random(3, seed=2).requires_grad_()
 
     def log_psi(y: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def test_slots_share_each_key(potential: str, kind: str | None, engine: str) -> 
     logits = log_psi(op, q, k, 8**-0.5)
     if mask is not None:
         logits = logits + (mask if kind == "bias" else torch.zeros(mask.shape).masked_fill(~mask, -math.inf))
-    shares = torch.nan_to_num(torch.softmax(logits, -2))  # keys that no slot may see belong to none
+    shares = torch.nan_to_num(torch.softmax(logits, -2))  # keys that no slot sees belong to none
     expected = torch.nan_to_num(shares / shares.sum(-1, keepdim=True))
     assert_near(op.weights(q, k, mask=mask), expected, 1e-10)
     out = op(q, k, v, mask=mask, engine=engine)
@@ -188,7 +188,7 @@ def test_the_gradient_by_slot() -> None:
 
 @pytest.mark.parametrize("kind", [None, "keys", "pairs", "bias"])
 def test_hard_edges_by_slot(kind: str | None) -> None:
-    """As in k-means: each key belongs to one slot, which is their mean. The prior decides who, and weighs no more."""
+    """As in k-means, each key belongs to one slot, which is the mean of its keys; the prior only picks the slot."""
     q, k, v = qkv(4, 12)
     mask = None if kind is None else a_mask(kind, 4, 12)
     op, logits = (
@@ -238,8 +238,8 @@ def test_slots_are_not_causal() -> None:
         ({"potential": "cosine"}, "potential='cosine'"),
         ({"estimate": "median"}, "estimate='median'"),
         ({"axis": "query"}, "axis='query'"),
-        ({"estimate": "sample"}, "draws from a generator"),
-        ({"generator": torch.Generator()}, 'no other does; got estimate="mean"'),
+        ({"estimate": "sample"}, "generator must come with estimate"),
+        ({"generator": torch.Generator()}, 'only with it; got estimate="mean"'),
     ],
 )
 def test_bad_options(options: dict, says: str) -> None:
@@ -261,7 +261,7 @@ def test_bad_arguments() -> None:
 
 
 def blobs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """150 points of three Gaussians, who made them, and three of them as slots."""
+    """Draw 150 points of three Gaussians with their labels, and three of the points as slots."""
     centres = torch.tensor([[0.0, 0.0], [4.0, 0.0], [2.0, 3.5]], dtype=torch.float64)
     made = torch.arange(150) % 3
     nodes = (centres[made] + 0.7 * random(150, 2, seed=seed))[None, None]
@@ -280,7 +280,7 @@ def test_slots_that_compete_find_the_clusters(seed: int, claim) -> None:
     slots, evidence = expectation_maximisation(competing, start, nodes, 10, scale=2.0)
     once = MarginalAttention("gaussian")(start, nodes, nodes, scale=2.0)
     claim(
-        f"slots that compete for points, ten times over, find three Gaussians: adjusted Rand index (seed {seed})",
+        f"slots that compete for points in ten steps find three Gaussians: adjusted Rand index (seed {seed})",
         ours=agreement(slots), baseline=agreement(once), better="higher", margin=0.3,
         baseline_name="softmax over points, once", seed=seed,
     )  # fmt: skip
@@ -293,7 +293,7 @@ def test_slots_that_compete_find_the_clusters(seed: int, claim) -> None:
 @pytest.mark.parametrize("axis", ["key", "slot"])
 @pytest.mark.parametrize("estimate", ["mean", "map"])
 def test_the_plan_counts_every_scoring_of_pairs(potential: str, axis: str, estimate: str) -> None:
-    """Hard edges to slots are scored once and then known; shares of keys are scored before they are read by."""
+    """The plan counts one scoring for hard edges to slots, and two for soft shares of keys."""
     q, k, v = qkv(7, 9, dtype=torch.float32)
     op = MarginalAttention(potential, estimate, axis=axis)
     with FlopCounterMode(display=False) as counter:

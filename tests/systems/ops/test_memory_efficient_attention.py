@@ -1,4 +1,4 @@
-"""Memory-efficient attention: softmax attention for every size of chunk, without its matrix, also backward."""
+"""Memory-efficient attention equals softmax attention for every chunk size, forward and backward, without a matrix."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_loud_scores(causal: bool) -> None:
 
 
 def parts(count: int, seed: int = 0) -> list[online.Partial]:
-    """Partial results of disjoint keys; the second saw none."""
+    """Return partial results of disjoint keys; the second one saw no key."""
     random = torch.Generator().manual_seed(seed)
     made = []
     for index in range(count):
@@ -70,12 +70,12 @@ def test_logits_are_only_written_over_where_they_may_be() -> None:
     before, values = logits.clone(), torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
     kept = online.partial(logits, values)
     assert torch.equal(logits, before)
-    for one, other in zip(online.partial(logits, values, spend=True), kept, strict=True):
+    for one, other in zip(online.partial(logits, values, inplace=True), kept, strict=True):
         assert torch.equal(one, other)
 
 
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of tiles that are merged."""
+    """Record the shapes of merged tiles."""
     seen: list[tuple[int, ...]] = []
     partial = online.partial
 
@@ -125,15 +125,15 @@ def test_memory_that_the_matrix_would_take(backward: bool, least: int, claim) ->
     matrix = 4 * N * N
     assert ours < matrix / least
     claim(
-        f"peak memory in MB at {N} tokens, {'forward and backward' if backward else 'forward'}, chunks of 256",
+        f"chunks of 256 need less memory: MB at {N} tokens, {'forward and backward' if backward else 'forward'}",
         ours=ours / 1e6, baseline=naive / 1e6, better="lower", margin=(1 - 1 / least) * naive / 1e6,
-        baseline_name="the plain engine, with its matrix", seed=0,
+        baseline_name="the reference engine with its matrix", seed=0,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(("backward", "tiles"), [(False, 1.2), (True, 2.3)])
 def test_few_tiles_are_alive_at_a_time(backward: bool, tiles: float) -> None:
-    """One forward, and its gradient beside it backward; what is over is inputs, output and their like."""
+    """One tile is alive forward, and a tile and its gradient backward, besides inputs, output and their gradients."""
     assert peak(MemoryEfficientAttention(1024, 1024), "auto", backward, width=8) < tiles * 4 * 1024 * 1024
 
 

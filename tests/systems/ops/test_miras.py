@@ -1,4 +1,4 @@
-"""Miras: its choices are the known memories at their limits, and robust objectives pass over outliers."""
+"""Miras: its choices equal the known memories at their limits, and robust objectives ignore outliers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def same(one: Tensor, other: Tensor) -> None:
 
 @pytest.mark.parametrize(("bias", "p"), [("lp", 1.5), ("lp", 3.0), ("huber", 3.0), ("huber_norm", 3.0)])
 def test_an_error_of_exactly_zero_moves_nothing_and_has_gradients(bias, p):
-    """Without smoothing, tokens that fill up the last chunk, and values that are predicted already, have `|e| = 0`."""
+    """Without smoothing, padding of the last chunk and exactly predicted values have `|e| = 0`."""
     q, k, v = (x[:, :, :13].requires_grad_() for x in tensors())
     op = Miras(bias, "l2", p=p, alpha=0.1, theta=0.1, delta=0.5, chunk=8, smooth=0.0)
     out, smoothed = op(q, k, v, causal=True), Miras(bias, "l2", p=p, alpha=0.1, theta=0.1, delta=0.5, chunk=8)
@@ -45,7 +45,7 @@ def test_an_error_of_exactly_zero_moves_nothing_and_has_gradients(bias, p):
     assert not op(q, k, torch.zeros_like(v), causal=True).any()
 
 
-@pytest.mark.parametrize("chunk", [1, 8])  # a gradient that does not look at the weights is exact in any chunk
+@pytest.mark.parametrize("chunk", [1, 8])  # a gradient that does not depend on the weights is exact in any chunk
 def test_dot_is_linear_attention(chunk):
     q, k, v = tensors()
     op = Miras("dot", "none", theta=1.0, chunk=chunk)
@@ -124,7 +124,7 @@ def test_kl_is_the_multiplicative_update_on_a_simplex():
     same(op(q, k, v, causal=True), torch.stack(out, 2))
 
 
-def test_lq_is_the_normalised_sum_of_steps():
+def test_lq_is_the_normalized_sum_of_steps():
     q, k, v = tensors()
     weights, total, out = torch.zeros(2, 2, 16, 16, dtype=torch.float64), 0.0, []
     for t in range(SHAPE[2]):
@@ -137,7 +137,7 @@ def test_lq_is_the_normalised_sum_of_steps():
 
 
 def trajectory(op: Miras, steps: int) -> list[Tensor]:
-    """The weights after each of many random tokens; infinite ones, once, where they diverge."""
+    """Return the weights after each of many random tokens, up to the first infinite ones if they diverge."""
     g = torch.Generator().manual_seed(0)
     state, found = op.init_state(1, 1, 1, 8, 8), []
     for _ in range(steps):
@@ -164,7 +164,7 @@ def test_lq_bounds_weights_that_plain_descent_lets_grow(claim):
     largest = [max(w.norm().nan_to_num(1e30, 1e30).item() for w in path) for path in (bounded, plain)]
     assert largest[1] > 10 * plain[0].norm()
     claim(
-        "largest norm of the weights over 1,000 random tokens, p = 3, against the first one",
+        "l_q retention bounds the weights: their largest norm over 1,000 random tokens over the first one, p = 3",
         ours=largest[0] / bounded[0].norm().item(), baseline=min(largest[1] / plain[0].norm().item(), 1e6),
         better="lower", margin=10, baseline_name="the same steps without retention", seed=0,
     )  # fmt: skip
@@ -192,10 +192,10 @@ def test_robust_objectives_pass_over_outliers(claim):
         assert ours < 0.7 * l2
         assert ours < nothing  # and it has learned something
         claim(
-            f"squared error of {name} on clean associations, where every fifth value is 20 times too large",
+            f"{name} ignores outliers: squared error on clean associations if every fifth value is 20 times too large",
             ours=ours, baseline=l2, better="lower", baseline_name="the l2 objective, same steps", seed=0,
         )  # fmt: skip
-    # p = 3 runs after outliers: it reads back worse than p = 1.5, and without l_q retention it diverges
+    # p = 3 follows outliers: it recalls worse than p = 1.5, and without l_q retention it diverges
     assert error(Miras.moneta(3.0, **steps, memory="linear")) > error(found["Moneta with p = 1.5"])
     with pytest.raises(DivergedError, match="Miras's memory diverged"):
         error(Miras("lp", "l2", p=3.0, **steps))
@@ -253,7 +253,7 @@ def test_a_decay_brought_to_a_memory_without_one_is_refused():
 
 
 def mlp(*options: Any, **more: Any) -> Miras:
-    """Two heads of width 4, with gain and shift away from where they do nothing."""
+    """Make two heads of width 4, with random gain and shift."""
     sizes = {"memory": "mlp", "heads": 2, "head_dim": 4, "generator": torch.Generator().manual_seed(0)}
     op = Miras(*options, **{**sizes, **more}).double()
     if op.memory == "mlp":
@@ -264,7 +264,7 @@ def mlp(*options: Any, **more: Any) -> Miras:
 
 
 def learned(op: Miras, q: Tensor, k: Tensor, v: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Descent on `loss(M(k) - v)`, one sequence and head at a time; gradients by autograd, the norm by torch."""
+    """Descend `loss(M(k) - v)` one sequence and head at a time, with gradients by autograd and the norm by torch."""
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
 
     def answer(head: int, weights: list[Tensor], x: Tensor) -> Tensor:
@@ -381,7 +381,7 @@ def test_an_mlp_holds_more_pairs_than_it_has_channels(claim):
         op = Miras("l2", "none", theta=0.1, chunk=1, memory=memory, heads=1, head_dim=16, generator=g).double()
         error[memory] = (recall(op, k, k.repeat(1, 1, 12, 1), v.repeat(1, 1, 12, 1)) - v).square().mean().item()
     claim(
-        "squared error of 48 associations in 16 dimensions after 12 passes, an MLP for a memory",
+        "an MLP memory stores more: squared error of 48 associations in 16 dimensions after 12 passes",
         ours=error["mlp"], baseline=error["linear"], better="lower", margin=0.2,
         baseline_name="a linear memory, same objective and step", seed=0,
     )  # fmt: skip
@@ -400,7 +400,7 @@ def test_trained_end_to_end_it_recalls_the_latest_value(claim):
         torch.manual_seed(0)  # each with the better of two learning rates
         found[name] = accuracy(train(Model([make(), make()]), TWICE, 300, lr=lr), TWICE)
     claim(
-        "values recalled by YAAD (huber_norm), 8 keys told twice with different values, two trained layers of width 64",
+        "YAAD (huber_norm) recalls new values: share recalled of 8 keys given twice, two trained layers of width 64",
         ours=found["ours"], baseline=found["linear"], better="higher", margin=0.1,
         baseline_name="linear attention without gates", seed=0,
     )  # fmt: skip

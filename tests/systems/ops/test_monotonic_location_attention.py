@@ -1,4 +1,4 @@
-"""Monotonic location attention: steps over the source that are the same for a short one and a long one."""
+"""Monotonic location attention: its steps over the source do not depend on the source's length."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def steps_by_hand(op, rho: float) -> float:
 
 @torch.no_grad()
 def by_hand(op, q, k, v, scale: float, seen) -> torch.Tensor:
-    """The formulas, a query at a time."""
+    """Compute the formulas query by query."""
     (b, h, nq, _), nk = q.shape, k.shape[2]
     k, v = (x.repeat_interleave(h // x.shape[1], 1) for x in (k, v))
     out = q.new_zeros(b, h, nq, v.shape[3])
@@ -127,7 +127,7 @@ def test_softstair() -> None:
 
 
 def forced(rho: float, size: int, **options) -> torch.Tensor:
-    """Weights `(size, size)` of queries whose rho is given, and whose bell is as narrow as it gets."""
+    """Return weights `(size, size)` of queries with a given rho and the narrowest bell."""
     op = MonotonicLocationAttention(4, **options).double()
     with torch.no_grad():
         for parameter in op.parameters():
@@ -157,7 +157,7 @@ def test_free_steps_go_back() -> None:
 
 @pytest.mark.parametrize(("wider", "back"), [(0.4, 1e-4), (0.0, 0.5 / 39)])
 def test_one_step_never_goes_back(wider: float, back: float) -> None:
-    """Away from the ends, where the bell is cut; by less than half a token where it is so narrow that places snap."""
+    """Expected positions never decrease away from the ends, up to half a token for a bell that snaps to positions."""
     op = built(step="onestep")
     with torch.no_grad():
         op.position[:, :, 0], op.position_bias[:, 0], op.w_sigma[:] = 0.0, wider, 0.0
@@ -191,7 +191,7 @@ def test_every_weight_learns() -> None:
 
 
 def test_as_built() -> None:
-    """Xavier's bounds and those of linear layers; the learned mean of steps starts at the forward jumps."""
+    """Weights start in Xavier's and linear layers' bounds; the learned mix of steps starts at forward jumps."""
     op = MonotonicLocationAttention(50, 2, step="controlled_relu", mix=True)
     for weight, bound in (
         (op.position, (6 / 100) ** 0.5), (op.w_sigma, (6 / 51) ** 0.5), (op.w_rho, (6 / 51) ** 0.5),
@@ -250,7 +250,7 @@ def network(seed: int = 0, **options) -> MonotonicLocationSeq2Seq:
 
 
 def copies(count: int, low: int, high: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Strings over ten tokens with zeros behind, and their lengths."""
+    """Make strings over ten tokens, padded with zeros, and their lengths."""
     length = torch.randint(low, high + 1, (count,), generator=random)
     tokens = torch.randint(1, 11, (count, high), generator=random)
     return tokens * (torch.arange(high) < length[:, None]), length
@@ -258,7 +258,7 @@ def copies(count: int, low: int, high: int, random: torch.Generator) -> tuple[to
 
 @pytest.mark.parametrize("options", [{}, {"mix": True, "step": "relu"}, {"mix_direction": True, "past": "location"}])
 def test_the_network_by_hand(options: dict) -> None:
-    """An example alone, unpadded, in plain loops."""
+    """The network equals plain loops over one unpadded example."""
     model = network(**options)
     tokens, lengths = copies(3, 2, 7, torch.Generator().manual_seed(2))
     targets, logits = tokens.flip(1), model(tokens, lengths, tokens.flip(1))
@@ -341,20 +341,20 @@ def test_bad_networks(options: dict, says: str) -> None:
 def test_bad_sources() -> None:
     model, tokens = network(), torch.ones(2, 5, dtype=torch.long)
     for bad in ((tokens, torch.tensor([5, 6])), (tokens, torch.tensor([5])), (tokens[0], torch.tensor([5]))):
-        with pytest.raises(ShapeError, match=r"tokens \(B, S\) and lengths \(B,\) at most S; got"):
+        with pytest.raises(ShapeError, match=r"tokens must be \(B, S\) and lengths \(B,\) up to S; got"):
             model.read(*bad)
     with pytest.raises(OptionError, match="steps=0"):
         model.generate(tokens, torch.tensor([5, 5]), 0)
 
 
 def copying_accuracy(model: MonotonicLocationSeq2Seq, length: int) -> float:
-    """Share of tokens that it copies right, one after another."""
+    """Return the share of tokens that the network copies right, step by step."""
     tokens, lengths = copies(100, length, length, torch.Generator().manual_seed(99))
     return (model.generate(tokens, lengths, length) == tokens).double().mean().item()
 
 
 def trained_to_copy(content: bool, steps: int = 400, lr: float = 5e-3) -> MonotonicLocationSeq2Seq:
-    """On strings of 5 to 10. `content`: the same network, its gate closed to the bell for good."""
+    """Train on strings of 5 to 10 tokens. `content`: the same network without the bell."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, random = (
@@ -382,7 +382,7 @@ def test_it_copies_strings_three_times_as_long(claim) -> None:
     ours, content = (trained_to_copy(content) for content in (False, True))
     assert copying_accuracy(content, 10) > 0.9, "the baseline has learned its task"
     claim(
-        "trained to copy strings of 5 to 10 tokens, tested on 30: share of tokens right",
+        "trained to copy 5 to 10 tokens, it copies 30: share of tokens right",
         ours=copying_accuracy(ours, 30), baseline=copying_accuracy(content, 30), better="higher", margin=0.3,
         baseline_name="attention over contents", seed=0,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Music Transformer: a vector for each distance, by skewing, and what knowing distances is good for."""
+"""Music Transformer: a vector for each distance, by skewing, and generalisation by distances."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def built(seed: int = 0, **options) -> MusicTransformer:
 
 
 def by_hand(op, q, k, v, scale, **grid) -> torch.Tensor:
-    """The direct formula, pair by pair."""
+    """Compute the direct formula pair by pair."""
     (b, h, nq, _), nk = q.shape, k.shape[2]
     k, v = (x.repeat_interleave(h // x.shape[1], 1) for x in (k, v))
     out = q.new_zeros(b, h, nq, v.shape[3])
@@ -69,7 +69,7 @@ def test_by_hand(variant: str, form: str, options: dict, lengths: tuple[int, int
 
 
 def test_places_on_a_grid() -> None:
-    """Relative time and pitch beside the distance, differences past the span clipped, on engines and lengths alike."""
+    """Relative time and pitch add to the distance, with differences clipped at the span, on all engines and lengths."""
     q, k, v = qkv(9, 12, value_width=5, grad=True)
     random = torch.Generator().manual_seed(0)
     places = {name: torch.randint(0, 9, (2, 12), generator=random) for name in ("time", "pitch")}
@@ -135,7 +135,7 @@ def test_no_table_is_softmax_attention() -> None:
 
 
 def test_only_offsets_count() -> None:
-    """The same motif, at another place behind other keys that are hidden: the same rows."""
+    """The same motif at another position behind hidden keys gives the same rows."""
     q, k, _ = qkv(6)
     before = qkv(10, seed=1)
     op = built(max_len=4)
@@ -167,7 +167,7 @@ def test_tiles_cover_the_blocks_and_no_more(lengths: tuple[int, int], size: int)
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers that any tensor made under it holds, views of one storage aside."""
+    """Records the largest number of elements of a tensor that is made inside its block, without views."""
 
     numbers = 0
 
@@ -190,7 +190,7 @@ def test_memory(claim) -> None:
 
     assert largest("skew") == 512 * 513
     claim(
-        "skewing needs O(L²) numbers where vectors for each pair need O(L² D): the largest tensor, L = 512 and D = 64",
+        "skewing needs O(L²) numbers, while vectors for each pair need O(L² D): the largest tensor, L = 512 and D = 64",
         ours=largest("skew"), baseline=largest("gather") / 50, better="lower",
         baseline_name="1/50 of gathering", seed=0,
     )  # fmt: skip
@@ -207,7 +207,7 @@ def test_blocks_save_work(claim) -> None:
         return sum(pairs)
 
     claim(
-        "the local form computes logits near the query alone: logits computed for 4,096 tokens, blocks of 64",
+        "the local form computes only logits near the query: logits computed for 4,096 tokens, blocks of 64",
         ours=computed(64), baseline=computed(None) / 10, better="lower",
         baseline_name="1/10 of the global form", seed=0,
     )  # fmt: skip
@@ -258,7 +258,7 @@ def test_calls_that_do_not_fit() -> None:
 
 
 class Copier(nn.Module):
-    """Two blocks of attention and MLP over tokens, with or without a learned vector for each absolute position."""
+    """Two blocks of attention and MLP over tokens, with or without learned absolute positions."""
 
     def __init__(self, ops: list[Scored], absolute: int = 0, vocab: int = 16, dim: int = 64) -> None:
         super().__init__()
@@ -283,13 +283,13 @@ class Copier(nn.Module):
 
 
 def motifs(count: int, length: int, random: torch.Generator) -> torch.Tensor:
-    """A motif of 4 to 8 random tokens, over and over."""
+    """Make repetitions of a motif of 4 to 8 random tokens."""
     motif, period = torch.randint(16, (count, 8), generator=random), torch.randint(4, 9, (count, 1), generator=random)
     return motif.gather(1, torch.arange(length) % period)
 
 
 def copying_loss(model: Copier, length: int, random: torch.Generator, count: int = 16) -> torch.Tensor:
-    """The mean loss from the second repetition on."""
+    """Return the mean loss from the second repetition on."""
     tokens = motifs(count, length, random)
     return F.cross_entropy(model(tokens[:, :-1])[:, 15:].flatten(0, 1), tokens[:, 16:].flatten())
 
@@ -314,14 +314,14 @@ def test_it_copies_further_than_it_was_trained(claim) -> None:
     relative = train_copier(lambda: Copier([MusicTransformer(4, 16, 64) for _ in range(2)]), 0, 300)
     absolute = train_copier(lambda: Copier([Softmax() for _ in range(2)], absolute=128), 0, 300)
     claim(
-        "trained to copy periods on 64 tokens, tested on 128: loss per token",
+        "trained to copy periods on 64 tokens, it generalises to 128: loss per token",
         ours=relative, baseline=0.5 * absolute, better="lower",
         baseline_name="half of learned absolute positions' loss", seed=0,
     )  # fmt: skip
 
 
 def test_what_a_pair_costs() -> None:
-    """A product with the key, one with its distance, and one with each distance on the grid."""
+    """A pair costs one product with the key, one with the distance, and one with each grid distance."""
     assert score_products(MusicTransformer(2, 16)) == 2 * 16
     assert score_products(MusicTransformer(2, 16, pitch=4)) == 3 * 16
     assert score_products(MusicTransformer(2, 16, time=8, pitch=4)) == 4 * 16

@@ -1,4 +1,4 @@
-"""Neural attention: a network's scores, taken of halves that add up, and what no bilinear score can tell apart."""
+"""Neural attention: scores of a network from halves that add up, and relations that no bilinear score has."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def built(*args, **options) -> NeuralAttention:
 
 
 def by_hand(op: NeuralAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Scores of concatenated pairs, one pair after another."""
+    """Compute scores of concatenated pairs, pair by pair."""
     act = torch.relu if op.activation == "relu" else torch.tanh
     out = torch.empty(*q.shape[:3], k.shape[2], dtype=q.dtype)
     for i in range(q.shape[2]):
@@ -56,14 +56,14 @@ def test_a_mask_holds_beside_causality(kind: str) -> None:
     q, k, v = qkv(8, kv_heads=4)
     op = built(8, 4)
     mask = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)) > 0.4
-    given = mask if kind == "bool" else torch.where(mask, 0.7, masks.NEVER).double()
+    given = mask if kind == "bool" else torch.where(mask, 0.7, masks.NEG_INF).double()
     scores = by_hand(op, q, k) + (0 if kind == "bool" else 0.7)
-    expected = safe_softmax(scores.masked_fill(~(mask & masks.causal(8, 8)), masks.NEVER)) @ v
+    expected = safe_softmax(scores.masked_fill(~(mask & masks.causal(8, 8)), masks.NEG_INF)) @ v
     assert_near(op(q, k, v, mask=given, causal=True), expected, 1e-12)
 
 
 def test_additive_attention() -> None:
-    """Bahdanau's `w tanh(W q + U k + b)`, from its three matrices."""
+    """One layer with tanh is Bahdanau's `w tanh(W q + U k + b)`."""
     q, k, v = qkv(6, kv_heads=4)
     op = built(8, 5, layers=1, activation="tanh")
     w, u = op.pair.weight[:, :5] @ op.reduce_q.weight, op.pair.weight[:, 5:] @ op.reduce_k.weight
@@ -126,7 +126,7 @@ def test_a_call_of_another_width_is_refused() -> None:
 
 
 def fit(scores, parameters: list[nn.Parameter], steps: int, lr: float, near: float = 0.3) -> float:
-    """Held-out accuracy of scores trained to be positive where two scalars are close."""
+    """Return the held-out accuracy of scores trained to be positive for pairs of close scalars."""
     random, optimiser = torch.Generator().manual_seed(0), torch.optim.Adam(parameters, lr=lr)
 
     def sample() -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,14 +144,14 @@ def fit(scores, parameters: list[nn.Parameter], steps: int, lr: float, near: flo
 
 
 def test_it_tells_apart_what_no_bilinear_score_can(claim) -> None:
-    """Is the key within 0.3 of the query? Both are numbers in (-1, 1), embedded as (x, 1)."""
+    """It decides whether the key is within 0.3 of the query; both are numbers in (-1, 1), embedded as (x, 1)."""
     op = built(2, 16).float()
     at = AttentionCall(*qkv(64, heads=1, kv_heads=1, width=2), 1.0).tile()
     bilinear = nn.Parameter(torch.zeros(2, 2))
     ours = fit(lambda q, k: op.score(*op.prepare(q, k, at.rows), 1.0, at), list(op.parameters()), 500, 0.01)
     theirs = fit(lambda q, k: q @ bilinear @ k.mT, [bilinear], 500, 0.1)
     claim(
-        "a small network scores relations that no bilinear form has: accuracy of 'is the key within 0.3 of the query?'",
+        "a small network scores relations that no bilinear form has: accuracy of 'the key is within 0.3 of the query'",
         ours=ours, baseline=theirs, better="higher", margin=0.15, baseline_name="the best q W k", seed=0,
     )  # fmt: skip
     assert ours > 0.95
@@ -159,7 +159,7 @@ def test_it_tells_apart_what_no_bilinear_score_can(claim) -> None:
 
 
 class Neighbours(nn.Module):
-    """One head of attention over tokens that carry a number each, and a value."""
+    """One head of attention over tokens, each with a number and a value."""
 
     def __init__(self, op: Operator) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Neighbours(nn.Module):
 
 
 def unexplained(make, seed: int, steps: int = 300) -> float:
-    """Share of the variance that is left, after training, of the mean value of all tokens within 0.3."""
+    """Train to predict the mean value of all tokens within 0.3; return the share of variance unexplained."""
     random = torch.Generator().manual_seed(seed)
 
     def sample(count: int, random: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -195,13 +195,13 @@ def unexplained(make, seed: int, steps: int = 300) -> float:
 def test_it_learns_to_attend_to_neighbours(claim) -> None:
     ours, theirs = unexplained(lambda: NeuralAttention(16, 16), 0), unexplained(Softmax, 0)
     claim(
-        "trained end to end, it attends to what is near in a number that tokens carry: share of variance unexplained",
+        "trained end to end, it attends to tokens whose numbers are close: share of variance unexplained",
         ours=ours, baseline=theirs, better="lower", margin=0.3, baseline_name="softmax attention, same projections",
         seed=0,
     )  # fmt: skip
 
 
 def test_what_a_pair_costs() -> None:
-    """Two hidden layers of 6 and 3 numbers, of which the first is made before pairs meet; or its 6 numbers alone."""
+    """A pair costs the second hidden layer of 3 numbers and the read-out, or only the read-out of 6 numbers."""
     assert score_products(NeuralAttention(16, 6)) == 6 * 3 + 3
     assert score_products(NeuralAttention(16, 6, layers=1, activation="tanh")) == 6

@@ -1,4 +1,4 @@
-"""S2-Attention: each head another shard, all shards together the whole context."""
+"""S2-Attention: each head sees another shard, and all shards cover the context."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.tensors import assert_near, qkv
 
 
 def elementwise(mask: Tensor, block: int, n: int) -> Tensor:
-    """A block mask for tokens, causal inside the diagonal blocks."""
+    """Expand a block mask to tokens, causal inside the diagonal blocks."""
     tokens = mask.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :n, :n]
     return tokens & torch.ones(n, n, dtype=torch.bool).tril()
 
@@ -91,7 +91,7 @@ def test_a_stream_holds_what_each_head_still_needs(heads, kv_heads, shards, dens
 
 
 def test_a_budget_of_heads_is_dense() -> None:
-    """The last key/value heads, with all of their queries; the others keep their shards."""
+    """The last key/value heads are dense for all of their queries; the others keep their shards."""
     q, k, v = qkv(32, heads=6, kv_heads=3)
     out = S2Attention(4, 2, 4, dense_heads=2)(q, k, v, causal=True)
     assert_near(out[:, 2:], oracle.attention(q[:, 2:], k[:, 1:], v[:, 1:], causal=True), 1e-12)
@@ -119,7 +119,7 @@ def test_shards_must_fit_the_heads() -> None:
 
 
 def test_different_shards_find_what_equal_ones_lose(claim) -> None:
-    """A needle anywhere in the context: one key that every head looks for, and whether any head brings its value."""
+    """Heads with different shards find a key anywhere in the context; equal shards of the same sparsity miss some."""
     n, block, heads = 512, 8, 8
     random = torch.Generator().manual_seed(0)
 
@@ -134,14 +134,14 @@ def test_different_shards_find_what_equal_ones_lose(claim) -> None:
         return hits / len(places)
 
     claim(
-        "shards that differ by head cover the context that equal ones, as sparse, leave out: needles found",
+        "shards that differ by head find needles that equal shards of the same sparsity miss: share of needles found",
         ours=found(8), baseline=found(1), better="higher", margin=0.5, baseline_name="the same shard for all heads",
         seed=0,
     )  # fmt: skip
 
 
 def test_shards_take_turns_at_equal_distances() -> None:
-    """Two shards at a stride of 8 keep blocks 4 apart; more shards than the stride start over."""
+    """Two shards at a stride of 8 keep blocks 4 apart; more shards than the stride repeat offsets."""
     kept = [s2_mask(shards, 17, 1, 8)[:, 16, :16].nonzero().tolist() for shards in (2, 16)]
     assert kept[0] == [[0, 0], [0, 8], [1, 4], [1, 12]]
     assert [block for shard, block in kept[1] if shard == 1] == [7, 15] == [b for shard, b in kept[1] if shard == 9]

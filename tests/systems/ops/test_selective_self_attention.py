@@ -1,4 +1,4 @@
-"""Selective self-attention: temperatures that keep a needle in sight, at next to no cost."""
+"""Selective self-attention: temperatures that keep the weight of a needle, at almost no cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tensors import assert_near, qkv
 
 
 def active(**options) -> SelectiveSelfAttention:
-    """One with token parts that do something, different for each head."""
+    """Make an operator with token parts that have an effect, different for each head."""
     op = SelectiveSelfAttention(4, 8, **options).double()
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def active(**options) -> SelectiveSelfAttention:
 @pytest.mark.parametrize("query_tau", ["pos+tok", "pos", "tok", None])
 @pytest.mark.parametrize("value_tau", ["tok", None])
 def test_by_hand(variant: str, query_tau: str | None, value_tau: str | None) -> None:
-    """The direct formula, temperatures in the logits and on the values, against what is folded into q and v."""
+    """Folding temperatures into q and v equals the direct formula with temperatures on logits and values."""
     q, k, v = qkv(7, kv_heads=4)
     op = active(beta=0.5, variant=variant, query_tau=query_tau, value_tau=value_tau)
 
@@ -48,7 +48,7 @@ def test_by_hand(variant: str, query_tau: str | None, value_tau: str | None) -> 
     logits = tau[..., None] * (q @ k.transpose(-1, -2)) * 8**-0.5
     future = torch.ones(7, 7, dtype=torch.bool).triu(1)
     expected = logits.masked_fill(future, float("-inf")).softmax(-1) @ values
-    assert_near(op(q, k, v, causal=True), expected, 1e-6)  # beta itself is float32 until it is made double
+    assert_near(op(q, k, v, causal=True), expected, 1e-6)  # beta is float32 until it is cast
     assert op.plan(q, k, v, causal=True).engine == "fused"
 
 
@@ -110,7 +110,7 @@ def test_a_call_of_another_shape_is_refused() -> None:
 
 
 def test_a_needle_is_not_diluted(claim) -> None:
-    """One key ahead of n - 1 equal distractors by a margin of 3."""
+    """A key with a margin of 3 over n - 1 equal distractors keeps its weight."""
     n = 4096
     q, k = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, n, 1)
     k[:, :, n // 3] = 3.0
@@ -124,7 +124,7 @@ def test_a_needle_is_not_diluted(claim) -> None:
 
 
 class Reader(nn.Module):
-    """One attention layer with two heads, and what follows it."""
+    """One attention layer with two heads and a read-out."""
 
     def __init__(self, op: Scored, width: int, extra: int) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Reader(nn.Module):
 
 
 def sharp_and_flat(count: int, random: torch.Generator, length: int = 64, width: int = 8):
-    """Half of the tokens ask for one token's note, by a noisy cue, and half for the mean of all notes so far."""
+    """Make a task: half of the tokens ask for one token's note by a noisy cue, half for the mean of notes so far."""
     name, note, noise = torch.randn(3, count, length, width, generator=random)
     name, one = F.normalize(name, dim=-1), (torch.rand(count, length, 1, generator=random) < 0.5).float()
     asked = (torch.rand(count, length, generator=random) * torch.arange(1, length + 1)).long()
@@ -149,7 +149,7 @@ def sharp_and_flat(count: int, random: torch.Generator, length: int = 64, width:
 
 
 def test_it_learns_sharp_and_flat_maps_at_once(claim) -> None:
-    """The control has an MLP with as many parameters as the temperatures have."""
+    """Temperatures learn sharp and flat maps better than an MLP with as many parameters."""
 
     def loss(op: Scored, extra: int) -> float:
         with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Sigmoid attention: weights that do not compete, and the bias that lets it train."""
+"""Sigmoid attention: weights do not compete, and the bias makes it trainable."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_bias_keeps_the_first_weights_near_one_in_all(claim) -> None:
         return abs(op.weights(q, k).sum(-1).mean().item() - 1)
 
     claim(
-        "a bias of -log n gives fresh weights a sum near 1, as the softmax has: its distance from 1 for n = 256",
+        "a bias of -log n gives fresh weights a sum near 1, as in the softmax: its distance from 1 for n = 256",
         ours=distance_from_one(SigmoidAttention()), baseline=distance_from_one(SigmoidAttention(0.0)), better="lower",
         margin=100.0, baseline_name="no bias", seed=0,
     )  # fmt: skip
@@ -120,14 +120,14 @@ def test_keys_do_not_compete(claim) -> None:
         return difference[..., [j for j in range(32) if j != 5]].max().item()
 
     claim(
-        "a key's weight depends on that key alone: largest change of other weights when one key changes",
+        "a key's weight depends only on that key: largest change of other weights if one key changes",
         ours=spill(SigmoidAttention()), baseline=spill(Softmax()), better="lower", baseline_name="softmax", seed=0,
     )  # fmt: skip
     assert spill(SigmoidAttention()) < 1e-12
 
 
 class Classifier(nn.Module):
-    """A one-block Transformer that reads digits pixel by pixel, with an attention of one's choice."""
+    """A one-block Transformer that classifies digits pixel by pixel, with any attention."""
 
     def __init__(self, op: Scored) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ def test_the_bias_keeps_the_first_output_small(claim) -> None:
             return model.attend(torch.randn(8, 64, 32)).norm(dim=-1).mean().item()
 
     claim(
-        "a bias of -log n keeps an untrained block's attention output small: its norm over that with a softmax",
+        "a bias of -log n keeps an untrained block's attention output small: its norm over that of a softmax",
         ours=size(SigmoidAttention()) / size(Softmax()), baseline=size(SigmoidAttention(0.0)) / size(Softmax()),
         better="lower", margin=5.0, baseline_name="no bias", seed=0,
     )  # fmt: skip
@@ -165,7 +165,7 @@ def test_the_bias_keeps_the_first_output_small(claim) -> None:
 
 @pytest.mark.slow
 def test_it_learns_as_well_as_softmax(claim) -> None:
-    """The paper's claim is a match; the baseline is softmax less one point."""
+    """It learns as well as softmax, up to one point, as the paper claims."""
     datasets = pytest.importorskip("sklearn.datasets")
     pixels, digit = map(torch.tensor, datasets.load_digits(return_X_y=True))
     pixels = pixels.float() / 8 - 1

@@ -1,4 +1,4 @@
-"""The sliding window with sinks: what StreamingLLM says of it."""
+"""The sliding window with sinks, and the claim of StreamingLLM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_cost_follows_the_window() -> None:
 
 
 def local_heads(sink: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads that look at what is near and, where `sink`, park the rest on the first key, whose value says nothing."""
+    """Make heads that attend to near keys and, with `sink`, put the rest on the first key, whose value is near zero."""
     q, k, v = qkv(256, heads=4, kv_heads=4, width=16, dtype=torch.float32)
     angle = torch.arange(256)[:, None] * torch.exp2(-torch.arange(8.0))
     place = torch.cat([angle.cos(), angle.sin()], -1)
@@ -44,18 +44,18 @@ def test_sinks_keep_a_stream_near_full_attention(claim) -> None:
     full = oracle.attention(q, k, v, causal=True)
 
     def error(op: SlidingWindow) -> float:
-        late = slice(64, None)  # where the first key has left the window
+        late = slice(64, None)  # queries whose window has passed the first key
         return ((op(q, k, v, causal=True) - full)[:, :, late].norm() / full[:, :, late].norm()).item()
 
     claim(
-        "keeping a few first tokens beside the window keeps streaming close to full attention: relative error",
+        "a few kept first tokens keep streaming close to full attention: relative error",
         ours=error(SlidingWindow(60, 4)), baseline=error(SlidingWindow(64, 0)), better="lower", margin=1.0,
         baseline_name="window of the same size", seed=0,
     )  # fmt: skip
 
 
 def test_where_there_is_no_sink_keeping_first_tokens_gains_nothing() -> None:
-    """The other side of the claim: it is about sinks, not about four more keys."""
+    """Without sinks, four more keys gain nothing."""
     q, k, v = local_heads(sink=0.0)
     full = oracle.attention(q, k, v, causal=True)
     with_sinks, without = (

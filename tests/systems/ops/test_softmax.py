@@ -1,4 +1,4 @@
-"""Softmax attention: what the Transformer's paper says of it."""
+"""Softmax attention, and the claim of the Transformer's paper about scaling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_scale_is_one_over_the_root_of_the_width() -> None:
 
 
 def test_scaling_keeps_gradients_alive(claim) -> None:
-    """Section 3.2.1: without the scale, wide heads push the softmax to where its gradient vanishes."""
+    """Without the scale, the softmax of wide heads saturates and its gradient vanishes (section 3.2.1)."""
     q, k, _ = qkv(64, width=512, heads=2)
 
     def jacobian(scale: float | None) -> float:
@@ -34,6 +34,6 @@ def test_scaling_keeps_gradients_alive(claim) -> None:
         return (weights * (1 - weights)).sum(-1).mean().item()
 
     claim(
-        "dot products of wide heads are scaled, else the softmax saturates: trace of its Jacobian at D = 512",
+        "without the scale the softmax of wide heads saturates: trace of its Jacobian at D = 512",
         ours=jacobian(None), baseline=jacobian(1.0), better="higher", margin=0.5, baseline_name="no scale", seed=0,
     )  # fmt: skip

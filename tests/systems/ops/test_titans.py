@@ -1,4 +1,4 @@
-"""Titans: the memory is the delta rule where it should be, and associates and re-binds better than a sum does."""
+"""Titans: the memory equals the delta rule at its limit, and stores and replaces values better than a sum."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def unit(*shape: int, seed: int) -> Tensor:
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: float) -> Tensor:
-    """DeltaNet's recurrence as it is usually written."""
+    """Compute DeltaNet's recurrence."""
     state, out = k.new_zeros(*k.shape[:2], v.shape[3], k.shape[3]), []
     for t in range(k.shape[2]):
         error = v[:, :, t] - torch.einsum("bhvk,bhk->bhv", state, k[:, :, t])
@@ -31,7 +31,7 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: float) -> Tensor:
 
 
 def recall(op: torch.nn.Module, asked: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What is answered to `asked` once all of `k, v` have been written: the queries stand at masked tokens."""
+    """Return the answers to `asked` after all of `k, v` are written; the queries are masked tokens."""
     n, more = k.shape[2], asked.shape[2]
     written = torch.arange(n + more) < n
     k, v = (F.pad(x, (0, 0, 0, more)) for x in (k, v))
@@ -39,7 +39,7 @@ def recall(op: torch.nn.Module, asked: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def hebbian(heads: int = 1) -> LightningAttention2:
-    """Linear attention without decay: the sum of `v kᵀ`."""
+    """Compute linear attention without decay: the sum of `v kᵀ`."""
     return LightningAttention2([1.0] * heads)
 
 
@@ -76,7 +76,7 @@ def test_association(claim, passes, least):
     baseline = (recall(hebbian(), k, k, v) - v).square().mean().item()
     assert ours < least * baseline
     claim(
-        f"squared error of 16 associations in 32 dimensions, read back after {passes} pass(es)",
+        f"the memory recalls associations: squared error of 16 in 32 dimensions after {passes} pass(es)",
         ours=ours, baseline=baseline, better="lower", baseline_name="Hebbian linear attention, one pass", seed=0,
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def test_binding_a_key_again(claim):
     # forgetting alone does not explain it
     assert ours > 0.6 > preference(LightningAttention2([0.9]))
     claim(
-        "cosine to the new value less cosine to the old one, for keys that were given a new value",
+        "a key written again replaces its value: cosine to the new value minus cosine to the old one",
         ours=ours, baseline=preference(hebbian()), better="higher", margin=0.6,
         baseline_name="Hebbian linear attention", seed=0,
     )  # fmt: skip
@@ -156,13 +156,13 @@ TWICE = Recall(tellings=2)
 
 @pytest.mark.slow
 def test_trained_end_to_end_it_recalls_the_latest_value(claim):
-    # told once, both learn it all: the sum has room for 8 keys in 32 dimensions, but it cannot take back
+    # given once, both learn all: the sum has room for 8 keys in 32 dimensions, but it cannot replace values
     found = {}
     for name, make, lr in (("ours", lambda: Titans(2, 32, depth=1), 5e-3), ("linear", lambda: hebbian(2), 1e-2)):
         torch.manual_seed(0)  # each with the better of two learning rates
         found[name] = accuracy(train(Model([make(), make()]), TWICE, 300, lr=lr), TWICE)
     claim(
-        "values recalled, 8 keys told twice with different values, two trained layers of width 64",
+        "it recalls the latest values: share recalled of 8 keys given twice, two trained layers of width 64",
         ours=found["ours"], baseline=found["linear"], better="higher", margin=0.1,
         baseline_name="linear attention without gates", seed=0,
     )  # fmt: skip
@@ -186,7 +186,7 @@ def test_defaults() -> None:
 
 @pytest.mark.slow
 def test_a_memory_of_two_layers_learns_text() -> None:
-    """The same bytes come again and again within a chunk: with a layer's first rates it does not diverge."""
+    """Text repeats bytes within a chunk; with a layer's initial rates the memory does not diverge."""
     task = network.training_task("lm")
     torch.manual_seed(0)
     net = network.spec("titans", task, dim=64, heads=2).build()

@@ -110,11 +110,11 @@ def _logits(call: AttentionCall, q: Tensor, k: Tensor, mine: Tensor | None, rows
         return logits
     if mask.dtype != torch.bool:
         logits = logits + mask
-    return logits.masked_fill(~masks.allowed(mask), masks.NEVER)
+    return logits.masked_fill(~masks.allowed(mask), masks.NEG_INF)
 
 
 class _Chunked(torch.autograd.Function):
-    """Differentiate by recomputation. It saves q, k, v, the mask, the scoring's parameters, the output and log-sum-exps."""
+    """Differentiate by recomputation, from q, k, v, the mask, the scoring's parameters, the output and log-sum-exps."""
 
     @staticmethod
     def forward(ctx: Any, call: AttentionCall, tiling: Tiling, *inputs: Tensor | None) -> Tensor:
@@ -161,7 +161,7 @@ def _merged_backward(
     """
     wide = sums.dtype
     mean = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
-    sums = sums.masked_fill(sums == masks.NEVER, 0.0)
+    sums = sums.masked_fill(sums == masks.NEG_INF, 0.0)
     by_hand = call.is_plain and totals.mask is None
     for cols in tiles:
         leaves = totals.leaves(rows, cols)

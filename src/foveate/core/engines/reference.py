@@ -29,7 +29,7 @@ def weights(
     if mask is not None:
         if mask.dtype != torch.bool:
             logits = logits + mask
-        logits = torch.where(masks.allowed(mask), logits, masks.NEVER)
+        logits = torch.where(masks.allowed(mask), logits, masks.NEG_INF)
     return call.scoring.normalize(logits, at)
 
 

@@ -206,7 +206,7 @@ def at_positions(mask: Tensor, positions: Int[Tensor, "b h s"], first: int) -> T
     shape = (*index.shape[:2], mask.shape[2], index.shape[2])
     index = index.clamp(0, mask.shape[3] - 1).long()[:, :, None].expand(shape)
     picked = mask.expand(*shape[:3], mask.shape[3]).gather(3, index)
-    hidden, seen = (False, True) if mask.dtype == torch.bool else (masks.NEVER, 0.0)
+    hidden, seen = (False, True) if mask.dtype == torch.bool else (masks.NEG_INF, 0.0)
     picked = picked.masked_fill(~real[:, :, None], hidden)
     return picked.masked_fill((positions == SUMMARY)[:, :, None], seen)
 

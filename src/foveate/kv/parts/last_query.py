@@ -45,7 +45,7 @@ def last_logits(site: Site) -> Float[Tensor, "b hq s"]:
     else:
         mask = mask[:, :, -1]
     logits = logits if mask.dtype == torch.bool else logits + mask
-    return logits.masked_fill(~masks.allowed(mask), masks.NEVER)
+    return logits.masked_fill(~masks.allowed(mask), masks.NEG_INF)
 
 
 def max_pooled(scores: Float[Tensor, "*b n"], width: int) -> Float[Tensor, "*b n"]:

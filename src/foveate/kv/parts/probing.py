@@ -47,7 +47,7 @@ def logits_of(site: Site, rows: Int[Tensor, " r"], batch: int | None = None) -> 
     mask = mask[some] if mask.shape[0] > 1 else mask
     if mask.dtype != torch.bool:
         logits = logits + mask
-    return logits.masked_fill(~masks.allowed(mask), masks.NEVER)
+    return logits.masked_fill(~masks.allowed(mask), masks.NEG_INF)
 
 
 def _mask(site: Site, start: int, stop: int, keys: int) -> Tensor:

@@ -115,7 +115,7 @@ def _softmax(
     logits = soft_capped(dot_product(q[:, heads, rows], k, site.scale), site.softcap)
     if mask is not None and seen is not None:
         logits = logits if mask.dtype == torch.bool else logits + mask
-        logits = logits.masked_fill(~seen, masks.NEVER)
+        logits = logits.masked_fill(~seen, masks.NEG_INF)
     return softmax(site, logits, rows, heads)
 
 

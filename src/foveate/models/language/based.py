@@ -106,7 +106,7 @@ class GatedConv(StreamingLayer):
         self.into, self.out = nn.Linear(dim, 2 * expand * dim), nn.Linear(expand * dim, dim)
         self.conv = ShortConv(expand * dim, kernel, bias=False)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         seen = None if mask is None else mask_algebra.keys_of(mask, x.shape[0], x.shape[1])[..., None]
         mixed, gate = self.into(x if seen is None else x.masked_fill(~seen, 0.0)).chunk(2, -1)
         return self._gated(self.conv(mixed if seen is None else mixed.masked_fill(~seen, 0.0)), gate)
@@ -143,7 +143,7 @@ class WindowAttention(StreamingLayer):
         self.window = window
         self.attention = MultiHeadAttention(dim, heads, op=SlidingWindow(window, sinks=0), position=Rotary())
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         return self.attention(x, mask=mask, causal=True)
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> HeadState:

@@ -87,7 +87,7 @@ class GatedLightning(StreamingLayer):
         self.norm = SimpleRMSNorm(dim)
         self.lrpe = LRPE(heads, dim // heads) if lrpe else None
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         q, k, v, u = self._projected(x, 0)
         return self._merged(self.op(q, k, v, mask=mask, causal=True), u)
 

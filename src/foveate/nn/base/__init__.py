@@ -1,1 +1,1 @@
-"""The seams of layers."""
+"""The base classes of layers."""

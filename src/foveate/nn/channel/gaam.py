@@ -1,4 +1,4 @@
-"""Gaussian adaptive attention: features weighed by learned Gaussians around their mean.
+"""Gaussian adaptive attention: learned Gaussians around the mean weigh features.
 
 Gaussian Adaptive Attention is All You Need: Robust Contextual Representations Across Multiple Modalities (2024),
 arXiv 2401.11143.
@@ -24,25 +24,25 @@ EPS = 1e-8
 class GaussianAdaptiveAttention(nn.Module):
     """`x * softmax_i(-sum_m z_mi² / 2 c_m²)`: a gate along one axis, with `z_m = (x - mean - delta_m) / deviation`.
 
-    No queries, no keys, and nothing passes between entries but mean, variance and the sum of weights: with the axis of
-    features it treats each token alone. Cost O(n G); parameters 2 G per head. The wrong choice where tokens have to
-    read each other, and in causal models along time: a weight there knows the whole chunk.
+    It has no queries and no keys, and only mean, variance and the sum of weights pass between entries: along the axis
+    of features it treats each token alone. Cost O(n G); parameters 2 G per head. The wrong choice if tokens have to
+    read each other, and along time in causal models, since a weight depends on the whole chunk.
 
     Args:
-        heads: chunks that the axis is cut into, each with Gaussians of its own; the last one takes what is left over.
+        heads: chunks of the axis, each with its own Gaussians; the last one takes the remainder.
         gaussians: G; their product, not their sum, is the weight.
-        axis: along which statistics are taken and weights add up to 1 (in each chunk); n entries, at least 2 a chunk.
-        padding_value: entries that equal it are padding and pass as they are.
-        variant: "paper" keeps padding out of mean, variance and the sum of weights, and needs no floor. "release"
-            counts it as zeros in mean and variance and as it is in the weights, and lets densities add up to 1e-8 at
-            least: many or wide Gaussians then weigh everything down to 0.
+        axis: the axis of statistics and weights, which add up to 1 in each chunk; n entries, at least 2 a chunk.
+        padding_value: entries that equal it are padding and pass unchanged.
+        variant: "paper" excludes padding from mean, variance and the sum of weights, and needs no floor. "release"
+            counts padding as zeros in mean and variance and with its own value in the weights, and floors the sum of
+            densities at 1e-8: many or wide Gaussians then give weights near 0.
 
     Raises:
         OptionError: an option out of range. ShapeError: chunks of fewer than two entries.
 
-    Offsets start at 0, and spreads at the exponential of normal numbers (as in the repository; the package of the same
-    name starts them at the normal numbers themselves). The normaliser of a Gaussian is the same for all entries and
-    cancels, but for the release's floor.
+    Offsets start at 0, and spreads at the exponential of normal numbers, as in the repository; the package of the same
+    name starts them at the normal numbers themselves. The normalizer of a Gaussian is the same for all entries and
+    cancels, except in the release's floor.
     """
 
     def __init__(
@@ -60,18 +60,18 @@ class GaussianAdaptiveAttention(nn.Module):
         self.spreads = nn.Parameter(torch.randn(heads, gaussians).exp())
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """x, weighed; its shape is kept."""
+        """Multiply x by its weights; the shape stays."""
         return self.gated(x) if self.padding_value is None else torch.where(self.real(x), self.gated(x), x)
 
     def gated(self, x: Tensor) -> Tensor:
         return x * self.weights(x)
 
     def real(self, x: Tensor) -> Bool[Tensor, "..."]:
-        """Which entries are not padding."""
+        """Return a mask of the entries that are not padding."""
         return torch.ones_like(x, dtype=torch.bool) if self.padding_value is None else x != self.padding_value
 
     def weights(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """What x is multiplied by, in its shape; along the axis each chunk adds up to 1 (0 where all is padding)."""
+        """Return the factors on x, in its shape; along the axis each chunk adds up to 1 (0 if all is padding)."""
         if not -x.dim() <= self.axis < x.dim() or x.shape[self.axis] // self.heads < 2:
             raise ShapeError(
                 f"x {tuple(x.shape)} must have at least 2 entries for each of {self.heads} heads along axis {self.axis}"
@@ -86,7 +86,7 @@ class GaussianAdaptiveAttention(nn.Module):
         self, x: Float[Tensor, "*b n"], real: Bool[Tensor, "*b n"], offsets: Float[Tensor, " g"],
         spreads: Float[Tensor, " g"],
     ) -> Float[Tensor, "*b n"]:  # fmt: skip
-        """Weights of one head."""
+        """Return the weights of one head."""
         release = self.variant == "release"
         known = torch.where(real, x, 0.0)
         count = torch.full_like(x[..., :1], x.shape[-1]) if release else real.sum(-1, keepdim=True).to(x.dtype)
@@ -103,9 +103,9 @@ class GaussianAdaptiveAttention(nn.Module):
 
 @final
 class GaussianBlock(nn.Module):
-    """`x + gate_l(x)`, one gate after the other: what a Gaussian adaptive transformer puts on an encoder's output.
+    """`x + gate_l(x)`, one gate after the other, for an encoder's output, as in a Gaussian adaptive transformer.
 
-    With variant="paper" padding stays what it is; the release doubles it in each layer. Args are those of
+    With variant="paper" padding stays unchanged; the release doubles it in each layer. Args are those of
     `GaussianAdaptiveAttention`, and `layers`.
     """
 
@@ -130,9 +130,9 @@ class GaussianBlock(nn.Module):
 
 
 def importance_factor(weights: Float[Tensor, "..."], axis: int = -1) -> Float[Tensor, " n"]:
-    """How much each of the n entries along the axis is kept: its mean weight over all data, scaled to 0..1.
+    """Return the mean weight of each of the n entries along the axis over all data, scaled to 0..1.
 
-    Zeros where all mean weights are equal.
+    It is 0 everywhere if all mean weights are equal.
     """
     mean = weights.movedim(axis, -1).flatten(0, -2).mean(0)
     low, high = mean.min(), mean.max()

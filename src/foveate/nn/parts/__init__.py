@@ -1,1 +1,1 @@
-"""What several layers share: head schemes, positions, blocks, windows."""
+"""Parts that several layers share: head schemes, positions, blocks, windows."""

@@ -1,4 +1,4 @@
-"""Blocks to stack: a token mixer and a channel mixer, each behind a norm and beside a residual."""
+"""Blocks to stack: a token mixer and a channel mixer, each with a norm before it and a residual around it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GatedMLP(nn.Module):
 
     Args:
         dim: C.
-        hidden: width inside; `8 C / 3` where None, which costs as much as a plain MLP of `4 C`.
+        hidden: hidden width; None for `8 C / 3`, which costs as much as a plain MLP of `4 C`.
         act: the gate's activation; `lambda x: x` gives TransNormer's SGLU.
     """
 
@@ -37,7 +37,7 @@ class GatedMLP(nn.Module):
 
 
 def stacked(blocks: nn.ModuleList) -> list[Block]:
-    """Return the blocks of a list with their type, which `nn.ModuleList` does not keep."""
+    """Return the blocks of a list with their type, which `nn.ModuleList` loses."""
     return [cast(Block, block) for block in blocks]
 
 
@@ -46,8 +46,8 @@ class Block(nn.Module):
 
     Args:
         mixer: the layer; its `dim` is the block's.
-        mlp: the channel mixer; a `GatedMLP` where "gated", none where None.
-        norm: makes a norm from a width.
+        mlp: the channel mixer; "gated" for a `GatedMLP`, None for none.
+        norm: a function from a width to a norm.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Block(nn.Module):
         self.mlp_norm = None if mlp is None else norm(mixer.dim)
 
     def forward(self, x: Tensor, **call: Any) -> Tensor:
-        """`call`: what the mixer takes besides the tokens (mask, causal, size, inputs)."""
+        """Apply the block; `call` holds the mixer's further arguments (mask, causal, size, inputs)."""
         x = x + self.mixer(self.norm(x), **call)
         return self.channels(x)
 
@@ -74,5 +74,5 @@ class Block(nn.Module):
         return self.channels(x + mixed), state
 
     def channels(self, x: Tensor) -> Tensor:
-        """The second half of the block."""
+        """Apply the second half of the block."""
         return x if self.mlp is None or self.mlp_norm is None else x + self.mlp(self.mlp_norm(x))

@@ -1,4 +1,4 @@
-"""Layers by name: what a saved network, a command line or a table of comparisons says of a layer."""
+"""Layers by name, for saved networks, command lines and tables of comparisons."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POSITIONS = ("rotary", "alibi", "relative")
 
 
 def position(name: str | None, heads: int) -> Position | None:
-    """The scheme of this name, made for so many heads."""
+    """Make the position scheme of this name for so many heads."""
     if name is None:
         return None
     if name not in POSITIONS:
@@ -32,13 +32,13 @@ def position(name: str | None, heads: int) -> Position | None:
 
 
 def create(key: str, dim: int, heads: int, *, options: dict[str, Any] | None = None, **around: Any) -> Layer:
-    """A layer for tokens of width `dim`, from the key of an operator or of a layer.
+    """Make a layer for tokens of width `dim`, from the key of an operator or of a layer.
 
     Args:
-        key: an operator's (a `MultiHeadAttention` is put around it) or a layer's.
+        key: a layer's key, or an operator's, which gets a `MultiHeadAttention` around it.
         dim, heads: C and H.
         options: the system's own.
-        around: options of `MultiHeadAttention`, with `position` by name; for operators only.
+        around: options of `MultiHeadAttention`, with `position` by name; only for operators.
 
     Raises:
         UnknownKey: no such system. OptionError: a system that is neither, or options that do not fit.
@@ -51,7 +51,7 @@ def create(key: str, dim: int, heads: int, *, options: dict[str, Any] | None = N
         return MultiHeadAttention(dim, heads, op=op, **around)
     if isinstance(cls, type) and issubclass(cls, Layer):
         if around:
-            raise OptionError(f"{', '.join(sorted(around))} go around an operator; {key} is a whole layer")
+            raise OptionError(f"{', '.join(sorted(around))} must come with an operator's key; {key} is a layer")
         known = signature(cls).parameters
         given = {**{name: size for name, size in {"heads": heads}.items() if name in known}, **(options or {})}
         try:
@@ -59,4 +59,4 @@ def create(key: str, dim: int, heads: int, *, options: dict[str, Any] | None = N
         except TypeError as error:
             raise OptionError(f'layer "{key}": {error}') from None
     usable = ", ".join(row.key for room in ("ops", "nn") for row in systems(room=room))
-    raise OptionError(f'system "{key}" is neither operator nor layer; of these rooms are: {usable}')
+    raise OptionError(f'system "{key}" must be an operator or a layer; valid keys: {usable}')

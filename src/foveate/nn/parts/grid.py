@@ -1,4 +1,4 @@
-"""Tokens on a grid, and convolutions over it that keep channels apart."""
+"""Tokens on a grid, and depthwise convolutions over it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Size = tuple[int, int]  # (H, W)
 
 
 def to_map(x: Float[Tensor, "b n c"], size: Size) -> Float[Tensor, "b c h w"]:
-    """Tokens, row by row, as an image."""
+    """Reshape tokens, row by row, to an image."""
     return x.mT.unflatten(2, size)
 
 
 def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-    """An image's pixels, row by row, as tokens."""
+    """Reshape an image's pixels, row by row, to tokens."""
     return x.flatten(2).mT
 
 
 class DepthwiseConv(nn.Module):
-    """A convolution over the grid, each channel by itself, zeros outside: `(B, N, C) -> (B, N, C)`.
+    """A depthwise convolution over the grid, with zeros outside: `(B, N, C) -> (B, N, C)`.
 
     Args:
         dim: C.
         kernel: width and height of the kernel, odd.
-        bias: whether there is one.
+        bias: True adds a bias.
     """
 
     def __init__(self, dim: int, kernel: int = 3, *, bias: bool = True) -> None:
@@ -45,7 +45,7 @@ class DepthwiseConv(nn.Module):
 
 
 def dynamic_conv(x: Float[Tensor, "b n c"], kernels: Float[Tensor, "b c k k"], size: Size) -> Float[Tensor, "b n c"]:
-    """`DepthwiseConv` whose kernels `(B, C, K, K)`, K odd, are each batch item's own."""
+    """Apply a depthwise convolution with kernels `(B, C, K, K)`, K odd, that differ by batch item."""
     batch, n, channels = x.shape
     if kernels.shape[:2] != (batch, channels):
         raise ShapeError(f"kernels must be (B={batch}, C={channels}, K, K); got {tuple(kernels.shape)}")
@@ -55,7 +55,7 @@ def dynamic_conv(x: Float[Tensor, "b n c"], kernels: Float[Tensor, "b c k k"], s
 
 
 def local_mass(weights: Float[Tensor, "b h n n"], size: Size, reach: int = 1) -> Float[Tensor, "b h n"]:
-    """The share of each query's attention, by size of the weights, that stays within `reach` rows and columns of it."""
+    """Return the share of each query's absolute weights within `reach` rows and columns of it."""
     validate.count("reach", reach)
     near = neighbours(size, reach).to(weights.device)
     if near.shape != weights.shape[-2:]:
@@ -66,7 +66,7 @@ def local_mass(weights: Float[Tensor, "b h n n"], size: Size, reach: int = 1) ->
 
 
 def neighbours(size: Size, reach: int) -> Tensor:
-    """Which tokens of a grid are at most `reach` rows and columns apart: bool `(N, N)`."""
+    """Return a mask `(N, N)` of the tokens of a grid that are at most `reach` rows and columns apart."""
     row, column = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
     at = torch.stack([row.flatten(), column.flatten()])
     return ((at[:, :, None] - at[:, None]).abs() <= reach).all(0)

@@ -48,7 +48,7 @@ def activation(x: Tensor, how: str | None) -> Tensor:
 class Rates(nn.ModuleDict):
     """The inputs that an operator takes from each token (rates of decay, of learning), by a linear map for each.
 
-    From the tokens x, or from those of the memory that they attend to, as the operator's gates say.
+    From the tokens x, or from the source tokens, as the operator's gates say.
     """
 
     def __init__(self, dim: int, heads: int, op: Operator) -> None:
@@ -60,8 +60,8 @@ class Rates(nn.ModuleDict):
             assert isinstance(rate, nn.Linear)
             nn.init.constant_(rate.bias, self.gates[name].bias)
 
-    def forward(self, x: Float[Tensor, "b n c"], memory: Tensor | None = None) -> dict[str, Float[Tensor, "b h n"]]:
-        seen = {"query": x, "key": x if memory is None else memory}
+    def forward(self, x: Float[Tensor, "b n c"], source: Tensor | None = None) -> dict[str, Float[Tensor, "b h n"]]:
+        seen = {"query": x, "key": x if source is None else source}
         made = {name: rate(seen[self.gates[name].of]) for name, rate in self.items()}
         return {name: activation(rate, self.gates[name].activation).transpose(1, 2) for name, rate in made.items()}
 
@@ -132,7 +132,7 @@ class HeadScheme(StreamingLayer):
 
     @abstractmethod
     def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q `(B, Hq, N, D)` from x, and k, v `(B, Hkv, M, ·)` from the source, which is x or the memory."""
+        """q `(B, Hq, N, D)` from x, and k, v `(B, Hkv, M, ·)` from the source, which may be x."""
 
     def weigh(self, out: Float[Tensor, "b h n dv"], x: Tensor, q: Tensor) -> Float[Tensor, "b h n dv"]:
         """Heads' outputs as they enter W_o; q are queries that positions have not turned."""
@@ -140,10 +140,10 @@ class HeadScheme(StreamingLayer):
 
     # -- a call --------------------------------------------------------------------------------------------------------
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
-        source = x if memory is None else memory
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+        source = x if source is None else source
         q, k, v = self.project(x, source, mask)
-        return self.attend(q, k, v, x, mask, causal, **self.rates(x, memory), **inputs)
+        return self.attend(q, k, v, x, mask, causal, **self.rates(x, source), **inputs)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None, causal: bool, **inputs: Any

@@ -12,11 +12,11 @@ from foveate.core.precision import multiplying
 
 @final
 class Linear(nn.Linear):
-    """`x Wᵀ + b`, as `nn.Linear`, through float32 where a processor has no fast product of halves.
+    """`x Wᵀ + b`, as `nn.Linear`, computed in float32 on processors without fast half-precision products.
 
-    There PyTorch multiplies bfloat16 and float16 many times as slowly as float32. Tokens, weights and bias are made
-    float32 for the product, and the result is rounded once, so that it is no less exact. Weights keep their dtype. A
-    single row goes as it is: reading the weights is all that it takes. Everywhere else this is `nn.Linear`.
+    There PyTorch multiplies bfloat16 and float16 many times as slowly as float32. Tokens, weights and bias are cast to
+    float32 for the product, and the result is rounded once, so it is at least as exact. Weights keep their dtype. A
+    single row is not cast, since its time goes into reading the weights. Everywhere else this is `nn.Linear`.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A short causal convolution over tokens, each channel by itself: what lets a layer see which token came before."""
+"""A short causal depthwise convolution over tokens, which shows a layer the tokens just before."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class ShortConv(nn.Module):
 
     Args:
         dim: C.
-        kernel: K, tokens that it sees, the newest included.
-        bias: whether there is a b.
+        kernel: K, the tokens that it sees, the newest included.
+        bias: True adds b.
     """
 
     def __init__(self, dim: int, kernel: int = 4, *, bias: bool = True) -> None:
@@ -33,13 +33,13 @@ class ShortConv(nn.Module):
         return torch.zeros(batch, self.kernel - 1, self.conv.in_channels, dtype=dtype, device=device)
 
     def step(self, x: Float[Tensor, "b 1 c"], state: Tensor) -> tuple[Float[Tensor, "b 1 c"], Tensor]:
-        """The next token; the state holds the last K - 1."""
+        """Process the next token; the state holds the last K - 1."""
         seen = torch.cat([state, x], 1)
         return self.conv(seen.mT).mT, seen[:, 1:]
 
     @torch.no_grad()
     def identity_(self) -> None:
-        """Let every token through as it is."""
+        """Set the weights so that every token passes unchanged."""
         self.conv.weight.zero_()
         self.conv.weight[..., -1] = 1.0
         if self.conv.bias is not None:

@@ -1,4 +1,4 @@
-"""Symbols: what tells a token that was attended to apart, without saying what it is (Altabaa and Lafferty, 2024)."""
+"""Symbols: vectors that identify a token without its content (Altabaa and Lafferty, 2024)."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from foveate.nn.parts.heads import merge, split
 
 
 class Symbols(nn.Module, ABC):
-    """A symbol for each token; one such object may serve all layers of a network."""
+    """A symbol for each token; one object may serve all layers of a network."""
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "b n c"], start: int = 0) -> Float[Tensor, "b n c"]:
-        """Symbols of tokens x, the first of which is at place `start`."""
+        """Return the symbols of tokens x, whose first position is `start`."""
 
 
 @final
 class SymbolicAttention(Symbols):
-    """Symbols from a learned library, to which tokens attend through learned templates: alike tokens get alike symbols.
+    """Symbols from a learned library, to which tokens attend by learned templates; similar tokens get similar symbols.
 
-    Only the query is projected, with a bias; nothing comes after.
+    Only the query has a projection, with a bias; there is no output projection.
 
     Args:
         dim: C.
-        heads: of that attention, a divisor of C.
-        n_symbols: in the library.
+        heads: heads of that attention, a divisor of C.
+        n_symbols: symbols in the library.
     """
 
     def __init__(self, dim: int, heads: int = 4, n_symbols: int = 64) -> None:
@@ -56,11 +56,11 @@ class SymbolicAttention(Symbols):
 
 @final
 class PositionalSymbols(Symbols):
-    """A learned symbol for each place.
+    """A learned symbol for each position.
 
     Args:
         dim: C.
-        max_length: places that have one.
+        max_length: positions with a symbol.
     """
 
     def __init__(self, dim: int, max_length: int) -> None:
@@ -71,17 +71,17 @@ class PositionalSymbols(Symbols):
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         stop = start + x.shape[1]
         if stop > len(self.library):
-            raise ShapeError(f"{stop} tokens are more than max_length={len(self.library)}")
+            raise ShapeError(f"x must have at most max_length={len(self.library)} tokens; got {stop}")
         return self.library[start:stop].expand(len(x), -1, -1)
 
 
 @final
 class RelativeSymbols(nn.Module):
-    """A learned symbol for each distance between the token that is told and the one it is told of.
+    """A learned symbol for each distance between a query and a key.
 
     Args:
         dim: C.
-        reach: the largest distance told apart, either way.
+        reach: the largest distance with its own symbol, in either direction; larger ones are clipped.
     """
 
     def __init__(self, dim: int, reach: int) -> None:
@@ -91,7 +91,7 @@ class RelativeSymbols(nn.Module):
         self.library = nn.Parameter(nn.init.xavier_uniform_(torch.empty(2 * reach + 1, dim)))
 
     def read(self, weights: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n r"]:
-        """How much of its attention a token gives to each distance; the last query is at the last key."""
+        """Sum a query's weights by distance; the last query is at the last key."""
         n, m = weights.shape[-2:]
         gap = torch.arange(m, device=weights.device) - torch.arange(m - n, m, device=weights.device)[:, None]
         where = (gap.clamp(-self.reach, self.reach) + self.reach).expand(weights.shape)

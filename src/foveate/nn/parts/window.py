@@ -1,4 +1,4 @@
-"""Attention inside the windows of a grid: the tiling, and the layer that attends tile by tile."""
+"""Attention inside the windows of a grid: the partition, and the layer that attends window by window."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from foveate.ops.operator import Operator
 
 @dataclass(frozen=True)
 class Windows:
-    """A grid cut into windows; where these do not divide it, rows and columns of zeros are added below and right.
+    """A grid cut into windows; if they do not divide it, rows and columns of zeros are added below and right.
 
     Args:
         size: `(H, W)` of the grid.
@@ -32,29 +32,29 @@ class Windows:
 
     @property
     def counts(self) -> Size:
-        """Rows and columns of windows."""
+        """The number of windows in rows and columns."""
         return -(-self.size[0] // self.window[0]), -(-self.size[1] // self.window[1])
 
     @property
     def padding(self) -> Size:
-        """Rows and columns that are added."""
+        """The number of added rows and columns."""
         (rows, columns), (h, w) = self.counts, self.window
         return rows * h - self.size[0], columns * w - self.size[1]
 
-    def partition(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "(b windows) t c"]:
-        """The tokens of each window, row by row; the windows of one image are neighbours in the batch."""
+    def partition(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "windows t c"]:
+        """Return the tokens of each window, row by row; the windows of one image are neighbours in the batch."""
         below, right = self.padding
         x = F.pad(x.unflatten(1, self.size), (0, 0, 0, right, 0, below))
         return rearrange(x, "b (r h) (s w) c -> (b r s) (h w) c", h=self.window[0], w=self.window[1])
 
-    def merge(self, x: Float[Tensor, "(b windows) t c"]) -> Float[Tensor, "b n c"]:
-        """What `partition` took apart; what became of added tokens is dropped."""
+    def merge(self, x: Float[Tensor, "windows t c"]) -> Float[Tensor, "b n c"]:
+        """Undo `partition`, without the added tokens."""
         (rows, columns), (h, w) = self.counts, self.window
         x = rearrange(x, "(b r s) (h w) c -> b (r h) (s w) c", r=rows, s=columns, h=h, w=w)
         return x[:, : self.size[0], : self.size[1]].flatten(1, 2)
 
     def real(self, device: torch.device | str | None = None) -> Bool[Tensor, "windows t"]:
-        """Which tokens of each window are the grid's own."""
+        """Return a mask of the tokens of each window that belong to the grid."""
         ones = torch.ones(1, self.size[0] * self.size[1], 1, device=device)
         return self.partition(ones)[..., 0] > 0
 
@@ -63,15 +63,15 @@ class Windows:
 class WindowAttention(Layer):
     """Multi-head attention among the tokens of each window: O(N t C) for windows of t tokens.
 
-    Windows do not meet: something else has to carry information between them.
+    Windows do not exchange information: other layers have to do that.
 
     Args:
         dim, heads: C and H.
         window: `(h, w)`, or one number for both.
         op: an operator or its key; see `MultiHeadAttention`.
-        bias: whether all projections have biases.
-        padding: whether the zeros that fill up the last windows are "seen", as in most releases (a padded key is then
-            the projection's bias), or "hidden".
+        bias: True gives all projections biases.
+        padding: "seen" attends to the zeros that fill up the last windows, as in most releases (a padded key is then
+            the projection's bias); "hidden" masks them.
     """
 
     capabilities = replace(Layer.capabilities, patterns=frozenset({"self"}), masks=frozenset(), grid=True, growth="N")
@@ -88,7 +88,7 @@ class WindowAttention(Layer):
         self.padding = padding
         self.attention = MultiHeadAttention(dim, heads, op=op, bias=bias)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         windows = Windows(inputs["size"], self.window)
         seen = None
         if self.padding == "hidden" and any(windows.padding):

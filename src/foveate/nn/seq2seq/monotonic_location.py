@@ -1,4 +1,4 @@
-"""A GRU that reads a sequence and writes another, walking over the first: what length generalisation is tested with.
+"""A GRU encoder-decoder with monotonic location attention, for tests of length generalisation.
 
 Monotonic Location Attention for Length Generalization (2023), arXiv 2305.20019.
 """
@@ -18,33 +18,33 @@ from foveate.ops.dense.monotonic_location_attention import MonotonicLocationAtte
 
 
 class Source(NamedTuple):
-    """What the decoder reads."""
+    """The encoded source."""
 
     keys: Float[Tensor, "b 1 s c"]
     values: Float[Tensor, "b 1 s c"]
     mask: Bool[Tensor, "b 1 1 s"]
-    state: Float[Tensor, "b c"]  # where it starts
+    state: Float[Tensor, "b c"]  # the decoder's first state
 
 
 @final
 class MonotonicLocationSeq2Seq(nn.Module):
-    """A bidirectional GRU, and a GRU cell that asks `MonotonicLocationAttention` before each token.
+    """A bidirectional GRU, and a GRU cell that attends by `MonotonicLocationAttention` before each token.
 
-    For tasks whose output follows the input's order, at lengths beyond those of training. O(S T) time in S + T steps
-    that wait for each other: the wrong choice where speed or reordering matters.
+    It suits tasks whose output follows the input's order, at lengths beyond those of training. O(S T) time in S + T
+    sequential steps: the wrong choice if speed or reordering matters.
 
     Args:
-        vocab: tokens, the same for both sequences; 0 is padding.
+        vocab: number of tokens, shared by both sequences; 0 is padding.
         hidden: width of the states, even: half for each direction.
         embed: width of embeddings.
-        step, mix, past: of the attention.
-        mix_direction: whether the source is read forwards or backwards, `beta h + (1 - beta) reversed(h)`, with
-            `beta = sigmoid(5 w . final state)` for each example: one rule then copies and reverses.
-        dropout: on the encoded source (the release: 0.5).
+        step, mix, past: options of the attention.
+        mix_direction: True reads the source in a learned mix of directions, `beta h + (1 - beta) reversed(h)`, with
+            `beta = sigmoid(5 w . final state)` for each example: one model then copies and reverses.
+        dropout: dropout on the encoded source (the release: 0.5).
 
-    As in the release: a learned first and last vector frame the source, values pass a linear map and a leaky ReLU, the
-    decoder's state before its step is the query, outputs share the embeddings. There, queries and keys of the content
-    part are each projected; as only their product counts, here keys are alone.
+    As in the release, a learned first and last vector frame the source, values pass a linear map and a leaky ReLU, the
+    decoder's state before its step is the query, and outputs share the embeddings. The release projects both queries
+    and keys of the content part; only their product counts, so only keys are projected here.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class MonotonicLocationSeq2Seq(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "b s"], lengths: Int[Tensor, " b"], targets: Int[Tensor, "b t"]
     ) -> Float[Tensor, "b t v"]:
-        """Logits of each target, those before it given; a row of `tokens` is `lengths` real ones and then padding."""
+        """Return each target's logits given the targets before it; `lengths` counts the real tokens of each row."""
         source, word, past, said = self.read(tokens, lengths), self.start.expand(len(tokens), -1), None, []
         h = source.state
         for target in targets.unbind(1):
@@ -93,7 +93,7 @@ class MonotonicLocationSeq2Seq(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, lengths: Tensor, steps: int) -> Int[Tensor, "b t"]:
-        """The likeliest token, step by step."""
+        """Return the most probable token of each step."""
         validate.count("steps", steps, 1)
         source, word, past, said = self.read(tokens, lengths), self.start.expand(len(tokens), -1), None, []
         h = source.state
@@ -104,9 +104,11 @@ class MonotonicLocationSeq2Seq(nn.Module):
         return torch.stack(said, 1)
 
     def read(self, tokens: Int[Tensor, "b s"], lengths: Int[Tensor, " b"]) -> Source:
-        """The encoded source, framed and, where so built, turned to the direction that it asks for."""
+        """Encode and frame the source and, with `mix_direction`, mix its directions."""
         if tokens.dim() != 2 or lengths.shape != tokens.shape[:1] or int(lengths.max()) > tokens.shape[1]:
-            raise ShapeError(f"tokens (B, S) and lengths (B,) at most S; got {tuple(tokens.shape)}, {lengths.tolist()}")
+            raise ShapeError(
+                f"tokens must be (B, S) and lengths (B,) up to S; got {tuple(tokens.shape)}, {lengths.tolist()}"
+            )
         place = torch.arange(tokens.shape[1] + 2, device=tokens.device)
         x = F.pad(self.embed(tokens), (0, 0, 1, 1))
         for vector, at in ((self.first, torch.zeros_like(lengths)), (self.last, lengths + 1)):
@@ -124,14 +126,14 @@ class MonotonicLocationSeq2Seq(nn.Module):
         return Source(self.keys(states)[:, None], values[:, None], seen[:, None, None], final_state)
 
     def _say(self, word: Tensor, h: Tensor, past: Tensor | None, source: Source) -> tuple[Tensor, Tensor, Tensor]:
-        """The state after a step, the place looked at, and logits of a token."""
+        """Return the state after a step, the expected position, and the logits of a token."""
         found, past = self.attention.walk(h[:, None, None], source.keys, source.values, past, mask=source.mask)
         h = self.cell(torch.cat([word, self.compose(found[:, 0, 0])], -1), h)
         return h, past, F.linear(self.narrow(h), self.embed.weight, self.out_bias)
 
 
 def backwards(x: Float[Tensor, "b s c"], lengths: Int[Tensor, " b"]) -> Float[Tensor, "b s c"]:
-    """Each row's first `lengths` vectors in reverse, the rest where it is."""
+    """Reverse each row's first `lengths` vectors; leave the rest in place."""
     place = torch.arange(x.shape[1], device=x.device)
     turned = lengths[:, None] - 1 - place
     return x.gather(1, torch.where(turned >= 0, turned, place)[..., None].expand_as(x))

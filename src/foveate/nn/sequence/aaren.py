@@ -1,4 +1,4 @@
-"""The layer of Aaren: what causal self-attention is to a transformer, with one learned question in place of queries.
+"""The layer of Aaren: causal self-attention with one learned query in place of a query per token.
 
 Attention as an RNN (2024), arXiv 2405.13956.
 """
@@ -20,19 +20,19 @@ from foveate.ops.linear.aaren import Aaren, AarenState
 
 @final
 class AarenLayer(StreamingLayer):
-    """`y_t = W_o softmax(q . W_k x_{<= t}) W_v x_{<= t}` with `q = W_q token` learned: a set of what has come so far.
+    """`y_t = W_o softmax(q . W_k x_{<= t}) W_v x_{<= t}` with `q = W_q token` learned: each output pools a prefix.
 
-    Streams with a constant state at the numbers of the parallel call. By itself it does not know the order inside a
-    prefix, and no token looks anything up; stacked, each layer asks its question of prefixes of prefixes. The wrong
-    choice where a token must find another one: use `MultiHeadAttention`.
+    It streams with a constant state, and its outputs equal those of the parallel call. One layer ignores the order
+    inside a prefix, and tokens have no queries of their own; stacked layers pool prefixes of prefixes. The wrong choice
+    if a token must find another one: use `MultiHeadAttention`.
 
     Args:
         dim: C.
         heads: H, a divisor of `dim`.
-        bias: whether all projections have biases.
+        bias: True gives all projections biases.
 
-    Each layer has a token of its own. The paper hands the query on from layer to layer of its own stack; how, beside a
-    learned token for the first one, is not settled here by a release, as there is none.
+    Each layer has its own token. The paper passes the query from layer to layer, from a learned token for the first
+    one. There is no release that settles how.
 
     Raises:
         OptionError: `heads` does not divide `dim`.
@@ -57,7 +57,7 @@ class AarenLayer(StreamingLayer):
         self.v = nn.Linear(dim, dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         return self._merged(self.op(*self._heads(x), mask=mask, causal=True))
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> AarenState:
@@ -73,7 +73,7 @@ class AarenLayer(StreamingLayer):
         return self._merged(out), state
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The question and the tokens' keys and values, `(B, H, N, D)` each."""
+        """Return the query and the tokens' keys and values, `(B, H, N, D)` each."""
         asked = self.q(self.token).expand_as(x)
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (asked, self.k(x), self.v(x)))
         return q, k, v

@@ -1,4 +1,4 @@
-"""BaseConv: a gated convolution, to which every gated-convolution model reduces.
+"""BaseConv: the gated convolution to which every gated-convolution model reduces.
 
 Zoology: Measuring and Improving Recall in Efficient Language Models (2023), arXiv 2312.04927.
 """
@@ -19,15 +19,15 @@ from foveate.nn.parts.short_conv import ShortConv
 
 @final
 class BaseConv(StreamingLayer):
-    """`(x W + b) * (h conv x + b')`, the filter h causal and each channel's own, fixed once it is trained.
+    """`(x W + b) * (h conv x + b')`: h is a causal filter per channel, fixed after training.
 
-    O(N) with a short filter, O(N log N) with a long one. What it reads does not depend on what it reads: to recall K of
-    its pairs it needs a width that grows with K, where attention needs none. The wrong choice for recall.
+    O(N) with a short filter, O(N log N) with a long one. The filter does not depend on the input: to recall K pairs it
+    needs a width that grows with K, unlike attention. The wrong choice for recall.
 
     Args:
         dim: C.
         kernel: taps of a short filter, the token's own included.
-        length: the longest sequence, for a filter as long as that (then `kernel` has no say); None for the short one.
+        length: the longest sequence, for a filter of that length (`kernel` then has no effect); None for a short one.
 
     Raises:
         ShapeError: more tokens than `length`.
@@ -51,13 +51,13 @@ class BaseConv(StreamingLayer):
             self.filter = nn.Parameter(torch.randn(dim, length) * length**-0.5)
             self.bias = nn.Parameter(torch.zeros(dim))
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         if mask is not None:
             x = x.masked_fill(~mask_algebra.keys_of(mask, x.shape[0], x.shape[1])[..., None], 0.0)
         return self.gate(x) * (self.conv(x) if self.length is None else self._long(x))
 
     def _long(self, x: Tensor) -> Tensor:
-        """The whole filter at once, as a product of spectra; padded, so that the end does not meet the beginning."""
+        """Apply the whole filter as a product of spectra, padded so that the convolution does not wrap around."""
         n = x.shape[1]
         if self.length is None or n > self.length:
             raise ShapeError(f"the filter has length={self.length} taps; got N={n}")

@@ -1,4 +1,4 @@
-"""Attention at chosen positions alone, as Zoology adds it to convolutions.
+"""Attention only at chosen positions, as Zoology adds it to convolutions.
 
 Zoology: Measuring and Improving Recall in Efficient Language Models (2023), arXiv 2312.04927.
 """
@@ -19,20 +19,20 @@ from foveate.nn.parts.positions import Position
 
 @final
 class ChosenAttention(Layer):
-    """Causal attention whose output goes to some positions only; the others get zeros, and their queries no work.
+    """Causal attention for chosen queries only; the other positions get zeros at no cost.
 
-    Cost O(m N C) for m chosen queries of N. With a convolution before it this is what recall needs: most tokens are
-    predicted from their neighbours, and those that repeat something far back are few.
+    Cost O(m N C) for m chosen queries of N. Behind a convolution it suffices for recall: neighbours predict most
+    tokens, and only a few repeat something far back.
 
     Args:
         dim, heads: C and H.
-        select: "learned": positions where `sigmoid(x w)` is over a half; in training every position counts, times that
-            number, and `penalty` keeps them few. "given": those that a call's `chosen (B, N)`, bool, marks; tokens that
-            stood in the sequence before, for instance (`repeated`). Without `chosen`, all.
-        position: as of `MultiHeadAttention`.
+        select: "learned": positions where `sigmoid(x w)` is over a half; in training every output is multiplied by that
+            number, and `penalty` keeps chosen positions few. "given": those that a call's `chosen (B, N)`, bool, marks,
+            for instance tokens that occurred before (`repeated`). Without `chosen`, all.
+        position: as for `MultiHeadAttention`.
 
-    The paper's learned selector keeps the k highest of a sequence, which tells a token about its future; a threshold
-    does not, and it is ours.
+    The paper's learned selector keeps the k highest of a sequence, which leaks the future into a token. The threshold
+    does not, and is ours.
     """
 
     capabilities = replace(
@@ -51,7 +51,7 @@ class ChosenAttention(Layer):
         self._declare(inputs=frozenset())
 
     def _mix(
-        self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, chosen: Tensor | None = None,
+        self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, chosen: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor:  # fmt: skip
         if self.selector is not None:
@@ -64,16 +64,16 @@ class ChosenAttention(Layer):
         return self._at(x, chosen.bool(), mask)
 
     def share(self, x: Tensor) -> Tensor:
-        """How much each position wants attention, `(B, N, 1)` in 0..1."""
+        """Return the selector's score of each position, `(B, N, 1)` in 0..1."""
         assert self.selector is not None
         return torch.sigmoid(self.selector(x))
 
     def penalty(self, x: Tensor, budget: float) -> Tensor:
-        """By how much the mean share of positions is over `budget`, to be added to a loss."""
+        """Return the excess of the mean score over `budget`, to add to a loss."""
         return (self.share(x).mean() - budget).clamp_min(0.0)
 
     def _at(self, x: Tensor, chosen: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention for the chosen queries, brought together at the front of each sequence."""
+        """Attend with the chosen queries, gathered at the front of each sequence."""
         n, most = x.shape[1], int(chosen.sum(1).max()) if chosen.numel() else 0
         places = torch.arange(n, device=x.device)
         front = torch.where(chosen, places, n + places).argsort(1)[:, :most]
@@ -93,6 +93,6 @@ class ChosenAttention(Layer):
 
 
 def repeated(tokens: Tensor) -> Tensor:
-    """Positions `(B, N)` whose token stood in the sequence before."""
+    """Return a mask `(B, N)` of positions whose token occurred earlier in the sequence."""
     same = tokens[:, :, None] == tokens[:, None]
     return (same & torch.ones_like(same).tril(-1)).any(-1)

@@ -1,4 +1,4 @@
-"""Dual attention: heads that read what others are, beside heads that read how others relate to oneself.
+"""Dual attention: heads that read the content of tokens beside heads that read relations between tokens.
 
 Disentangling and Integrating Relational and Sensory Information in Transformer Architectures (2024), arXiv 2405.16727.
 """
@@ -24,11 +24,11 @@ from foveate.ops.operator import Operator
 
 @final
 class SensoryHeads(HeadScheme):
-    """Heads of ordinary attention, as a part of a layer: `C -> H D`.
+    """The ordinary attention heads of a layer: `C -> H D`.
 
     Args:
         dim, heads, kv_heads, head_dim: C, H, Hkv and D.
-        bias: whether all projections have biases.
+        bias: True gives all projections biases.
         around: an operator and a position scheme, as for `HeadScheme`.
     """
 
@@ -47,7 +47,7 @@ class SensoryHeads(HeadScheme):
 
 @dataclass(frozen=True)
 class DualState:
-    """A stream: both kinds of heads, and how many tokens went by."""
+    """The state of a stream: that of both kinds of heads, and the number of tokens so far."""
 
     sensory: HeadState | None
     relational: Any
@@ -56,28 +56,28 @@ class DualState:
 
 @final
 class DualAttention(StreamingLayer):
-    """Ordinary heads and relational heads side by side, their outputs concatenated.
+    """Ordinary heads and relational heads, whose outputs are concatenated.
 
-    Ordinary heads read what the tokens that they attend to are; relational ones (`RelationalAttention`) read how these
-    compare with the token that asks. `Block(DualAttention(...))` is the block of a Dual Attention Transformer.
-    Cost: that of multi-head attention, with values of width `D + H D` in relational heads. The wrong choice where what
-    counts is the content itself, not whether things are the same, larger or earlier.
+    Ordinary heads read the content of tokens; relational ones (`RelationalAttention`) compare these tokens with the
+    query's token. `Block(DualAttention(...))` is the block of a Dual Attention Transformer. Cost: that of multi-head
+    attention, with values of width `D + H D` in relational heads. The wrong choice if only content counts, and not
+    whether things are the same, larger or earlier.
 
     Args:
         dim: C, a multiple of all heads.
-        sensory_heads, relational_heads: how many of each; one kind may be 0. Heads are numbered in this order.
+        sensory_heads, relational_heads: heads of each kind; one may be 0. Heads are numbered in this order.
         symbols: `SymbolicAttention`, `PositionalSymbols` or `RelativeSymbols`; give the same one to all layers, as the
-            paper does. `SymbolicAttention(dim, heads=4, n_symbols=64)` where None.
-        relations, symmetric, rel_act: of the relational heads.
+            paper does. None for `SymbolicAttention(dim, heads=4, n_symbols=64)`.
+        relations, symmetric, rel_act: options of the relational heads.
         group: heads of a kind that share keys and values (grouped queries).
         op: an operator or its key, for both kinds.
-        position: how positions turn attention's queries and keys, or None.
+        position: a position scheme that rotates attention's queries and keys, or None.
 
     Raises:
         OptionError: an option out of range.
 
-    Symbols come from what the layer is given, as in the release's language model, where each layer retrieves anew. In
-    cross attention they are of the memory; distances mean nothing there, and `RelativeSymbols` refuse.
+    Symbols come from the layer's input, as in the release's language model, where each layer retrieves its own. In
+    cross attention they belong to the source; distances mean nothing there, and `RelativeSymbols` raises.
     """
 
     def __init__(
@@ -125,23 +125,23 @@ class DualAttention(StreamingLayer):
             patterns = patterns - {"cross"}
         if self.relational is not None and not self.relational.at_once(self.symbols):
             if not isinstance(op, Cached) or type(op).values is not Operator.values:
-                raise OptionError(f"relations apart from values take plain weights over keys; {op.name} has none")
+                raise OptionError(f"op must have weights over keys for these relations; {op.name} has none")
             growth, streams = "N²", streams and "causal cross" in can.patterns
         self._declare(growth=growth, masks=can.masks, patterns=patterns, streaming="exact" if streams else None)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         out = []
         if self.sensory is not None:
             mine = _of_heads(mask, slice(None, self.sensory.heads))
-            out.append(self.sensory(x, memory, mask=mine, causal=causal))
+            out.append(self.sensory(x, source, mask=mine, causal=causal))
         if self.relational is not None:
-            symbols = self._symbols(x if memory is None else memory, 0)
+            symbols = self._symbols(x if source is None else source, 0)
             mine = _of_heads(mask, slice(-self.relational.heads, None))
-            out.append(self.relational(x, symbols, memory, mask=mine, causal=causal))
+            out.append(self.relational(x, symbols, source, mask=mine, causal=causal))
         return torch.cat(out, -1)
 
     def _symbols(self, source: Tensor, start: int) -> Tensor | RelativeSymbols:
-        assert self.symbols is not None  # a layer with relational heads has symbols
+        assert self.symbols is not None  # a layer with relational heads always has symbols
         return self.symbols if isinstance(self.symbols, RelativeSymbols) else self.symbols(source, start)
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> DualState:
@@ -165,5 +165,5 @@ class DualAttention(StreamingLayer):
 
 
 def _of_heads(mask: Tensor | None, heads: slice) -> Tensor | None:
-    """The part of a mask that is for some heads."""
+    """Return the part of a mask that belongs to some heads."""
     return mask if mask is None or mask.dim() < 3 or mask.shape[-3] == 1 else mask[..., heads, :, :]

@@ -1,4 +1,4 @@
-"""Key-driven grouped-query attention: how many queries a key head serves depends on how long its keys are.
+"""Key-driven grouped-query attention: the norm of a key head's keys sets its number of queries.
 
 Beyond Uniform Query Distribution: Key-Driven Grouped Query Attention (2024), arXiv 2408.08454.
 """
@@ -27,38 +27,38 @@ BETA = 0.9
 
 @final
 class KeyDrivenGQA(HeadScheme):
-    """Grouped-query attention whose H query heads are shared out among the key heads by the norms of these.
+    """Grouped-query attention that allocates H query heads to key heads by the norms of the keys.
 
     Query heads are cut, in order, into runs of lengths that add up to H; run g attends with key and value head g, and a
-    head with no run is idle. Cost: that of grouped-query attention with keys repeated. Meant for going on from a
+    head with an empty run is idle. Cost: that of grouped-query attention with repeated keys. It continues from a
     trained multi-head network (`mha_to_gqa`). The wrong choice for causal networks: norms are taken over all tokens, so
-    that it knows no causal call but with rule="gqa".
+    that only rule="gqa" defines a causal call.
 
     Args:
         dim: C.
         heads: H.
         kv_heads: G, a divisor of H.
-        rule: "gqa": H / G queries each. "kdgqa": in proportion to the norms, scaled to 0..1: the weakest gets none.
-            "dgqa_diff": to how the norms changed since a window ago. "dgqa_ema": to a running mean of them. "pgqa": as
-            "gqa", and from each head's output noise of the same mean and spread is subtracted.
-        window: steps of training between two looks at the norms, for "dgqa_diff" and "dgqa_ema".
-        stats: whose norms: "batch", means over the batch (the paper's, whose images then depend on each other),
-            "sample", each item's own, or "running": the batch's in training, after which the last allocation stays.
+        rule: "gqa": H / G queries each. "kdgqa": in proportion to the norms, scaled to 0..1, so that the weakest gets
+            none. "dgqa_diff": in proportion to the change of the norms since a window ago. "dgqa_ema": to a running
+            mean of them. "pgqa": as "gqa", but each head's output loses noise of the same mean and spread.
+        window: training steps between two updates of the norms, for "dgqa_diff" and "dgqa_ema".
+        stats: the norms to use: "batch", means over the batch (the paper's, where images then depend on each other),
+            "sample", each item's own, or "running", the batch's in training and the last allocation afterwards.
         op: an operator or its key.
-        position: how positions enter, or None.
-        bias: whether all projections have biases.
-        generator: what "pgqa" draws its noise from; it must be given there.
+        position: a position scheme, or None.
+        bias: True gives all projections biases.
+        generator: draws the noise of "pgqa", which requires it.
 
     Raises:
         OptionError: an option out of range.
 
-    From the release: means of norms in place of its sums over the batch, which give the same shares; its window divides
-    the sum of cache and norms by `window`; "pgqa" spares the entries where row and column of a group's noise agree, and
-    one draw serves the batch. Unlike it, evaluation leaves the cache alone, equal norms mean equal runs (not 0 / 0),
-    and the repair of rounding is drawn from a fixed seed.
+    As in the release, the window divides the sum of cache and norms by `window`; "pgqa" spares the entries where row
+    and column of a group's noise agree, and one draw serves the batch. Means of norms replace the release's sums over
+    the batch, which give the same shares. Unlike in the release, evaluation does not change the cache, equal norms mean
+    equal runs (not 0 / 0), and the repair of rounding uses a fixed seed.
     """
 
-    # who gets how many heads depends on numbers
+    # the allocation depends on values of tensors
     capabilities = replace(HeadScheme.capabilities, transforms=frozenset({"meta"}))
 
     cache: Tensor
@@ -75,7 +75,7 @@ class KeyDrivenGQA(HeadScheme):
         validate.one_of("stats", stats, ("batch", "sample", "running"))
         validate.count("window", window, 1)
         if (rule == "pgqa") != (generator is not None):
-            raise OptionError('rule="pgqa" draws noise from a generator, and no other does')
+            raise OptionError('generator must come with rule="pgqa", and only with it')
         self.rule, self.window, self.stats, self.generator = rule, window, stats, generator
         self.q = nn.Linear(dim, heads * self.head_dim, bias)
         self.k = nn.Linear(dim, kv_heads * self.head_dim, bias)
@@ -101,7 +101,7 @@ class KeyDrivenGQA(HeadScheme):
 
     @torch.no_grad()
     def allocate(self, k: Float[Tensor, "b g m d"]) -> Int[Tensor, "*b g"]:
-        """How many queries each key head gets: `(G,)`, or `(B, G)` where each item has its own."""
+        """Return the number of queries of each key head: `(G,)`, or `(B, G)` if each item has its own."""
         norms = k.flatten(2).norm(dim=-1).to(self.cache.dtype)
         looks = self.rule == "kdgqa" or int(self.trained) % self.window == 0
         frozen = not looks if self.training else self.stats == "running"
@@ -114,7 +114,7 @@ class KeyDrivenGQA(HeadScheme):
         return runs
 
     def _learn(self, norms: Float[Tensor, " g"], runs: Tensor, looks: bool) -> None:
-        """What training leaves behind."""
+        """Update the buffers in training."""
         self.trained += 1
         if self.stats != "sample":
             self.allocation.copy_(runs)
@@ -125,11 +125,11 @@ class KeyDrivenGQA(HeadScheme):
         return out - self._noise(out) if self.rule == "pgqa" else out
 
     def _noise(self, out: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
-        """Uniform noise, of which each head's `N D` numbers have the mean and the standard deviation of its output."""
+        """Return uniform noise; each head's `N D` numbers have the mean and the standard deviation of its output."""
         rows = out.flatten(2)
         group = self.heads // self.kv_heads
         shape = self.kv_heads, group, rows.shape[-1]
-        assert self.generator is not None  # "pgqa" is refused without one
+        assert self.generator is not None  # the constructor refuses "pgqa" without one
         noise = torch.rand(shape, generator=self.generator, device=self.generator.device).to(out)
         noise.diagonal(dim1=1, dim2=2).zero_()
         noise = noise.flatten(0, 1)
@@ -145,17 +145,17 @@ def allocate_queries(
     norms: Float[Tensor, "*b g"], heads: int, rule: Rule, cache: Float[Tensor, " g"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "*b g"]:  # fmt: skip
-    """How many of `heads` queries each of G key heads gets; the numbers of a row add up to `heads`, and may be 0.
+    """Return the number of queries of each of G key heads; a row adds up to `heads`, and its numbers may be 0.
 
     Args:
-        norms: of the key heads.
+        norms: the norms of the key heads.
         rule: as for `KeyDrivenGQA`.
-        cache: what "dgqa_diff" and "dgqa_ema" compare the norms with; zeros where None.
-        generator: where these two add or take a query when rounding has left some; one seeded with 0 where None.
+        cache: earlier norms for "dgqa_diff" and "dgqa_ema"; None for zeros.
+        generator: draws the heads that gain or lose a query after rounding under these two; None for one seeded with 0.
     """
     groups = norms.shape[-1]
     if heads % groups:
-        raise ShapeError(f"norms are of G={groups} key heads, which must divide heads={heads}")
+        raise ShapeError(f"norms must be of G key heads that divide heads={heads}; got G={groups}")
     validate.one_of("rule", rule, RULES)
     cache = torch.zeros_like(norms) if cache is None else cache
     low, high = norms.amin(-1, keepdim=True), norms.amax(-1, keepdim=True)
@@ -175,7 +175,7 @@ def allocate_queries(
 
 
 def _repair(runs: Int[Tensor, " g"], heads: int, random: torch.Generator | None) -> None:
-    """Take from the largest, or give to the smallest, until all heads are shared out; at random places where given."""
+    """Take from the largest or give to the smallest until the sum is right, or do so at random heads if given."""
     while (left := heads - int(runs.sum())) != 0:
         if random is not None:
             at = int(torch.randint(len(runs), (), generator=random))
@@ -188,7 +188,7 @@ def _repair(runs: Int[Tensor, " g"], heads: int, random: torch.Generator | None)
 def share_out(
     x: Float[Tensor, "b g m d"], runs: Int[Tensor, "*b g"], heads: int | None = None
 ) -> Float[Tensor, "b h m d"]:
-    """Key (or value) heads, each as often as it has queries: `(3, 1)` gives heads 0, 0, 0, 1."""
+    """Repeat each key (or value) head by its number of queries: `(3, 1)` gives heads 0, 0, 0, 1."""
     index = torch.arange(int(runs.sum(-1).max()) if heads is None else heads, device=runs.device)
     which = (index[:, None] >= runs.cumsum(-1)[..., None, :]).sum(-1)
     if which.dim() == 1:
@@ -197,10 +197,10 @@ def share_out(
 
 
 def mha_to_gqa(state: Mapping[str, Tensor], heads: int, kv_heads: int) -> dict[str, Tensor]:
-    """Parameters of a network with multi-head attention for one with G key heads: means of runs of H / G heads.
+    """Convert a network's parameters from multi-head attention to G key heads, by means of runs of H / G heads.
 
-    Of every `k` and `v` projection (weight and bias), whatever the names before; all else is taken over. Load it with
-    `strict=False`: a `KeyDrivenGQA` has buffers besides.
+    It changes every `k` and `v` projection (weight and bias), under any prefix, and copies the rest. Load the result
+    with `strict=False`, since a `KeyDrivenGQA` also has buffers.
     """
     if kv_heads < 1 or heads % kv_heads:
         raise OptionError(f"kv_heads={kv_heads} must divide heads={heads}")

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, final
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,7 +50,7 @@ class MDLRPE(nn.Module):
         theta = torch.where(own, 10_000 ** (-(channel % share) / share), 0.0)
         self.theta = nn.Parameter(theta[:, None].repeat(1, heads, 1))
 
-    def forward(self, x: Float[Tensor, "b h n f"], at: Float[Tensor, "n a"]) -> Float[Tensor, "b h n two_f"]:
+    def forward(self, x: Float[Tensor, "b h n f"], at: Int[Tensor, "n a"]) -> Float[Tensor, "b h n two_f"]:
         theta = self.theta.to(accumulating(self.theta.dtype))  # bfloat16 knows no places beyond 256
         angle = torch.einsum("na,ahf->hnf", at.to(theta.dtype), theta)
         return torch.cat([x * angle.cos(), x * angle.sin()], -1).to(x.dtype)
@@ -142,7 +142,7 @@ class LightNetLayer(StreamingLayer):
         self.lrpe = MDLRPE(axes, heads, expand) if lrpe else None
 
     def _mix(
-        self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, size: Size | None = None,
+        self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, size: Size | None = None,
         **inputs: Any,
     ) -> Tensor:  # fmt: skip
         q, k, v = self._heads(x)

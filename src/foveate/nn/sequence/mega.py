@@ -20,12 +20,13 @@ from foveate.core.scoring import safe_softmax
 from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts.ema import DampedEMA
 from foveate.nn.parts.positions import Position, RelativeBias
-from foveate.ops.functional import causal as past, rotary
+from foveate.ops.functional import rotary
+from foveate.ops.functional.causal import causal_product
 
 
 @dataclass(frozen=True)
 class MegaState:
-    """A layer in the middle of a stream: the averages, and keys and values of the current chunk (or of all tokens)."""
+    """The state of a stream: the averages, and keys and values of the current chunk (or of all tokens)."""
 
     ema: Tensor
     k: Tensor
@@ -34,32 +35,33 @@ class MegaState:
 
 @final
 class Mega(StreamingLayer):
-    """Attention with one head, told about the neighbourhood by a damped moving average, and about how much to change.
+    """Gated attention with one head, whose queries and keys come from a damped moving average.
 
     With `x' = norm(x)` and `m = silu(ema(x') + omega x')`: queries and keys are two scalings of one projection
-    `z = silu(m W_z)`, values `silu(x' W_v)` come from the tokens themselves. `h = silu(m W_h + (r * A v) W_o)` with a
+    `z = silu(m W_z)`; values `silu(x' W_v)` come from the tokens. `h = silu(m W_h + (r * A v) W_o)` with a
     reset gate `r = silu(m W_r)`, and the output is `x + u (h - x)` with an update gate `u = sigmoid(m W_u)`.
 
     Cost O(N²), and a stream keeps all keys and values. With `chunk=c` attention stays inside blocks of c tokens and
-    only the average crosses them: O(N c + N log N), and a stream of constant size. The wrong choice with small chunks
-    where a far token must be recalled exactly: an average blurs it. Norm and residual are inside; do not put it into a
-    `Block`, but follow it with a feed-forward of its own (`MegaBlock`).
+    only the average crosses them: O(N c + N log N), and a stream of constant size. Small chunks are the wrong choice if
+    a far token must be recalled exactly: an average blurs it. Norm and residual are inside; use `MegaBlock`, which adds
+    a feed-forward network, in place of `Block`.
 
     Args:
         dim: C.
-        zdim: width of queries and keys; `dim / 4` where None.
-        hdim: width of values; `2 dim` where None.
+        zdim: width of queries and keys; None for `dim / 4`.
+        hdim: width of values; None for `2 dim`.
         ema_dim: averages per channel (16 in the paper, 2 in the release's class).
-        chunk: tokens of a block; None for attention over all.
-        attention: "softmax" of `q k / sqrt(zdim) + b`, or "laplace" or "relu2" of `q k / n + b`, with n the keys that
-            the query sees; their rows do not sum to 1.
-        bias: b, "simple", a learned number per offset, or "rotary", from two learned vectors turned by the positions.
-        reach: the largest offset told apart by "simple", where the release refuses longer inputs; `chunk - 1` if any.
-        bidirectional: averages from both sides, for the pattern "self" only. Off, it does "self" as well.
-        prenorm: norm before, as described; else after the residual. norm: makes it from a width.
+        chunk: tokens of a block; None attends to all tokens.
+        attention: "softmax" of `q k / sqrt(zdim) + b`, or "laplace" or "relu2" of `q k / n + b`, where n counts the
+            keys that the query sees; their rows do not sum to 1.
+        bias: b: "simple" is a learned number per offset, "rotary" comes from two learned vectors, rotated by position.
+        reach: the largest offset with its own number in "simple"; the release refuses longer inputs. `chunk - 1` with
+            a chunk.
+        bidirectional: True averages from both sides, only for the pattern "self"; False allows "self" too.
+        prenorm: True puts the norm before, as described; False after the residual. norm: a function from a width to it.
 
-    A masked token enters no average and no attention. n counts the keys that the query may see, masked ones left out;
-    the release counts them in where a causal mask is given.
+    A masked token enters no average and no attention. n counts the keys that the query may see, without masked ones;
+    the release includes them if a causal mask is given.
 
     Raises:
         OptionError: an option out of range.
@@ -99,7 +101,7 @@ class Mega(StreamingLayer):
             streaming=None if bidirectional else "exact", growth="N²" if chunk is None else "N log N",
         )  # fmt: skip
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         seen = None if mask is None else masks.keys_of(mask, x.shape[0], x.shape[1])
         q, k, v, gates = self._parts(x, lambda normed: self.ema(normed, seen))
         if seen is not None:
@@ -107,14 +109,14 @@ class Mega(StreamingLayer):
         return self._merged(x, self._attended(q, k, v, seen, causal), gates)
 
     def _parts(self, x: Tensor, average: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Queries, keys `(B, N, Z)`, values `(B, N, E)`, and what becomes of the output: `[u, r, m W_h]`."""
+        """Return queries, keys `(B, N, Z)`, values `(B, N, E)`, and the parts `[u, r, m W_h]` of the output."""
         normed = self.norm(x) if self.prenorm else x
         u, z, r, h = self.gates(F.silu(average(normed))).split([self.dim, self.zdim, self.hdim, self.dim], -1)
         q, k = (F.silu(z)[..., None, :] * self.gain + self.shift).unbind(-2)
         return q, k, F.silu(self.v(normed)), [torch.sigmoid(u), F.silu(r), h]
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool) -> Tensor:
-        """`A v`, block by block: `(B, N, E)`. The last block is filled up with tokens that nobody sees."""
+        """Return `A v (B, N, E)`, block by block. Hidden tokens fill up the last block."""
         n = q.shape[1]
         size = max(1, n if self.chunk is None else min(self.chunk, n))
         real = q.new_ones(1, n, dtype=torch.bool) if seen is None else seen
@@ -124,14 +126,14 @@ class Mega(StreamingLayer):
             visible = visible & masks.causal(size, size, device=q.device)
         at = torch.arange(size, device=q.device)
         weights = self._weights(q, k, visible, at, at)
-        return (past.product(weights, v) if causal else weights @ v).flatten(1, 2)[:, :n]
+        return (causal_product(weights, v) if causal else weights @ v).flatten(1, 2)[:, :n]
 
     def _weights(self, q: Tensor, k: Tensor, visible: Tensor, at: Tensor, place: Tensor) -> Tensor:
-        """A of queries at places `at` for keys at places `place`, 0 where a key is not `visible`."""
+        """Return A of queries at positions `at` for keys at positions `place`, 0 for keys that are not `visible`."""
         bias = self.bias.bias(at, place).to(q.dtype)
         if self.attention == "softmax":
             logits = (q * self.zdim**-0.5) @ k.mT + bias
-            return safe_softmax(logits.masked_fill(~visible, masks.NEVER))
+            return safe_softmax(logits.masked_fill(~visible, masks.NEG_INF))
         count = visible.sum(-1, keepdim=True).clamp_min(1)
         return ELEMENTWISE[self.attention](q @ k.mT / count + bias).masked_fill(~visible, 0.0)
 
@@ -156,7 +158,7 @@ class Mega(StreamingLayer):
             return y
 
         q, k, v, gates = self._parts(x, average)
-        fresh = state.k.shape[1] == self.chunk  # a full block is behind: another begins
+        fresh = state.k.shape[1] == self.chunk  # the block is full: another begins
         k, v = (new if fresh else torch.cat([old, new], 1) for old, new in ((state.k, k), (state.v, v)))
         place = torch.arange(k.shape[1], device=x.device)
         weights = self._weights(q, k, torch.ones_like(place, dtype=torch.bool), place[-1:], place)
@@ -165,14 +167,14 @@ class Mega(StreamingLayer):
     def _prefill(self, x: Tensor, **inputs: Tensor) -> tuple[Tensor, MegaState]:
         q, k, v, gates = self._parts(x, self.ema)
         out = self._merged(x, self._attended(q, k, v, None, True), gates)
-        kept = x.shape[1] if self.chunk is None else x.shape[1] % self.chunk  # of a block begun
+        kept = x.shape[1] if self.chunk is None else x.shape[1] % self.chunk  # of an unfinished block
         ema = self.ema.state_after(self.norm(x) if self.prenorm else x)
         return out, MegaState(ema, k[:, x.shape[1] - kept :], v[:, x.shape[1] - kept :])
 
     @classmethod
     def example(cls, dim: int, heads: int, length: int) -> Self:
         layer = cls(dim, ema_dim=3, chunk=max(2, length // 3), attention="laplace")
-        with torch.no_grad():  # at the start of training queries and keys are next to nothing
+        with torch.no_grad():  # at the start of training, queries and keys are almost 0
             for linear in (layer.v, layer.gates, layer.out):
                 linear.weight.mul_(10.0)
             layer.gain.mul_(50.0)
@@ -181,10 +183,10 @@ class Mega(StreamingLayer):
 
 @final
 class RotaryBias(Position):
-    """`(R_i a) (R_j b)` for places i, j, with learned vectors a, b and rotations R: any length, by the offset alone.
+    """`(R_i a) (R_j b)` for positions i, j, learned vectors a, b and rotations R: it depends only on the offset.
 
     Args:
-        width: of the vectors; even.
+        width: width of the vectors; even.
     """
 
     biased = True
@@ -192,7 +194,7 @@ class RotaryBias(Position):
     def __init__(self, width: int) -> None:
         super().__init__()
         if width % 2:
-            raise OptionError(f'bias="rotary" turns pairs of channels: zdim={width} must be even')
+            raise OptionError(f'zdim={width} must be even with bias="rotary", which rotates pairs of channels')
         self.vectors = nn.Parameter(torch.randn(2, 1, width) * 0.02)
 
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -205,11 +207,11 @@ class RotaryBias(Position):
 
 @final
 class MegaBlock(nn.Module):
-    """`Mega`, and a feed-forward `x + silu(norm(x) W_1) W_2` after it.
+    """`Mega` and a feed-forward network `x + silu(norm(x) W_1) W_2` after it.
 
     Args:
         mixer: the layer.
-        hidden: width inside; `2 dim` where None.
+        hidden: hidden width; None for `2 dim`.
     """
 
     def __init__(self, mixer: Mega, hidden: int | None = None, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
@@ -220,17 +222,17 @@ class MegaBlock(nn.Module):
         self.up, self.down = nn.Linear(mixer.dim, hidden), nn.Linear(hidden, mixer.dim)
 
     def forward(self, x: Tensor, **call: Any) -> Tensor:
-        """`call`: what the layer takes besides the tokens."""
+        """Apply the block; `call` holds the layer's further arguments."""
         x = self.mixer(x, **call)
         return x + self.down(F.silu(self.up(self.norm(x))))
 
 
 def laplace(s: Tensor) -> Tensor:
-    """The normal distribution function that follows `relu(s)²` closely near `sqrt(1/2)`, but is bounded by 1."""
+    """Return the normal distribution function that fits `relu(s)²` near `sqrt(1/2)` and is bounded by 1."""
     return 0.5 * (1 + torch.erf((s - math.sqrt(0.5)) / math.sqrt(0.5 / math.pi)))
 
 
-#: Functions of single scores that stand in for the softmax.
+#: Elementwise functions of scores that replace the softmax.
 ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {"laplace": laplace, "relu2": lambda s: F.relu(s).square()}
 
 

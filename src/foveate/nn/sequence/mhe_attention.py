@@ -1,4 +1,4 @@
-"""Multi-head embedding attention: one projection for all heads, told apart by a small vector each.
+"""Multi-head embedding attention: one projection for all heads, and a small vector for each head.
 
 Pit One Against Many: Leveraging Attention-head Embeddings for Parameter-efficient Multi-head Attention (2023),
 arXiv 2310.07911.
@@ -24,28 +24,28 @@ from foveate.ops.operator import Operator
 class MultiHeadEmbeddingAttention(HeadScheme):
     """Attention whose heads share W_q, W_k, W_v of one head's size: `Q_h = x W_q + e_h`, or `x W_q * (1 + e_h)`.
 
-    It saves parameters, `3 C D (H - 1) - 3 H D` of those of multi-head attention, and like multi-query attention the
-    cache: 2 D numbers a token, whatever H, the embeddings being applied when it is read. Time is that of H heads. The
-    wrong choice where heads have to look at different features: with "mul" a head rescales the shared ones, with "add"
-    it only prefers some keys, whatever the query.
+    It saves `3 C D (H - 1) - 3 H D` parameters of multi-head attention. Its cache is as small as that of multi-query
+    attention, 2 D numbers a token for any H, since the embeddings are applied on reading. Time is that of H heads. The
+    wrong choice if heads have to attend to different features: with "mul" a head rescales the shared ones, with "add"
+    it only prefers some keys for every query.
 
     Args:
         dim: C.
         heads: H.
-        mode: "mul" or "add". The embedding of keys has no say under "add" with a softmax: it shifts a row of scores.
-        head_dim: D; `dim / heads` where None.
-        spread: standard deviation that embeddings start with. Heads that start alike may stay alike: where they have to
-            look in several places at once, a spread of 1 learned with 8 heads what 0.02 did not, but not with 4.
+        mode: "mul" or "add". Under "add" with a softmax, key embeddings have no effect: they shift a row of scores.
+        head_dim: D; None for `dim / heads`.
+        spread: standard deviation of the initial embeddings. Heads that start alike may stay alike: on a task that
+            needs attention to several positions, 8 heads learned with a spread of 1 and not with 0.02; 4 heads did not.
         op: an operator or its key.
-        position: how positions enter, after the embeddings, or None.
-        bias: whether all projections have biases.
+        position: a position scheme, applied after the embeddings, or None.
+        bias: True gives all projections biases.
 
     Raises:
         OptionError: an option out of range.
 
-    The authors' repository holds no code; this follows the paper. That embeddings start from a normal distribution is
-    its, the default spread is reconstructed. The cache of one head is kept for operators that need the whole past;
-    others keep a state of their own for each head.
+    The authors' repository holds no code; this follows the paper. The normal distribution of initial embeddings is the
+    paper's, the default spread is reconstructed. Operators that read the whole past keep the cache of one head; others
+    keep a state for each head.
     """
 
     q_heads: nn.Parameter
@@ -67,12 +67,12 @@ class MultiHeadEmbeddingAttention(HeadScheme):
             self.register_parameter(name, nn.Parameter(spread * torch.randn(heads, self.head_dim)))
 
     def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return self._told_apart(self.q(x), self.k(source), self.v(source))
+        return self._with_embeddings(self.q(x), self.k(source), self.v(source))
 
-    def _told_apart(
+    def _with_embeddings(
         self, q: Float[Tensor, "b n d"], k: Float[Tensor, "b m d"], v: Float[Tensor, "b m d"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the heads share, as each of them has it: `(B, H, ·, D)`."""
+        """Add or multiply each head's embeddings onto the shared tensors: `(B, H, ·, D)`."""
         shared, own = (q, k, v), (self.q_heads, self.k_heads, self.v_heads)
         q, k, v = (
             x[:, None] + e[:, None] if self.mode == "add" else x[:, None] * (1 + e[:, None])
@@ -91,14 +91,14 @@ class MultiHeadEmbeddingAttention(HeadScheme):
         if not isinstance(self.op, Cached):
             return super()._step(x, state, **inputs)
         past = state.op.append(self.k(x)[:, None], self.v(x)[:, None])
-        heads = self._told_apart(self.q(x), past.k[:, 0], past.v[:, 0])
+        heads = self._with_embeddings(self.q(x), past.k[:, 0], past.v[:, 0])
         return self.attend(*heads, x, None, True, **inputs), HeadState(past, state.seen + 1)
 
     def _prefill(self, x: Tensor, **inputs: Tensor) -> tuple[Tensor, HeadState]:
         if not isinstance(self.op, Cached):
             return super()._prefill(x, **inputs)
         past = KVState(self.k(x)[:, None], self.v(x)[:, None])
-        heads = self._told_apart(self.q(x), past.k[:, 0], past.v[:, 0])
+        heads = self._with_embeddings(self.q(x), past.k[:, 0], past.v[:, 0])
         return self.attend(*heads, x, None, True, **inputs), HeadState(past, x.shape[1])
 
     @classmethod
@@ -107,6 +107,6 @@ class MultiHeadEmbeddingAttention(HeadScheme):
 
 
 def mhe_param_count(dim: int, heads: int, head_dim: int | None = None) -> int:
-    """Parameters of such a layer without biases: `3 C D + 3 H D + H D C`."""
+    """Return the number of parameters of such a layer without biases: `3 C D + 3 H D + H D C`."""
     size = width(dim, heads, head_dim)
     return 3 * dim * size + 3 * heads * size + heads * size * dim

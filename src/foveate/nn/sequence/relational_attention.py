@@ -1,4 +1,4 @@
-"""Relational attention: a token is told how others compare with it, as a half of dual attention (see there).
+"""Relational attention: a token reads its relations to other tokens; it is one half of dual attention.
 
 Disentangling and Integrating Relational and Sensory Information in Transformer Architectures (2024), arXiv 2405.16727.
 """
@@ -33,30 +33,30 @@ ACTIVATIONS = {
 
 @final
 class RelationalAttention(nn.Module):
-    """`sum_j a_ij (W_r r_ij + W_s s_j)`: a token is told how others relate to it, and which they are, not what.
+    """`sum_j a_ij (W_r r_ij + W_s s_j)`: a token reads its relations to others and their symbols, not their content.
 
-    `a` is attention as ever. `r_ij` in R^r holds inner products of relation queries of i with relation keys of j, which
-    all heads share; `s_j` is a symbol that points at j. Cost: where relations are plain inner products and symbols go
-    by token, the sum over j is taken before the product with i, and this is one call of the operator on values of width
-    `D + H D`, in O(N) memory; else weights and relations are made, O(N² (H + r)), which takes a dense or sparse
-    operator.
+    `a` are attention weights. `r_ij` in R^r holds inner products of relation queries of i with relation keys of j,
+    which all heads share; the symbol `s_j` identifies j. Cost: if relations are plain inner products and symbols belong
+    to tokens, the sum over j comes before the product with i, and the layer is one call of the operator on values of
+    width `D + H D`, in O(N) memory. Otherwise weights and relations are materialised, O(N² (H + r)), which needs a
+    dense or sparse operator.
 
     Args:
         dim: C.
         heads: H.
-        relations: r; H where None. It divides `H D`: each relation compares `H D / r` channels.
-        symmetric: whether relation queries are relation keys too, so that r_ij = r_ji.
-        rel_act: on relations: "identity", "relu", "sigmoid", "tanh", "silu", "gelu".
-        total_heads: of the layer that this is a part of; the width of a head is `C / total_heads`. H where None.
-        kv_heads: heads of attention's keys and of symbols' values; H where None.
+        relations: r; None for H. It divides `H D`: each relation compares `H D / r` channels.
+        symmetric: True uses relation queries as relation keys too, so that r_ij = r_ji.
+        rel_act: activation of relations: "identity", "relu", "sigmoid", "tanh", "silu", "gelu".
+        total_heads: heads of the layer that contains this one; the width of a head is `C / total_heads`. None for H.
+        kv_heads: heads of attention's keys and of symbols' values; None for H.
         op: an operator or its key.
-        position: how positions turn attention's queries and keys (not those of relations), or None.
+        position: a position scheme that rotates attention's queries and keys (not those of relations), or None.
 
     Raises:
         OptionError: an option out of range.
 
-    The release offers a softmax of relations over j. It is refused: it sees what the causal mask hides, and makes r_ij
-    differ from r_ji.
+    The release offers a softmax of relations over j. This class refuses it, since it reads what the causal mask hides
+    and makes r_ij differ from r_ji.
     """
 
     def __init__(
@@ -89,27 +89,27 @@ class RelationalAttention(nn.Module):
         if self.inner % self.relations:
             raise OptionError(f"relations={self.relations} must divide H D = {self.inner}")
         if rel_act == "softmax":
-            raise OptionError('rel_act="softmax" would see what a causal mask hides, and make r_ij differ from r_ji')
+            raise OptionError('rel_act="softmax" is refused: it would read hidden keys, and make r_ij differ from r_ji')
         validate.one_of("rel_act", rel_act, tuple(ACTIVATIONS))
         positions.check(position, self.heads)
         if position is not None and position.biased:
-            raise OptionError(f"position={type(position).__name__} adds a bias; relational heads take those that turn")
+            raise OptionError(f"position={type(position).__name__} adds a bias; relational heads need a rotation")
 
     def at_once(self, symbols: Tensor | Symbols | RelativeSymbols | None) -> bool:
-        """Whether a call with such symbols is one call of the operator."""
+        """Return True if a call with such symbols is one call of the operator."""
         return self.rel_act == "identity" and not isinstance(symbols, RelativeSymbols)
 
     # -- a call --------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, x: Float[Tensor, "b n c"], symbols: Tensor | RelativeSymbols, memory: Tensor | None = None, *,
+        self, x: Float[Tensor, "b n c"], symbols: Tensor | RelativeSymbols, source: Tensor | None = None, *,
         mask: Tensor | None = None, causal: bool = False,
     ) -> Float[Tensor, "b n hd"]:  # fmt: skip
-        """Tokens x are told of the memory, or of each other; symbols are of what they are told of, `(B, M, C)`."""
-        source = x if memory is None else memory
+        """Relate tokens x to the source, or to each other; symbols `(B, M, C)` belong to the source."""
+        source = x if source is None else source
         q, k = self._queries(x, 0), self._keys(source, 0)
         if self.at_once(symbols):
-            out = self.op(q, k, self._values(source, symbols), mask=mask, causal=causal, **self.rates(x, memory))
+            out = self.op(q, k, self._values(source, symbols), mask=mask, causal=causal, **self.rates(x, source))
             return self._told(x, *out.split([self.head_dim, self.inner], -1))
         weights = self.op.weights(q, k, mask=mask, causal=causal)
         source = _visible(source, mask)
@@ -118,7 +118,7 @@ class RelationalAttention(nn.Module):
         return self._weighed(x, weights, self.rel_k(source), symbols)
 
     def compare(self, x: Float[Tensor, "b n c"], source: Float[Tensor, "b m c"]) -> Float[Tensor, "b r n m"]:
-        """r_ij, one map for each relation."""
+        """Return r_ij, one map for each relation."""
         return self._compare(self.rel_q(x), self.rel_k(source))
 
     def _compare(self, q: Tensor, k: Tensor) -> Tensor:
@@ -137,19 +137,19 @@ class RelationalAttention(nn.Module):
         return self.position.turn(x, torch.arange(start, start + x.shape[2], device=x.device))
 
     def _values(self, source: Tensor, symbols: Tensor | RelativeSymbols) -> Float[Tensor, "b hkv m width"]:
-        """Symbols as values, and beside them the relation keys, which all heads share."""
+        """Return symbols as values, joined with the relation keys, which all heads share."""
         assert isinstance(symbols, Tensor)
         relation = self.rel_k(source)[:, None].expand(-1, self.kv_heads, -1, -1)
         return torch.cat([split(self.from_symbols(symbols), self.kv_heads), relation], -1)
 
     def _told(self, x: Tensor, said: Float[Tensor, "b h n d"], read: Float[Tensor, "b h n hd"]) -> Tensor:
-        """The output from attended symbols and attended relation keys: the latter meet their queries here."""
+        """Return the output from attended symbols and from relation queries times attended relation keys."""
         q = split(self.rel_q(x), self.relations)
         related = torch.einsum("b r n p, b h n r p -> b h n r", q, read.unflatten(-1, (self.relations, -1)))
         return self._joined(said, related * q.shape[-1] ** -0.5)
 
     def _weighed(self, x: Tensor, weights: Tensor, keys: Tensor, symbols: Tensor | RelativeSymbols) -> Tensor:
-        """The output from weights; keys are relation keys `(B, M, H D)`, symbols are projected `(B, M, Hkv D)`."""
+        """Return the output from weights, relation keys `(B, M, H D)` and projected symbols `(B, M, Hkv D)`."""
         related = torch.einsum("b h n m, b r n m -> b h n r", weights, self._compare(self.rel_q(x), keys))
         if isinstance(symbols, RelativeSymbols):
             library = split(self.from_symbols(symbols.library)[None], self.kv_heads)
@@ -163,7 +163,7 @@ class RelationalAttention(nn.Module):
 
     @property
     def _streaming_op(self) -> Streaming:
-        assert isinstance(self.op, Streaming)  # else `DualAttention` declares that it does not stream
+        assert isinstance(self.op, Streaming)  # without `at_once`, `DualAttention` declares that it does not stream
         return self.op
 
     def init_state(
@@ -189,5 +189,5 @@ class RelationalAttention(nn.Module):
 
 
 def _visible(x: Float[Tensor, "b m c"], mask: Tensor | None) -> Float[Tensor, "b m c"]:
-    """Zeros for tokens that no query sees, which may hold anything."""
+    """Zero tokens that no query sees, which may hold NaN."""
     return masks.without_hidden(x[:, None], mask)[:, 0]

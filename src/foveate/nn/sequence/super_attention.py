@@ -25,15 +25,15 @@ from foveate.ops.operator import Operator
 class OptimisedAttention(HeadScheme):
     """Multi-head attention without W_v: a head's values are its slice of the token. 3 C² parameters in place of 4 C².
 
-    W_o follows W_v with no more than an average in between, and can learn what the two would. What is given up: the
-    values of a head come from its own C / H channels. Cost: one projection less.
+    W_o follows W_v with only an average in between, and can learn the product of the two. The price is that the values
+    of a head come from its own C / H channels. Cost: one projection less.
 
     Args:
         dim: C.
         heads: H, a divisor of C.
         op: an operator or its key.
-        position: how positions enter, or None.
-        bias: whether all projections have biases.
+        position: a position scheme, or None.
+        bias: True gives all projections biases.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class OptimisedAttention(HeadScheme):
 class SlimAttention(HeadScheme):
     """Multi-head attention without W_v and W_k: a head's keys and values are its slice of the token. 2 C² parameters.
 
-    The paper's "Efficient Attention", which is not the linear one of that name. Keys and values being the tokens, a
-    cache holds one tensor's worth of them. Args are those of `OptimisedAttention`.
+    The paper calls it "Efficient Attention"; it is not the linear one of that name. Keys and values are the tokens, so
+    a cache holds only one tensor. Args are those of `OptimisedAttention`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SlimAttention(HeadScheme):
 
 @dataclass(frozen=True)
 class SuperState:
-    """A stream: what attention keeps, and the tokens so far, `(B, n, C)`, which later values are mixed from."""
+    """The state of a stream: that of attention, and the tokens so far, `(B, n, C)`, which later values mix."""
 
     heads: HeadState
     past: Tensor
@@ -78,28 +78,28 @@ class SuperState:
 
 @final
 class SuperAttention(StreamingLayer):
-    """Slim attention whose values are first mixed across places by a learned matrix: `V = W_A x`, W_A `(L, L)`.
+    """Slim attention whose values are first mixed across positions by a learned matrix: `V = W_A x`, W_A `(L, L)`.
 
-    All heads and inputs share W_A: what goes where is learned by place, and attention then decides by content. It has
-    2 C² + L² parameters and costs O(N²) whatever the operator. The wrong choice where what matters moves about, or
-    lengths vary much: L is fixed, shorter inputs use the top left of W_A, longer ones are refused.
+    All heads and inputs share W_A: it mixes by position, and attention then by content. It has 2 C² + L² parameters and
+    costs O(N²) with any operator. The wrong choice if important tokens change position, or lengths vary much: L is
+    fixed, shorter inputs use the top left of W_A, and longer ones raise.
 
     Args:
         dim: C.
         heads: H, a divisor of C.
-        context_len: L, the most tokens (of the memory, in cross attention).
-        causal: whether to refuse calls without `causal=True`: half of W_A is all that such a layer has learned.
+        context_len: L, the most tokens (of the source, in cross attention).
+        causal: True refuses calls without `causal=True`, for layers that have learned only the lower half of W_A.
         op: an operator or its key.
-        position: how positions enter queries and keys, or None.
+        position: a position scheme for queries and keys, or None.
         bias: whether all projections have biases.
 
     Raises:
         OptionError: an option out of range. ShapeError: more tokens than `context_len`.
 
-    A causal call uses the lower triangle of W_A. Masks hide keys from everybody or from nobody ("keys"): a value holds
-    other tokens too, so that no mask by pairs could keep one from one query. That W_A starts at the identity, where
-    this is slim attention, is a choice of ours; the paper leaves it to the framework. That keys are slices of the token
-    is read from the paper's count of parameters, and a port agrees.
+    A causal call uses the lower triangle of W_A. Masks hide keys from all queries or from none ("keys"): a value mixes
+    several tokens, so a mask by pairs could not hide one from one query. W_A starts at the identity, where this is slim
+    attention; that is our choice, and the paper leaves it to the framework. The paper's count of parameters implies
+    that keys are slices of the token, and a port agrees.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class SuperAttention(StreamingLayer):
         patterns = can.patterns & {"causal self"} if causal else can.patterns
         self._declare(inputs=can.inputs, streaming=can.streaming, patterns=patterns, masks=can.masks & {"keys"})
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
-        source = x if memory is None else memory
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+        source = x if source is None else source
         q, k, _ = self.slim.project(x, source, mask)
         values = source if mask is None else masks.without_hidden(source[:, None], mask)[:, 0]
         v = split(self._aligned(values, causal), self.heads)
-        return self.slim.attend(q, k, v, x, mask, causal, **self.slim.rates(x, memory), **inputs)
+        return self.slim.attend(q, k, v, x, mask, causal, **self.slim.rates(x, source), **inputs)
 
     def _aligned(self, source: Float[Tensor, "b m c"], causal: bool) -> Float[Tensor, "b m c"]:
         length = source.shape[1]
@@ -132,7 +132,7 @@ class SuperAttention(StreamingLayer):
 
     def _check_length(self, length: int) -> None:
         if length > self.context_len:
-            raise ShapeError(f"{length} tokens are more than context_len={self.context_len}")
+            raise ShapeError(f"x must have at most context_len={self.context_len} tokens; got {length}")
 
     # -- a stream ------------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class WindowState:
     """The memory, and a cache of the persistent tokens and those of the window."""
 
     memory: NeuralMemoryState
-    attention: HeadState
+    attention: HeadState | None  # None after a call that keeps no state
 
 
 class Windowed(Titans):

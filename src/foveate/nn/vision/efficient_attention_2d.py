@@ -1,4 +1,4 @@
-"""Efficient attention as a block for feature maps, to insert into a convolutional network.
+"""Efficient attention as a block for the feature maps of a convolutional network.
 
 Efficient Attention: Attention with Linear Complexities (2018), arXiv 1812.01243. The operator is
 `foveate.ops.linear.efficient_attention`.
@@ -22,16 +22,16 @@ from foveate.ops.operator import Operator, listed
 class EfficientAttention2d(nn.Module):
     """`x + reproject(attend(queries(x), keys(x), values(x)))` over all pixels of `x (B, C, H, W)`; 1x1 convolutions.
 
-    A non-local block that costs O(H W) in time and memory, so that it fits maps of high resolution. As the operator
-    does, it reads global summaries: the wrong choice where pixels have to find each other one by one.
+    A non-local block that costs O(H W) in time and memory, so it fits maps of high resolution. It reads global
+    summaries: the wrong choice if single pixels have to find each other.
 
     Args:
         in_channels: C.
         key_channels: channels of queries and keys, all heads together.
-        heads: into how many parts they and the values are split; each attends by itself.
-        value_channels: channels of the values; `key_channels` where None.
-        op: another operator without causality in the place of `EfficientAttention()`: `Softmax()` makes the non-local
-            block that it is compared with.
+        heads: heads that split these channels and the values'.
+        value_channels: channels of the values; None for `key_channels`.
+        op: another operator without causality in place of `EfficientAttention()`: `Softmax()` gives the non-local block
+            of the paper's comparison.
 
     Raises:
         OptionError: channels that `heads` does not divide.
@@ -54,7 +54,7 @@ class EfficientAttention2d(nn.Module):
         self.op = EfficientAttention() if op is None else op
         if "self" not in self.op.capabilities.patterns:
             raise UnsupportedPattern(
-                f"pixels attend to all others; {self.op.name} does {listed(self.op.capabilities.patterns)}"
+                f'op must define "self" attention; {self.op.name} does {listed(self.op.capabilities.patterns)}'
             )
         self.in_channels, self.heads = in_channels, heads
         self.queries = nn.Conv2d(in_channels, key_channels, 1)
@@ -73,6 +73,6 @@ class EfficientAttention2d(nn.Module):
         return x + self.reprojection(out)
 
     def templates(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads d h w"]:
-        """Where each channel of the keys looks: maps over all pixels, each with sum 1. What there is to see here."""
+        """Return the attention map of each key channel over all pixels, each with sum 1, for inspection."""
         k = rearrange(self.keys(x), "b (heads c) h w -> b heads c (h w)", heads=self.heads)
         return k.softmax(-1).unflatten(-1, x.shape[2:])

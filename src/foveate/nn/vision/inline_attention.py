@@ -1,4 +1,4 @@
-"""InLine attention: injective linear attention, and a local residual whose kernels the image chooses.
+"""InLine attention: injective linear attention, and a local residual with kernels predicted from the image.
 
 Bridging the Divide: Reconsidering Softmax and Linear Attention (2024), arXiv 2412.06590.
 """
@@ -25,21 +25,21 @@ KERNEL = 3
 
 @final
 class InLineAttention(Layer):
-    """`(InLine(q, k, v) + conv(v)) W_o` on a grid: attention to everything at O(N C²), and a 3x3 neighbourhood.
+    """`(InLine(q, k, v) + conv(v)) W_o` on a grid: attention to all tokens at O(N C²), and a 3x3 neighbourhood.
 
-    `foveate.ops.linear.inline.InLine` is the first part by itself. The second mends that linear attention looks at its
-    neighbourhood little: a depthwise 3x3 convolution of the values, with kernels predicted from the mean token. Made to
-    be trained from scratch in the place of softmax attention, with windows up to the whole image. The wrong choice for
-    weights trained with a softmax, and for text: both parts see the future.
+    `foveate.ops.InLine` is the first part alone. The second part compensates for linear attention's weak focus on the
+    neighbourhood: a depthwise 3x3 convolution of the values, with kernels predicted from the mean token. It replaces
+    softmax attention in training from scratch, with windows up to the whole image. The wrong choice for weights trained
+    with a softmax, and for text: both parts see the future.
 
     Args:
         dim: C.
         heads: H.
         phi: the feature map of queries and keys; see `InLine`.
-        local: whether the local residual is there.
-        class_token: whether a token comes before the grid's. It takes part in the attention and in the mean token, not
-            in the convolution.
-        bias: whether queries, keys and values have biases (the release: Swin yes, DeiT no).
+        local: False removes the local residual.
+        class_token: True for a token before the grid's. It takes part in the attention and in the mean token, not in
+            the convolution.
+        bias: True gives queries, keys and values biases (the release: Swin yes, DeiT no).
 
     Raises:
         OptionError: `heads` does not divide `dim`, or an unknown `phi`.
@@ -60,7 +60,7 @@ class InLineAttention(Layer):
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=bias), nn.Linear(dim, dim)
         self.local = LocalKernels(dim, heads) if local else None
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         size: Size = inputs["size"]
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = self.op(q, k, v).transpose(1, 2).flatten(2)
@@ -81,7 +81,7 @@ class InLineAttention(Layer):
 
 @final
 class LocalKernels(nn.Module):
-    """A 3x3 kernel for each channel, from one token: two linear maps in which heads do not meet, a GELU between.
+    """A 3x3 kernel for each channel, from one token: two linear maps, separate for each head, with a GELU between.
 
     Args:
         dim: C.
@@ -104,13 +104,13 @@ def injectivity_probe(
     k: Float[Tensor, "b h m d"],
     tolerance: float = 1e-6,
 ) -> float:
-    """The share of pairs of different queries that get the same row of weights: 0 where attention is injective.
+    """Return the share of pairs of different queries with the same row of weights: 0 if attention is injective.
 
     Args:
-        attend: weights `(B, H, N, M)` of queries and keys, such as an operator's `weights`.
-        q_pairs: two tensors of queries, compared place by place; places where they are equal do not count.
+        attend: a function from queries and keys to weights `(B, H, N, M)`, such as an operator's `weights`.
+        q_pairs: two tensors of queries, compared position by position; equal queries do not count.
         k: the keys.
-        tolerance: rows whose entries differ by no more than this times the largest entry are the same.
+        tolerance: rows are the same if their entries differ by at most this times the largest entry.
     """
     validate.at_least("tolerance", tolerance, 0)
     one, other = q_pairs

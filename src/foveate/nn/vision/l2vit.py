@@ -24,7 +24,7 @@ from foveate.ops.linear.relu_linear import ReLULinear
 
 
 class _Block(Layer):
-    """What both blocks share: tokens of a grid, seen all at once."""
+    """The common part of both blocks, which see all tokens of a grid."""
 
     capabilities = replace(Layer.capabilities, patterns=frozenset({"self"}), masks=frozenset(), grid=True, growth="N")
 
@@ -45,18 +45,18 @@ class _Block(Layer):
 
 @final
 class LinearGlobalBlock(_Block):
-    """A whole block whose attention sees the image at O(N C²): residuals, norms and MLP included.
+    """A block with linear attention over the whole image at O(N C²), with residuals, norms and MLP.
 
         x += conv3x3(x);  x += ReLULinear(norm(x));  x += LocalConcentration(norm(x));  x += MLP(norm(x))
 
-    Linear attention spreads widely; the convolutions of the third step restore the peak around each token. Made to be
-    trained from scratch and to alternate with `LocalWindowBlock`. In training mode the third step normalises over the
-    batch. The wrong choice for text, which it would let see the future.
+    Linear attention spreads widely; the convolutions of the third step restore the peak around each token. The block is
+    for training from scratch, in alternation with `LocalWindowBlock`. In training mode the third step normalizes over
+    the batch. The wrong choice for text, since it sees the future.
 
     Args:
         dim, heads: C and H.
-        clamp: the least that linear attention divides by; see `foveate.ops.linear.relu_linear.ReLULinear`.
-        kernel: side of the concentration's two kernels, odd; None leaves it out.
+        clamp: the least divisor of linear attention; see `foveate.ops.ReLULinear`.
+        kernel: side of the concentration's two kernels, odd; None removes it.
         mlp_ratio: hidden width of the MLP over C.
 
     The release's stochastic depth is left out.
@@ -70,7 +70,7 @@ class LinearGlobalBlock(_Block):
         self.concentration = LocalConcentration(dim, kernel) if kernel is not None else None
         self.concentration_norm = nn.LayerNorm(dim) if kernel is not None else None
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         size: Size = inputs["size"]
         x = x + self.position(x, size)
         x = x + self.attention(self.norm(x))
@@ -85,7 +85,7 @@ class LinearGlobalBlock(_Block):
 
 @final
 class LocalWindowBlock(_Block):
-    """A whole block of softmax attention inside windows that do not shift.
+    """A block with softmax attention inside windows that do not shift.
 
         x += conv3x3(x);  x += WindowAttention(norm(x));  x += conv3x3(x);  x += MLP(norm(x))
 
@@ -93,7 +93,7 @@ class LocalWindowBlock(_Block):
         dim, heads: C and H.
         window: side of the windows; 7 suits images of 224, 12 those of 384.
         mlp_ratio: hidden width of the MLP over C.
-        padding: whether zeros that fill up the last windows are "seen", as in the release, or "hidden".
+        padding: "seen" attends to the zeros that fill up the last windows, as in the release; "hidden" masks them.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class LocalWindowBlock(_Block):
         self.attention = WindowAttention(dim, heads, window, padding=padding)
         self.second_position = DepthwiseConv(dim, 3)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         size: Size = inputs["size"]
         x = x + self.position(x, size)
         x = x + self.attention(self.norm(x), size=size)
@@ -135,19 +135,19 @@ class LocalConcentration(nn.Module):
 
 
 class Concentration(NamedTuple):
-    """How peaked attention is: the share within reach of the query, and the entropy in nats; means over queries."""
+    """Concentration of attention, as means over queries: the share within reach, and the entropy in nats."""
 
     mass: float
     entropy: float
 
 
 def concentration(weights: Float[Tensor, "*b n n"], size: Size, reach: int = 3) -> Concentration:
-    """Of a matrix of weights over a grid, whose rows need not sum to 1 and count by their size.
+    """Return the concentration of weights over a grid, by absolute values; rows need not sum to 1.
 
     Args:
-        weights: an operator's `weights`, or `influence` of a layer.
+        weights: an operator's `weights`, or a layer's `influence`.
         size: `(H, W)`.
-        reach: rows and columns either way that are local; 3 for the 7x7 tokens that a concentration's kernel sees.
+        reach: rows and columns in each direction that count as local; 3 for the 7x7 tokens of a concentration's kernel.
     """
     rows = weights.detach().abs()
     rows = rows / rows.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
@@ -157,10 +157,10 @@ def concentration(weights: Float[Tensor, "*b n n"], size: Size, reach: int = 3) 
 
 
 def influence(mix: Callable[[Tensor], Tensor], x: Float[Tensor, "1 n c"]) -> Float[Tensor, "n n"]:
-    """How strongly each output of `mix` depends on each token of x: the norm of the derivative, `(N, N)`.
+    """Return the norm of the derivative of each output of `mix` by each token of x, `(N, N)`.
 
-    What stands in for weights where a layer has none, or where more than attention mixes tokens. N C backward passes:
-    for looking, not for training.
+    It replaces weights if a layer has none, or if more than attention mixes tokens. It takes N C backward passes, so it
+    serves inspection, not training.
     """
     derivative = torch.autograd.functional.jacobian(mix, x)
     return derivative.squeeze(3).squeeze(0).permute(0, 2, 1, 3).flatten(2).norm(dim=-1)

@@ -15,7 +15,8 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.core.readable import is_clean
 from foveate.ops.base.linear import Linear
-from foveate.ops.functional import alibi, causal
+from foveate.ops.functional import alibi
+from foveate.ops.functional.causal import causal_product
 from foveate.ops.operator import CAUSAL_PATTERNS
 
 Variant = Literal["paper", "release"]
@@ -34,7 +35,7 @@ class FixedDecay(Linear, ABC):
     """
 
     capabilities = replace(Linear.capabilities, patterns=CAUSAL_PATTERNS, default_scale=1.0)
-    normalised: ClassVar[bool] = False
+    normalized: ClassVar[bool] = False
 
     def __init__(
         self, decay: Tensor | Sequence[float] | Literal["transnormer"] = "transnormer", *, layer: int = 0,
@@ -116,7 +117,7 @@ class _Tiled(torch.autograd.Function):
         out, clean = torch.empty_like(v[:, :, : q.shape[2]]), is_clean(v)
         for at, tile in _tiles(q.shape[2], block, rate):
             inside = tile.weigh(q[:, :, at] @ k[:, :, at].mT)
-            own = inside @ v[:, :, at] if clean else causal.product(inside, v[:, :, at])
+            own = inside @ v[:, :, at] if clean else causal_product(inside, v[:, :, at])
             out[:, :, at] = own + tile.since * (q[:, :, at] @ state)
             state = tile.whole * state + (tile.until * k[:, :, at]).mT @ v[:, :, at]
         return out

@@ -1,7 +1,8 @@
-"""Dense attention among tokens that stand in frames of their own: a camera, a place in an image, a time.
+"""Dense attention among tokens that each have a frame of reference: a camera, a place in an image, a time.
 
-A relation of two frames `F_i⁻¹ F_j` splits into halves, so that no pair needs a transform: queries, keys and values go
-into the common frame, attention is as ever, and what a query has read goes back into its own frame.
+The relation `F_i⁻¹ F_j` of two frames factors into one transform per token, so that no pair needs its own: queries,
+keys and values are mapped into a common frame, attention runs there, and the outputs are mapped back into the queries'
+frames.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from foveate.ops.operator import Capabilities
 
 
 class Frame(Protocol):
-    """Where some tokens stand. Each method treats tokens one by one and is linear in them."""
+    """The frames of some tokens. Each method treats tokens one by one and is linear in them."""
 
     @property
     def marks(self) -> Tensor | None:
-        """What a scoring asks of tokens besides keys, such as times: `(B, H, N)`, B and H or 1; None where nothing."""
+        """Further per-token numbers that the scoring needs, such as times: `(B or 1, H or 1, N)`, or None."""
 
     def query(self, q: Tensor) -> Tensor: ...
     def key(self, k: Tensor) -> Tensor: ...
     def value(self, v: Tensor) -> Tensor: ...
     def back(self, out: Tensor) -> Tensor:
-        """From the common frame to those of the tokens: undoes `value`."""
+        """Map outputs from the common frame to those of the tokens, the inverse of `value`."""
 
 
 class Tokens(NamedTuple):
-    """The tokens of a call: keys at positions `start` and on, queries the last of them."""
+    """The tokens of a call: the keys' positions begin at `start`, and the queries are the last of them."""
 
     q: Tensor
     k: Tensor
@@ -65,9 +66,9 @@ class FramedState:
 
 
 class Framed(Streaming):
-    """A system says in `frames` where tokens stand, from a call's inputs, and may bring a `scoring` of its own.
+    """Dense attention in frames. Subclasses define `frames`, from a call's inputs, and may override `scoring`.
 
-    The base brings masking, causality, engines and streaming: cached keys stay as they are, for frames are absolute.
+    The base handles masking, causality, engines and streaming. Frames are absolute, so cached keys never change.
     """
 
     capabilities = Capabilities(has_weights=False)
@@ -82,7 +83,7 @@ class Framed(Streaming):
         return SOFTMAX
 
     def _framed(self, call: AttentionCall) -> tuple[AttentionCall, Frame, Frame]:
-        """The call in the common frame, and the frames of its queries and keys."""
+        """Return the call in the common frame, and the frames of its queries and keys."""
         q, k, v, mask = call.q, call.k, call.v, call.mask
         mine, theirs = self.frames(Tokens(q, k, v, 0, call.causal), call.inputs)
         k, v = theirs.key(masks.without_hidden(k, mask)), theirs.value(masks.without_hidden(v, mask))
@@ -127,7 +128,7 @@ class Framed(Streaming):
 
 
 def _joined(old: Tensor | None, new: Tensor) -> Tensor:
-    """Marks one after another; those that are shared by heads or batch items are repeated where others are not."""
+    """Concatenate marks along tokens, after expanding shared heads and batch items."""
     assert old is not None
     shared = torch.broadcast_shapes(old.shape[:2], new.shape[:2])
     return torch.cat([old.expand(*shared, -1), new.expand(*shared, -1)], 2)

@@ -1,7 +1,7 @@
-"""The chunked form of linear operators, where a token's features hang on that token alone: a span of tokens at a time.
+"""The chunked form of linear operators whose features depend on one token alone: a span of tokens at a time.
 
-Features are wider than the tokens they are made of, often several times. So they are made where they are used, and
-what is made on the way still lies in the cache of a processor when it is read.
+Features are often several times wider than tokens. So each span's features are made just before they are used, and they
+are still in the processor's cache when they are read.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor
 
 from foveate.core import masks
 from foveate.core.call import AttentionCall
-from foveate.ops.functional import linear_forms as forms
+from foveate.ops.functional import linear_forms
 from foveate.ops.functional.heads import accumulating
 
-#: Rows of features, of all heads and sequences, in a span on a CPU: one or two megabytes, which stay in its cache.
-#: A GPU would rather have few large products.
+#: Rows of features, over all heads and sequences, in a span on a CPU: one or two megabytes, which stay in its cache.
+#: A GPU is faster with few large products.
 ROWS = 2048
-#: One span: keys and values `(B, Hkv, n, ·)`, and which of them are there, `(B, 1, 1, n)` or None.
+#: One span: keys and values `(B, Hkv, n, ·)`, and a mask of the real ones, `(B, 1, 1, n)` or None.
 Keys = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Encoder(Protocol):
-    """What is asked of a linear operator; see `foveate.ops.Linear`."""
+    """The part of a linear operator that this form needs; see `foveate.ops.Linear`."""
 
     block: int
 
     def encode_queries(self, q: Tensor, scale: float, inputs: Mapping[str, Tensor]) -> Tensor: ...
     def encoded_keys(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]: ...
-    def normalise(self, out: Tensor) -> Tensor: ...
+    def normalize(self, out: Tensor) -> Tensor: ...
 
 
 def attend(op: Encoder, call: AttentionCall, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def attend(op: Encoder, call: AttentionCall, state: Tensor | None = None) -> tup
     Args:
         op: the operator.
         call: without `inputs`.
-        state: the state before the first key; None for nothing.
+        state: the state before the first key; None for an empty one.
     """
     q, n = call.q, call.n_queries
     size = _size(q, op.block)
@@ -54,40 +54,40 @@ def attend(op: Encoder, call: AttentionCall, state: Tensor | None = None) -> tup
         return op.encoded_keys(replace(call, k=k, v=v, mask=seen))
 
     for keys in _spans(old, size) if past or not one_by_one else ():
-        state = forms.absorb(*encoded(keys), state)
+        state = linear_forms.absorb(*encoded(keys), state)
     if not one_by_one:
         assert state is not None
         return read(op, q, state, call.scale), state
     out = []
     for part, keys in zip(q.split(size, 2), _spans(own, size), strict=True):
         fq = op.encode_queries(part.to(accumulating(q.dtype)), call.scale, {})
-        y, state = forms.span(fq, *encoded(keys), state, min(op.block, n))
-        out.append(op.normalise(y).to(q.dtype))
+        y, state = linear_forms.span(fq, *encoded(keys), state, min(op.block, n))
+        out.append(op.normalize(y).to(q.dtype))
     assert state is not None
     return torch.cat(out, 2), state
 
 
 def read(op: Encoder, q: Tensor, state: Tensor, scale: float) -> Tensor:
-    """Read one state `(B, Hq, F, E)` with all queries `(B, Hq, Nq, D)`; their call brings no inputs."""
+    """Read one state `(B, Hq, F, E)` with all queries `(B, Hq, Nq, D)` of a call without inputs."""
     wide, out = accumulating(q.dtype), []
     for part in q.split(_size(q, op.block), 2):
         fq = op.encode_queries(part.to(wide), scale, {})
-        out.append(op.normalise(fq @ state).to(q.dtype))
+        out.append(op.normalize(fq @ state).to(q.dtype))
     return torch.cat(out, 2)
 
 
 def _size(q: Tensor, block: int) -> int:
-    """Tokens in a span, a multiple of `block`."""
+    """Return the tokens in a span, a multiple of `block`."""
     rows = max(q.shape[0] * q.shape[1], 1)
-    tokens = min(forms.SPAN, ROWS // rows) if q.device.type == "cpu" else forms.SPAN
+    tokens = min(linear_forms.SPAN, ROWS // rows) if q.device.type == "cpu" else linear_forms.SPAN
     return max(tokens // block, 1) * block
 
 
 def _cut(call: AttentionCall, past: int) -> tuple[Keys, Keys]:
-    """The first `past` keys, and the others."""
+    """Split off the first `past` keys."""
     k, v, mask = call.k, call.v, call.mask
     seen = None if mask is None else masks.keys_of(mask, k.shape[0], k.shape[2])[:, None, None]
-    if not past:  # a cut would give back a gradient as large as the whole, filled up with zeros
+    if not past:  # a slice's gradient is as large as the whole tensor, filled up with zeros
         return (k[:, :, :0], v[:, :, :0], None), (k, v, seen)
     (old_k, k), (old_v, v) = (x.tensor_split([past], 2) for x in (k, v))
     old_seen, seen = (None, None) if seen is None else seen.tensor_split([past], 3)
@@ -95,7 +95,7 @@ def _cut(call: AttentionCall, past: int) -> tuple[Keys, Keys]:
 
 
 def _spans(keys: Keys, size: int) -> Iterable[Keys]:
-    """Cut keys into spans; at least one, which may be empty: its features still tell how large the state is."""
+    """Cut keys into spans, at least one; an empty one still gives the size of the state."""
     k, v, seen = keys
     parts = k.split(size, 2)
     return zip(parts, v.split(size, 2), [None] * len(parts) if seen is None else seen.split(size, 3), strict=True)

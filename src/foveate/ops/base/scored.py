@@ -1,4 +1,4 @@
-"""The family of dense operators: every query meets every key, with a score and a normaliser of the mechanism's own."""
+"""The family of dense operators: every query scores every key, with the mechanism's own score and normalizer."""
 
 from __future__ import annotations
 
@@ -19,57 +19,57 @@ from foveate.ops.operator import Operator
 
 
 class Scored(Cached):
-    """Dense attention. A system overrides one or more of four hooks:
+    """Dense attention. Subclasses override one or more of four hooks:
 
-    `prepare` folds the mechanism into q and k (a temperature), `values` into v (a gate): fused kernels still serve.
-    `score` gives the logits of a tile; `normalize` turns rows of masked logits into weights.
+    `prepare` folds the mechanism into q and k (a temperature), `values` into v (a gate): fused kernels still apply.
+    `score` returns the logits of a tile; `normalize` turns rows of masked logits into weights.
 
-    The base brings masking, causality, chunks of O(N) memory forward and backward, streaming and weights.
+    The base handles masking, causality, chunks of O(N) memory forward and backward, streaming and weights.
 
-    Four more are for systems that need them: `select` (a window by place), `context` (named tensors for `score` and
-    `normalize`, such as a call's `inputs`), `is_plain` (options under which the fused kernels do) and `score_macs`
+    Four more are optional: `select` (a window by position), `context` (named tensors for `score` and `normalize`, such
+    as a call's `inputs`), `is_plain` (the options that reduce to softmax, for the fused kernels) and `score_macs`
     (the cost of a score).
     """
 
     def prepare(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k as they enter the dot products; `positions (Nq,)` are the queries', the last one at `Nk - 1`.
+        """Return q and k for the dot products; `positions (Nq,)` belong to the queries, the last one is `Nk - 1`.
 
-        Must treat tokens one by one: what becomes of a key may not depend on the other keys or on the queries. Keys and
-        values that the caller's mask hides from every query arrive as zeros.
+        It must treat tokens one by one: a prepared key may not depend on other keys or on queries. Keys and values that
+        the caller's mask hides from every query arrive as zeros.
         """
         return q, k
 
     def score(self, q: Tensor, k: Tensor, scale: float, at: Tile, **context: Tensor) -> Float[Tensor, "b h q k"]:
-        """Logits of a tile, unmasked; heads of q and k already match. `-inf` is allowed: not to be seen."""
+        """Return the unmasked logits of a tile; heads of q and k already match. `-inf` forbids a pair."""
         return dot_product(q, k, scale)
 
     def normalize(self, logits: Tensor, at: Tile, **context: Tensor) -> Float[Tensor, "b h q k"]:
-        """Weights of rows of logits, in which `-inf` marks what may not be seen and has to get weight 0."""
+        """Return the weights of rows of logits; `-inf` marks forbidden pairs, whose weight has to be 0."""
         return safe_softmax(logits)
 
     def select(self, n_queries: int, n_keys: int, device: torch.device) -> Selection | None:
-        """Which keys a query sees by its place alone, where that is not all of them: the rest is skipped."""
+        """Return the keys that a query sees by its position alone, or None for all. The others are skipped."""
         return None
 
     def context(self, q: Tensor, k: Tensor, mask: Tensor | None, **inputs: Tensor) -> dict[str, Tensor]:
-        """What `score` and `normalize` get by name: the call's inputs, or what is made of them and of the mask.
+        """Return named tensors for `score` and `normalize`: the call's inputs, or tensors made from them and the mask.
 
-        Whole tensors, made once for a call; a tile cuts them by `at.rows` and `at.cols`. No gradient reaches them.
+        They are whole tensors, made once for a call; a tile cuts them by `at.rows` and `at.cols`. They get no gradient.
         """
         return inputs
 
     def score_macs(self, width: int) -> int:
-        """Multiply-adds in the score of one pair; `width` is that of the queries that `prepare` gives."""
+        """Return the multiply-adds in the score of one pair; `width` counts the channels of prepared queries."""
         return width
 
     @property
     def is_plain(self) -> bool:
-        """Whether this is, as built, the softmax over scaled dot products of what `prepare` gives."""
+        """True if the scores are scaled dot products of prepared q and k, and the weights their softmax."""
         return type(self).score is Scored.score and type(self).normalize is Scored.normalize
 
     @final
     def scoring(self, **context: Tensor) -> Scoring:
-        """`score` and `normalize` as engines see them: the shared softmax where that is what they are."""
+        """Return `score` and `normalize` for engines, or the shared softmax scoring if they equal it."""
         return SOFTMAX if self.is_plain else _Hooks(self, context)
 
     def _prepared(self, call: AttentionCall) -> AttentionCall:
@@ -83,7 +83,7 @@ class Scored(Cached):
         return reference.weights(self._scored(call))
 
     def _scored(self, call: AttentionCall) -> AttentionCall:
-        """The call with q and k as they are scored, and with the mechanism's scoring and selection."""
+        """Return the call with prepared q and k, and with the mechanism's scoring and selection."""
         q, k, mask = call.q, call.k, call.mask
         scoring = self.scoring(**self.context(q, k, mask, **call.inputs))
         selection = self.select(call.n_queries, call.n_keys, q.device)
@@ -94,7 +94,7 @@ class Scored(Cached):
 
 
 class _Hooks:
-    """A `Scored` operator's hooks in the form that engines ask for."""
+    """A `Scored` operator's hooks, as a `Scoring` for engines."""
 
     def __init__(self, op: Scored, context: dict[str, Tensor]) -> None:
         self.op, self.context = op, context

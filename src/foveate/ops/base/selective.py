@@ -16,24 +16,24 @@ from foveate.ops.base.kv_cached import Cached
 
 
 class Selective(Cached):
-    """Exact softmax attention over selected keys. A system writes `select`, and nothing else.
+    """Exact softmax attention over selected keys. Subclasses define only `select`.
 
-    The base intersects the selection with causality and the caller's mask and runs it on whichever engine is cheapest;
-    it never computes dense logits on the way (the engine "reference" does, for tests).
+    The base intersects the selection with causality and the caller's mask and runs the cheapest engine. No engine but
+    "reference", which serves tests, computes dense logits.
     """
 
     @abstractmethod
     def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
-        """Which keys each query sees. `q (B, Hq, Nq, D)`, `k (B, Hkv, Nk, D)`; the last query is at the last key.
+        """Return the keys that each of `q (B, Hq, Nq, D)` sees among `k (B, Hkv, Nk, D)`, aligned at the last key.
 
-        With `causal` the selection need not leave out the future, but it may not depend on it, except within a group of
+        With `causal` the selection may include the future, but it may not depend on it, except within a group of
         `Capabilities.selection_group` queries. Keys that the caller's mask hides from every query arrive as zeros.
         """
 
     @final
     @torch.no_grad()
     def selection(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
-        """`select` without a gradient: the choice of keys is not differentiated."""
+        """Call `select` without a gradient, since the choice of keys is not differentiated."""
         return self.select(q.detach(), k.detach(), causal, scale)
 
     @final

@@ -1,4 +1,4 @@
-"""What a stream keeps: the tensors inside a state, whatever holds them."""
+"""The tensors inside a stream's state, and their bytes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of all tensors inside a stream's state, whatever holds them."""
+    """Return the bytes of all tensors inside a stream's state."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors(state))
 
 
 def tensors(state: Any) -> list[Tensor]:
-    """The tensors inside a state: of lists, tuples, tables and dataclasses."""
+    """Yield the tensors inside a state of lists, tuples, dicts and dataclasses."""
     if isinstance(state, Tensor):
         return [state]
     if isinstance(state, dict):

@@ -1,4 +1,4 @@
-"""Streaming: an operator that goes one token at a time, with a state in place of the past."""
+"""Streaming: operators that process one token at a time and keep a state of the past."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from foveate.ops.operator import Operator
 class Streaming(Operator, ABC):
     """An operator with `init_state`, `step` and `prefill`.
 
-    Options may rule streaming out: `capabilities.streaming` is then None, and all three are refused.
+    Some options rule streaming out. `capabilities.streaming` is then None, and all three methods raise
+    `UnsupportedPattern`.
 
     Attributes:
-        state_type: what `init_state` gives and `step` takes.
+        state_type: the type of the state.
     """
 
     state_type: ClassVar[type] = KVState
@@ -45,7 +46,7 @@ class Streaming(Operator, ABC):
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: Any, *, scale: float | None = None, **inputs: Tensor
     ) -> tuple[Tensor, Any]:
-        """Take one token: `q (B, Hq, 1, D)`, `k, v (B, Hkv, 1, ·)` and a state give `(out (B, Hq, 1, Dv), state)`."""
+        """Process one token `q (B, Hq, 1, D)`, `k, v (B, Hkv, 1, ·)`; return `(out (B, Hq, 1, Dv), state)`."""
         self._check_streaming()
         validate.tensors(q, k, v)
         self._check_inputs(inputs)
@@ -57,22 +58,23 @@ class Streaming(Operator, ABC):
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None, scale: float | None = None, **inputs: Tensor
     ) -> tuple[Float[Tensor, "b hq nq dv"], Any]:
-        """Make a causal call, and the state after it: `step` goes on from a long prompt without going through it.
+        """Make a causal call and return its output and the state after it, from which `step` continues.
 
         Args:
-            q, k, v: as for a call; queries may be the last few only.
-            state: the state to go on from, of earlier tokens; None at the start of a sequence.
+            q, k, v: as for a call; queries may be those of the last tokens only.
+            state: the state of earlier tokens; None at the start of a sequence.
             scale, inputs: as for a call.
 
         Returns:
-            What `forward(q, k, v, causal=True)` gives, with the state's tokens before these, and what `step` takes.
+            The output of `forward(q, k, v, causal=True)` with the state's tokens before these, and the state for
+            `step`.
         """
         self._check_streaming()
         if state is not None:
             self._check_state(state)
         return self._prefill(self._call(q, k, v, None, True, scale, "auto", inputs), state)
 
-    # -- what a family writes ------------------------------------------------------------------------------------------
+    # -- for families --------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def _init_state(self, sizes: StateSizes) -> Any: ...
@@ -81,7 +83,7 @@ class Streaming(Operator, ABC):
     def _step(self, call: AttentionCall, state: Any) -> tuple[Tensor, Any]: ...
 
     def _prefill(self, call: AttentionCall, state: Any) -> tuple[Tensor, Any]:
-        """Go token by token; families that know better override it."""
+        """Process token by token; families with a faster form override it."""
         past, out = call.n_keys - call.n_queries, []
         state = self._init_state(StateSizes.of(call)) if state is None else state
         padded = F.pad(call.q, (0, 0, past, 0))

@@ -25,9 +25,9 @@ from foveate.ops.operator import CAUSAL_PATTERNS
 
 @final
 class AdaptiveFilterAttention(Framed):
-    """Each past key is carried to the query's time by `dz = (μ + iω) z dt + noise` and weighed by its precision there.
+    """A linear system `dz = (μ + iω) z dt + noise` carries each past key to the query's time; its precision weighs it.
 
-    With `E = exp(μ |t_i - t_j|)`, keys and values turned back by their times (`k̃ = e^{-iωt} k`):
+    With `E = exp(μ |t_i - t_j|)`, and keys and values rotated back by their times (`k̃ = e^{-iωt} k`):
 
         R = ‖q̃_i‖² + E² ‖k̃_j‖² - 2 E Re(q̃_i* k̃_j)                 squared residual
         V = σ² (1 - E²) / (-2μ) + η² E² + γ²                        variance at the query's time
@@ -35,29 +35,30 @@ class AdaptiveFilterAttention(Framed):
         out_i = e^{iωt_i} Σ_j softmax_j(logit) E ṽ_j
 
     This is the isotropic form: one μ and one noise for all channels of a head. Cost O(Nq Nk D) time and O(N) memory, as
-    softmax attention, without fused kernels. Meant for sequences that a linear system with noise makes, at regular or
-    irregular times, outliers included; dot products with rotary positions are its limit μ = σ² = 0.
+    for softmax attention, without fused kernels. It suits sequences from a noisy linear system, at regular or irregular
+    times, with outliers; dot products with rotary positions are its limit μ = σ² = 0.
 
-    Channels are complex: 2c and 2c + 1 are real and imaginary part, so that D is even and d = D / 2.
+    Channels are complex: 2c and 2c + 1 are real and imaginary part, so D is even and d = D / 2.
 
     Inputs of a call:
-        t: times `(B, 1, Nk)`, or `(B, Hq, Nk)` for each head; queries are the last tokens. 0, 1, 2, ... where missing.
+        t: times `(B, 1, Nk)`, or `(B, Hq, Nk)` for each head; queries are the last tokens. By default 0, 1, 2, ...
 
     Args:
         heads, head_dim: Hq and D of the calls to come.
-        value_dim: Dv; `head_dim` where None. Another width needs `separate`.
-        robust: logits by the logarithm, under which outliers lose their say; Gaussian where False.
-        rotate_values: False leaves values and outputs unturned, so that weights over keys exist as a matrix.
-        residual: False keeps only the dot product of R, as the release can; Gaussian logits only.
-        separate: values have dynamics (μ, ω, noise) of their own: theirs are E of the output and V in `-log V`.
-        mu, sigma2, eta2, gamma2, nu, tau: fixed at a number; learned per head where None, from the release's starts.
+        value_dim: Dv; None for `head_dim`. Another width needs `separate`.
+        robust: True uses the logarithm, under which outliers lose influence; False gives Gaussian logits.
+        rotate_values: False does not rotate values and outputs, so that weights over keys exist as a matrix.
+        residual: False keeps only the dot product of R, an option of the release; Gaussian logits only.
+        separate: True gives values their own dynamics (μ, ω, noise), for E of the output and V in `-log V`.
+        mu, sigma2, eta2, gamma2, nu, tau: a fixed number; None learns one per head, from the release's initial values.
         omega: "rotary" (`10000^{-c/d}`), "learned" (per head, from a normal distribution), or d numbers.
-        length: L, the time span that μ (within `-5/L`) is learned in, and ω in variant "release".
+        length: L, the time span that bounds a learned μ (within `-5/L`), and ω in variant "release".
         variant: "release" has frequencies for pairs of complex channels, `+ω` and `-ω`, in units of `10π / L`.
-        generator: for the starts.
+        generator: for the initial values.
 
-    Noise goes through softplus; bounds on μ and starts are those of the author's code (PCR-git/Adaptive-Filter-
-    Attention), whose gates, norms and inner residual belong to layers. Anisotropic filters are not here.
+    Noise passes a softplus. The bounds on μ and the initial values are those of the author's code
+    (PCR-git/Adaptive-Filter-Attention), whose gates, norms and inner residual belong to layers. Anisotropic filters are
+    not implemented.
 
     Raises:
         OptionError: options out of range, or that contradict each other.
@@ -112,7 +113,7 @@ class AdaptiveFilterAttention(Framed):
 
     @property
     def value_dynamics(self) -> Dynamics:
-        """What values follow."""
+        """The dynamics of values."""
         return self.key_dynamics if self.own_dynamics is None else self.own_dynamics
 
     def scoring(self, marks: Tensor | None) -> Scoring:
@@ -134,7 +135,7 @@ class AdaptiveFilterAttention(Framed):
 
 @final
 class _Moment:
-    """When tokens are: vectors are turned back to time 0, keys and values for each query head, whose rotation it is."""
+    """The times of tokens: they rotate vectors back to time 0, keys and values once for each query head."""
 
     def __init__(self, op: AdaptiveFilterAttention, t: Tensor) -> None:
         self.op, self.marks = op, t
@@ -159,7 +160,7 @@ class _Moment:
 
 @final
 class _Filter:
-    """Scores and weights from residuals and variances, for an engine."""
+    """The scoring: logits and weights from residuals and variances."""
 
     is_softmax = False
 
@@ -191,7 +192,7 @@ class _Filter:
         return width
 
     def _gap(self, at: Tile) -> Tensor:
-        """`|t_i - t_j|` of a tile; queries are the last tokens."""
+        """Return `|t_i - t_j|` of a tile; queries are the last tokens."""
         return (self.t[..., at.rows, None] - self.t[..., None, at.cols]).abs()
 
     def _per_head(self, value: Tensor | float, like: Tensor) -> Tensor | float:

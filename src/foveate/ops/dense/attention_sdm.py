@@ -1,4 +1,4 @@
-"""Kanerva's Sparse Distributed Memory as attention, and the softmax that it nearly is.
+"""Kanerva's Sparse Distributed Memory as attention, and the softmax that it approximates.
 
 Attention Approximates Sparse Distributed Memory (2021), arXiv 2111.05498.
 """
@@ -22,33 +22,35 @@ from foveate.core.readable import remembered
 from foveate.core.scoring import Tile
 from foveate.ops.base.scored import Scored
 
-#: Nodes of the quadrature over a cap: logs are good to 1e-5 for n = 3, and to 1e-9 from n = 8 to n = 512.
+#: Nodes of the quadrature over a cap: logs are exact to 1e-5 for n = 3, and to 1e-9 from n = 8 to n = 512.
 NODES = 32
 
 
 @final
 class SparseDistributedMemory(Scored):
-    """Weights in proportion to the neurons that a query and a key both activate: all those within a radius of each.
+    """Weights in proportion to the number of neurons within a radius of both the query and the key.
 
-    A key writes its value to every neuron near it, a query sums up what the neurons near it hold. With so many neurons
-    that only their density counts, that is an intersection of two balls, which falls almost exponentially with the
-    cosine: nearly `softmax(beta · cosine)`, for `beta = fit_beta(n, radius)`. For studying that correspondence, and for
-    cleaning up noisy patterns. O(Nq Nk D) time, with 32 times the pointwise work of a softmax where continuous; the
-    wrong choice where that softmax will do. A query with no key within twice the radius reads zeros.
+    A key writes its value to every neuron near it; a query sums the content of the neurons near it. With so many
+    neurons that only their density counts, the number is an intersection of two balls, which falls almost exponentially
+    with the
+    cosine: nearly `softmax(beta · cosine)`, for `beta = fit_beta(n, radius)`. It serves to study that correspondence,
+        and to clean up noisy patterns. O(Nq Nk D) time, with 32 times the pointwise work of a softmax in mode
+        "continuous"; the wrong choice if that softmax suffices. A query with no key within twice the radius reads
+        zeros.
 
     Args:
-        n: bits of an address; the dimension of the sphere's space where continuous. D of the calls, unless continuous.
-        radius: Hamming distance that activates a neuron; the paper's for n = 64: 5 (capacity), 11 (signal to noise), 15
-            (critical distance, for noisy queries). Below n / 2. A larger one means a smaller beta.
+        n: bits of an address, which is D of the calls; in mode "continuous" the dimension of the sphere's space.
+        radius: Hamming distance that activates a neuron, below n / 2. The paper's for n = 64: 5 (capacity), 11 (signal
+            to noise), 15 (critical distance, for noisy queries). A larger one means a smaller beta.
         mode: "continuous": vectors on the unit sphere, and caps of angle `arccos(1 - 2 radius / n)`; "binary": bits are
-            the signs of q and k; "neurons": signs, and `neurons` random addresses that are counted one by one. The
-            latter two pass no gradient to q and k.
-        neurons: number of addresses, for "neurons"; where n is large and the radius small hardly any lies near.
-        generator: what addresses are drawn from, for "neurons".
+            the signs of q and k; "neurons": signs, and a count over `neurons` random addresses. The last two pass no
+            gradient to q and k.
+        neurons: number of addresses, for "neurons"; if n is large and the radius small, hardly any is near.
+        generator: draws the addresses, for "neurons".
 
-    `scale` is a power on the weights, 1 unless a call says otherwise. Neurons are counted pair by pair here; the memory
-    itself would hold `neurons x Dv` numbers however many keys there are. The released code tabulates the continuous
-    weights, and drops a factor of them that normalising drops too; here they are integrated (`cap_intersection`).
+    `scale` is a power on the weights, 1 unless a call gives another. This class counts neurons pair by pair; the memory
+    itself would hold `neurons x Dv` numbers for any number of keys. The released code tabulates the continuous weights,
+    up to a factor that the normalization removes; here they are integrated (`cap_intersection`).
 
     Raises:
         OptionError: an option out of range, or neurons and a generator without their mode.
@@ -91,18 +93,18 @@ class SparseDistributedMemory(Scored):
         return len(self.addresses) if self.mode == "neurons" else width
 
     def _active(self, signs: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n r"]:
-        """1 for each neuron within the radius."""
+        """Return 1 for each neuron within the radius, else 0."""
         return (signs @ self.addresses.to(signs.dtype).mT >= self.n - 2 * self.radius).to(signs.dtype)
 
     @property
     def beta(self) -> float:
-        """The softmax's inverse temperature on cosines that this memory is nearest to."""
+        """The inverse temperature of the softmax over cosines that is nearest to this memory."""
         return fit_beta(self.n, self.radius)
 
     def recall(self, cue: Float[Tensor, "b h q d"], patterns: Float[Tensor, "b h k d"], steps: int = 1) -> Tensor:
-        """Clean a cue up: read the patterns stored under themselves, `steps` times.
+        """Clean up a cue: read `steps` times from patterns that are stored under themselves.
 
-        In the modes of bits patterns are their signs, and every reading is rounded to signs.
+        In the modes "binary" and "neurons", patterns are reduced to signs, and so is every reading.
         """
         validate.count("steps", steps, 1)
         stored = patterns if self.mode == "continuous" else _signs(patterns)
@@ -118,32 +120,32 @@ class SparseDistributedMemory(Scored):
 
 @cache
 def circle_intersection(n: int, radius: int, distance: int) -> int:
-    """How many of the `2 ** n` addresses lie within `radius` of both of two that are `distance` apart: I(D), exactly.
+    """Count the addresses, of `2 ** n`, within `radius` of both of two that are `distance` apart: I(D), exactly.
 
-    An address agrees with both in `a` of the bits that the two share, and with the first in `c` of those where they
+    An address agrees with both in `a` of the bits that the two share, and with the first in `c` of the bits that
     differ.
     """
     if not 0 <= distance <= n:
         raise OptionError(f"distance={shown(distance)} must be in 0..{n}")
     total = 0
     for a in range(n - distance + 1):
-        missing = n - radius - a  # bits that each of the two still has to share with the address
+        missing = n - radius - a  # further bits that each of the two has to share with the address
         ways = sum(comb(distance, c) for c in range(max(0, missing), min(distance, distance - missing) + 1))
         total += comb(n - distance, a) * ways
     return total
 
 
 @remembered
-def _log_counts(n: int, radius: int) -> Float[Tensor, " n+1"]:
+def _log_counts(n: int, radius: int) -> Float[Tensor, " {n}+1"]:
     counts = (circle_intersection(n, radius, distance) for distance in range(n + 1))
-    return torch.tensor([math.log(count) if count else masks.NEVER for count in counts], dtype=torch.float64)
+    return torch.tensor([math.log(count) if count else masks.NEG_INF for count in counts], dtype=torch.float64)
 
 
 def cap_intersection(n: int, radius: float, cosine: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The log of the sphere's share within `arccos(1 - 2 radius / n)` of both of two points with that cosine.
+    """Return the log of the sphere's share within `arccos(1 - 2 radius / n)` of both of two points with that cosine.
 
     In the plane of the two points, the share is `1/pi` times the integral of `(1 - (c / cos b)^2)^((n - 2) / 2)` over b
-    from half of the angle between them to the caps' own, with c the caps' cosine; -inf where they do not meet.
+    from half of the angle between them to that of the caps, with c the caps' cosine; -inf if they do not meet.
     """
     height = 1 - 2 * radius / n
     reach = math.acos(height)
@@ -155,14 +157,14 @@ def cap_intersection(n: int, radius: float, cosine: Float[Tensor, "..."]) -> Flo
     angle = half[..., None] + (reach - half)[..., None] * points
     inside = (1 - (height / torch.cos(angle)) ** 2).clamp(min=torch.finfo(cosine.dtype).tiny)
     log_mean = torch.logsumexp((n - 2) / 2 * inside.log() + shares.log(), -1)
-    return (log_mean + (reach - half).log() - math.log(math.pi)).masked_fill(apart, masks.NEVER)
+    return (log_mean + (reach - half).log() - math.log(math.pi)).masked_fill(apart, masks.NEG_INF)
 
 
 def fit_beta(n: int, radius: int, near: bool = False) -> float:
-    """The slope of the least-squares line of `log I(D)` on the cosine `1 - 2 D / n`, over all D at which balls meet.
+    """Return the slope of the least-squares line of `log I(D)` on the cosine `1 - 2 D / n`, over all D with I(D) > 0.
 
     Args:
-        near: only the distances up to the radius.
+        near: True uses only the distances up to the radius.
     """
     _check(n, radius)
     counts = {distance: circle_intersection(n, radius, distance) for distance in range((radius if near else n) + 1)}
@@ -181,13 +183,13 @@ def _check(n: int, radius: int) -> None:
 
 
 def _signs(x: Tensor) -> Tensor:
-    """Bits as 1 and -1; 0 counts as -1."""
+    """Return signs as 1 and -1; 0 counts as -1."""
     return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
 
 
 @remembered
 def _quadrature(nodes: int) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre points in (0, 1) and their shares, from the eigenvectors of the Jacobi matrix (Golub, Welsch)."""
+    """Return Gauss-Legendre points in (0, 1) and their weights, by the Jacobi matrix's eigenvectors (Golub, Welsch)."""
     k = torch.arange(1, nodes, dtype=torch.float64)
     beside = k / (4 * k**2 - 1).sqrt()
     points, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))

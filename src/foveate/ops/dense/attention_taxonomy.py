@@ -19,36 +19,36 @@ from foveate.core.call import AttentionCall
 from foveate.core.errors import OptionError, shown
 from foveate.core.scoring import SOFTMAX, Scoring, Tile, dot_product
 from foveate.ops.base.kv_cached import Cached
-from foveate.ops.functional import alignment as alignments, normalizers as distributions
-from foveate.ops.functional.alignment import Alignment
+from foveate.ops.functional import normalizers
+from foveate.ops.functional.alignment import Alignment, make_alignment
 from foveate.ops.functional.normalizers import DISTRIBUTIONS, LocalWindow
 
 
 @final
 class SurveyAttention(Cached):
-    """`p(a(q, k) · scale) v` with the alignment a and the distribution p of one's choice, and a local window if wanted.
+    """`p(a(q, k) · scale) v` with an alignment a, a distribution p and, optionally, a local window.
 
-    For comparing scores and normalisers in one place; where one of them has a class of its own here, that is the one to
-    use. O(Nq Nk D) time. Inner products (similarity, dot, scaled_dot, general, biased_general, kernel) run on fused
-    kernels under the softmax; additive, concat and deep hold `hidden` numbers for each pair of a tile and are several
-    times slower. What has weights has to be trained: no drop-in for a pretrained model.
+    It serves to compare scores and normalizers in one place; a mechanism with its own class here is better used from
+    that class. O(Nq Nk D) time. Inner products (similarity, dot, scaled_dot, general, biased_general, kernel) run on
+    fused kernels under the softmax; additive, concat and deep hold `hidden` numbers for each pair of a tile and are
+    several times slower. Forms with weights have to be trained: they are no drop-in for a pretrained model.
 
     Args:
         alignment: "scaled_dot", "dot", "similarity" (cosine), "general", "biased_general", "activated_general",
             "kernel", "concat", "additive", "deep", "location" (no keys), "feature" (no query); or an `Alignment`.
         distribution: "softmax", "sparsemax", "entmax", "sigmoid", "argmax" or "sample" (both hard: one key; no gradient
             reaches the logits); or a function of logits, which gives 0 for -inf.
-        heads, head_dim: Hq and D of the calls to come, where anything is learned.
-        hidden: numbers under the activation of concat, additive, deep and feature; D where None.
-        depth: layers of "deep"; 2 where None.
+        heads, head_dim: Hq and D of the calls to come, if anything is learned.
+        hidden: hidden width of concat, additive, deep and feature; None for D.
+        depth: layers of "deep"; None for 2.
         activation: "tanh", "relu", "sigmoid", "gelu" or "elu+1" (kernel's default; tanh elsewhere).
-        positions: keys that "location" knows.
-        alpha: of "entmax"; 1.5 where None.
-        window: each query predicts a position and sees that many keys to either side of it (local-p); None for all.
-        sigma: of the Gaussian over the window; half of it where None.
-        generator: what "sample" draws from.
+        positions: the number of keys that "location" covers.
+        alpha: the order of "entmax"; None for 1.5.
+        window: keys to either side of the position that each query predicts (local-p); None for all keys.
+        sigma: the width of the Gaussian over the window; None for half of the window.
+        generator: the generator of "sample".
 
-    The scale is 1 unless a call says otherwise, and `D ** -0.5` for "scaled_dot". The forms are the survey's table;
+    The scale is 1 unless a call gives another, and `D ** -0.5` for "scaled_dot". The forms are the survey's table;
     positions counted from 0, and the keys that a causal query sees as the S of local-p, are ours.
 
     Raises:
@@ -65,21 +65,21 @@ class SurveyAttention(Cached):
         options = {"hidden": hidden, "depth": depth, "activation": activation, "positions": positions}
         if isinstance(alignment, Alignment):
             if given := sorted(name for name, value in options.items() if value is not None):
-                raise OptionError(f"{', '.join(given)}: options of an alignment by name; this one is built")
+                raise OptionError(f"{', '.join(given)} must come with an alignment's name; this one is already built")
             self.alignment = alignment
         else:
-            self.alignment = alignments.make_alignment(alignment, heads=heads, head_dim=head_dim, **options)
+            self.alignment = make_alignment(alignment, heads=heads, head_dim=head_dim, **options)
         self.distribution, self.generator = distribution, generator
         self._distribute = _distribution(distribution, alpha, generator)
         self._declare(
             default_scale=self.alignment.default_scale, streaming="own" if distribution == "sample" else "exact"
         )
         if sigma is not None and window is None:
-            raise OptionError(f"sigma={shown(sigma)} needs a window")
+            raise OptionError(f"sigma={shown(sigma)} must come with a window")
         self.local = None
         if window is not None:
             if heads is None or head_dim is None:
-                raise OptionError(f"window={shown(window)} needs heads and head_dim")
+                raise OptionError(f"window={shown(window)} must come with heads and head_dim")
             self.local = LocalWindow(heads, head_dim, window, sigma)
 
     def _prepared(self, call: AttentionCall) -> AttentionCall:
@@ -89,14 +89,14 @@ class SurveyAttention(Cached):
         return replace(call, q=q, k=k, scoring=scoring)
 
     def _scoring(self, q: Tensor, n_keys: int, causal: bool) -> Scoring:
-        """What a call predicts or draws is made once, so that engines which compute twice see the same."""
+        """Return the call's scoring. It predicts and draws once, so that engines that compute twice see the same."""
         if self.distribution == "softmax" and self.local is None and self.alignment.is_inner_product:
             return SOFTMAX
         seen = torch.arange(n_keys - q.shape[2], n_keys, device=q.device) + 1 if causal else torch.tensor(n_keys)
         aim = None if self.local is None else _Aim(self.local, self.local.centre(q, seen.to(q.device)))
         uniform = None
         if self.distribution == "sample":
-            assert self.generator is not None  # "sample" is refused without one
+            assert self.generator is not None  # the constructor refuses "sample" without one
             uniform = torch.rand(q.shape[:3], generator=self.generator, device=self.generator.device).to(q.device)
         return _Call(self, aim, uniform)
 
@@ -113,7 +113,7 @@ class SurveyAttention(Cached):
 
 
 class _Aim(NamedTuple):
-    """The window of a call, and where each query places it."""
+    """The window of a call, and its centre for each query."""
 
     window: LocalWindow
     centre: Float[Tensor, "b h q"]
@@ -121,7 +121,7 @@ class _Aim(NamedTuple):
 
 @dataclass(frozen=True)
 class _Call:
-    """One call's scoring."""
+    """The scoring of one call."""
 
     op: SurveyAttention
     aim: _Aim | None
@@ -140,7 +140,7 @@ class _Call:
     def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
         if self.op.alignment.is_inner_product:
             logits = dot_product(q, k, scale)
-        else:  # an engine may compute in wider numbers than the maps are made of
+        else:  # an engine may compute in a wider dtype than that of the maps
             own = next((p.dtype for p in self.op.alignment.parameters()), q.dtype)
             narrow = own if own in (torch.bfloat16, torch.float16) else q.dtype
             logits = (scale * self.op.alignment.score(q.to(narrow), k.to(narrow), at)).to(q.dtype)
@@ -156,7 +156,7 @@ class _Call:
 
 
 def _rows(x: Float[Tensor, "b h q"], at: Tile) -> Float[Tensor, "b h q"]:
-    """Numbers of the tile's queries; `at.rows` counts in keys."""
+    """Return the numbers of the tile's queries; `at.rows` counts in keys."""
     return x[:, :, at.rows - (at.n_keys - at.n_queries)]
 
 
@@ -164,17 +164,15 @@ def _distribution(
     name: str | Callable[[Tensor], Tensor], alpha: float | None, generator: torch.Generator | None
 ) -> Callable[..., Tensor]:
     if alpha is not None and name != "entmax":
-        raise OptionError(f'alpha={shown(alpha)} belongs to distribution="entmax"')
+        raise OptionError(f'alpha={shown(alpha)} must come with distribution="entmax"')
     if (generator is None) == (name == "sample"):
-        raise OptionError('distribution="sample" draws from a generator, and no other does')
+        raise OptionError('generator must come with distribution="sample", and only with it')
     if not isinstance(name, str):
         return name
     validate.one_of("distribution", name, (*DISTRIBUTIONS, "entmax", "sample"))
     if name == "sample":
-        return distributions.sample
+        return normalizers.sample
     if name != "entmax":
         return DISTRIBUTIONS[name]
-    distributions.entmax(
-        torch.zeros(1), 1.5 if alpha is None else alpha
-    )  # refuses a bad alpha now, not at the first call
-    return partial(distributions.entmax, alpha=1.5 if alpha is None else alpha)
+    normalizers.entmax(torch.zeros(1), 1.5 if alpha is None else alpha)  # refuse a bad alpha now, not in the first call
+    return partial(normalizers.entmax, alpha=1.5 if alpha is None else alpha)

@@ -38,7 +38,8 @@ class GTA(Framed):
         head_dim: D, and Dv where values are transformed.
         dims: channels for each kind, in this order, D in all: "triv" (left alone), "se3" (groups of 4 times the pose),
             "so3" (groups of 3 + 5 by the rotation alone), "so2" (pairs turned by coordinates: `2 axes` times a number
-            of frequencies), "t2" (groups of 3 shifted by coordinates). The paper's halves, "se3" and "so2", where None.
+            of frequencies, for each frequency a pair for each axis), "t2" (groups of 3 shifted by coordinates). The
+            paper's halves, "se3" and "so2", where None.
         axes: coordinates of a token.
         base: rotary frequencies of this base for "so2", as in the release for diffusion Transformers (10000); octaves
             up to one turn per unit where None.
@@ -48,8 +49,11 @@ class GTA(Framed):
         euclid: `-½ ‖q̃ - k̃‖² · scale` in place of the dot product; "se3" then takes groups of 3 as points in space.
         trans_coeff: start of the factor on translations, one learned number.
 
-    The paper's se3, so2, so3 and t2 as in the release; its "so3" lies in another basis. The release's Euclidean form
-    forgets the squares in the norms; here they are. Attention weights exist as a matrix for `v_transform=False` alone.
+    Channels lie as in the release, so that its projections load as they are, but for "so3", which lies in another basis
+    here. The release is given world-to-camera matrices and inverts them; here `poses` are the inverses. It also has a
+    highest frequency for each axis (`max_freq_h`, `max_freq_w`; here 1: multiply the coordinates by it). Its Euclidean
+    form lacked the squares of the norms until April 2025; what was trained before differs. Attention weights exist as a
+    matrix for `v_transform=False` alone.
 
     Raises:
         OptionError: dims that do not add up, or inputs that no channel uses.
@@ -104,7 +108,8 @@ class GTA(Framed):
             turned = groups.wigner(poses[..., :3, :3])
             return groups.Matrices(turned, turned.mT)
         if kind == "so2" and coords is not None:
-            return groups.Turn((coords[..., None] * self.rates.to(coords.device)).flatten(-2))
+            # frequency by frequency, and for each axis by axis: the release's order of pairs
+            return groups.Turn((coords[..., None, :] * self.rates.to(coords.device)[:, None]).flatten(-2))
         if kind == "t2" and coords is not None:
             return groups.Matrices(groups.shift(coords), groups.shift(-coords))
         return None

@@ -16,37 +16,37 @@ from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.core.scoring import Tile, dot_product, safe_softmax
 from foveate.ops.base.scored import Scored
-from foveate.ops.functional import local_window as location
+from foveate.ops.functional import local_window
 from foveate.ops.functional.additive_score import pair_score
 
 
 @final
 class LuongAttention(Scored):
-    """A decoder's states (q) look at a source sentence's states (k and v), all of it or a window of `2 window + 1`.
+    """A decoder's states (q) attend to a source sentence's states (k and v), to all or to a window of `2 window + 1`.
 
     Cost O(Nq Nk D); "dot" and "general" in "global" mode run on fused kernels, "concat" holds `Nq Nk hidden` numbers. A
-    window drops what lies outside, and saves no time here: sentences are short. For sentences whose order the
-    translation keeps, roughly ("local_m"), or lawfully ("local_p"); the wrong choice inside a causal decoder. As k is
-    a finished sentence it defines no causal call; `Nq = Nk` may happen.
+    window masks the keys outside it and saves no time here, since sentences are short. "local_m" suits sentences whose
+    order the translation roughly keeps, "local_p" those whose reordering is regular; the wrong choice inside a causal
+    decoder. k is a finished sentence, so it defines no causal call, even if `Nq = Nk`.
 
     Args:
         head_dim: D of the calls to come.
-        score: "dot" `h . s`, "general" `h W s`, "concat" `v . tanh(W [h; s])`, or "location" `(W h)_s`, which looks at
-            no key. All are multiplied by the call's scale, which is 1 unless it says otherwise.
-        mode: "global"; "local_m": the window lies around the query's own place; "local_p": around `S sigmoid(v .
-            tanh(W h))` for S real keys, and weights are multiplied by a Gaussian of that centre and deviation
+        score: "dot" `h . s`, "general" `h W s`, "concat" `v . tanh(W [h; s])`, or "location" `(W h)_s`, which reads no
+            key. The call's scale multiplies all of them and is 1 by default.
+        mode: "global"; "local_m": the window is centred at the query's own position; "local_p": at `S sigmoid(v .
+            tanh(W h))` for S real keys, and weights are multiplied by a Gaussian with that centre and deviation
             `window / 2`, so that they sum to less than 1.
-        window: D of the paper, keys to either side.
-        heads: Hq of the calls to come; the paper has one.
-        hidden: numbers under the tanh, D where None.
-        max_keys: of a "location" score, which knows so many places; keys further on are never looked at.
-        gaussian: whether "local_p" has its Gaussian.
+        window: keys to either side, the paper's D.
+        heads: Hq of the calls to come; the paper has one head.
+        hidden: hidden width under the tanh; None for D.
+        max_keys: positions that a "location" score covers; it ignores keys beyond them.
+        gaussian: False removes the Gaussian of "local_p".
 
-    Places count real keys from 0 on (the paper's from 1): a mask of the padding, on either side, has to be given. In
-    mode "local_m" a call may bring the queries' own places as `t`, int `(Nq,)`; otherwise they are 0, 1, 2 …
+    Positions count real keys from 0 on (the paper's from 1), so calls have to mask padding, on either side. In mode
+    "local_m" a call may bring the queries' own positions as `t`, int `(Nq,)`; by default they are 0, 1, 2 …
 
-    Weights start uniformly in ±0.1, as the paper's. The paper names pairs that do well: "dot" with "global", "general"
-    with "local_p"; "location" is for "global" only.
+    Weights start uniformly in ±0.1, as in the paper. The paper recommends "dot" with "global" and "general" with
+    "local_p"; "location" is for "global" only.
     """
 
     capabilities = replace(
@@ -77,9 +77,9 @@ class LuongAttention(Scored):
         validate.one_of("mode", mode, ("global", "local_m", "local_p"))
         validate.one_of("gaussian", gaussian, (True, False))
         if (max_keys is None) == (score == "location"):
-            raise OptionError(f'max_keys={shown(max_keys)} goes with score="location", and with no other')
+            raise OptionError(f'max_keys={shown(max_keys)} must come with score="location", and only with it')
         if score == "location" and mode != "global":
-            raise OptionError(f'score="location" has no mode {mode!r}; it is for mode="global"')
+            raise OptionError(f'score="location" must come with mode="global"; got mode={mode!r}')
         self.kind, self.mode, self.window, self.gaussian = score, mode, window, gaussian
         self.heads, self.head_dim = heads, head_dim
         if score == "general":
@@ -111,14 +111,14 @@ class LuongAttention(Scored):
         if self.kind == "location":
             last = self.w_score.shape[2] - 1
             logits = scale * (q @ self.w_score.to(q)).gather(-1, place.clamp(0, last).expand(*q.shape[:3], -1))
-            return logits.masked_fill(place > last, masks.NEVER)
+            return logits.masked_fill(place > last, masks.NEG_INF)
         if self.kind == "concat":
             logits = scale * pair_score(q @ self.w_query.to(q), k @ self.w_key.to(q), self.v_score.to(q))
         else:
             logits = dot_product(q @ self.w_score.to(q) if self.kind == "general" else q, k, scale)
         if self.mode == "global":
             return logits
-        return location.cut(logits, place, self.centre(q, at, **context), self.window)
+        return local_window.cut(logits, place, self.centre(q, at, **context), self.window)
 
     def score_macs(self, width: int) -> int:
         return self.v_score.shape[-1] if self.kind == "concat" else width
@@ -129,21 +129,21 @@ class LuongAttention(Scored):
             return weights
         assert at.queries is not None
         place = context["place"][:, None, None, at.cols]
-        bell = location.log_bell(place, self.centre(at.queries, at, **context), self.window / 2)
+        bell = local_window.log_bell(place, self.centre(at.queries, at, **context), self.window / 2)
         return weights * bell.exp().to(weights)
 
     def centre(self, q: Tensor, at: Tile, place: Tensor, length: Tensor, t: Tensor | None = None) -> Tensor:
-        """Where each query looks: `(nq, 1)` or `(B, H, nq, 1)`."""
+        """Return the centre of each query's window, `(nq, 1)` or `(B, H, nq, 1)`."""
         if self.mode == "local_m":
             row = at.rows - (at.n_keys - at.n_queries)
             return (row if t is None else t[row])[:, None]
-        return location.predicted(q, self.w_place, self.v_place, length[..., None, None])
+        return local_window.predicted(q, self.w_place, self.v_place, length[..., None, None])
 
     def context(self, q: Tensor, k: Tensor, mask: Tensor | None, **inputs: Tensor) -> dict[str, Tensor]:
         t = inputs.get("t")
         if t is not None and (t.is_floating_point() or t.shape != q.shape[2:3]):
             raise ShapeError(f"t must be int (Nq,)=({q.shape[2]},); got {t.dtype} {tuple(t.shape)}")
-        place, length = location.places(mask, q.shape[0], k.shape[2], k.device)
+        place, length = local_window.places(mask, q.shape[0], k.shape[2], k.device)
         return {"place": place, "length": length, **inputs}
 
     @classmethod
@@ -158,14 +158,15 @@ class LuongAttention(Scored):
 def alignment_error_rate(
     weights: Float[Tensor, "... t s"], sure: Bool[Tensor, "... t s"], possible: Bool[Tensor, "... t s"] | None = None
 ) -> float:
-    """How far the links that attention draws are from a person's: `1 - (|A & S| + |A & P|) / (|A| + |S|)`, 0 at best.
+    """Return the alignment error rate of attention, `1 - (|A & S| + |A & P|) / (|A| + |S|)`, 0 at best.
 
-    Each target word is linked to the source word of its largest weight; a word without any weight is not linked.
+    A links each target word to the source word of its largest weight; a word without any weight has no link. S and P
+    are a person's sure and possible links.
 
     Args:
-        weights: `(..., T, S)`, of any number of sentences of equal size, padded rows zero.
-        sure: links that have to be there.
-        possible: links that may be there; the sure ones always may.
+        weights: `(..., T, S)`, of any number of sentences of equal size; padded rows are zero.
+        sure: links that A has to contain.
+        possible: links that A may contain; sure links are always possible.
     """
     if sure.shape != weights.shape or (possible is not None and possible.shape != weights.shape):
         raise ShapeError(f"links must be of the weights' shape {tuple(weights.shape)}; got {tuple(sure.shape)}")

@@ -1,4 +1,4 @@
-"""Memory-efficient attention: exact softmax attention, chunk by chunk, whose matrix never exists.
+"""Memory-efficient attention: exact softmax attention in chunks, without the whole matrix.
 
 Self-attention Does Not Need O(n²) Memory (2021), arXiv 2112.05682.
 """
@@ -15,24 +15,23 @@ from foveate.ops.base.scored import Scored
 
 @final
 class MemoryEfficientAttention(Scored):
-    """`softmax(q kᵀ · scale) v` in chunks of queries that meet the keys tile by tile, forward and backward.
+    """`softmax(q kᵀ · scale) v` in chunks of queries and tiles of keys, forward and backward.
 
-    Cost O(Nq Nk D) time, as ever, and `q_chunk x k_chunk` numbers per head at a time in place of `Nq x Nk`, however
-    long the input. A tile leaves its largest logit, a sum of exponentials and a weighted sum of values, which merge
-    with those of the other tiles (`core/online_softmax.py`). The backward pass keeps the log of each row's sum and
-    computes the tiles again. Under causality, tiles wholly in the future are skipped. The wrong choice where a fused
-    kernel runs: `softmax` has it, and is faster. This one is for devices without such a kernel, and for a bound on
-    memory that one sets by hand.
+    Cost O(Nq Nk D) time, as for softmax attention, and `q_chunk x k_chunk` numbers per head at a time in place of `Nq x
+    Nk`, for any input length. A tile yields its largest logit, a sum of exponentials and a weighted sum of values,
+    which merge with those of the other tiles (`core/online_softmax.py`). The backward pass keeps the log of each row's
+    sum and recomputes the tiles. Causal calls skip tiles in the future. The wrong choice if a fused kernel runs:
+    `softmax` uses it and is faster. This one is for devices without such a kernel, and for an explicit bound on memory.
 
     Args:
-        q_chunk: queries in a chunk. The paper's release has 1024.
+        q_chunk: queries in a chunk; the release has 1024.
         k_chunk: keys in a tile; the release has 4096. The paper's theory has the square root of Nk.
 
-    Lengths need not be multiples of either. A row that sees nothing is zeros. Sums are kept in float32 for half
-    precision. Where hidden keys hold NaN or inf, a chunk sees all of its keys at once, so as to leave them out.
+    Lengths need not be multiples of either. A row that sees nothing gives zeros. Sums are kept in float32 for half
+    precision. If hidden keys hold NaN or inf, a chunk reads all of its keys at once, to exclude them.
 
     Raises:
-        OptionError: a chunk that is no whole number, or below 1.
+        OptionError: a chunk that is no whole number or is below 1.
     """
 
     capabilities = replace(Scored.capabilities, engines=("chunked", "reference"))

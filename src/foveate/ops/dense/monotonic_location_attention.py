@@ -137,7 +137,7 @@ class MonotonicLocationAttention(Operator):
             content = None
             if gate is not None:
                 logits = (scale * q[:, :, None, t] @ source.k.mT)[:, :, 0]
-                content = safe_softmax(logits.masked_fill(~source.seen, masks.NEVER))
+                content = safe_softmax(logits.masked_fill(~source.seen, masks.NEG_INF))
             yield _Intent(step[:, :, t], width[:, :, t], None if gate is None else gate[:, :, t], content)
 
     def steps_of(self, rho: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class MonotonicLocationAttention(Operator):
     def _look(self, intent: _Intent, source: _Source, past: Tensor) -> tuple[Tensor, Tensor]:
         """Weights `(B, H, Nk)` of one query, and the place that they expect."""
         logits = log_bell(source.at, past + intent.step, intent.width)
-        weights = bell = safe_softmax(logits.masked_fill(~source.seen, masks.NEVER))
+        weights = bell = safe_softmax(logits.masked_fill(~source.seen, masks.NEG_INF))
         if intent.gate is not None and intent.content is not None:
             weights = intent.gate * bell + (1 - intent.gate) * intent.content
         start = bell if self.past == "location" else weights

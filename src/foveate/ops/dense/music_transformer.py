@@ -17,33 +17,33 @@ from foveate.core.errors import ShapeError
 from foveate.core.scoring import Tile, dot_product
 from foveate.core.selection import Blocks, Selection
 from foveate.ops.base.scored import Scored
-from foveate.ops.functional import relative_position as relative
+from foveate.ops.functional import relative_position
 from foveate.ops.operator import CAUSAL_PATTERNS
 
 
 @final
 class MusicTransformer(Scored):
-    """`softmax(q_i . (k_j + e_{i-j}) · scale) v`: what a query looks for may depend on how far back it stands.
+    """`softmax(q_i . (k_j + e_{i-j}) · scale) v`: a query's score of a key may depend on their distance.
 
     Cost O(N² D) time, twice the products of softmax attention and no fused kernel; O(N) memory in chunks, and O(L D)
-    for the vectors, where the direct form needs O(N² D). Causal only. With `block` the time is O(N block D) on the
-    chunked engine, that of long calls. Distances past the table are not told apart: the wrong choice for exact places
+    for the vectors, while the direct form needs O(N² D). Causal only. With `block` the time is O(N block D) on the
+    chunked engine, which runs long calls. All distances past the table look alike: the wrong choice for exact positions
     in inputs much longer than `max_len`.
 
     Args:
         heads, head_dim: Hq and D of the calls to come.
-        max_len: distances in the table, from 0, the query's own place, to `max_len - 1`.
-        block: each block of so many tokens sees itself and the one before; None: everything in the past.
-        form: "skew" (the paper's: a pad and a reshape) or "gather" (a vector for each pair, the plain twin).
-        shared: one table for all heads; as a rule each has its own.
+        max_len: distances in the table, from 0, the query's own position, to `max_len - 1`.
+        block: tokens in a block, which sees itself and the block before; None sees the whole past.
+        form: "skew" (the paper's: a pad and a reshape) or "gather" (a vector for each pair, the reference form).
+        shared: True for one table for all heads; by default each has its own.
         time, pitch: for tokens that lie on a grid: a further vector for each difference of the inputs of that name,
-            int `(B, Nk)`, in `-(span - 1) .. span - 1`, the number given here being the span; larger differences count
-            as the largest. A call without the input goes without the term. Such an operator does not stream.
-        variant: distances past the table take its last vector in "paper", and none, a vector of zeros, in "release".
+            int `(B, Nk)`, in `-(span - 1) .. span - 1`. The option is the span; larger differences are clipped. A call
+            without the input omits the term. Such an operator does not stream.
+        variant: the vector of distances past the table: its last one in "paper", zeros in "release".
 
-    Tables start as in the release, normally distributed with variance `1 / head_dim`. That has no grid terms, which are
-    reconstructed from the paper's text: a table per head, a learned vector for each signed difference `place_i -
-    place_j`, clipped.
+    Tables start as in the release, normally distributed with variance `1 / head_dim`. The release has no grid terms.
+    They are reconstructed from the paper's text: a table per head, a learned vector for each signed difference
+    `place_i - place_j`, clipped.
     """
 
     capabilities = replace(Scored.capabilities, patterns=CAUSAL_PATTERNS)
@@ -86,9 +86,11 @@ class MusicTransformer(Scored):
             raise ShapeError(f"built for {heads} heads of width {width}; got H={q.shape[1]}, D={q.shape[3]}")
         logits, q = dot_product(q, k, scale), q * scale
         if self.form == "skew":
-            logits = logits + relative.skewed(q, self.embeddings(relative.distances(at)).to(q), len(at.cols))
+            logits = logits + relative_position.skewed(
+                q, self.embeddings(relative_position.distances(at)).to(q), len(at.cols)
+            )
         else:
-            logits = logits + relative.gathered(q, self.embeddings(at.rows[:, None] - at.cols).to(q))
+            logits = logits + relative_position.gathered(q, self.embeddings(at.rows[:, None] - at.cols).to(q))
         for name, places in grid.items():
             difference = places[:, at.rows, None] - places[:, None, at.cols]
             logits = logits + _by_difference(q, self.grid[name].to(q), difference)
@@ -98,7 +100,7 @@ class MusicTransformer(Scored):
         return width * (2 + len(self.grid))
 
     def embeddings(self, distance: Int[Tensor, "..."]) -> Float[Tensor, "h ... d"]:
-        """The table's vectors for some distances; for the future, which is masked, any."""
+        """Return the table's vectors for some distances; those of the future, which is masked, are arbitrary."""
         last = self.table.shape[1] - 1
         found = self.table[:, (last - distance).clamp(0, last)]
         return found if self.variant == "paper" else found * (distance <= last)[..., None]
@@ -129,7 +131,7 @@ class MusicTransformer(Scored):
 
 
 def with_previous_block(n_queries: int, n_keys: int, size: int, device: torch.device) -> Blocks:
-    """Keys of a query's own block of `size` tokens and of the block before; the future is left to causality."""
+    """Select the keys of a query's own block of `size` tokens and of the block before; causality hides the future."""
     shift = n_keys - n_queries
     first = (torch.arange(-(-n_queries // size), device=device)[:, None] * size + shift) // size
     last = (first * size + size - 1 + shift % size) // size
@@ -146,7 +148,7 @@ def with_previous_block(n_queries: int, n_keys: int, size: int, device: torch.de
 def _by_difference(
     q: Float[Tensor, "b h n d"], table: Float[Tensor, "h w d"], difference: Int[Tensor, "b n k"]
 ) -> Float[Tensor, "b h n k"]:
-    """`q_i . e` of the difference between i and j, for all pairs: one product per row of the table, then a gather."""
+    """Return `q_i . e` of the difference i - j for all pairs: one product per row of the table, then a gather."""
     reach = table.shape[1] // 2
     index = (difference.clamp(-reach, reach) + reach)[:, None].expand(-1, q.shape[1], -1, -1)
     return (q @ table.transpose(-1, -2)).gather(-1, index)

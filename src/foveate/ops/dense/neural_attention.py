@@ -21,28 +21,28 @@ from foveate.ops.base.scored import Scored
 
 @final
 class NeuralAttention(Scored):
-    """`softmax(mlp([q'_i ; k'_j])) v`: relations of q and k that no bilinear form has, such as "near in one feature".
+    """`softmax(mlp([q'_i ; k'_j])) v`: it learns relations that no bilinear form has, such as "close in one feature".
 
-    Cost O(Nq Nk d'²) time where a dot product takes O(Nq Nk D), without fused kernels, and d' numbers for each pair of
-    a tile in memory. The paper's models have it in the first layer alone, trained from scratch: a dot product is not
-    among its limits, so that it is the wrong choice for pretrained weights, and for long sequences.
+    Cost O(Nq Nk d'²) time, against O(Nq Nk D) for a dot product, without fused kernels, and d' numbers of memory for
+    each pair of a tile. The paper's models use it only in the first layer and train it from scratch. A dot product is
+    not among its limits: the wrong choice for pretrained weights, and for long sequences.
 
-    Queries and keys are reduced to width d'; the network `2d' -> d' -> d'/2 -> 1` with ReLUs is one for all heads. Its
-    first layer is linear in the pair, hence half of it is taken of each query and half of each key, once, and the
-    halves add up. The scale of a call multiplies scores and is 1 unless given.
+    Queries and keys are reduced to width d'; all heads share the network `2d' -> d' -> d'/2 -> 1` with ReLUs. Its first
+    layer is linear in the pair, so one half is computed once per query, the other once per key, and the halves add up.
+    The scale of a call multiplies scores and is 1 by default.
 
     Args:
         head_dim: D.
-        proj_dim: d', at least 2; `head_dim // 32` where None, and 2 where that is less.
+        proj_dim: d', at least 2; None for `head_dim // 32`, or 2 if that is less.
         layers: hidden layers. With 1 and "tanh" it is additive attention (Bahdanau); d' may then be 1.
-        activation: of the hidden layers, "relu" or "tanh".
+        activation: the hidden layers' activation, "relu" or "tanh".
 
     Raises:
         OptionError: an option out of range.
         ShapeError: a call of another width.
 
-    Its release drops a caller's mask under causality; here both hold. In our own small runs on text (two layers, up to
-    1,500 steps) dot products learned faster: the paper's gain in perplexity is not among what the tests could show.
+    The release drops a caller's mask under causality; here both hold. In our own small runs on text (two layers, up to
+    1,500 steps) dot products learned faster, so no test shows the paper's gain in perplexity.
     """
 
     capabilities = replace(Scored.capabilities, default_scale=1.0)
@@ -66,7 +66,7 @@ class NeuralAttention(Scored):
         self.last = nn.Linear(width // 2 if layers == 2 else width, 1)
 
     def prepare(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The first layer's two halves, `(B, H, N, d')`."""
+        """Return the first layer's two halves, `(B, H, N, d')`."""
         if q.shape[-1] != self.head_dim:
             raise ShapeError(f"NeuralAttention was built for D={self.head_dim}; got q with D={q.shape[-1]}")
         of_query, of_key = self.pair.weight.chunk(2, dim=1)

@@ -1,4 +1,4 @@
-"""Reversed attention: keys choose among queries and send them their values.
+"""Reversed attention: keys choose queries and send them their values.
 
 Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention (2023), arXiv 2304.03282.
 """
@@ -21,20 +21,20 @@ from foveate.ops.operator import Operator
 
 @final
 class ReversedAttention(Operator):
-    """`softmax over queries of (q kᵀ · scale)`, times v: each column of weights sums to 1, and not each row.
+    """`softmax over queries of (q kᵀ · scale)`, times v: each column of weights sums to 1, not each row.
 
-    Attention lets a query gather from keys in shares that sum to 1; here a key (a child) sends its value to queries
-    (its parents) in such shares, so what a query receives in all says how much of a parent it is. Nothing is lost or
-    doubled: outputs add up to the values. With the same scores it is the transpose of softmax attention.
+    In attention, a query gathers from keys in shares that sum to 1. Here a key (a child) sends its value to queries
+    (its parents) in such shares, so a query's total weight measures how much of a parent it is. Outputs add up to the
+    values. With the same scores it is the transpose of softmax attention.
 
-    Cost O(Nq Nk D) time, in chunks of keys whose weights the backward pass computes again: O(block Nq) memory. A key's
-    shares depend on all queries, so there is no causal form. The wrong choice where every query needs an output of
-    ordinary size: some receive nearly nothing.
+    Cost O(Nq Nk D) time, in chunks of keys whose weights the backward pass recomputes: O(block Nq) memory. A key's
+    shares depend on all queries, so there is no causal form. The wrong choice if every query needs an output of
+    ordinary size: some receive almost nothing.
 
     Args:
         block: keys in a chunk.
 
-    A mask says which key may send to which query; one of kind "keys" says which may send at all.
+    A mask states which key may send to which query; one of kind "keys" states which may send at all.
     """
 
     capabilities = replace(
@@ -75,18 +75,18 @@ class ReversedAttention(Operator):
 
 
 def _wide(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Scaled queries, and keys with one head to each of theirs, free of what nobody may see."""
+    """Return scaled queries, and keys with one head for each query head and zeros where no query may see."""
     wide, heads = accumulating(call.q.dtype), call.q.shape[1]
     return call.q.to(wide) * call.scale, per_query_head(masks.without_hidden(call.k, call.mask), heads).to(wide)
 
 
 def _sent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """What these keys send to each query."""
+    """Return the sum of the values that these keys send to each query."""
     return _shares(q, k, mask).mT @ v
 
 
 def _shares(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Each key's shares among the queries, `(B, H, Nk, Nq)`."""
+    """Return each key's shares among the queries, `(B, H, Nk, Nq)`."""
     logits = q @ k.mT
     if mask is not None:
         logits = logits + masks.as_bias(mask, logits.dtype)

@@ -22,27 +22,27 @@ from foveate.ops.operator import CAUSAL_PATTERNS
 
 @final
 class SelectiveSelfAttention(Scored):
-    """`softmax(tau_q(t) q_t kᵀ · scale) (tau_v(s) v_s)`: a token decides how sharply it looks and how loud it is.
+    """`softmax(tau_q(t) q_t kᵀ · scale) (tau_v(s) v_s)`: a token sets the temperature of its query and of its value.
 
-    Costs what softmax attention costs, on the same fused kernels, for one number and two vectors per head. Meant for
-    training or fine-tuning; as built it is nearly the softmax that a pretrained model has. Causal only: the position
-    part counts the keys that a query may see, `n = position + 1`, padding included.
+    It costs as much as softmax attention, on the same fused kernels, plus one number and two vectors per head. It needs
+    training or fine-tuning; at the start it is nearly a pretrained model's softmax. Causal only: the position part
+    counts the keys that a query may see, `n = position + 1`, padding included.
 
     Args:
         heads, head_dim: Hq and D of the calls to come.
         beta: start of the position part `1 + exp(-exp(beta)) log n`, which counters dilution as n grows. 1.5 suits
             training, 2.0 fine-tuning; 20 leaves exactly 1.
-        query_tau: parts of a query's temperature: "pos+tok" is their sum, "tok" alone is `1 + tok`.
-        value_tau: "tok": a value is multiplied by `1 + tok`.
-        kv_heads: heads of value vectors, each shared by neighbouring heads of a call; `heads` where None.
-        value_dim: Dv; `head_dim` where None.
-        variant: what is learned in the position part: "paper": `1 + sigmoid(alpha) log n`, "release": beta itself. Both
-            start at the same temperature.
+        query_tau: parts of a query's temperature: "pos+tok" is their sum, "tok" is `1 + tok`.
+        value_tau: "tok" multiplies a value by `1 + tok`.
+        kv_heads: heads of value vectors, each shared by neighbouring heads of a call; None for `heads`.
+        value_dim: Dv; None for `head_dim`.
+        variant: the learned number of the position part: "paper": alpha in `1 + sigmoid(alpha) log n`, "release": beta.
+            Both start at the same temperature.
 
-    The token part is `tanh(w . gelu(x) + b)` of the projected query or value itself. It is not in the release: the
-    shared hidden layer, the GELU and the start at w = b = 0, where tok = 0, are reconstructed from the paper's text.
+    The token part is `tanh(w . gelu(x) + b)` of the projected query or value. The release does not have it: the shared
+    hidden layer, the GELU and the start at w = b = 0, where tok = 0, are reconstructed from the paper's text.
 
-    The paper's system is a layer; as it acts on q and v alone, it is an operator here, for any layer to use.
+    The paper's system is a layer. It acts only on q and v, so it is an operator here, for any layer to use.
     """
 
     capabilities = replace(Scored.capabilities, patterns=CAUSAL_PATTERNS)
@@ -86,7 +86,7 @@ class SelectiveSelfAttention(Scored):
         return v if self.value_token is None else v * (1 + self.value_token(v))
 
     def position_temperature(self, n: Tensor) -> Tensor:
-        """The position part for queries that see `n` keys: 1 for n = 1, and growing with n."""
+        """Return the position part for queries that see `n` keys: 1 for n = 1, and growing with n."""
         assert self.position is not None
         factor = torch.exp(-torch.exp(self.position)) if self.variant == "release" else torch.sigmoid(self.position)
         return 1 + factor * torch.log(n.to(self.position.dtype))
@@ -95,13 +95,13 @@ class SelectiveSelfAttention(Scored):
         if self.variant == "release":
             return beta
         log_factor = -math.exp(beta)  # sigmoid(alpha) = exp(log_factor)
-        return max(log_factor - math.log(-math.expm1(log_factor)), -100.0)  # finite, and a sigmoid of 0 in any sum
+        return max(log_factor - math.log(-math.expm1(log_factor)), -100.0)  # finite, and its sigmoid is 0 in any sum
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
         op, random = cls(heads, head_dim, beta=0.0, kv_heads=1), torch.Generator().manual_seed(0)
         for token in (op.query_token, op.value_token):
-            assert token is not None  # both are made by default
+            assert token is not None  # the default has both
             nn.init.normal_(token.weight, generator=random)
         return op
 
@@ -112,7 +112,7 @@ class SelectiveSelfAttention(Scored):
 
 @final
 class TokenTemperature(nn.Module):
-    """`tanh(w . gelu(x) + b)` for each token of `x (B, H, N, D)`: `(B, H, N, 1)` in (-1, 1), and 0 as built."""
+    """`tanh(w . gelu(x) + b)` for each token of `x (B, H, N, D)`: `(B, H, N, 1)` in (-1, 1), and 0 at the start."""
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()

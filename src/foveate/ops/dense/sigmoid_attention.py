@@ -1,4 +1,4 @@
-"""Sigmoid attention: every key is weighed by itself.
+"""Sigmoid attention: every key gets its weight independently.
 
 Theory, Analysis, and Best Practices for Sigmoid Self-Attention (2024), arXiv 2409.04431.
 """
@@ -16,7 +16,7 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, shown
 from foveate.core.scoring import Tile, dot_product
 from foveate.ops.base.scored import Scored
-from foveate.ops.functional import alibi as linear_bias
+from foveate.ops.functional.alibi import alibi_slopes
 
 
 @final
@@ -24,17 +24,17 @@ class SigmoidAttention(Scored):
     """`sigmoid(q kᵀ · scale + bias) v`: weights in (0, 1) that do not compete and need not sum to 1.
 
     Cost O(Nq Nk D) time and O(N) memory, without the fused softmax kernel's speed. A drop-in for training from scratch;
-    the wrong choice for weights that were trained with a softmax. What makes it train is a small output at the start:
-    a bias near `-log n`, or ALiBi; LayerScale or a norm on the output help, and belong to the layer.
+    the wrong choice for weights that were trained with a softmax. It trains well if the output is small at the start:
+    use a bias near `-log n`, or ALiBi. LayerScale or a norm on the output help; they belong to the layer.
 
     Args:
         bias: added to the logits. "-log n" for n keys in the call, so that fresh weights sum to about 1; "row" for
             `-log` of the keys that each query may see by causality (the paper's option, not in its release); or a
-            number. A model decodes with the bias that it was trained with, not with that of the length so far: give
-            the number. "-log n" therefore does not stream.
-        alibi: whether logits fall with distance, by ALiBi's slopes; the bias may then be 0.
-        variant: "release" signs the distance, as the released simulator does: keys after the query are then raised. The
-            two agree under causality.
+            number. To decode, give the number that the model was trained with, since "-log n" would follow the length
+            so far; it therefore does not stream.
+        alibi: True lets logits fall with distance, by ALiBi's slopes; the bias may then be 0.
+        variant: "release" uses the signed distance, as the released simulator does, which raises keys after the query.
+            The two agree under causality.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class SigmoidAttention(Scored):
         distance = at.cols - at.rows[:, None]
         if self.variant == "paper":
             distance = -distance.abs()
-        return logits + linear_bias.alibi_slopes(q.shape[1]).to(logits)[:, None, None] * distance
+        return logits + alibi_slopes(q.shape[1]).to(logits)[:, None, None] * distance
 
     def normalize(self, logits: Tensor, at: Tile, **context: Tensor) -> Float[Tensor, "b h q k"]:
         if self.bias == "row" and at.causal:

@@ -1,4 +1,4 @@
-"""Softmax attention, the baseline of everything here.
+"""Softmax attention, the baseline.
 
 Attention Is All You Need (2017), arXiv 1706.03762.
 """
@@ -14,7 +14,7 @@ from foveate.ops.base.scored import Scored
 class Softmax(Scored):
     """`softmax(q kᵀ · scale) v`: scaled dot-product attention.
 
-    Cost O(Nq Nk D) time and O(N) memory through PyTorch's fused kernel. The wrong choice where Nk is long and few keys
+    Cost O(Nq Nk D) time and O(N) memory through PyTorch's fused kernel. The wrong choice if Nk is large and few keys
     matter. It has no options.
     """
 

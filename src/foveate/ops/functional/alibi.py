@@ -1,4 +1,4 @@
-"""ALiBi's slopes: how fast each head's logits fall with distance."""
+"""ALiBi's slopes: the rate at which each head's logits fall with distance."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def alibi_slopes(heads: int) -> Float[Tensor, " h"]:
-    """`2 ** (-8 (h + 1) / H)` where H is a power of two.
+    """Return the slopes of H heads: `2 ** (-8 (h + 1) / H)` if H is a power of two.
 
-    Else those of the next smaller power, filled up with every other slope of the next larger one.
+    Otherwise they are those of the next smaller power, filled up with every other slope of the next larger one.
     """
     base = 2 ** math.floor(math.log2(heads))
     first = torch.exp2(-8 * torch.arange(1, base + 1, dtype=torch.float64) / base)

@@ -1,7 +1,7 @@
-"""Alignment functions: how well a key answers a query, in the forms that An Attentive Survey of Attention Models lists.
+"""Alignment functions, which score a key for a query, in the forms of An Attentive Survey of Attention Models.
 
 The classes hold weights per head, for queries `(B, H, Nq, D)` and keys `(B, H, Nk, D)`; `ALIGNMENTS` names them, and
-`make_alignment` builds one. What projects queries and keys in its own way takes the additive form from `pair_score`.
+`make_alignment` builds one. Systems with projections of their own take the additive form from `pair_score`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Alignment(nn.Module):
-    """Logits of queries against keys. A system overrides `prepare` or `score`.
+    """Logits of queries and keys. Subclasses override `prepare` or `score`.
 
-    `prepare` turns what is an inner product at heart into a plain one, which fused kernels compute; its keys may have
-    fewer heads than its queries. `score` gives any other form, pair by pair.
+    `prepare` reduces a form to a plain inner product, which fused kernels compute; its keys may have fewer heads than
+    its queries. `score` computes any other form, pair by pair.
     """
 
-    #: the factor on the logits where a call names none; None for `D ** -0.5`
+    #: the factor on the logits if a call gives none; None for `D ** -0.5`
     default_scale: float | None = 1.0
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Alignment(nn.Module):
         return q @ k.mT
 
     def score_macs(self, width: int) -> int:
-        """Multiply-adds in the score of one pair of vectors of `width` numbers."""
+        """Return the multiply-adds in the score of one pair of vectors of `width` numbers."""
         return width
 
     @final
@@ -58,11 +58,11 @@ class Alignment(nn.Module):
 
 
 class Dot(Alignment):
-    """`q . k`"""
+    """The inner product `q . k`."""
 
 
 class ScaledDot(Alignment):
-    """`q . k / sqrt(D)`"""
+    """The scaled inner product `q . k / sqrt(D)`."""
 
     default_scale = None
 
@@ -75,7 +75,7 @@ class Similarity(Alignment):
 
 
 class Kernel(Alignment):
-    """`phi(q) . phi(k)`"""
+    """A kernel: `phi(q) . phi(k)`."""
 
     def __init__(self, activation: str = "elu+1") -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Learned(Alignment):
             raise ShapeError(f"{built}; got H={q.shape[1]}, D={q.shape[3]}")
 
     def weight(self, out: int, width: int) -> nn.Parameter:
-        """`(H, out, width)`, as `nn.Linear` starts it."""
+        """Make a weight `(H, out, width)`, initialised like that of `nn.Linear`."""
         return nn.Parameter(torch.empty(self.heads, out, width).uniform_(-(width**-0.5), width**-0.5))
 
     def zeros(self, *shape: int) -> nn.Parameter:
@@ -108,7 +108,7 @@ class Learned(Alignment):
 
 
 class General(Learned):
-    """`q W k`"""
+    """The bilinear form `q W k`."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__(heads, head_dim)
@@ -119,7 +119,7 @@ class General(Learned):
 
 
 class BiasedGeneral(General):
-    """`k (W q + b)`"""
+    """The bilinear form with a bias: `k (W q + b)`."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__(heads, head_dim)
@@ -130,7 +130,7 @@ class BiasedGeneral(General):
 
 
 class ActivatedGeneral(Learned):
-    """`act(q W k + b)`"""
+    """The bilinear form under an activation: `act(q W k + b)`."""
 
     def __init__(self, heads: int, head_dim: int, activation: str = "tanh") -> None:
         super().__init__(heads, head_dim)
@@ -141,7 +141,7 @@ class ActivatedGeneral(Learned):
 
 
 class Pairwise(Learned):
-    """What a vector w reads out of `hidden` numbers under an activation (D of them where None)."""
+    """A vector w times `hidden` activations of each pair (D of them by default)."""
 
     def __init__(self, heads: int, head_dim: int, hidden: int | None = None, activation: str = "tanh") -> None:
         super().__init__(heads, head_dim)
@@ -151,7 +151,7 @@ class Pairwise(Learned):
         self.w = nn.Parameter(self.weight(1, self.hidden).detach()[:, 0])
 
     def project(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The query's and the key's part of what is under the activation."""
+        """Return the query's and the key's summand of the activation's argument."""
         raise NotImplementedError
 
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
@@ -162,7 +162,7 @@ class Pairwise(Learned):
 
 
 class Additive(Pairwise):
-    """`w . act(W_q q + W_k k + b)`"""
+    """The additive form `w . act(W_q q + W_k k + b)`."""
 
     def __init__(self, heads: int, head_dim: int, hidden: int | None = None, activation: str = "tanh") -> None:
         super().__init__(heads, head_dim, hidden, activation)
@@ -185,7 +185,7 @@ class Concat(Pairwise):
 
 
 class Deep(Additive):
-    """The additive form with `depth` layers under the read-out in place of one."""
+    """The additive form with `depth` hidden layers in place of one."""
 
     def __init__(
         self, heads: int, head_dim: int, hidden: int | None = None, depth: int = 2, activation: str = "tanh"
@@ -207,7 +207,7 @@ class Deep(Additive):
 
 
 class Location(Learned):
-    """`(W q)_j` for the key at position j, whatever it holds; W knows `positions` of them."""
+    """A score by position: `(W q)_j` for the key at position j, whatever its content; W covers `positions` keys."""
 
     def __init__(self, heads: int, head_dim: int, positions: int) -> None:
         super().__init__(heads, head_dim)
@@ -224,21 +224,21 @@ class Location(Learned):
 
 
 class Feature(Pairwise):
-    """`w . act(W k + b)`: a key's weight is its own affair, and no query has a say."""
+    """A score of the key alone: `w . act(W k + b)`. The query has no influence."""
 
     def __init__(self, heads: int, head_dim: int, hidden: int | None = None, activation: str = "tanh") -> None:
         super().__init__(heads, head_dim, hidden, activation)
         self.w_k = self.weight(self.hidden, head_dim)
 
     def own(self, k: Tensor) -> Float[Tensor, "b h k"]:
-        """Each key's logit."""
+        """Return each key's logit."""
         return (self.act(k @ self.w_k.mT + self.b[:, None]) @ self.w[:, :, None]).squeeze(-1)
 
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
         return self.own(k)[:, :, None].expand(-1, -1, q.shape[2], -1)
 
     def score_macs(self, width: int) -> int:
-        return 0  # a key's logit is made once
+        return 0  # compute each key's logit once
 
 
 ALIGNMENTS: dict[str, type[Alignment]] = {
@@ -249,7 +249,7 @@ ALIGNMENTS: dict[str, type[Alignment]] = {
 
 
 def make_alignment(name: str, *, heads: int | None = None, head_dim: int | None = None, **options: Any) -> Alignment:
-    """The alignment of this name. Options that are None count as not given; sizes are for those that learn.
+    """Make the alignment of this name. Options that are None count as not given; alignments with weights need sizes.
 
     Raises:
         OptionError: an option that the alignment lacks, or one that it needs and did not get.

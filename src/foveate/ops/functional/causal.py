@@ -1,7 +1,7 @@
-"""Products in which the future takes no part, whatever it holds.
+"""Causal products in which NaN or inf in the future has no effect.
 
-A weight of 0 on what comes later is not enough: 0 times NaN is NaN. Where there is NaN or inf, it is taken out, and put
-back from its own token on.
+A weight of 0 on later tokens is not enough, since 0 times NaN is NaN. So NaN and inf are removed, and put back from
+their own token on.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 from foveate.core.readable import is_clean
 
 
-def product(weights: Float[Tensor, "... q k"], values: Float[Tensor, "... k e"]) -> Float[Tensor, "... q e"]:
-    """`weights @ values`, for weights that are 0 above the diagonal; the last row is that of the last value."""
+def causal_product(weights: Float[Tensor, "... q k"], values: Float[Tensor, "... k e"]) -> Float[Tensor, "... q e"]:
+    """Return `weights @ values`, for weights that are 0 above the diagonal; the last row belongs to the last value."""
     if is_clean(values):
         return weights @ values
     bad = ~torch.isfinite(values)
@@ -23,6 +23,6 @@ def product(weights: Float[Tensor, "... q k"], values: Float[Tensor, "... k e"])
 
 
 def poison(bad: Tensor) -> Float[Tensor, "... k e"]:
-    """NaN in each column from its first bad token on, 0 before it."""
+    """Return NaN in each column from its first bad token on, and 0 before it."""
     since = bad.to(torch.int8).cummax(-2).values.bool()
     return torch.zeros(since.shape, device=bad.device).masked_fill(since, float("nan"))

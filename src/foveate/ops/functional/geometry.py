@@ -1,7 +1,7 @@
-"""Geometric groups acting on channels: what a camera pose or a place in an image does to a vector.
+"""Actions of geometric groups on channels: a camera pose or a place in an image transforms a vector.
 
-An action takes `x (B, H, N, ·)` of tokens `(B, N)` into the common frame, and back. Where it keeps dot products (turns)
-a query goes as a key does; where not (translations), by the inverse transpose, so that
+An action maps `x (B, H, N, ·)` of tokens `(B, N)` into the common frame, and back. If it preserves dot products
+(rotations), it maps queries as keys; if not (translations), it maps queries by the inverse transpose, so that
 `(ρ(g_i)⁻ᵀ q)ᵀ (ρ(g_j) k) = qᵀ ρ(g_i⁻¹ g_j) k` holds for any invertible ρ.
 """
 
@@ -46,9 +46,10 @@ class Matrices:
 
 @final
 class Points:
-    """Groups of 3 channels as points in space, moved by rigid 4 x 4 matrices: distances are kept, dot products are not.
+    """Groups of 3 channels as points in space, moved by rigid 4 x 4 matrices, which preserve distances.
 
-    A value travels as four channels, its last one 1: what is read comes back right even where weights do not sum to 1.
+    They do not preserve dot products. A value has four channels, the last one 1, so that outputs are right even if
+    weights do not sum to 1.
     """
 
     def __init__(self, into: Float[Tensor, "b n 4 4"], out: Float[Tensor, "b n 4 4"]) -> None:
@@ -70,7 +71,7 @@ class Points:
 
 @final
 class Turn:
-    """Neighbouring channels turned by angles `(B, N, C)`."""
+    """Rotations of pairs of neighbouring channels by angles `(B, N, C)`."""
 
     def __init__(self, angles: Float[Tensor, "b n c"]) -> None:
         self.angles = angles[:, None]
@@ -89,7 +90,7 @@ class Turn:
 
 
 def by_groups(x: Tensor, matrices: Float[Tensor, "b n g g"]) -> Tensor:
-    """Each group of g channels of `x (B, H, N, ·)` times its token's matrix, in the dtype of `x`."""
+    """Multiply each group of g channels of `x (B, H, N, ·)` by its token's matrix, in the dtype of `x`."""
     tokens = x.transpose(1, 2)
     groups = tokens.flatten(2).unflatten(2, (-1, matrices.shape[-1])).to(matrices.dtype)
     return (groups @ matrices.mT).flatten(2).view_as(tokens).transpose(1, 2).to(x.dtype)
@@ -103,7 +104,7 @@ def _three(x: Tensor) -> Tensor:
 
 
 def rigid(poses: Float[Tensor, "b n 4 4"], stretch: Tensor) -> tuple[Tensor, Tensor]:
-    """Poses with their translations multiplied by `stretch`, and the inverses."""
+    """Return poses with their translations multiplied by `stretch`, and the inverses."""
     rotation, shift = poses[..., :3, :3], poses[..., :3, 3:] * stretch
     last = torch.eye(4, dtype=poses.dtype, device=poses.device)[3:].expand(*poses.shape[:-2], 1, 4)
     back = rotation.mT
@@ -112,7 +113,7 @@ def rigid(poses: Float[Tensor, "b n 4 4"], stretch: Tensor) -> tuple[Tensor, Ten
 
 
 def wigner(rotation: Float[Tensor, "*n 3 3"]) -> Float[Tensor, "*n 8 8"]:
-    """Degrees 1 and 2 of a rotation: what it does to vectors (3) and to symmetric traceless matrices (5)."""
+    """Return a rotation's matrices of degrees 1 and 2: on vectors (3) and on symmetric traceless matrices (5)."""
     basis = _quadratics(rotation)
     five = torch.einsum("aij,...ik,bkl,...jl->...ab", basis, rotation, basis, rotation)
     out = rotation.new_zeros(*rotation.shape[:-2], 8, 8)
@@ -121,7 +122,7 @@ def wigner(rotation: Float[Tensor, "*n 3 3"]) -> Float[Tensor, "*n 8 8"]:
 
 
 def _quadratics(like: Tensor) -> Float[Tensor, "5 3 3"]:
-    """An orthonormal basis of symmetric traceless 3 x 3 matrices."""
+    """Return an orthonormal basis of symmetric traceless 3 x 3 matrices."""
     basis = like.new_zeros(5, 3, 3)
     for n, (i, j) in enumerate(((0, 1), (1, 2), (0, 2))):
         basis[n, i, j] = basis[n, j, i] = 0.5**0.5
@@ -131,12 +132,12 @@ def _quadratics(like: Tensor) -> Float[Tensor, "5 3 3"]:
 
 
 def shift(coords: Float[Tensor, "b n 2"]) -> Float[Tensor, "b n 3 3"]:
-    """Translations in the plane, `(x, y)` in the last row; the inverse is that of `-coords`."""
+    """Return translations of the plane, `(x, y)` in the last row, and their inverses, those of `-coords`."""
     eye = torch.eye(3, dtype=coords.dtype, device=coords.device)[:2].expand(*coords.shape[:-1], 2, 3)
     last = torch.cat([coords, torch.ones_like(coords[..., :1])], -1)
     return torch.cat([eye, last[..., None, :]], -2)
 
 
 def octaves(count: int, device: torch.device | str | None = None) -> Float[Tensor, " f"]:
-    """Angles per unit of a coordinate in [0, 1): a whole turn for the fastest, half as much for each next, float64."""
+    """Return angles per unit of a coordinate in [0, 1): 2π for the fastest, half as much for each next, in float64."""
     return 2 * math.pi * torch.exp2(torch.arange(1 - count, 1, dtype=torch.float64, device=device))

@@ -1,6 +1,7 @@
-"""The small learner inside a memory: a linear map or an MLP without biases, with its gradients written by hand.
+"""The small learner inside a memory: a linear map or an MLP without biases, with gradients in closed form.
 
-By hand, since the gradients are part of the forward pass: they exist under `no_grad`, and have gradients of their own.
+Autograd does not serve here, since the gradients are part of the forward pass: they exist under `no_grad`, and have
+gradients of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from foveate.ops.functional.fast_weights import Layer, Outer, Weights
 
 
 class Activation(NamedTuple):
-    """A function of single numbers, and its slope."""
+    """An elementwise function and its derivative."""
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
@@ -39,14 +40,14 @@ ACTIVATIONS = {"silu": SILU, "gelu": GELU}
 
 
 class Around(NamedTuple):
-    """What makes `x + norm(mlp(x))` of an MLP: gain and shift of the norm over channels, `(H, 1, D)` each."""
+    """The residual and the norm of `x + norm(mlp(x))`: gain and shift over channels, `(H, 1, D)` each."""
 
     gain: Tensor
     shift: Tensor
 
 
 def read(layers: Sequence[Layer], x: Tensor, act: Activation = SILU, around: Around | None = None) -> Tensor:
-    """`x (B, H, C, in)` through the layers, with the activation between them."""
+    """Apply the layers to `x (B, H, C, in)`, with the activation between them."""
     inner = x
     for layer in layers[:-1]:
         inner = act.value(layer(inner))
@@ -58,7 +59,7 @@ def gradients(
     weights: Weights, k: Tensor, slope_of_loss: Callable[[Tensor], Tensor], act: Activation = SILU,
     around: Around | None = None,
 ) -> tuple[Outer, ...]:  # fmt: skip
-    """Each layer's gradient for each token of `k (B, H, C, in)`; `slope_of_loss` maps what is read to dloss/dread."""
+    """Return each layer's gradient for each token of `k (B, H, C, in)`; `slope_of_loss` maps outputs to slopes."""
     inputs, slopes = [k], []
     for matrix in weights[:-1]:
         z = inputs[-1] @ matrix.mT
@@ -74,14 +75,14 @@ def gradients(
 
 
 def _normed(y: Tensor) -> tuple[Tensor, Tensor]:
-    """`y` with mean 0 and variance 1 over its channels, and what it was multiplied by."""
+    """Return `y` with mean 0 and variance 1 over its channels, and the factor that scaled it."""
     centred = y - y.mean(-1, keepdim=True)
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
     return centred * scale, scale
 
 
 def _through_the_norm(y: Tensor, k: Tensor, slope_of_loss: Callable[[Tensor], Tensor], around: Around) -> Tensor:
-    """dloss/dy, where `k + norm(y)` is read."""
+    """Return dloss/dy for the output `k + norm(y)`."""
     gain, shift = (t.to(y.dtype) for t in around)
     normed, scale = _normed(y)
     slope = slope_of_loss(k + normed * gain + shift) * gain
@@ -89,7 +90,7 @@ def _through_the_norm(y: Tensor, k: Tensor, slope_of_loss: Callable[[Tensor], Te
 
 
 def first(name: str, weights: nn.ParameterList, sizes: tuple[int, int, int], like: Tensor) -> Weights:
-    """First weights as a call of `sizes` (Hq, D, Dv) takes them; refused where they were made for another."""
+    """Return first weights for a call of `sizes` (Hq, D, Dv); refuse weights that were made for other sizes."""
     built = weights[0].shape[0], weights[0].shape[2], weights[-1].shape[1]
     if sizes != built:
         raise ShapeError(f"{name} was built for (Hq, D, Dv)={tuple(built)}; got {sizes}")

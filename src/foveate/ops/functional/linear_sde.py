@@ -1,4 +1,4 @@
-"""A noisy linear system for each head, `dz = (μ + iω) z dt + noise`: what a gap of time does to a measurement."""
+"""A noisy linear system for each head, `dz = (μ + iω) z dt + noise`, which carries a measurement over a gap of time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, shown
 from foveate.ops.functional import rotary
 
-#: Where decay stops counting (e^-20), so that a variance without noise of its own stays above zero, and the least of
-#: learned measurement noise.
+#: Decay counts down to e^-20, so that a variance without noise of its own stays above zero; and the least learned
+#: measurement noise.
 FLOOR, EPS = -20.0, 1e-5
 
 
@@ -31,7 +31,7 @@ class Dynamics(nn.Module):
         super().__init__()
         self.fixed = {name: fixed(name, number) for name, number in numbers.items() if number is not None}
         if self.fixed.get("eta2") == self.fixed.get("gamma2") == 0:
-            raise OptionError("eta2=0 and gamma2=0 leave a token no variance: one must be above 0")
+            raise OptionError("eta2=0 and gamma2=0 give a token no variance; one must be above 0")
         free = [name for name in numbers if name not in self.fixed]
         self.raw = nn.ParameterDict({name: torch.randn(heads, generator=generator) for name in free})
         self.length, self.is_paired = length, variant == "release"
@@ -47,23 +47,23 @@ class Dynamics(nn.Module):
                 raise OptionError(f"omega={shown(omega)} must be {width // 2} finite numbers")
             self.omega, self.is_paired = torch.tensor(omega, dtype=torch.float64), False
 
-    def angles(self, t: Float[Tensor, "b h n"]) -> Float[Tensor, "b h n c"]:
+    def angles(self, t: Float[Tensor, "b _ n"]) -> Float[Tensor, "b h n c"]:
         omega = self.omega.double().to(t.device)
         if self.is_paired:
             omega = torch.stack([omega, -omega], -1).flatten(-2) * (10 * math.pi / self.length)
         return t[..., None] * (omega[:, None] if omega.dim() == 2 else omega)
 
     def decay(self, gap: Tensor) -> Tensor:
-        """`exp(μ gap)`."""
+        """Return `exp(μ gap)`."""
         return torch.exp((self._of("mu", gap) * gap).clamp_min(FLOOR))
 
     def variance(self, gap: Tensor) -> Tensor:
-        """Of a measurement that is carried over a gap: the Lyapunov equation's solution, and both measurements'."""
+        """Return the variance of a measurement over a gap: the Lyapunov solution plus both measurements' noise."""
         spread = self._of("sigma2", gap) * gap * mean_decay(-2 * self._of("mu", gap) * gap)
         return spread + self._of("eta2", gap) * self.decay(gap).square() + self._of("gamma2", gap)
 
     def _of(self, name: str, like: Tensor) -> Tensor | float:
-        """A number of each head, `(H, 1, 1)`, or of all."""
+        """Return one number per head, `(H, 1, 1)`, or one for all."""
         if name in self.fixed:
             return self.fixed[name]
         raw = self.raw[name].to(like.dtype)[:, None, None]
@@ -73,14 +73,14 @@ class Dynamics(nn.Module):
 
 
 def mean_decay(x: Tensor) -> Tensor:
-    """`(1 - e^-x) / x`, the mean of `e^-s` for s up to x; 1 at 0, where it and its gradient are a series."""
+    """Return `(1 - e^-x) / x`, the mean of `e^-s` for s up to x; it is 1 at 0, and near 0 it comes from a series."""
     small = x < 1e-3
     safe = torch.where(small, 1.0, x)
     return torch.where(small, 1 - x / 2 + x**2 / 6 - x**3 / 24, -torch.expm1(-safe) / safe)
 
 
 def fixed(name: str, value: float) -> float:
-    """One of the system's numbers as a caller gives it: μ at most 0, ν above 0, the others at least 0."""
+    """Check one of the system's numbers that a caller gives: μ at most 0, ν above 0, the others at least 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise OptionError(f"{name}={shown(value)} must be a finite number, or None to be learned")
     valid, what = {"mu": (value <= 0, "at most 0"), "nu": (value > 0, "above 0")}.get(name, (value >= 0, "at least 0"))

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, shown
 from foveate.core.scoring import safe_softmax
-from foveate.ops.functional import local_window as location
+from foveate.ops.functional import local_window
 
 
 def entmax(logits: Float[Tensor, "... k"], alpha: float = 1.5) -> Float[Tensor, "... k"]:
@@ -40,7 +40,7 @@ def sparsemax(logits: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
 def argmax(logits: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
     """Put all weight on the largest logit, the first of equals. No gradient."""
     best = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    return best.masked_fill(logits == masks.NEVER, 0.0)
+    return best.masked_fill(logits == masks.NEG_INF, 0.0)
 
 
 def sample(logits: Float[Tensor, "... k"], uniform: Float[Tensor, "..."]) -> Float[Tensor, "... k"]:
@@ -48,7 +48,7 @@ def sample(logits: Float[Tensor, "... k"], uniform: Float[Tensor, "..."]) -> Flo
     heights = safe_softmax(logits.detach().double()).cumsum(-1)
     drawn = (heights <= uniform.double()[..., None] * heights[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
     one = torch.nn.functional.one_hot(drawn, logits.shape[-1]).to(logits.dtype)
-    return one.masked_fill(logits == masks.NEVER, 0.0)
+    return one.masked_fill(logits == masks.NEG_INF, 0.0)
 
 
 #: Distributions that need only logits.
@@ -87,15 +87,15 @@ class LocalWindow(nn.Module):
 
     def centre(self, q: Float[Tensor, "b h q d"], seen: Tensor) -> Float[Tensor, "b h q"]:
         """Return each query's centre; `seen (Nq,)` is the number of keys that it may see."""
-        return location.predicted(q, self.w.mT, self.v, seen.expand(q.shape[2])[:, None]).squeeze(-1)
+        return local_window.predicted(q, self.w.mT, self.v, seen.expand(q.shape[2])[:, None]).squeeze(-1)
 
     def cut(self, logits: Tensor, centre: Tensor, keys: Tensor) -> Float[Tensor, "b h q k"]:
         """Set logits outside of the window to -inf."""
-        return location.cut(logits, keys, centre[..., None], self.window)
+        return local_window.cut(logits, keys, centre[..., None], self.window)
 
     def dampen(self, weights: Tensor, centre: Tensor, keys: Tensor) -> Float[Tensor, "b h q k"]:
         """Multiply weights by the Gaussian."""
-        return weights * location.log_bell(keys, centre[..., None], self.sigma).exp().to(weights.dtype)
+        return weights * local_window.log_bell(keys, centre[..., None], self.sigma).exp().to(weights.dtype)
 
 
 class _Entmax(torch.autograd.Function):
@@ -110,7 +110,7 @@ class _Entmax(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         """Return the weights, and a copy in the dtype of the computation."""
-        empty = (logits == masks.NEVER).all(-1, keepdim=True)
+        empty = (logits == masks.NEG_INF).all(-1, keepdim=True)
         x = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(empty, 0.0)
         x = (alpha - 1) * (x - x.amax(-1, keepdim=True))
         tau = {1.5: _tau_one_and_a_half, 2.0: _tau_two}.get(alpha, _tau_bisected)(x, alpha).clamp(

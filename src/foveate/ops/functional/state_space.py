@@ -1,8 +1,8 @@
 """Token mixers as time-varying linear systems: `h_i = Lambda_i h_(i-1) + B_i u_i`, `y_i = C_i h_i + D_i u_i`.
 
-The framework of Understanding the differences in Foundation Models (2024), arXiv 2405.15731, and the systems that
-linear attention, truncated softmax attention, S6 (Mamba), SSD (Mamba-2) and the qLSTM are in it. The matrices are
-written out, so this is for looking, comparing and testing at small sizes; the operators compute the same sums cheaply.
+The framework of Understanding the differences in Foundation Models (2024), arXiv 2405.15731, and the systems of linear
+attention, truncated softmax attention, S6 (Mamba), SSD (Mamba-2) and the qLSTM in it. The matrices are materialised, so
+this serves to inspect, compare and test at small sizes; the operators compute the same sums cheaply.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.errors import ShapeError
-from foveate.ops.functional import linear_forms as forms, taylor
+from foveate.ops.functional import linear_forms, taylor
 from foveate.ops.functional.recurrence import decay_matrix
 
 
@@ -26,9 +26,9 @@ class StateSpace:
     """A causal mixer of N tokens with a state of S numbers, from inputs of I channels to outputs of O.
 
     Args:
-        Lambda: `(..., N, S)`, the diagonal of the transition: what is left of the state before token i is written.
-        B: `(..., N, S, I)`, what a token writes. C: `(..., N, O, S)`, what is read after it was written.
-        D: `(..., N, O, I)` or `(O, I)`, the way past the state; None for none.
+        Lambda: `(..., N, S)`, the diagonal of the transition: the factor on the state before token i is written.
+        B: `(..., N, S, I)`, writes a token. C: `(..., N, O, S)`, reads the state after the write.
+        D: `(..., N, O, I)` or `(O, I)`, the skip connection past the state; None for none.
     """
 
     Lambda: Float[Tensor, "*b n s"]
@@ -49,7 +49,7 @@ class StateSpace:
     def run(
         self, u: Float[Tensor, "*b n i"], form: Literal["recurrent", "dense"] = "recurrent"
     ) -> Float[Tensor, "*b n o"]:
-        """The outputs: token by token with one state, or by the whole of `phi`; equal up to rounding."""
+        """Return the outputs, token by token with one state or by the matrix `phi`; both agree up to rounding."""
         validate.one_of("form", form, ("recurrent", "dense"))
         if u.shape[-2:] != (self.B.shape[-3], self.B.shape[-1]):
             raise ShapeError(f"u must be (..., N, I) = (..., {self.B.shape[-3]}, {self.B.shape[-1]}); got {u.shape}")
@@ -63,7 +63,7 @@ class StateSpace:
         return past if self.D is None else past + (self.D @ u[..., None])[..., 0]
 
     def phi(self) -> Float[Tensor, "*b n o n i"]:
-        """The map from all inputs to all outputs: `Phi_ij = C_i (prod_(l = j+1..i) Lambda_l) B_j`, D on its diagonal.
+        """Return the map from inputs to outputs: `Phi_ij = C_i (prod_(l = j+1..i) Lambda_l) B_j`, D on its diagonal.
 
         O(N² S) memory.
         """
@@ -80,15 +80,15 @@ def linear(
     fq: Float[Tensor, "*b n f"], fk: Float[Tensor, "*b n f"], values: int | Float[Tensor, "e c"], *,
     gate: Tensor | None = None, eta: Float[Tensor, "*b n"] | None = None, inside: bool = False,
 ) -> StateSpace:  # fmt: skip
-    """Linear attention `y_i = (1 / eta_i) fq_i . sum_j fk_j v_j`: a state of F x E numbers, features times channels.
+    """Return linear attention `y_i = (1 / eta_i) fq_i . sum_j fk_j v_j`, with a state of F features x E channels.
 
     Args:
         fq, fk: features of queries and keys.
-        values: E, where the inputs are the values, or `W_V (E, C)`, where they are tokens of C channels.
-        gate: the factor on the past, `(..., N)` or per feature `(..., N, F)`; 1 where None.
-        eta: the normaliser; 1 where None.
-        inside: where eta stands. False: in C, which any eta allows. True: in the recurrence, `Lambda_i = eta_(i-1) /
-            eta_i` and `B_i` over `eta_i`: then normalised linear attention is an SSD with that gate.
+        values: E, if the inputs are the values, or `W_V (E, C)`, if they are tokens of C channels.
+        gate: the factor on the past, `(..., N)` or per feature `(..., N, F)`; None for 1.
+        eta: the normalizer; None for 1.
+        inside: the place of eta. False: in C, which any eta allows. True: in the recurrence, `Lambda_i = eta_(i-1) /
+            eta_i` and `B_i` over `eta_i`: then normalized linear attention is an SSD with that gate.
     """
     width, f = values if isinstance(values, int) else values.shape[0], fk.shape[-1]
     value_map = torch.eye(width, dtype=fk.dtype, device=fk.device) if isinstance(values, int) else values
@@ -105,16 +105,16 @@ def linear(
 
 
 def sum_of_weights(fq: Tensor, fk: Tensor, log_decay: Tensor | None = None) -> Float[Tensor, "*b n"]:
-    """The classic normaliser: `fq_i . sum_(j <= i) fk_j`, faded as the state is."""
-    return forms.matrix(fq, fk, True, log_decay).sum(-1)
+    """Return the classic normalizer `fq_i . sum_(j <= i) fk_j`, decayed like the state."""
+    return linear_forms.matrix(fq, fk, True, log_decay).sum(-1)
 
 
 def softmax_taylor(
     q: Float[Tensor, "*b n d"], k: Float[Tensor, "*b n d"], values: int | Tensor, order: int, scale: float | None = None
 ) -> StateSpace:
-    """Softmax attention with the exponential cut off after `order`: `sum_p d^p` features, and E channels for each.
+    """Return softmax attention, its exponential truncated after `order`: `sum_p d^p` features, E channels for each.
 
-    Softmax attention itself is the limit, of infinite state. An odd order may give weights below 0.
+    Softmax attention is the limit, whose state is infinite. An odd order may give weights below 0.
     """
     validate.count("order", order, 0)
     fq, fk = taylor.taylor_features(q * validate.scale(scale, q.shape[-1]), order), taylor.taylor_features(k, order)
@@ -125,12 +125,12 @@ def s6(
     delta: Float[Tensor, "*b n e"], A: Float[Tensor, "e s"], B: Float[Tensor, "*b n s"], C: Float[Tensor, "*b n s"],
     D: Float[Tensor, " e"] | None = None,
 ) -> StateSpace:  # fmt: skip
-    """The selective scan of Mamba: each of E channels has a state of its own, with gate `exp(-delta_i A)`.
+    """Return the selective scan of Mamba: each of E channels has its own state, with gate `exp(-delta_i A)`.
 
     Args:
         delta: steps, positive: `softplus(W u_i + b)`.
         A: rates of decay, positive (Mamba stores their negative).
-        B, C: what tokens write and read, the same for all channels. D: the skip of each channel.
+        B, C: write and read vectors of tokens, the same for all channels. D: the skip of each channel.
     """
     e, s = A.shape
     identity = torch.eye(e, dtype=A.dtype, device=A.device)
@@ -143,7 +143,7 @@ def s6(
 def ssd(
     gate: Float[Tensor, "*b n"], B: Float[Tensor, "*b n s"], C: Float[Tensor, "*b n s"], values: int | Tensor
 ) -> StateSpace:
-    """The recurrence of Mamba-2: one gate for the whole state, which makes it gated linear attention."""
+    """Return the recurrence of Mamba-2: one gate for the whole state, which makes it gated linear attention."""
     return linear(C, B, values, gate=gate)
 
 
@@ -151,18 +151,18 @@ def qlstm(
     forget: Float[Tensor, "*b n e"], write: Float[Tensor, "*b n e"], read: Float[Tensor, "*b n e"], *,
     power: float | None = None,
 ) -> StateSpace:  # fmt: skip
-    """The quasi-LSTM: `c_i = f_i c_(i-1) + sigmoid(write_i) u_i`, `y_i = sigmoid(read_i) c_i`, one number a channel.
+    """Return the quasi-LSTM: `c_i = f_i c_(i-1) + sigmoid(write_i) u_i`, `y_i = sigmoid(read_i) c_i`, per channel.
 
     Args:
         forget, write, read: the gates before their sigmoids.
-        power: None for `f = sigmoid(forget)`; A for S6's gate in its place, `f = sigmoid(-forget)^A`. The release
-            learns A, and puts a short convolution before the cell and a gate after it.
+        power: None for `f = sigmoid(forget)`; A for S6's gate, `f = sigmoid(-forget)^A`. The release learns A, and adds
+            a short convolution before the cell and a gate after it.
     """
     gate = torch.sigmoid(forget) if power is None else reversed_sigmoid(forget, power)
     return StateSpace(gate, torch.diag_embed(torch.sigmoid(write)), torch.diag_embed(torch.sigmoid(read)))
 
 
 def reversed_sigmoid(a: Tensor, power: float = 1.0) -> Tensor:
-    """`sigmoid(-a)^power`, computed as S6 does: `exp(-softplus(a) power)`."""
+    """Return `sigmoid(-a)^power`, computed as in S6: `exp(-softplus(a) power)`."""
     validate.at_least("power", power, 0)
     return torch.exp(-F.softplus(a) * power)

@@ -1,4 +1,4 @@
-"""Features whose product is a truncated exponential: `f(x) . f(y) = sum_p (x . y)^p / p!`."""
+"""Features whose dot product is a truncated exponential: `f(x) . f(y) = sum_p (x . y)^p / p!`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def taylor_features(x: Float[Tensor, "... d"], order: int, *, symmetric: bool = False) -> Float[Tensor, "... f"]:
-    """All products of up to `order` entries of x, each degree p over `sqrt(p!)`.
+    """Return all products of up to `order` entries of x, each of degree p divided by `sqrt(p!)`.
 
-    `symmetric` leaves out products that differ only in the order of their factors and gives the one that stays the
-    weight of all: the same dot products from `comb(d + order, order)` features in place of `sum_p d^p`.
+    `symmetric` merges products that differ only in the order of their factors into one with the weight of all. It gives
+    the same dot products from `comb(d + order, order)` features in place of `sum_p d^p`.
     """
     ones = torch.ones_like(x[..., :1])
     if symmetric:
@@ -29,12 +29,12 @@ def taylor_features(x: Float[Tensor, "... d"], order: int, *, symmetric: bool = 
 
 
 def taylor_size(width: int, order: int, *, symmetric: bool = False) -> int:
-    """How many features there are."""
+    """Return the number of features."""
     return math.comb(width + order, order) if symmetric else sum(width**p for p in range(order + 1))
 
 
 def _monomials(x: Tensor, degree: int) -> tuple[Tensor, Tensor]:
-    """Which entries each product of this degree takes, `(f, degree)`, and its weight `(f,)`."""
+    """Return the entries in each product of this degree, `(f, degree)`, and its weight `(f,)`."""
     places, weights = _table(x.shape[-1], degree)
     return torch.tensor(places, device=x.device), torch.tensor(weights, device=x.device, dtype=x.dtype)
 

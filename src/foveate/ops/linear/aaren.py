@@ -1,4 +1,4 @@
-"""Aaren: softmax attention as a recurrence, by asking one question of every prefix.
+"""Aaren: softmax attention as a recurrence, with one query for every prefix.
 
 Attention as an RNN (2024), arXiv 2405.13956.
 """
@@ -20,22 +20,22 @@ from foveate.core.online_softmax import Partial
 from foveate.core.readable import known
 from foveate.core.scoring import safe_softmax
 from foveate.ops.base.streaming import Streaming
-from foveate.ops.functional import causal
+from foveate.ops.functional.causal import causal_product
 from foveate.ops.functional.heads import accumulating, per_query_head
 from foveate.ops.operator import CAUSAL_PATTERNS
 
 Form = Literal["scan", "recurrent", "reference"]
 
-#: `(top, total, out)` of two sets of keys to that of both: the associative operation of the scan.
+#: Merges the `(top, total, out)` of two sets of keys: the associative operation of the scan.
 combine = online.merge
 
 
 @dataclass(frozen=True)
 class AarenState:
-    """All that is kept of the past: 2 + Dv numbers per head, whatever its length, and the question.
+    """The state of a stream: 2 + Dv numbers per head for a past of any length, and the query.
 
     Args:
-        part: the softmax so far: largest score and sum of powers `(B, H, 1, 1)`, weighted values `(B, H, 1, Dv)`.
+        part: the softmax so far: largest score and sum of exponentials `(B, H, 1, 1)`, weighted values `(B, H, 1, Dv)`.
         query: `(B, H, 1, D)`, None before the first token.
     """
 
@@ -47,16 +47,16 @@ class AarenState:
 class Aaren(Streaming):
     """`out_t = softmax(scale q . k_{<= t}) v_{<= t}` with one q for all t: exact softmax attention, as an RNN.
 
-    O(N D) time in all and a constant state, since a new token changes no score of an old one. That is paid for: no
-    token asks a question of its own, it only lengthens the prefix that is asked. The wrong choice where a token must
-    look up what it needs; layers have to be stacked. Causal only.
+    O(N D) time in all and a constant state, since a new token changes no score of an old one. The price is that no
+    token has its own query; it only extends the prefix. The wrong choice if a token must look up something of its own;
+    layers have to be stacked. Causal only.
 
-    The paper's query is learned, and belongs to a layer (`foveate.nn.AarenLayer`). Here it comes as q, `(B, Hq,
-    Nq, D)` like any other's, with the same row for every token (`query.expand`: nothing is copied).
+    The paper's query is learned, and belongs to a layer (`foveate.nn.AarenLayer`). Here it is q, `(B, Hq, Nq, D)` as
+    for any operator, with the same row for every token (`query.expand` copies nothing).
 
     Args:
-        query: what of q is asked. "same": all its rows, which have to be equal; a call in which they differ is refused.
-            "first": its first row, for all tokens; later rows have no say. A stream asks what its first token asked.
+        query: "same": all rows of q have to be equal; a call in which they differ raises. "first": the first row serves
+            all tokens; later rows have no effect. A stream uses its first token's query.
 
     Engines: "scan" (a parallel scan, the default), "recurrent" (a token loop), "reference" (the whole matrix).
 
@@ -79,7 +79,7 @@ class Aaren(Streaming):
         self.query = query
 
     def _attend(self, call: AttentionCall) -> Tensor:
-        engine = cast(Form, self._engine(call))  # it declares no engine but the forms
+        engine = cast(Form, self._engine(call))  # it declares no other engines than the forms
         if call.n_queries == 0:
             return call.no_output
         out = prefix_attention(*self._scored(call), engine)
@@ -98,7 +98,7 @@ class Aaren(Streaming):
 
     def _init_state(self, sizes: StateSizes) -> AarenState:
         zero = torch.zeros(sizes.batch, sizes.heads, 1, 1, dtype=accumulating(sizes.dtype), device=sizes.device)
-        return AarenState(Partial(zero + mask_algebra.NEVER, zero, zero.expand(-1, -1, -1, sizes.value_dim)))
+        return AarenState(Partial(zero + mask_algebra.NEG_INF, zero, zero.expand(-1, -1, -1, sizes.value_dim)))
 
     def _step(self, call: AttentionCall, state: AarenState) -> tuple[Tensor, AarenState]:
         asked = call.q if state.query is None else self._asked(torch.cat([state.query, call.q], 2))
@@ -117,11 +117,11 @@ class Aaren(Streaming):
 
     def _asked(self, q: Tensor) -> Float[Tensor, "b h 1 d"]:
         if self.query == "same" and known((q == q[:, :, :1]).all()) is False:
-            raise OptionError('q must be the same in every row, as Aaren asks one question; or query="first"')
+            raise OptionError('q must be the same in every row, as Aaren has one query; or use query="first"')
         return q[:, :, :1]
 
     def _scored(self, call: AttentionCall) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n dv"]]:
-        """Scores of all keys, -inf where they are masked, and values."""
+        """Return scores of all keys, -inf for masked ones, and values."""
         wide, heads, mask, scale = accumulating(call.q.dtype), call.q.shape[1], call.mask, call.scale
         q = self._asked(call.q).to(wide)
         k, v = per_query_head(call.k, heads).to(wide), per_query_head(call.v, heads).to(wide)
@@ -129,31 +129,31 @@ class Aaren(Streaming):
             return (q * scale @ k.mT)[:, :, 0], v
         hidden = ~mask_algebra.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-        return (q * scale @ k.mT)[:, :, 0].masked_fill(hidden[..., 0], mask_algebra.NEVER), v
+        return (q * scale @ k.mT)[:, :, 0].masked_fill(hidden[..., 0], mask_algebra.NEG_INF), v
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
         return cls("first")
 
 
-#: Tokens that are scanned at a time; the blocks' totals are scanned in turn.
+#: Tokens that are scanned at a time; a second scan runs over the blocks' totals.
 BLOCK = 32
 
 
 def prefix_attention(
     scores: Float[Tensor, "b h n"], values: Float[Tensor, "b h n d"], form: Form = "scan"
 ) -> Float[Tensor, "b h n d"]:
-    """The softmax attention of every prefix, one score for each token: `out_t = softmax(scores_{<= t}) values_{<= t}`.
+    """Return the softmax attention of every prefix: `out_t = softmax(scores_{<= t}) values_{<= t}`.
 
     Args:
-        scores: any finite numbers, or -inf for a token that is not there. A prefix of such alone gives zeros.
-        values: what is weighted.
-        form: "scan" makes all prefixes at once in O(log N) passes; "recurrent" goes token by token; "reference" writes
-            out the matrix, O(N²). They agree up to rounding.
+        scores: one for each token: finite, or -inf to hide the token. A prefix of only -inf gives zeros.
+        values: the vectors that the weights average.
+        form: "scan" computes all prefixes at once in O(log N) passes; "recurrent" goes token by token; "reference"
+            makes the whole matrix, O(N²). They agree up to rounding.
     """
     validate.one_of("form", form, ("scan", "recurrent", "reference"))
     if form == "reference":
-        return causal.product(_matrix(scores), values)
+        return causal_product(_matrix(scores), values)
     leaves = online.partial(scores[..., None, None], values[..., None, :])  # one key each: (B, H, N, 1, ·)
     run = _scanned if form == "scan" else _folded
     return online.finish(run(leaves)).squeeze(-2)
@@ -162,11 +162,11 @@ def prefix_attention(
 def _matrix(scores: Tensor) -> Float[Tensor, "b h n n"]:
     n = scores.shape[-1]
     seen = mask_algebra.causal(n, n, device=scores.device)
-    return safe_softmax(scores[..., None, :].masked_fill(~seen, mask_algebra.NEVER))
+    return safe_softmax(scores[..., None, :].masked_fill(~seen, mask_algebra.NEG_INF))
 
 
 def _folded(parts: Partial) -> Partial:
-    """Prefixes along axis 2, one after the other."""
+    """Return prefixes along axis 2, one after the other."""
     done = [_at(parts, slice(0, 1))]
     for t in range(1, parts.top.shape[2]):
         done.append(combine(done[-1], _at(parts, slice(t, t + 1))))
@@ -174,12 +174,12 @@ def _folded(parts: Partial) -> Partial:
 
 
 def _scanned(parts: Partial) -> Partial:
-    """Prefixes along axis 2: inside blocks by doubling, then the blocks before each by the same."""
+    """Return prefixes along axis 2 by doubling, first inside blocks and then over the blocks' totals."""
     n = parts.top.shape[2]
     if n <= BLOCK:
         return _doubled(parts, 2)
     empty = Partial(*(torch.zeros_like(each[:, :, :1]) for each in parts))
-    empty = empty._replace(top=torch.full_like(empty.top, mask_algebra.NEVER))
+    empty = empty._replace(top=torch.full_like(empty.top, mask_algebra.NEG_INF))
     short = -n % BLOCK
     filled = (torch.cat([x, e.expand(-1, -1, short, -1, -1)], 2) for x, e in zip(parts, empty, strict=True))
     inside = _doubled(Partial(*(x.unflatten(2, (-1, BLOCK)) for x in filled)), 3)
@@ -189,7 +189,7 @@ def _scanned(parts: Partial) -> Partial:
 
 
 def _doubled(parts: Partial, axis: int) -> Partial:
-    """Prefixes along an axis, each pass reaching twice as far back (Hillis and Steele)."""
+    """Return prefixes along an axis; each pass reaches twice as far back (Hillis and Steele)."""
     reach, n = 1, parts.top.shape[axis]
     while reach < n:
         older = combine(

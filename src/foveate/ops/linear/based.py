@@ -16,19 +16,19 @@ from foveate.ops.functional import taylor
 
 @final
 class TaylorAttention(Linear):
-    """Weights `1 + s + s² / 2` with `s = scale q . k`, over their sum: the exponential to second order, always above 0.
+    """Weights `1 + s + s² / 2` with `s = scale q . k`, over their sum: the exponential to second order, positive.
 
-    Cost O(N D² Dv), and a state of (1 + D + D²) x (Dv + 1) numbers per head: meant for small D (BASED takes 16,
-    whatever the width of the model), where it stores more than a feature map of D numbers. Nothing fades, and nothing
-    is compared exactly, which BASED leaves to a small sliding window: `foveate.models.Based`. The wrong choice
-    for wide heads, or for logits well beyond 1, where the parabola weighs opposite keys up again.
+    Cost O(N D² Dv), and a state of (1 + D + D²) x (Dv + 1) numbers per head: meant for small D (BASED takes 16 for any
+    width of the model), where it stores more than a feature map of D numbers. Nothing decays, and no comparison is
+    exact; BASED adds a small sliding window for exact comparisons: `foveate.models.Based`. The wrong choice for wide
+    heads, or for logits well beyond 1, where the parabola gives opposite keys large weights.
 
     Args:
-        symmetric: keep `x_a x_b` once in place of twice: the same weights from 1 + D + D (D + 1) / 2 features (153 for
-            D = 16 in place of 273). The release keeps both.
+        symmetric: True stores `x_a x_b` once: the same weights from 1 + D + D (D + 1) / 2 features (153 for D = 16 in
+            place of 273). The release stores both.
 
     `scale` defaults to `D ** -0.5`, as in the layer of the release. The sum of the weights is at least half the number
-    of keys seen, so the release's eps of 1e-12 is out of sight.
+    of keys seen, so the release's eps of 1e-12 has no effect.
 
     Raises:
         OptionError: `symmetric` is no bool.

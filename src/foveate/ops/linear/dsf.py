@@ -1,4 +1,4 @@
-"""The dynamical systems framework: its normalised attention, and any linear operator as a state-space system.
+"""The dynamical systems framework: its normalized attention, and any linear operator as a state-space system.
 
 Understanding the differences in Foundation Models: Attention, State Space Models, and Recurrent Neural Networks (2024),
 arXiv 2405.15731. The framework itself is `foveate.ops.functional.state_space`.
@@ -31,34 +31,34 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,
     "sigmoid": torch.sigmoid,
 }
-Equivalent = Literal["linear attention", "normalised linear attention", "SSD", "normalised SSD", "diagonal SSM"]
+Equivalent = Literal["linear attention", "normalized linear attention", "SSD", "normalized SSD", "diagonal SSM"]
 
 
 @final
-class NormalisedAttention(Linear):
-    """`y_i = (1 / eta_i) phi(q_i) . sum_{j <= i} phi(k_j) v_j`: linear attention with a normaliser of its own.
+class NormalizedAttention(Linear):
+    """`y_i = (1 / eta_i) phi(q_i) . sum_{j <= i} phi(k_j) v_j`: linear attention with a normalizer of its own.
 
-    The classic normaliser, the sum of the weights, ties the size of the output to queries and keys and needs positive
-    features; here a positive number learned from the token stands in its place, and features may have any sign. Cost
-    O(N D Dv), a state of D x Dv numbers per head, causal only. Weights do not sum to 1 and nothing fades, so that the
-    output may grow with the length. The wrong choice where old tokens have to be forgotten.
+    The classic normalizer, the sum of the weights, ties the size of the output to queries and keys and needs positive
+    features; here a positive number learned from the token replaces it, and features may have any sign. Cost O(N D Dv),
+    a state of D x Dv numbers per head, causal only. Weights do not sum to 1 and nothing decays, so the output may grow
+    with the length. The wrong choice if old tokens have to be forgotten.
 
     Args:
         features: phi. "identity", as in the release's experiments, or "elu1" (`elu + 1`).
-        activation: how a layer makes `eta = activation(w . token + b)`; a call brings it as `eta (B, H, Nq)`, positive.
+        activation: a layer makes `eta = activation(w . token + b)`, and a call brings it as `eta (B, H, Nq)`, positive.
             The release has "exp"; the other two are reconstructed.
-        learned: `(Hq, D)` to make eta from the queries instead, by a map per head that this module holds, at first 1
-            for "exp". Without it every call has to bring eta.
+        learned: `(Hq, D)` makes eta from the queries instead, by a map per head in this module, at first 1 for "exp".
+            Without it every call has to bring eta.
 
-    `scale` is 1 unless a call says otherwise, as in the release.
+    `scale` is 1 unless a call gives another, as in the release.
 
     Raises:
-        OptionError: an unknown option, or a call without eta where nothing is learned.
+        OptionError: an unknown option, or a call without eta if nothing is learned.
         ShapeError: eta of another shape.
     """
 
     capabilities = replace(Linear.capabilities, patterns=CAUSAL_PATTERNS, inputs=frozenset({"eta"}), default_scale=1.0)
-    normalised: ClassVar[bool] = False
+    normalized: ClassVar[bool] = False
 
     def __init__(
         self, features: Literal["identity", "elu1"] = "identity", activation: Activation = "exp", *,
@@ -87,10 +87,10 @@ class NormalisedAttention(Linear):
         return x if self.features == "identity" else F.elu(x) + 1
 
     def encode_queries(self, q: Tensor, scale: float, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self.query_features(q, scale) / self.normaliser(q, inputs.get("eta"))[..., None]
+        return self.query_features(q, scale) / self.normalizer(q, inputs.get("eta"))[..., None]
 
-    def normaliser(self, q: Float[Tensor, "b h n d"], eta: Tensor | None = None) -> Float[Tensor, "b h n"]:
-        """What the weights of each query are divided by."""
+    def normalizer(self, q: Float[Tensor, "b h n d"], eta: Tensor | None = None) -> Float[Tensor, "b h n"]:
+        """Return the divisor of each query's weights."""
         if eta is not None:
             if not isinstance(eta, Tensor) or eta.shape != q.shape[:3]:
                 got = tuple(eta.shape) if isinstance(eta, Tensor) else eta
@@ -105,24 +105,24 @@ class NormalisedAttention(Linear):
         return _ACTIVATIONS[self.activation](value)
 
     @classmethod
-    def example(cls, heads: int, head_dim: int, length: int) -> NormalisedAttention:
+    def example(cls, heads: int, head_dim: int, length: int) -> NormalizedAttention:
         op = cls("elu1", "softplus", learned=(heads, head_dim))
-        assert op.weight is not None  # `learned` makes it
+        assert op.weight is not None  # `learned` sets it
         nn.init.normal_(op.weight, std=0.5)
         return op
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A call of a linear operator as a system, with `system.run(u)` its output.
+    """A call of a linear operator as a state-space system, whose output is `system.run(u)`.
 
     Args:
-        system: its matrices, for every head.
-        u: its inputs, the values: `(B, H, N, Dv)`.
-        state_size: numbers in its state, per head.
-        equivalent: what it coincides with, by the framework: un-normalised or normalised linear attention where nothing
-            fades; SSD (Mamba-2) where one factor fades the whole state; a diagonal SSM, as S6 and gated linear
-            attention are, where each feature has a factor of its own.
+        system: the matrices, for every head.
+        u: the inputs, which are the values: `(B, H, N, Dv)`.
+        state_size: numbers in the state, per head.
+        equivalent: the equivalent system in the framework: un-normalized or normalized linear attention if nothing
+            decays; SSD (Mamba-2) if one factor decays the whole state; a diagonal SSM, like S6 and gated linear
+            attention, if each feature has its own factor.
     """
 
     system: StateSpace
@@ -132,7 +132,7 @@ class Converted:
 
 
 def to_dsf(op: Operator, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **inputs: Tensor) -> Converted:
-    """A causal call of any linear operator, written out as Lambda, B, C: `op(q, k, v, causal=True)` is its output.
+    """Convert a causal call of any linear operator to Lambda, B, C; the system's output is `op(q, k, v, causal=True)`.
 
     Args:
         op: an operator of the linear family.
@@ -140,33 +140,33 @@ def to_dsf(op: Operator, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None
         scale, inputs: as for a call.
 
     Raises:
-        UnsupportedPattern: an operator whose state is no sum of features: it has no such system of finite size.
+        UnsupportedPattern: an operator whose state is no sum of features, so that no such finite system exists.
     """
     if not isinstance(op, Linear):
-        raise UnsupportedPattern(f"{op.name} has no linear state: only the linear family is a sum of features")
+        raise UnsupportedPattern(f"{op.name} has no linear state; only operators of the linear family do")
     call = op._call(q, k, v, None, True, scale, "auto", inputs)
     if q.shape[2] != k.shape[2]:
-        raise ShapeError(f"a system has one output per input; got Nq={q.shape[2]}, Nk={k.shape[2]}")
+        raise ShapeError(f"a system needs as many queries as keys; got Nq={q.shape[2]}, Nk={k.shape[2]}")
     fq, fk, values, decay = op.encoded(call)
-    if op.normalised:  # what the operator makes of a row that sums to `total` and holds a single 1
+    if op.normalized:  # the operator's output for a row that sums to `total` and holds a single 1
         total = state_space.sum_of_weights(fq, fk, decay)
-        fq = fq * op.normalise(torch.stack([torch.ones_like(total), total], -1))
+        fq = fq * op.normalize(torch.stack([torch.ones_like(total), total], -1))
     gate = None if decay is None else torch.exp(decay).expand(*fk.shape[: decay.dim()])
     system = state_space.linear(fq, fk, v.shape[-1], gate=gate)
-    divided = op.normalised or isinstance(op, NormalisedAttention)
+    divided = op.normalized or isinstance(op, NormalizedAttention)
     if decay is None or not decay.any():
-        found: Equivalent = "normalised linear attention" if divided else "linear attention"
+        found: Equivalent = "normalized linear attention" if divided else "linear attention"
     elif decay.dim() == fk.dim():
         found = "diagonal SSM"
     else:
-        found = "normalised SSD" if divided else "SSD"
+        found = "normalized SSD" if divided else "SSD"
     return Converted(system, values[..., : v.shape[-1]], system.state_size, found)
 
 
 def state_size(op: Operator, head_dim: int, value_dim: int, *, heads: int = 1) -> int | None:
-    """Numbers that the operator remembers per head when it streams, sums for a normaliser included.
+    """Return the numbers per head in the state of a stream, sums for a normalizer included.
 
-    None where that grows with the length, as a cache of keys and values does.
+    None if the state grows with the length, like a cache of keys and values.
 
     Raises:
         UnsupportedPattern: an operator that cannot stream.

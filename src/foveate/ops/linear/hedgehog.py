@@ -23,7 +23,7 @@ Bias = Literal["none", "scalar", "vector"]
 
 @final
 class Hedgehog(Linear):
-    """Weights `phi_q(q_i) . phi_k(k_j)`, normalised over the keys, with one learned map per head for q and one for k.
+    """Weights `phi_q(q_i) . phi_k(k_j)`, normalized over the keys, with one learned map per head for q and one for k.
 
     `phi(x)` makes 2F positive features of `y = gain (W x + b)`, with W `(F, D)`: a spiky, nearly monotone stand-in for
     `exp(q . k)`, at O(N F (D + Dv)) cost and with a state of 2F x (Dv + 1) numbers per head. Made to take the place of

@@ -1,4 +1,4 @@
-"""InLine attention's weights: linear attention that subtracts where others divide.
+"""InLine attention's weights: linear attention normalized by a subtraction in place of a division.
 
 Bridging the Divide: Reconsidering Softmax and Linear Attention (2024), arXiv 2412.06590.
 """
@@ -29,22 +29,22 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @final
 class InLine(Linear):
-    """Weights `1/n + phi(q_i) . (phi(k_j) - mean phi(k)) · scale / n` over the n keys that may be seen.
+    """Weights `1/n + phi(q_i) . (phi(k_j) - mean phi(k)) · scale / n` over the n visible keys.
 
-    Rows sum to 1 by a subtraction, so weights may be negative, and longer queries look more sharply. Ordinary linear
-    attention divides by the sum instead: `q` and `2 q` then see the same, which is what this mechanism mends. Cost
-    O(N D²) time. The weights leave 1/n only in proportion to scores of size about 1, so it is the wrong choice where
-    one key has to stand out; no causal form is defined, as every weight takes the mean of all keys.
+    A subtraction makes rows sum to 1, so weights may be negative, and longer queries give sharper weights. Ordinary
+    linear attention divides by the sum, so that `q` and `2 q` give the same weights; this mechanism avoids that. Cost
+    O(N D²) time. The weights differ from 1/n only in proportion to scores of size about 1: the wrong choice if one key
+    has to stand out. No causal form is defined, as every weight needs the mean of all keys.
 
     Args:
         phi: the feature map of queries and keys: "identity" (the release's DeiT), "relu", "leaky_relu", or "exp",
             which is `exp(0.2 x)`.
 
-    A call's `scale` multiplies the products; the `1 / n` that the release folds into it stands apart here.
+    A call's `scale` multiplies the products; the release folds `1 / n` into it, here it is separate.
     """
 
     capabilities = replace(Linear.capabilities, patterns=frozenset({"self", "cross"}), streaming=None)
-    normalised: ClassVar[bool] = False
+    normalized: ClassVar[bool] = False
 
     def __init__(self, phi: FeatureMap = "identity") -> None:
         super().__init__()
@@ -60,11 +60,11 @@ class InLine(Linear):
     def encode_keys(
         self, k: Tensor, scale: float, causal: bool, hidden: Tensor | None, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, None]:
-        """Features such that `fq · fk` is the weight: here all keys are known, and so their number and mean."""
+        """Return features such that `fq · fk` is the weight, from the number and the mean of all keys."""
         fk = self.key_features(k, scale)
         if hidden is not None:
             fk = fk.masked_fill(hidden, 0.0)
-        seen = fk[..., -1:]  # the ones, or zeros where masked
+        seen = fk[..., -1:]  # ones, or zeros for masked keys
         count = seen.sum(2, keepdim=True).clamp_min(1)
         centred = fk - seen * (fk.sum(2, keepdim=True) / count)
         return torch.cat([centred[..., :-1], seen], -1) / count, None

@@ -1,4 +1,4 @@
-"""Lightning attention, as TransNormerLLM uses it.
+"""Lightning attention, the operator of TransNormerLLM.
 
 Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention (2024), arXiv 2405.17381. The
 language model of that paper is `foveate.models.language.transnormer`.
@@ -10,31 +10,31 @@ from typing import Self, final
 
 from torch import Tensor
 
-from foveate.ops.base import fixed_decay as tiled
+from foveate.ops.base import fixed_decay
 from foveate.ops.base.fixed_decay import FixedDecay
 
 
 @final
 class LightningAttention(FixedDecay):
-    """`out_i = sum_{j <= i} decay^(i - j) (q_i . k_j) v_j`, block by block: the same time per token at every length.
+    """`out_i = sum_{j <= i} decay^(i - j) (q_i . k_j) v_j`, block by block: constant time per token at every length.
 
-    Inside a block of tokens the products of queries and keys come first, as in attention; between blocks those of keys
-    and values, as a state. No sum runs over positions one by one. Cost O(N block D + N D²) time, and a state of D x Dv
-    numbers per head. Causal only. Nothing bounds the output's norm: a layer normalises it. The wrong choice for exact
-    recall of one token among many, and where a head's decay has forgotten what is asked for.
+    Inside a block, products of queries and keys come first, as in attention; between blocks, products of keys and
+    values form a state. No sum runs over positions one by one. Cost O(N block D + N D²) time, and a state of D x Dv
+    numbers per head. Causal only. Nothing bounds the output's norm: a layer normalizes it. The wrong choice for exact
+    recall of one token among many, and for tokens that a head's decay has forgotten.
 
     The operator is that of Lightning Attention-2 (`foveate.ops.linear.lightning_attention_2`), whose backward pass it
-    shares; there the backward pass can be exchanged for autograd's.
+    shares; that class can also use autograd's backward pass.
 
     Args:
-        decay: the factor per step of each head, `(H,)` in (0, 1], or "transnormer": what TransNormerLLM gives its
-            heads, see `foveate.ops.base.fixed_decay.transnormer_decay`.
-        layer, depth: which layer of how many, for "transnormer": later layers look further back.
-        variant: which slopes "transnormer" means: "paper" (head 0 never forgets) or "release" (ALiBi's).
-        block: tokens in a block; it changes the speed, not the result.
+        decay: the factor per step of each head, `(H,)` in (0, 1], or "transnormer" for TransNormerLLM's, see
+            `foveate.ops.base.fixed_decay.transnormer_decay`.
+        layer, depth: the layer's number and the number of layers, for "transnormer": later layers look further back.
+        variant: the slopes of "transnormer": "paper" (head 0 never forgets) or "release" (ALiBi's).
+        block: tokens in a block. It changes the speed, not the result.
 
-    The decay is a constant: it gets no gradient. `scale` is 1 unless a call says otherwise. The engines are the paper's
-    forms: "chunked" by blocks, "reference" in parallel, "recurrent".
+    The decay is a constant: it gets no gradient. `scale` is 1 unless a call gives another. The engines are the paper's
+    forms: "chunked" by blocks, "reference" in parallel, "recurrent" token by token.
 
     Raises:
         OptionError: a decay outside (0, 1], or an option of the wrong kind.
@@ -42,7 +42,7 @@ class LightningAttention(FixedDecay):
     """
 
     def scan(self, fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
-        return tiled.scan(fq, fk, v, log_decay, state, self.block)
+        return fixed_decay.scan(fq, fk, v, log_decay, state, self.block)
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:

@@ -1,4 +1,4 @@
-"""L2ViT's linear attention: ReLU features, and a normaliser that is never small.
+"""L2ViT's linear attention: ReLU features and a clamped normalizer.
 
 The Linear Attention Resurrection in Vision Transformer (2025), arXiv 2501.16182.
 """
@@ -22,17 +22,17 @@ from foveate.ops.base.linear import Linear
 class ReLULinear(Linear):
     """Weights `t_h relu(q_i) . relu(k_j) / max(sum_j relu(q_i) . relu(k_j), clamp)`, at O(N D²).
 
-    Weights are never negative and spread widely: the wrong choice by itself where a few keys matter. The large clamp is
-    part of the method: it keeps gradients small and helps accuracy. Rows whose sum it exceeds weigh less than t in all,
-    so with few tokens or small ones the output shrinks; a clamp near 0 leaves the row-normalised attention.
+    Weights are never negative and spread widely: the wrong choice by itself if a few keys matter. The large clamp is
+    part of the method: it keeps gradients small and helps accuracy. The weights of a row whose sum is below the clamp
+    add up to less than t, so few or small tokens give a small output; a clamp near 0 gives row-normalized attention.
 
     Args:
         heads, head_dim: Hq and D of the calls to come.
-        clamp: the least that a row is divided by.
-        temperature: start of the learned factor `t_h`; `head_dim ** -0.5` where None. It multiplies the numerator only.
+        clamp: the least divisor of a row.
+        temperature: start of the learned factor `t_h`; None for `head_dim ** -0.5`. It multiplies only the numerator.
 
-    A call's `scale` multiplies the products before the clamp; it is 1 by default, as the temperature does its work.
-    The paper's use is bidirectional; the causal form clamps the sum over the keys so far.
+    A call's `scale` multiplies the products before the clamp; it is 1 by default, since the temperature replaces it.
+    The paper's form is bidirectional; the causal form clamps the sum over the keys so far.
     """
 
     capabilities = replace(Linear.capabilities, default_scale=1.0)
@@ -56,7 +56,7 @@ class ReLULinear(Linear):
     def key_features(self, k: Tensor, scale: float) -> Float[Tensor, "b h n d"]:
         return F.relu(k)
 
-    def normalise(self, out: Tensor) -> Tensor:
+    def normalize(self, out: Tensor) -> Tensor:
         total = out[..., -1:].clamp_min(self.clamp)
         return self.temperature.to(out.dtype)[:, None, None] * out[..., :-1] / total
 

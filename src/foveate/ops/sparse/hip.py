@@ -1,4 +1,4 @@
-"""HiP: a tree search for the keys that matter, one for each block of queries.
+"""HiP: a tree search for the important keys, one for each block of queries.
 
 HiP Attention: Sparse Sub-Quadratic Attention with Hierarchical Attention Pruning (2024), arXiv 2406.09827.
 """
@@ -25,25 +25,25 @@ SLAB = 1 << 23
 
 @final
 class HiP(Selective):
-    """Each block of queries attends to the `keep` keys that a search by halves finds for it. Causal, needs no training.
+    """A search by halves finds the `keep` keys that a block of queries attends to. Causal, needs no training.
 
-    The keys are cut into `keep / block_k` chunks; each round halves the chunks, scores every half by one block of keys
-    that stands for it, and keeps the better ones. Cost O(N keep log(N / keep)) for the search and O(N keep) for the
-    attention. It finds what matters where neighbouring keys have similar scores; the wrong choice where they do not,
-    and for one key alone in a foreign neighbourhood.
+    The keys are cut into `keep / block_k` chunks. Each round halves the chunks, scores every half by one representative
+    block of keys, and keeps the better ones. Cost O(N keep log(N / keep)) for the search and O(N keep) for the
+    attention. It finds important keys if neighbouring keys have similar scores; the wrong choice if they do not, and
+    for a single key among unrelated ones.
 
     Args:
         keep: keys for each block of queries; a multiple of `block_k`.
-        block_q: queries that share a choice. A causal call never shows a query a later token, but the later queries of
-            its block have a say in what the block keeps (`Capabilities.selection_group`). When decoding, each query
-            chooses for itself.
+        block_q: queries that share a choice. In a causal call no query sees a later token, but the later queries of its
+            block influence the block's choice (`Capabilities.selection_group`). When decoding, each query chooses
+            alone.
         block_k: keys in the smallest chunk.
-        rep: the block that stands for a chunk: its "first" (the authors' v1.1 code) or its "middle" (the paper's text).
-        sinks: first keys that are kept besides (v1.1: 256).
-        window: last keys that are kept besides, taken out of the search (v1.1: 1024).
+        rep: the block that represents a chunk: its "first" (the authors' v1.1 code) or its "middle" (the paper's text).
+        sinks: first keys that are kept in addition (v1.1: 256).
+        window: last keys that are kept in addition and not searched (v1.1: 1024).
 
-    The v1.1 draft scores every second query only, and pairs in the future too; here all queries and only the past.
-    Reusing a choice for several decoding steps, and keeping the first layers dense, is up to the host.
+    The v1.1 draft scores only every second query, and pairs in the future too; here it is all queries and only the
+    past. The host decides whether to reuse a choice for several decoding steps and to keep the first layers dense.
     """
 
     capabilities = replace(Selective.capabilities, patterns=CAUSAL_PATTERNS, growth="N log N", streaming="own")
@@ -99,11 +99,11 @@ class HiP(Selective):
         return cls(keep=length + length % 2)
 
     def _group(self, n_queries: int) -> int:
-        """Queries in a group."""
+        """Return the queries in a group."""
         return min(self.capabilities.selection_group, max(n_queries, 1))
 
     def _slabs(self, q: Tensor, k: Tensor) -> Iterator[tuple[range, int]]:
-        """Groups that are searched for together, with the chunks that each of them goes on with."""
+        """Yield groups that are searched together, with the chunks that each of them starts from."""
         b, h, n_queries, width = q.shape
         n_groups = -(-n_queries // self._group(n_queries))
         chunks = min(self.keep, k.shape[2] + self.block_k - 1) // self.block_k
@@ -112,18 +112,18 @@ class HiP(Selective):
             yield range(start, min(start + step, n_groups)), chunks
 
     def _rows(self, groups: Tensor, n_queries: int) -> Tensor:
-        """The queries `(G, group)` of some groups; the last one may stand in for what its group lacks."""
+        """Return the queries `(G, group)` of some groups; the last query fills up a short group."""
         group = self._group(n_queries)
         return (groups[:, None] * group + torch.arange(group, device=groups.device)).clamp_max(n_queries - 1)
 
     def _range(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of groups at positions `at (G, group)`: first and end of the keys they search, and end of those they see."""
+        """Return start and end of the keys that groups at `at (G, group)` search, and the end of the keys they see."""
         stop = at[:, -1:] + 1
         high = (at[:, :1] - self.window + 1).clamp_min(self.sinks).minimum(stop) if self.window else stop
         return high.clamp_max(self.sinks), high, stop
 
     def _rounds(self, group: int, n_queries: int, n_keys: int, chunks: int) -> int:
-        """Halvings until the largest chunk of this group, and so of all before it, is one block."""
+        """Return the halvings until the largest chunk of this group, and so of all before it, is one block."""
         first, shift = group * self._group(n_queries), n_keys - n_queries
         stop = min(first + self._group(n_queries), n_queries) + shift
         high = min(max(first + shift - self.window + 1, self.sinks), stop) if self.window else stop
@@ -131,7 +131,7 @@ class HiP(Selective):
         return math.ceil(math.log2(max(-(-blocks // chunks), 1)))
 
     def _choose(self, q: Tensor, k: Tensor, groups: range, chunks: int) -> tuple[Tensor, Tensor]:
-        """Indices `(B, Hq, G, n)` of the keys that some groups keep, and which of them count."""
+        """Return indices `(B, Hq, G, n)` of the keys that some groups keep, and a mask of those that count."""
         n_queries, n_keys = q.shape[2], k.shape[2]
         rows = self._rows(torch.arange(groups.start, groups.stop, device=q.device), n_queries)
         at = rows + n_keys - n_queries
@@ -146,7 +146,7 @@ class HiP(Selective):
         return index.clamp(0, n_keys - 1), (index < limit) & (index >= 0)
 
     def _search(self, part: Part, chunks: int, rounds: int) -> Tensor:
-        """The keys `(B, Hq, G, chunks * block_k)` that are left when every chunk is one block; -1 for none."""
+        """Return the keys `(B, Hq, G, chunks * block_k)` that are left when every chunk is one block; -1 for none."""
         n_blocks = -(-(part.high - part.low) // self.block_k)
         bounds = torch.arange(chunks + 1, device=n_blocks.device) * n_blocks // chunks
         start, size = (x.expand(*part.q.shape[:3], chunks) for x in (bounds[:, :-1], bounds.diff(dim=-1)))
@@ -171,12 +171,12 @@ class Part(NamedTuple):
     block: int
 
     def keys(self, blocks: Tensor) -> Tensor:
-        """Positions `(..., G, n, block)` of the keys of blocks `(..., G, n)`, which count from `low`."""
+        """Return positions `(..., G, n, block)` of the keys of blocks `(..., G, n)`, which count from `low`."""
         offset = torch.arange(self.block, device=blocks.device)
         return self.low[..., None] + blocks[..., None] * self.block + offset
 
     def scores(self, blocks: Tensor, real: Tensor) -> Tensor:
-        """The best `q . k` of each block over the queries of its group and the keys that these may see."""
+        """Return the largest `q . k` of each block over the queries of its group and the keys that these may see."""
         b, h, _, _, d = self.q.shape
         keys = self.keys(blocks).flatten(-2)
         batch = torch.arange(b, device=keys.device)[:, None, None, None]

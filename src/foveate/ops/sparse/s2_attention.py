@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveate.core import validate
 from foveate.core.call import AttentionCall
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, ShapeError
 from foveate.core.readable import remembered
 from foveate.core.selection import Blocks, Selection
 from foveate.ops.base.kv_state import KVState
@@ -157,6 +157,8 @@ def _sees(
 
 def is_kv_efficient(mask: Bool[Tensor, "h i j"]) -> bool:
     """Whether no head comes back to a key block that it has once skipped, so that its cache may drop what it skips."""
+    if mask.dim() != 3:
+        raise ShapeError(f"mask must be (H, query blocks, key blocks); got {tuple(mask.shape)}")
     past = torch.ones(mask.shape[1:], dtype=torch.bool).tril()
     return not bool((mask[:, 1:] & ~mask[:, :-1] & past[:-1]).any())
 

@@ -21,10 +21,10 @@ from foveate.ops.operator import CAUSAL_PATTERNS
 
 @final
 class SlidingWindow(Selective):
-    """Each query sees the last `window` keys, its own included, and the first `sinks` keys. Causal only.
+    """A query sees the last `window` keys, its own included, and the first `sinks` keys. Causal only.
 
-    Cost O(N (window + sinks) D). What lies between the sinks and the window is lost for good: the wrong choice where an
-    answer may stand anywhere in the input. A stream keeps `sinks + window` keys.
+    Cost O(N (window + sinks) D). Keys between the sinks and the window are lost for good: the wrong choice if an answer
+    may be anywhere in the input. A stream keeps `sinks + window` keys.
 
     Args:
         window: keys up to and including the query's own; at least 1.
