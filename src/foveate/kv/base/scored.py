@@ -34,8 +34,8 @@ class ScorePolicy(Policy):
         share: share of a sequence's tokens that a head keeps, on average over the heads of a layer.
         sink: first tokens that always stay.
         recent: last tokens that always stay.
-        heads: "equal" gives each head the same number of tokens; "adaptive" gives the best scores of all heads of a layer
-            to whichever head they belong to (AdaKV), so that heads hold different numbers.
+        heads: "equal" gives each head the same number of tokens; "adaptive" keeps the best scores over all heads of a
+            layer (AdaKV), so that heads hold different numbers.
         safeguard: share of its equal budget that each head keeps in any case, where `heads` is "adaptive".
         every: while decoding, compress again after that many new tokens; None for never.
         layers: numbers of the layers, in the cache, that the policy acts on; None for all.
@@ -85,10 +85,7 @@ class ScorePolicy(Policy):
         scores = self.score(site).float()
         always = (own < self.sink) | (own >= count[:, None, None] - self.recent)
         scores = scores.masked_fill(always, torch.inf).masked_fill(own < 0, -torch.inf)
-        if self.heads == "adaptive":
-            kept = self._best_of_layer(scores, size)
-        else:
-            kept = ranks(scores) < size[:, None, None]
+        kept = self._best_of_layer(scores, size) if self.heads == "adaptive" else ranks(scores) < size[:, None, None]
         return kept & (own >= 0)
 
     def _best_of_layer(self, scores: Float[Tensor, "b h s"], size: Int[Tensor, " b"]) -> Bool[Tensor, "b h s"]:

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from foveate.core.masks import NEG_INF
 from foveate.core.scoring import dot_product, safe_softmax
 from foveate.host.attention import soft_capped
 from foveate.host.padding import tokens
@@ -41,7 +42,7 @@ def window_weights(site: Site, width: int) -> tuple[Float[Tensor, "b hq w s"], B
     logits = soft_capped(logits, site.softcap).unflatten(2, (-1, rows.shape[1])).flatten(1, 2)
     at = site.query_positions[rows]
     seen = visible_slots(site, at).repeat_interleave(logits.shape[1] // site.positions.shape[1], 1)
-    return safe_softmax(logits.masked_fill(~(seen & real[:, None, :, None]), -torch.inf)), real, at
+    return safe_softmax(logits.masked_fill(~(seen & real[:, None, :, None]), NEG_INF)), real, at
 
 
 def visible_slots(site: Site, at: Int[Tensor, "b w"]) -> Bool[Tensor, "b hkv w s"]:
@@ -65,8 +66,8 @@ def per_kv_head(x: Float[Tensor, "b hq *n"], site: Site, how: str = "mean") -> F
 def pooled(scores: Float[Tensor, "b h s"], site: Site, width: int, how: str = "mean") -> Float[Tensor, "b h s"]:
     """Pool scores of query heads or of key/value heads over neighbouring tokens that are stored.
 
-    `how` is "mean", with zeros beyond the ends, or "max". Slots stand in no particular order, so that they are sorted by
-    their positions first. Padding counts as a zero.
+    `how` is "mean", with zeros beyond the ends, or "max". Slots stand in no particular order, so that they are sorted
+    by their positions first. Padding counts as a zero.
     """
     if width <= 1:
         return scores
