@@ -75,10 +75,11 @@ class Given(Task):
     """A task with a test's own examples."""
 
     name = "given"
+    metric = "begins"
 
     def __init__(self, *given: Example, metric: str = "begins") -> None:
         self.given = list(given)
-        self.metric = metric  # type: ignore[misc]
+        self.metric = metric
 
     def examples(self) -> list[Example]:
         return self.given

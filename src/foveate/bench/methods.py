@@ -69,8 +69,9 @@ class Contender:
     def _counted_length(self, length: int) -> int:
         """Return the length of which the budget is a share."""
         context = context_length(self.host.config)
-        renumbers = self.renumber and context is not None and getattr(self._class, "evicts", False)
-        return min(length, int(context / 2 / self.budget)) if renumbers else length  # type: ignore[operator]
+        if context is None or not (self.renumber and getattr(self._class, "evicts", False)):
+            return length
+        return min(length, int(context / 2 / self.budget))
 
     def options(self, lengths: Iterable[int]) -> dict[str, Any]:
         """Return the methods' settings for prompts of these lengths; `a to b` if they differ."""

@@ -124,8 +124,8 @@ def _softmax(site: Site, methods: list[Method], allowed: Tensor | None) -> Tenso
     mask = masks.combine(site.mask, allowed)
     if mask is not None:
         logits = logits + mask if mask.dtype != torch.bool else logits
-        logits = logits.masked_fill(~masks.allowed(mask), masks.NEVER)
-    weights = softmax(site, logits.float()).to(site.q.dtype)
+        logits = logits.masked_fill(~masks.allowed(mask), masks.NEG_INF)
+    weights = softmax(site, logits.to(torch.promote_types(logits.dtype, torch.float32))).to(site.q.dtype)
     for method in methods:
         weights = method.edit_weights(site, weights)
     site.weights = weights

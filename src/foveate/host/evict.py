@@ -33,7 +33,7 @@ def evict(site: Site, methods: list[Method]) -> None:
             layer._dropped_at = settled
         if dropped is not None:
             return
-    keep = site.positions > settled - layer.window if shrinks else None  # type: ignore[operator]
+    keep = site.positions > settled - layer.window if shrinks and layer.window is not None else None
     for method, kept in keeping:
         mask = as_mask(kept, site)
         if mask.shape != site.positions.shape:

@@ -20,6 +20,7 @@ from foveate.host.hf.mask import MaskPlan, at_positions, is_given, masked_part
 if TYPE_CHECKING:
     from foveate.core.selection import Selection
     from foveate.host.hf.cache import SlotLayer
+    from foveate.host.slots.store import Store
 
 
 @dataclass(eq=False)
@@ -110,15 +111,21 @@ class Site:
         """Return whether the cache still holds every key that the model's own cache would hold."""
         return self.slots is None or self.slots.is_whole
 
+    @property
+    def _stored(self) -> Store:
+        """The slots of a layer that was evicted from."""
+        assert self.slots is not None and self.slots.store is not None  # else the cache is whole
+        return self.slots.store
+
     @cached_property
     def k(self) -> Float[Tensor, "b hkv s d"]:
         handed = self.is_whole or self.expanded
-        return self.new_k if handed else self.slots.store.padded("k")  # type: ignore[union-attr]
+        return self.new_k if handed else self._stored.padded("k")
 
     @cached_property
     def v(self) -> Float[Tensor, "b hkv s dv"]:
         handed = self.is_whole or self.expanded
-        return self.new_v if handed else self.slots.store.padded("v")  # type: ignore[union-attr]
+        return self.new_v if handed else self._stored.padded("v")
 
     @cached_property
     def positions(self) -> Int[Tensor, "b hkv s"]:
@@ -185,7 +192,7 @@ class Site:
             return plan[..., : self.k.shape[2]] if plan is not None else self._causal()
         bias = self._bias()
         if isinstance(plan, MaskPlan):
-            if bias is None and plan.sees_all() and not self.slots.store.has_empty:  # type: ignore[union-attr]
+            if bias is None and plan.sees_all() and not self._stored.has_empty:
                 return None
             return masks.combine(plan.at(self.positions).repeat_interleave(self._heads_a_row, 1), bias)
         whole = plan if plan is not None else self._causal()
@@ -226,9 +233,9 @@ class Site:
 
     def _bias(self) -> Tensor | None:
         """Return the log of the number of tokens that each slot stands for; None if each stands for one."""
-        if self.is_whole or not self.slots.store.has_summary:  # type: ignore[union-attr]
+        if self.is_whole or not self._stored.has_summary:
             return None
-        bias = self.slots.store.padded("bias")  # type: ignore[union-attr]
+        bias = self._stored.padded("bias")
         return bias.to(self.q.dtype).repeat_interleave(self._heads_a_row, 1)[:, :, None]
 
     @property

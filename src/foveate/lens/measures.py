@@ -67,8 +67,12 @@ class Measure(ABC):
     over rows, from which `finish` computes the values.
     """
 
-    name: str
     over: ClassVar[Literal["queries", "keys"]]
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name under which the values are returned."""
 
     @abstractmethod
     def fused(self, call: Statistics, tokens: KeyTokens) -> Tensor:
@@ -154,7 +158,7 @@ class ReceivedMass(Measure):
     over: ClassVar[Literal["queries", "keys"]] = "keys"
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return "received_mean" if self.per_row else "received_mass"
 
     def fused(self, call: Statistics, tokens: KeyTokens) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 Record = dict[str, Any]
@@ -94,7 +95,10 @@ Columns = list[tuple[str, Callable[[Record], str]]]
 
 
 def _retrieval(model: Record) -> Columns:
-    tasks: Columns = [(task, lambda row, task=task: _score(row["scores"][task])) for task in model["tasks"]]  # type: ignore[misc]
+    def score(task: str) -> Callable[[Record], str]:
+        return lambda row: _score(row["scores"][task])
+
+    tasks: Columns = [(task, score(task)) for task in model["tasks"]]
     return [
         ("budget", _budget), ("method", _name), ("all", lambda row: _score(row["scores"]["all"])), *tasks,
         ("kept", lambda row: _percent(row["kept"])), ("read", lambda row: _percent(row["read"])),
@@ -102,16 +106,13 @@ def _retrieval(model: Record) -> Columns:
 
 
 def _losses(full: Record) -> Columns:
-    def cell(row: Record, tokens: str) -> str:
+    def cell(tokens: str, row: Record) -> str:
         loss = row["losses"][tokens]
         if "more" in loss:
             return f"{loss['more']:+.3f} ({loss['low']:+.3f} to {loss['high']:+.3f})"
         return _number(loss["mean"], "{:.3f}")
 
-    each: Columns = [
-        (f"after {int(tokens):,} tokens", lambda row, tokens=tokens: cell(row, tokens))  # type: ignore[misc]
-        for tokens in full.get("losses", {})
-    ]
+    each: Columns = [(f"after {int(tokens):,} tokens", partial(cell, tokens)) for tokens in full.get("losses", {})]
     return [("budget", _budget), ("method", _name), *each]
 
 

@@ -82,7 +82,7 @@ class Group:
     def _summarise(self, summary: Slots | None) -> None:
         """Write the summary of dropped slots to the front of the buffer."""
         size = 0 if summary is None else summary.positions.shape[2]
-        if size != self._front or (size and not self._may_write(summary)):  # type: ignore[arg-type]
+        if size != self._front or (summary is not None and size and not self._may_write(summary)):
             buffer, n = narrow(self._buffer, self._front, self._buffer.positions.shape[2]), self.length
             shape = (*buffer.positions.shape[:2], size)
             front = Slots(*(x.new_empty(*shape, *x.shape[3:]) for x in (buffer.k, buffer.v, buffer.positions)))

@@ -228,7 +228,7 @@ def _check(beta: float, alpha: float, thr: float | str) -> None:
     validate.between("beta", beta, 0.0, 1.0)
     validate.at_least("alpha", alpha, 0.0)
     if thr != "alpha/N":
-        validate.at_least("thr", thr, 0.0)  # type: ignore[arg-type]
+        validate.at_least("thr", thr, 0.0)
 
 
 def _describe(x: object) -> str:

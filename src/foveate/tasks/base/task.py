@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from foveate.tasks.base.scores import SCORES
 
@@ -37,16 +36,18 @@ class Example:
 class Task(ABC):
     """A generator of examples and the rule that scores an answer.
 
-    Attributes:
-        metric: the default score, one of `foveate.tasks.base.scores.SCORES` or `LOSS`.
+    A class may set `name` and `metric` as plain attributes.
     """
-
-    metric: ClassVar[str] = "begins"
 
     @property
     @abstractmethod
     def name(self) -> str:
         """The task's name in results."""
+
+    @property
+    def metric(self) -> str:
+        """The default score, one of `foveate.tasks.base.scores.SCORES` or `LOSS`."""
+        return "begins"
 
     @abstractmethod
     def examples(self) -> list[Example]:

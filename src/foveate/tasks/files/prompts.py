@@ -41,7 +41,7 @@ class Prompts(Task):
         return self.path.name
 
     @property
-    def metric(self) -> str:  # type: ignore[override]
+    def metric(self) -> str:
         """The score that fits the first row's format."""
         return self._read[1]
 
