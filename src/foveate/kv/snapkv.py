@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core import validate
+from foveate.core.errors import OptionError
 from foveate.host.site import Site
 from foveate.kv.base.scored import ScorePolicy
 from foveate.kv.parts.window_queries import per_kv_head, pooled, window_weights
@@ -28,7 +29,7 @@ class SnapKV(ScorePolicy):
 
     Args:
         recent: queries that score, and tokens that stay (64 in kvpress; the paper's experiments take 16 to 64).
-        pool: tokens over which scores are pooled; 1 for none.
+        pool: tokens over which scores are pooled, an odd number; 1 for none.
         pooling: "mean" or "max". The paper describes and its release uses either; kvpress takes the mean.
         group: how the query heads of a key/value head are combined: "mean", "max" or "sum".
         share, sink, heads, safeguard, every, layers: see `ScorePolicy`. The paper keeps no sinks by rule.
@@ -46,6 +47,8 @@ class SnapKV(ScorePolicy):
         super().__post_init__()
         validate.count("recent", self.recent, 1)
         validate.count("pool", self.pool, 1)
+        if self.pool % 2 == 0:
+            raise OptionError(f"pool={self.pool} must be odd, so that a token stands in the middle of its pool")
         validate.one_of("pooling", self.pooling, ("mean", "max"))
         validate.one_of("group", self.group, ("mean", "max", "sum"))
 

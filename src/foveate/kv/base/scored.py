@@ -83,7 +83,9 @@ class ScorePolicy(Policy):
         own, count = own_positions(site)
         size = (count * share).round().long().clamp_min(1)
         scores = self.score(site).float()
-        always = (own < self.sink) | (own >= count[:, None, None] - self.recent)
+        sinks = (size - 1).clamp_max(self.sink)  # where not all of both have room: sinks, and the newest
+        newest = (size - sinks).clamp_max(self.recent)
+        always = (own < sinks[:, None, None]) | (own >= (count - newest)[:, None, None])
         scores = scores.masked_fill(always, torch.inf).masked_fill(own < 0, -torch.inf)
         kept = self._best_of_layer(scores, size) if self.heads == "adaptive" else ranks(scores) < size[:, None, None]
         return kept & (own >= 0)
