@@ -124,6 +124,7 @@ def main() -> None:
         for name, make in PRESSES.items()
     }
     made["knorm"]["0.3"] = record(kvpress.KnormPress, 0.3)
+    made["adakv, knorm"]["0.96875"] = record(lambda r: kvpress.AdaKVPress(kvpress.KnormPress(r)), 0.96875)
     made["snapkv, wide window"] = {"0.75": record(lambda r: kvpress.SnapKVPress(r, window_size=24), 0.75)}
     versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
     lines = [f' "versions": {json.dumps(versions)}', f' "keys": {json.dumps(sample(keys(model())))}']

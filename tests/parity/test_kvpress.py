@@ -91,6 +91,13 @@ def test_of_a_window_beyond_the_budget_the_newest_tokens_stay() -> None:
         assert all(set(head) < set(window) and len(head) == 16 for head in other)
 
 
+def test_an_adaptive_budget_leaves_each_head_a_token() -> None:
+    """A fifth of 2 tokens is none; with a safeguard at all, both sides keep one. Without, a head of ours is empty."""
+    few = 2 / record.LENGTH
+    assert kept(KNorm(share=few, heads="adaptive")) == RECORD["adakv, knorm"][str(1 - few)]
+    assert not all(map(all, kept(KNorm(share=few, heads="adaptive", safeguard=0.0))))
+
+
 def test_pools_have_a_middle() -> None:
     """kvpress fails for an even width in the middle of a prompt, since its pool is one longer then."""
     with pytest.raises(OptionError, match="pool=4"):

@@ -36,7 +36,8 @@ class ScorePolicy(Policy):
         recent: last tokens that always stay.
         heads: "equal" gives each head the same number of tokens; "adaptive" keeps the best scores over all heads of a
             layer (AdaKV), so that heads hold different numbers.
-        safeguard: share of its equal budget that each head keeps in any case, where `heads` is "adaptive".
+        safeguard: share of its equal budget that each head keeps in any case, and at least one token, where `heads` is
+            "adaptive"; 0 for neither.
         every: while decoding, compress again after that many new tokens; None for never.
         layers: numbers of the layers, in the cache, that the policy acts on; None for all.
     """
@@ -92,7 +93,7 @@ class ScorePolicy(Policy):
 
     def _best_of_layer(self, scores: Float[Tensor, "b h s"], size: Int[Tensor, " b"]) -> Bool[Tensor, "b h s"]:
         """Choose the best slots of all heads together, after those that each head keeps in any case."""
-        own = (size * self.safeguard).long()
+        own = (size * self.safeguard).long().clamp_min(1 if self.safeguard else 0)
         safe = scores.masked_fill(ranks(scores) < own[:, None, None], torch.inf)
         return (ranks(safe.flatten(1)) < (size * scores.shape[1])[:, None]).view_as(scores)
 
