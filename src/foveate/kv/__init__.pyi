@@ -5,8 +5,11 @@ from foveate.kv.base.scored import ScorePolicy as ScorePolicy
 from foveate.kv.duo_attention import DuoAttention as DuoAttention
 from foveate.kv.duo_attention import duo_train as duo_train
 from foveate.kv.duo_attention import full_heads as full_heads
+from foveate.kv.expected_attention import ExpectedAttention as ExpectedAttention
 from foveate.kv.keydiff import KeyDiff as KeyDiff
 from foveate.kv.knorm import KNorm as KNorm
+from foveate.kv.lagkv import LagKV as LagKV
+from foveate.kv.pyramidkv import PyramidKV as PyramidKV
 from foveate.kv.random_keep import RandomKeep as RandomKeep
 from foveate.kv.razor_attention import RazorAttention as RazorAttention
 from foveate.kv.razor_attention import compensation as compensation
@@ -26,10 +29,13 @@ from foveate.kv.tova import TOVA as TOVA
 
 __all__ = [
     "DuoAttention",
+    "ExpectedAttention",
     "KNorm",
     "KeyDiff",
+    "LagKV",
     "Overlap",
     "Policy",
+    "PyramidKV",
     "RandomKeep",
     "RazorAttention",
     "RecycledAttention",
