@@ -69,6 +69,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "stride": {"stride": 3, "pool": 0}, "pooled": {"stride": 2, "pool": 5, "k": 6},
         "fixed": {"grow": False, "stride": 5, "phase": 2},
     },
+    "adakv": {"kvpress": {"variant": "kvpress"}},
+    "criticalkv": {"second": {"first": 0.0}},
+    "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3}},
 }  # fmt: skip
 CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS.items() for name in some]
 

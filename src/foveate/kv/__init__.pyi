@@ -1,11 +1,15 @@
 # The public names of foveate.kv; written by `make systems` from the catalogue.
 
+from foveate.kv.adakv import AdaKV as AdaKV
 from foveate.kv.base.policy import Policy as Policy
 from foveate.kv.base.scored import ScorePolicy as ScorePolicy
+from foveate.kv.chunkkv import ChunkKV as ChunkKV
+from foveate.kv.criticalkv import CriticalKV as CriticalKV
 from foveate.kv.duo_attention import DuoAttention as DuoAttention
 from foveate.kv.duo_attention import duo_train as duo_train
 from foveate.kv.duo_attention import full_heads as full_heads
 from foveate.kv.expected_attention import ExpectedAttention as ExpectedAttention
+from foveate.kv.h2o import H2O as H2O
 from foveate.kv.keydiff import KeyDiff as KeyDiff
 from foveate.kv.knorm import KNorm as KNorm
 from foveate.kv.lagkv import LagKV as LagKV
@@ -28,8 +32,12 @@ from foveate.kv.token_select import soft_vote as soft_vote
 from foveate.kv.tova import TOVA as TOVA
 
 __all__ = [
+    "AdaKV",
+    "ChunkKV",
+    "CriticalKV",
     "DuoAttention",
     "ExpectedAttention",
+    "H2O",
     "KNorm",
     "KeyDiff",
     "LagKV",
