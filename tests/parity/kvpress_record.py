@@ -44,6 +44,7 @@ PRESSES: dict[str, Callable[[Any, float], Any]] = {
     "expected_attention, no covariance": lambda kp, r: kp.ExpectedAttentionPress(r, use_covariance=False),
     # 4 sinks, 12 tokens of tail and 4 partitions, which have 16 tokens in common at 0.5: 4 each, and so no ties
     "lagkv": lambda kp, r: kp.LagKVPress(r, lag_size=12),
+    "lagkv, ties": lambda kp, r: kp.LagKVPress(r, lag_size=8),
     "lagkv, across partitions": lambda kp, r: kp.LagKVPress(r, lag_size=12, cross_scoring=True),
     "lagkv, short text": lambda kp, r: kp.LagKVPress(r),
     "adakv": lambda kp, r: kp.AdaKVPress(kp.SnapKVPress(r, **WINDOW)),
@@ -52,6 +53,9 @@ PRESSES: dict[str, Callable[[Any, float], Any]] = {
     "criticalkv, knorm": lambda kp, r: kp.CriticalKVPress(kp.KnormPress(r)),
     "criticalkv, adaptive": lambda kp, r: kp.CriticalAdaKVPress(kp.SnapKVPress(r, **WINDOW)),
     "chunkkv": lambda kp, r: kp.ChunkKVPress(kp.SnapKVPress(r, **WINDOW)),
+    # the window of 8 is two chunks of 4; others reach across its border
+    "chunkkv, chunks of 4": lambda kp, r: kp.ChunkKVPress(kp.SnapKVPress(r, **WINDOW), chunk_length=4),
+    "chunkkv, knorm": lambda kp, r: kp.ChunkKVPress(kp.KnormPress(r), chunk_length=5),
     "chunkkv, chunks of 5": lambda kp, r: kp.ChunkKVPress(kp.SnapKVPress(r, **WINDOW), chunk_length=5),
 }
 
@@ -124,7 +128,8 @@ def main() -> None:
         for name, make in PRESSES.items()
     }
     made["knorm"]["0.3"] = record(kvpress.KnormPress, 0.3)
-    made["adakv, knorm"]["0.96875"] = record(lambda r: kvpress.AdaKVPress(kvpress.KnormPress(r)), 0.96875)
+    made["pyramidkv"]["0.25"] = record(lambda r: PRESSES["pyramidkv"](kvpress, r), 0.25)
+    made["adakv, knorm"]["0.96875"] = record(lambda r: PRESSES["adakv, knorm"](kvpress, r), 0.96875)
     made["snapkv, wide window"] = {"0.75": record(lambda r: kvpress.SnapKVPress(r, window_size=24), 0.75)}
     versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
     lines = [f' "versions": {json.dumps(versions)}', f' "keys": {json.dumps(sample(keys(model())))}']

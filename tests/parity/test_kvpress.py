@@ -9,8 +9,11 @@ was compressed before: in a prompt of several calls, and while decoding, which t
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -20,7 +23,19 @@ from transformers import DynamicCache, PreTrainedModel
 
 from foveate.core.errors import OptionError
 from foveate.host import apply
-from foveate.kv import TOVA, KeyDiff, KNorm, ScorePolicy, SnapKV
+from foveate.kv import (
+    TOVA,
+    AdaKV,
+    ChunkKV,
+    CriticalKV,
+    ExpectedAttention,
+    KeyDiff,
+    KNorm,
+    LagKV,
+    PyramidKV,
+    ScorePolicy,
+    SnapKV,
+)
 from tests.parity import kvpress_record as record
 from tests.parity.kvpress_record import RATIOS, Kept
 from tests.tensors import assert_near
@@ -28,15 +43,32 @@ from tests.tensors import assert_near
 RECORD = json.loads(record.RECORD.read_text())
 WINDOW = {"recent": 8, "pool": 5}
 
-#: Ours for each press of the record, at a share that is kept.
+
+def snapkv(share: float) -> SnapKV:
+    return SnapKV(share=share, **WINDOW)
+
+
+#: Ours for each press of the record that keeps the same, at a share that is kept.
 POLICIES: dict[str, Callable[[float], ScorePolicy]] = {
     "knorm": lambda share: KNorm(share=share),
     "keydiff": lambda share: KeyDiff(share=share),
     "tova": lambda share: TOVA(share=share),
-    "snapkv": lambda share: SnapKV(share=share, **WINDOW),
+    "snapkv": snapkv,
     "snapkv, no pooling": lambda share: SnapKV(share=share, recent=8, pool=1),
-    "adakv": lambda share: SnapKV(share=share, heads="adaptive", **WINDOW),
-    "adakv, knorm": lambda share: KNorm(share=share, heads="adaptive"),
+    "pyramidkv, beta 2": lambda share: PyramidKV(share=share, beta=2, **WINDOW),
+    "expected_attention": lambda share: ExpectedAttention(share=share),
+    "expected_attention, epsilon 0.01": lambda share: ExpectedAttention(share=share, epsilon=0.01),
+    "expected_attention, no covariance": lambda share: ExpectedAttention(share=share, covariance=False),
+    "lagkv": lambda share: LagKV(share=share, lag=12),
+    "lagkv, across partitions": lambda share: LagKV(share=share, lag=12, cross=True),
+    "lagkv, short text": lambda share: LagKV(share=share),
+    "adakv": lambda share: AdaKV(snapkv(share), variant="kvpress"),
+    "adakv, knorm": lambda share: AdaKV(KNorm(share=share), variant="kvpress"),
+    "criticalkv": lambda share: CriticalKV(snapkv(share)),
+    "criticalkv, knorm": lambda share: CriticalKV(KNorm(share=share)),
+    "criticalkv, adaptive": lambda share: CriticalKV(AdaKV(snapkv(share), variant="kvpress")),
+    "chunkkv, chunks of 4": lambda share: ChunkKV(snapkv(share), chunk=4),
+    "chunkkv, knorm": lambda share: ChunkKV(KNorm(share=share), chunk=5),
 }
 
 
@@ -64,12 +96,19 @@ def test_every_layer_and_head_keeps_the_same_tokens(name: str, ratio: float) -> 
     assert kept(POLICIES[name](1 - ratio)) == RECORD[name][str(ratio)]
 
 
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_policy_with_adaptive_heads_is_adakv(ratio: float) -> None:
+    assert kept(replace(snapkv(1 - ratio), heads="adaptive")) == RECORD["adakv"][str(ratio)]
+
+
 def test_a_record_can_tell_presses_apart() -> None:
-    """No two presses keep the same, at either ratio; the same layers and heads are in all."""
-    for ratio in map(str, RATIOS):
-        found = [RECORD[name][ratio] for name in POLICIES]
-        assert all(len(layers) == record.LAYERS and len(layers[0]) == record.KV_HEADS for layers in found)
-        assert all(one != other for i, one in enumerate(found) for other in found[:i])
+    """No two presses keep the same of the prompt where half of it stays; the same layers and heads are in all."""
+    found = [RECORD[name]["0.5"] for name in POLICIES]
+    assert all(len(layers) == record.LAYERS and len(layers[0]) == record.KV_HEADS for layers in found)
+    assert all(one != other for i, one in enumerate(found) for other in found[:i])
+
+
+# -- where the two differ, and why -------------------------------------------------------------------------------------
 
 
 def test_kvpress_rounds_the_number_down() -> None:
@@ -96,6 +135,49 @@ def test_an_adaptive_budget_leaves_each_head_a_token() -> None:
     few = 2 / record.LENGTH
     assert kept(KNorm(share=few, heads="adaptive")) == RECORD["adakv, knorm"][str(1 - few)]
     assert not all(map(all, kept(KNorm(share=few, heads="adaptive", safeguard=0.0))))
+
+
+def test_pyramidkv_has_other_numbers_in_kvpress() -> None:
+    """kvpress counts the window within a layer's number, and still caps that at the tokens before the window.
+
+    It has equal numbers where the smallest does not hold the window, as at a quarter. Ours is capped at all tokens, and
+    `even` has the window apart, as in the paper. The order of tokens is the same, so that the fewer are of the more.
+    """
+    of_both = {
+        0.25: ([64, 48, 32], [56, 48, 40]), 0.5: ([62, 32, 2], [56, 32, 8]), 0.75: ([31, 16, 1], [16, 16, 16]),
+    }  # fmt: skip
+    for ratio, (numbers, others) in of_both.items():
+        ours, theirs = kept(PyramidKV(share=1 - ratio, **WINDOW)), RECORD["pyramidkv"][str(ratio)]
+        assert [len(layer[0]) for layer in ours] == numbers and [len(layer[0]) for layer in theirs] == others
+        for mine, other in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+            assert set(mine) <= set(other) or set(other) <= set(mine)
+
+
+def test_lagkv_has_ties_between_partitions() -> None:
+    """A budget that does not split evenly: kvpress's sort decides between equal ranks, ours takes the newest."""
+    ours, theirs = kept(LagKV(share=0.5, lag=8)), RECORD["lagkv, ties"]["0.5"]
+    for mine, other in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+        scored = [sorted(p for p in head if 4 <= p < 52) for head in (mine, other)]
+        for head in scored:  # 16 tokens of 6 partitions: the best two of each, and four thirds
+            assert set(Counter((p - 4) // 8 for p in head).values()) == {2, 3} and len(head) == 16
+        assert len(set(scored[0]) & set(scored[1])) >= 12 and mine[-12:] == other[-12:]
+        assert {(p - 4) // 8 for p in set(scored[0]) - set(scored[1])} <= {2, 3, 4, 5}
+
+
+def test_a_window_that_is_no_whole_chunks() -> None:
+    """kvpress scores a window above all, so that its chunks stay whole, beyond the window; ours keeps the window.
+
+    With its chunks of 20, kvpress so keeps half a text without looking at it, or 4 of 64 tokens at a quarter: a budget
+    counts chunks, and the last is a short one. Ours counts tokens, and takes what fits of a chunk that is too long.
+    """
+    for ratio in RATIOS:
+        ours, theirs = kept(ChunkKV(snapkv(1 - ratio), chunk=5)), RECORD["chunkkv, chunks of 5"][str(ratio)]
+        for mine, other in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+            assert set(other) - set(mine) == {55} and set(mine) < set(other)
+    theirs = [RECORD["chunkkv"][str(ratio)] for ratio in RATIOS]
+    for half, quarter in zip(*map(itertools.chain.from_iterable, theirs), strict=True):
+        assert half == list(range(40, 64)) and quarter == list(range(60, 64))
+    assert {len(head) for layer in kept(ChunkKV(snapkv(0.25))) for head in layer} == {16}
 
 
 def test_pools_have_a_middle() -> None:
