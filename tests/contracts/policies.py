@@ -71,6 +71,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "adakv": {"kvpress": {"variant": "kvpress"}},
     "criticalkv": {"second": {"first": 0.0}},
+    "lagkv": {"cross": {"cross": True}},
+    "expected_attention": {"every": {"every": 3}},
     "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3}},
 }  # fmt: skip
 CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS.items() for name in some]

@@ -15,6 +15,7 @@ from foveate.core.errors import OptionError
 from foveate.host import Host
 from foveate.host.padding import tokens
 from foveate.host.site import Site
+from foveate.host.slots.slots import EMPTY
 from foveate.kv.base.policy import Policy, check_budget
 
 #: The way in which a layer's budget is shared out between its heads.
@@ -66,7 +67,10 @@ class ScorePolicy(Policy):
 
     @abstractmethod
     def score(self, site: Site) -> Float[Tensor, "b hkv s"]:
-        """Return a score of each slot of the call; larger is better. Scores of empty slots do not matter."""
+        """Return a score of each slot of the call; larger is better. Scores of empty slots do not matter.
+
+        `hkv` are the heads of `site.k`. A model that expands its stored heads to more gets their mean.
+        """
 
     def layer_share(self, site: Site) -> float:
         """Return the share that this layer's heads keep on average."""
@@ -84,6 +88,7 @@ class ScorePolicy(Policy):
         own, count = own_positions(site)
         size = (count * share).round().long().clamp_min(1)
         scores = self.score(site).float()
+        scores = scores.unflatten(1, (own.shape[1], -1)).mean(2)  # of keys that models expand, as the cache's heads
         sinks = (size - 1).clamp_max(self.sink)  # where not all of both have room: sinks, and the newest
         newest = (size - sinks).clamp_max(self.recent)
         always = (own < sinks[:, None, None]) | (own >= (count - newest)[:, None, None])
@@ -113,12 +118,16 @@ class ScorePolicy(Policy):
         total = cls.tokens(budget, length)
         base = cls()
         sink = min(base.sink, max(0, total - 1))
-        return cls(share=float(budget), sink=sink, recent=min(base.recent, total - sink))
+        return cls(share=float(budget), sink=sink, recent=min(base.recent, max(1, (total - sink) // 2)))
 
 
 def own_positions(site: Site) -> tuple[Int[Tensor, "b hkv s"], Int[Tensor, " b"]]:
-    """Return each slot's position in its own sequence, negative for padding and empty slots, and the tokens so far."""
+    """Return each slot's position in its own sequence, and the tokens so far.
+
+    Positions of padding, of empty slots and of tentative tokens are negative.
+    """
     found, positions = tokens(site), site.positions
+    positions = positions.masked_fill(positions >= site.seen, EMPTY)  # tentative tokens, which will be removed again
     if found is not None:
         return found.own(positions), found.count
     return positions, torch.full((positions.shape[0],), site.seen, device=positions.device)

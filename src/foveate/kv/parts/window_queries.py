@@ -17,11 +17,15 @@ from foveate.host.site import Site
 def last_rows(site: Site, width: int) -> tuple[Int[Tensor, "b w"], Bool[Tensor, "b w"]]:
     """Return the numbers of each sequence's last `width` queries that are tokens, and which of them there are.
 
-    A call of fewer queries gives what it has.
+    A call of fewer queries gives what it has. A question that will be removed again counts; drafts, which may be
+    refused, do not.
     """
-    n, batch, device = site.q.shape[2], site.q.shape[0], site.q.device
+    batch, device = site.q.shape[0], site.q.device
+    drafts = site.tentative if site.drafts and site.q.shape[2] > site.tentative else 0
+    n = site.q.shape[2] - drafts
     width = min(width, n)
     real = site.real_queries if tokens(site) is not None else None
+    real = None if real is None else real[:, :n]
     if real is None:
         rows = torch.arange(n - width, n, device=device).expand(batch, width)
         return rows, torch.ones(batch, width, dtype=torch.bool, device=device)
