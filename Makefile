@@ -1,5 +1,6 @@
 # make demo   the first thing to run: installs into .venv, then `foveate compare`
-# make test   the tests; make test-all adds the slow ones; make lint checks style, types and the floors
+# make test   the tests; make test-all adds the slow ones; make lint checks style, types and the floors;
+#             make typecheck runs a part of the tests with every annotation checked
 # make parity compares with implementations by others: installs all of these, also those that `make test` skips
 # make real   fetches two pretrained models (740 MB, once), compares all cache policies on them and runs the tests marked
 #             `real`; FULL=1 measures everything for docs/real.md
@@ -22,7 +23,7 @@ INSTALLED_DEV := $(VENV)/installed-dev-$(KEY)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo install install-dev test test-all real parity lint format bench claims systems models mutants picture notebooks docs docs-site clean
+.PHONY: demo install install-dev test test-all typecheck real parity lint format bench claims systems models mutants picture notebooks docs docs-site clean
 
 demo: $(INSTALLED)
 	$(BIN)/foveate compare
@@ -51,6 +52,12 @@ test: $(INSTALLED_DEV)
 
 test-all: $(INSTALLED_DEV)
 	$(PYTEST) -m "not real"
+
+# a part of the tests with the annotations of every call checked, shapes included (tests/support/typecheck.py); TESTS=... chooses
+# other tests. Tests of gradients are left out: they repeat the same calls many times
+TESTS ?= tests/contracts/test_operators.py tests/contracts/test_layers.py tests/core tests/ops tests/nn
+typecheck: $(INSTALLED_DEV)
+	FOVEATE_TYPECHECK=1 $(PYTEST) -m "not slow and not real" -k "not grad" $(TESTS)
 
 # every peer, also those that `make test` skips. timm goes where nothing else sees it, and without torchvision, which
 # what is compared here does not need
@@ -83,7 +90,7 @@ bench: $(INSTALLED_DEV)
 claims: $(INSTALLED_DEV)
 	rm -rf .claims
 	FOVEATE_CLAIMS=.claims $(PYTEST) tests/systems
-	$(BIN)/python -m tests.claims .claims
+	$(BIN)/python -m tests.support.claims .claims
 
 # what the classes say of themselves, for `foveate systems` and docs/systems.md
 systems: $(INSTALLED_DEV)
@@ -94,7 +101,7 @@ systems: $(INSTALLED_DEV)
 models: $(INSTALLED_DEV)
 	$(ONE_THREAD) $(BIN)/python docs/models.py
 
-# changes to the formulas that the tests should notice: docs/mutants.md. KEYS="mega gta" does only these systems or files again
+# changes to the code that the tests should notice: docs/mutants.md. KEYS="kv mega" does only these rooms, systems or files again
 mutants: $(INSTALLED_DEV)
 	$(PIP) install -c constraints.txt -e '.[mutants]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/mutants.py $(KEYS)

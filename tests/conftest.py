@@ -12,7 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import claims
+if os.environ.get("FOVEATE_TYPECHECK"):  # before anything of foveate is imported
+    from tests.support import typecheck
+
+    typecheck.install()
+
+from tests.support import claims
 
 torch.set_num_threads(1)  # tiny tensors on busy cores are several times slower with more
 

@@ -11,7 +11,7 @@ import torch
 
 from foveate.core.catalog import System, Taxonomy
 from foveate.ops.base.kv_state import KVState
-from tests import claims
+from tests.support import claims
 
 NAMES = {"statement": "x beats y", "baseline_name": "y"}
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from foveate.bench.comparison.results import Comparison
 from foveate.cli import app
-from tests.readme import LONG, ROOT, SHORT, Piece, pieces, shortened
+from tests.support.readme import LONG, ROOT, SHORT, Piece, pieces, shortened
 
 README = (ROOT / "README.md").read_text("utf-8")
 PIECES = pieces(README)

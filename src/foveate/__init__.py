@@ -90,7 +90,9 @@ else:
         if name in _ROOMS:
             return import_module(f"foveate.{name}")
         if name not in _HOME:
-            raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+            from foveate.core.public import hint
+
+            raise AttributeError(f"module 'foveate' has no attribute {name!r}{hint(name, __all__)}", name=name)
         value = getattr(import_module(_HOME[name]), name)
         globals()[name] = value  # the next access is a plain look-up
         return value

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from foveate.bench.comparison.encoding import Prompt
+from foveate.bench.comparison.evaluation import Evaluation
 from foveate.bench.comparison.measure import batches, memory_use, run_batch
 from foveate.bench.comparison.run import compare
 from foveate.bench.parts.memory import Memory, peak_bytes
@@ -30,6 +31,19 @@ def encoded(*lengths: int, new: int = 6, context: int = 768) -> list[Prompt]:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(97, 120, (1, length), generator=generator) for length in lengths]
     return [Prompt(Example(f"p{index}", "a"), row, new, context) for index, row in enumerate(ids)]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_memory_is_measured_on_the_longest_prompt_that_the_context_holds(size: int) -> None:
+    prompts = encoded(40, 90, 58, 50, context=64)
+    answers = [[1], [2], [3, 4], [5]]
+    for forced in (None, answers):
+        batch = Evaluation(prompts, "exact", lambda *_: 0.0, forced, size, 0, frozenset(), None).memory_batch
+        assert batch.prompts == (prompts[2],)
+        assert batch.forced is None if forced is None else batch.forced.tolist() == [[3, 4]]
+    beyond = encoded(70, 90, 80, context=64)
+    batch = Evaluation(beyond, "exact", lambda *_: 0.0, None, size, 0, frozenset(), None).memory_batch
+    assert batch.prompts == (beyond[1],)
 
 
 def test_greedy_answers_are_the_models_own(model: PreTrainedModel) -> None:

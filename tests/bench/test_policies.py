@@ -25,7 +25,7 @@ from foveate.host import apply
 from foveate.labs import LABS
 from foveate.report import policies as report
 from foveate.tasks.text.ruler import kind
-from tests.lab import lab, lab_gates, lab_host
+from tests.support.lab import lab, lab_gates, lab_host
 
 TINY = Plan(
     ("sink_recent", "razor_attention"), budgets=(0.3,), tasks=("niah_multikey",), examples=3, characters=900, batch=2,

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from foveate.bench import recall_figure as figure
-from foveate.bench.recall_figure import NETWORKS, Point, Recall, parameters, recall, spec, state_bytes, with_parameters
+from foveate.bench.recall_figure import (
+    NETWORKS,
+    Point,
+    Recall,
+    network_state_bytes,
+    parameters,
+    recall,
+    spec,
+    with_parameters,
+)
 from foveate.core.errors import DivergedError, Interrupted, OptionError
 from foveate.report import curves
 from foveate.tasks.base.training_task import HELDOUT
@@ -40,7 +49,7 @@ def test_all_networks_have_equal_parameter_counts(label: str) -> None:
 def test_a_state_is_counted_after_the_whole_sequence(label: str) -> None:
     """Attention's state grows with the sequence, a window's up to the window, and all others' never."""
     network = spec(BY_LABEL[label], TASK, 32, 2)
-    sizes = [state_bytes(network, replace(TASK, length=length)) for length in (48, 64, 80)]
+    sizes = [network_state_bytes(network, replace(TASK, length=length)) for length in (48, 64, 80)]
     assert sizes[0] > 0
     if BY_LABEL[label].family == "attention":
         assert sizes[2] - sizes[1] == sizes[1] - sizes[0] == 16 * 2 * (32 + 32) * 4
@@ -51,9 +60,9 @@ def test_a_state_is_counted_after_the_whole_sequence(label: str) -> None:
 def test_states_have_their_computed_sizes() -> None:
     """There are two layers of two heads of 16 channels, and three tokens of the convolution's 96 inputs, in float32."""
     conv = 2 * 3 * 96
-    assert state_bytes(spec(BY_LABEL["softmax"], TASK, 32, 2), TASK) == 4 * (conv + 2 * 24 * 64)
-    assert state_bytes(spec(BY_LABEL["window 8"], TASK, 32, 2), TASK) == 4 * (conv + 2 * 8 * 64)
-    assert state_bytes(spec(BY_LABEL["lightning"], TASK, 32, 2), TASK) == 4 * (conv + 2 * 2 * 16 * 16)
+    assert network_state_bytes(spec(BY_LABEL["softmax"], TASK, 32, 2), TASK) == 4 * (conv + 2 * 24 * 64)
+    assert network_state_bytes(spec(BY_LABEL["window 8"], TASK, 32, 2), TASK) == 4 * (conv + 2 * 8 * 64)
+    assert network_state_bytes(spec(BY_LABEL["lightning"], TASK, 32, 2), TASK) == 4 * (conv + 2 * 2 * 16 * 16)
 
 
 def test_a_run_resumes(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.catalog import systems
-from foveate.models.language.based import GatedConv, WindowAttention
+from foveate.models.language.based import CausalWindowAttention, GatedConv
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.base.layer import Layer
 from foveate.nn.sequence.aaren import AarenLayer
@@ -31,8 +31,8 @@ SYSTEMS: dict[str, type[Layer]] = {
 #: Layers whose row in the catalogue is an operator's, a network's or a task's.
 EXTRA: dict[str, type[Layer]] = {
     "titans-memory": NeuralMemory, "titans-gate": MemoryAsGate, "titans-layer": MemoryAsLayer,
-    "titans-context": MemoryAsContext, "aaren": AarenLayer, "based-conv": GatedConv, "based-window": WindowAttention,
-    "zoology-conv": BaseConv, "zoology-chosen": ChosenAttention,
+    "titans-context": MemoryAsContext, "aaren": AarenLayer, "based-conv": GatedConv,
+    "based-window": CausalWindowAttention, "zoology-conv": BaseConv, "zoology-chosen": ChosenAttention,
 }  # fmt: skip
 SYSTEMS |= EXTRA
 

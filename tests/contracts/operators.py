@@ -20,7 +20,7 @@ from foveate.ops.dense.reversed_attention import ReversedAttention
 from foveate.ops.linear.inline import InLine
 from foveate.ops.linear.relu_linear import ReLULinear
 from foveate.ops.operator import MaskKind, Operator, Pattern
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 LENGTHS: dict[Pattern, tuple[int, int]] = {

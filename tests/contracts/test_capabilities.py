@@ -13,7 +13,7 @@ from foveate.core.errors import UnknownKey
 from foveate.nn.parts.multi_head import MultiHeadAttention
 from foveate.ops.base.selective import Selective
 from tests.contracts.operators import CLASSES, HEADS, WIDTH, example
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 #: Bounds on the cost of four times the tokens over the cost of the tokens, for each declared growth.
 RANGES = {"N": (3.5, 4.5), "N log N": (4.0, 7.0), "N²": (9.0, 17.0)}
@@ -49,7 +49,7 @@ def test_systems_without_such_facts() -> None:
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_every_system_has_its_place(category: str) -> None:
+def test_every_system_has_a_taxonomy(category: str) -> None:
     groups = grouped(systems(), category)
     assert list(groups) == list(CATEGORIES[category])
     assert {row.key for rows in groups.values() for row in rows} == {row.key for row in systems()}

@@ -19,7 +19,7 @@ from foveate.core.selection import Indices, Selection
 from foveate.host import Method, Site, apply
 from foveate.host.hf.cache import SlotLayer
 from foveate.host.slots.slots import SUMMARY, Slots
-from tests.host_models import DECODERS, WINDOW, KeepsAll, SameWeights, feed, model, padded, tokens
+from tests.support.host_models import DECODERS, WINDOW, KeepsAll, SameWeights, feed, model, padded, tokens
 
 
 def stays(positions: Tensor, seen: int, layer: int, by_sequence: bool) -> Tensor:

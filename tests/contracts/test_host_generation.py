@@ -29,7 +29,7 @@ from foveate.kv.tidal_decode import TidalDecode
 from foveate.kv.token_select import TokenSelect
 from foveate.lens import Lens
 from foveate.ops import SlidingWindow
-from tests.host_models import DECODERS, SLIDING, VOCAB, KeepsAll, Reads, Recent, feed, model, padded, tokens
+from tests.support.host_models import DECODERS, SLIDING, VOCAB, KeepsAll, Reads, Recent, feed, model, padded, tokens
 
 GATES = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
 

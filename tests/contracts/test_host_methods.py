@@ -16,7 +16,7 @@ from foveate.host import Method, Site
 from foveate.host.hf import dispatch
 from foveate.host.hf.attach import OPEN
 from foveate.host.hf.cache import SlotLayer
-from tests.host_models import Evicts, Reads, Recent, model, padded, tokens, use
+from tests.support.host_models import Evicts, Reads, Recent, model, padded, tokens, use
 
 
 @pytest.mark.parametrize("order", ["evicts in reads", "reads in evicts", "together"])
@@ -188,8 +188,9 @@ def test_refusals() -> None:
     assert "FalconForCausalLM does not go through" in refusal(
         UnsupportedModel, lambda: foveate.apply(model("falcon"), Evicts())
     )
-    assert refusal(OptionError, lambda: foveate.apply(llama, "sink_recent")) == "apply() takes Method objects; got str"
-    assert "apply() takes Method objects; got type" in refusal(OptionError, lambda: foveate.apply(llama, Evicts))
+    says = refusal(OptionError, lambda: foveate.apply(llama, "sink_recent"))
+    assert says == "apply() takes Method and Operator objects; got str"
+    assert "got the class Evicts" in refusal(OptionError, lambda: foveate.apply(llama, Evicts))
     static = StaticCache(config=llama.config, max_cache_len=32)
     assert refusal(UnsupportedModel, lambda: inside("llama", Recent(), lambda: llama(ids, past_key_values=static))) == (
         "past_key_values must be a DynamicCache for a method that evicts; got StaticCache of StaticLayer: "
@@ -197,6 +198,18 @@ def test_refusals() -> None:
     )
     with pytest.raises(UnsupportedModel, match="works inside foveate.apply"):
         dispatch.attention_function(llama.model.layers[0].self_attn, ids, ids, ids, None)
+
+
+def test_a_call_without_a_cache_names_the_first_method_that_needs_one() -> None:
+    class First(Reads):
+        needs_cache = True
+
+    class Second(Reads):
+        needs_cache = True
+
+    first, second, reader = First(lambda site: 0), Second(lambda site: 0), Reads(lambda site: 0)
+    with foveate.apply(model("llama"), reader, first, second), pytest.raises(OptionError, match=r"^First acts on"):
+        model("llama")(tokens(), use_cache=False)
 
 
 def test_a_run_is_used_once() -> None:

@@ -18,7 +18,7 @@ from foveate.host.hf.cache import SlotLayer
 from foveate.host.hf.compressed import CompressedLayer
 from foveate.kv.duo_attention import DuoAttention
 from foveate.kv.sink_recent import SinkRecent
-from tests.host_models import SLIDING, Recent, model, tokens
+from tests.support.host_models import SLIDING, Recent, model, tokens
 
 GATES = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
 METHODS: dict[str, Callable[[], Method]] = {

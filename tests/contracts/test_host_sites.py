@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 import foveate
 from foveate.host import Method, Site
-from tests.host_models import Evicts, Reads, Recent, model, padded, tokens, use
+from tests.support.host_models import Evicts, Reads, Recent, model, padded, tokens, use
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "model's", "static"])

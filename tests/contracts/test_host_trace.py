@@ -18,7 +18,7 @@ import foveate
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import Host, Method, Site
 from foveate.host.hf.attach import OPEN
-from tests.host_models import (
+from tests.support.host_models import (
     DECODERS,
     NO_OPS,
     Evicts,

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from foveate.core.errors import UnsupportedModel
 from foveate.host import Method, apply
-from tests.host_models import (
+from tests.support.host_models import (
     DECODERS,
     ENCODERS,
     NATIVE,

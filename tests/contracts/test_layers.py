@@ -30,7 +30,7 @@ from tests.contracts.layers import (
     main_call,
 )
 from tests.contracts.operators import CLASSES
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 # -- visibility --------------------------------------------------------------------------------------------------------
 
@@ -44,7 +44,7 @@ def test_tokens_in_tokens_out(call: Call) -> None:
 
 
 @calls()
-def test_other_tokens_have_a_say(call: Call) -> None:
+def test_other_tokens_have_an_effect(call: Call) -> None:
     """Other tokens change an output; a layer without mixing would pass many tests below."""
     x, source = (t if t is None else t.requires_grad_() for t in call.tokens())
     layer = example(call.key)
@@ -83,7 +83,7 @@ def hiding(call: Call, keys: slice) -> torch.Tensor:
 
 
 @calls(masked=True)
-def test_what_is_masked_has_no_say(call: Call) -> None:
+def test_masked_keys_have_no_effect(call: Call) -> None:
     layer, hidden = example(call.key), slice(call.n_keys - 3, call.n_keys)
     outs = []
     for garbage in (float("nan"), float("inf"), 7.0):
@@ -96,7 +96,7 @@ def test_what_is_masked_has_no_say(call: Call) -> None:
 
 
 @layers(lambda layer: "keys" in layer.capabilities.masks and not layer.capabilities.grid)
-def test_padding_is_absence(key: str) -> None:
+def test_padding_has_no_effect(key: str) -> None:
     """Hidden tokens at the end give the output of a call without them."""
     for pattern in sorted(example(key).capabilities.patterns - {"cross"}):
         call = Call(key, pattern, "keys")
@@ -108,7 +108,7 @@ def test_padding_is_absence(key: str) -> None:
 
 
 @layers()
-def test_batch_items_do_not_meet(key: str) -> None:
+def test_batch_items_are_independent(key: str) -> None:
     call = main_call(key)
     layer, (x, source) = example(key), call.tokens()
     together = call(layer, x, source)
@@ -197,7 +197,7 @@ def test_token_by_token_is_the_causal_call(key: str) -> None:
 
 
 @layers(lambda layer: layer.capabilities.streaming is None)
-def test_what_does_not_stream_says_so(key: str) -> None:
+def test_layers_without_streaming_refuse(key: str) -> None:
     layer = example(key)
     if not isinstance(layer, StreamingLayer):
         assert not hasattr(layer, "init_state"), "no stub"
@@ -234,7 +234,7 @@ def test_it_fits_a_block(key: str) -> None:
 
 
 @layers()
-def test_patterns_that_it_does_not_define(key: str) -> None:
+def test_undeclared_patterns_are_refused(key: str) -> None:
     layer, x = example(key), torch.zeros(BATCH, LENGTH, DIM, dtype=torch.float64)
     for pattern in {"self", "causal self", "cross", "causal cross"} - layer.capabilities.patterns:
         source = x if "cross" in pattern else None
@@ -243,7 +243,7 @@ def test_patterns_that_it_does_not_define(key: str) -> None:
 
 
 @layers()
-def test_masks_that_it_does_not_take(key: str) -> None:
+def test_undeclared_masks_are_refused(key: str) -> None:
     call = main_call(key)
     layer, (x, source) = example(key), call.tokens()
     for kind in {"keys", "pairs", "bias"} - layer.capabilities.masks:

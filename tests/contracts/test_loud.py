@@ -14,7 +14,7 @@ from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.ops.base.test_time import Memory
 from tests.contracts.layers import DIM, HEADS as LAYER_HEADS, SYSTEMS
 from tests.contracts.operators import CLASSES, HEADS, KV_HEADS, WIDTH, example
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 LENGTH = 200
 OPERATORS = [key for key, cls in CLASSES.items() if issubclass(cls, Memory)]

@@ -32,7 +32,7 @@ from tests.contracts.operators import (
     on_flex,
     twin,
 )  # fmt: skip
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 
 def grouped(x: torch.Tensor) -> torch.Tensor:
@@ -65,6 +65,15 @@ def test_the_output_is_weights_times_values(call: Call) -> None:
         assert not weights[..., ~masks.causal(*call.lengths)].any()
     if call.mask is not None:
         assert not weights[~masks.allowed(call.mask).expand(weights.shape)].any()
+
+
+@each_operator(lambda cls: cls.capabilities.has_weights and any("cross" in name for name in cls.capabilities.patterns))
+def test_no_query_has_an_empty_matrix_of_weights(key: str) -> None:
+    op = example(key)
+    q, k, _ = qkv(0, 12, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
+    weights = op.weights(q, k, causal="cross" not in op.capabilities.patterns)
+    assert weights.shape == (2, HEADS, 0, 12)
+    assert weights.dtype == q.dtype
 
 
 @each_engine(at_limit=False)
@@ -159,7 +168,7 @@ def with_garbage(tensors: tuple[torch.Tensor, ...], firsts: tuple[int, ...], gar
 
 
 @each_call(masked=True)
-def test_what_is_masked_has_no_say(call: Call) -> None:
+def test_masked_keys_have_no_effect(call: Call) -> None:
     """Neither NaN nor another finite value behind a mask changes the output or a gradient."""
     op = example(call.key)
     results = []
@@ -207,7 +216,7 @@ def test_a_query_that_sees_nothing_gives_zeros(call: Call) -> None:
 
 
 @each_operator(lambda cls: "keys" in cls.capabilities.masks)
-def test_batch_items_do_not_meet(key: str) -> None:
+def test_batch_items_are_independent(key: str) -> None:
     call = main_call(key)
     op, (q, k, v) = example(key), call.tensors()
     mask = a_mask("keys", *call.lengths)
@@ -275,7 +284,7 @@ def test_token_by_token_at_the_exact_limit(key: str) -> None:
 
 
 @each_operator()
-def test_the_same_again(key: str) -> None:
+def test_calls_are_deterministic(key: str) -> None:
     call = main_call(key)
     op, tensors = example(key), call.tensors()
     assert torch.equal(call(op, *tensors), call(op, *tensors))
@@ -295,7 +304,7 @@ def test_state_dict_round_trip(key: str) -> None:
 
 
 @each_call()
-def test_the_plan_is_sane(call: Call) -> None:
+def test_the_plan_is_consistent(call: Call) -> None:
     op, tensors = example(call.key), call.tensors()
     plan = op.plan(*tensors, mask=call.mask, causal=call.causal)
     assert plan.engine in op.capabilities.engines
@@ -308,7 +317,7 @@ def test_the_plan_is_sane(call: Call) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
 @pytest.mark.parametrize("op", [Softmax(), SlidingWindow(4)], ids=lambda op: op.name)
-def test_a_hidden_key_is_hidden_however_it_is_said(op: Operator, engine: str, dtype: torch.dtype) -> None:
+def test_all_forms_of_a_mask_agree(op: Operator, engine: str, dtype: torch.dtype) -> None:
     """A mask as bool, as -inf or as the dtype's lowest value gives one output, also for rows that see nothing."""
     q, k, v = (x.to(dtype) for x in qkv(9, heads=2, kv_heads=2, width=8))
     seen = torch.rand(9, 9, generator=torch.Generator().manual_seed(0)) < 0.6

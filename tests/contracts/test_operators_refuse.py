@@ -15,7 +15,7 @@ from foveate.ops.base.scored import Scored
 from foveate.ops.base.streaming import Streaming
 from foveate.ops.operator import ALL_MASKS, ALL_PATTERNS
 from tests.contracts.operators import CLASSES, HEADS, KV_HEADS, WIDTH, Call, each_operator, example, main_call
-from tests.tensors import gradients, qkv
+from tests.support.tensors import gradients, qkv
 
 
 @pytest.mark.parametrize(
@@ -130,3 +130,12 @@ def test_what_cannot_stream_says_so() -> None:
             op.init_state(2, HEADS, KV_HEADS, WIDTH, WIDTH)
         with pytest.raises(UnsupportedPattern, match=f"{op.name} cannot go one token at a time"):
             op.step(*qkv(1, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH), None)
+
+
+def test_facts_in_the_wrong_place_are_refused() -> None:
+    """A class that was written for an earlier version would be ignored in silence."""
+    for body, says in (({"masks": frozenset()}, "belongs into its `capabilities`"), ({"steps": None}, "streaming now")):
+        with pytest.raises(TypeError, match=says):
+            type("Old", (Scored,), body)
+    with pytest.raises(TypeError, match="kept is trim_state now"):
+        type("Old", (Scored,), {"kept": lambda self, state: state})

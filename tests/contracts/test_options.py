@@ -54,7 +54,7 @@ def test_an_option_of_the_wrong_type_is_refused_by_name(cls: type, name: str, va
     assert "\n" not in message
 
 
-def test_all_systems_are_looked_at() -> None:
+def test_all_systems_are_checked() -> None:
     seen = {case.values[0] for case in wrong_options()}
     assert len(seen) > 40 and len(METHODS) >= 6
     assert sum(case.values[1] == "generator" for case in wrong_options()) >= 14

@@ -10,8 +10,9 @@ from foveate.ops.base.linear import Linear
 from foveate.ops.base.selective import Selective
 from foveate.ops.base.test_time import Memory
 from foveate.ops.operator import Operator
+from foveate.ops.sparse.sliding_window import SlidingWindow
 from tests.contracts.operators import CLASSES, HEADS, WIDTH, example
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 N = 256
 #: Operators that choose pairs are left out, since these engines compute all; aaren is too, since it merges elementwise.
@@ -30,7 +31,7 @@ def counted(op: Operator, engine: str) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if "reference" in CLASSES[key].capabilities.engines])
-def test_a_plan_counts_what_is_multiplied(key: str) -> None:
+def test_a_plan_counts_products(key: str) -> None:
     seen, planned = counted(example(key, N).float(), "reference")
     assert planned / 1.06 <= seen <= 1.06 * planned
 
@@ -39,3 +40,17 @@ def test_a_plan_counts_what_is_multiplied(key: str) -> None:
 def test_chunks_and_states_are_counted(key: str) -> None:
     seen, planned = counted(example(key, N).float(), "chunked")
     assert planned / 1.15 <= seen <= 1.15 * planned
+
+
+@pytest.mark.parametrize("key", [key for key, cls in CLASSES.items() if issubclass(cls, Selective)])
+def test_shapes_alone_have_a_plan(key: str) -> None:
+    """Nothing says how many keys are chosen, so the plan counts the most."""
+    given = [x.to("meta", torch.float32) for x in qkv(N, batch=1, heads=HEADS, kv_heads=HEADS, width=WIDTH)]
+    plan = example(key, N).plan(*given, causal=True)
+    assert 0 < plan.density <= 1
+    assert "nothing says how many keys are chosen" in plan.why
+
+
+def test_a_plan_never_counts_more_keys_than_there_are() -> None:
+    given = qkv(16, batch=1, heads=HEADS, kv_heads=HEADS, width=WIDTH)
+    assert "of which 100% are chosen" in SlidingWindow().plan(*given, causal=True).why

@@ -13,7 +13,6 @@ from transformers import DynamicCache
 from foveate.core.errors import FoveateError, OptionError, UnsupportedModel
 from foveate.host import apply
 from foveate.kv import ScorePolicy
-from tests import host_models
 from tests.contracts.policies import (
     CASES,
     LENGTHS,
@@ -29,6 +28,7 @@ from tests.contracts.policies import (
     policy,
     subject,
 )  # fmt: skip
+from tests.support import host_models
 
 EVERY = pytest.mark.parametrize("key", POLICIES)
 CASE = pytest.mark.parametrize("key, variant", CASES, ids=[f"{key}-{name}" if name else key for key, name in CASES])

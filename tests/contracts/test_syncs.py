@@ -26,7 +26,7 @@ from foveate.kv.token_select import TokenSelect
 from foveate.ops import LightningAttention2, Operator, SigmoidAttention, Softmax
 from tests.contracts.methods import METHODS, OPERATORS
 from tests.contracts.policies import CASES, VOCAB, policy, subject
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 _aten = torch.ops.aten
 _PACKAGE = f"{Path(foveate.__file__).parent}/"

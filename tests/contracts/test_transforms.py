@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from foveate.ops.operator import ALL_TRANSFORMS
 from tests.contracts import layers, operators
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 OPERATORS = [f"operator-{key}" for key in operators.CLASSES]
 NAMES = [*OPERATORS, *(f"layer-{key}" for key in layers.KEYS)]
@@ -76,13 +76,13 @@ def try_out(name: str, way: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("way", ["meta", "vmap"])
-def test_it_goes_through_what_it_declares(name: str, way: str) -> None:
+def test_declared_transforms_work(name: str, way: str) -> None:
     try_out(name, way)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_exported_where_it_declares_so(name: str) -> None:
+def test_declared_export_works(name: str) -> None:
     try_out(name, "export")
 
 
@@ -92,5 +92,5 @@ def test_exported(name: str) -> None:
     try_out(name, "export")
 
 
-def test_all_ways_are_tried() -> None:
+def test_all_transforms_are_covered() -> None:
     assert set(WAYS) == ALL_TRANSFORMS

@@ -74,7 +74,7 @@ def test_an_empty_catalogue_is_valid(write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"title": None, "tags": None}, r'row 1 \("sigmoid"\): missing title, tags'),
         ({"key": None}, "row 1: missing key"),
@@ -102,15 +102,15 @@ def test_an_empty_catalogue_is_valid(write) -> None:
         ({"tags": '["dense", 3]'}, "must be a list of non-empty strings"),
     ],
 )
-def test_a_malformed_row_is_named(write, changes: dict, says: str) -> None:
-    with pytest.raises(CatalogError, match=says) as caught:
+def test_a_malformed_row_is_named(write, changes: dict, message: str) -> None:
+    with pytest.raises(CatalogError, match=message) as caught:
         read(write(row(**changes)))
     assert "ops.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("[[system]\n", "ops.toml"),
         ("[[sytem]]\nkey = 'a'\n", "got sytem"),
@@ -119,8 +119,8 @@ def test_a_malformed_row_is_named(write, changes: dict, says: str) -> None:
         (row() + row(), 'key "sigmoid" is in rows 1 and 2'),
     ],
 )
-def test_a_malformed_file(write, text: str, says: str) -> None:
-    with pytest.raises(CatalogError, match=says):
+def test_a_malformed_file(write, text: str, message: str) -> None:
+    with pytest.raises(CatalogError, match=message):
         read(write(text))
 
 
@@ -133,19 +133,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("public", "says"),
+    ("public", "message"),
     [
         ('"foveate.kv.base.policy" = ["Policy"]', "'foveate.kv.base.policy' must be a module of ops"),
         ('"foveate.ops.operator" = "Operator"', "with a list of its names"),
         ('"foveate.ops.a" = ["A"]\n"foveate.ops.b" = ["A"]', "A is in foveate.ops.a and in foveate.ops.b"),
     ],
 )
-def test_malformed_public_names(write, public: str, says: str) -> None:
-    with pytest.raises(CatalogError, match=says):
+def test_malformed_public_names(write, public: str, message: str) -> None:
+    with pytest.raises(CatalogError, match=message):
         read(write(f"[public]\n{public}\n"))
 
 
-def test_a_file_that_is_no_room(tmp_path: Path) -> None:
+def test_a_file_without_a_room_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cellar.toml").write_text("")
     with pytest.raises(CatalogError, match='cellar.toml: unknown room "cellar"'):
         read(tmp_path / "cellar.toml")
@@ -183,7 +183,7 @@ def test_filters(catalogue) -> None:
         systems(room="cellar")
 
 
-def test_a_key_is_one_system(catalogue) -> None:
+def test_a_key_names_one_system(catalogue) -> None:
     catalogue(ops=row(), kv=row(object='"foveate.kv.sigmoid:Sigmoid"'))
     with pytest.raises(CatalogError, match=r'key "sigmoid" is in ops.toml and in kv.toml'):
         systems()
@@ -224,7 +224,7 @@ def test_load() -> None:
         at("foveate.core.nowhere:Thing").load()
 
 
-def test_what_a_module_lacks_is_not_blamed_on_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_dependency_is_no_catalogue_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "needy_module.py").write_text("import not_installed_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):

@@ -37,7 +37,7 @@ def cited(*used: object) -> list[str]:
     return [row.key for row in cite(*used).systems]
 
 
-def test_an_entry_as_it_is_printed() -> None:
+def test_a_printed_entry() -> None:
     text = foveate.cite("hip")
     assert text == HIP and repr(text) == HIP
     assert isinstance(text, Bibliography)
@@ -111,13 +111,13 @@ def test_a_paper_without_a_number_has_no_address() -> None:
     assert "eprint" not in text and "url" not in text and "archivePrefix" not in text
 
 
-def test_a_group_keeps_its_name_whole() -> None:
+def test_a_group_name_is_not_split() -> None:
     assert entry_keys([made_up(authors=("{Gemma Team}",))]) == {"A Title": "gemmateam2024title"}
     text = entry(replace(system("hip"), authors=("{Gemma Team}", "Ada Lovelace")))
     assert "author = {{Gemma Team} and Lovelace, Ada}" in text
 
 
-def test_entries_have_names_of_their_own() -> None:
+def test_entry_keys_are_unique() -> None:
     names = entry_keys(systems())
     assert len(set(names.values())) == len(names)
     assert all(re.fullmatch(r"[a-z]+\d{4}[a-z0-9]+", name) for name in names.values())
@@ -145,7 +145,7 @@ def test_objects_and_parts_name_their_system(key: str) -> None:
         assert cited(getattr(import_module(module), name)) == [key]
 
 
-def test_a_model_names_all_that_is_inside_it() -> None:
+def test_a_model_names_all_systems_inside_it() -> None:
     from foveate.nn import DualAttention, MultiHeadAttention
 
     class Network(nn.Module):
@@ -163,7 +163,7 @@ def test_a_model_names_all_that_is_inside_it() -> None:
     assert "no published system" not in text
 
 
-def test_methods_and_what_they_hold() -> None:
+def test_methods_name_the_systems_inside_them() -> None:
     from foveate.host.operator_swap import PrefillSwap
     from foveate.kv import RazorAttention, Renumbered
     from foveate.ops import HiP
@@ -175,12 +175,12 @@ def test_methods_and_what_they_hold() -> None:
 
 def test_a_run_names_its_methods() -> None:
     from foveate.kv import SinkRecent
-    from tests.host_models import model
+    from tests.support.host_models import model
 
     assert cited(foveate.apply(model("llama"), SinkRecent())) == ["sink_recent"]
 
 
-def test_a_class_of_ones_own_names_the_system_that_it_builds_on() -> None:
+def test_a_subclass_names_its_base_system() -> None:
     from foveate.ops import Hedgehog
 
     class Mine(nn.Module):
@@ -200,7 +200,7 @@ def test_a_class_of_ones_own_names_the_system_that_it_builds_on() -> None:
     assert cited(Experiment(mine, {"a": foveate.system, "b": held, "c": foveate.ops.HiP})) == ["hedgehog", "hip"]
 
 
-def test_what_has_no_system_is_said() -> None:
+def test_objects_without_a_system_are_listed() -> None:
     text = cite("hip", nn.Linear(2, 2), foveate.Packed())
     assert text.startswith("% no published system: Linear\n\n% no published system: Packed\n\n@misc{lee2024hip,")
     with pytest.raises(OptionError, match="keys, classes and objects of published systems; got Linear"):

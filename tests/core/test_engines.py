@@ -20,7 +20,7 @@ from foveate.core.errors import ShapeError, UnknownKey, UnsupportedEngine
 from foveate.core.scoring import SOFTMAX, SoftmaxScoring, Tile
 from foveate.core.selection import Blocks, Indices, Selection
 from foveate.core.window_selection import window
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 #: Engines that attend only to the keys of a selection.
 SPARSE = ("gather", "slices")
@@ -137,7 +137,7 @@ class Counted(Unmerged):
 @pytest.mark.parametrize("is_softmax", [True, False])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 2), (3, 4), (8, 5), (100, 100)])
-def test_chunks_skip_what_a_selection_leaves_out(is_softmax: bool, causal: bool, queries: int, keys: int) -> None:
+def test_chunks_skip_unselected_keys(is_softmax: bool, causal: bool, queries: int, keys: int) -> None:
     """Query blocks see two neighbouring blocks of keys; one sees none, and one, under causality, only the future."""
     q, k, v = qkv(22, 23, grad=True)
     row, column = torch.arange(6)[:, None], torch.arange(8)
@@ -203,9 +203,7 @@ def test_half_precision(engine: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("engine", ["reference", "chunked"])
 @pytest.mark.parametrize("fast", [False, True])
-def test_halves_are_multiplied_as_the_processor_does_fast(
-    engine: str, fast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision_uses_the_fast_dtype(engine: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[torch.dtype] = set()
 
     class Spied(SoftmaxScoring):
@@ -234,7 +232,7 @@ def test_a_mask_of_any_rank(engine: str, shape: tuple[int, ...], dtype: torch.dt
 
 @pytest.mark.parametrize("engine", ["reference", "chunked", "fused", "gather", "slices"])
 @pytest.mark.parametrize(("batch", "n_queries", "n_keys"), [(2, 0, 4), (2, 3, 0), (0, 3, 4), (2, 0, 0)])
-def test_nothing_to_do(engine: str, batch: int, n_queries: int, n_keys: int) -> None:
+def test_empty_calls(engine: str, batch: int, n_queries: int, n_keys: int) -> None:
     q, k, v = qkv(n_queries, n_keys, batch=batch, value_width=5)
     index = torch.zeros(1, 1, n_queries, 0 if n_keys == 0 else 1, dtype=torch.long)
     tiles = Blocks(torch.ones(1, 1, -(-n_queries // 2), -(-n_keys // 2), dtype=torch.bool), (2, 2), n_queries, n_keys)
@@ -271,7 +269,7 @@ def test_hidden_garbage_never_leaks(engine: str, grad: bool) -> None:
 @pytest.mark.parametrize("engine", ["reference", "chunked", "fused", "gather", "slices"])
 @pytest.mark.parametrize("where", ["k", "v"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_garbage_shows_to_those_who_see_it_alone(engine: str, where: str, grad: bool) -> None:
+def test_garbage_reaches_only_queries_that_see_it(engine: str, where: str, grad: bool) -> None:
     clean = qkv(9, kv_heads=4, grad=True)
     q, k, v = (x.detach().clone() for x in clean)
     {"k": k, "v": v}[where][:, :, 4] = float("nan")
@@ -290,7 +288,7 @@ def test_garbage_shows_to_those_who_see_it_alone(engine: str, where: str, grad: 
             assert_near(ours, theirs, 1e-12)
 
 
-def test_garbage_in_a_query_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_garbage_in_a_query_stays_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(9)
     q[:, :, 3] = float("nan")
     monkeypatch.setattr(chunked, "attend", None)  # it is not needed
@@ -312,7 +310,7 @@ def by_head(n: int, heads: int = 4, tile: int = 64) -> AttentionCall:
     return AttentionCall(q, k, v, 1.0, None, True, Blocks(chosen, (tile, tile), n, n))
 
 
-def test_what_auto_chooses() -> None:
+def test_auto_chooses_by_the_call() -> None:
     device = torch.device("cpu")
     banded = replace(plain(8192), selected=window(8192, 8192, 64, 0, device))
     listed = replace(plain(8192), selected=Indices(torch.zeros(1, 1, 8192, 1, dtype=torch.long), 8192, 8192))
@@ -328,7 +326,7 @@ def test_what_auto_chooses() -> None:
     assert engines.choose(replace(plain(2048), scoring=Capped()))[0] == "chunked"
 
 
-def test_flex_is_for_long_calls_that_keep_coming_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_serves_repeated_long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call of another length may be of the same kind; plans and calls with gradients do not count."""
     monkeypatch.setattr(flex, "has_compiler", lambda: True)
     monkeypatch.setattr(engines, "LONG", 256)
@@ -353,7 +351,7 @@ def test_flex_is_for_long_calls_that_keep_coming_back(monkeypatch: pytest.Monkey
     assert "no backward pass" in engines.choose(training)[1]
 
 
-def test_slices_hold_what_a_window_needs() -> None:
+def test_slices_of_a_window_cost_its_keys() -> None:
     """A window's work and memory, forward and backward, are those of its keys."""
     n, size = 2048, 128
     q, k, v = qkv(n, batch=1, heads=1, kv_heads=1, width=4, dtype=torch.float32, grad=True)
@@ -363,7 +361,7 @@ def test_slices_hold_what_a_window_needs() -> None:
 
 
 @pytest.mark.parametrize("sinks", [0, 2])
-def test_slices_leave_keys_where_they_are(sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_do_not_copy_keys(sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that sees one range of keys reads the caller's memory; sinks are a separate range."""
     seen: list[tuple[int, int]] = []
     kernel = F.scaled_dot_product_attention
@@ -383,7 +381,7 @@ def test_slices_leave_keys_where_they_are(sinks: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("engine", "change", "says"),
+    ("engine", "change", "message"),
     [
         ("fused", {"scoring": Capped()}, "softmax over dot products only"),
         ("fused", {"selected": window(64, 64, 8, 0, torch.device("cpu"))}, "waste the selection"),
@@ -396,10 +394,10 @@ def test_slices_leave_keys_where_they_are(sinks: int, monkeypatch: pytest.Monkey
         ("chunked", {"dropout": 0.5}, "cannot drop any"),
     ],
 )
-def test_an_engine_says_no(engine: str, change: dict, says: str) -> None:
+def test_an_engine_refuses_unsupported_calls(engine: str, change: dict, message: str) -> None:
     problem = replace(plain(64), **change)
     for call in (engines.run, engines.plan):
-        with pytest.raises(UnsupportedEngine, match=says) as caught:
+        with pytest.raises(UnsupportedEngine, match=message) as caught:
             call(problem, engine)
         assert f'engine="{engine}"' in str(caught.value)
 
@@ -414,7 +412,7 @@ def test_a_selection_for_another_call_is_refused() -> None:
         replace(plain(9), selected=window(8, 8, 2, 0, torch.device("cpu")))
 
 
-def test_a_plan_counts_what_is_computed() -> None:
+def test_a_plan_counts_computed_pairs() -> None:
     whole, half = engines.plan(replace(plain(512), causal=False)), engines.plan(plain(512))
     assert whole.flops == 2 * 512 * 512 * 8
     assert half.flops == 2 * 512 * 513 // 2 * 8
@@ -480,7 +478,7 @@ def test_flex_is_never_run_uncompiled(repeated: AttentionCall, monkeypatch: pyte
         engines.run(repeated, "flex")
 
 
-def test_a_broken_compiler_is_as_a_missing_one(repeated: AttentionCall, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_compiler_counts_as_missing(repeated: AttentionCall, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> Tensor:
         raise TorchDynamoException("CppCompileError: C++ compile error\n\nCommand:\ng++ main.cpp")
 
@@ -530,7 +528,7 @@ def test_one_kernel_serves_many_lengths(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(not flex.has_compiler(), reason="needs a C++ compiler")
-def test_flex_stops_at_so_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_limits_compiled_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*lengths: int) -> None:
         for n in lengths:
             q, k, v = qkv(n, dtype=torch.float32)
@@ -556,7 +554,7 @@ def test_compiled_flex_is_the_oracle(per_head: bool) -> None:
     assert_near(out, oracle.attention(q, k, v, mask=selection.dense(), causal=True), 1e-5)
 
 
-def test_fused_is_what_torch_does() -> None:
+def test_fused_equals_torch() -> None:
     q, k, v = qkv(9, kv_heads=4, dtype=torch.float32)
     out = engines.run(AttentionCall(q, k, v, 8**-0.5, causal=True))
     assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, is_causal=True))

@@ -8,7 +8,7 @@ from torch import Tensor
 from foveate.core.readable import remembered
 
 
-def test_a_tensor_remembered_in_inference_mode_takes_part_in_gradients() -> None:
+def test_a_tensor_cached_in_inference_mode_works_with_gradients() -> None:
     @remembered
     def table(n: int) -> Tensor:
         return torch.arange(n, dtype=torch.float32)

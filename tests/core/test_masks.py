@@ -41,7 +41,7 @@ def test_padding_on_either_side() -> None:
     assert left[:, 0, 0].int().tolist() == [[0, 0, 0], [0, 1, 1], [1, 1, 1]]
 
 
-def test_a_bool_mask_and_its_bias_say_the_same() -> None:
+def test_a_bool_mask_and_its_bias_agree() -> None:
     mask = torch.tensor([True, False])
     bias = masks.as_bias(mask, torch.float64)
     assert bias.tolist() == [0.0, float("-inf")]

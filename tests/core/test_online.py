@@ -7,8 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from foveate.core import online_softmax as online
-from tests.tensors import assert_near
+from foveate.core import online_softmax
+from tests.support.tensors import assert_near
 
 
 def tiles(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -19,33 +19,36 @@ def tiles(seed: int = 0) -> tuple[Tensor, Tensor]:
     return logits, torch.randn(2, 12, 3, generator=random, dtype=torch.float64)
 
 
-def parts() -> list[online.Partial]:
+def parts() -> list[online_softmax.Partial]:
     logits, values = tiles()
-    return [online.partial(logits[..., i : i + 4], values[:, i : i + 4]) for i in (0, 4, 8)]
+    return [online_softmax.partial(logits[..., i : i + 4], values[:, i : i + 4]) for i in (0, 4, 8)]
 
 
 def test_merging_is_commutative_and_associative() -> None:
-    whole = online.partial(*tiles())
+    whole = online_softmax.partial(*tiles())
     for a, b, c in itertools.permutations(parts()):
-        for merged in (online.merge(online.merge(a, b), c), online.merge(a, online.merge(b, c))):
+        for merged in (
+            online_softmax.merge(online_softmax.merge(a, b), c),
+            online_softmax.merge(a, online_softmax.merge(b, c)),
+        ):
             assert torch.equal(merged.top, whole.top)
             assert_near(merged.total, whole.total, 1e-10)
-            assert_near(online.finish(merged), online.finish(whole), 1e-10)
-            assert_near(online.log_sum_exp(merged)[:, 2:], torch.logsumexp(tiles()[0], -1)[:, 2:], 1e-10)
+            assert_near(online_softmax.finish(merged), online_softmax.finish(whole), 1e-10)
+            assert_near(online_softmax.log_sum_exp(merged)[:, 2:], torch.logsumexp(tiles()[0], -1)[:, 2:], 1e-10)
 
 
 def test_it_is_a_softmax() -> None:
     logits, values = tiles()
     expected = torch.softmax(logits, -1).nan_to_num(0.0) @ values
-    assert_near(online.finish(online.partial(logits, values)), expected, 1e-12)
+    assert_near(online_softmax.finish(online_softmax.partial(logits, values)), expected, 1e-12)
 
 
 def test_rows_that_saw_nothing_are_zeros_also_in_the_gradient() -> None:
     logits, values = (x.requires_grad_() for x in tiles())
-    pieces = [online.partial(logits[..., i : i + 4], values[:, i : i + 4]) for i in (0, 4, 8)]
-    out = online.finish(online.merge(online.merge(*pieces[:2]), pieces[2]))
+    pieces = [online_softmax.partial(logits[..., i : i + 4], values[:, i : i + 4]) for i in (0, 4, 8)]
+    out = online_softmax.finish(online_softmax.merge(online_softmax.merge(*pieces[:2]), pieces[2]))
     assert torch.equal(out[:, 1], torch.zeros_like(out[:, 1]))
-    assert (online.log_sum_exp(pieces[0])[:, 0] == float("-inf")).all()
+    assert (online_softmax.log_sum_exp(pieces[0])[:, 0] == float("-inf")).all()
     for grad in torch.autograd.grad(out.square().sum(), (logits, values)):
         assert grad.isfinite().all()
 
@@ -55,7 +58,7 @@ def test_half_precision_is_summed_in_float32() -> None:
     values = torch.ones(1, 4096, 1, dtype=torch.bfloat16)
     part = None
     for i in range(0, 4096, 8):
-        new = online.partial(logits[..., i : i + 8], values[:, i : i + 8])
-        part = new if part is None else online.merge(part, new)
+        new = online_softmax.partial(logits[..., i : i + 8], values[:, i : i + 8])
+        part = new if part is None else online_softmax.merge(part, new)
     assert part.total.item() == 4096, "bfloat16 itself stops counting at 256"
-    assert online.finish(part).item() == 1.0
+    assert online_softmax.finish(part).item() == 1.0

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from foveate.core import oracle
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 @pytest.mark.parametrize("kind", [None, "bool", "float"])

@@ -20,7 +20,7 @@ from foveate.core.precision import multiplying
         ("SVE256", (False, False, False), {torch.bfloat16, torch.float16}),
     ],
 )
-def test_which_processors_multiply_halves(
+def test_processors_with_half_precision_products(
     capability: str, flags: tuple[bool, bool, bool], fast: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AVX-512 alone is not enough: its first processors have no instruction for half precision."""
@@ -32,9 +32,7 @@ def test_which_processors_multiply_halves(
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_only_halves_on_a_cpu_that_has_no_product_of_them_are_widened(
-    fast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_slow_half_precision_is_widened(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_has_halves", lambda dtype: fast)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for dtype in (torch.bfloat16, torch.float16):

@@ -71,7 +71,7 @@ def from_gathered(s: Blocks | Indices) -> Tensor:
 
 @few
 @given(st.one_of(blocks(), indices()))
-def test_dense_and_gathered_are_what_was_chosen(s: Blocks | Indices) -> None:
+def test_dense_and_gathered_agree_with_the_selection(s: Blocks | Indices) -> None:
     expected = spelt_out(s)
     assert torch.equal(s.dense(), expected)
     assert torch.equal(from_gathered(s), expected)
@@ -86,7 +86,7 @@ def test_some_rows(s: Blocks | Indices, start: int, stop: int) -> None:
 
 @few
 @given(blocks())
-def test_the_causal_twin_loses_the_future_alone(s: Blocks) -> None:
+def test_the_causal_selection_loses_only_the_future(s: Blocks) -> None:
     past = masks.causal(s.n_queries, s.n_keys)
     twin = s.causal()
     assert torch.equal(twin.dense(), s.dense() & past)
@@ -143,13 +143,26 @@ def test_density_counts_visible_pairs() -> None:
     assert half.keys_read() == 2
 
 
+def test_keys_read_counts_real_keys_and_queries() -> None:
+    assert Blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool), (128, 128), 16, 16).keys_read() == 16
+    ragged = Blocks(torch.tensor([[[[True, True], [True, False]]]]), (4, 4), 5, 6)
+    assert ragged.keys_read() == pytest.approx((4 * 6 + 1 * 4) / 5)
+
+
+def test_keys_read_of_shapes_alone_is_the_bound() -> None:
+    tiles = torch.ones(1, 1, 2, 3, dtype=torch.bool, device="meta")
+    assert Blocks(tiles, (4, 4), 8, 10).keys_read() == 10
+    keys = torch.zeros(1, 1, 8, 3, dtype=torch.long, device="meta")
+    assert Indices(keys, 8, 10, torch.ones_like(keys, dtype=torch.bool)).keys_read() == 3
+
+
 def test_keys_read_by_a_list() -> None:
     valid = torch.tensor([[[[True, True], [True, False]]]])
     assert Indices(torch.tensor([[[[0, 1], [2, 0]]]]), 4, 3, valid, group=2).keys_read() == 1.5
 
 
 @pytest.mark.parametrize(
-    ("made", "says"),
+    ("made", "message"),
     [
         (lambda: Blocks(torch.ones(1, 1, 2, 3, dtype=torch.bool), (4, 4), 8, 8), r"blocks must be \(B, H, 2, 2\)"),
         (lambda: Blocks(torch.ones(2, 2, dtype=torch.bool), (4, 4), 8, 8), "blocks must be"),
@@ -157,8 +170,8 @@ def test_keys_read_by_a_list() -> None:
         (lambda: Indices(torch.zeros(1, 1, 8, 2).long(), 8, 8, torch.ones(1, 1, 8, 3).bool()), "valid must be like"),
     ],
 )
-def test_malformed_selections_are_refused(made, says: str) -> None:
-    with pytest.raises(ShapeError, match=says):
+def test_malformed_selections_are_refused(made, message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
         made()
 
 

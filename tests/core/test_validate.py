@@ -16,7 +16,7 @@ GOOD: dict[str, Any] = {"q": Q, "k": K, "v": K}
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "message"),
     [
         ({"q": [[1.0]]}, "q must be a tensor .*; got list"),
         ({"q": Q[0]}, r"q must be .*; got 3 dimensions \(4, 3, 8\)"),
@@ -39,8 +39,8 @@ GOOD: dict[str, Any] = {"q": Q, "k": K, "v": K}
         ({"mask": torch.ones(2, 3, 5)}, "mask must broadcast"),
     ],
 )
-def test_a_malformed_call(changed: dict[str, Any], says: str) -> None:
-    with pytest.raises(FoveateError, match=says) as caught:
+def test_a_malformed_call(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(FoveateError, match=message) as caught:
         validate.tensors(**{**GOOD, **changed})
     assert "\n" not in str(caught.value)
 
@@ -57,7 +57,7 @@ def test_lengths_may_be_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("check", "says"),
+    ("check", "message"),
     [
         (lambda: validate.at_least("gain", -0.5, 0.0), "gain=-0.5 must be at least 0.0"),
         (lambda: validate.at_least("gain", float("nan"), 0.0), "gain=nan"),
@@ -73,8 +73,8 @@ def test_lengths_may_be_zero() -> None:
         (lambda: validate.scale(torch.ones(()), 4), "scale=Tensor"),
     ],
 )
-def test_a_malformed_option(check: Callable[[], object], says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_a_malformed_option(check: Callable[[], object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         check()
 
 

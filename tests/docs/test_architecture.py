@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import foveate
-from tests.readme import ROOT
+from tests.support.readme import ROOT
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 SEAMS = [line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| `foveate.")]

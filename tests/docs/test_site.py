@@ -17,7 +17,7 @@ import pytest
 from foveate.core.catalog import public_names, systems
 from foveate.core.cite import cite
 from foveate.core.public import PACKAGES
-from tests.readme import ROOT
+from tests.support.readme import ROOT
 
 #: What people type into the site's search, and a system that has to be among the first four pages.
 NEEDS = {

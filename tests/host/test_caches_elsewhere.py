@@ -17,7 +17,7 @@ from foveate.host.stats import held
 from foveate.kv.duo_attention import DuoAttention
 from foveate.kv.sink_recent import SinkRecent
 from foveate.kv.tidal_decode import TidalDecode
-from tests.host_models import model as model_of, tokens
+from tests.support.host_models import model as model_of, tokens
 
 
 def saved(cache: hf.DynamicCache) -> hf.DynamicCache:

@@ -15,9 +15,9 @@ from foveate.lens.lens import look
 from foveate.ops import HiP
 from foveate.steer.text.act_calibration import ActCalibration, calibrate_sinks, find_sinks
 from foveate.tasks.parts import corpus
-from tests.lab import lab
 from tests.lens.models import eager_maps, text, tiny
-from tests.tensors import assert_near
+from tests.support.lab import lab
+from tests.support.tensors import assert_near
 
 SINK, RECENT, CALIBRATED = 2, 6, (2, 1)
 

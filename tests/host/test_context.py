@@ -15,8 +15,8 @@ from foveate.host import Method, Site, apply
 from foveate.kv.duo_attention import DuoAttention
 from foveate.kv.sink_recent import SinkRecent
 from foveate.kv.token_select import TokenSelect
-from tests.host_models import DECODERS, Recent, model, tokens
-from tests.lab import lab
+from tests.support.host_models import DECODERS, Recent, model, tokens
+from tests.support.lab import lab
 
 GATES = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
 METHODS: dict[str, Callable[[], list[Method]]] = {

@@ -16,7 +16,7 @@ from foveate.host.slots.slots import Slots
 from foveate.host.slots.store import Store
 from foveate.kv.razor_attention import RazorAttention, compensation
 from foveate.kv.sink_recent import SinkRecent
-from tests.host_models import model as model_of, tokens as drawn
+from tests.support.host_models import model as model_of, tokens as drawn
 
 
 def prompt(rows: int, n: int, seed: int = 0) -> Tensor:
@@ -75,6 +75,14 @@ def test_ends_keep_what_a_mask_keeps(seed: int, folds: bool) -> None:
         assert stores[0].stored == stores[1].stored
         torch.testing.assert_close(*(store.padded("bias").sum((1, 2)) for store in stores))
     assert slid > 30
+
+
+def test_the_mask_has_both_ends_and_no_empty_slot() -> None:
+    positions = torch.tensor([[[0, 1, 2, -1, 6, 7, 8], [0, 1, 2, -1, 6, 7, 8]]])
+    kept = [True, True, False, False, False, True, True]
+    assert Ends(2, 2).mask(positions, 9).tolist() == [[kept, kept]]
+    assert Ends(2, 2, frozenset({1})).mask(positions, 9).tolist() == [[kept, [True] * 7]]
+    assert Ends(0, 1).mask(positions[:, :1], 9).tolist() == [[[False] * 6 + [True]]]
 
 
 def test_rows_with_different_tokens_have_no_ledger() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate.core import oracle
 from foveate.host import fused_statistics
 from foveate.host.fused_statistics import Statistics, received, statistics, with_bias
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 @st.composite

@@ -18,7 +18,7 @@ from foveate.host import Method, Site, apply
 from foveate.host.hf.hybrid import HybridSlotLayer
 from foveate.kv.sink_recent import SinkRecent
 from tests.contracts.architectures import build
-from tests.host_models import NO_OPS, KeepsAll, Reads, Recent, feed, padded
+from tests.support.host_models import NO_OPS, KeepsAll, Reads, Recent, feed, padded
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

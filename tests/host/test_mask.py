@@ -14,7 +14,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 from foveate.host import Method, Site, apply
 from foveate.host.hf.alias import NAME, Alias
 from foveate.host.hf.mask import MaskPlan, describe, is_given
-from tests.host_models import NATIVE, NO_OPS, model, padded, tokens
+from tests.support.host_models import NATIVE, NO_OPS, model, padded, tokens
 
 BATCH, QUERIES, KEYS = 2, 3, 7
 

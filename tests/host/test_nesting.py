@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate.host import Method, Packed, Site, apply
 from foveate.kv.sink_recent import SinkRecent
-from tests.host_models import model as model_of, tokens
+from tests.support.host_models import model as model_of, tokens
 
 
 class Reader(Method):

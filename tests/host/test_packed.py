@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 import foveate
 from foveate.core import engines, oracle
 from foveate.core.call import AttentionCall
 from foveate.core.engines import fused
-from tests.host_models import DECODERS, Recent, feed, model, padded, tokens
+from foveate.host.hf.cache import SlotLayer
+from tests.support.host_models import DECODERS, Recent, feed, model, padded, tokens
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -61,3 +65,18 @@ def test_packed_beside_a_method_that_evicts() -> None:
     with foveate.apply(llama, foveate.Packed(), Recent(6)):
         got = feed(llama, ids, mask, [12, *[1] * 8])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_writes_new_tokens_in_place() -> None:
+    """A buffer has room for one token in 32 more, so that of 64 tokens the next one moves nothing."""
+    llama, ids = model("llama"), tokens(1, 72)
+    cache = DynamicCache(config=llama.config)
+    with foveate.apply(llama, foveate.Packed()):
+        llama(ids[:, :64], past_key_values=cache)
+        assert {type(layer) for layer in cache.layers} == {SlotLayer}
+        places = []
+        for at in range(64, 72):
+            llama(ids[:, at : at + 1], past_key_values=cache)
+            places.append(cache.layers[0].keys.data_ptr())
+    assert sum(before == after for before, after in itertools.pairwise(places)) >= 4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.host import Method, Site, apply
-from tests.host_models import DECODERS, model, tokens
+from tests.support.host_models import DECODERS, model, tokens
 
 
 class Matrix(Method):

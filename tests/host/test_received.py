@@ -14,8 +14,8 @@ from foveate.host import Method, Site, apply
 from foveate.host.fused_statistics import Statistics
 from foveate.host.received import received_mass
 from foveate.kv import SinkRecent
-from tests.host_models import model, padded, tokens
-from tests.tensors import assert_near
+from tests.support.host_models import model, padded, tokens
+from tests.support.tensors import assert_near
 
 N = 2 * FEW + 8
 

@@ -10,7 +10,7 @@ from foveate.host import Method, Site, apply
 from foveate.host.stats import held
 from foveate.kv.duo_attention import DuoAttention
 from foveate.kv.sink_recent import SinkRecent
-from tests.host_models import Reads, Recent, feed, model, tokens
+from tests.support.host_models import Reads, Recent, feed, model, tokens
 
 GATES = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
 SLOT = 2 * 8 * 4  # bytes: a key and a value of width 8 in float32

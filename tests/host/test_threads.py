@@ -19,8 +19,8 @@ from foveate.kv.recycled_attention import RecycledAttention
 from foveate.kv.sink_recent import SinkRecent
 from foveate.kv.tidal_decode import TidalDecode
 from foveate.kv.token_select import TokenSelect
-from tests.host_models import model, tokens
-from tests.lab import lab
+from tests.support.host_models import model, tokens
+from tests.support.lab import lab
 
 GATES = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
 METHODS: dict[str, Callable[[], list[Method]]] = {

@@ -15,7 +15,7 @@ from foveate.kv.sink_recent import SinkRecent
 from foveate.labs import LABS
 from foveate.labs.lm.recipe import needle_accuracy
 from foveate.tasks.parts import corpus
-from tests.lab import lab, lab_gates, lab_host, needles
+from tests.support.lab import lab, lab_gates, lab_host, needles
 
 BUDGET, LENGTH, COUNT = 0.35, 1024, 40
 

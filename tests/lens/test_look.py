@@ -18,7 +18,7 @@ from foveate.kv.sink_recent import SinkRecent
 from foveate.lens import MEASURES, Lens, SinkMass
 from foveate.lens.lens import look
 from tests.lens.models import eager_maps, image, text, tiny
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 CASES = {
     "llama": ("llama", text()),

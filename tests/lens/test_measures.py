@@ -9,7 +9,7 @@ from foveate.core import oracle
 from foveate.core.errors import OptionError, UnknownKey
 from foveate.host.fused_statistics import Statistics
 from foveate.lens.measures import MEASURES, Entropy, KeyTokens, ReceivedMass, SinkMass, named
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 @pytest.mark.parametrize("measure", [*MEASURES.values(), SinkMass(first=3), SinkMass(positions=(2, 5))], ids=str)

@@ -15,7 +15,7 @@ from foveate.host.fused_statistics import Statistics
 from foveate.lens import MEASURES
 from foveate.lens.capture import tiles
 from foveate.lens.measures import KeyTokens
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 def site(q: Tensor, k: Tensor, **fields: Any) -> Site:

@@ -10,7 +10,7 @@ from foveate.core.errors import UnsupportedModel
 from foveate.kv.duo_attention import duo_train
 from foveate.models.base.hf_checkpoint import FoveateConfig, FoveateForCausalLM
 from foveate.models.base.spec import Mixer, Spec
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 PLAIN = dict(position="rotary", qk_norm=True, gate="sigmoid")
 SPECS = {

@@ -9,7 +9,7 @@ import torch
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.fusion.co_attention import CoAttention
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 
 def sides() -> tuple[torch.Tensor, ...]:
@@ -101,13 +101,13 @@ def test_it_starts_as_linear_layers_do() -> None:
 
 def test_refusals() -> None:
     a, b, mask, other = sides()
-    for options, says in (
+    for options, message in (
         ({"dim": 0}, "dim=0"),
         ({"dim": 3, "other_dim": 0}, "other_dim=0"),
         ({"dim": 3, "pool": "sum"}, "pool='sum'"),
         ({"dim": 3, "activation": "relu"}, "activation='relu'"),
     ):
-        with pytest.raises(OptionError, match=says):
+        with pytest.raises(OptionError, match=message):
             CoAttention(**options)
     with pytest.raises(ShapeError, match=r"tokens must be \(B, N, 3\)"):
         built()(b, b)

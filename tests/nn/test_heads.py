@@ -16,7 +16,7 @@ from foveate.nn.sequence.moh import MixtureOfHeadAttention
 from foveate.nn.sequence.super_attention import OptimisedAttention, SlimAttention
 from foveate.ops import create
 from foveate.ops.calls import sized
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 DIM, HEADS, LENGTH = 16, 4, 9
 
@@ -85,7 +85,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_it_is_what_the_house_s_layer_is(options: dict) -> None:
+def test_it_equals_multi_head_attention(options: dict) -> None:
     plain, twin = pair(**options)
     assert plain.capabilities == twin.capabilities
     x, other = tokens(), tokens(5, seed=3)
@@ -147,7 +147,7 @@ def test_rates() -> None:
     assert Rates(DIM, HEADS, create("softmax"))(x) == {}
 
 
-def test_rates_are_of_the_token_that_asks_or_of_the_one_that_is_asked() -> None:
+def test_rates_come_from_the_query_or_from_the_key() -> None:
     x, source = tokens().float(), 2 * tokens().float()
     for key, of in (("dsf", x), ("titans", source)):
         rates = Rates(DIM, HEADS, sized(key, HEADS, 4, 4))
@@ -178,7 +178,7 @@ def test_widths() -> None:
     ):  # fmt: skip
         with pytest.raises(OptionError, match=message):
             Plain(**options)
-    with pytest.raises(OptionError, match="heads=5 must divide dim=12, or head_dim be given"):
+    with pytest.raises(OptionError, match="heads=5 must divide dim=12, unless head_dim is given"):
         width(12, 5, None)
     with pytest.raises(OptionError, match="heads=0"):
         width(12, 0, None)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.pool.hierarchical_attention import AttentionPool, HierarchicalAttention
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 LENGTHS = torch.tensor([[4, 2, 1], [3, 5, 0]])
 
@@ -75,7 +75,7 @@ def test_sizes() -> None:
     assert AttentionPool(4, 9).align.hidden == 9
 
 
-def test_a_pool_of_nothing_is_zero() -> None:
+def test_an_empty_pool_is_zero() -> None:
     pool = AttentionPool(3)
     vector, weights = pool(torch.full((1, 2, 3), float("nan")), torch.zeros(1, 2, dtype=torch.bool))
     assert not vector.any()
@@ -83,8 +83,8 @@ def test_a_pool_of_nothing_is_zero() -> None:
 
 
 def test_refusals() -> None:
-    for options, says in (({"dim": 0}, "dim=0"), ({"hidden": 0}, "hidden=0")):
-        with pytest.raises(OptionError, match=says):
+    for options, message in (({"dim": 0}, "dim=0"), ({"hidden": 0}, "hidden=0")):
+        with pytest.raises(OptionError, match=message):
             built(**options)
     with pytest.raises(ShapeError, match=r"x must be \(B, S, W, C=3\)"):
         built()(words()[0])
@@ -96,7 +96,7 @@ def test_refusals() -> None:
         built()(words(), LENGTHS.flip(1))
 
 
-def test_it_finds_the_telling_sentence() -> None:
+def test_it_finds_the_informative_sentence() -> None:
     """Trained on classes of noise documents with one informative word, both levels attend to that word."""
     random = torch.Generator().manual_seed(0)
 

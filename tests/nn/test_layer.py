@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn.base.layer import Layer, StreamingLayer
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 
 class Sums(StreamingLayer):

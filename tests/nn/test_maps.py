@@ -39,7 +39,7 @@ def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 @HALVES
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("fast", [False, True])
-def test_halves_go_as_the_processor_multiplies_fast(
+def test_half_precision_uses_the_fast_product(
     dtype: torch.dtype, bias: bool, fast: bool, multiplied: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "_has_halves", lambda dtype: fast)
@@ -66,7 +66,7 @@ def test_through_float32_the_result_is_rounded_once(dtype: torch.dtype, monkeypa
 
 
 @HALVES
-def test_a_single_row_goes_as_it_is(
+def test_a_single_row_is_not_cast(
     dtype: torch.dtype, multiplied: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "_has_halves", lambda dtype: False)
@@ -76,7 +76,7 @@ def test_a_single_row_goes_as_it_is(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wider_numbers_are_left_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wider_dtypes_are_not_cast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_has_halves", lambda dtype: False)
     layer, x = made(dtype), tokens(3, 5, dtype=dtype)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=0, atol=0)

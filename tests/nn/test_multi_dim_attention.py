@@ -7,7 +7,7 @@ import torch
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.channel.multi_dim_attention import MultiDimAttention
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 
 def built(**options) -> MultiDimAttention:
@@ -75,8 +75,8 @@ def test_garbage_behind_the_mask() -> None:
 
 def test_refusals() -> None:
     x, query, mask = tensors()
-    for options, says in (({"dim": 0}, "dim=0"), ({"hidden": 0}, "hidden=0"), ({"query_dim": 0}, "query_dim=0")):
-        with pytest.raises(OptionError, match=says):
+    for options, message in (({"dim": 0}, "dim=0"), ({"hidden": 0}, "hidden=0"), ({"query_dim": 0}, "query_dim=0")):
+        with pytest.raises(OptionError, match=message):
             built(**options)
     assert MultiDimAttention(3).keys.out_features == 3
     with pytest.raises(ShapeError, match=r"x must be \(B, N, C=3\)"):

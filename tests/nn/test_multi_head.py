@@ -12,7 +12,7 @@ from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.parts.heads import HeadState
 from foveate.nn.parts.multi_head import ConvState
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 DIM, HEADS, LENGTH = 12, 4, 7
 
@@ -59,7 +59,7 @@ def by_hand(layer: MultiHeadAttention, x: Tensor, source: Tensor, *, causal: boo
     if layer.q_norm is not None:
         q, k = normed(q, layer.q_norm), normed(k, layer.k_norm)
     if layer.position is not None:
-        q, k = (layer.position.turn(t, torch.arange(t.shape[2])) for t in (q, k))
+        q, k = (layer.position.rotate(t, torch.arange(t.shape[2])) for t in (q, k))
     out = oracle.attention(q, k, v, causal=causal)
     if layer.out_norm is not None:
         out = rms(out, layer.out_norm.weight)

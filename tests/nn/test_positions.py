@@ -7,15 +7,15 @@ import torch
 
 from foveate.core.errors import OptionError
 from foveate.nn.parts.positions import Alibi, Position, RelativeBias, Rotary, check
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
-def test_the_plain_scheme_does_nothing() -> None:
+def test_the_base_scheme_is_the_identity() -> None:
     class Nowhere(Position):
         pass
 
     q, _, _ = qkv(4)
-    assert Nowhere().turn(q, torch.arange(4)) is q
+    assert Nowhere().rotate(q, torch.arange(4)) is q
     assert Nowhere().bias(torch.arange(4), torch.arange(5)) is None
     assert not Nowhere.biased
 
@@ -26,15 +26,15 @@ def test_rotary_scores_depend_on_distances_alone(base: float) -> None:
     position = Rotary(base)
 
     def score(query: int, key: int) -> torch.Tensor:
-        return (position.turn(q, torch.tensor([query])) * position.turn(k, torch.tensor([key]))).sum(-1)
+        return (position.rotate(q, torch.tensor([query])) * position.rotate(k, torch.tensor([key]))).sum(-1)
 
     assert_near(score(7, 3), score(14, 10), 1e-12)
     assert_near(score(4, 4), (q * k).sum(-1), 1e-12)
     assert (score(7, 3) - score(3, 7)).abs().min() > 1e-3
-    turned = position.turn(q, torch.tensor([1]))
-    assert_near(turned.norm(dim=-1), q.norm(dim=-1), 1e-12)
+    rotated = position.rotate(q, torch.tensor([1]))
+    assert_near(rotated.norm(dim=-1), q.norm(dim=-1), 1e-12)
     # the last pair of channels rotates slowest: by base ** (-4 / 6)
-    slow = torch.acos((turned * q)[..., [2, 5]].sum(-1) / q[..., [2, 5]].square().sum(-1))
+    slow = torch.acos((rotated * q)[..., [2, 5]].sum(-1) / q[..., [2, 5]].square().sum(-1))
     assert_near(slow, torch.full_like(slow, base ** (-4 / 6)), 1e-6)
 
 
@@ -42,12 +42,12 @@ def test_rotary_pairs_channels_in_either_layout() -> None:
     """Permuted channels, rotated in the other layout, are the permuted result."""
     x, at = torch.randn(1, 2, 5, 6, dtype=torch.float64), torch.arange(3, 8)
     order = [0, 3, 1, 4, 2, 5]  # puts channels of a pair next to each other
-    assert_near(Rotary(layout="interleaved").turn(x[..., order], at), Rotary().turn(x, at)[..., order], 1e-12)
-    assert (Rotary(layout="interleaved").turn(x, at) - Rotary().turn(x, at)).abs().max() > 1e-2
+    assert_near(Rotary(layout="interleaved").rotate(x[..., order], at), Rotary().rotate(x, at)[..., order], 1e-12)
+    assert (Rotary(layout="interleaved").rotate(x, at) - Rotary().rotate(x, at)).abs().max() > 1e-2
     first = torch.view_as_complex(x.unflatten(-1, (3, 2)).contiguous())
     angles = at[:, None] * 10_000.0 ** (-torch.arange(0, 6, 2, dtype=torch.float64) / 6)
-    turned = torch.view_as_real(first * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
-    assert_near(Rotary(layout="interleaved").turn(x, at), turned, 1e-12)
+    rotated = torch.view_as_real(first * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+    assert_near(Rotary(layout="interleaved").rotate(x, at), rotated, 1e-12)
     with pytest.raises(OptionError, match="layout='pairs' must be one of 'half', 'interleaved'"):
         Rotary(layout="pairs")
 
@@ -76,7 +76,7 @@ def test_a_relative_bias_is_read_by_distance_and_far_ones_are_alike() -> None:
     assert RelativeBias(1).reach == 128
 
 
-def test_what_is_refused() -> None:
+def test_refusals() -> None:
     for given, heads, message in (
         ("rotary", 2, "position='rotary' must be a foveate.nn.Position"),
         (Alibi(2), 3, "position is for 2 heads; the layer has heads=3"),

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import Tile
+from foveate.ops.dense.attention_taxonomy import SurveyAttention
 from foveate.ops.functional.additive_score import pair_score
 from foveate.ops.functional.alignment import ACTIVATIONS, ALIGNMENTS, Alignment, make_alignment
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 HEADS, WIDTH, HIDDEN = 3, 4, 5
 
@@ -88,7 +89,7 @@ def test_scales() -> None:
     assert {built(name).default_scale for name in ALIGNMENTS} == {None, 1.0}
 
 
-def test_which_are_inner_products() -> None:
+def test_inner_products_are_marked() -> None:
     inner = {"similarity", "dot", "scaled_dot", "general", "biased_general", "kernel"}
     assert {name for name in ALIGNMENTS if built(name).is_inner_product} == inner
 
@@ -158,7 +159,7 @@ def test_weights_start_small_and_biases_at_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "says"),
+    ("name", "options", "message"),
     [
         ("aditive", {}, 'unknown alignment "aditive"; did you mean "additive"'),
         ("general", {}, 'alignment="general" needs heads and head_dim'),
@@ -173,12 +174,12 @@ def test_weights_start_small_and_biases_at_zero() -> None:
         ("kernel", {"activation": "exp"}, "activation='exp'"),
     ],
 )
-def test_bad_options(name: str, options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(name: str, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         make_alignment(name, **options)
 
 
-def test_sizes_go_to_those_that_learn() -> None:
+def test_only_learned_alignments_get_sizes() -> None:
     assert not list(make_alignment("dot", heads=2, head_dim=3).parameters())
 
 
@@ -193,3 +194,14 @@ def test_a_call_of_another_size_is_refused() -> None:
         built("location").check(q, 10)
     built("location").check(q, 9)
     built("dot").check(q[:, :1, :, :2], 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_a_call_may_have_another_dtype_than_the_weights(name: str, dtype: torch.dtype) -> None:
+    align, (q, k, v) = built(name), qkv(6, heads=HEADS, kv_heads=HEADS, width=WIDTH)
+    expected = SurveyAttention(align)(q, k, v)
+    op = SurveyAttention(align.float())
+    out = op(*(x.to(dtype) for x in (q, k, v)))
+    assert out.dtype == dtype
+    assert_near(out, expected.detach(), 1e-6 if dtype == torch.float64 else 0.1)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 import foveate
 from foveate.core.errors import OptionError, ShapeError, UnknownKey
 from foveate.ops import GTA, HiP, MonotonicLocationAttention, SlidingWindow, Softmax, TaylorAttention
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_a_wrong_option_names_the_nearest(heads) -> None:
         foveate.ops.create("monotonic_location_attention")
     with pytest.raises(UnknownKey, match='unknown system "sofmax"; did you mean "softmax"'):
         foveate.attend(*heads, "sofmax")
-    with pytest.raises(OptionError, match='system "moh" is no operator'):
+    with pytest.raises(OptionError, match='system "moh" must be an operator'):
         foveate.attend(*heads, "moh")
     with pytest.raises(OptionError, match="generator=0 must be a torch.Generator or None"):
         foveate.attend(*heads, generator=0)
@@ -105,3 +107,67 @@ def test_a_mask_of_keys_needs_four_axes(heads) -> None:
 def test_it_costs_no_parameters_where_there_are_none(heads) -> None:
     assert_near(foveate.attend(*heads, "based"), TaylorAttention()(*heads), 0.0)
     assert MonotonicLocationAttention(8, 4)(*heads).shape == heads[0].shape
+
+
+def test_a_casing_or_an_argument_of_the_call_is_named(heads) -> None:
+    for options, says in (
+        ({"casual": True}, 'did you mean "causal"'), ({"key": "hip"}, "the operator itself is op="),
+        ({"masks": None}, 'did you mean "mask"'),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=says):
+            foveate.attend(*heads, "sliding_window", **options)
+    with pytest.raises(OptionError, match='did you mean "poses"'):
+        foveate.attend(*heads, "gta", pose=3)
+    with pytest.raises(UnknownKey, match='did you mean "hip"'):
+        foveate.attend(*heads, "HiP")
+    for op in (["softmax"], int, foveate.Operator, 3):
+        with pytest.raises(OptionError, match="must be a key of the catalogue, an Operator, or an operator's class"):
+            foveate.attend(*heads, op)
+
+
+def test_inputs_are_named_once_and_are_the_operators(heads) -> None:
+    q, k, v = heads
+    alpha = torch.full((2, 4, 12), 0.1)
+    for op in ("titans", foveate.ops.Titans(8, 8)):
+        with pytest.raises(OptionError, match='input "alpha" must be given once'):
+            foveate.attend(q, k, v, op, causal=True, alpha=alpha, inputs={"alpha": alpha})
+    for inputs, says in (({"mask": alpha}, "takes no input 'mask'"), (alpha, "inputs=Tensor"), ([1], r"inputs=\[1\]")):
+        with pytest.raises(OptionError, match=says):
+            foveate.attend(q, k, v, inputs=inputs)
+
+
+def test_grouped_heads_and_optional_generators(heads) -> None:
+    q, k, v = heads
+    assert foveate.attend(q, k, v, "selective_self_attention", causal=True).shape == q.shape
+    with_generator = foveate.attend(q, k, v, "marginal_attention", generator=torch.Generator())
+    assert torch.equal(with_generator, foveate.attend(q, k, v, "marginal_attention"))
+
+
+def test_parameters_are_drawn_under_transforms_and_default_devices(heads) -> None:
+    q, k, v = heads
+    expected = foveate.attend(q, k, v, "neural_attention", causal=True)
+    mapped = torch.vmap(lambda *x: foveate.attend(*x, "neural_attention", causal=True))(*(x[None] for x in heads))
+    assert_near(mapped[0], expected, 1e-6)
+    with torch.device("meta"):
+        assert torch.equal(foveate.attend(q, k, v, "neural_attention", causal=True), expected)
+
+
+def test_threads_get_the_same_parameters(heads) -> None:
+    q, k, v = heads
+    expected, found = foveate.attend(q, k, v, "titans", causal=True), []
+    threads = [
+        threading.Thread(target=lambda: found.extend(foveate.attend(q, k, v, "titans", causal=True) for _ in range(20)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 80 and all(torch.equal(out, expected) for out in found)
+
+
+@pytest.mark.parametrize("key", ["softmax", "sigmoid_attention", "based", "lightning_attention_2"])
+def test_a_call_is_one_graph(key: str, heads) -> None:
+    op = foveate.ops.create(key)
+    compiled = torch.compile(op, backend="eager", fullgraph=True)
+    assert_near(compiled(*heads, causal=True), op(*heads, causal=True), 1e-6)

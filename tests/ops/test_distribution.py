@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.core.errors import OptionError
 from foveate.ops.functional.normalizers import DISTRIBUTIONS, LocalWindow, argmax, entmax, sample, sparsemax
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 INF = float("inf")
 ALPHAS = (1, 1.2, 1.5, 1.75, 2, 3)
@@ -74,7 +74,7 @@ def test_gradients(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_what_is_hidden_has_no_weight_and_no_say(alpha: float) -> None:
+def test_hidden_keys_have_no_weight_and_no_effect(alpha: float) -> None:
     z = rows(4, 6, 5)
     z[..., 2] = z[1, 2, :3] = z[2, 3] = -INF
     leaf = z.clone().requires_grad_()
@@ -133,7 +133,7 @@ def test_argmax() -> None:
     assert argmax(z.bfloat16()).dtype == torch.bfloat16
 
 
-def test_a_sample_is_the_key_in_whose_share_the_number_falls() -> None:
+def test_a_sample_inverts_the_cumulative_softmax() -> None:
     z = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64).log()
     for number, key in ((0.0, 0), (0.099, 0), (0.11, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.9999999, 3)):
         assert sample(z[None], torch.tensor([number])).tolist() == [[float(j == key) for j in range(4)]], number
@@ -188,16 +188,16 @@ def test_window_options() -> None:
     assert torch.equal(endless.dampen(z, centre, torch.arange(9)), z)
     edge = window(window=2).cut(torch.zeros(1, 1, 1, 9), torch.full((1, 1, 1), 4.0), torch.arange(9))
     assert (edge == 0).flatten().nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
-    for options, says in (
+    for options, message in (
         ({"window": 0.5}, "window=0.5"),
         ({"window": "all"}, "window='all'"),
         ({"sigma": 0}, "sigma=0"),
         ({"sigma": float("nan")}, "sigma=nan"),
     ):
-        with pytest.raises(OptionError, match=says):
+        with pytest.raises(OptionError, match=message):
             window(**options)
-    for heads, width, says in ((0, 3, "heads=0"), (2, 0, "head_dim=0")):
-        with pytest.raises(OptionError, match=says):
+    for heads, width, message in ((0, 3, "heads=0"), (2, 0, "head_dim=0")):
+        with pytest.raises(OptionError, match=message):
             LocalWindow(heads, width, 2)
 
 

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from foveate.ops.functional import geometry as groups
-from tests.tensors import assert_near, qkv
+from foveate.ops.functional import geometry
+from tests.support.tensors import assert_near, qkv
 
 
 def rotations(count: int, seed: int = 0) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
-    turned, _ = torch.linalg.qr(torch.randn(2, count, 3, 3, generator=random, dtype=torch.float64))
-    return turned * torch.linalg.det(turned)[..., None, None]
+    rotations, _ = torch.linalg.qr(torch.randn(2, count, 3, 3, generator=random, dtype=torch.float64))
+    return rotations * torch.linalg.det(rotations)[..., None, None]
 
 
 def poses(count: int, seed: int = 0) -> torch.Tensor:
@@ -25,19 +25,19 @@ def poses(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_rigid() -> None:
-    into, out = groups.rigid(poses(5), torch.tensor(0.3, dtype=torch.float64))
+    into, out = geometry.rigid(poses(5), torch.tensor(0.3, dtype=torch.float64))
     assert_near(into[..., :3, 3], 0.3 * poses(5)[..., :3, 3], 1e-12)
     assert_near(into[..., :3, :3], poses(5)[..., :3, :3], 1e-12)
     assert torch.equal(into[..., 3, :], torch.tensor([0.0, 0, 0, 1]).double().expand(2, 5, 4))
     assert_near(out, torch.linalg.inv(into), 1e-12)
-    product, _ = groups.rigid(poses(5) @ poses(5, 1), torch.tensor(0.3, dtype=torch.float64))
-    assert_near(product, into @ groups.rigid(poses(5, 1), torch.tensor(0.3, dtype=torch.float64))[0], 1e-12)
+    product, _ = geometry.rigid(poses(5) @ poses(5, 1), torch.tensor(0.3, dtype=torch.float64))
+    assert_near(product, into @ geometry.rigid(poses(5, 1), torch.tensor(0.3, dtype=torch.float64))[0], 1e-12)
 
 
 def test_wigner() -> None:
     r, s = rotations(6), rotations(6, 1)
-    found = groups.wigner(r)
-    assert_near(found @ groups.wigner(s), groups.wigner(r @ s), 1e-12)
+    found = geometry.wigner(r)
+    assert_near(found @ geometry.wigner(s), geometry.wigner(r @ s), 1e-12)
     assert_near(found @ found.mT, torch.eye(8).double().expand(2, 6, 8, 8), 1e-12)
     assert_near(found[..., :3, :3], r, 1e-12)
     assert not found[..., :3, 3:].any()
@@ -49,9 +49,9 @@ def test_wigner() -> None:
 
 def test_shift_and_octaves() -> None:
     coords = torch.tensor([[[2.0, 3.0], [0.5, -1.0]]])
-    assert torch.equal(groups.shift(coords)[0, 0], torch.tensor([[1.0, 0, 0], [0, 1, 0], [2, 3, 1]]))
-    assert_near(groups.shift(coords) @ groups.shift(-coords), torch.eye(3).expand(1, 2, 3, 3), 0.0)
-    assert_near(groups.octaves(3), 2 * math.pi * torch.tensor([0.25, 0.5, 1.0]).double(), 1e-12)
+    assert torch.equal(geometry.shift(coords)[0, 0], torch.tensor([[1.0, 0, 0], [0, 1, 0], [2, 3, 1]]))
+    assert_near(geometry.shift(coords) @ geometry.shift(-coords), torch.eye(3).expand(1, 2, 3, 3), 0.0)
+    assert_near(geometry.octaves(3), 2 * math.pi * torch.tensor([0.25, 0.5, 1.0]).double(), 1e-12)
 
 
 def test_by_groups() -> None:
@@ -60,22 +60,22 @@ def test_by_groups() -> None:
     for n in range(5):
         for g in (0, 4):
             expected[:, :, n, g : g + 4] = (matrices[:, None, n] @ x[:, :, n, g : g + 4, None]).squeeze(-1)
-    assert_near(groups.by_groups(x, matrices), expected, 1e-12)
-    half = groups.by_groups(x.bfloat16(), matrices.float())
+    assert_near(geometry.by_groups(x, matrices), expected, 1e-12)
+    half = geometry.by_groups(x.bfloat16(), matrices.float())
     assert half.dtype == torch.bfloat16
-    assert torch.equal(half, groups.by_groups(x.bfloat16().float(), matrices.float()).bfloat16())
+    assert torch.equal(half, geometry.by_groups(x.bfloat16().float(), matrices.float()).bfloat16())
 
 
-@pytest.mark.parametrize("kind", ["matrices", "points", "turn"])
+@pytest.mark.parametrize("kind", ["matrices", "points", "rotation"])
 def test_an_action_depends_on_the_relative_frame(kind: str) -> None:
     q, k, v = qkv(5, kv_heads=4, width=12)
     world = poses(1, 7)
 
-    def action(at: torch.Tensor, moved: bool) -> groups.Action:
-        if kind == "turn":
-            return groups.Turn(at[..., :3, 3].repeat(1, 1, 2) + (0.7 if moved else 0))
-        into, out = groups.rigid(world @ at if moved else at, torch.tensor(1.0).double())
-        return (groups.Matrices if kind == "matrices" else groups.Points)(into, out)
+    def action(at: torch.Tensor, moved: bool) -> geometry.Action:
+        if kind == "rotation":
+            return geometry.Rotation(at[..., :3, 3].repeat(1, 1, 2) + (0.7 if moved else 0))
+        into, out = geometry.rigid(world @ at if moved else at, torch.tensor(1.0).double())
+        return (geometry.Matrices if kind == "matrices" else geometry.Points)(into, out)
 
     results = []
     for moved in (False, True):
@@ -93,9 +93,9 @@ def test_an_action_depends_on_the_relative_frame(kind: str) -> None:
 
 def test_points_are_moved() -> None:
     q, _, _ = qkv(5, width=6)
-    into, out = groups.rigid(poses(5), torch.tensor(0.5).double())
+    into, out = geometry.rigid(poses(5), torch.tensor(0.5).double())
     first = poses(5)[:, None, :, :3, :3] @ q[..., :3, None] + 0.5 * poses(5)[:, None, :, :3, 3:]
-    action = groups.Points(into, out)
+    action = geometry.Points(into, out)
     assert_near(action.query(q)[..., :3], first.squeeze(-1), 1e-12)
     assert_near(action.value(q)[..., :3], first.squeeze(-1), 1e-12)
     assert_near(action.value(q)[..., 3], torch.ones(2, 4, 5).double(), 0.0)

@@ -210,7 +210,7 @@ def test_masked_keys_are_as_if_absent_and_may_hold_nan(make, engine):
 
 
 @pytest.mark.parametrize("hole", [[4], [0, 3, 4, 8]])
-def test_a_masked_place_counts_for_a_decay_per_head_and_not_for_one_per_token(hole):
+def test_a_masked_position_decays_per_head_and_not_per_token(hole):
     mask = torch.ones(9, dtype=torch.bool)
     mask[hole] = False
     (q, k, v), extra = inputs_of(Gated(), 9)
@@ -240,7 +240,7 @@ def test_grouped_heads_are_repeated_heads(make):
 
 
 @EVERY
-def test_batch_rows_do_not_meet(make):
+def test_batch_rows_are_independent(make):
     op = make()
     (q, k, v), extra = inputs_of(op, 20)
     both = op(q, k, v, causal=True, **extra)
@@ -298,7 +298,7 @@ def test_strong_decay_over_a_long_chunk_in_float32():
 
 @pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("block", [5, 64, 3000])
-def test_spans_of_a_long_call_hand_on_their_state(features, block):
+def test_spans_of_a_long_call_pass_on_their_state(features, block):
     n, g = 2 * linear_forms.SPAN + 77, torch.Generator().manual_seed(0)
     fq, fk, v = (torch.randn(1, 2, n, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3))
     decay = F.logsigmoid(torch.randn(1, 2, n, *([3] if features else []), generator=g, dtype=torch.float64) + 4)
@@ -384,7 +384,7 @@ def test_the_forms_take_any_leading_dims(lead: tuple[int, ...], by_feature: bool
     torch.testing.assert_close(linear_forms.absorb(fk, v, decay), written)
 
 
-def test_a_state_tells_its_sums_apart() -> None:
+def test_a_state_separates_its_sums() -> None:
     q, k, v = (torch.randn(2, HEADS, 5, DIM, generator=torch.Generator().manual_seed(s)) for s in range(3))
     _, state = Elu().prefill(q, k, v)
     fk = F.elu(k) + 1

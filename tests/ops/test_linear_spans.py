@@ -115,7 +115,7 @@ def test_the_state_after_a_prompt_is_that_of_its_steps(name: str, n_queries: int
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("causal", [False, True])
-def test_nothing_to_read_or_to_ask(causal: bool) -> None:
+def test_no_keys_and_no_queries(causal: bool) -> None:
     op, (q, k, v) = made("hedgehog"), drawn(12, 12)
     assert op(q[:, :, :0], k, v, causal=causal).shape == (2, HEADS, 0, VALUE)
     empty = op(q[:, :, :0] if causal else q, k[:, :, :0], v[:, :, :0], causal=causal)
@@ -145,14 +145,14 @@ def test_spans_are_shorter_the_more_heads_and_sequences_there_are(
     batch: int, heads: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A span has 2048 rows of features, and at least one block of tokens."""
-    op, asked = TaylorAttention(), []
+    op, lengths = TaylorAttention(), []
     features = op.query_features
 
     def noted(q: Tensor, scale: float) -> Tensor:
-        asked.append(q.shape[2])
+        lengths.append(q.shape[2])
         return features(q, scale)
 
     monkeypatch.setattr(op, "query_features", noted)
     q = torch.zeros(batch, heads, 700, 2)
     op(q, q, q, causal=True)
-    assert (max(asked), sum(asked)) == (most, 700)
+    assert (max(lengths), sum(lengths)) == (most, 700)

@@ -109,18 +109,18 @@ def test_both_engines_are_gradient_descent_by_autograd(depth, chunk, reads):
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
-@pytest.mark.parametrize(("options", "told"), [
+@pytest.mark.parametrize(("options", "extra"), [
     ({"activation": "gelu"}, {"act": F.gelu}), ({"max_grad_norm": 0.3}, {"most": 0.3}),
     ({"max_grad_norm": 1e6}, {}),
 ])  # fmt: skip
-def test_the_activation_and_the_bound_on_gradients_by_autograd(chunk, options, told):
+def test_the_activation_and_the_bound_on_gradients_by_autograd(chunk, options, extra):
     op = titans(depth=2, chunk=chunk, **options)
     (q, k, v), rates = inputs_of(op)
     given = *(x.detach() for x in (q, k, v)), {n: x.detach() for n, x in rates.items()}
-    exact = naive(op, *given, **told)
+    exact = naive(op, *given, **extra)
     for engine in op.capabilities.engines:
         torch.testing.assert_close(op(q, k, v, causal=True, engine=engine, **rates), exact, rtol=1e-10, atol=1e-12)
-    if told:
+    if extra:
         assert (naive(op, *given) - exact).abs().max() > 1e-3
 
 
@@ -148,7 +148,7 @@ LOUD = {
 
 @pytest.mark.parametrize("name", ["titans", "miras"])
 @pytest.mark.parametrize("engine", ["chunked", "recurrent", "step"])
-def test_a_memory_that_diverges_says_so(name, engine):
+def test_a_diverging_memory_raises(name, engine):
     op, (q, k, v) = loud(LOUD[name](), None)
     with pytest.raises(
         DivergedError, match=r"(Titans|Miras)'s memory diverged: .*max_grad_norm=1.0, or a smaller"
@@ -280,7 +280,7 @@ def test_grouped_heads_are_repeated_heads(make):
 
 
 @EVERY
-def test_batch_rows_do_not_meet_and_the_future_is_not_seen(make):
+def test_batch_rows_are_independent_and_the_future_is_hidden(make):
     op = make(4)
     (q, k, v), rates = inputs_of(op)
     before = op(q, k, v, causal=True, **rates)
@@ -338,7 +338,7 @@ def test_before_anything_is_seen_the_answer_is_zero(make):
 
 @EVERY
 @pytest.mark.parametrize("at", [0, 4, 6])
-def test_going_on_is_the_whole_call(make, at):
+def test_continuing_equals_the_whole_call(make, at):
     op = make(4)
     (q, k, v), rates = inputs_of(op, kv_heads=2)
     mask = torch.arange(LENGTH) != (at or 1)

@@ -14,7 +14,7 @@ from foveate.ops.base.kv_state import KVState
 from foveate.ops.base.state_size import state_bytes, tensors
 from foveate.ops.functional import alibi
 from foveate.ops.functional.heads import accumulating, per_query_head
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 
 def test_auto_is_the_first_engine() -> None:
@@ -39,7 +39,7 @@ def test_sums_are_wide() -> None:
         assert accumulating(given) == kept
 
 
-def test_bytes_of_whatever_holds_a_state() -> None:
+def test_bytes_of_nested_states() -> None:
     @dataclass
     class Held:
         a: torch.Tensor

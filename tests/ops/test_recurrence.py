@@ -10,7 +10,7 @@ from foveate.ops.functional.recurrence import decay_matrix, since_the_start
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
-def test_what_is_left_is_the_product_of_the_factors(dtype: torch.dtype) -> None:
+def test_shares_are_products_of_factors(dtype: torch.dtype) -> None:
     """A share is the product of the factors, which may be negative or complex."""
     factors = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=dtype)
     matrix, first = decay_matrix(factors), since_the_start(factors)
@@ -36,7 +36,7 @@ def test_no_share_is_too_small_to_be_multiplied_fast(eta: float, alpha: float) -
 
 
 @pytest.mark.parametrize("least", [0.0, 1e-36])
-def test_where_nothing_is_left_there_is_still_a_gradient(least: float) -> None:
+def test_negligible_shares_still_have_a_gradient(least: float) -> None:
     """A factor near 0 has the gradient of the input that it would let through."""
     factors = torch.tensor([0.5, least, 0.25], requires_grad=True)
     matrix = decay_matrix(factors)

@@ -9,7 +9,7 @@ import torch
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.ops.functional import rotary
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 def test_frequencies_and_angles() -> None:
@@ -22,7 +22,7 @@ def test_frequencies_and_angles() -> None:
 
 
 @pytest.mark.parametrize("width", [8, 6])
-def test_pairs_turn_as_complex_numbers(width: int) -> None:
+def test_pairs_rotate_as_complex_numbers(width: int) -> None:
     x = qkv(5, width=8)[0]
     angles = rotary.rotary_angles(torch.arange(5), width, 50.0)
     for layout in ("half", "interleaved"):
@@ -30,9 +30,9 @@ def test_pairs_turn_as_complex_numbers(width: int) -> None:
         for n in range(5):
             for c in range(width // 2):
                 one, other = (c, c + width // 2) if layout == "half" else (2 * c, 2 * c + 1)
-                turn = cmath.exp(1j * n * 50.0 ** (-2 * c / width))
+                rotation = cmath.exp(1j * n * 50.0 ** (-2 * c / width))
                 for at in ((b, h) for b in range(2) for h in range(4)):
-                    z = complex(x[(*at, n, one)], x[(*at, n, other)]) * turn
+                    z = complex(x[(*at, n, one)], x[(*at, n, other)]) * rotation
                     expected[(*at, n, one)], expected[(*at, n, other)] = z.real, z.imag
         assert_near(rotary.rotate(x, angles, layout), expected, 1e-12)
     assert_near(rotary.rotate(x, angles), rotary.rotate(x, angles, "half"), 0.0)
@@ -61,7 +61,7 @@ def test_parity_with_llama() -> None:
         assert_near(rotary.rotate(x, angles), expected, 1e-4)
 
 
-def test_half_precision_turns_in_float32() -> None:
+def test_half_precision_rotates_in_float32() -> None:
     x = qkv(9, width=64)[0].bfloat16()
     angles = rotary.rotary_angles(torch.arange(9), 64)
     out = rotary.rotate(x, angles)
@@ -71,13 +71,13 @@ def test_half_precision_turns_in_float32() -> None:
 
 def test_refusals() -> None:
     positions, x = torch.arange(3), torch.zeros(1, 1, 3, 4)
-    for dim, says in ((3, "dim=3 must be even"), (0, "dim=0"), (2.0, r"dim=2\.0")):
-        with pytest.raises(OptionError, match=says):
+    for dim, message in ((3, "dim=3 must be even"), (0, "dim=0"), (2.0, r"dim=2\.0")):
+        with pytest.raises(OptionError, match=message):
             rotary.rotary_angles(positions, dim)
     for base in (0.0, -1.0, True):
         with pytest.raises(OptionError, match="base="):
             rotary.rotary_angles(positions, 4, base)
     with pytest.raises(OptionError, match="layout='neox'"):
         rotary.rotate(x, rotary.rotary_angles(positions, 4), "neox")
-    with pytest.raises(ShapeError, match="angles turn 6 channels; x has D=4"):
+    with pytest.raises(ShapeError, match="angles must rotate at most D=4 channels; got 6"):
         rotary.rotate(x, rotary.rotary_angles(positions, 6))

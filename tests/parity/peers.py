@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 #: Why a module of tests is skipped where its peer is not installed.
 MISSING = "a peer that is not installed: make parity"

@@ -9,7 +9,7 @@ from torch import Tensor
 from foveate.ops.dense.attention_taxonomy import SurveyAttention
 from foveate.ops.functional.normalizers import entmax, sparsemax
 from tests.parity import peers
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 peer = pytest.importorskip("entmax", reason=peers.MISSING)
 

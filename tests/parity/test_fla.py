@@ -26,7 +26,7 @@ from foveate.ops.memory.miras import Miras
 from foveate.ops.memory.titans import Titans
 from foveate.ops.sparse.sliding_window import SlidingWindow
 from tests.parity import peers
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 peers.source("fla", "")  # skips where it is missing
 
@@ -278,9 +278,9 @@ def test_shares_of_a_chunk_are_those_of_their_titans() -> None:
     theta, alpha, eta = (rates[name][..., None] for name in ("theta", "alpha", "eta"))
     beta, _, f, _, _, G, m_end, n_end = made.combine_params(theta, alpha, eta, 7)
     ours = shares({**rates, "write": torch.ones(2, H, 7, dtype=torch.float64)})
-    assert_near(ours.sums[..., 0], beta, LOOSE)
-    assert_near(ours.sums[..., 1], f, LOOSE)
-    assert_near(ours.sums[..., 2:], G, LOOSE)
+    assert_near(ours.memory[..., 0], beta, LOOSE)
+    assert_near(ours.memory[..., 1], f, LOOSE)
+    assert_near(ours.memory[..., 2:], G, LOOSE)
     assert_near(ours.momentum[..., -1, 1], m_end, LOOSE)
     assert_near(ours.momentum[..., -1, 2:], n_end, LOOSE)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention, GaussianBlock
 from tests.parity import peers
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 peer = pytest.importorskip("gaussian_adaptive_attention", reason=peers.MISSING)
 

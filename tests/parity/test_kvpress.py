@@ -38,7 +38,7 @@ from foveate.kv import (
 )
 from tests.parity import kvpress_record as record
 from tests.parity.kvpress_record import RATIOS, Kept
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 RECORD = json.loads(record.RECORD.read_text())
 WINDOW = {"recent": 8, "pool": 5}

@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.nn import MultiHeadAttention
 from foveate.ops.linear.efficient_attention import EfficientAttention
 from tests.parity import peers
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 peer = pytest.importorskip("linear_attention_transformer.linear_attention_transformer", reason=peers.MISSING)
 

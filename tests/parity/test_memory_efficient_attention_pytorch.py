@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.nn import MultiHeadAttention
 from foveate.ops.dense.memory_efficient_attention import MemoryEfficientAttention
 from tests.parity import peers
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 peer = pytest.importorskip("memory_efficient_attention_pytorch.memory_efficient_attention", reason=peers.MISSING)
 

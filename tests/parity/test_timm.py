@@ -17,7 +17,7 @@ from foveate.nn.parts.window import WindowAttention, Windows
 from foveate.nn.vision.efficient_attention_2d import EfficientAttention2d
 from foveate.ops.dense.softmax import Softmax
 from tests.parity import peers
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 peers.source("timm", "")  # skips where it is missing
 

@@ -21,7 +21,7 @@ from foveate.ops.base.test_time import Memory
 from foveate.ops.memory.miras import Miras
 from foveate.ops.memory.titans import Titans
 from tests.parity import peers
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 peer = pytest.importorskip("titans_pytorch", reason=peers.MISSING)
 

@@ -15,7 +15,7 @@ from foveate.ops.dense.softmax import Softmax
 from foveate.ops.operator import Operator
 from foveate.ops.sparse.sliding_window import SlidingWindow
 from tests.parity import peers
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 HEADS, WIDTH, N, M = 4, 20, 6, 9
 

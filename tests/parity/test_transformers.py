@@ -21,7 +21,7 @@ from foveate.ops.linear.lightning_attention import LightningAttention
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.ops.sparse.sliding_window import SlidingWindow
 from tests.parity import peers
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 DIM, N, WINDOW = 24, 11, 4
 SIZES = dict(hidden_size=DIM, num_attention_heads=6, num_key_value_heads=2, head_dim=8)

@@ -19,7 +19,7 @@ from foveate.ops.dense.sigmoid_attention import SigmoidAttention
 from foveate.ops.operator import Operator
 from foveate.ops.sparse.sliding_window import SlidingWindow
 from tests.parity import peers
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 peer = pytest.importorskip("x_transformers.x_transformers", reason=peers.MISSING)
 

@@ -12,7 +12,7 @@ import pytest
 from foveate.bench.comparison.results import Answer, Comparison, Row
 from foveate.core.errors import OptionError
 from foveate.report.figures import figures, label
-from foveate.report.html import render, write
+from foveate.report.html import _content, render, write
 from foveate.report.samples import choose, trim
 
 
@@ -112,6 +112,28 @@ def test_papers_are_linked_only_by_a_well_formed_number(comparison):
     links = [anchor["href"] for anchor in Page(render(comparison)).all("a")]
     assert links == ["https://arxiv.org/abs/2410.10819"]
     assert "javascript:alert(1)" in Page(render(comparison)).text
+
+
+def test_options_leave_out_the_paper_that_is_linked(comparison):
+    rows = {row["key"]: row for row in _content(comparison)["rows"]}
+    assert [name for name, _ in rows["duo_attention"]["options"]] == ["heads", "peak memory"]
+    assert [name for name, _ in rows["sink_recent"]["options"]] == ["sink", "recent", "peak memory"]
+    assert [name for name, _ in rows["act_calibration"]["options"]] == ["arxiv", "peak memory"]
+    assert {key: row["role"] for key, row in rows.items()} == {
+        "full": "baseline", "duo_attention": "lead", "sink_recent": "other", "token_select": "other",
+        "act_calibration": "other",
+    }  # fmt: skip
+
+
+def test_quality_is_drawn_in_percent_with_its_interval(comparison):
+    kept, read = figures(comparison)["quality"]["panels"]
+    found = {point["name"]: point for point in kept["points"]}
+    poor = found["sink_recent"]
+    low, high = comparison.rows[0].score_interval
+    assert (kept["id"], read["id"], poor["x"], poor["y"]) == ("cache_kept", "keys_read", 37.5, 25.0)
+    assert (poor["below"], poor["above"]) == pytest.approx((25 - 100 * low, 100 * high - 25))
+    assert figures(comparison)["quality"]["line"] == 100.0
+    assert [point["role"] for point in kept["points"]].count("lead") == 1 and found["duo_attention"]["role"] == "lead"
 
 
 def test_the_page_has_headers_captions_and_labels(comparison):

@@ -187,6 +187,33 @@ def test_headline_reports_that_nothing_keeps_the_score(comparison):
     assert words(headline(poor)) == expected
 
 
+def test_headline_names_the_best_if_nothing_keeps_the_score(comparison):
+    poor = alter(alter(comparison, "duo_attention", score=0.5), "token_select", score=0.6)
+    poor = alter(poor, "act_calibration", score=0.55)
+    assert words(headline(poor)).startswith("No method keeps 95 % of the full score; token_select keeps 60 %")
+
+
+def test_headline_counts_95_percent_as_kept(comparison):
+    exact = alter(comparison, "sink_recent", score=0.95, cache_kept=0.2)
+    assert words(headline(exact)) == "At 20 % of the cache, sink_recent keeps 95 % of the full score"
+    short = alter(comparison, "sink_recent", score=0.949, cache_kept=0.2)
+    assert words(headline(short)) == "At 31 % of the cache, duo_attention keeps 100 % of the full score"
+
+
+def test_headline_takes_the_fewest_keys_of_equal_caches_then_the_best_score(comparison):
+    keys = alter(comparison, "token_select", cache_kept=0.312, keys_read=0.2)
+    assert "token_select keeps 100 %" in words(headline(keys))
+    score = alter(alter(comparison, "token_select", cache_kept=0.312, keys_read=0.305), "duo_attention", score=0.97)
+    assert "token_select keeps 100 %" in words(headline(score))
+    whole = alter(alter(comparison, "duo_attention", cache_kept=0.996, keys_read=0.4), "token_select", cache_kept=1.0)
+    assert "token_select keeps 100 %" in words(headline(whole)), "99.6 % of the cache is no saving"
+
+
+def test_headline_never_prefers_a_cost_that_is_unknown(comparison):
+    unknown = alter(comparison, "duo_attention", cache_kept=math.nan, keys_read=math.nan)
+    assert words(headline(unknown)) == "Reading 33 % of the keys, token_select keeps 100 % of the full score"
+
+
 def test_headline_without_a_baseline_or_with_a_score_of_zero(comparison):
     alone = replace(comparison, rows=comparison.rows[2:])
     assert headline(alone) == "3 methods measured, without full to compare with"

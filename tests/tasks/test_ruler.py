@@ -92,6 +92,12 @@ def test_ruler_takes_all_tasks_in_turn() -> None:
         assert found[index::6] == examples(name, 2000, 3)[: len(found[index::6])]
 
 
+def test_ruler_may_have_a_single_example() -> None:
+    assert len(Ruler(1500, 1).examples()) == 1
+    with pytest.raises(OptionError, match="count=0"):
+        Ruler(1500, 0)
+
+
 def test_continuations_are_adjacent_stretches_of_held_out_text() -> None:
     task = Continuation(length=5000, count=4, horizon=300, seed=2)
     found = task.examples()

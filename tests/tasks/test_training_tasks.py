@@ -79,3 +79,11 @@ def test_sequences_become_prompts() -> None:
         assert task.score(example, "") == 0.0
     assert task.examples() == task.examples()
     assert TokenPrompts(task.training_task, count=20, seed=1).examples() != task.examples()
+
+
+def test_held_out_scores_of_all_runs_refer_to_one_batch() -> None:
+    """Another seed would make recorded scores incomparable."""
+    task = Copying(vocabulary=9, length=8)
+    expected = task.sample(5, draw(2_147_483_647), heldout=True)
+    assert all(torch.equal(a, b) for a, b in zip(task.heldout(5), expected, strict=True))
+    assert not torch.equal(task.heldout(5, seed=1)[0], expected[0])

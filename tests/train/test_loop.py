@@ -16,8 +16,8 @@ from foveate.core.errors import DivergedError, OptionError, TaskError, UnknownKe
 from foveate.models.base.spec import Mixer, Spec
 from foveate.tasks.base.training_task import IGNORED, TrainingTask
 from foveate.train.loop import checkpoint, network
-from foveate.train.loop.loop import History, Schedule, evaluate, fit, loss_of
-from tests.tensors import assert_near
+from foveate.train.loop.loop import History, Schedule, Training, evaluate, fit, loss_of
+from tests.support.tensors import assert_near
 
 
 def test_the_rate_rises_and_falls() -> None:
@@ -72,6 +72,16 @@ def test_training_learns_and_reports_its_progress() -> None:
     assert not net.training
 
 
+def test_weight_decay_shrinks_matrices_and_spares_vectors() -> None:
+    """A clip near zero leaves no gradient, so that a step does nothing but decay."""
+    net, _, task = small("softmax")
+    before = {name: x.detach().clone() for name, x in net.named_parameters()}
+    training = Training(net, task, Schedule(steps=1, rate=0.1, decay=2.0, clip=1e-30), evaluations=1)
+    training.advance()
+    for name, x in net.named_parameters():
+        assert_near(x.detach(), before[name] * (0.8 if x.ndim > 1 else 1.0), 1e-6, name)
+
+
 def test_a_seed_repeats_its_training() -> None:
     runs = []
     for seed in (0, 0, 1):
@@ -99,6 +109,12 @@ def test_any_operator_or_layer_makes_a_decoder(key: str) -> None:
     changed = tokens.clone()
     changed[:, 8:] = 7 - changed[:, 8:]
     assert_near(net(changed)[:, :8], net(tokens)[:, :8], 1e-5)
+
+
+def test_a_layer_of_fixed_length_gets_that_of_its_task() -> None:
+    for name, length, causal in (("copy", 64, True), ("digits", 16, False)):  # 8 by 8 pixels in patches of 2 by 2
+        task = network.training_task(name)
+        assert network.spec("super_attention", task).mixers[0].options == {"context_len": length, "causal": causal}
 
 
 def test_a_decoder_streams_token_by_token() -> None:

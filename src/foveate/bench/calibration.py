@@ -36,6 +36,7 @@ class CalibrationStore:
 
     def __call__(self, cls: type[Policy], key: str) -> dict[str, Tensor]:
         """Return the calibration of a policy; empty if it needs none."""
+        # mypy takes a bound class method for a plain function
         if cls.calibrate.__func__ is Policy.calibrate.__func__:  # type: ignore[attr-defined]
             return {}
         self._model = self._model or calibration_store.model_digest(self.host.model)

@@ -210,7 +210,7 @@ def with_parameters(network_spec: Spec, budget: int) -> Spec:
     return replace(network_spec, hidden=max(1, 1 + round((budget - one) / wider)))
 
 
-def state_bytes(network_spec: Spec, task: TrainingTask) -> int:
+def network_state_bytes(network_spec: Spec, task: TrainingTask) -> int:
     """Return the bytes of the state after one whole sequence, which decoding holds in memory."""
     net = network_spec.build()
     x = torch.zeros(1, task.length, network_spec.dim)
@@ -231,7 +231,7 @@ def _point(
         scores, found = {}, 0.0
     seconds = time.perf_counter() - start
     with torch.no_grad():
-        size = state_bytes(network_spec, task)
+        size = network_state_bytes(network_spec, task)
     return Point(
         member.label, member.family, schedule.rate, sum(p.numel() for p in net.parameters()), size, found,
         scores[max(scores)] if scores else 0.0, round(seconds, 1), scores,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from foveate.core import masks
 from foveate.core.errors import ShapeError
-from foveate.core.readable import is_clean
+from foveate.core.readable import has_shapes_alone, is_clean
 from foveate.core.scoring import SOFTMAX, Scoring, Tile
 from foveate.core.selection import Blocks, Selection
 
@@ -55,7 +54,7 @@ class AttentionCall:
         if made != needed:
             raise ShapeError(f"selection is for (Nq, Nk)={made}; the call has {needed}")
 
-    @cached_property
+    @property
     def selection(self) -> Selection | None:
         """The selection for all query heads."""
         return None if self.selected is None else self.selected.for_heads(self.q.shape[1])
@@ -210,6 +209,8 @@ def cost(call: AttentionCall, engine: str, why: str) -> Plan:
             selection = selection.without_future
         per_query = selection.keys_read()
         pairs, read = min(nq * per_query, pairs), min(nq * per_query, read)
+        if has_shapes_alone(call.q):
+            why = f"{why}; nothing says how many keys are chosen, so the cost is the highest possible"
     numbers = call.q.numel() + b * hq * nq * dv + b * call.k.shape[1] * read * (d + dv)
     return Plan(
         engine=engine,

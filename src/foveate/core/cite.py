@@ -216,13 +216,13 @@ def _title_words(title: str) -> list[str]:
 # -- systems in use ----------------------------------------------------------------------------------------------------
 
 
-def _listed(things: Iterable[Any]) -> Iterator[Any]:
-    """Flatten lists, tuples and sets."""
+def _listed(things: Iterable[Any], inside: tuple[int, ...] = ()) -> Iterator[Any]:
+    """Flatten lists, tuples and sets; a list inside itself is left out."""
     for thing in things:
-        if isinstance(thing, list | tuple | set | frozenset) and not hasattr(thing, "_fields"):
-            yield from _listed(thing)
-        else:
+        if not isinstance(thing, list | tuple | set | frozenset) or hasattr(thing, "_fields"):
             yield thing
+        elif id(thing) not in inside:
+            yield from _listed(thing, (*inside, id(thing)))
 
 
 def _systems_in(thing: Any) -> list[System]:

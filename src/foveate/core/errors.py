@@ -24,7 +24,7 @@ class OptionError(FoveateError, ValueError):
 
 
 class DivergedError(FoveateError, ArithmeticError):
-    """The loss of a training run is NaN or inf, or a memory that learns as it reads has weights that are."""
+    """The loss of a training run, or the weights of a memory that learns at test time, are NaN or inf."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -33,7 +33,7 @@ class Interrupted(KeyboardInterrupt):
     Attributes:
         done: finished parts: steps, answers or trainings.
         total: all parts.
-        folder: the folder that the same call resumes from; None where the caller named it.
+        folder: the folder that the same call resumes from; None if the caller named it.
     """
 
     def __init__(self, done: int, total: int, folder: Path | None = None) -> None:
@@ -49,7 +49,7 @@ class UnknownKey(FoveateError, KeyError):
 
 
 class UnsupportedPattern(FoveateError, NotImplementedError):
-    """An operator was asked to attend in a way that its mechanism does not define."""
+    """A call needs a form of attention that the operator's mechanism does not define."""
 
 
 class UnsupportedEngine(FoveateError, NotImplementedError):
@@ -78,12 +78,13 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownKey:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the most similar valid name, or None if none is similar."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return near[0] if near else None
+    spelled = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), list(spelled), n=1, cutoff=0.5)
+    return spelled[near[0]] if near else None
 
 
 def shown(value: object) -> str:
-    """Return a value as a message prints it, on one short line: of a tensor its shape and dtype."""
+    """Return a value for a message, on one short line: a tensor as its shape and dtype."""
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if isinstance(shape, tuple) and dtype is not None:
         return f"{type(value).__name__} {tuple(shape)} {str(dtype).removeprefix('torch.')}"

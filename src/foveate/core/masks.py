@@ -54,10 +54,10 @@ def allowed(mask: Tensor) -> Bool[Tensor, "..."]:
 
 
 def hide_lowest(mask: Tensor | None) -> Tensor | None:
-    """Return the mask with `-inf` for the lowest value of its dtype, which means the same: not to be seen.
+    """Replace the lowest value of a mask's dtype by `-inf`, since both forbid a key.
 
-    Models often write `torch.finfo(dtype).min`. Engines would take it for a large bias, and what a row of such values
-    gives would depend on how each of them rounds.
+    Models often write `torch.finfo(dtype).min`. Engines would treat it as a large bias, and the output of a row of such
+    values would depend on their rounding.
     """
     if mask is None or mask.dtype == torch.bool:
         return mask

@@ -7,9 +7,13 @@ change in any release.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
+
+#: A thread at a time: another one must not meet a module that is half imported.
+_IMPORTING = threading.RLock()
 
 Getattr = Callable[[str], Any]
 Dir = Callable[[], list[str]]
@@ -26,28 +30,39 @@ def lazy(package: str) -> tuple[Getattr, Dir]:
     room = package.removeprefix("foveate.")
 
     def get(name: str) -> Any:
-        from foveate.core.catalog import module_of
+        from foveate.core.catalog import module_of, public_names
 
+        if name == "__all__":  # for `from foveate.kv import *` and `help`
+            return list(public_names(room))
         module = None if name.startswith("__") else module_of(room, name)
         if module is None:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}{_hint(room, name)}", name=name)
-        value = getattr(import_module(module), name)
+            raise AttributeError(
+                f"module {package!r} has no attribute {name!r}{hint(name, public_names(room))}", name=name
+            )
+        with _IMPORTING:
+            value = getattr(import_module(module), name)
         setattr(sys.modules[package], name, value)  # the next access skips __getattr__
         return value
 
     def names() -> list[str]:
         from foveate.core.catalog import public_names
 
-        return sorted({*vars(sys.modules[package]), *public_names(room)})
+        return sorted({*vars(sys.modules[package]), *public_names(room)} - {"lazy"})
 
     return get, names
 
 
-def _hint(room: str, name: str) -> str:
+def hint(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the room that has it, or the nearest known name."""
     from foveate.core.catalog import public_names
     from foveate.core.errors import nearest
 
-    near = None if name.startswith("_") else nearest(name, public_names(room))
+    if name.startswith("_"):
+        return ""
+    for room in PACKAGES:
+        if name in public_names(room):
+            return f"; it is foveate.{room}.{name}"
+    near = nearest(name, known)
     return f'; did you mean "{near}"?' if near else ""
 
 

@@ -36,7 +36,7 @@ def trusted() -> Iterator[None]:
 
 
 def known(condition: Tensor) -> bool | None:
-    """Return the truth of a tensor of one element, or None if it cannot be read, or must not be."""
+    """Return the truth of a tensor of one element, or None if it cannot or must not be read."""
     if torch.compiler.is_compiling() or condition.is_meta or _TRUSTS.get():
         return None
     try:

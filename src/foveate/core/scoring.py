@@ -44,7 +44,7 @@ class Scoring(Protocol):
         """Return the multiply-adds in the logit of one pair, for queries of `width` channels; plans use it."""
 
 
-def dot_product(q: Tensor, k: Tensor, scale: float) -> Float[Tensor, "b h q k"]:
+def dot_product(q: Float[Tensor, "... q d"], k: Float[Tensor, "... k d"], scale: float) -> Float[Tensor, "... q k"]:
     return (q * scale) @ k.transpose(-1, -2)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from foveate.core import masks
 from foveate.core.errors import ShapeError
+from foveate.core.readable import has_shapes_alone
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -43,7 +44,10 @@ class Selection(ABC):
 
     @abstractmethod
     def keys_read(self) -> float:
-        """Return the mean number of keys that a query sees (before causality and masks)."""
+        """Return the mean number of keys that a query sees (before causality and masks).
+
+        A selection of shapes alone returns the largest number that its sizes allow.
+        """
 
     def density(self, causal: bool = False) -> float:
         """Return the share of (query, key) pairs that are seen: of all, or with `causal` of those not in the future."""
@@ -96,7 +100,14 @@ class Blocks(Selection):
         return replace(self, blocks=self.blocks.repeat_interleave(groups, 1), whole=whole, rule=rule)
 
     def keys_read(self) -> float:
-        return self.blocks.double().sum(-1).mean().item() * self.size[1]
+        if has_shapes_alone(self.blocks):
+            return float(self.n_keys)
+        tall, wide = (
+            (length - torch.arange(count, device=self.blocks.device) * size).clamp_max(size).double()
+            for length, count, size in zip((self.n_queries, self.n_keys), self.blocks.shape[2:], self.size, strict=True)
+        )
+        rows = (self.blocks.double() @ wide).mean((0, 1))
+        return (rows @ tall).item() / max(self.n_queries, 1)
 
     def causal(self) -> Blocks:
         """Return this selection without future keys (the last query sees the last key)."""
@@ -223,7 +234,7 @@ class Indices(Selection):
         return replace(self, indices=self.indices.repeat_interleave(groups, 1), valid=valid, own=self)
 
     def keys_read(self) -> float:
-        if self.valid is None:
+        if self.valid is None or has_shapes_alone(self.valid):
             return float(self.indices.shape[-1])
         return self.real.double().sum(-1).mean().item()
 

@@ -1,4 +1,4 @@
-"""One place that refuses malformed calls, before anything is computed."""
+"""Checks that refuse malformed calls before anything is computed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _tensor(name: str, x: Tensor) -> None:
 
 
 def _together(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """What q, k and v must share."""
+    """Check the sizes, the dtype and the device that q, k and v must share."""
     if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0]:
         raise ShapeError(f"q, k, v must share the batch size; got {q.shape[0]}, {k.shape[0]}, {v.shape[0]}")
     if k.shape[3] != q.shape[3]:
@@ -67,25 +67,56 @@ def attention_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -
         raise ShapeError(f"mask must broadcast to (B, Hq, Nq, Nk)={shape}; got {tuple(mask.shape)}{hint}")
 
 
-def at_least(name: str, value: float, least: float) -> None:
+def bool_mask(name: str, mask: Tensor, axes: str, shape: tuple[int, ...], device: torch.device) -> None:
+    """Refuse a mask that is not a bool tensor of this shape; an axis may be 1.
+
+    It serves calls that no base class checks. A mask with fewer axes would broadcast along the wrong ones, so only a
+    mask `(Nk,)`, which all queries share, may have fewer.
+
+    Args:
+        name: the argument's name.
+        mask: the argument.
+        axes: names of the axes, such as "B, 1, 1, Nk".
+        shape: their sizes.
+        device: the device of the call's tensors.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise ShapeError(f"{name} must be bool ({axes})={shape}, True for what counts; got {shown(mask)}")
+    if mask.device != device:
+        raise ShapeError(f"{name} must be on {device}, beside the tokens; got {mask.device}")
+    sizes = tuple(mask.shape)
+    if mask.dim() in (1, len(shape)) and all(m in (1, s) for m, s in zip(sizes[::-1], shape[::-1], strict=False)):
+        return
+    is_of_keys = mask.dim() > 1 and (sizes[0], sizes[-1]) == (shape[0], shape[-1]) and set(sizes[1:-1]) <= {1}
+    first, *between, last = axes.split(", ")
+    hint = f"; a mask of keys is ({', '.join([first, *['1'] * len(between), last])})" if is_of_keys else ""
+    raise ShapeError(f"{name} must be bool ({axes})={shape}; got {sizes}{hint}")
+
+
+def key_mask(mask: Tensor, batch: int, n_keys: int, device: torch.device) -> None:
+    """Refuse a mask that is not of keys, bool `(B, 1, 1, Nk)`."""
+    bool_mask("mask", mask, "B, 1, 1, Nk", (batch, 1, 1, n_keys), device)
+
+
+def at_least(name: str, value: object, least: float) -> None:
     """Refuse an option under its least valid value."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
         raise OptionError(f"{name}={shown(value)} must be at least {least}")
 
 
-def count(name: str, value: int, least: int = 0) -> None:
+def count(name: str, value: object, least: int = 0) -> None:
     """Refuse an option that is no whole number, or under its least valid value."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise OptionError(f"{name}={shown(value)} must be a whole number, at least {least}")
 
 
-def flag(name: str, value: bool) -> None:
+def flag(name: str, value: object) -> None:
     """Refuse an option that is not True or False."""
     if not isinstance(value, bool):
         raise OptionError(f"{name}={shown(value)} must be True or False")
 
 
-def between(name: str, value: float, low: float, high: float) -> None:
+def between(name: str, value: object, low: float, high: float) -> None:
     """Refuse an option outside `[low, high]`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise OptionError(f"{name}={shown(value)} must be in {low}..{high}")
@@ -98,7 +129,7 @@ def one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def scale(value: float | None, width: int) -> float:
-    """The logits' scale: `width ** -0.5` unless the caller says otherwise."""
+    """Return the logits' scale: `width ** -0.5` unless the caller gives another."""
     if value is None:
         return width**-0.5
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -107,7 +138,7 @@ def scale(value: float | None, width: int) -> float:
 
 
 class Kind(NamedTuple):
-    """What an option may be: a test, and the same in words."""
+    """The valid values of an option: a test, and its description."""
 
     fits: Callable[[Any], bool]
     words: str
@@ -122,10 +153,10 @@ _KINDS: dict[object, Kind] = {
 
 
 def options(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
-    """Refuse an option that is not what the constructor's annotation says, by name: `k=2.5`, `generator=0`.
+    """Refuse, by name, an option that does not fit the constructor's annotation: `k=2.5`, `generator=0`.
 
-    Whole numbers, numbers, booleans, generators and lists of words are looked at, each also with None. What is missing
-    or not known is left to Python, and ranges to the constructor.
+    This checks whole numbers, numbers, booleans, generators and literals, each also with None. Python reports missing
+    and unknown options, and the constructor checks ranges.
     """
     signature, kinds = _constructor(cls)
     try:
@@ -140,7 +171,7 @@ def options(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
 
 @cache
 def _constructor(cls: type) -> tuple[inspect.Signature, dict[str, Kind]]:
-    init = cls.__init__  # type: ignore[misc]
+    init = cls.__init__  # type: ignore[misc]  # mypy refuses it, since a subclass may have another one; `cls` is exact
     try:
         hints = get_type_hints(init)
     except NameError:  # an annotation that only a type checker can read

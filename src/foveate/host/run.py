@@ -59,7 +59,8 @@ class Run:
     ) -> None:  # fmt: skip
         for method in methods:
             if not isinstance(method, Method):
-                raise OptionError(f"apply() takes Method objects; got {type(method).__name__}")
+                got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+                raise OptionError(f"apply() takes Method and Operator objects; got {got}")
         validate.one_of("on", on, ("auto", "decoder", "all"))
         validate.one_of("evict", evict, ("always", "after prompt"))
         self.host: Host = host(model)

@@ -54,8 +54,8 @@ class Site:
     order: int = 0
     dropout: float = 0.0
     softcap: float | None = None
-    sinks: Float[Tensor, "b hq nq 1"] | None = None
-    position_bias: Float[Tensor, "... n"] | None = None
+    sinks: Float[Tensor, "#b hq #nq 1"] | None = None
+    position_bias: Float[Tensor, "... s"] | None = None
     slots: SlotLayer | None = None
     cache: Any = None
     hidden: Tensor | None = None

@@ -30,7 +30,7 @@ class WeightTile:
     """Weights of some rows and columns; all others are zero. `seen` is None if every pair is visible."""
 
     weights: Float[Tensor, "b h r k"]
-    seen: Bool[Tensor, "b h r k"] | None
+    seen: Bool[Tensor, "#b #h #r k"] | None
     keys: slice
 
     def visible(self) -> Float[Tensor, "b h k"]:

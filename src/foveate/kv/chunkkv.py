@@ -68,7 +68,8 @@ class ChunkKV(Wrapper):
         return (own >= 0) & ~self.stays(site, size)
 
     def _chunks(self, site: Site) -> Int[Tensor, "b n"]:
-        return (own_positions(site)[0].long() // self.chunk).clamp_min(0).flatten(1)
+        last = (site.seen - 1) // self.chunk  # drafts, which come after the tokens that count, belong to it too
+        return (own_positions(site)[0].long() // self.chunk).clamp(0, last).flatten(1)
 
     def _summed(self, site: Site, x: Float[Tensor, "b hkv s"]) -> Float[Tensor, "b c"]:
         """Add numbers of slots over heads and the tokens of each chunk."""

@@ -147,8 +147,9 @@ class RecycledAttention(Policy):
         weights = safe_softmax(last_logits(site)).unflatten(1, (site.k.shape[1], -1))
         scores = weights.amax(2) if self.group_reduce == "max" else weights.mean(2)
         has, before = last_query(site)[1], site.notes(self).get("chosen")
-        if has is not None and (before is None or before.shape[2] < self.k):
-            real = tokens(site).real[:, None].to(scores.dtype)  # type: ignore[union-attr]
+        padded = tokens(site)
+        if has is not None and padded is not None and (before is None or before.shape[2] < self.k):
+            real = padded.real[:, None].to(scores.dtype)
             return top_keys(torch.where(has[:, None, None], scores, real), self.k, site, self.pool)
         chosen = top_keys(scores, self.k, site, self.pool)
         return chosen if has is None or before is None else torch.where(has[:, None, None], chosen, before)

@@ -31,8 +31,8 @@ from foveate.nn.parts.window import Windows as Windows
 from foveate.nn.pool.hierarchical_attention import AttentionPool as AttentionPool
 from foveate.nn.pool.hierarchical_attention import HierarchicalAttention as HierarchicalAttention
 from foveate.nn.seq2seq.luong_decoder import LuongDecoder as LuongDecoder
+from foveate.nn.seq2seq.monotonic_location import EncodedSource as EncodedSource
 from foveate.nn.seq2seq.monotonic_location import MonotonicLocationSeq2Seq as MonotonicLocationSeq2Seq
-from foveate.nn.seq2seq.monotonic_location import Source as Source
 from foveate.nn.seq2seq.pointer_network import Pointed as Pointed
 from foveate.nn.seq2seq.pointer_network import PointerNetwork as PointerNetwork
 from foveate.nn.seq2seq.pointer_network import pointer_loss as pointer_loss
@@ -107,6 +107,7 @@ __all__ = [
     "DepthwiseConv",
     "DualAttention",
     "EfficientAttention2d",
+    "EncodedSource",
     "GatedMLP",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
@@ -160,7 +161,6 @@ __all__ = [
     "SkimLayer",
     "Skimformer",
     "SlimAttention",
-    "Source",
     "StreamingLayer",
     "SuperAttention",
     "SymbolicAttention",

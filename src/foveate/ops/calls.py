@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from inspect import Parameter, signature
+from inspect import Parameter, isabstract, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 
 #: The seed of drawn parameters, for calls without a generator.
 SEED = 0
+
+#: One thread at a time draws: the draw borrows PyTorch's own generator.
+_DRAWING = threading.Lock()
+
+#: Arguments of `attend` beside an operator's options.
+_ARGUMENTS = ("op", "mask", "causal", "scale", "engine", "inputs", "generator")
 
 
 def attend(
@@ -73,27 +80,35 @@ def create(op: str | type[Operator] | Operator, /, **options: Any) -> Operator:
         if options:
             raise OptionError(f"options {sorted(options)} go with a key; {op.name} is already built")
         return op
-    cls, name = (op, op.__name__) if isinstance(op, type) else (_class(op), op)
-    known = _constructor(cls)
+    cls = _class(op)
+    name, known = op if isinstance(op, str) else cls.__name__, _constructor(cls)
     for option in options:
         if option not in known:
-            near = nearest(option, known)
-            hint = f'did you mean "{near}"?' if near else f"options: {', '.join(known) or 'none'}"
-            raise OptionError(f'operator "{name}" has no option "{option}"; {hint}')
+            raise OptionError(f'operator "{name}" has no option "{option}"; {_nearest_option(option, cls)}')
     missing = [each for each, required in known.items() if required and each not in options]
     if missing:
         raise OptionError(f'operator "{name}" needs {", ".join(f"{each}=..." for each in missing)}')
     return cls(**options)
 
 
+def _nearest_option(option: str, cls: type[Operator]) -> str:
+    """Return the end of an error: the option, input or argument of `attend` that was probably meant."""
+    known = _constructor(cls)
+    if option == "key":
+        return "the operator itself is op=..."
+    near = nearest(option, [*known, *cls.capabilities.inputs, *_ARGUMENTS])
+    return f'did you mean "{near}"?' if near else f"options: {', '.join(known) or 'none'}"
+
+
 def sized(
-    op: str | type[Operator] | Operator, heads: int, head_dim: int, value_dim: int | None = None, **options: Any
-) -> Operator:
+    op: str | type[Operator] | Operator, heads: int, head_dim: int, value_dim: int | None = None,
+    kv_heads: int | None = None, **options: Any,
+) -> Operator:  # fmt: skip
     """Build an operator for calls of these sizes; a class that takes sizes gets them."""
     if isinstance(op, Operator):
         return create(op, **options)
-    known = _constructor(op if isinstance(op, type) else _class(op))
-    sizes = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim}
+    known = _constructor(_class(op))
+    sizes = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim, "kv_heads": kv_heads}
     return create(op, **{name: size for name, size in sizes.items() if name in known}, **options)
 
 
@@ -104,46 +119,69 @@ def _made(
     """Return the operator of a call, and the call's per-token inputs."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise OptionError(f"generator={shown(generator)} must be a torch.Generator or None")
-    given = dict(inputs or {})
-    known: Mapping[str, bool] = {}
-    if not isinstance(op, Operator):
-        cls = op if isinstance(op, type) else _class(op)
-        known, own = _constructor(cls), cls.capabilities.inputs
-        given |= {name: options.pop(name) for name in list(options) if name in own and name not in known}
-    else:
-        given |= {name: options.pop(name) for name in list(options) if name in op.capabilities.inputs}
-        return create(op, **options), given
-    if not known:  # nothing to choose, and nothing to draw
-        return create(op, **options), given
-    if generator is not None and "generator" in known:
-        options["generator"] = generator
-    sizes = _sizes(q, v)
-    options = {**{name: size for name, size in sizes.items() if name in known}, **options}
-    with _drawing(generator):
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise OptionError(f"inputs={shown(inputs)} must be a mapping from names to tensors, or None")
+    if isinstance(op, Operator):
+        given = _inputs(inputs, options, op.capabilities.inputs, {})
         made = create(op, **options)
-    first = next(made.parameters(), None)
-    if first is not None and first.device != q.device:
-        made = made.to(q.device)
+    else:
+        cls = _class(op)
+        known = _constructor(cls)
+        given = _inputs(inputs, options, cls.capabilities.inputs, known)
+        options = {**{name: size for name, size in _sizes(q, k, v).items() if name in known}, **options}
+        made = _built(op, options, generator, q.device) if known else create(op, **options)
+    made._check_inputs(given)
     return made, given
 
 
-def _sizes(q: Tensor, v: Tensor) -> dict[str, int]:
+def _inputs(
+    inputs: Mapping[str, Tensor] | None, options: dict[str, Any], own: frozenset[str], known: Mapping[str, bool]
+) -> dict[str, Tensor]:
+    """Take the per-token inputs out of the options, and join them with those that are named as such."""
+    given = {str(name): value for name, value in (inputs or {}).items()}
+    for name in list(options):
+        if name not in own or (name in known and not isinstance(options[name], torch.Tensor)):
+            continue  # an option of the operator's own
+        if name in given:
+            raise OptionError(f'input "{name}" must be given once; it is in inputs={{...}} and a keyword')
+        given[name] = options.pop(name)
+    return given
+
+
+def _built(
+    op: str | type[Operator], options: dict[str, Any], generator: torch.Generator | None, device: torch.device
+) -> Operator:
+    """Build an operator whose class has options, its parameters drawn from the generator or from a fixed seed."""
+    if generator is not None and "generator" in _constructor(_class(op)):
+        try:
+            return create(op, **options, generator=generator).to(device)
+        except OptionError:  # the class draws only under other options
+            pass
+    with _DRAWING, _drawing(generator):
+        return create(op, **options).to(device)
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     """Return the sizes of the tensors, or none if they are malformed; the call itself then raises."""
-    fits = all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, v))
-    return {"heads": q.shape[1], "head_dim": q.shape[3], "value_dim": v.shape[3]} if fits else {}
+    if not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, k, v)):
+        return {}
+    return {"heads": q.shape[1], "head_dim": q.shape[3], "value_dim": v.shape[3], "kv_heads": k.shape[1]}
 
 
 @contextmanager
 def _drawing(generator: torch.Generator | None) -> Iterator[None]:
-    """Draw parameters from a seed, and restore PyTorch's own generator."""
-    source = torch.default_generator
-    before = source.get_state()
-    seed = SEED
+    """Draw parameters from a seed on the CPU, and restore PyTorch's own generator.
+
+    A transform such as `vmap` must not see the draw, and a default device must not take it.
+    """
+    source, seed = torch.default_generator, SEED
     if generator is not None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    before = source.get_state()
     source.manual_seed(seed)
     try:
-        yield
+        with torch.device("cpu"), torch._C._DisableFuncTorch():
+            yield
     finally:
         source.set_state(before)
 
@@ -159,10 +197,19 @@ def _constructor(cls: type[Operator]) -> dict[str, bool]:
     }
 
 
+def _class(op: object) -> type[Operator]:
+    """Return the class that a key names, or a class itself."""
+    if isinstance(op, type) and issubclass(op, Operator) and not isabstract(op):
+        return op
+    if not isinstance(op, str):
+        raise OptionError(f"op={shown(op)} must be a key of the catalogue, an Operator, or an operator's class")
+    return _class_of(op)
+
+
 @cache
-def _class(key: str) -> type[Operator]:
+def _class_of(key: str) -> type[Operator]:
     found = system(key).load()
     if not (isinstance(found, type) and issubclass(found, Operator)):
         known = ", ".join(row.key for row in systems(room="ops"))
-        raise OptionError(f'system "{key}" is no operator; operators: {known}')
+        raise OptionError(f'system "{key}" must be an operator; operators: {known}')
     return found

@@ -20,6 +20,7 @@ from foveate.core import masks, validate
 from foveate.core.call import AttentionCall, Plan
 from foveate.core.engines import ENGINES
 from foveate.core.errors import OptionError, UnsupportedEngine, UnsupportedPattern, nearest
+from foveate.core.scoring import SOFTMAX
 
 Pattern = Literal["self", "causal self", "cross", "causal cross"]
 MaskKind = Literal["keys", "pairs", "bias"]
@@ -30,6 +31,14 @@ ALL_PATTERNS: frozenset[Pattern] = frozenset({"self", "causal self", "cross", "c
 CAUSAL_PATTERNS: frozenset[Pattern] = frozenset({"causal self", "causal cross"})
 ALL_MASKS: frozenset[MaskKind] = frozenset({"keys", "pairs", "bias"})
 ALL_TRANSFORMS: frozenset[Transform] = frozenset({"meta", "vmap", "export"})
+
+
+#: Former names of what a subclass declares or overrides. Nothing would read them.
+FORMER = {
+    "steps": "capabilities.streaming", "grain": "capabilities.selection_group", "kept": "trim_state",
+    "products": "score_macs", "choice_products": "selection_macs", "map_products": "feature_macs",
+    "normalise": "normalize", "normalised": "normalized",
+}  # fmt: skip
 
 
 class Gate(NamedTuple):
@@ -96,13 +105,16 @@ class Operator(nn.Module, ABC):
         super().__init_subclass__(**options)
         if astray := sorted({each.name for each in fields(Capabilities)} & vars(cls).keys()):
             raise TypeError(f"{cls.__name__} declares {', '.join(astray)}: that belongs into its `capabilities`")
+        if former := sorted(FORMER.keys() & vars(cls).keys()):
+            now = ", ".join(f"{name} is {FORMER[name]} now" for name in former)
+            raise TypeError(f"{cls.__name__} declares names that nothing reads any more: {now}")
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Refuse an option of the wrong type before anything is built."""
         validate.options(cls, args, options)
         return super().__new__(cls)
 
-    # -- what a user calls ---------------------------------------------------------------------------------------------
+    # -- calls ---------------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -148,7 +160,10 @@ class Operator(nn.Module, ABC):
         """Return the matrix that multiplies the values, `(B, Hq, Nq, Nk)`. It takes O(N²) memory."""
         if not self.capabilities.has_weights:
             raise UnsupportedPattern(f"{self.name} has no matrix of weights over keys")
-        return self._weights(self._call(q, k, k, mask, causal, scale, "auto", inputs))
+        call = self._call(q, k, k, mask, causal, scale, "auto", inputs)
+        if not call.n_queries:
+            return q.new_zeros(*q.shape[:3], call.n_keys)
+        return self._weights(call)
 
     def plan(
         self,
@@ -169,7 +184,7 @@ class Operator(nn.Module, ABC):
         """Return the tensor that `weights` multiplies: v, unless the mechanism transforms it."""
         return v
 
-    # -- what tests and tables read ------------------------------------------------------------------------------------
+    # -- for tests and tables ------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -198,7 +213,7 @@ class Operator(nn.Module, ABC):
         """Make the instance that reads about this share of `length` keys, or the default if no option controls it."""
         return cls()
 
-    # -- what a family writes ------------------------------------------------------------------------------------------
+    # -- for families --------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def _attend(self, call: AttentionCall) -> Tensor:
@@ -225,7 +240,9 @@ class Operator(nn.Module, ABC):
         """Check the arguments and return the call."""
         self._check(q, k, v, mask, causal, inputs or {})
         mask = masks.hide_lowest(mask)
-        return AttentionCall(q, k, v, self._scale(scale, q), mask, causal, engine=engine, inputs=inputs or {})
+        return AttentionCall(
+            q, k, v, self._scale(scale, q), mask, causal, scoring=SOFTMAX, engine=engine, inputs=inputs or {}
+        )
 
     def _check(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, inputs: Mapping[str, Tensor]

@@ -13,7 +13,7 @@ from foveate.core.errors import OptionError
 from foveate.host import Method, apply
 from foveate.kv import H2O, AdaKV, KNorm, ScorePolicy, SnapKV
 from tests.conftest import ClaimFixture
-from tests.host_models import VOCAB, model, tokens
+from tests.support.host_models import VOCAB, model, tokens
 from tests.systems.kv.test_score_policies import best, kept, seen
 
 N, SIZE = 40, 16

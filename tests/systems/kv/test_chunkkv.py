@@ -13,8 +13,8 @@ from foveate.core.errors import OptionError
 from foveate.host import Method, apply
 from foveate.kv import H2O, TOVA, ChunkKV, ScorePolicy, SnapKV
 from tests.conftest import ClaimFixture
-from tests.constructed import accuracy, induction_lm, recall
-from tests.host_models import model, padded, tokens
+from tests.support.constructed import accuracy, induction_lm, recall
+from tests.support.host_models import model, padded, tokens
 from tests.systems.kv.test_score_policies import kept, seen
 
 N = 40

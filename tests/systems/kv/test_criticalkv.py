@@ -14,11 +14,11 @@ from foveate.host import Method, Site, apply
 from foveate.kv import H2O, AdaKV, CriticalKV, ScorePolicy, SnapKV
 from foveate.kv.parts.output_projection import projected_norms
 from tests.conftest import ClaimFixture
-from tests.constructed import FILLER, TOKEN, induction_lm, recall
 from tests.contracts.policies import subject
-from tests.host_models import model, tokens
+from tests.support.constructed import FILLER, TOKEN, induction_lm, recall
+from tests.support.host_models import model, tokens
+from tests.support.tensors import assert_near
 from tests.systems.kv.test_score_policies import best, kept, seen
-from tests.tensors import assert_near
 
 N, SIZE = 40, 16
 

@@ -17,10 +17,10 @@ from foveate.host.hf.model import host
 from foveate.kv import duo_attention
 from foveate.kv.duo_attention import DuoAttention, Mixed, duo_train, full_heads
 from foveate.kv.parts.head_split import HeadTable
-from tests import host_models
 from tests.conftest import ClaimFixture
-from tests.constructed import accuracy, induction_lm, recall
-from tests.host_models import DECODERS, Reads
+from tests.support import host_models
+from tests.support.constructed import accuracy, induction_lm, recall
+from tests.support.host_models import DECODERS, Reads
 
 
 @pytest.fixture(scope="module")

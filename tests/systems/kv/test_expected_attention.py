@@ -17,7 +17,7 @@ from foveate.kv import ExpectedAttention, SnapKV
 from foveate.kv.parts.query_statistics import Future
 from foveate.kv.renumbered import Rotation
 from tests.conftest import ClaimFixture
-from tests.host_models import WINDOW, model, padded, tokens
+from tests.support.host_models import WINDOW, model, padded, tokens
 
 N = 40
 

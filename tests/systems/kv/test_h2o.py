@@ -14,7 +14,7 @@ from foveate.host import Method, Site, apply
 from foveate.kv import H2O, RandomKeep, ScorePolicy, SinkRecent
 from foveate.kv.parts import slot_notes
 from tests.conftest import ClaimFixture
-from tests.host_models import VOCAB, model, tokens
+from tests.support.host_models import VOCAB, model, tokens
 from tests.systems.kv.test_score_policies import best, kept, seen
 
 N = 40

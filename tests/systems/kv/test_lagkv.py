@@ -14,8 +14,8 @@ from foveate.core.errors import OptionError
 from foveate.host import Method, apply
 from foveate.kv import LagKV, SinkRecent, SnapKV
 from tests.conftest import ClaimFixture
-from tests.constructed import accuracy, induction_lm, recall
-from tests.host_models import model, tokens
+from tests.support.constructed import accuracy, induction_lm, recall
+from tests.support.host_models import model, tokens
 
 SINK, LAG, N = 3, 8, 45  # five whole partitions and two tokens more
 

@@ -16,7 +16,7 @@ from foveate.host import Method, apply
 from foveate.kv import PyramidKV, SnapKV
 from tests.conftest import ClaimFixture
 from tests.contracts.policies import here, subject
-from tests.host_models import tokens
+from tests.support.host_models import tokens
 
 N = 200
 

@@ -16,8 +16,8 @@ from foveate.kv.parts.last_query import top_keys
 from foveate.kv.recycled_attention import Dynamic, RecycledAttention, attention_overlap
 from foveate.kv.sink_recent import SinkRecent
 from tests.conftest import ClaimFixture
-from tests.constructed import BOS, HEAD, KEYS, SLOW, TOKEN, VALUES, accuracy, induction_lm, recall
-from tests.host_models import DECODERS, Reads, feed, model, padded, tokens
+from tests.support.constructed import BOS, HEAD, KEYS, SLOW, TOKEN, VALUES, accuracy, induction_lm, recall
+from tests.support.host_models import DECODERS, Reads, feed, model, padded, tokens
 
 DECODING = [20, *[1] * 10]
 

@@ -15,8 +15,8 @@ from foveate.core.errors import OptionError
 from foveate.host import Method, apply
 from foveate.kv import TOVA, KeyDiff, KNorm, RandomKeep, ScorePolicy, SinkRecent, SnapKV
 from tests.conftest import ClaimFixture
-from tests.constructed import BOS, VOCAB, induction_lm
-from tests.host_models import model, tokens
+from tests.support.constructed import BOS, VOCAB, induction_lm
+from tests.support.host_models import model, tokens
 
 N = 40
 POLICIES = [SnapKV(recent=6, pool=3), KNorm(), KeyDiff(), TOVA(), RandomKeep()]

@@ -11,8 +11,8 @@ from foveate.core import masks
 from foveate.host import EMPTY, Method, apply
 from foveate.kv.sink_recent import SinkRecent
 from tests.conftest import ClaimFixture
-from tests.constructed import BOS, VOCAB, induction_lm
-from tests.host_models import DECODERS, feed, model, padded, tokens
+from tests.support.constructed import BOS, VOCAB, induction_lm
+from tests.support.host_models import DECODERS, feed, model, padded, tokens
 
 PIECES = [12, *[1] * 8]
 

@@ -17,8 +17,8 @@ from foveate.host.hf.model import host
 from foveate.kv.sink_recent import SinkRecent
 from foveate.kv.tidal_decode import TidalDecode, split_budget, topk_overlap
 from tests.conftest import ClaimFixture
-from tests.constructed import accuracy, induction_lm, recall
-from tests.host_models import WINDOW, Reads, feed, model, padded, tokens
+from tests.support.constructed import accuracy, induction_lm, recall
+from tests.support.host_models import WINDOW, Reads, feed, model, padded, tokens
 
 DECODING = [20, *[1] * 10]
 

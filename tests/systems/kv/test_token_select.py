@@ -16,8 +16,8 @@ from foveate.kv import token_select
 from foveate.kv.sink_recent import SinkRecent
 from foveate.kv.token_select import TokenSelect, soft_vote
 from tests.conftest import ClaimFixture
-from tests.constructed import accuracy, induction_lm, recall
-from tests.host_models import DECODERS, feed, model, padded, tokens
+from tests.support.constructed import accuracy, induction_lm, recall
+from tests.support.host_models import DECODERS, feed, model, padded, tokens
 
 Patch = pytest.MonkeyPatch
 DECODING, CHUNKS = [20, *[1] * 10], [7, 9, 5, 8, 1]

@@ -13,8 +13,8 @@ from foveate.core.errors import OptionError, ShapeError, UnknownKey
 from foveate.models.vision.mambaout import GatedCNNBlock, MambaOut, block_flops, is_long_sequence, with_token_mixer
 from foveate.nn import Layer, MultiHeadAttention
 from foveate.nn.vision.inline_attention import InLineAttention
+from tests.support.tensors import assert_near
 from tests.systems.nn.digits import accuracy, fit
-from tests.tensors import assert_near
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

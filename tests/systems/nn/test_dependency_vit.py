@@ -15,8 +15,8 @@ from foveate.nn import MultiHeadAttention
 from foveate.nn.vision.dependency_vit import DependencyAttention, dependency_tree, prune
 from foveate.ops.dense.reversed_attention import ReversedAttention
 from foveate.ops.dense.softmax import Softmax
+from tests.support.tensors import assert_near, gradients, qkv
 from tests.systems.nn.digits import accuracy, fit, vit
-from tests.tensors import assert_near, gradients, qkv
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -46,14 +46,14 @@ def test_columns_sum_to_one_and_values_are_conserved() -> None:
     assert_near(op(q, k, v).sum(2), v.sum(2), 1e-12)
 
 
-def test_where_weights_are_symmetric_it_is_ordinary_attention() -> None:
+def test_symmetric_weights_give_ordinary_attention() -> None:
     angle = torch.arange(9, dtype=torch.float64) * 2 * math.pi / 9
     q = torch.stack([angle.cos(), angle.sin()], -1)[None, None] * 2
     v = randn(1, 1, 9, 3)
     assert_near(ReversedAttention()(q, q, v), Softmax()(q, q, v), 1e-12)
 
 
-def test_who_may_send_to_whom() -> None:
+def test_masks_of_senders() -> None:
     q, k, v = qkv(7, 11, kv_heads=4)
     pairs = torch.rand(2, 4, 7, 11, generator=torch.Generator().manual_seed(0)) > 0.4
     pairs[:, :, :, 3] = False  # sends to nobody
@@ -91,11 +91,11 @@ def test_the_operator_s_plan() -> None:
     plan = ReversedAttention().plan(q, k, v)
     assert plan.flops == 2 * (2 * 4) * 7 * 11 * (5 + 3)
     assert plan.bytes == 8 * (2 * 4) * (7 * 5 + 11 * 5 + 11 * 3 + 7 * 3)
-    assert "asked for" in str(ReversedAttention().plan(q, k, v, engine="reference"))
+    assert "named by the caller" in str(ReversedAttention().plan(q, k, v, engine="reference"))
     assert "all queries at once" in str(plan)
 
 
-def test_what_the_operator_does_not_define() -> None:
+def test_calls_that_the_operator_does_not_define() -> None:
     with pytest.raises(OptionError, match="block=0"):
         ReversedAttention(0)
     with pytest.raises(UnsupportedPattern, match='ReversedAttention does not define "causal self"'):
@@ -117,8 +117,8 @@ def matrices(attention: DependencyAttention, x: Tensor, message: Tensor | None) 
     width, heads = dim // attention.heads, attention.heads
     hidden = x @ attention.controller[0].weight.mT
     hidden = hidden * torch.special.ndtr(hidden)  # GELU
-    heard = 1 / (1 + (-hidden @ attention.controller[2].weight.mT)[..., 0].exp())
-    heard = heard if message is None else heard * message
+    passed = 1 / (1 + (-hidden @ attention.controller[2].weight.mT)[..., 0].exp())
+    passed = passed if message is None else passed * message
     chosen = (x @ attention.selector.weight.mT / attention.temperature).exp()
     weights = torch.zeros(batch, heads, n, n, dtype=x.dtype)
     for b in range(batch):
@@ -126,25 +126,25 @@ def matrices(attention: DependencyAttention, x: Tensor, message: Tensor | None) 
             own = slice(h * width, (h + 1) * width)
             for child in range(n):
                 scores = (k[b, :, own] @ q[b, child, own] / width**0.5).exp()
-                voice = chosen[b, child, h] / chosen[b, child].sum() * heard[b, child]
-                weights[b, h, :, child] = scores / scores.sum() * voice
-    return weights, v.unflatten(2, (heads, width)).transpose(1, 2), heard
+                factor = chosen[b, child, h] / chosen[b, child].sum() * passed[b, child]
+                weights[b, h, :, child] = scores / scores.sum() * factor
+    return weights, v.unflatten(2, (heads, width)).transpose(1, 2), passed
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.7])
 def test_the_layer_by_hand(temperature: float) -> None:
     attention, x = layer(temperature=temperature), randn(2, 6, 12)
     for message in (None, torch.rand(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))):
-        weights, v, heard = matrices(attention, x, message)
+        weights, v, passed = matrices(attention, x, message)
         sent = attention.send(x, message)
         expected = (weights @ v).transpose(1, 2).flatten(2) @ attention.out.weight.mT + attention.out.bias
         assert_near(sent.out, expected, 1e-12)
         assert_near(attention(x) if message is None else attention(x, message=message), expected, 1e-12)
-        assert_near(sent.message, heard, 1e-12)
+        assert_near(sent.message, passed, 1e-12)
         assert_near(sent.received, weights.sum((1, 3)), 1e-12)
         assert_near(attention.dependency(x, message), weights.sum(1), 1e-12)
-        assert_near(attention.dependency(x, message).sum(1), heard, 1e-12, "a child sends its message, no more")
-        assert_near(sent.received.sum(1), heard.sum(1), 1e-12)
+        assert_near(attention.dependency(x, message).sum(1), passed, 1e-12, "a child sends its message, no more")
+        assert_near(sent.received.sum(1), passed.sum(1), 1e-12)
 
 
 def test_defaults() -> None:
@@ -155,7 +155,7 @@ def test_defaults() -> None:
     assert biased == {"out.bias"}
 
 
-def test_who_is_silent_sends_nothing_and_stays_silent() -> None:
+def test_a_token_with_message_zero_never_sends() -> None:
     attention, x = layer(), randn(2, 6, 12)
     message = torch.ones(2, 6, dtype=torch.float64)
     message[:, 2] = 0
@@ -168,7 +168,7 @@ def test_who_is_silent_sends_nothing_and_stays_silent() -> None:
     attention._heads = changed
     after = attention.send(x, message)
     assert torch.equal(after.out, before.out)
-    assert not torch.equal(attention.send(x).out, layer().send(x).out), "one that speaks is heard"
+    assert not torch.equal(attention.send(x).out, layer().send(x).out), "a token that sends reaches others"
     assert not after.message[:, 2].any()
     assert (after.message <= message).all()
     assert not attention.send(x, after.message).message[:, 2].any()
@@ -262,7 +262,7 @@ def test_no_layers_no_tree() -> None:
         dependency_tree([])
 
 
-def test_what_is_pruned() -> None:
+def test_pruned_tokens() -> None:
     received = torch.tensor([[0.5, 3.0, 0.1, 2.0, 0.4, 1.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
     assert prune(received, 0.5).tolist() == [[1, 3, 5], [0, 1, 2]]
     assert prune(received, 0.25, 3).tolist() == [[1, 3, 5], [0, 1, 2]], "(1 - 0.75) / (1 - 0.5) stay"
@@ -277,12 +277,12 @@ def test_what_is_pruned() -> None:
     for time in (1, 2, 3, 4):
         tokens = prune(torch.rand(1, tokens), 0.16, time).shape[1]
     assert tokens == pytest.approx(196 * 0.36, abs=3), "each time as many as the first"
-    for options, says in (
+    for options, message in (
         ({"ratio": 1.5}, "ratio=1.5"),
         ({"time": 0}, "time=0"),
         ({"ratio": 0.5, "time": 2}, "time=2"),
     ):
-        with pytest.raises(OptionError, match=says):
+        with pytest.raises(OptionError, match=message):
             prune(received, **options)
 
 
@@ -347,7 +347,7 @@ def test_the_paper_s_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"patch": 4}, "patch=4 must divide side=6"), ({"side": 0}, "side=0"), ({"patch": 0}, "patch=0"),
         ({"channels": 0}, "channels=0"), ({"classes": 0}, "classes=0"), ({"depth": 0}, "depth=0"),
@@ -357,8 +357,8 @@ def test_the_paper_s_sizes() -> None:
         ({"prune_after": (0,)}, "prune_after"), ({"prune_after": (1, 2), "ratio": 0.5}, "prune_after"),
     ],
 )  # fmt: skip
-def test_bad_networks(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_networks(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         network(**options)
 
 
@@ -398,7 +398,7 @@ def test_it_learns_as_attention_that_gathers(claim) -> None:
 
 
 @pytest.mark.slow
-def test_what_sends_little_can_go(claim, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_send_little_can_be_dropped(claim, monkeypatch: pytest.MonkeyPatch) -> None:
     def mean_of_four() -> float:
         return sum(read(14, seed, prune_after=(1,), ratio=0.5) for seed in range(4)) / 4
 

@@ -12,7 +12,7 @@ from foveate.nn import Alibi, MultiHeadAttention, Rotary
 from foveate.nn.parts.symbols import PositionalSymbols, RelativeSymbols, SymbolicAttention
 from foveate.nn.sequence.dual_attention_transformer import DualAttention
 from foveate.nn.sequence.relational_attention import ACTIVATIONS, RelationalAttention
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 DIM, LENGTH = 24, 7
 
@@ -41,7 +41,7 @@ def by_hand(layer: RelationalAttention, x: Tensor, source: Tensor, symbol, causa
     q, k, rq, rk = layer.q(x), layer.k(source), layer.rel_q(x), layer.rel_k(source)
     if layer.position is not None:
         q, k = (
-            torch.cat([layer.position.turn(p[:, None], torch.arange(p.shape[1]))[:, 0] for p in t.split(d, -1)], -1)
+            torch.cat([layer.position.rotate(p[:, None], torch.arange(p.shape[1]))[:, 0] for p in t.split(d, -1)], -1)
             for t in (q, k)
         )
     outs = []
@@ -59,8 +59,8 @@ def by_hand(layer: RelationalAttention, x: Tensor, source: Tensor, symbol, causa
                     for n in range(layer.relations)
                 ]
                 r = ACTIVATIONS[layer.rel_act](torch.stack(r, -1))
-                said = symbol(i, j) @ weights[theirs].T
-                out[:, i] += a[:, i, j, None] * (r @ layer.from_relations[h].T + said)
+                symbolic = symbol(i, j) @ weights[theirs].T
+                out[:, i] += a[:, i, j, None] * (r @ layer.from_relations[h].T + symbolic)
         outs.append(out)
     return layer.out(torch.cat(outs, -1))
 
@@ -83,7 +83,7 @@ def test_relational_heads_by_hand(options: dict, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("rel_act", ["identity", "silu"])
-def test_of_a_memory(rel_act: str) -> None:
+def test_relations_to_a_source(rel_act: str) -> None:
     layer, x, source = dual(rel_act=rel_act), tokens(), tokens(4, seed=2)
     symbols = layer.symbols(source)
     expected = by_hand(layer.relational, x, source, lambda _, j: symbols[:, j])
@@ -157,11 +157,13 @@ def test_relational_heads_see_inner_products_alone() -> None:
     layer, x = dual(0, 3).relational, tokens()
     nn.init.zeros_(layer.from_symbols.weight)
     symbols = torch.zeros_like(x)
-    turn, _ = torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
+    rotation, _ = torch.linalg.qr(
+        torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    )
     before = layer(x, symbols)
     for linear in (layer.q, layer.k, layer.rel_q, layer.rel_k):
-        linear.weight.data = linear.weight @ turn.T
-    assert_near(layer(x @ turn.T, symbols), before, 1e-10)
+        linear.weight.data = linear.weight @ rotation.T
+    assert_near(layer(x @ rotation.T, symbols), before, 1e-10)
     assert (layer(x, symbols) - before).abs().max() > 1e-3
 
 
@@ -237,7 +239,7 @@ def test_any_operator() -> None:
 @pytest.mark.parametrize(
     "options,message",
     [
-        (dict(rel_act="softmax"), "causal mask"),
+        (dict(rel_act="softmax"), "hidden keys"),
         (dict(rel_act="sin"), "rel_act='sin'"),
         (dict(relations=5), "relations=5 must divide H D = 16"),
         (dict(relations=0), "relations=0"),
@@ -316,7 +318,7 @@ def accuracy(make, seed: int) -> float:
 
 
 @pytest.mark.slow
-def test_relational_heads_compare_what_they_never_saw(claim) -> None:
+def test_relational_heads_compare_unseen_objects(claim) -> None:
     ours, plain = (  # single seeds differ by six points, so the mean needs many seeds
         sum(accuracy(make, seed) for seed in range(30)) / 30
         for make in (lambda: DualAttention(32, 2, 2, symmetric=True), lambda: MultiHeadAttention(32, 4))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn import MultiHeadAttention
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention, GaussianBlock, importance_factor
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 PAD = -7.0
 
@@ -111,7 +111,7 @@ def test_nothing_passes_between_tokens() -> None:
     assert (along(x[:, order]) - along(x)[:, order]).abs().max() > 1e-3
 
 
-def test_padding_is_absence() -> None:
+def test_padding_has_no_effect() -> None:
     gate, x = made(1, 2, 1, PAD), noise(2, 9, 4)
     padded = x.clone()
     padded[:, 6:] = PAD
@@ -157,7 +157,7 @@ def test_block_by_hand(variant: str) -> None:
         assert_near(out[1, :5], block(x[1:, :5])[0], 1e-12)
 
 
-def test_where_it_starts() -> None:
+def test_initial_values() -> None:
     torch.manual_seed(0)
     gate = GaussianAdaptiveAttention(50, 40)
     assert gate.offsets.eq(0).all()
@@ -236,7 +236,7 @@ def accuracy(body: nn.Module, seed: int) -> float:
 
 
 @pytest.mark.slow
-def test_the_gate_reads_what_moves(claim) -> None:
+def test_the_gate_reads_spreads(claim) -> None:
     """The gate reads spreads. For a class in the features' means, or over many tokens, attention does as well."""
     ours, theirs = 0.0, 0.0
     for seed in range(3):

@@ -15,8 +15,8 @@ from foveate.nn.vision.inline_attention import InLineAttention, LocalKernels, in
 from foveate.ops.base.linear import Linear
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.linear.inline import FEATURE_MAPS, InLine
+from tests.support.tensors import assert_near, qkv
 from tests.systems.nn.digits import MakeLayer, accuracy, fit, vit
-from tests.tensors import assert_near, qkv
 
 
 class Divided(Linear):
@@ -65,7 +65,7 @@ def test_a_query_of_zeros_sees_the_mean() -> None:
     assert_near(InLine()(0 * q, k, v), v.mean(2, keepdim=True).expand(-1, -1, 6, -1), 1e-12)
 
 
-def test_what_is_hidden_counts_neither_in_the_mean_nor_in_the_number() -> None:
+def test_hidden_keys_count_neither_in_the_mean_nor_in_the_number() -> None:
     q, k, v = qkv(6, 9, kv_heads=4)
     seen = torch.tensor([True] * 5 + [False, True, False, True])
     for phi in PHI:
@@ -82,7 +82,7 @@ def test_weights_may_be_negative_and_order_follows_scores() -> None:
     assert torch.equal(weights.argsort(-1), (q @ k.mT).argsort(-1))
 
 
-def test_what_it_does_not_define() -> None:
+def test_undefined_calls_are_refused() -> None:
     q, k, v = qkv(6)
     with pytest.raises(UnsupportedPattern, match='InLine does not define "causal self" attention'):
         InLine()(q, k, v, causal=True)
@@ -218,7 +218,7 @@ def test_refusals() -> None:
 # -- the paper's claims ---------------------------------------------------------------------------------------------
 
 
-def test_it_tells_queries_apart_by_their_length(claim) -> None:
+def test_queries_of_different_length_get_different_weights(claim) -> None:
     q, k, _ = qkv(64, kv_heads=4, width=16)
     pairs = q, 2 * q
 

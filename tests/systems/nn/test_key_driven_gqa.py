@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.sequence.key_driven_gqa import RULES, KeyDrivenGQA, allocate_queries, mha_to_gqa, share_out
+from tests.support.tensors import assert_near
 from tests.systems.nn import digits
-from tests.tensors import assert_near
 
 DIM, HEADS, GROUPS, LENGTH = 32, 8, 4, 6
 
@@ -76,7 +76,7 @@ def test_allocation_by_hand(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_all_heads_are_shared_out(rule: str) -> None:
+def test_all_heads_are_allocated(rule: str) -> None:
     random = torch.Generator().manual_seed(1)
     vectors = torch.rand(1000, 4, generator=random) ** 3
     vectors[0], vectors[1], vectors[2] = 1.0, 0.0, torch.tensor([0.0, 0.0, 5.0, 0.0])
@@ -95,7 +95,7 @@ def test_longer_keys_get_no_fewer() -> None:
     vectors = torch.rand(300, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for rule in ("kdgqa", "dgqa_ema"):
         runs = allocate_queries(vectors, 48, rule)
-        assert (runs == allocate_queries(7.5 * vectors, 48, rule)).all(), "the scale has no say"
+        assert (runs == allocate_queries(7.5 * vectors, 48, rule)).all(), "the scale has no effect"
         order = vectors.argsort(-1)
         assert (runs.gather(-1, order).diff(dim=-1) >= -1).all(), "but for the repair of rounding"
     assert (allocate_queries(vectors, 48, "kdgqa").gather(-1, vectors.argsort(-1)[:, :1]) <= 1).all(), "the weakest"
@@ -159,7 +159,7 @@ def test_grouped_queries_are_torch_s() -> None:
     assert_near(full(x), plain(x), 1e-12)
 
 
-def test_whose_norms() -> None:
+def test_stats_choose_the_norms() -> None:
     x = tokens()
     x[0] *= 5
     alone = made(stats="sample")
@@ -198,7 +198,7 @@ def test_windows(rule: str, stats: str) -> None:
     assert made("kdgqa").train()(tokens()).isfinite().all()
 
 
-def test_key_driven_training_looks_at_every_step() -> None:
+def test_kdgqa_allocates_in_every_training_step() -> None:
     layer = made(window=100).train()
     for seed in range(3):
         x = tokens(seed=seed)
@@ -218,7 +218,7 @@ def test_hidden_keys_have_no_norm() -> None:
 # -- noise -------------------------------------------------------------------------------------------------------------
 
 
-def test_noise_has_the_mean_and_the_spread_of_what_it_is_taken_from() -> None:
+def test_noise_has_the_mean_and_the_spread_of_the_output() -> None:
     layer, x = made("pgqa", generator=torch.Generator().manual_seed(7)), tokens()
     out = torch.randn(3, HEADS, LENGTH, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64) + 3
     noise = (out - layer.weigh(out, x, out)).flatten(2)
@@ -282,7 +282,7 @@ def test_bad_options(options: dict, message: str) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ShapeError, match="G=3 key heads, which must divide heads=8"):
+    with pytest.raises(ShapeError, match="norms must be of G key heads that divide heads=8; got G=3"):
         allocate_queries(torch.ones(3), 8, "kdgqa")
     with pytest.raises(OptionError, match="rule='mqa'"):
         allocate_queries(torch.ones(2), 8, "mqa")

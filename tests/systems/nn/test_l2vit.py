@@ -18,8 +18,8 @@ from foveate.nn.parts.window import WindowAttention, Windows
 from foveate.nn.vision.l2vit import LinearGlobalBlock, LocalConcentration, LocalWindowBlock, concentration, influence
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.linear.relu_linear import ReLULinear
+from tests.support.tensors import assert_near, qkv
 from tests.systems.nn.digits import accuracy, fit
-from tests.tensors import assert_near, qkv
 
 
 def relu(x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def test_keys_first_is_queries_first(clamp: float) -> None:
     assert_near(op.weights(q, k, scale=0.5), halved, 1e-12)
 
 
-def test_with_no_clamp_to_speak_of_rows_sum_to_one() -> None:
+def test_with_a_tiny_clamp_rows_sum_to_one() -> None:
     q, k, _ = qkv(50, kv_heads=4, width=5)
     weights = ReLULinear(4, 5, 1e-6, temperature=1.0).double().weights(q, k)
     some = (relu(q) @ relu(k).mT).sum(-1) > 0
@@ -63,13 +63,13 @@ def test_it_starts_as_the_release_does() -> None:
 
 
 def test_bad_options_of_the_operator() -> None:
-    for options, says in (
+    for options, message in (
         ({"heads": 0}, "heads=0"),
         ({"head_dim": 0}, "head_dim=0"),
         ({"clamp": 0.0}, "clamp=0.0 must be in"),
         ({"temperature": "hot"}, "temperature='hot'"),
     ):
-        with pytest.raises(OptionError, match=says):
+        with pytest.raises(OptionError, match=message):
             ReLULinear(**{"heads": 4, "head_dim": 8, **options})
     with pytest.raises(ShapeError, match="q must have the operator's heads=3; got Hq=4"):
         ReLULinear(3, 8)(*qkv(4, dtype=torch.float32))
@@ -126,7 +126,7 @@ def test_windows_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("size", "window"), [((4, 6), (2, 3)), ((5, 4), (3, 3)), ((1, 7), (2, 4)), ((3, 2), (7, 7))])
-def test_taken_apart_and_put_together(size: tuple[int, int], window: tuple[int, int]) -> None:
+def test_merge_undoes_partition(size: tuple[int, int], window: tuple[int, int]) -> None:
     windows, x = Windows(size, window), torch.randn(2, size[0] * size[1], 3)
     parts = windows.partition(x)
     assert parts.shape == (2 * windows.counts[0] * windows.counts[1], window[0] * window[1], 3)
@@ -163,7 +163,7 @@ def test_a_window_over_the_whole_grid_is_global_attention() -> None:
     for layer in (WindowAttention(12, 3, (3, 4)).double(), WindowAttention(12, 3, 7, padding="hidden").double()):
         assert_near(layer(x, size=(3, 4)), layer.attention(x), 1e-12)
     seen = WindowAttention(12, 3, 7).double()
-    assert (seen(x, size=(3, 4)) - seen.attention(x)).abs().max() > 1e-3, "the release's zeros do have a say"
+    assert (seen(x, size=(3, 4)) - seen.attention(x)).abs().max() > 1e-3, "the release's zeros have an effect"
     assert WindowAttention(12, 3).window == (7, 7)
 
 
@@ -227,7 +227,7 @@ def test_the_global_block_by_hand(kernel: int | None) -> None:
     assert_near(block(x, size=size), y, 1e-12)
 
 
-def test_what_a_global_block_has_inside() -> None:
+def test_parts_of_a_global_block() -> None:
     block = LinearGlobalBlock(12, 3)
     assert isinstance(block.attention, MultiHeadAttention)
     assert isinstance(block.attention.op, ReLULinear)
@@ -396,7 +396,7 @@ def test_the_paper_s_networks(name: str, millions: int) -> None:
 
 
 def test_bad_networks() -> None:
-    for options, says in (
+    for options, message in (
         ({"depths": (1,)}, "depths, dims and heads must be as long"),
         ({"dims": (8, 0)}, "dims=0"),
         ({"depths": (1, 0)}, "depths=0"),
@@ -404,7 +404,7 @@ def test_bad_networks() -> None:
         ({"channels": 0}, "channels=0"),
         ({"classes": 0}, "classes=0"),
     ):
-        with pytest.raises(OptionError, match=says):
+        with pytest.raises(OptionError, match=message):
             L2ViT(**{"depths": (1, 1), "dims": (8, 8), "heads": (2, 2), **options})
     with pytest.raises(UnknownKey, match='unknown size of L2ViT "tinny"; did you mean "tiny"'):
         L2ViT.of("tinny")

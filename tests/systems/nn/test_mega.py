@@ -69,7 +69,7 @@ def test_forms_agree_on_long_inputs_in_float32():
 
 
 @pytest.mark.parametrize("form", ["fft", "recurrent"])
-def test_both_ways_count_the_token_itself(form):
+def test_both_directions_include_the_token(form):
     ema, x = average(bidirectional=True), tokens()
     there, back = averaged(ema, x), averaged(ema, x.flip(1), 1).flip(1)
     torch.testing.assert_close(ema(x, form=form), there + back + ema.omega * x)
@@ -80,7 +80,7 @@ def test_both_ways_count_the_token_itself(form):
 
 
 @pytest.mark.parametrize("form", ["fft", "recurrent"])
-def test_what_is_not_seen_enters_no_average_but_keeps_its_own_residual(form):
+def test_hidden_tokens_enter_no_average_but_keep_their_residual(form):
     ema, x = average(bidirectional=True), tokens()
     seen = torch.rand(BATCH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.6
     clean = x.masked_fill(~seen[..., None], 0.0)
@@ -115,7 +115,7 @@ def test_it_is_a_linear_state_with_a_diagonal_transition():
     torch.testing.assert_close(out[..., 0].unflatten(1, (DIM, -1)).sum(2).mT + ema.omega * x, ema(x))
 
 
-def test_turned_off_it_is_the_input():
+def test_without_averages_it_is_the_identity():
     ema, x = average(), tokens()
     nn.init.zeros_(ema.gamma), nn.init.ones_(ema.omega)
     assert torch.equal(ema(x), x)
@@ -261,9 +261,9 @@ def test_biases_depend_on_the_offset_alone():
     nn.init.normal_(bias.vectors)
     a, b = (torch.complex(*vector[0].double().unflatten(-1, (2, 2))) for vector in bias.vectors)
     for i, j in ((3, 1), (0, 5), (7, 7)):
-        turned = torch.exp(1j * torch.tensor([1.0, 0.01], dtype=torch.float64) * (i - j))
+        rotated = torch.exp(1j * torch.tensor([1.0, 0.01], dtype=torch.float64) * (i - j))
         found = bias.bias(torch.tensor([i]), torch.tensor([j])).item()
-        assert found == pytest.approx((a * turned * b.conj()).real.sum().item(), abs=1e-5)
+        assert found == pytest.approx((a * rotated * b.conj()).real.sum().item(), abs=1e-5)
     far = mega(reach=2)
     at = torch.arange(5)
     expected = far.bias.table[0][(at - at[:, None]).clamp(-2, 2) + 2]
@@ -272,7 +272,7 @@ def test_biases_depend_on_the_offset_alone():
     assert mega(chunk=1)(tokens()).isfinite().all()
 
 
-def test_what_it_declares():
+def test_declared_capabilities():
     assert (Mega(8).capabilities.growth, Mega(8, chunk=4).capabilities.growth) == ("N²", "N log N")
     both = Mega(8, bidirectional=True)
     assert (both.capabilities.patterns, both.capabilities.streaming) == ({"self"}, None)
@@ -342,7 +342,7 @@ class Network(nn.Module):
 
 
 @pytest.mark.slow
-def test_keys_that_know_what_came_before_recall_in_one_layer(claim):
+def test_keys_with_an_average_recall_in_one_layer(claim):
     """A query key asks for the value after it; without the average, attention needs a second layer to join the two."""
     task, found = Recall(pairs=4, length=24), {}
     for without in (False, True):
@@ -386,7 +386,7 @@ def error(steps: int = 150, back: int = 20, **options: Any) -> float:
 
 
 @pytest.mark.slow
-def test_the_average_carries_across_chunks_what_attention_cannot(claim):
+def test_the_average_carries_information_across_chunks(claim):
     # attention over all tokens finds the position by its bias and smooths without the average; chunks need it
     chunked = error(chunk=16)
     assert chunked < 1.3 * error()

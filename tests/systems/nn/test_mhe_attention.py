@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.sequence.mhe_attention import MultiHeadEmbeddingAttention, mhe_param_count
+from tests.support.tensors import assert_near
 from tests.systems.nn import lags
-from tests.tensors import assert_near
 
 DIM, HEADS, WIDTH, LENGTH = 12, 3, 6, 9
 
@@ -48,7 +48,7 @@ def test_without_embeddings_all_heads_are_one(mode: str) -> None:
     assert_near(layer(x), layer.out(alone.repeat(1, 1, HEADS)), 1e-12)
 
 
-def test_what_the_embedding_of_keys_does() -> None:
+def test_the_effect_of_key_embeddings() -> None:
     x = tokens()
     for mode, low, high in (("add", 0.0, 1e-10), ("mul", 1e-3, 1e3)):
         layer = made(mode)
@@ -104,7 +104,7 @@ def test_other_operators_keep_a_state_of_their_own() -> None:
         (dict(heads=5), "heads=5 must divide dim=12"),
         (dict(spread=-1), "spread=-1"),
         (dict(head_dim=0), "head_dim=0"),
-        (dict(op="moh"), "is no operator"),
+        (dict(op="moh"), "must be an operator"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:
@@ -113,7 +113,7 @@ def test_bad_options(options: dict, message: str) -> None:
 
 
 @pytest.mark.slow
-def test_embeddings_are_worth_most_of_the_projections(claim) -> None:
+def test_embeddings_replace_most_of_the_projections(claim) -> None:
     where = (1, 3, 5, 8)
     ours, one, all_heads = (
         sum(lags.loss(lags.fitted(make, where, seed=seed), where) for seed in (0, 1)) / 2

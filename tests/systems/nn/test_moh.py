@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.sequence.moh import MixtureOfHeadAttention, balance_loss, moh_gates
+from tests.support.tensors import assert_near
 from tests.systems.nn import digits, lags
-from tests.tensors import assert_near
 
 DIM, HEADS, LENGTH = 32, 8, 11
 
@@ -121,7 +121,7 @@ def test_the_router_compares_queries_as_they_are_before_the_norm() -> None:
     assert_near(layer(x), layer.out(out.transpose(1, 2).flatten(2)), 1e-12)
 
 
-def test_a_token_chooses_for_itself_alone() -> None:
+def test_gates_depend_only_on_their_token() -> None:
     layer, x = made(), tokens()
     changed = x.clone()
     changed[:, 5] = tokens(seed=2)[:, 5]
@@ -168,7 +168,7 @@ def test_query_norm_by_hand(position: Rotary | None) -> None:
     assert_near(layer.train().gates(x), gates, 1e-12)
 
 
-def test_the_choice_hands_its_gradient_to_the_shares() -> None:
+def test_the_choice_passes_its_gradient_to_the_shares() -> None:
     layer, x = made(3, 2, router="query_norm"), tokens(batch=1, n=1)
     toward = torch.randn(HEADS, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     (straight,) = torch.autograd.grad((layer.train().gates(x)[0, 0] * toward).sum(), layer.q.weight)
@@ -180,7 +180,7 @@ def test_the_choice_hands_its_gradient_to_the_shares() -> None:
     assert not layer.eval().gates(x).requires_grad
 
 
-def test_queries_of_one_length_are_no_trouble() -> None:
+def test_queries_of_equal_norms_are_allowed() -> None:
     layer = made(4, 2, router="query_norm")
     gates = layer.gates(torch.zeros(1, 2, DIM, dtype=torch.float64))
     assert ((gates == 1).sum(-1) == 6).all()
@@ -241,7 +241,7 @@ def test_the_loss_spreads_the_tokens(claim) -> None:
         (dict(routed_active=0), "routed_active=0 must be in 1..4"),
         (dict(routed_active=1.5), "routed_active=1.5"),
         (dict(router="top"), "router='top' must be one of"),
-        (dict(router="query_norm", shared_heads=7, routed_active=1), "too few"),
+        (dict(router="query_norm", shared_heads=7, routed_active=1), "at least 2 routed heads"),
         (dict(heads=7, shared_heads=3), "heads=7 must divide dim=32"),
         (dict(kv_heads=3), "kv_heads=3 must divide heads=8"),
         (dict(position="rotary"), "position='rotary'"),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.seq2seq.pointer_network import PointerNetwork, pointer_loss, pointer_scores
 from foveate.tasks.training.planar import planar_batch
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 
 def built(seed: int = 0, sharp: float = 1.0, **options) -> PointerNetwork:
@@ -124,7 +124,7 @@ def test_it_runs_on_more_inputs_than_before() -> None:
 # -- permutations and beams --------------------------------------------------------------------------------------------
 
 
-def test_masking_what_was_visited_gives_permutations() -> None:
+def test_masking_visited_inputs_gives_permutations() -> None:
     net, inputs = built(stop=False), points(200, 6)
     masked, free = (net(inputs, mask_visited=visited).indices.sort(-1).values for visited in (True, False))
     assert torch.equal(masked, torch.arange(6).expand(200, -1))
@@ -212,16 +212,16 @@ def test_weights_start_as_in_the_paper() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [({"in_dim": 0}, "in_dim=0"), ({"hidden": 0}, "hidden=0"), ({"stop": "yes"}, "stop='yes' must be one of")],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         PointerNetwork(**options)
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         ({"inputs": points(width=3)}, r"inputs must be \(B, N, C=2\)"),
         ({"inputs": points()[0]}, r"inputs must be \(B, N, C=2\)"),
@@ -230,7 +230,7 @@ def test_bad_options(options: dict, says: str) -> None:
         ({"lengths": torch.tensor([1, 2, 0])}, "each in 1..5"),
         ({"lengths": torch.tensor([1, 2, 6])}, "each in 1..5"),
         ({"steps": 0}, "steps=0"),
-        ({"steps": 2, "targets": torch.zeros(3, 2, dtype=torch.long)}, "steps=2: there are as many as targets"),
+        ({"steps": 2, "targets": torch.zeros(3, 2, dtype=torch.long)}, "steps=2 must be None with targets"),
         ({"targets": torch.zeros(2, 2, dtype=torch.long)}, r"targets must be \(B=3, S\)"),
         ({"targets": torch.zeros(3, 0, dtype=torch.long)}, "with S > 0"),
         ({"targets": torch.zeros(3, dtype=torch.long)}, r"targets must be \(B=3, S\)"),
@@ -238,8 +238,8 @@ def test_bad_options(options: dict, says: str) -> None:
         ({"targets": torch.full((3, 2), -2)}, "slots in 0..5, or -1"),
     ],
 )
-def test_bad_calls(call: dict, says: str) -> None:
-    with pytest.raises((ShapeError, OptionError), match=says):
+def test_bad_calls(call: dict, message: str) -> None:
+    with pytest.raises((ShapeError, OptionError), match=message):
         built()(**{"inputs": points(), **call})
 
 

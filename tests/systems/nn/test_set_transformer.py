@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from foveate.core import masks
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.sequence.set_transformer import ISAB, MAB, PMA, SAB, SetTransformer
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -99,13 +99,13 @@ def test_encoders_and_pooling_by_hand(ln: bool, scale: str, divisor: float) -> N
 
 def test_learned_points_are_projected_once_for_all_sets() -> None:
     induced, pool = ISAB(12, 3, 2), PMA(12, 3, 4)
-    asked: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
     for block in (induced.gather, pool.block):
-        block.q.register_forward_pre_hook(lambda _, args: asked.append(tuple(args[0].shape)))
+        block.q.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     x = torch.randn(5, 7, 12, generator=torch.Generator().manual_seed(0))
     assert induced(x).shape == x.shape
     assert pool(x).shape == (5, 4, 12)
-    assert asked == [(1, 2, 12), (1, 4, 12)]
+    assert shapes == [(1, 2, 12), (1, 4, 12)]
 
 
 def test_a_set_block_is_torch_s_attention_beside_the_projected_query() -> None:
@@ -123,7 +123,7 @@ def test_a_set_block_is_torch_s_attention_beside_the_projected_query() -> None:
 
 
 @pytest.mark.parametrize("variant", ["paper", "release"])
-def test_seeds_that_ask_nothing_pool_the_mean(variant: str) -> None:
+def test_seeds_with_zero_queries_pool_the_mean(variant: str) -> None:
     pool = shaken(PMA(12, 3, 2, variant=variant))
     with torch.no_grad():
         for parameter in (*pool.block.q.parameters(), *pool.block.feed.parameters()):
@@ -162,7 +162,7 @@ def model(name: str) -> SetTransformer:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_neither_order_nor_padding_has_a_say(name: str) -> None:
+def test_order_and_padding_have_no_effect(name: str) -> None:
     net, x = model(name), randn(2, 7, 3)
     out = net(x)
     assert out.shape == (2, MODELS[name].get("outputs", 1), 2)
@@ -233,7 +233,7 @@ def test_induced_points_make_cost_linear(claim) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: MAB(5, 7, 12, 5), "heads=5 must divide dim=12"),
         (lambda: MAB(0, 7, 12, 3), "dim_q=0"),
@@ -248,8 +248,8 @@ def test_induced_points_make_cost_linear(claim) -> None:
         (lambda: SetTransformer(3, 0), "dim_out=0"),
     ],
 )
-def test_bad_options(make, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(make, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         make()
 
 

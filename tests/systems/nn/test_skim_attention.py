@@ -11,7 +11,7 @@ from foveate.core import masks
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn import MultiHeadAttention
 from foveate.nn.sequence.skim_attention import LayoutEmbedding, SkimAttention, Skimformer, SkimLayer, skimming_mask
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 
 def boxes(batch: int = 2, n: int = 7, seed: int = 0) -> Tensor:
@@ -142,7 +142,7 @@ def test_the_network_is_one_matrix_and_layers() -> None:
         assert_near(net(ids, bbox, there, given), x, 1e-12)
 
 
-def test_words_have_no_say_in_who_sees_whom() -> None:
+def test_words_do_not_change_the_weights() -> None:
     net, bbox, seen = network(), boxes(), []
     net.layers[2].register_forward_hook(lambda _, given, __: seen.append(given[1]))
     for seed in range(2):
@@ -158,7 +158,7 @@ def test_words_have_no_positions_of_their_own() -> None:
     assert_near(net(ids[:, order], bbox[:, order]), net(ids, bbox)[:, order], 1e-12)
 
 
-def test_scores_are_paid_for_once(claim) -> None:
+def test_scores_are_computed_once(claim) -> None:
     def products(net: nn.Module, *inputs: Tensor) -> int:
         """Count the calls of projections to queries or keys."""
         calls: list[int] = []
@@ -201,7 +201,7 @@ def test_padding_is_never_skimmed() -> None:
     assert skimming_mask(unpadded, 4, there).sum(-1)[1].unique().numel() > 1, "rows may keep fewer"
 
 
-def test_another_model_under_the_mask() -> None:
+def test_a_skimming_mask_restricts_another_model() -> None:
     weights = skim()(boxes())
     torch.manual_seed(0)
     host, x = MultiHeadAttention(12, 3).double(), torch.randn(2, 7, 12, dtype=torch.float64)
@@ -217,7 +217,7 @@ def test_another_model_under_the_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: LayoutEmbedding(0), "dim=0"),
         (lambda: LayoutEmbedding(8, "corner"), "boxes='corner'"),
@@ -238,13 +238,13 @@ def test_another_model_under_the_mask() -> None:
         (lambda: skimming_mask(torch.zeros(1, 1, 3, 3), 0), "top_k=0"),
     ],
 )
-def test_bad_options(make, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(make, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         make()
 
 
 @pytest.mark.parametrize(
-    ("bbox", "says"),
+    ("bbox", "message"),
     [
         (torch.zeros(2, 7, 3, dtype=torch.long), r"bbox must be whole numbers \(B, N, 4\)"),
         (torch.zeros(7, 4, dtype=torch.long), r"bbox must be whole numbers \(B, N, 4\)"),
@@ -255,8 +255,8 @@ def test_bad_options(make, says: str) -> None:
         (torch.tensor([[[0, 5, 9, 4]]]), "y0 <= y1"),
     ],
 )
-def test_bad_boxes(bbox: Tensor, says: str) -> None:
-    with pytest.raises(ShapeError, match=says):
+def test_bad_boxes(bbox: Tensor, message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
         skim()(bbox)
 
 
@@ -330,7 +330,7 @@ def filled(layout: bool, steps: int = 400) -> float:
 
 
 @pytest.mark.slow
-def test_the_layout_says_what_belongs_together(claim) -> None:
+def test_the_layout_pairs_labels_and_values(claim) -> None:
     claim(
         "attention from the layout alone fills in forms whose words come in any order: share of blanks filled",
         ours=filled(True), baseline=filled(False), better="higher", margin=0.4,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.sequence.super_attention import OptimisedAttention, SlimAttention, SuperAttention
+from tests.support.tensors import assert_near
 from tests.systems.nn import digits
-from tests.tensors import assert_near
 
 DIM, HEADS, LENGTH = 12, 3, 9
 
@@ -74,7 +74,7 @@ def test_super_attention_by_hand(options: dict, causal: bool) -> None:
         mine = slice(4 * h, 4 * h + 4)
         qh, kh = q[..., mine], x[..., mine]
         if "position" in options:
-            qh, kh = (options["position"].turn(t[:, None], place)[:, 0] for t in (qh, kh))
+            qh, kh = (options["position"].rotate(t[:, None], place)[:, 0] for t in (qh, kh))
         logits = qh @ kh.mT / 2
         if causal:
             logits = logits + torch.full((LENGTH, LENGTH), -torch.inf).triu(1)

@@ -14,7 +14,7 @@ from foveate.core import masks
 from foveate.core.errors import OptionError
 from foveate.nn import Alibi, MultiHeadAttention, Rotary
 from foveate.nn.base.layer import Layer
-from foveate.nn.sequence.neural_memory import NeuralMemory, Titans
+from foveate.nn.sequence.neural_memory import NeuralMemory, TitansLayer
 from foveate.nn.sequence.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from foveate.ops.sparse.sliding_window import SlidingWindow
 from tests.systems.ops.recall import VOCAB, accuracy, train
@@ -38,7 +38,7 @@ def made(cls: type[Layer], **options: Any) -> Any:
     return layer
 
 
-def silent(layer: Titans) -> Titans:
+def zero_memory(layer: TitansLayer) -> TitansLayer:
     """Make the memory of a layer answer zeros and learn nothing."""
     nn.init.zeros_(layer.memory.op.first[-1])
     nn.init.constant_(layer.memory.rates["theta"].bias, -math.inf)
@@ -62,7 +62,7 @@ def projected(memory: NeuralMemory, part: int, x: Tensor) -> Tensor:
     return y.unflatten(1, (HEADS, -1)).mT
 
 
-def spoken(memory: NeuralMemory, out: Tensor, x: Tensor) -> Tensor:
+def output_of(memory: NeuralMemory, out: Tensor, x: Tensor) -> Tensor:
     """Compute the output by hand from answers: a norm per head, a gate from the token, a projection."""
     scale = (out.square().mean(-1, keepdim=True) + torch.finfo(out.dtype).eps).rsqrt()
     heads = (out * scale * memory.norm.weight).transpose(1, 2).flatten(2)
@@ -78,10 +78,10 @@ def test_the_memory_is_the_operator_between_projections(options):
     memory, x = made(NeuralMemory, **options), tokens()
     q, k, v = (projected(memory, part, x) for part in range(3))
     out = memory.op(q, k, v, causal=True, **rates(memory, x))
-    torch.testing.assert_close(memory(x, causal=True), spoken(memory, out, x))
+    torch.testing.assert_close(memory(x, causal=True), output_of(memory, out, x))
 
 
-def test_what_the_memory_does_not_see_it_neither_reads_nor_writes():
+def test_hidden_tokens_are_neither_read_nor_written():
     memory, x = made(NeuralMemory, conv=0, chunk=1), tokens()
     seen = torch.ones(1, LENGTH, dtype=torch.bool)
     seen[:, [0, 4, 5]] = False
@@ -98,13 +98,13 @@ def test_recalling_is_reading_without_writing():
     past = memory.no_past(BATCH, x.dtype, x.device)
     out, past = memory.recall(x[:, :6], state, past)
     q = projected(memory, 0, x[:, :6])
-    torch.testing.assert_close(out, spoken(memory, memory.op.recall(q, state.learner), x[:, :6]))
+    torch.testing.assert_close(out, output_of(memory, memory.op.recall(q, state.learner), x[:, :6]))
     more, _ = memory.recall(x[:, 6:], state, past)  # the convolution of queries continues
     q = projected(memory, 0, x)[:, :, 6:]
-    torch.testing.assert_close(more, spoken(memory, memory.op.recall(q, state.learner), x[:, 6:]))
+    torch.testing.assert_close(more, output_of(memory, memory.op.recall(q, state.learner), x[:, 6:]))
 
 
-def test_what_it_starts_from():
+def test_initial_values():
     memory = NeuralMemory(DIM, HEADS, depth=3, expansion=5, chunk=7)
     assert [tuple(m.shape) for m in memory.op.first] == [(2, 20, 4), (2, 20, 20), (2, 4, 20)]
     assert (memory.op.chunk, memory.op.reads) == (7, "token")
@@ -125,7 +125,7 @@ def attended(attention: MultiHeadAttention, x: Tensor, visible: Tensor, at: Tens
     )
     if attention.position is not None:
         at = torch.arange(x.shape[1]) if at is None else at
-        q, k = attention.position.turn(q, at), attention.position.turn(k, at)
+        q, k = attention.position.rotate(q, at), attention.position.rotate(k, at)
     logits = (q @ k.mT / math.sqrt(DIM / HEADS)).masked_fill(~visible, -math.inf)
     return attention.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
@@ -158,7 +158,7 @@ def test_gate_and_layer_as_the_paper_writes_them(cls, position):
 
 
 @pytest.mark.parametrize("cls", [MemoryAsGate, MemoryAsLayer])
-def test_what_gate_and_layer_do_not_see(cls):
+def test_gate_and_layer_ignore_hidden_tokens(cls):
     layer, x = made(cls, window=4, conv=0, chunk=1), tokens()
     seen = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     seen[0, [0, 5]] = seen[1, [2, 3, 9]] = False
@@ -183,7 +183,7 @@ def context(layer: MemoryAsContext, x: Tensor) -> Tensor:
         if t == start:
             old = new
         here = slice(start, t + 1)
-        recalled = spoken(memory, memory.op.recall(q[:, :, here], old.learner), x[:, here])
+        recalled = output_of(memory, memory.op.recall(q[:, :, here], old.learner), x[:, here])
         everything = torch.cat([prefix, recalled, x[:, here]], 1)
         place = torch.arange(t + 1 - start)
         at = torch.cat([torch.arange(P), P + place, P + segment + place])
@@ -201,7 +201,7 @@ def test_context_token_by_token(options, position):
 
 
 @pytest.mark.parametrize("segment", [4, 40])
-def test_what_a_context_does_not_see(segment):
+def test_a_context_ignores_hidden_tokens(segment):
     layer, x = made(MemoryAsContext, segment=segment, conv=0, chunk=1), tokens()
     seen = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     seen[:, -4:] = False
@@ -232,7 +232,7 @@ def test_a_gate_that_is_neither_open_nor_closed_leaves_attention():
 
 @torch.no_grad()
 def test_a_layer_over_an_empty_memory_is_attention():
-    layer, x = silent(made(MemoryAsLayer, window=LENGTH + P)), tokens()
+    layer, x = zero_memory(made(MemoryAsLayer, window=LENGTH + P)), tokens()
     plain = MultiHeadAttention(DIM, HEADS).double()
     plain.load_state_dict(layer.attention.state_dict())
     whole = normed(layer.norm, torch.cat([layer.persistent.expand(BATCH, -1, -1), x], 1))
@@ -241,7 +241,7 @@ def test_a_layer_over_an_empty_memory_is_attention():
 
 @torch.no_grad()
 def test_one_segment_over_an_empty_memory_is_attention_with_answers_of_zero():
-    layer, x = silent(made(MemoryAsContext, segment=LENGTH)), tokens()
+    layer, x = zero_memory(made(MemoryAsContext, segment=LENGTH)), tokens()
     whole = torch.cat([layer.persistent.expand(BATCH, -1, -1), torch.zeros_like(x), x], 1)
     earlier = masks.causal(LENGTH, LENGTH)
     visible = torch.zeros(P + 2 * LENGTH, P + 2 * LENGTH, dtype=torch.bool)
@@ -256,7 +256,7 @@ REACH = {MemoryAsGate: {"window": 3}, MemoryAsLayer: {"window": 3}, MemoryAsCont
 
 @pytest.mark.parametrize("cls", REACH)
 def test_the_memory_alone_reaches_beyond_the_window(cls):
-    def reach(layer: Titans) -> Tensor:
+    def reach(layer: TitansLayer) -> Tensor:
         """Return the influence of each token on the last output."""
         x = tokens(12).requires_grad_()
         (grad,) = torch.autograd.grad(layer(x, causal=True)[:, -1].square().sum(), x)
@@ -264,7 +264,7 @@ def test_the_memory_alone_reaches_beyond_the_window(cls):
 
     layer = made(cls, conv=0, **REACH[cls])
     assert (reach(layer) > 1e-9).all()
-    alone = reach(silent(layer))
+    alone = reach(zero_memory(layer))
     assert not alone[:9].any()
     assert (alone[9:] > 1e-9).all()
 
@@ -337,7 +337,7 @@ def test_bad_options(cls, options, message):
 # -- claims ------------------------------------------------------------------------------------------------------------
 
 
-class Told:
+class WordRecall:
     """A task: the first token is a word, noise follows, and the last positions ask for the word."""
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -348,19 +348,19 @@ class Told:
         return found, torch.cat([torch.full((size, 14), -100), word.expand(-1, 6)], 1)
 
 
-def said(layer: Layer) -> float:
+def share_recalled(layer: Layer) -> float:
     """Return the share of words that a trained network of one layer predicts."""
     model = Stack([layer])
     for name, parameter in model.named_parameters():
         if name.endswith("rates.theta.bias"):
             nn.init.zeros_(parameter)  # longer steps than the default, since the training is short
-    return accuracy(train(model, Told(), 200, lr=1e-2), Told())
+    return accuracy(train(model, WordRecall(), 200, lr=1e-2), WordRecall())
 
 
 @pytest.fixture(scope="module")
 def by_the_window() -> float:
     torch.manual_seed(0)
-    return said(MultiHeadAttention(32, 1, op=SlidingWindow(4, 0), conv=4, position=Rotary()))
+    return share_recalled(MultiHeadAttention(32, 1, op=SlidingWindow(4, 0), conv=4, position=Rotary()))
 
 
 @pytest.mark.slow
@@ -369,9 +369,9 @@ def by_the_window() -> float:
     [(MemoryAsGate, {"window": 4, "chunk": 8}), (MemoryAsLayer, {"window": 4, "chunk": 8}),
      (MemoryAsContext, {"segment": 6, "chunk": 6})],
 )  # fmt: skip
-def test_it_tells_what_the_window_has_lost(claim, by_the_window, cls, options):
+def test_it_recalls_tokens_beyond_the_window(claim, by_the_window, cls, options):
     torch.manual_seed(0)
-    ours = said(cls(32, 1, persistent=2, position=Rotary(), depth=1, **options))
+    ours = share_recalled(cls(32, 1, persistent=2, position=Rotary(), depth=1, **options))
     claim(
         f"{cls.__name__}, one layer that sees 4 to 6 tokens, recalls a word from 14 or more tokens ago: share recalled",
         ours=ours, baseline=by_the_window, better="higher", margin=0.5,

@@ -26,15 +26,15 @@ class Recall:
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return tokens `(size, length)` and the target of each position, or -100."""
         keys = torch.rand(size, KEYS, generator=generator).argsort(-1)[:, : self.pairs]
-        told = []
+        given = []
         for _ in range(self.tellings):
             keys = keys.gather(1, torch.rand(size, self.pairs, generator=generator).argsort(-1))
             values = torch.randint(KEYS, VOCAB, (size, self.pairs), generator=generator)
-            told.append(torch.stack([keys, values], -1).flatten(1))
-        told = torch.cat(told, 1)
-        asked = torch.randint(0, self.pairs, (size, self.length - told.shape[1]), generator=generator)
-        tokens = torch.cat([told, keys.gather(1, asked)], 1)
-        labels = torch.cat([torch.full_like(told, -100), values.gather(1, asked)], 1)
+            given.append(torch.stack([keys, values], -1).flatten(1))
+        given = torch.cat(given, 1)
+        queried = torch.randint(0, self.pairs, (size, self.length - given.shape[1]), generator=generator)
+        tokens = torch.cat([given, keys.gather(1, queried)], 1)
+        labels = torch.cat([torch.full_like(given, -100), values.gather(1, queried)], 1)
         return tokens, labels
 
 
@@ -109,5 +109,5 @@ def train(model: Model, task: Recall, steps: int, *, seed: int = 0, lr: float = 
 def accuracy(model: Model, task: Recall, seed: int = 12345, size: int = 256) -> float:
     """Return the share of queried values that the model predicts."""
     tokens, labels = task.batch(size, torch.Generator().manual_seed(seed))
-    asked = labels >= 0
-    return (model(tokens).argmax(-1) == labels)[asked].double().mean().item()
+    queried = labels >= 0
+    return (model(tokens).argmax(-1) == labels)[queried].double().mean().item()

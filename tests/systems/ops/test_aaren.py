@@ -18,7 +18,7 @@ from foveate.nn.sequence.aaren import AarenLayer
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.linear.aaren import BLOCK, Aaren, combine, prefix_attention
 from foveate.ops.linear.dsf import state_size
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 FORMS = ("scan", "recurrent", "reference")
 
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_matrix(form: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_tokens_that_are_not_there(form: str) -> None:
+def test_hidden_tokens_of_a_prefix(form: str) -> None:
     n = BLOCK + 9
     s, v = draw(1, 2, n), draw(1, 2, n, 3, seed=1)
     gone = torch.zeros(n, dtype=torch.bool)
@@ -80,7 +80,7 @@ def random_part(seed: int) -> Partial:
     return partial(50 * draw(2, 1, 4, seed=seed), draw(2, 4, 3, seed=seed + 1))
 
 
-def test_combine_is_the_houses_merge_and_associative() -> None:
+def test_combine_is_merge_and_associative() -> None:
     assert combine is merge
     a, b, c = (random_part(seed) for seed in (0, 2, 4))
     left, right = combine(combine(a, b), c), combine(a, combine(b, c))
@@ -131,18 +131,18 @@ def test_going_on_from_a_prompt() -> None:
     whole = op(q, k, v, causal=True)
     for queries in (40, 3):  # the stream's query is the first one given
         out, state = op.prefill(q[:, :, 40 - queries : 40], k[:, :, :40], v[:, :, :40])
-        asked = whole if queries == 40 else op(q[:, :, 37:40].repeat(1, 1, 17, 1)[:, :, :50], k, v, causal=True)
-        assert_near(out, asked[:, :, 40 - queries : 40], 1e-10)
+        expected = whole if queries == 40 else op(q[:, :, 37:40].repeat(1, 1, 17, 1)[:, :, :50], k, v, causal=True)
+        assert_near(out, expected[:, :, 40 - queries : 40], 1e-10)
         for t in range(40, 50):
             at = slice(t, t + 1)
             y, state = op.step(q[:, :, at], k[:, :, at], v[:, :, at], state)
-            assert_near(y, asked[:, :, at], 1e-10)
+            assert_near(y, expected[:, :, at], 1e-10)
     out, state = op.prefill(q[:, :, :0], k[:, :, :0], v[:, :, :0])
     assert out.shape == (2, 4, 0, 5)
     assert_near(op.step(q[:, :, :1], k[:, :, :1], v[:, :, :1], state)[0], whole[:, :, :1], 1e-12)
 
 
-def test_rows_that_ask_differently_are_refused() -> None:
+def test_different_query_rows_are_refused() -> None:
     q, k, v = qkv(9)
     with pytest.raises(OptionError, match="q must be the same in every row"):
         foveate.attend(q, k, v, "aaren", causal=True)
@@ -180,7 +180,7 @@ def test_the_layer_by_hand() -> None:
     assert grad.abs().max() > 1e-3
 
 
-def test_the_question_is_all_that_a_layer_has_more_of() -> None:
+def test_the_query_is_the_only_extra_parameter() -> None:
     count = lambda layer: sum(p.numel() for p in layer.parameters())  # noqa: E731
     assert count(AarenLayer(64, 4)) == count(MultiHeadAttention(64, 4)) + 64
     with pytest.raises(OptionError, match="heads=5 must divide dim=64"):
@@ -252,8 +252,8 @@ def seconds_per_token(lengths: tuple[int, ...]) -> dict[int, list[float]]:
     for n in lengths:
         q, k, v = (draw(8, 4, n, 32, seed=s, dtype=torch.float32) for s in range(3))
         token = q[:, :, :1], k[:, :, :1], v[:, :, :1]
-        for which, (op, asked) in enumerate(((Aaren(), token[0].expand_as(q)), (Softmax(), q))):
-            calls[n, which] = (op, token, op.prefill(asked, k, v)[1])
+        for which, (op, queries) in enumerate(((Aaren(), token[0].expand_as(q)), (Softmax(), q))):
+            calls[n, which] = (op, token, op.prefill(queries, k, v)[1])
     for _ in range(30):
         for (n, which), (op, token, state) in calls.items():
             start = time.perf_counter()

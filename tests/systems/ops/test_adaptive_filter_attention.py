@@ -16,7 +16,7 @@ from foveate.ops.dense.adaptive_filter_attention import AdaptiveFilterAttention
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.functional import rotary
 from foveate.ops.functional.linear_sde import Dynamics, mean_decay
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 NUMBERS = {"mu": -0.3, "sigma2": 0.7, "eta2": 0.4, "gamma2": 0.2, "nu": 1.7, "tau": 0.8}
 
@@ -73,8 +73,8 @@ def by_hand(op: AdaptiveFilterAttention, q, k, v, t=None, scale: float = 1.0, pa
                     misfit /= nu * q.shape[3] * variance(gap, **numbers)
                     misfit = math.log(1 + misfit) if op.robust else misfit
                     logits.append(scale * tau**2 * (-math.log(variance(gap, **value_numbers)) - misfit))
-                    turn = value_rate if op.rotate_values else value_rate.real
-                    values.append(torch.exp(turn * gap) * v[b, kv, j])
+                    rotation = value_rate if op.rotate_values else value_rate.real
+                    values.append(torch.exp(rotation * gap) * v[b, kv, j])
                 weights = torch.tensor(logits, dtype=torch.float64).softmax(0)
                 out[b, h, i] = torch.view_as_real((weights[:, None] * torch.stack(values)).sum(0)).flatten()
     return out
@@ -122,7 +122,7 @@ def test_times_may_be_irregular(heads: int) -> None:
     assert_near(op.step(q[:, :, at], k[:, :, at], v[:, :, at], state, t=t[:, :, at])[0], expected[:, :, at], 1e-9)
 
 
-def test_a_stream_may_go_on_with_times_of_each_head() -> None:
+def test_a_stream_may_continue_with_times_per_head() -> None:
     op, (q, k, v) = build(omega="learned"), qkv(6)
     t = torch.arange(6.0, dtype=torch.float64).expand(2, 4, 6).clone()
     t[:, :, 3:] += torch.rand(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -143,8 +143,8 @@ def test_the_limit_is_rotary_attention() -> None:
         4, 8, robust=False, mu=0.0, sigma2=0.0, eta2=eta2, gamma2=gamma2, nu=nu, tau=1.0, variant="paper"
     )
     angles = -rotary.rotary_angles(torch.arange(32), 8)
-    turned = [rotary.rotate(x, angles, "interleaved") for x in (q, k)]
-    weights = oracle.attention(*turned, torch.eye(32).expand(2, 4, 32, 32).double(), causal=True,
+    rotated = [rotary.rotate(x, angles, "interleaved") for x in (q, k)]
+    weights = oracle.attention(*rotated, torch.eye(32).expand(2, 4, 32, 32).double(), causal=True,
                                scale=2 / (nu * 4 * (eta2 + gamma2)))  # fmt: skip
     back = rotary.rotate(weights @ rotary.rotate(v, angles, "interleaved"), -angles, "interleaved")
     assert_near(op(q, k, v, causal=True), back, 1e-10)
@@ -155,7 +155,7 @@ def test_the_limit_is_rotary_attention() -> None:
     assert_near(still(q, k, v, causal=True), plain, 1e-10)
 
 
-def test_weights_exist_where_values_are_not_turned() -> None:
+def test_weights_exist_without_rotated_values() -> None:
     q, k, v = qkv(9)
     op = build(rotate_values=False, separate=True, omega="learned")
     weights = op.weights(q, k, causal=True)
@@ -266,7 +266,7 @@ def test_rounding_makes_no_negative_residuals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"heads": 0}, "heads=0"),
         ({"head_dim": 2.0}, r"head_dim=2\.0"),
@@ -294,8 +294,8 @@ def test_rounding_makes_no_negative_residuals() -> None:
         ({"omega": [0.1, 0.2, 0.3, float("inf")]}, "must be 4 finite numbers"),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         AdaptiveFilterAttention(**{"heads": 4, "head_dim": 8, **options})
 
 
@@ -356,7 +356,7 @@ def test_it_filters(claim) -> None:
         assert error(lost, truth) > 1.3 * ours, "the dynamics have to be the right ones"
 
 
-def test_outliers_have_less_say(claim) -> None:
+def test_outliers_have_less_influence(claim) -> None:
     """10 % of the measurements, in queries, keys and values, are 20 times too large."""
     rises: dict[bool, list[float]] = {True: [], False: []}
     for seed in range(5):

@@ -15,7 +15,7 @@ from foveate.core.errors import OptionError, ShapeError
 from foveate.ops.dense.attention_sdm import SparseDistributedMemory, cap_intersection, circle_intersection, fit_beta
 from foveate.ops.dense.softmax import Softmax
 from tests.ops.plans import score_products
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 
 def bits(*shape: int, seed: int = 0) -> Tensor:
@@ -212,7 +212,7 @@ def test_engines_and_streaming(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"n": 2}, "n=2"),
         ({"radius": 0}, "radius=0"),
@@ -227,8 +227,8 @@ def test_engines_and_streaming(mode: str) -> None:
         ({"generator": torch.Generator()}, 'no other takes them; got mode="continuous"'),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         SparseDistributedMemory(**options)
 
 
@@ -236,8 +236,8 @@ def test_bad_arguments() -> None:
     for distance in (-1, 11):
         with pytest.raises(OptionError, match=f"distance={distance} must be in 0..10"):
             circle_intersection(10, 3, distance)
-    for n, radius, says in ((64, 0, "radius=0"), (64, 32, "radius=32"), (2, 1, "n=2")):
-        with pytest.raises(OptionError, match=says):
+    for n, radius, message in ((64, 0, "radius=0"), (64, 32, "radius=32"), (2, 1, "n=2")):
+        with pytest.raises(OptionError, match=message):
             fit_beta(n, radius)
     with pytest.raises(OptionError, match="steps=0"):
         SparseDistributedMemory().recall(bits(1, 1, 1, 64), bits(1, 1, 2, 64), steps=0)
@@ -310,13 +310,13 @@ def test_the_fitted_softmax_has_the_memorys_weights(seed: int, claim) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_finite_neurons_come_near_the_expected_weights(seed: int, claim) -> None:
+def test_random_neurons_approximate_the_expected_weights(seed: int, claim) -> None:
     patterns = bits(1, 1, 12, 16, seed=seed)
     cues = flipped(patterns, 2, seed)
     expected = SparseDistributedMemory(16, 4, "binary").weights(cues, patterns)
     few, many = ((memory(r, seed=seed).weights(cues, patterns) - expected).abs().mean().item() for r in (10**3, 10**5))
     claim(
-        f"weights counted over random neurons come near the expected ones: mean error of 100,000 neurons (seed {seed})",
+        f"random neurons approximate the expected weights: mean error of 100,000 neurons (seed {seed})",
         ours=many, baseline=few, better="lower", margin=2 / 3 * few, baseline_name="1,000 neurons", seed=seed,
     )  # fmt: skip
 
@@ -341,7 +341,7 @@ def test_recall_cleans_up_in_steps(claim) -> None:
     assert_near(sphere.recall(cues, patterns, steps=2), sphere(read, patterns, patterns), 1e-12)
 
 
-def test_what_a_pair_costs() -> None:
+def test_the_cost_of_a_pair() -> None:
     random = torch.Generator().manual_seed(0)
     assert score_products(SparseDistributedMemory(16, 4, "neurons", neurons=40, generator=random)) == 40
     assert score_products(SparseDistributedMemory(16, 4, "binary")) == 16

@@ -18,7 +18,7 @@ from foveate.ops.dense.attention_taxonomy import SurveyAttention
 from foveate.ops.functional.alignment import ALIGNMENTS, Additive, Alignment, ScaledDot
 from foveate.ops.functional.normalizers import DISTRIBUTIONS, entmax, sparsemax
 from tests.ops.plans import score_products
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 HEADS, WIDTH = 4, 8
 INNER = ("similarity", "dot", "scaled_dot", "general", "biased_general", "kernel")
@@ -53,7 +53,7 @@ def default_scale(op: SurveyAttention) -> float:
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-def test_as_built_it_is_scaled_dot_product_attention() -> None:
+def test_initially_it_is_scaled_dot_product_attention() -> None:
     q, k, v = qkv(9, 12, value_width=5)
     k4, v4 = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     assert_near(SurveyAttention()(q, k, v), F.scaled_dot_product_attention(q, k4, v4), 1e-12)
@@ -121,7 +121,7 @@ def test_engines_and_streaming(alignment: str, options: dict) -> None:
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
-def test_what_is_hidden_has_no_say(alignment: str) -> None:
+def test_hidden_tokens_have_no_effect(alignment: str) -> None:
     found = []
     mask = torch.ones(2, 1, 1, 12, dtype=torch.bool)
     mask[..., 4] = mask[1, ..., 0] = False
@@ -217,7 +217,7 @@ def test_samples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"alignment": "aditive"}, "did you mean"),
         ({"alignment": "additive"}, "needs heads and head_dim"),
@@ -235,8 +235,8 @@ def test_samples() -> None:
         ({"window": 2, "sigma": -1, "heads": 2, "head_dim": 4}, "sigma=-1"),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         SurveyAttention(**options)
 
 
@@ -265,7 +265,7 @@ def of(**places: str) -> set[str]:
     return {row.key for row in systems() if all(place in getattr(row.taxonomy, name) for name, place in places.items())}
 
 
-def test_every_row_has_its_place_in_all_four_categories() -> None:
+def test_every_row_has_values_in_all_four_categories() -> None:
     for row in systems():
         for name, known in CATEGORIES.items():
             places = getattr(row.taxonomy, name)
@@ -343,7 +343,7 @@ def test_learned_alignments_bridge_two_bases(seed: int, claim) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_locations_say_nothing_of_a_needle_that_moves(seed: int) -> None:
+def test_locations_cannot_find_a_moving_needle(seed: int) -> None:
     assert abs(found_share("location", seed) - 1 / 64) < 0.015
     assert found_share("location", seed, places=1) > 0.4, "one that stays is: W q has its sign, half the time"
 
@@ -352,6 +352,6 @@ def test_locations_say_nothing_of_a_needle_that_moves(seed: int) -> None:
     ("alignment", "options", "products"),
     [("additive", {}, 5), ("deep", {"depth": 3}, 5 + 2 * 25), ("feature", {}, 0)],
 )
-def test_what_a_pair_costs(alignment: str, options: dict[str, int], products: int) -> None:
+def test_the_cost_of_a_pair(alignment: str, options: dict[str, int], products: int) -> None:
     """The cost of a pair is a read-out of 5 hidden numbers, plus 2 layers for "deep", and less for "feature"."""
     assert score_products(SurveyAttention(alignment, heads=2, head_dim=16, hidden=5, **options)) == products

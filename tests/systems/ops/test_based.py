@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 import foveate
 from foveate.core.errors import OptionError
-from foveate.models.language.based import Based, GatedConv, WindowAttention, linear_layer, state_bytes
+from foveate.models.language.based import Based, CausalWindowAttention, GatedConv, layer_state_bytes, linear_layer
 from foveate.nn import Layer, MultiHeadAttention
 from foveate.ops import Operator
 from foveate.ops.functional import taylor
 from foveate.ops.linear.based import TaylorAttention
 from foveate.ops.linear.dsf import state_size
+from tests.support.tensors import assert_near
 from tests.systems.ops.recall import Recall, accuracy, train
 from tests.systems.ops.recall_layers import Elu, Stack
-from tests.tensors import assert_near
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -110,18 +110,22 @@ def test_options_and_state() -> None:
 
 def test_a_window_over_everything_is_causal_softmax() -> None:
     torch.manual_seed(0)
-    layer, x = WindowAttention(24, 3, 40), draw(2, 40, 24, dtype=torch.float32)
+    layer, x = CausalWindowAttention(24, 3, 40), draw(2, 40, 24, dtype=torch.float32)
     inner = layer.attention
     q, k, v = (w(x).unflatten(-1, (3, 8)).transpose(1, 2) for w in (inner.q, inner.k, inner.v))
     place = torch.arange(40)
-    q, k = inner.position.turn(q, place), inner.position.turn(k, place)
+    q, k = inner.position.rotate(q, place), inner.position.rotate(k, place)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
     assert_near(layer(x, causal=True), inner.out(expected), 1e-5)
 
 
 @pytest.mark.parametrize(
     ("make", "reach"),
-    [(lambda: WindowAttention(12, 3, 8), 8), (lambda: GatedConv(12, 3), 3), (lambda: GatedConv(12, 5, expand=1), 5)],
+    [
+        (lambda: CausalWindowAttention(12, 3, 8), 8),
+        (lambda: GatedConv(12, 3), 3),
+        (lambda: GatedConv(12, 5, expand=1), 5),
+    ],
 )
 def test_local_layers_see_no_further(make, reach: int) -> None:
     torch.manual_seed(0)
@@ -155,7 +159,7 @@ LAYERS = {
     "conv": lambda: GatedConv(24, 4),
     "linear": lambda: linear_layer(24, 3, 4),
     "linear, symmetric": lambda: linear_layer(24, 3, 4, symmetric=True),
-    "window": lambda: WindowAttention(24, 3, 8),
+    "window": lambda: CausalWindowAttention(24, 3, 8),
 }
 
 
@@ -168,7 +172,7 @@ def held(state: Any) -> int:
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_streams_and_what_they_hold(kind: str) -> None:
+def test_streams_and_their_states(kind: str) -> None:
     torch.manual_seed(0)
     layer, x = LAYERS[kind](), draw(1, 20, 24, dtype=torch.float32)
     assert isinstance(layer, Layer)
@@ -178,7 +182,7 @@ def test_streams_and_what_they_hold(kind: str) -> None:
         y, state = layer.step(x[:, t : t + 1], state)
         assert_near(y, expected[:, t : t + 1], 1e-5)
         sizes.append(held(state))
-    assert sizes == [state_bytes(layer, t + 1) for t in range(20)]
+    assert sizes == [layer_state_bytes(layer, t + 1) for t in range(20)]
     if kind == "window":
         assert sizes == [2 * 24 * 4 * min(t + 1, 8) for t in range(20)]
     else:
@@ -186,25 +190,25 @@ def test_streams_and_what_they_hold(kind: str) -> None:
 
 
 def test_bytes_of_state() -> None:
-    assert state_bytes(linear_layer(1024, 16), 10**6) == 16 * 273 * 65 * 4
-    assert state_bytes(linear_layer(1024, 16), 10**6, torch.bfloat16) == 16 * 273 * 65 * 4  # summed in float32
-    assert state_bytes(linear_layer(64, 4, 8), 5, torch.float64) == 4 * 73 * 17 * 8
-    assert state_bytes(WindowAttention(1024, 16), 10**6, torch.bfloat16) == 2 * 1024 * 64 * 2
-    assert state_bytes(GatedConv(64), 9, torch.bfloat16) == 2 * 128 * 2
+    assert layer_state_bytes(linear_layer(1024, 16), 10**6) == 16 * 273 * 65 * 4
+    assert layer_state_bytes(linear_layer(1024, 16), 10**6, torch.bfloat16) == 16 * 273 * 65 * 4  # summed in float32
+    assert layer_state_bytes(linear_layer(64, 4, 8), 5, torch.float64) == 4 * 73 * 17 * 8
+    assert layer_state_bytes(CausalWindowAttention(1024, 16), 10**6, torch.bfloat16) == 2 * 1024 * 64 * 2
+    assert layer_state_bytes(GatedConv(64), 9, torch.bfloat16) == 2 * 128 * 2
     with pytest.raises(OptionError, match="must be one of BASED's"):
-        state_bytes(MultiHeadAttention(8, 2), 3)
+        layer_state_bytes(MultiHeadAttention(8, 2), 3)
     with pytest.raises(OptionError, match="length=-1"):
-        state_bytes(GatedConv(8), -1)
+        layer_state_bytes(GatedConv(8), -1)
 
 
 # -- the network -------------------------------------------------------------------------------------------------------
 
 
-def test_the_network_streams_as_it_reads_and_stops_growing() -> None:
+def test_the_network_streams_exactly_with_a_bounded_state() -> None:
     torch.manual_seed(0)
     model = Based(11, 24, 5, heads=3, feature_dim=4, window=6).double()
     kinds = [type(block.mixer).__name__ for block in model.blocks]
-    assert kinds == ["GatedConv", "MultiHeadAttention", "WindowAttention", "GatedConv", "GatedConv"]
+    assert kinds == ["GatedConv", "MultiHeadAttention", "CausalWindowAttention", "GatedConv", "GatedConv"]
     assert model.blocks[1].mixer.position is None
     tokens = torch.randint(11, (2, 15), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -219,7 +223,12 @@ def test_the_network_streams_as_it_reads_and_stops_growing() -> None:
 def test_patterns_repeat() -> None:
     model = Based(11, 12, 4, heads=3, pattern="window, linear,conv", symmetric=True)
     mixers = [block.mixer for block in model.blocks]
-    assert [type(mixer) for mixer in mixers] == [WindowAttention, MultiHeadAttention, GatedConv, WindowAttention]
+    assert [type(mixer) for mixer in mixers] == [
+        CausalWindowAttention,
+        MultiHeadAttention,
+        GatedConv,
+        CausalWindowAttention,
+    ]
     assert mixers[0].window == 64
     assert mixers[1].op.symmetric
     assert mixers[1].head_dim == 16

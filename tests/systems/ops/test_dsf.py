@@ -27,9 +27,9 @@ from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.ops.memory.miras import Miras
 from foveate.ops.operator import CAUSAL_PATTERNS
 from tests.contracts.operators import CLASSES, example
+from tests.support.tensors import assert_near
 from tests.systems.ops.recall import Recall, accuracy, train
 from tests.systems.ops.recall_layers import Elu, around
-from tests.tensors import assert_near
 
 B, H, N, D, DV = 2, 3, 7, 4, 5
 
@@ -270,7 +270,7 @@ def test_every_linear_operator_of_the_catalogue_converts() -> None:
         assert state_size(op, 8, 8, heads=4) >= found.state_size + sums
 
 
-def test_what_is_named_coincides() -> None:
+def test_equivalent_systems_coincide() -> None:
     q, k, v = qkv()
     gate = GATES["per token"].exp()
     predicted = state_space.ssd(gate, k, q, DV)
@@ -288,7 +288,7 @@ def test_what_is_named_coincides() -> None:
     assert not torch.allclose(by_feature.system.run(v), scalar.system.run(v))
 
 
-def test_what_has_no_linear_state_is_refused_by_name() -> None:
+def test_operators_without_a_linear_state_are_refused_by_name() -> None:
     q, k, v = qkv()
     for op in (Softmax(), Miras(), foveate.ops.SlidingWindow(3)):
         with pytest.raises(UnsupportedPattern, match=f"{op.name} has no linear state"):

@@ -13,8 +13,8 @@ from foveate.ops import Operator, create
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.linear.efficient_attention import EfficientAttention
 from foveate.ops.linear.lightning_attention import LightningAttention
+from tests.support.tensors import assert_near, gradients, qkv
 from tests.systems.nn import digits
-from tests.tensors import assert_near, gradients, qkv
 
 
 def softmax(x: Tensor, dim: int) -> Tensor:
@@ -63,7 +63,7 @@ def test_implied_weights_are_a_distribution_over_the_keys() -> None:
     assert (weights - Softmax().weights(q, k)).abs().max() > 0.05  # it is not the softmax over keys
 
 
-def test_positions_are_not_told_apart() -> None:
+def test_it_is_equivariant_to_permutations() -> None:
     q, k, v = qkv(25, dtype=torch.float32)
     order = torch.randperm(25, generator=torch.Generator().manual_seed(0))
     op = EfficientAttention()

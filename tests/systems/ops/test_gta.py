@@ -13,9 +13,9 @@ from foveate.core import masks, oracle
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.ops.dense.gta import GTA
 from foveate.ops.dense.softmax import Softmax
-from foveate.ops.functional import geometry as groups, rotary
+from foveate.ops.functional import geometry, rotary
 from foveate.ops.operator import Operator
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 LENGTH = 12
 POSES = GTA.example_input("poses", 2, 4, LENGTH)
@@ -44,7 +44,7 @@ def attributes(op: GTA) -> dict[str, torch.Tensor]:
     return given | ({"coords": COORDS} if {"so2", "t2"} & op.dims.keys() else {})
 
 
-def turn(angle: float) -> torch.Tensor:
+def rotation(angle: float) -> torch.Tensor:
     return torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64)
 
 
@@ -61,14 +61,14 @@ def relative(op: GTA, mine: tuple, theirs: tuple) -> torch.Tensor:
         elif kind == "se3":
             blocks += [shifted] * (width // 4)
         elif kind == "so3":
-            blocks += [groups.wigner(pose[:3, :3])] * (width // 8)
+            blocks += [geometry.wigner(pose[:3, :3])] * (width // 8)
         elif kind == "t2":
             blocks += [torch.tensor([[1.0, 0, 0], [0, 1, 0], [*offset, 1]], dtype=torch.float64)] * (width // 3)
         else:
             count = width // 4
             rate = [2 * math.pi * 2.0 ** (f - count) for f in range(1, count + 1)]
             rate = rate if op.base is None else [op.base ** (-f / count) for f in range(count)]
-            blocks += [turn(float(x) * w) for w in rate for x in offset]
+            blocks += [rotation(float(x) * w) for w in rate for x in offset]
     return torch.block_diag(*blocks)
 
 
@@ -134,7 +134,7 @@ def test_the_euclidean_form() -> None:
         still, points, pairs = x[..., :2], x[..., 2:8].unflatten(-1, (2, 3)), x[..., 8:]
         rotation, shift = POSES[:, None, :, :3, :3], 0.375 * POSES[:, None, :, None, :3, 3]
         points = (points - shift) @ rotation if back else points @ rotation.mT + shift
-        angles = (COORDS[:, None, ..., None, :] * groups.octaves(2)[:, None]).flatten(-2) * (-1 if back else 1)
+        angles = (COORDS[:, None, ..., None, :] * geometry.octaves(2)[:, None]).flatten(-2) * (-1 if back else 1)
         return torch.cat([still, points.flatten(-2), rotary.rotate(pairs, angles, "interleaved")], -1)
 
     distance = (moved(q)[:, :, :, None] - moved(k)[:, :, None]).square().sum(-1)
@@ -199,7 +199,7 @@ def test_the_default_is_the_papers() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_queries_are_the_last_tokens_unless_they_say(causal: bool) -> None:
+def test_queries_are_the_last_tokens_by_default(causal: bool) -> None:
     width, op = build("all")
     q, k, v = qkv(5, LENGTH, width=width)
     other = GTA.example_input("poses", 2, 4, 30)[:, -5:], GTA.example_input("coords", 2, 4, 30)[:, -5:].double()
@@ -211,7 +211,7 @@ def test_queries_are_the_last_tokens_unless_they_say(causal: bool) -> None:
         assert_near(op(q, k, v, causal=True, **given), expected, 1e-10)
         return
     for name, value in given.items():
-        with pytest.raises(OptionError, match=f"{name} must come with {name}_q: queries are other tokens"):
+        with pytest.raises(OptionError, match=f"{name} must come with {name}_q, since queries are other tokens"):
             op(q, k, v, **{name: value})
 
 
@@ -264,7 +264,7 @@ def test_translations_learn_their_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"head_dim": 0}, "head_dim=0"),
         ({"axes": 0}, "axes=0"),
@@ -287,24 +287,24 @@ def test_translations_learn_their_size() -> None:
         ({"dims": {"so2": 8}, "base": -1.0}, r"base=-1\.0"),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         GTA(**{"head_dim": 8, **options})
 
 
 @pytest.mark.parametrize(
-    ("dims", "given", "error", "says"),
+    ("dims", "given", "error", "message"),
     [
-        ({"so2": 8}, {"poses": POSES}, OptionError, "poses came, but dims=.* has none of se3, so3"),
-        ({"se3": 8}, {"coords_q": COORDS}, OptionError, "coords_q came, but dims=.* has none of so2, t2"),
+        ({"so2": 8}, {"poses": POSES}, OptionError, "poses must come with channels of se3, so3; got dims="),
+        ({"se3": 8}, {"coords_q": COORDS}, OptionError, "coords_q must come with channels of so2, t2; got dims="),
         ({"se3": 8}, {"poses": POSES[:, 1:]}, ShapeError, r"poses must be .*=\(2, 12, 4, 4\); got \(2, 11, 4, 4\)"),
         ({"se3": 8}, {"poses": POSES[..., :3]}, ShapeError, "poses must be"),
         ({"se3": 8}, {"poses_q": POSES[:1].repeat(3, 1, 1, 1)}, ShapeError, "poses_q must be"),
         ({"so2": 8}, {"coords": [0.1, 0.2]}, ShapeError, r"coords must be .*; got \[0\.1, 0\.2\]"),
     ],
 )
-def test_bad_attributes(dims: dict, given: dict, error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
+def test_bad_attributes(dims: dict, given: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         GTA(8, dims)(*qkv(LENGTH), **given)
 
 
@@ -327,12 +327,12 @@ class Viewer(nn.Module):
         self.out, self.head = nn.Linear(width, width), nn.Linear(width, 3)
         self.mlp = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, width))
 
-    def forward(self, seen: torch.Tensor, poses: torch.Tensor, asked: torch.Tensor, pose: torch.Tensor) -> torch.Tensor:
-        geometry = {"poses": poses, "poses_q": pose} if self.is_geometric else {}
+    def forward(self, seen: torch.Tensor, poses: torch.Tensor, query: torch.Tensor, pose: torch.Tensor) -> torch.Tensor:
+        inputs = {"poses": poses, "poses_q": pose} if self.is_geometric else {}
         if not self.is_geometric:
-            seen, asked = torch.cat([seen, poses.flatten(2)], -1), torch.cat([asked, pose.flatten(2)], -1)
+            seen, query = torch.cat([seen, poses.flatten(2)], -1), torch.cat([query, pose.flatten(2)], -1)
         k, v = self.kv(seen)[:, None].chunk(2, -1)
-        y = self.out(self.op(self.q(asked)[:, None], k, v, **geometry)[:, 0, 0])
+        y = self.out(self.op(self.q(query)[:, None], k, v, **inputs)[:, 0, 0])
         return self.head(y + self.mlp(y))
 
 
@@ -344,9 +344,9 @@ def scene(count: int, points: int, random: torch.Generator) -> tuple[torch.Tenso
     poses[..., :3, 3] = torch.randn(count, points + 1, 3, generator=random)
     world = torch.cat([torch.randn(count, points, 3, generator=random), torch.ones(count, points, 1)], -1)
     seen = (torch.linalg.inv(poses[:, 1:]) @ world[..., None]).squeeze(-1)
-    asked, names = torch.randint(points, (count,), generator=random), torch.eye(points)
-    answer = (torch.linalg.inv(poses[:, 0]) @ world[torch.arange(count), asked, :, None])[:, :3, 0]
-    return torch.cat([seen, names.expand(count, -1, -1)], -1), poses[:, 1:], names[asked][:, None], poses[:, :1], answer
+    query, names = torch.randint(points, (count,), generator=random), torch.eye(points)
+    answer = (torch.linalg.inv(poses[:, 0]) @ world[torch.arange(count), query, :, None])[:, :3, 0]
+    return torch.cat([seen, names.expand(count, -1, -1)], -1), poses[:, 1:], names[query][:, None], poses[:, :1], answer
 
 
 def error(op: Operator, seed: int, steps: int = 300, points: int = 4) -> float:

@@ -277,7 +277,7 @@ def test_bad_calls():
         Hedgehog(2, 4).init_state(1, 4, 4, 4, 4)
 
 
-def test_a_scale_of_nothing_is_a_mean_and_a_negative_one_is_refused() -> None:
+def test_a_zero_scale_is_a_mean_and_a_negative_one_is_refused() -> None:
     q, k, v = (torch.randn(1, 2, 6, 4, generator=torch.Generator().manual_seed(s)) for s in range(3))
     op = Hedgehog(2, 4)
     torch.testing.assert_close(op(q, k, v, scale=0.0), v.mean(2, keepdim=True).expand_as(v))

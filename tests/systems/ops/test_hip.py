@@ -13,7 +13,7 @@ from foveate.core import oracle
 from foveate.core.errors import OptionError
 from foveate.ops.sparse import hip
 from foveate.ops.sparse.hip import HiP
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 @pytest.mark.parametrize("options", [{"keep": 40}, {"keep": 4, "window": 40}, {"keep": 4, "sinks": 40}])
@@ -30,7 +30,7 @@ def chosen(op: HiP, q: Tensor, k: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(0, 0), (3, 0), (0, 5), (3, 5)])
-def test_what_a_group_keeps(sinks: int, window: int) -> None:
+def test_keys_of_a_group(sinks: int, window: int) -> None:
     q, k, _ = qkv(50, heads=1, kv_heads=1)
     op = HiP(keep=8, block_q=4, sinks=sinks, window=window)
     for group, keys in enumerate(chosen(op, q, k)):
@@ -106,10 +106,10 @@ def test_it_finds_the_mass_where_neighbours_are_alike(claim) -> None:
     ours = searched(q, k)
     picked = torch.rand(1, 4, 1024, generator=torch.Generator().manual_seed(1)).argsort(-1)[..., :64]
     streaming = torch.cat([torch.arange(4), torch.arange(1024 - 60, 1024)]).expand(1, 4, 64)
-    said = "the search recovers the attention mass of the best keys where neighbours are alike: 64 of 1,024 keys"
+    sentence = "the search recovers the attention mass of the best keys if neighbours are similar: 64 of 1,024 keys"
     for name, keys in {"4 sinks + 60 recent keys": streaming, "64 random keys": picked}.items():
         baseline = recovered(keys, q, k)
-        claim(said, ours=ours, baseline=baseline, better="higher", margin=0.5, baseline_name=name, seed=0)
+        claim(sentence, ours=ours, baseline=baseline, better="higher", margin=0.5, baseline_name=name, seed=0)
     assert ours > 0.8
 
 
@@ -119,7 +119,7 @@ def test_it_needs_that_locality() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"keep": 0}, "keep=0"),
         ({"keep": 5}, "keep=5 must be a multiple of block_k=2"),
@@ -130,8 +130,8 @@ def test_it_needs_that_locality() -> None:
         ({"window": -1}, "window=-1"),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         HiP(**options)
 
 

@@ -16,8 +16,8 @@ from foveate.nn import Layer
 from foveate.nn.sequence.lightnet import MDLRPE, MDTPE, LightNet, LightNetLayer, places
 from foveate.ops import create
 from foveate.ops.linear.lightnet import LightNetAttention
+from tests.support.tensors import assert_near, qkv
 from tests.systems.nn import digits
-from tests.tensors import assert_near, qkv
 
 ENGINES = pytest.mark.parametrize("engine", ["chunked", "recurrent", "reference"])
 
@@ -81,7 +81,7 @@ def test_the_recurrence_of_the_paper() -> None:
         assert_near(stream.carry[0, 0, 0], total.log(), 1e-12)
 
 
-def test_a_stream_of_loud_keys() -> None:
+def test_a_stream_of_large_keys() -> None:
     q, k, v = qkv(40, heads=2, kv_heads=1, width=4, dtype=torch.float32)
     k = 300 * k
     op = LightNetAttention()
@@ -130,7 +130,7 @@ def test_of_equal_keys_it_reads_the_running_mean(scale: float | None) -> None:
     assert_near(out, F.silu(q).sum(-1, keepdim=True) * mean * (scale or 1.0), 1e-5)
 
 
-def test_a_louder_past_gives_way_less(claim) -> None:
+def test_larger_past_keys_decay_less(claim) -> None:
     """In an additive recurrence a token with a large key does not decay with time."""
     n, d = 200, 8
     q, k, v = (torch.zeros(1, 1, n, d) for _ in range(3))
@@ -183,17 +183,17 @@ def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-def test_lrpe_sees_differences_of_places_alone() -> None:
-    turn = shaken(MDLRPE(2, 3, 5))
+def test_lrpe_depends_only_on_differences_of_positions() -> None:
+    rotation = shaken(MDLRPE(2, 3, 5))
     q, k = torch.randn(2, 1, 3, 12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     at = places(12, (3, 4), q.device)
     assert at.tolist() == [[y, x] for y in range(3) for x in range(4)]
-    scores = turn(q, at) @ turn(k, at).mT
+    scores = rotation(q, at) @ rotation(k, at).mT
     gap = (at[:, None] - at).double()
-    angle = torch.einsum("ija,ahf->hijf", gap, turn.theta)
+    angle = torch.einsum("ija,ahf->hijf", gap, rotation.theta)
     assert_near(scores, torch.einsum("bhif,bhjf,hijf->bhij", q, k, angle.cos()), 1e-11)
     moved = at + torch.tensor([7, 20])
-    assert_near(turn(q, moved) @ turn(k, moved).mT, scores, 1e-5)
+    assert_near(rotation(q, moved) @ rotation(k, moved).mT, scores, 1e-5)
 
 
 def test_the_frequencies_of_the_axes_at_first() -> None:
@@ -241,12 +241,14 @@ def test_the_layer_is_its_formula(causal: bool, lrpe: bool) -> None:
     at = torch.arange(20.0, dtype=torch.float64)[:, None]
     gap = at[:, None] - at
     flat = torch.zeros(3, 5, dtype=torch.float64)
-    turn = torch.cos(gap * (layer.lrpe.theta[0] if lrpe else flat)[:, None, None])
+    rotation = torch.cos(gap * (layer.lrpe.theta[0] if lrpe else flat)[:, None, None])
     rows = []
     for i in range(20):
         seen = slice(0, i + 1 if causal else 20)
         shares = k[:, :, seen].softmax(2)
-        rows.append(torch.einsum("bhf,bhjf,hjf,bhje->bhe", F.silu(q[:, :, i]), shares, turn[:, i, seen], v[:, :, seen]))
+        rows.append(
+            torch.einsum("bhf,bhjf,hjf,bhje->bhe", F.silu(q[:, :, i]), shares, rotation[:, i, seen], v[:, :, seen])
+        )
     mixed = torch.stack(rows, 1).flatten(2)
     normed = mixed / (mixed.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.norm.weight
     gate = F.silu(x @ layer.gate[0].weight.mT @ layer.gate[1].weight.mT)
@@ -255,7 +257,7 @@ def test_the_layer_is_its_formula(causal: bool, lrpe: bool) -> None:
 
 @pytest.mark.parametrize("lrpe", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_padding_of_a_layer_has_no_say(lrpe: bool, causal: bool) -> None:
+def test_padding_of_a_layer_has_no_effect(lrpe: bool, causal: bool) -> None:
     layer, x = shaken(LightNetLayer(12, 3, expand=4, lrpe=lrpe)), tokens(15)
     seen = torch.arange(15) >= 4
     dirty = x.masked_fill(~seen[:, None], float("nan"))
@@ -271,7 +273,7 @@ def test_half_precision_of_a_layer_keeps_its_sums_and_places(causal: bool) -> No
     assert (out.double() - exact).norm() < 0.02 * exact.norm()
 
 
-def test_only_places_tell_tokens_apart() -> None:
+def test_only_positions_distinguish_tokens() -> None:
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     x = tokens(12)
     for tpe, lrpe in ((False, False), (True, False), (False, True)):
@@ -280,7 +282,7 @@ def test_only_places_tell_tokens_apart() -> None:
         assert off > 1e-2 if tpe or lrpe else off < 1e-10
 
 
-def test_a_causal_network_does_not_look_ahead() -> None:
+def test_a_causal_network_ignores_the_future() -> None:
     net, x = shaken(LightNet(12, 2, 3, expand=4)), tokens(90)
     changed = x.clone()
     changed[:, 50:] += 1
@@ -306,7 +308,7 @@ def test_layers_refuse() -> None:
         ({"heads": 3, "axes": 3}, "axes=3"),
         ({"heads": 3, "expand": 0}, "expand=0"),
         ({"heads": 3, "gate_rank": 0}, "gate_rank=0"),
-        ({"heads": 3, "op": create("lightnet")}, "with op=LightNetAttention it must be False"),
+        ({"heads": 3, "op": create("lightnet")}, "lrpe=True must be False with op=LightNetAttention"),
     ):
         with pytest.raises(OptionError, match=message):
             LightNetLayer(12, **options)

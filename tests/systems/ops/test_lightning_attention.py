@@ -16,8 +16,8 @@ from foveate.ops import create
 from foveate.ops.base.fixed_decay import transnormer_decay
 from foveate.ops.linear.lightning_attention import LightningAttention
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
+from tests.support.tensors import assert_near, gradients, qkv
 from tests.systems.ops import markov
-from tests.tensors import assert_near, gradients, qkv
 
 DECAY = [1.0, 0.9, 0.4, 0.05]
 
@@ -108,7 +108,7 @@ def test_bad_calls() -> None:
 # -- TransNormerLLM ----------------------------------------------------------------------------------------------------
 
 
-def test_the_norm_has_nothing_to_learn() -> None:
+def test_the_norm_has_no_parameters() -> None:
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert_near(SimpleRMSNorm(8)(x), x / (x.norm(dim=-1, keepdim=True) / 8**0.5), 1e-5)
     assert not list(SimpleRMSNorm(8).parameters())
@@ -116,23 +116,23 @@ def test_the_norm_has_nothing_to_learn() -> None:
 
 
 def test_lrpe_makes_products_depend_on_the_distance_alone() -> None:
-    turn = LRPE(2, 6).double()
-    nn.init.uniform_(turn.theta)
+    rotation = LRPE(2, 6).double()
+    nn.init.uniform_(rotation.theta)
     q, k, _ = qkv(9, heads=2, kv_heads=2, width=6)
-    near, far = (turn(q, first) @ turn(k, first).mT for first in (0, 40))
+    near, far = (rotation(q, first) @ rotation(k, first).mT for first in (0, 40))
     assert_near(near, far, 1e-11)
     gap = torch.arange(9)[:, None] - torch.arange(9)
-    by_definition = torch.einsum("bhid,bhjd,hijd->bhij", q, k, torch.cos(gap[..., None] * turn.theta[:, :, None]))
+    by_definition = torch.einsum("bhid,bhjd,hijd->bhij", q, k, torch.cos(gap[..., None] * rotation.theta[:, :, None]))
     assert_near(near, by_definition, 1e-12)
     first = LRPE(2, 4).theta.flatten()
     assert_near(first, 10_000 ** (-torch.arange(8) / 4), 1e-6)
 
 
 def test_places_in_half_precision() -> None:
-    turn, x = LRPE(2, 6).bfloat16(), torch.ones(1, 2, 500, 6, dtype=torch.bfloat16)
+    rotation, x = LRPE(2, 6).bfloat16(), torch.ones(1, 2, 500, 6, dtype=torch.bfloat16)
     exact = LRPE(2, 6).double()
-    exact.theta.data = turn.theta.double()
-    assert_near(turn(x), exact(x.double()), 1e-2)
+    exact.theta.data = rotation.theta.double()
+    assert_near(rotation(x), exact(x.double()), 1e-2)
 
 
 def test_the_layer_is_its_formula() -> None:
@@ -146,7 +146,7 @@ def test_the_layer_is_its_formula() -> None:
     assert_near(layer(x, causal=True), expected, 1e-10)
 
 
-def test_padding_before_a_text_is_as_if_absent() -> None:
+def test_padding_before_a_text_has_no_effect() -> None:
     torch.manual_seed(0)
     layer = GatedLightning.example(12, 3, 10).double()
     x = torch.randn(2, 10, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -174,7 +174,7 @@ def test_the_model_goes_token_by_token(variant: str) -> None:
     assert_near(net(changed)[:, :7], net(ids)[:, :7], 1e-12)
 
 
-def test_what_each_layer_of_the_model_is() -> None:
+def test_layers_of_the_model() -> None:
     net = model()
     assert [block.mixer.lrpe is not None for block in net.blocks] == [True, False, False]
     decays = [torch.exp(block.mixer.op.log_decay(torch.zeros(1, 4, 1, 1))) for block in net.blocks]

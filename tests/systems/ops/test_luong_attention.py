@@ -16,7 +16,7 @@ from foveate.nn.seq2seq.luong_decoder import LuongDecoder
 from foveate.ops.dense.luong_attention import LuongAttention, alignment_error_rate
 from foveate.ops.operator import Capabilities
 from tests.ops.plans import score_products
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 SCORES, MODES = ("dot", "general", "concat", "location"), ("global", "local_m", "local_p")
 PAIRS = [(score, mode) for score in SCORES for mode in MODES if score != "location" or mode == "global"]
@@ -111,7 +111,7 @@ def test_chunks_agree_with_every_gradient(score: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("score", ["dot", "general"])
-def test_what_is_plain_is_fused(score: str) -> None:
+def test_inner_products_are_fused(score: str) -> None:
     q, k, v = qkv(9, 11)
     op = built(score)
     assert op.plan(q, k, v).engine == "fused"
@@ -130,7 +130,7 @@ def test_special_cases() -> None:
         assert_near(built("dot", mode, window=11, gaussian=False)(q, k, v), dot(q, k, v), 1e-12)
 
 
-def test_the_query_knows_its_place() -> None:
+def test_the_query_knows_its_position() -> None:
     """Queries know their positions, step by step in a decoder and for any positions."""
     q, k, v = qkv(6, 11)
     op = built("dot", "local_m", window=2)
@@ -163,7 +163,7 @@ def test_the_window_follows_the_prediction() -> None:
 
 
 @pytest.mark.parametrize("mode", ["local_m", "local_p"])
-def test_outside_the_window_nothing_counts(mode: str) -> None:
+def test_keys_outside_the_window_have_no_effect(mode: str) -> None:
     q, k, v = qkv(6, 30)
     op = built("general", mode, window=2, spread=0.3)
     seen = op.weights(q, k) > 0
@@ -173,7 +173,7 @@ def test_outside_the_window_nothing_counts(mode: str) -> None:
     assert torch.equal(op(q, k2, v2), op(q, k, v))
 
 
-def test_a_location_score_ends_where_its_table_does() -> None:
+def test_a_location_score_ignores_keys_beyond_its_table() -> None:
     q, k, v = qkv(4, 11)
     op = built("location", max_keys=5)
     weights = op.weights(q, k)
@@ -182,7 +182,7 @@ def test_a_location_score_ends_where_its_table_does() -> None:
     assert torch.equal(op(q, 3 * k, v), op(q, k, v)), "keys do not matter"
 
 
-def test_as_built() -> None:
+def test_initial_values() -> None:
     op = LuongAttention(8, "concat", "local_p", hidden=5, heads=2)
     assert all(0.05 < parameter.abs().max() <= 0.1 for parameter in op.parameters())
     assert op.window == 10
@@ -211,7 +211,7 @@ def test_alignment_error_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"head_dim": 0}, "head_dim=0"),
         ({"score": "mlp"}, "score='mlp'"),
@@ -226,8 +226,8 @@ def test_alignment_error_rate() -> None:
         ({"score": "location", "max_keys": 5, "mode": "local_p"}, "must come with mode=\"global\"; got mode='local_p'"),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         LuongAttention(**{"head_dim": 8, **options})
 
 
@@ -283,7 +283,7 @@ def test_the_decoder_by_hand(mode: str, input_feeding: bool) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("input_feeding", [True, False])
-def test_what_it_says_is_the_likeliest(mode: str, input_feeding: bool) -> None:
+def test_generated_tokens_are_the_most_probable(mode: str, input_feeding: bool) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         decoder = LuongDecoder(6, 9, mode=mode, window=1, input_feeding=input_feeding)
@@ -292,18 +292,18 @@ def test_what_it_says_is_the_likeliest(mode: str, input_feeding: bool) -> None:
             parameter.mul_(10)
     source = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(0))
     start = torch.tensor([1, 2, 3])
-    said = decoder.generate(source, start, 5)
-    given = torch.cat([start[:, None], said[:, :-1]], 1)
-    assert torch.equal(decoder(source, given).argmax(-1), said)
-    assert len(said.unique()) > 2
+    generated = decoder.generate(source, start, 5)
+    given = torch.cat([start[:, None], generated[:, :-1]], 1)
+    assert torch.equal(decoder(source, given).argmax(-1), generated)
+    assert len(generated.unique()) > 2
 
 
 def test_bad_decoders() -> None:
-    for options, says in (
+    for options, message in (
         ({"dim": 0}, "dim=0"), ({"vocab": 0}, "vocab=0"), ({"layers": 0}, "layers=0"), ({"dropout": 2.0}, "dropout=2"),
         ({"input_feeding": 2}, "input_feeding=2"), ({"score": "x"}, "score='x'"), ({"window": 0}, "window=0"),
     ):  # fmt: skip
-        with pytest.raises(OptionError, match=says):
+        with pytest.raises(OptionError, match=message):
             LuongDecoder(**{"dim": 6, "vocab": 9, **options})
     decoder = LuongDecoder(6, 9)
     for source in (torch.zeros(2, 7, 5), torch.zeros(3, 7, 6), torch.zeros(2, 7)):
@@ -341,8 +341,8 @@ class Translator(nn.Module):
     def accuracy(self, source: torch.Tensor, target: torch.Tensor, length: torch.Tensor) -> float:
         """Return the share of sentences that are right as a whole."""
         states, last, mask = self.read(source, length)
-        said = self.decoder.generate(states, torch.ones_like(length), target.shape[1], last, mask)
-        return ((said == target) | (target == 0)).all(1).double().mean().item()
+        generated = self.decoder.generate(states, torch.ones_like(length), target.shape[1], last, mask)
+        return ((generated == target) | (target == 0)).all(1).double().mean().item()
 
 
 class Nothing(nn.Module):
@@ -382,7 +382,7 @@ def seeing() -> Translator:
 
 
 @pytest.mark.slow
-def test_looking_back_reverses_sentences(claim, seeing: Translator) -> None:
+def test_attention_reverses_sentences(claim, seeing: Translator) -> None:
     tests, blind = reversals(200, torch.Generator().manual_seed(99)), trained(blind=True)
     ours = seeing.accuracy(*tests)
     claim(
@@ -410,7 +410,7 @@ def test_a_predicted_window_is_as_good(claim, seeing: Translator) -> None:
     )  # fmt: skip
 
 
-def test_what_a_pair_costs() -> None:
+def test_the_cost_of_a_pair() -> None:
     assert score_products(LuongAttention(16, "concat", heads=2, hidden=5)) == 5
     assert score_products(LuongAttention(16, "general", heads=2)) == 16
     assert score_products(LuongAttention(16, "dot", "local_m", heads=2)) == 16

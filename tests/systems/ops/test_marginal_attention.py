@@ -21,7 +21,7 @@ from foveate.ops.dense.marginal_attention import (
 )
 from foveate.ops.dense.softmax import Softmax
 from tests.contracts.operators import a_mask
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -233,7 +233,7 @@ def test_slots_are_not_causal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"potential": "cosine"}, "potential='cosine'"),
         ({"estimate": "median"}, "estimate='median'"),
@@ -242,8 +242,8 @@ def test_slots_are_not_causal() -> None:
         ({"generator": torch.Generator()}, 'only with it; got estimate="mean"'),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         MarginalAttention(**options)
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.bench.parts.memory import peak_bytes
-from foveate.core import online_softmax as online, oracle
+from foveate.core import online_softmax, oracle
 from foveate.core.errors import OptionError, UnsupportedEngine
 from foveate.ops import create
 from foveate.ops.dense.memory_efficient_attention import MemoryEfficientAttention
 from foveate.ops.dense.softmax import Softmax
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 CHUNKS = pytest.mark.parametrize(("q_chunk", "k_chunk"), [(1, 130), (7, 64), (64, 7), (130, 1), (1024, 4096)])
 
@@ -37,57 +37,57 @@ def test_it_is_softmax_attention_for_every_chunk(q_chunk: int, k_chunk: int, cau
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_loud_scores(causal: bool) -> None:
+def test_large_scores(causal: bool) -> None:
     q, k, v = qkv(130, heads=2, dtype=torch.float32)
     q = 1e3 * q
     out = MemoryEfficientAttention(32, 16)(q, k, v, causal=causal)
     assert_near(out, oracle.attention(q.double(), k.double(), v.double(), causal=causal, scale=8**-0.5), 1e-4)
 
 
-def parts(count: int, seed: int = 0) -> list[online.Partial]:
+def parts(count: int, seed: int = 0) -> list[online_softmax.Partial]:
     """Return partial results of disjoint keys; the second one saw no key."""
     random = torch.Generator().manual_seed(seed)
     made = []
     for index in range(count):
         logits = 20 * torch.randn(2, 3, 4, generator=random, dtype=torch.float64)
         values = torch.randn(2, 4, 5, generator=random, dtype=torch.float64)
-        made.append(online.partial(logits.fill_(float("-inf")) if index == 1 else logits, values))
+        made.append(online_softmax.partial(logits.fill_(float("-inf")) if index == 1 else logits, values))
     return made
 
 
 def test_partial_results_merge_in_any_order_and_grouping() -> None:
     a, b, c = parts(3)
-    merged = [reduce(online.merge, order) for order in permutations((a, b, c))]
-    merged.append(online.merge(a, online.merge(b, c)))
+    merged = [reduce(online_softmax.merge, order) for order in permutations((a, b, c))]
+    merged.append(online_softmax.merge(a, online_softmax.merge(b, c)))
     for other in merged[1:]:
         for one, two in zip(merged[0], other, strict=True):
             assert_near(one, two, 1e-10)
 
 
-def test_logits_are_only_written_over_where_they_may_be() -> None:
+def test_logits_are_overwritten_only_inplace() -> None:
     logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     logits[0, 0] = float("-inf")
     before, values = logits.clone(), torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
-    kept = online.partial(logits, values)
+    kept = online_softmax.partial(logits, values)
     assert torch.equal(logits, before)
-    for one, other in zip(online.partial(logits, values, inplace=True), kept, strict=True):
+    for one, other in zip(online_softmax.partial(logits, values, inplace=True), kept, strict=True):
         assert torch.equal(one, other)
 
 
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Record the shapes of merged tiles."""
     seen: list[tuple[int, ...]] = []
-    partial = online.partial
+    partial = online_softmax.partial
 
-    def watched(logits: Tensor, values: Tensor, **options: bool) -> online.Partial:
+    def watched(logits: Tensor, values: Tensor, **options: bool) -> online_softmax.Partial:
         seen.append(tuple(logits.shape[-2:]))
         return partial(logits, values, **options)
 
-    monkeypatch.setattr(online, "partial", watched)
+    monkeypatch.setattr(online_softmax, "partial", watched)
     return seen
 
 
-def test_the_chunks_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_have_the_given_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy(monkeypatch)
     q, k, v = qkv(10, 14)
     MemoryEfficientAttention(4, 8)(q, k, v)

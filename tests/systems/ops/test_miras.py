@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import foveate
 from foveate.core.errors import DivergedError, OptionError, ShapeError
-from foveate.ops.functional import inner_mlp as learner
+from foveate.ops.functional import inner_mlp
 from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.ops.memory.miras import Miras
 from foveate.ops.memory.titans import Titans
@@ -35,7 +35,7 @@ def same(one: Tensor, other: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("bias", "p"), [("lp", 1.5), ("lp", 3.0), ("huber", 3.0), ("huber_norm", 3.0)])
-def test_an_error_of_exactly_zero_moves_nothing_and_has_gradients(bias, p):
+def test_a_zero_error_writes_nothing_and_has_gradients(bias, p):
     """Without smoothing, padding of the last chunk and exactly predicted values have `|e| = 0`."""
     q, k, v = (x[:, :, :13].requires_grad_() for x in tensors())
     op = Miras(bias, "l2", p=p, alpha=0.1, theta=0.1, delta=0.5, chunk=8, smooth=0.0)
@@ -175,11 +175,11 @@ def test_robust_objectives_pass_over_outliers(claim):
     k = unit(32, 1, 16, 32, seed=0)
     v = torch.randn(32, 1, 16, 32, generator=g, dtype=torch.float64)
     bad = torch.rand(32, 1, 16, generator=g) < 0.2
-    told = torch.where(bad[..., None], 20 * v, v)
+    corrupted = torch.where(bad[..., None], 20 * v, v)
     steps = {"theta": 0.1, "chunk": 1}
 
     def error(op: Miras) -> float:
-        read = recall(op, k, k.repeat(1, 1, 3, 1), told.repeat(1, 1, 3, 1))
+        read = recall(op, k, k.repeat(1, 1, 3, 1), corrupted.repeat(1, 1, 3, 1))
         return (read - v).square().mean(-1)[~bad].mean().item()
 
     l2, nothing = error(Miras("l2", "l2", **steps)), v.square().mean(-1)[~bad].mean().item()
@@ -225,9 +225,9 @@ def test_by_key_and_presets():
         ({"delta": -1}, "delta=-1"),
         ({"retention": "none", "alpha": 0.1}, 'alpha=0.1 decays, and retention="none" does not'),
         ({"memory": "gru"}, "memory='gru' must be one of 'linear', 'mlp', 'plain_mlp'"),
-        ({"memory": "mlp"}, 'memory="mlp" has to know heads and head_dim; got None and None'),
+        ({"memory": "mlp"}, 'memory="mlp" must come with heads and head_dim; got None and None'),
         ({"memory": "plain_mlp", "heads": 2}, "got 2 and None"),
-        ({"memory": "mlp", "heads": 2, "head_dim": 4, "value_dim": 3}, "value_dim=3 is not 4"),
+        ({"memory": "mlp", "heads": 2, "head_dim": 4, "value_dim": 3}, "value_dim=3 must be head_dim=4"),
         ({"memory": "mlp", "heads": 0, "head_dim": 4}, "heads=0"),
         ({"memory": "plain_mlp", "heads": 2, "head_dim": 4, "value_dim": 0}, "value_dim=0"),
     ],
@@ -303,7 +303,7 @@ def small(n: int = 9) -> tuple[Tensor, Tensor, Tensor]:
         ("huber_channel", "l2", lambda e: F.huber_loss(e, torch.zeros_like(e), reduction="sum", delta=0.8)),
     ],
 )
-def test_an_mlp_descends_as_autograd_says(memory, chunk, bias, retention, loss):
+def test_mlp_gradients_equal_autograd(memory, chunk, bias, retention, loss):
     op = mlp(bias, retention, alpha=0.1, theta=0.05, delta=0.8, chunk=chunk, smooth=0.0, memory=memory)
     q, k, v = small()
     expected = learned(op, q, k, v, loss)
@@ -322,13 +322,13 @@ def test_a_plain_mlp_with_momentum_is_titans(chunk):
 
 
 def test_the_slopes_of_both_activations():
-    for act in (learner.SILU, learner.GELU):
+    for act in (inner_mlp.SILU, inner_mlp.GELU):
         z = torch.linspace(-4, 4, 33, dtype=torch.float64).requires_grad_()
         (slope,) = torch.autograd.grad(act.value(z).sum(), z)
         torch.testing.assert_close(act.slope(z), slope)
 
 
-def test_all_that_an_mlp_starts_from_is_trained():
+def test_first_weights_of_an_mlp_are_trained():
     op = mlp("huber", "l2", chunk=2)
     names = [name for name, _ in op.named_parameters()]
     assert sorted(names) == ["first.0", "first.1", "gain", "shift"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from foveate.core.errors import OptionError, ShapeError, UnsupportedEngine, UnsupportedPattern
 from foveate.nn.seq2seq.monotonic_location import MonotonicLocationSeq2Seq, backwards
 from foveate.ops.dense.monotonic_location_attention import MonotonicLocationAttention, softstair
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 KINDS = ("onestep", "relu", "controlled_relu", "softstair", "free")
 
@@ -92,7 +92,7 @@ def test_by_hand(step: str, options: dict, padding: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"mix": True}, {"mix": True, "past": "location"}])
-def test_it_goes_on_from_where_it_was(options: dict) -> None:
+def test_a_walk_continues_from_its_end(options: dict) -> None:
     op = built(step="relu", **options)
     q, k, v = qkv(6, 11)
     mask = PADDING["right"][:, None, None]
@@ -109,7 +109,7 @@ def test_it_goes_on_from_where_it_was(options: dict) -> None:
 
 @pytest.mark.parametrize("mix", [False, True])
 @pytest.mark.parametrize("past", [None, 0.4])
-def test_without_queries_it_stays_where_it_is(mix: bool, past: float | None) -> None:
+def test_without_queries_a_walk_stays_in_place(mix: bool, past: float | None) -> None:
     op = MonotonicLocationAttention(8, 4, mix=mix).double()
     q, k, v = qkv(9, value_width=5)
     start = None if past is None else torch.full((2, 4, 1), past, dtype=torch.float64)
@@ -170,7 +170,7 @@ def test_one_step_never_goes_back(wider: float, back: float) -> None:
     assert at.diff(dim=-1).max() < 1.5 / 39
 
 
-def test_the_gate_is_between_two_ways_to_look() -> None:
+def test_the_gate_mixes_bell_and_content() -> None:
     q, k, v = qkv(6, 11, kv_heads=4)
     op = built(mix=True)
     nn.init.zeros_(op.w_gate)
@@ -182,15 +182,15 @@ def test_the_gate_is_between_two_ways_to_look() -> None:
     assert_near(op(q, k, v), alone(q, k, v), 1e-12)
 
 
-def test_every_weight_learns() -> None:
+def test_every_weight_gets_a_gradient() -> None:
     q, k, v = qkv(6, 11, grad=True)
     op = built(step="controlled_relu", mix=True)
     for grad in gradients(op(q, k, v), [q, k, v, *op.parameters()]):
         assert grad.any()
-    assert not gradients(built()(q, k, v), [k])[0].any(), "without a mixture keys have no say"
+    assert not gradients(built()(q, k, v), [k])[0].any(), "without a mixture keys have no effect"
 
 
-def test_as_built() -> None:
+def test_initial_values() -> None:
     """Weights start in Xavier's and linear layers' bounds; the learned mix of steps starts at forward jumps."""
     op = MonotonicLocationAttention(50, 2, step="controlled_relu", mix=True)
     for weight, bound in (
@@ -203,7 +203,7 @@ def test_as_built() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"head_dim": 0}, "head_dim=0"),
         ({"heads": 0}, "heads=0"),
@@ -212,8 +212,8 @@ def test_as_built() -> None:
         ({"past": "content"}, "past='content'"),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         MonotonicLocationAttention(**{"head_dim": 8, **options})
 
 
@@ -300,16 +300,16 @@ def test_directions() -> None:
         assert_near(*(x * source.mask[:, 0, 0, :, None] for x in (source.keys[:, 0], expected)), 1e-12)
 
 
-def test_what_it_says_is_the_likeliest() -> None:
+def test_generated_tokens_are_the_most_probable() -> None:
     model = network(1, mix=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
     tokens, lengths = copies(4, 2, 7, torch.Generator().manual_seed(2))
-    said = model.generate(tokens, lengths, 9)
-    assert said.shape == (4, 9)
-    assert len(said.unique()) > 2
-    assert torch.equal(model(tokens, lengths, said).argmax(-1), said)
+    generated = model.generate(tokens, lengths, 9)
+    assert generated.shape == (4, 9)
+    assert len(generated.unique()) > 2
+    assert torch.equal(model(tokens, lengths, generated).argmax(-1), generated)
 
 
 def test_dropout_is_on_the_source() -> None:
@@ -322,7 +322,7 @@ def test_dropout_is_on_the_source() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"vocab": 0}, "vocab=0"),
         ({"hidden": 7}, "hidden=7 must be even"),
@@ -333,8 +333,8 @@ def test_dropout_is_on_the_source() -> None:
         ({"dropout": 1.5}, r"dropout=1\.5"),
     ],
 )
-def test_bad_networks(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_networks(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         network(**options)
 
 

@@ -18,7 +18,7 @@ from foveate.ops.dense.music_transformer import MusicTransformer, with_previous_
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.functional.relative_position import skew
 from tests.ops.plans import score_products
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 
 def built(seed: int = 0, **options) -> MusicTransformer:
@@ -120,7 +120,7 @@ def test_tile_by_tile_with_every_gradient(options: dict, tiles: tuple[int, int],
         assert_near(one, two, 1e-12)
 
 
-def test_as_built() -> None:
+def test_initial_values() -> None:
     op = built(max_len=100, time=30)
     assert op.table.shape == (4, 100, 8)
     assert built(shared=True).table.shape == (1, 2048, 8)
@@ -217,7 +217,7 @@ def test_blocks_save_work(claim) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"heads": 0}, "heads=0"),
         ({"head_dim": 1.5}, r"head_dim=1\.5"),
@@ -231,8 +231,8 @@ def test_blocks_save_work(claim) -> None:
         ({"variant": "tf"}, "variant='tf'"),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         MusicTransformer(**{"heads": 4, "head_dim": 8, **options})
 
 
@@ -320,7 +320,7 @@ def test_it_copies_further_than_it_was_trained(claim) -> None:
     )  # fmt: skip
 
 
-def test_what_a_pair_costs() -> None:
+def test_the_cost_of_a_pair() -> None:
     """A pair costs one product with the key, one with the distance, and one with each grid distance."""
     assert score_products(MusicTransformer(2, 16)) == 2 * 16
     assert score_products(MusicTransformer(2, 16, pitch=4)) == 3 * 16

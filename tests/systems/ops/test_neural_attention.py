@@ -16,7 +16,7 @@ from foveate.ops.dense.neural_attention import NeuralAttention
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.operator import Operator
 from tests.ops.plans import score_products
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 
 def built(*args, **options) -> NeuralAttention:
@@ -52,7 +52,7 @@ def test_halves_add_up_to_pairs(layers: int, activation: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bool", "bias"])
-def test_a_mask_holds_beside_causality(kind: str) -> None:
+def test_a_mask_and_causality_combine(kind: str) -> None:
     q, k, v = qkv(8, kv_heads=4)
     op = built(8, 4)
     mask = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)) > 0.4
@@ -105,7 +105,7 @@ def test_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"head_dim": 0}, "head_dim=0"),
         ({"proj_dim": 0}, "proj_dim=0"),
@@ -115,8 +115,8 @@ def test_sizes() -> None:
         ({"activation": "gelu"}, "activation='gelu'"),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         NeuralAttention(**{"head_dim": 8, **options})
 
 
@@ -143,7 +143,7 @@ def fit(scores, parameters: list[nn.Parameter], steps: int, lr: float, near: flo
     return torch.stack(hits).mean().item()
 
 
-def test_it_tells_apart_what_no_bilinear_score_can(claim) -> None:
+def test_it_learns_relations_that_no_bilinear_score_has(claim) -> None:
     """It decides whether the key is within 0.3 of the query; both are numbers in (-1, 1), embedded as (x, 1)."""
     op = built(2, 16).float()
     at = AttentionCall(*qkv(64, heads=1, kv_heads=1, width=2), 1.0).tile()
@@ -201,7 +201,7 @@ def test_it_learns_to_attend_to_neighbours(claim) -> None:
     )  # fmt: skip
 
 
-def test_what_a_pair_costs() -> None:
+def test_the_cost_of_a_pair() -> None:
     """A pair costs the second hidden layer of 3 numbers and the read-out, or only the read-out of 6 numbers."""
     assert score_products(NeuralAttention(16, 6)) == 6 * 3 + 3
     assert score_products(NeuralAttention(16, 6, layers=1, activation="tanh")) == 6

@@ -9,7 +9,7 @@ from torch import Tensor
 from foveate.core import oracle
 from foveate.core.errors import OptionError
 from foveate.ops.sparse.s2_attention import S2Attention, is_kv_efficient, s2_mask
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 def elementwise(mask: Tensor, block: int, n: int) -> Tensor:
@@ -64,7 +64,7 @@ def test_decoding_from_a_cache_that_drops_what_each_head_skips() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "shards", "dense"), [
     (4, 4, None, 0), (4, 2, None, 0), (4, 2, 4, 0), (4, 4, 2, 0), (6, 3, 2, 0), (4, 2, None, 1), (4, 4, 4, 3),
 ])  # fmt: skip
-def test_a_stream_holds_what_each_head_still_needs(heads, kv_heads, shards, dense, prompt) -> None:
+def test_a_stream_keeps_the_keys_that_each_head_needs(heads, kv_heads, shards, dense, prompt) -> None:
     n, block, op = 45, 4, S2Attention(4, local_blocks=2, stride=4, shards=shards, dense_heads=dense)
     q, k, v = qkv(n, heads=heads, kv_heads=kv_heads, value_width=3)
     whole, out = op(q, k, v, causal=True), []
@@ -118,7 +118,7 @@ def test_shards_must_fit_the_heads() -> None:
         S2Attention(shards=3)(*qkv(8), causal=True)
 
 
-def test_different_shards_find_what_equal_ones_lose(claim) -> None:
+def test_different_shards_find_needles_that_equal_ones_miss(claim) -> None:
     """Heads with different shards find a key anywhere in the context; equal shards of the same sparsity miss some."""
     n, block, heads = 512, 8, 8
     random = torch.Generator().manual_seed(0)
@@ -140,7 +140,7 @@ def test_different_shards_find_what_equal_ones_lose(claim) -> None:
     )  # fmt: skip
 
 
-def test_shards_take_turns_at_equal_distances() -> None:
+def test_shards_have_equally_spaced_offsets() -> None:
     """Two shards at a stride of 8 keep blocks 4 apart; more shards than the stride repeat offsets."""
     kept = [s2_mask(shards, 17, 1, 8)[:, 16, :16].nonzero().tolist() for shards in (2, 16)]
     assert kept[0] == [[0, 0], [0, 8], [1, 4], [1, 12]]

@@ -14,7 +14,7 @@ from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
 from foveate.ops.base.scored import Scored
 from foveate.ops.dense.selective_self_attention import SelectiveSelfAttention
 from foveate.ops.dense.softmax import Softmax
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 def active(**options) -> SelectiveSelfAttention:
@@ -83,7 +83,7 @@ def test_it_adds_next_to_no_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"heads": 0}, "heads=0"),
         ({"head_dim": 2.5}, r"head_dim=2\.5"),
@@ -95,8 +95,8 @@ def test_it_adds_next_to_no_parameters() -> None:
         ({"variant": "arxiv"}, "variant='arxiv'"),
     ],
 )
-def test_bad_options(options: dict, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         SelectiveSelfAttention(**{"heads": 4, "head_dim": 8, **options})
 
 
@@ -141,11 +141,11 @@ def sharp_and_flat(count: int, random: torch.Generator, length: int = 64, width:
     """Make a task: half of the tokens ask for one token's note by a noisy cue, half for the mean of notes so far."""
     name, note, noise = torch.randn(3, count, length, width, generator=random)
     name, one = F.normalize(name, dim=-1), (torch.rand(count, length, 1, generator=random) < 0.5).float()
-    asked = (torch.rand(count, length, generator=random) * torch.arange(1, length + 1)).long()
-    asked = asked[..., None].expand(-1, -1, width)
-    cue = F.normalize(name.gather(1, asked) + 0.15 * noise, dim=-1)
+    index = (torch.rand(count, length, generator=random) * torch.arange(1, length + 1)).long()
+    index = index[..., None].expand(-1, -1, width)
+    cue = F.normalize(name.gather(1, index) + 0.15 * noise, dim=-1)
     mean = note.cumsum(1) / torch.arange(1, length + 1)[:, None]
-    return torch.cat([name, note, cue, one], -1), one * note.gather(1, asked) + (1 - one) * 3 * mean
+    return torch.cat([name, note, cue, one], -1), one * note.gather(1, index) + (1 - one) * 3 * mean
 
 
 def test_it_learns_sharp_and_flat_maps_at_once(claim) -> None:

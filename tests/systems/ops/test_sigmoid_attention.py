@@ -16,7 +16,7 @@ from foveate.ops.base.scored import Scored
 from foveate.ops.dense.sigmoid_attention import SigmoidAttention
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.functional import alibi
-from tests.tensors import assert_near, gradients, qkv
+from tests.support.tensors import assert_near, gradients, qkv
 
 
 def test_by_hand() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foveate.core import masks, oracle
 from foveate.ops.sparse.sliding_window import SlidingWindow
-from tests.tensors import assert_near, qkv
+from tests.support.tensors import assert_near, qkv
 
 
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(200, 200), (3, 200), (1, 200)])
@@ -54,7 +54,7 @@ def test_sinks_keep_a_stream_near_full_attention(claim) -> None:
     )  # fmt: skip
 
 
-def test_where_there_is_no_sink_keeping_first_tokens_gains_nothing() -> None:
+def test_without_a_sink_first_tokens_gain_nothing() -> None:
     """Without sinks, four more keys gain nothing."""
     q, k, v = local_heads(sink=0.0)
     full = oracle.attention(q, k, v, causal=True)
@@ -64,7 +64,7 @@ def test_where_there_is_no_sink_keeping_first_tokens_gains_nothing() -> None:
     assert with_sinks > 0.95 * without
 
 
-def test_a_stream_keeps_no_more_than_it_looks_at() -> None:
+def test_a_stream_keeps_only_visible_keys() -> None:
     op = SlidingWindow(window=4, sinks=2)
     q, k, v = qkv(15)
     state, out = op.init_state(2, 4, 2, 8, 8, dtype=torch.float64), []

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import foveate
 from foveate.ops.dense.softmax import Softmax
-from tests.tensors import qkv
+from tests.support.tensors import qkv
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -30,12 +30,12 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: float) -> Tensor:
     return torch.stack(out, 2)
 
 
-def recall(op: torch.nn.Module, asked: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return the answers to `asked` after all of `k, v` are written; the queries are masked tokens."""
-    n, more = k.shape[2], asked.shape[2]
+def recall(op: torch.nn.Module, queries: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the answers to `queries` after all of `k, v` are written; the queries are masked tokens."""
+    n, more = k.shape[2], queries.shape[2]
     written = torch.arange(n + more) < n
     k, v = (F.pad(x, (0, 0, 0, more)) for x in (k, v))
-    return op(asked, k, v, causal=True, mask=written)
+    return op(queries, k, v, causal=True, mask=written)
 
 
 def hebbian(heads: int = 1) -> LightningAttention2:
@@ -62,7 +62,7 @@ def test_chunks_of_one_are_the_loop_in_float32(depth):
     assert (op(q, k, v, causal=True) - op(q, k, v, causal=True, engine="recurrent")).abs().max() < 1e-5
 
 
-def test_longer_chunks_come_near_the_exact_rule():
+def test_longer_chunks_approximate_the_exact_rule():
     q, k, v = (unit(2, 2, 64, 32, seed=s) for s in range(3))
     exact, near, far = (Titans(2, 32, depth=1, chunk=c).double()(q, k, v, causal=True) for c in (1, 4, 32))
     assert 0 < (near - exact).norm() < (far - exact).norm() < 0.5 * exact.norm()
@@ -171,7 +171,7 @@ def test_trained_end_to_end_it_recalls_the_latest_value(claim):
 @pytest.mark.parametrize(("depth", "shapes"), [
     (1, [(3, 5, 4)]), (2, [(3, 12, 4), (3, 5, 12)]), (4, [(3, 12, 4), (3, 12, 12), (3, 12, 12), (3, 5, 12)]),
 ])  # fmt: skip
-def test_as_many_layers_as_asked_for(depth: int, shapes: list[tuple[int, int, int]]) -> None:
+def test_depth_sets_the_number_of_layers(depth: int, shapes: list[tuple[int, int, int]]) -> None:
     op = Titans(3, 4, 5, depth=depth, expansion=3)
     assert [tuple(matrix.shape) for matrix in op.first] == shapes
     assert not op.first[-1].any()

@@ -12,7 +12,7 @@ from foveate.host import apply
 from foveate.steer.text.act_calibration import ActCalibration, act_search, calibrate_sinks, find_sinks
 from tests.conftest import ClaimFixture
 from tests.lens.models import tiny
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 BOS, DELIMITER, END, VERDICT, CONTENT, VOCAB = 0, 1, 2, (3, 4), (5, 6), 8
 WIDTH, HEAD, ONE, ANSWER = 16, 8, VOCAB, VOCAB + 1

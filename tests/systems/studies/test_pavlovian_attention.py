@@ -16,7 +16,7 @@ from foveate.ops.linear.lightning_attention_2 import LightningAttention2
 from foveate.studies.hebbian_capacity import capacity_curve, error_propagation, retrieval_snr
 from foveate.studies.pavlovian_attention import _measure_head, conditioning, conditioning_report, hebbian_retrieval
 from tests.lens.models import text, tiny
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 RULES = ("hebb", "delta", "oja", "decay")
 

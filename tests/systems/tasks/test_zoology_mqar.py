@@ -17,7 +17,7 @@ from foveate.tasks.base.training_task import IGNORED, accuracy
 from foveate.tasks.training.mqar import MQAR, ar_hits
 from foveate.train.loop.loop import Schedule, evaluate, fit
 from tests.conftest import ClaimFixture
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 
 def draw(seed: int = 0) -> torch.Generator:

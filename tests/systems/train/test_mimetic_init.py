@@ -12,8 +12,8 @@ from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention
 from foveate.train.init.mimetic_init import mimetic_init, mimetic_products
 from tests.conftest import ClaimFixture
+from tests.support.tensors import assert_near
 from tests.systems.nn import digits
-from tests.tensors import assert_near
 
 DIM, HEADS = 64, 4
 

@@ -17,7 +17,7 @@ from foveate.tasks.training.copying import Copying
 from foveate.train.init.mimetic_init_ssm import mimetic_init_linear_attention, mimetic_init_ssm, state_spaces
 from foveate.train.loop.loop import Schedule, evaluate, fit
 from tests.conftest import ClaimFixture
-from tests.tensors import assert_near
+from tests.support.tensors import assert_near
 
 DIM, STATE = 32, 16
 

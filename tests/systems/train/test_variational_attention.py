@@ -13,7 +13,7 @@ from foveate.core.errors import OptionError, ShapeError
 from foveate.ops.functional.normalizers import sample
 from foveate.train.objectives.latent_alignment import kl, latent_attention_loss, marginal_decode, relaxed
 from foveate.train.objectives.variational_attention import VariationalAttention
-from tests.tensors import assert_near, gradients
+from tests.support.tensors import assert_near, gradients
 
 T = 12
 

@@ -98,9 +98,9 @@ def choose(call: AttentionCall, engine: str = "auto") -> tuple[str, str]:
             reason = "the call names the chunks to compute it in"
         if reason is not None:
             raise UnsupportedEngine(f'engine="{engine}" cannot run this call: {reason}; use engine="auto"')
-        return engine, "asked for"
+        return engine, "named by the caller"
     if call.chunk is not None:
-        return "chunked", f"in chunks of {call.chunk[0]} queries and {call.chunk[1]} keys, as asked for"
+        return "chunked", f"in chunks of {call.chunk[0]} queries and {call.chunk[1]} keys, as given"
     if call.selection is not None and call.is_plain and not call.dropout:
         return _sparse(call)
     if fused.refuses(call) is None:
@@ -113,7 +113,7 @@ def choose(call: AttentionCall, engine: str = "auto") -> tuple[str, str]:
 def _sparse(call: AttentionCall) -> tuple[str, str]:
     selection = call.selection
     if has_shapes_alone(call.q):
-        return "reference", "shapes alone: nothing says how many keys are chosen"
+        return "reference", "shapes alone"
     if not isinstance(selection, Blocks):
         return "gather", "chosen keys gathered"
     if call.q.device.type != "cpu":

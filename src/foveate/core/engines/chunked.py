@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from foveate.core import masks, online_softmax as online
+from foveate.core import masks, online_softmax
 from foveate.core.call import AttentionCall
 from foveate.core.engines import reference
 from foveate.core.errors import UnsupportedEngine
@@ -88,14 +88,17 @@ def _forward(call: AttentionCall, tiling: Tiling) -> tuple[Tensor, Tensor | None
         return out, None
     sums = out.new_empty(*out.shape[:3], 1, dtype=torch.promote_types(out.dtype, torch.float32))
     for rows, seen in _chunks(call, tiling):
-        part: online.Partial | None = None
+        part: online_softmax.Partial | None = None
         for cols in _tiles(seen, tiling):
             logits = _logits(call, call.q[:, :, rows], call.k[:, :, cols], None, rows, cols)
-            new = online.partial(logits, call.grouped(call.v[:, :, cols]), inplace=call.is_plain)
+            new = online_softmax.partial(logits, call.grouped(call.v[:, :, cols]), inplace=call.is_plain)
             del logits  # one tile at a time, not two
-            part = new if part is None else online.merge(part, new)
+            part = new if part is None else online_softmax.merge(part, new)
         assert part is not None
-        out[:, :, rows], sums[:, :, rows] = online.finish(part).to(out.dtype), online.log_sum_exp(part)[..., None]
+        out[:, :, rows], sums[:, :, rows] = (
+            online_softmax.finish(part).to(out.dtype),
+            online_softmax.log_sum_exp(part)[..., None],
+        )
     return out, sums
 
 
@@ -199,7 +202,7 @@ class Totals:
     """The running sums of the gradients of q, k, v, the mask and the parameters, in float32 at least.
 
     Attributes:
-        q, k, v, mask: the sums of these; None where no gradient is asked for.
+        q, k, v, mask: the sums of these; None where no gradient is needed.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> None:

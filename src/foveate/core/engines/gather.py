@@ -151,4 +151,6 @@ def _mask(call: AttentionCall, index: Tensor, seen: Tensor, first: int) -> Tenso
     batch, head = (torch.arange(n, device=index.device) for n in mask.shape[:2])
     key = index if mask.shape[3] > 1 else torch.zeros_like(index)
     mine = mask[batch[:, None, None, None, None], head[:, None, None, None], query.clamp_max(mask.shape[2] - 1), key]
-    return masks.combine(mine, seen)  # type: ignore[return-value]
+    both = masks.combine(mine, seen)
+    assert both is not None  # there are two
+    return both

@@ -26,10 +26,10 @@ TALL, FEW = 128, 16
 GAP = 16
 
 #: Start and end of a range of keys.
-Stretch = tuple[int, int]
+KeyRange = tuple[int, int]
 
 
-class Run(NamedTuple):
+class RowRun(NamedTuple):
     """Neighbouring block rows that share one call of the kernel.
 
     Args:
@@ -41,7 +41,7 @@ class Run(NamedTuple):
 
     rows: slice
     queries: slice
-    keys: tuple[Stretch, ...]
+    keys: tuple[KeyRange, ...]
     seen: Tensor | None = None
 
 
@@ -84,12 +84,12 @@ def attend(call: AttentionCall) -> Tensor:
 class _Cut:
     """Keys or values that runs cut their ranges from."""
 
-    def __init__(self, x: Tensor, runs: Sequence[Run], wants_grad: bool) -> None:
+    def __init__(self, x: Tensor, runs: Sequence[RowRun], wants_grad: bool) -> None:
         self.x = x
         self.pieces: Sequence[Tensor] | None = None
         if wants_grad:
             # cut once at the ends of all ranges: a slice for each run would return a gradient as large as x for each
-            ends = sorted({0, x.shape[2], *(end for run in runs for stretch in run.keys for end in stretch)})
+            ends = sorted({0, x.shape[2], *(end for run in runs for range_ in run.keys for end in range_)})
             self.ends = {end: index for index, end in enumerate(ends)}
             self.pieces, self.ends = (
                 x.split([b - a for a, b in pairwise(ends)], 2),
@@ -99,7 +99,7 @@ class _Cut:
             longest = max((_length(run.keys) for run in runs if len(run.keys) > 1), default=0)
             self.room = x.new_empty(*x.shape[:2], longest, x.shape[3])
 
-    def of(self, run: Run) -> Tensor:
+    def of(self, run: RowRun) -> Tensor:
         if self.pieces is not None:
             parts = [part for a, b in run.keys for part in self.pieces[self.ends[a] : self.ends[b]]]
             return torch.cat(parts, 2)
@@ -107,7 +107,7 @@ class _Cut:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2, out=self.room[:, :, : _length(run.keys)])
 
 
-def _runs(selection: Blocks) -> list[Run]:
+def _runs(selection: Blocks) -> list[RowRun]:
     """Return the runs, cached on the selection since static selections are used again and again."""
     found = selection.__dict__.get("_runs")
     if found is None:
@@ -115,9 +115,9 @@ def _runs(selection: Blocks) -> list[Run]:
     return found
 
 
-def _with_shared(selection: Blocks, runs: list[Run]) -> list[Run]:
+def _with_shared(selection: Blocks, runs: list[RowRun]) -> list[RowRun]:
     """Drop keys that no query of a run sees, and store the visible pairs where neighbouring runs agree."""
-    found: list[Run] = []
+    found: list[RowRun] = []
     before: Tensor | None = None
     for run in runs:
         run, seen = _trimmed(selection, run)
@@ -128,7 +128,7 @@ def _with_shared(selection: Blocks, runs: list[Run]) -> list[Run]:
     return found
 
 
-def _trimmed(selection: Blocks, run: Run) -> tuple[Run, Tensor | None]:
+def _trimmed(selection: Blocks, run: RowRun) -> tuple[RowRun, Tensor | None]:
     """Cut unseen keys from the ends of ranges and from long gaps; return the run and a mask of the pairs that count."""
     if (seen := _seen(selection, run)) is None:
         return run, None
@@ -142,28 +142,28 @@ def _trimmed(selection: Blocks, run: Run) -> tuple[Run, Tensor | None]:
     return run, seen
 
 
-def _seen(selection: Blocks, run: Run) -> Tensor | None:
+def _seen(selection: Blocks, run: RowRun) -> Tensor | None:
     if not run.keys:
         return None
     seen = selection.seen(run.rows, _positions(run, selection.blocks.device))
     return None if seen is None else seen[:, :, : run.queries.stop - run.queries.start]
 
 
-def _positions(run: Run, device: torch.device) -> Tensor:
+def _positions(run: RowRun, device: torch.device) -> Tensor:
     return torch.cat([torch.arange(first, end, device=device) for first, end in run.keys])
 
 
-def _joined(selection: Blocks) -> list[Run]:
+def _joined(selection: Blocks) -> list[RowRun]:
     """Return block rows as runs: short ones are joined, and any that see the same keys. Cached as well."""
     if (remembered := selection.__dict__.get("_joined")) is not None:
         return remembered
     tall, first, seen = selection.size[0], 0, None
-    found: list[Run] = []
-    for row, stretches in enumerate(_stretches(selection)):
-        both = stretches if seen is None else _union(seen, stretches)
-        if seen is not None and (row + 1 - first) * tall > TALL and not seen == stretches == both:
+    found: list[RowRun] = []
+    for row, ranges in enumerate(_key_ranges(selection)):
+        both = ranges if seen is None else _union(seen, ranges)
+        if seen is not None and (row + 1 - first) * tall > TALL and not seen == ranges == both:
             found.append(_run(selection, first, row, seen))
-            first, both = row, stretches
+            first, both = row, ranges
         seen = both
     if seen is not None:
         found.append(_run(selection, first, selection.blocks.shape[2], seen))
@@ -171,24 +171,24 @@ def _joined(selection: Blocks) -> list[Run]:
     return found
 
 
-def _run(selection: Blocks, first: int, end: int, keys: tuple[Stretch, ...]) -> Run:
+def _run(selection: Blocks, first: int, end: int, keys: tuple[KeyRange, ...]) -> RowRun:
     tall = selection.size[0]
-    return Run(slice(first, end), slice(first * tall, min(end * tall, selection.n_queries)), keys)
+    return RowRun(slice(first, end), slice(first * tall, min(end * tall, selection.n_queries)), keys)
 
 
-def _stretches(selection: Blocks) -> list[tuple[Stretch, ...]]:
+def _key_ranges(selection: Blocks) -> list[tuple[KeyRange, ...]]:
     """Return the ranges of keys that any head of any batch item sees, for each block row."""
     wide, n_keys = selection.size[1], selection.n_keys
     change = F.pad(selection.blocks.flatten(0, 1).any(0).to(torch.int8), (1, 1)).diff(dim=1)
-    found: list[list[Stretch]] = [[] for _ in range(len(change))]
+    found: list[list[KeyRange]] = [[] for _ in range(len(change))]
     begins, ends = ((change == sign).nonzero().tolist() for sign in (1, -1))
     for (row, begin), (_, end) in zip(begins, ends, strict=True):
         found[row].append((begin * wide, min(end * wide, n_keys)))
     return [tuple(row) for row in found]
 
 
-def _union(some: tuple[Stretch, ...], others: tuple[Stretch, ...]) -> tuple[Stretch, ...]:
-    joined: list[Stretch] = []
+def _union(some: tuple[KeyRange, ...], others: tuple[KeyRange, ...]) -> tuple[KeyRange, ...]:
+    joined: list[KeyRange] = []
     for first, end in sorted({*some, *others}):
         if joined and first <= joined[-1][1]:
             joined[-1] = joined[-1][0], max(end, joined[-1][1])
@@ -197,7 +197,7 @@ def _union(some: tuple[Stretch, ...], others: tuple[Stretch, ...]) -> tuple[Stre
     return tuple(joined)
 
 
-def _length(keys: tuple[Stretch, ...]) -> int:
+def _length(keys: tuple[KeyRange, ...]) -> int:
     return sum(end - first for first, end in keys)
 
 
@@ -209,7 +209,7 @@ class _Bias:
         self.seen: Tensor | None = None
         self.made: tuple[Tensor | None, Tensor | None] = None, None
 
-    def of(self, run: Run) -> tuple[Tensor | None, Tensor | None]:
+    def of(self, run: RowRun) -> tuple[Tensor | None, Tensor | None]:
         """Return the bias (None if it is zero) and a mask of the queries that see some key (None if all do)."""
         if run.seen is None or self.call.mask is not None:
             return self._made(run)
@@ -217,7 +217,7 @@ class _Bias:
             self.seen, self.made = run.seen, self._made(run)
         return self.made
 
-    def _made(self, run: Run) -> tuple[Tensor | None, Tensor | None]:
+    def _made(self, run: RowRun) -> tuple[Tensor | None, Tensor | None]:
         mine = masks.rows_of(self.call.mask, run.queries)
         if mine is not None and mine.dim() and mine.shape[-1] > 1:
             mine = mine[..., _positions(run, mine.device)]

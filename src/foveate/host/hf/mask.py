@@ -62,6 +62,7 @@ class MaskPlan(Tensor):
         self._real: Tensor | None = None
         self._knows_real = False
 
+    # torch's types of the next three are those that its decorators leave: without names of arguments, no class method
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None

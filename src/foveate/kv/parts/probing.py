@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -70,7 +70,7 @@ def cached(host: Host, key: Hashable, probe: Callable[[], Result]) -> Result:
         known["state"] = state
     if key not in known:
         known[key] = probe()
-    return known[key]  # type: ignore[return-value]
+    return cast(Result, known[key])  # each probe has keys of its own
 
 
 def _state(model: nn.Module) -> tuple[tuple[int, int], ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.core import masks as mask_algebra, validate
+from foveate.core import masks, validate
 from foveate.core.errors import OptionError, shown
 from foveate.models.base.decoder import Decoder
 from foveate.nn import Layer, MultiHeadAttention, Rotary, ShortConv, StreamingLayer
@@ -60,13 +60,13 @@ class Based(Decoder):
         makers = {
             "conv": lambda: GatedConv(dim),
             "linear": lambda: linear_layer(dim, heads, feature_dim, symmetric=symmetric),
-            "window": lambda: WindowAttention(dim, heads, window),
+            "window": lambda: CausalWindowAttention(dim, heads, window),
         }
         super().__init__(vocabulary, [makers[kinds[i % len(kinds)]]() for i in range(depth)], tied=tied)
 
     def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
         """Return the bytes of all layers' states after a text of `length` tokens."""
-        return sum(state_bytes(block.mixer, length, dtype) for block in stacked(self.blocks))
+        return sum(layer_state_bytes(block.mixer, length, dtype) for block in stacked(self.blocks))
 
 
 def linear_layer(dim: int, heads: int, feature_dim: int = 16, *, symmetric: bool = False) -> MultiHeadAttention:
@@ -107,7 +107,7 @@ class GatedConv(StreamingLayer):
         self.conv = ShortConv(expand * dim, kernel, bias=False)
 
     def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
-        seen = None if mask is None else mask_algebra.keys_of(mask, x.shape[0], x.shape[1])[..., None]
+        seen = None if mask is None else masks.keys_of(mask, x.shape[0], x.shape[1])[..., None]
         mixed, gate = self.into(x if seen is None else x.masked_fill(~seen, 0.0)).chunk(2, -1)
         return self._gated(self.conv(mixed if seen is None else mixed.masked_fill(~seen, 0.0)), gate)
 
@@ -128,7 +128,7 @@ class GatedConv(StreamingLayer):
 
 
 @final
-class WindowAttention(StreamingLayer):
+class CausalWindowAttention(StreamingLayer):
     """Softmax attention to the last `window` tokens with rotary positions, in O(N window); its cache holds only these.
 
     Args:
@@ -159,7 +159,7 @@ class WindowAttention(StreamingLayer):
         return cls(dim, heads, max(1, length // 3))
 
 
-def state_bytes(layer: Layer, length: int, dtype: torch.dtype = torch.float32) -> int:
+def layer_state_bytes(layer: Layer, length: int, dtype: torch.dtype = torch.float32) -> int:
     """Return the bytes of the state of one of BASED's layers after `length` tokens of one text.
 
     A linear layer has the same state for every length, in float32 or wider. A window layer has `min(length, window)`
@@ -168,7 +168,7 @@ def state_bytes(layer: Layer, length: int, dtype: torch.dtype = torch.float32) -
     validate.count("length", length, 0)
     if isinstance(layer, GatedConv):
         return (layer.conv.kernel - 1) * layer.out.in_features * dtype.itemsize
-    if isinstance(layer, WindowAttention):
+    if isinstance(layer, CausalWindowAttention):
         return 2 * layer.dim * min(length, layer.window) * dtype.itemsize
     if isinstance(layer, MultiHeadAttention) and isinstance(layer.op, TaylorAttention):
         state: Any = layer.init_state(1, dtype=dtype, device="meta").op

@@ -80,7 +80,7 @@ class Layer(nn.Module, ABC):
         validate.count("heads", heads, 1)
         self.dim, self.heads = dim, heads
 
-    # -- what a user calls ---------------------------------------------------------------------------------------------
+    # -- calls ---------------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -110,7 +110,7 @@ class Layer(nn.Module, ABC):
         given: dict[str, Any] = {**inputs, "size": size} if self.capabilities.grid else dict(inputs)
         return self._mix(x, source, mask, causal, **given)
 
-    # -- what tests and tables read ------------------------------------------------------------------------------------
+    # -- for tests and tables ------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:

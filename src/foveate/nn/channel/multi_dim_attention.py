@@ -16,17 +16,17 @@ from foveate.ops.functional.additive_score import pairs
 
 @final
 class MultiDimAttention(nn.Module):
-    """`softmax_n(W_2 tanh(W_1 x_n + W_q q + b_1) + b_2)`, one for each feature, as the weights of a mean of the x_n.
+    """A mean of the x_n with weights `softmax_n(W_2 tanh(W_1 x_n + W_q q + b_1) + b_2)`, one for each feature.
 
-    One token may lend its meaning in one feature and another token in the next, where a word has several senses. Holds
-    `Nq N (hidden + C)` numbers: the wrong choice for long sequences that all ask.
+    One feature may come from one token and the next from another, for words with several senses. It holds
+    `Nq N (hidden + C)` numbers: the wrong choice for long sequences with as many queries.
 
     Args:
-        dim: C, the tokens' width, and that of what comes out.
-        hidden: under the tanh; C where None.
-        query_dim: width of the queries; None for no query, where the tokens are pooled by themselves (source to token).
+        dim: C, the width of tokens and outputs.
+        hidden: hidden width under the tanh; None for C.
+        query_dim: width of the queries; None pools the tokens without a query (source to token).
 
-    The survey's (1904.02874) form; the additive score with a matrix for its read-out is DiSAN's (1709.04696).
+    The form is the survey's (1904.02874); the additive score with a matrix for its read-out is DiSAN's (1709.04696).
     """
 
     def __init__(self, dim: int, hidden: int | None = None, query_dim: int | None = None) -> None:
@@ -44,7 +44,7 @@ class MultiDimAttention(nn.Module):
         self, x: Float[Tensor, "b n c"], query: Float[Tensor, "b q e"] | None = None, *,
         mask: Bool[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b q c"]:  # fmt: skip
-        """Pool `x (B, N, C)` for each query `(B, Nq, E)`: `(B, Nq, C)`, with Nq = 1 where there is none.
+        """Pool `x (B, N, C)` for each query `(B, Nq, E)` to `(B, Nq, C)`; Nq is 1 without a query.
 
         Args:
             mask: True where a token is real.
@@ -52,15 +52,20 @@ class MultiDimAttention(nn.Module):
         self._check(x, query, mask)
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
-        return (self.weights(x, query, mask=mask) * x[:, None]).sum(2)
+        return (self._weights(x, query, mask) * x[:, None]).sum(2)
 
     def weights(
         self, x: Float[Tensor, "b n c"], query: Tensor | None = None, *, mask: Tensor | None = None
     ) -> Float[Tensor, "b q n c"]:
+        """Return the weights of such a call: over the tokens, for each query and feature."""
+        self._check(x, query, mask)
+        return self._weights(x, query, mask)
+
+    def _weights(self, x: Tensor, query: Tensor | None, mask: Tensor | None) -> Float[Tensor, "b q n c"]:
         keys = self.keys(x)
         hidden = keys[:, None] if self.queries is None else pairs(self.queries(query), keys)
         logits = self.read_out(torch.tanh(hidden)).mT
-        return safe_softmax(logits if mask is None else logits.masked_fill(~mask[:, None, None], masks.NEVER)).mT
+        return safe_softmax(logits if mask is None else logits.masked_fill(~mask[:, None, None], masks.NEG_INF)).mT
 
     def _check(self, x: Tensor, query: Tensor | None, mask: Tensor | None) -> None:
         if x.dim() != 3 or x.shape[-1] != self.dim:
@@ -69,5 +74,5 @@ class MultiDimAttention(nn.Module):
             raise ShapeError(f"built for query_dim={self.query_dim}; got {'no' if query is None else 'a'} query")
         if query is not None and (query.dim() != 3 or query.shape[::2] != (x.shape[0], self.query_dim)):
             raise ShapeError(f"query must be (B={x.shape[0]}, Nq, {self.query_dim}); got {tuple(query.shape)}")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-            raise ShapeError(f"mask must be bool {tuple(x.shape[:2])}; got {mask.dtype} {tuple(mask.shape)}")
+        if mask is not None:
+            validate.bool_mask("mask", mask, "B, N", tuple(x.shape[:2]), x.device)

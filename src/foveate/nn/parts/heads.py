@@ -1,4 +1,4 @@
-"""Heads: cutting tokens into them, and the layer whose middle is an operator and whose heads a scheme makes."""
+"""Heads: splitting and merging, and the base class of layers that make heads for an operator."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ QKNorm = bool | Literal["rms", "layer"]
 
 
 def split(x: Float[Tensor, "b n hd"], heads: int) -> Float[Tensor, "b h n d"]:
-    """Tokens cut into heads, which take neighbouring channels."""
+    """Split tokens into heads of neighbouring channels."""
     return rearrange(x, "b n (h d) -> b h n d", h=heads)
 
 
 def merge(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n hd"]:
-    """Heads put together again."""
+    """Merge heads to tokens."""
     return rearrange(x, "b h n d -> b n (h d)")
 
 
 def activation(x: Tensor, how: str | None) -> Tensor:
-    """`x` through the function of this name (see `foveate.ops.operator.Gate`), or as it is."""
+    """Apply the function of this name to `x` (see `foveate.ops.operator.Gate`); None returns `x`."""
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "sigmoid": torch.sigmoid, "softplus": F.softplus, "exp": torch.exp, "logsigmoid": F.logsigmoid, "silu": F.silu,
     }  # fmt: skip
@@ -46,9 +46,9 @@ def activation(x: Tensor, how: str | None) -> Tensor:
 
 
 class Rates(nn.ModuleDict):
-    """The inputs that an operator takes from each token (rates of decay, of learning), by a linear map for each.
+    """Linear maps from tokens to an operator's gates (rates of decay, of learning).
 
-    From the tokens x, or from the source tokens, as the operator's gates say.
+    Each gate reads the tokens x or the source tokens, as the operator declares.
     """
 
     def __init__(self, dim: int, heads: int, op: Operator) -> None:
@@ -68,28 +68,28 @@ class Rates(nn.ModuleDict):
 
 @dataclass(frozen=True)
 class HeadState:
-    """A scheme in the middle of a stream: the operator's state, and how many tokens went by."""
+    """The state of a scheme: that of the operator, and the number of tokens so far."""
 
     op: Any
     seen: int
 
 
 class HeadScheme(StreamingLayer):
-    """`concat_h(op(q, k, v)_h) W_o`: what q, k and v are, and what is done to a head's output, a system says.
+    """The base of `concat_h(op(q, k, v)_h) W_o`. Subclasses define `project` and, optionally, `weigh`.
 
-    It writes `project`, and `weigh` where it changes what heads give. The base attends, turns queries and keys by their
-    positions, streams, and declares what the operator can do as what the layer can.
+    `project` makes q, k and v; `weigh` changes the heads' outputs. The base attends, applies positions, streams, and
+    derives the layer's capabilities from those of the operator.
 
     Args:
         dim: C.
         heads: Hq.
-        kv_heads: Hkv; `heads` where None.
-        head_dim: D; `dim / heads` where None.
-        value_dim: Dv; `head_dim` where None.
+        kv_heads: Hkv; None for `heads`.
+        head_dim: D; None for `dim / heads`.
+        value_dim: Dv; None for `head_dim`.
         op: an operator or its key.
-        position: how positions enter, or None.
-        out_dim: width that W_o gives; `dim` where None.
-        bias: whether all projections have biases: W_o, which the base makes, and those that a system makes.
+        position: a position scheme, or None.
+        out_dim: output width of W_o; None for `dim`.
+        bias: True gives all projections biases: W_o, which the base makes, and those of the subclass.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class HeadScheme(StreamingLayer):
         if heads % self.kv_heads:
             raise OptionError(f"kv_heads={kv_heads} must divide heads={heads}")
         positions.check(position, heads)
-        self.op, self.position = sized(op, heads, self.head_dim, self.value_dim), position
+        self.op, self.position = sized(op, heads, self.head_dim, self.value_dim, self.kv_heads), position
         self.rates = Rates(dim, heads, self.op)
         self.out = Linear(heads * self.value_dim, dim if out_dim is None else out_dim, bias=bias)
         self._declare_operator()
@@ -128,14 +128,14 @@ class HeadScheme(StreamingLayer):
             streaming="exact" if streams else None,
         )  # fmt: skip
 
-    # -- what a system writes ------------------------------------------------------------------------------------------
+    # -- for subclasses ------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q `(B, Hq, N, D)` from x, and k, v `(B, Hkv, M, ·)` from the source, which may be x."""
+        """Return q `(B, Hq, N, D)` from x, and k, v `(B, Hkv, M, ·)` from the source, which may be x."""
 
     def weigh(self, out: Float[Tensor, "b h n dv"], x: Tensor, q: Tensor) -> Float[Tensor, "b h n dv"]:
-        """Heads' outputs as they enter W_o; q are queries that positions have not turned."""
+        """Return heads' outputs for W_o; q are queries before positions are applied."""
         return out
 
     # -- a call --------------------------------------------------------------------------------------------------------
@@ -148,21 +148,21 @@ class HeadScheme(StreamingLayer):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None, causal: bool, **inputs: Any
     ) -> Tensor:
-        """The call from projected heads on; the last query is as far as the last key where `causal`."""
+        """Attend with projected heads; if `causal`, the last query is aligned with the last key."""
         start = k.shape[2] - q.shape[2] if causal else 0
         if self.position is not None:
             bias = self.position.bias(_places(start, q, x.device), _places(0, k, x.device))
             mask = masks.combine(mask, None if bias is None else bias.to(x.dtype))
-        out = self.op(self._turned(q, start), self._turned(k, 0), v, mask=mask, causal=causal, **inputs)
+        out = self.op(self._rotated(q, start), self._rotated(k, 0), v, mask=mask, causal=causal, **inputs)
         return self.out(merge(self.weigh(out, x, q)))
 
-    def _turned(self, x: Tensor, start: int) -> Tensor:
-        """Queries or keys as the positions turn them, the first of which is at place `start`."""
-        return x if self.position is None else self.position.turn(x, _places(start, x, x.device))
+    def _rotated(self, x: Tensor, start: int) -> Tensor:
+        """Apply positions to queries or keys, from position `start` on."""
+        return x if self.position is None else self.position.rotate(x, _places(start, x, x.device))
 
     @property
     def _streaming_op(self) -> Streaming:
-        assert isinstance(self.op, Streaming)  # `capabilities.streaming` says so
+        assert isinstance(self.op, Streaming)  # implied by `capabilities.streaming`
         return self.op
 
     # -- a stream ------------------------------------------------------------------------------------------------------
@@ -180,21 +180,21 @@ class HeadScheme(StreamingLayer):
     def attend_next(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, state: HeadState, **inputs: Any
     ) -> tuple[Tensor, HeadState]:
-        """`_step` from projected heads on."""
+        """Make a streaming step with projected heads."""
         at = state.seen
         out, op = self._streaming_op.step(
-            self._turned(q, at), self._turned(k, at), v, state.op, **self.rates(x), **inputs
+            self._rotated(q, at), self._rotated(k, at), v, state.op, **self.rates(x), **inputs
         )
         return self.out(merge(self.weigh(out, x, q))), HeadState(op, at + 1)
 
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **inputs: Any) -> tuple[Tensor, HeadState]:
-        """`_prefill` from projected heads on."""
-        out, op = self._streaming_op.prefill(self._turned(q, 0), self._turned(k, 0), v, **self.rates(x), **inputs)
+        """Prefill with projected heads."""
+        out, op = self._streaming_op.prefill(self._rotated(q, 0), self._rotated(k, 0), v, **self.rates(x), **inputs)
         return self.out(merge(self.weigh(out, x, q))), HeadState(op, x.shape[1])
 
 
 def head_norm(name: str, kind: object, head_dim: int) -> nn.RMSNorm | nn.LayerNorm | None:
-    """Return the norm of a head's channels that the option `name` asks for: one of `QKNorm`."""
+    """Return the norm of a head's channels that `name` selects: one of `QKNorm`."""
     validate.one_of(name, kind, (False, True, "rms", "layer"))
     if kind == "layer":
         return nn.LayerNorm(head_dim)
@@ -206,11 +206,11 @@ def _places(start: int, x: Float[Tensor, "b h n d"], device: torch.device) -> Te
 
 
 def width(dim: int, heads: int, head_dim: int | None) -> int:
-    """A head's width: `dim / heads` unless given."""
+    """Return a head's width: `dim / heads` unless given."""
     validate.count("heads", heads, 1)
     if head_dim is None:
         if dim % heads:
-            raise OptionError(f"heads={heads} must divide dim={dim}, or head_dim be given")
+            raise OptionError(f"heads={heads} must divide dim={dim}, unless head_dim is given")
         return dim // heads
     validate.count("head_dim", head_dim, 1)
     return head_dim

@@ -19,7 +19,7 @@ from foveate.ops.operator import Operator
 
 @dataclass(frozen=True)
 class ConvState:
-    """A layer with a convolution in the middle of a stream: what that saw last, and the state of the heads."""
+    """The state of a layer with a convolution: the convolution's last tokens, and the state of the heads."""
 
     past: Tensor
     heads: HeadState
@@ -27,28 +27,29 @@ class ConvState:
 
 @final
 class MultiHeadAttention(HeadScheme):
-    """`concat_h(op(x W_q, x W_k, x W_v)) W_o`: the layer that a transformer has, with any operator in its middle.
+    """`concat_h(op(x W_q, x W_k, x W_v)) W_o`: a transformer's attention layer around any operator.
 
-    Cost: the operator's, and four projections. What the layer can do (patterns, masks, streaming) is what the operator
-    can, less what the options rule out. With the defaults it is `torch.nn.MultiheadAttention` without biases.
+    Cost: that of the operator, and four projections. Its capabilities (patterns, masks, streaming) are those of the
+    operator without those that the options rule out. With the defaults it is `torch.nn.MultiheadAttention` without
+    biases.
 
     Args:
         dim: C.
         heads: Hq.
-        kv_heads: Hkv, a divisor of Hq; `heads` where None.
-        head_dim: D of queries and keys; `dim / heads` where None.
-        value_dim: Dv; `head_dim` where None.
-        op: an operator, or its catalogue key: it is then built for these heads and widths with its own defaults.
-        position: how positions enter: `Rotary()`, `Alibi(heads)`, `RelativeBias(heads)`, or None.
-        conv: tokens that a short causal convolution on queries, keys and values sees; 0 for none. Causal only.
+        kv_heads: Hkv, a divisor of Hq; None for `heads`.
+        head_dim: D of queries and keys; None for `dim / heads`.
+        value_dim: Dv; None for `head_dim`.
+        op: an operator, or a catalogue key, which builds it for these heads and widths with its own defaults.
+        position: a position scheme: `Rotary()`, `Alibi(heads)`, `RelativeBias(heads)`, or None.
+        conv: taps of a short causal convolution on queries, keys and values; 0 for none. Causal only.
         qk_norm: the norm of each head's queries and keys: True or "rms" (RMSNorm, learned gains), "layer" (LayerNorm,
             learned gains and shifts), or False for none.
-        out_norm: whether each head's output is (RMSNorm): what operators without a normalizer need.
-        gate: a gate on the outputs, from the token: "sigmoid", "silu", or None.
-        bias: whether all projections have biases, the gate's included.
+        out_norm: True applies an RMSNorm to each head's output, which operators without a normalizer need.
+        gate: the activation of a gate on the outputs, from the token: "sigmoid", "silu", or None.
+        bias: True gives all projections biases, the gate's included.
 
-    The layer makes what the operator takes from each token (`Capabilities.gates`: rates of decay, of learning) by a
-    linear map. It passes an operator's other inputs on: `layer(x, poses=...)`.
+    A linear map makes the operator's gates from each token (`Capabilities.gates`: rates of decay, of learning). The
+    layer passes an operator's other inputs on: `layer(x, poses=...)`.
 
     Raises:
         OptionError: an option out of range, or options that exclude each other.
@@ -82,12 +83,12 @@ class MultiHeadAttention(HeadScheme):
     def project(self, x: Tensor, source: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if self.conv is None:
             return self._heads(self.q(x), self.k(source), self.v(source))
-        if mask is not None:  # a token that nobody may see must not enter its neighbours either
+        if mask is not None:  # a hidden token must not enter its neighbours either
             x = x.masked_fill(~masks.keys_of(mask, x.shape[0], x.shape[1])[..., None], 0.0)
         return self._heads(*self._parts(self.conv(self._raw(x))))
 
     def _raw(self, x: Tensor) -> Tensor:
-        """The channels that the convolution mixes."""
+        """Return the channels that the convolution mixes."""
         return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
 
     def _parts(self, mixed: Tensor) -> tuple[Tensor, ...]:
@@ -104,15 +105,16 @@ class MultiHeadAttention(HeadScheme):
             out = self.out_norm(out)
         return out if self.gating is None else out * split(activation(self.gating(x), self.gate), self.heads)
 
-    # -- for who attends by other means --------------------------------------------------------------------------------
+    # -- for callers with another attention
+    # -----------------------------------------------------------------------------
 
     def projected(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values as the operator takes them, of tokens at places `at`, without a convolution."""
+        """Return queries, keys and values for the operator, of tokens at positions `at`, without a convolution."""
         q, k, v = self._heads(self.q(x), self.k(x), self.v(x))
-        return (q, k, v) if self.position is None else (self.position.turn(q, at), self.position.turn(k, at), v)
+        return (q, k, v) if self.position is None else (self.position.rotate(q, at), self.position.rotate(k, at), v)
 
     def merged(self, out: Tensor, x: Tensor) -> Tensor:
-        """Heads' outputs `(B, H, N, Dv)` as tokens `(B, N, C)`; x is what the layer was given."""
+        """Merge heads' outputs `(B, H, N, Dv)` to tokens `(B, N, C)`; x is the layer's input."""
         return self.out(merge(self.weigh(out, x)))
 
     # -- a stream, through the convolution -----------------------------------------------------------------------------

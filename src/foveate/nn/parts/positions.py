@@ -1,4 +1,4 @@
-"""Where tokens are, told to attention: objects that a layer is given, each one scheme."""
+"""Position encodings: schemes that a layer applies to its queries, keys and scores."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from foveate.ops.functional import alibi, rotary
 
 
 class Position(nn.Module, ABC):
-    """A scheme turns queries and keys by where they are, or adds a bias to their scores, or both.
+    """A scheme rotates queries and keys by their positions, or adds a bias to their scores, or both.
 
-    `at` is `(N,)`, the tokens' places in the sequence. Queries and keys are `(B, H, N, D)`.
+    Positions `at` are `(N,)`, counted in the sequence. Queries and keys are `(B, H, N, D)`.
     """
 
-    #: Whether `bias` is anything but None; such layers take operators that take a bias, and do not stream.
+    #: True if `bias` is not None; a layer then needs an operator that takes a bias, and does not stream.
     biased: ClassVar[bool] = False
 
-    def turn(self, x: Float[Tensor, "b h n d"], at: Tensor) -> Float[Tensor, "b h n d"]:
-        """Queries or keys as they enter the operator."""
+    def rotate(self, x: Float[Tensor, "b h n d"], at: Tensor) -> Float[Tensor, "b h n d"]:
+        """Return queries or keys for the operator."""
         return x
 
     def bias(self, queries: Tensor, keys: Tensor) -> Float[Tensor, "h q k"] | None:
-        """What is added to the scores of queries at these places with keys at those."""
+        """Return the bias on the scores of queries and keys at these positions, or None."""
         return None
 
 
 @final
 class Rotary(Position):
-    """Pairs of channels turned by angles that grow with the position: scores depend on distances (RoFormer, 2021).
+    """Pairs of channels rotate by angles that grow with the position: scores depend on distances (RoFormer, 2021).
 
     Args:
-        base: of the frequencies `base ** (-2c / D)`.
-        layout: which channels make a pair. "half": c and c + D/2, as in Hugging Face's Llama and GPT-NeoX.
+        base: the base of the frequencies `base ** (-2c / D)`.
+        layout: the channels of a pair. "half": c and c + D/2, as in Hugging Face's Llama and GPT-NeoX.
             "interleaved": 2c and 2c + 1, as in RoFormer, Meta's Llama and GPT-J. Weights trained with one are wrong in
             the other.
     """
@@ -49,14 +49,14 @@ class Rotary(Position):
         validate.one_of("layout", layout, ("half", "interleaved"))
         self.base, self.layout = base, layout
 
-    def turn(self, x: Tensor, at: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, at: Tensor) -> Tensor:
         angles = rotary.rotary_angles(at, x.shape[-1], self.base).to(x.device)
         return rotary.rotate(x, angles, self.layout).to(x.dtype)
 
 
 @final
 class Alibi(Position):
-    """Scores fall with distance, at a rate of each head's own (Train Short, Test Long, 2021)."""
+    """Scores fall with distance, at a rate per head (Train Short, Test Long, 2021)."""
 
     biased = True
     slopes: Float[Tensor, " h"]
@@ -72,11 +72,11 @@ class Alibi(Position):
 
 @final
 class RelativeBias(Position):
-    """A learned number for each head and distance; what is farther than `reach` counts as that far.
+    """A learned number for each head and distance; distances beyond `reach` are clipped.
 
     Args:
         heads: H.
-        reach: the largest distance told apart, either way.
+        reach: the largest distance with its own number, in either direction.
     """
 
     biased = True
@@ -93,7 +93,7 @@ class RelativeBias(Position):
 
 
 def check(position: object, heads: int) -> None:
-    """Refuse what is no scheme, or one made for another number of heads."""
+    """Refuse an object that is no scheme, or a scheme for another number of heads."""
     if position is not None and not isinstance(position, Position):
         raise OptionError(f"position={shown(position)} must be a foveate.nn.Position, such as Rotary(), or None")
     made_for = heads

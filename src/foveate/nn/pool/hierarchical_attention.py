@@ -1,4 +1,4 @@
-"""Hierarchical attention: words make sentences, sentences make the document (HAN)."""
+"""Hierarchical attention (HAN): words are pooled to sentences, and sentences to the document."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ class Read(NamedTuple):
 class HierarchicalAttention(nn.Module):
     """Attention over the words of each sentence, and again over the sentences: two levels of abstraction.
 
-    For classifying documents with some account of why. Linear in the words, but recurrent: a GRU in both directions
-    reads each level before it is pooled. The wrong choice for what a transformer's context holds at once.
+    It classifies documents, and its weights show which words and sentences count. It is linear in the words, but
+    recurrent: a bidirectional GRU reads each level before it is pooled. The wrong choice for documents that fit into a
+    transformer's context.
 
     Args:
         dim: width of the word vectors.
-        hidden: of the GRUs, each way. Both levels' attention has `2 hidden` numbers under its tanh. 50 in HAN.
+        hidden: width of the GRUs in each direction, 50 in HAN. The attention of both levels has a hidden width of
+            `2 hidden`.
 
     The survey's (1904.02874) example of more than one level, Hierarchical Attention Networks for Document
     Classification (2016).
@@ -53,7 +55,7 @@ class HierarchicalAttention(nn.Module):
 
         Args:
             x: word vectors `(B, S, W, C)`.
-            lengths: words in each sentence, 0 where there is no such sentence; the last ones of a document only.
+            lengths: words in each sentence; 0 for missing sentences, which come last in a document.
         """
         if x.dim() != 4 or x.shape[-1] != self.dim:
             raise ShapeError(f"x must be (B, S, W, C={self.dim}); got {tuple(x.shape)}")
@@ -73,9 +75,9 @@ class HierarchicalAttention(nn.Module):
 
 @final
 class AttentionPool(nn.Module):
-    """`softmax_n(w . tanh(W x_n + b))` as the weights of a mean over n: `(B, N, C) -> (B, C)`, and the weights.
+    """A mean over n with weights `softmax_n(w . tanh(W x_n + b))`: `(B, N, C) -> (B, C)`, and the weights.
 
-    Over several embeddings of one token in place of N tokens, this is the survey's multi-representational attention.
+    Over several embeddings of one token, in place of N tokens, it is the survey's multi-representational attention.
     """
 
     def __init__(self, dim: int, hidden: int | None = None) -> None:
@@ -86,9 +88,10 @@ class AttentionPool(nn.Module):
         self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None
     ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b n"]]:
         if mask is not None:
+            validate.bool_mask("mask", mask, "B, N", tuple(x.shape[:2]), x.device)
             x = x.masked_fill(~mask[..., None], 0.0)
         logits = self.align.own(x[:, None])[:, 0]
-        weights = safe_softmax(logits if mask is None else logits.masked_fill(~mask, masks.NEVER))
+        weights = safe_softmax(logits if mask is None else logits.masked_fill(~mask, masks.NEG_INF))
         return (weights[:, None] @ x).squeeze(1), weights
 
 
@@ -97,6 +100,6 @@ def _up_to(lengths: Tensor, size: int) -> Bool[Tensor, "b n"]:
 
 
 def _encode(gru: nn.GRU, x: Float[Tensor, "b n c"], lengths: Tensor) -> Float[Tensor, "b n h"]:
-    """The GRU's outputs for the real tokens of each row, zeros after; a row of none is read as one of length 1."""
+    """Return the GRU's outputs for the real tokens of each row and zeros after; an empty row counts as length 1."""
     packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
     return pad_packed_sequence(gru(packed)[0], batch_first=True, total_length=x.shape[1])[0]

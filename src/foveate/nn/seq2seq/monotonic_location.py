@@ -17,7 +17,7 @@ from foveate.core.errors import OptionError, ShapeError
 from foveate.ops.dense.monotonic_location_attention import MonotonicLocationAttention
 
 
-class Source(NamedTuple):
+class EncodedSource(NamedTuple):
     """The encoded source."""
 
     keys: Float[Tensor, "b 1 s c"]
@@ -83,27 +83,27 @@ class MonotonicLocationSeq2Seq(nn.Module):
         self, tokens: Int[Tensor, "b s"], lengths: Int[Tensor, " b"], targets: Int[Tensor, "b t"]
     ) -> Float[Tensor, "b t v"]:
         """Return each target's logits given the targets before it; `lengths` counts the real tokens of each row."""
-        source, word, past, said = self.read(tokens, lengths), self.start.expand(len(tokens), -1), None, []
+        source, word, past, out = self.read(tokens, lengths), self.start.expand(len(tokens), -1), None, []
         h = source.state
         for target in targets.unbind(1):
-            h, past, logits = self._say(word, h, past, source)
-            said.append(logits)
+            h, past, logits = self._step(word, h, past, source)
+            out.append(logits)
             word = self.embed(target)
-        return torch.stack(said, 1)
+        return torch.stack(out, 1)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, lengths: Tensor, steps: int) -> Int[Tensor, "b t"]:
         """Return the most probable token of each step."""
         validate.count("steps", steps, 1)
-        source, word, past, said = self.read(tokens, lengths), self.start.expand(len(tokens), -1), None, []
+        source, word, past, out = self.read(tokens, lengths), self.start.expand(len(tokens), -1), None, []
         h = source.state
         for _ in range(steps):
-            h, past, logits = self._say(word, h, past, source)
-            said.append(logits.argmax(-1))
-            word = self.embed(said[-1])
-        return torch.stack(said, 1)
+            h, past, logits = self._step(word, h, past, source)
+            out.append(logits.argmax(-1))
+            word = self.embed(out[-1])
+        return torch.stack(out, 1)
 
-    def read(self, tokens: Int[Tensor, "b s"], lengths: Int[Tensor, " b"]) -> Source:
+    def read(self, tokens: Int[Tensor, "b s"], lengths: Int[Tensor, " b"]) -> EncodedSource:
         """Encode and frame the source and, with `mix_direction`, mix its directions."""
         if tokens.dim() != 2 or lengths.shape != tokens.shape[:1] or int(lengths.max()) > tokens.shape[1]:
             raise ShapeError(
@@ -123,9 +123,11 @@ class MonotonicLocationSeq2Seq(nn.Module):
             states = forwards * states + (1 - forwards) * backwards(states, real)
         values = F.leaky_relu(self.values(states))
         seen = place < real[:, None]
-        return Source(self.keys(states)[:, None], values[:, None], seen[:, None, None], final_state)
+        return EncodedSource(self.keys(states)[:, None], values[:, None], seen[:, None, None], final_state)
 
-    def _say(self, word: Tensor, h: Tensor, past: Tensor | None, source: Source) -> tuple[Tensor, Tensor, Tensor]:
+    def _step(
+        self, word: Tensor, h: Tensor, past: Tensor | None, source: EncodedSource
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the state after a step, the expected position, and the logits of a token."""
         found, past = self.attention.walk(h[:, None, None], source.keys, source.values, past, mask=source.mask)
         h = self.cell(torch.cat([word, self.compose(found[:, 0, 0])], -1), h)
@@ -135,5 +137,5 @@ class MonotonicLocationSeq2Seq(nn.Module):
 def backwards(x: Float[Tensor, "b s c"], lengths: Int[Tensor, " b"]) -> Float[Tensor, "b s c"]:
     """Reverse each row's first `lengths` vectors; leave the rest in place."""
     place = torch.arange(x.shape[1], device=x.device)
-    turned = lengths[:, None] - 1 - place
-    return x.gather(1, torch.where(turned >= 0, turned, place)[..., None].expand_as(x))
+    mirrored = lengths[:, None] - 1 - place
+    return x.gather(1, torch.where(mirrored >= 0, mirrored, place)[..., None].expand_as(x))

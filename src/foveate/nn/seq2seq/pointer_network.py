@@ -20,7 +20,7 @@ State = tuple[Tensor, Tensor]  # of an LSTM cell
 
 
 class Pointed(NamedTuple):
-    """Log-probabilities of each output over the slots, and the slots that were taken (-1: nothing was left)."""
+    """Log-probabilities of each output over the slots, and the chosen slots (-1: none was left)."""
 
     log_probs: Float[Tensor, "b s m"]
     indices: Int[Tensor, "b s"]
@@ -30,35 +30,37 @@ def pointer_scores(
     e: Float[Tensor, "b n h"], d: Float[Tensor, "b s h"], w1: Float[Tensor, "a h"], w2: Float[Tensor, "a h"],
     v: Float[Tensor, " a"], mask: Bool[Tensor, "b _ n"] | None = None,
 ) -> Float[Tensor, "b s n"]:  # fmt: skip
-    """`log softmax_j(v . tanh(W_1 e_j + W_2 d_i))`: the log-probability that output i is input j.
+    """Return `log softmax_j(v . tanh(W_1 e_j + W_2 d_i))`, the log-probability that output i is input j.
 
-    For any network whose answer is a place in its input (copying, extractive question answering).
+    They suit any network whose answer is a position in its input (copying, extractive question answering).
 
     Args:
-        e: what represents the inputs `(B, N, h)`.
-        d: what represents the outputs so far `(B, S, h)`.
-        mask: True where an input may be pointed at; a row without any is -inf.
+        e: representations of the inputs `(B, N, h)`.
+        d: representations of the outputs so far `(B, S, h)`.
+        mask: bool `(B, 1, N)` or `(B, S, N)`, True for inputs that may be chosen; a row without any is -inf.
     """
+    if mask is not None:
+        validate.bool_mask("mask", mask, "B, S, N", (e.shape[0], d.shape[1], e.shape[1]), e.device)
     return _log_softmax(pair_score(d @ w2.mT, e @ w1.mT, v), mask)
 
 
 @final
 class PointerNetwork(nn.Module):
-    """An LSTM reads the inputs, another LSTM points at them, one after the other.
+    """An LSTM reads the inputs, and another LSTM points at them, one after the other.
 
-    For outputs that are orders, subsets or places of the input, of any number: hulls, tours, sorting, spans. Nothing in
-    it depends on N, so that it runs on more inputs than it was trained on. O(N S h²) time, one output after the other.
-    The wrong choice where the outputs have words of their own.
+    It suits outputs that are orders, subsets or positions of any number of inputs: hulls, tours, sorting, spans.
+    Nothing in it depends on N, so it runs on more inputs than in training. O(N S h²) time, one output after the other.
+    The wrong choice if outputs come from a vocabulary.
 
     Args:
         in_dim: width of an input.
         hidden: h of both LSTMs; the paper's are 256 and 512.
-        stop: whether there is one more slot, number N, that ends the output. Without it there are as many outputs as
-            inputs, unless a call says otherwise.
+        stop: True adds a slot, number N, that ends the output. Without it there are as many outputs as inputs, unless a
+            call gives `steps`.
 
-    The decoder starts from the encoder's last state and a learned symbol, and its input is what was pointed at. Weights
+    The decoder starts from the encoder's last state and a learned symbol; its next input is the chosen one. Weights
     start uniform in ±0.08 as in the paper, which trains with plain SGD (rate 1, batches of 128, gradients clipped to a
-    norm of 2). What the stop slot is represented by (a learned vector) is reconstructed.
+    norm of 2). The representation of the stop slot (a learned vector) is reconstructed.
     """
 
     def __init__(self, in_dim: int = 2, hidden: int = 256, *, stop: bool = True) -> None:
@@ -79,21 +81,21 @@ class PointerNetwork(nn.Module):
         self, inputs: Float[Tensor, "b n c"], targets: Int[Tensor, "b s"] | None = None, *,
         lengths: Int[Tensor, " b"] | None = None, mask_visited: bool = False, steps: int | None = None,
     ) -> Pointed:  # fmt: skip
-        """Point, following `targets` where they are given and greedily otherwise.
+        """Point under teacher forcing if `targets` are given, and greedily otherwise.
 
         Args:
             inputs: `(B, N, C)`.
-            targets: slots `(B, S)`; N is the stop slot, -1 follows the end and is not learned from.
-            lengths: how many of the inputs are real; all where None.
-            mask_visited: whether no input is pointed at twice. Following targets, those that a target has visited.
-            steps: outputs S where there are no targets; N, and one more to stop, where None.
+            targets: slots `(B, S)`; N is the stop slot, -1 follows the end and does not enter the loss.
+            lengths: numbers of real inputs; None for all.
+            mask_visited: True never chooses an input twice. With targets, it masks those that a target has visited.
+            steps: number of outputs S without targets; None for N, and one more to stop.
         """
         lengths = self._check(inputs, targets, lengths, steps)
         steps = inputs.shape[1] + self._extra if steps is None else steps
-        memory, state, fed, allowed = self._read(inputs, lengths)
+        encoded, state, fed, allowed = self._read(inputs, lengths)
         given, log_probs, indices = self.start.expand(len(inputs), -1), [], []
         for step in range(steps if targets is None else targets.shape[1]):
-            scores, state = self._point(memory, given, state, allowed)
+            scores, state = self._point(encoded, given, state, allowed)
             best = scores.argmax(-1).masked_fill(~allowed.any(-1), -1)
             log_probs.append(scores)
             indices.append(best)
@@ -106,21 +108,21 @@ class PointerNetwork(nn.Module):
         self, inputs: Float[Tensor, "b n c"], width: int, *, lengths: Int[Tensor, " b"] | None = None,
         mask_visited: bool = False, steps: int | None = None,
     ) -> tuple[Int[Tensor, "b s"], Float[Tensor, " b"]]:  # fmt: skip
-        """The best outputs that a beam of `width` finds, and their log-probability. A width of 1 is greedy."""
+        """Return the best outputs that a beam of `width` finds, and their log-probability. A width of 1 is greedy."""
         validate.count("width", width, 1)
         lengths = self._check(inputs, None, lengths, steps)
         steps = inputs.shape[1] + self._extra if steps is None else steps
         batch = len(inputs)
-        memory, (h, c), fed, allowed = self._read(inputs, lengths)
-        memory, h, c, fed, allowed = (x.repeat_interleave(width, 0) for x in (memory, h, c, fed, allowed))
+        encoded, (h, c), fed, allowed = self._read(inputs, lengths)
+        encoded, h, c, fed, allowed = (x.repeat_interleave(width, 0) for x in (encoded, h, c, fed, allowed))
         state: State = h, c
         given = self.start.expand(batch * width, -1)
         total = inputs.new_full((batch, width), masks.NEG_INF)
-        total[:, 0] = 0.0  # beams start alike: all but one wait until they can differ
+        total[:, 0] = 0.0  # beams start equal: all but one have probability 0 until they differ
         found = torch.empty(batch, width, 0, dtype=torch.long, device=inputs.device)
         first = torch.arange(batch, device=inputs.device)[:, None] * width
         for _ in range(steps):
-            scores, state = self._point(memory, given, state, allowed)
+            scores, state = self._point(encoded, given, state, allowed)
             over = ~allowed.any(-1)
             reached = (total.flatten()[:, None] + scores.masked_fill(over[:, None], 0.0)).view(batch, width, -1)
             total, best = reached.flatten(1).topk(width, -1)
@@ -137,7 +139,7 @@ class PointerNetwork(nn.Module):
         return 0 if self.stop is None else 1
 
     def _read(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, State, Tensor, Tensor]:
-        """The slots as keys, the decoder's state, what the decoder is fed for each, and which may be pointed at."""
+        """Return the slots as keys, the decoder's state, its input for each slot, and a mask of valid slots."""
         packed = pack_padded_sequence(inputs, lengths.cpu(), batch_first=True, enforce_sorted=False)
         read, (h, c) = self.encoder(packed)
         slots = pad_packed_sequence(read, batch_first=True, total_length=inputs.shape[1])[0]
@@ -154,7 +156,7 @@ class PointerNetwork(nn.Module):
         return scores.squeeze(1), state
 
     def _after(self, allowed: Tensor, taken: Tensor, mask_visited: bool, stopping: bool) -> Bool[Tensor, "b m"]:
-        """Which slots may be pointed at next. What has stopped stays there."""
+        """Return a mask of the slots that may be chosen next; a stopped output stays stopped."""
         slot = torch.arange(allowed.shape[1], device=taken.device)
         stopped = torch.zeros_like(taken, dtype=torch.bool)
         last = torch.zeros_like(slot, dtype=torch.bool)
@@ -166,7 +168,7 @@ class PointerNetwork(nn.Module):
         return torch.where(stopped[:, None], last, allowed)
 
     def _check(self, inputs: Tensor, targets: Tensor | None, lengths: Tensor | None, steps: int | None) -> Tensor:
-        """Refuse what cannot be; the lengths."""
+        """Validate inputs; return lengths."""
         if inputs.dim() != 3 or inputs.shape[-1] != self.in_dim or inputs.shape[1] == 0:
             raise ShapeError(f"inputs must be (B, N, C={self.in_dim}) with N > 0; got {tuple(inputs.shape)}")
         batch, n, _ = inputs.shape
@@ -179,7 +181,7 @@ class PointerNetwork(nn.Module):
         if targets is None:
             return lengths
         if steps is not None:
-            raise OptionError(f"steps={steps}: there are as many as targets")
+            raise OptionError(f"steps={steps} must be None with targets, which set the number of steps")
         if targets.dim() != 2 or len(targets) != batch or targets.shape[1] == 0:
             raise ShapeError(f"targets must be (B={batch}, S) with S > 0; got {tuple(targets.shape)}")
         if bool(((targets < -1) | (targets >= n + self._extra)).any()):
@@ -188,21 +190,21 @@ class PointerNetwork(nn.Module):
 
 
 def pointer_loss(pointed: Pointed, targets: Int[Tensor, "b s"]) -> Float[Tensor, ""]:
-    """The mean of `-log p(target)` over all targets but those that are -1."""
+    """Return the mean of `-log p(target)` over all targets that are not -1."""
     known = targets >= 0
     picked = pointed.log_probs.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
     return -picked[known].mean()
 
 
 def _at(fed: Float[Tensor, "b m c"], taken: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
-    """The decoder's next input: what was pointed at, and the start symbol after a stop or nothing."""
+    """Return the decoder's next input: the chosen slot, or the start symbol after a stop or an empty choice."""
     last = fed.shape[1] - 1
     row = torch.where(taken < 0, last, taken.clamp(max=last))
     return fed[torch.arange(len(fed), device=fed.device), row]
 
 
 def _log_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Of what the mask allows; rows of -inf where it allows nothing."""
+    """Return the log-softmax over allowed entries; a row without any is -inf."""
     if mask is None:
         return torch.log_softmax(logits, -1)
     return torch.log_softmax(logits.masked_fill(~mask, masks.NEG_INF), -1).masked_fill(~mask, masks.NEG_INF)

@@ -74,8 +74,8 @@ class AarenLayer(StreamingLayer):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the query and the tokens' keys and values, `(B, H, N, D)` each."""
-        asked = self.q(self.token).expand_as(x)
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (asked, self.k(x), self.v(x)))
+        query = self.q(self.token).expand_as(x)
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (query, self.k(x), self.v(x)))
         return q, k, v
 
     def _merged(self, out: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n c"]:

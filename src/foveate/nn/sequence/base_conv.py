@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from foveate.core import masks as mask_algebra, validate
+from foveate.core import masks, validate
 from foveate.core.errors import ShapeError
 from foveate.nn.base.layer import Layer, StreamingLayer
 from foveate.nn.parts.short_conv import ShortConv
@@ -53,7 +53,7 @@ class BaseConv(StreamingLayer):
 
     def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         if mask is not None:
-            x = x.masked_fill(~mask_algebra.keys_of(mask, x.shape[0], x.shape[1])[..., None], 0.0)
+            x = x.masked_fill(~masks.keys_of(mask, x.shape[0], x.shape[1])[..., None], 0.0)
         return self.gate(x) * (self.conv(x) if self.length is None else self._long(x))
 
     def _long(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, final
 import torch
 from torch import Tensor, nn
 
-from foveate.core import masks as mask_algebra, validate
+from foveate.core import masks, validate
 from foveate.nn.base.layer import Layer
 from foveate.nn.parts.multi_head import MultiHeadAttention
 from foveate.nn.parts.positions import Position
@@ -81,7 +81,7 @@ class ChosenAttention(Layer):
         picked = q.gather(2, front[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
         sees = places <= front[..., None]
         if mask is not None:
-            sees = sees & mask_algebra.keys_of(mask, x.shape[0], n)[:, None]
+            sees = sees & masks.keys_of(mask, x.shape[0], n)[:, None]
         real = chosen.gather(1, front)[..., None]
         tokens = x.gather(1, front[..., None].expand(-1, -1, x.shape[2]))
         out = self.attention.merged(self.attention.op(picked, k, v, mask=sees[:, None]), tokens)

@@ -146,18 +146,18 @@ class DualAttention(StreamingLayer):
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> DualState:
         sensory = None if self.sensory is None else self.sensory.init_state(batch, dtype=dtype, device=device)
-        told = None if self.relational is None else self.relational.init_state(self.symbols, batch, dtype, device)
-        return DualState(sensory, told, 0)
+        relational = None if self.relational is None else self.relational.init_state(self.symbols, batch, dtype, device)
+        return DualState(sensory, relational, 0)
 
     def _step(self, x: Tensor, state: DualState, **inputs: Tensor) -> tuple[Tensor, DualState]:
-        out, sensory, told = [], None, None
+        out, sensory, relational = [], None, None
         if self.sensory is not None:
             y, sensory = self.sensory.step(x, state.sensory)
             out.append(y)
         if self.relational is not None:
-            y, told = self.relational.step(x, self._symbols(x, state.seen), state.relational, state.seen)
+            y, relational = self.relational.step(x, self._symbols(x, state.seen), state.relational, state.seen)
             out.append(y)
-        return torch.cat(out, -1), DualState(sensory, told, state.seen + 1)
+        return torch.cat(out, -1), DualState(sensory, relational, state.seen + 1)
 
     @classmethod
     def example(cls, dim: int, heads: int, length: int) -> Self:

@@ -1,4 +1,4 @@
-"""LightNet's blocks: attention that scans once, and two ways to tell it where tokens are, on a line or on a grid.
+"""LightNet's blocks: attention in a single scan, and two position encodings for sequences and grids.
 
 You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet (2024), arXiv 2405.21022.
 The operator is `foveate.ops.linear.lightnet`.
@@ -29,16 +29,16 @@ Size = tuple[int, int]
 
 
 def places(n: int, size: Size | None, device: torch.device) -> Tensor:
-    """Coordinates `(N, axes)` of tokens on a line, or on a grid row by row."""
+    """Return coordinates `(N, axes)` of tokens on a line, or on a grid row by row."""
     at = torch.arange(n, device=device)
     return at[:, None] if size is None else torch.stack([at // size[1], at % size[1]], -1)
 
 
 class MDLRPE(nn.Module):
-    """`[x cos a, x sin a]` with the angle `a = sum over axes of place * theta`: products carry cosines of differences.
+    """`[x cos a, x sin a]` with the angle `a = sum over axes of place * theta`: products have cosines of differences.
 
-    As in the authors' kernels each axis has channels of its own at first, with the usual frequencies, and theta is
-    learned; the sum over axes is the paper's.
+    As in the authors' kernels, each axis starts with its own channels and the usual frequencies, and theta is learned;
+    the sum over axes is the paper's.
     """
 
     def __init__(self, axes: int, heads: int, width: int) -> None:
@@ -51,18 +51,18 @@ class MDLRPE(nn.Module):
         self.theta = nn.Parameter(theta[:, None].repeat(1, heads, 1))
 
     def forward(self, x: Float[Tensor, "b h n f"], at: Int[Tensor, "n a"]) -> Float[Tensor, "b h n two_f"]:
-        theta = self.theta.to(accumulating(self.theta.dtype))  # bfloat16 knows no places beyond 256
+        theta = self.theta.to(accumulating(self.theta.dtype))  # bfloat16 cannot represent positions beyond 256
         angle = torch.einsum("na,ahf->hnf", at.to(theta.dtype), theta)
         return torch.cat([x * angle.cos(), x * angle.sin()], -1).to(x.dtype)
 
 
 class MDTPE(nn.Module):
-    """`x + sum over axes of T x`: each channel smoothed along each axis by weights of the distance alone, in O(N).
+    """`x + sum over axes of T x`: it smooths each channel along each axis with weights by distance, in O(N).
 
-    The weights of an axis, `t_j = sum_r c_r exp(-|j| rate_r)`, are a sum of `rank` decays, learned channel by channel,
-    so that recurrences compute them; causal, `t_j = 0` for what comes later. The paper has such Toeplitz matrices, and
-    recurrences in their place; this parametrisation of them is a reconstruction. At first the rates are spread from a
-    reach of one token to one of about 50, and all c are small.
+    The weights of an axis, `t_j = sum_r c_r exp(-|j| rate_r)`, are a sum of `rank` learned decays per channel, so that
+    recurrences compute them; if causal, `t_j = 0` for later tokens. The paper has such Toeplitz matrices and
+    recurrences for them; this parametrisation is a reconstruction. At first the rates spread from a reach of one token
+    to one of about 50, and all c are small.
     """
 
     def __init__(self, dim: int, axes: int, *, rank: int = 8, generator: torch.Generator | None = None) -> None:
@@ -82,7 +82,7 @@ class MDTPE(nn.Module):
         return x + rows + rearrange(columns, "(b w) h c -> b (h w) c", w=size[1])
 
     def along(self, axis: int, x: Float[Tensor, "b n c"], causal: bool) -> Float[Tensor, "b n c"]:
-        """The sum over one axis: a linear attention of constant queries and keys, each channel a head."""
+        """Sum over one axis, as linear attention with constant queries and keys and a head for each channel."""
         weight, fade = self.weight[axis][:, None], -torch.exp(self.log_rate[axis])[:, None]
         fq, decay = weight.expand(-1, x.shape[1], -1), fade.expand(-1, x.shape[1], -1)
         v = x.mT[..., None]
@@ -92,7 +92,7 @@ class MDTPE(nn.Module):
             return linear_forms.chunked(fq, torch.ones_like(fq), v, decay, state, 64)
 
         out = past(v)
-        if not causal:  # the token itself is in both sums
+        if not causal:  # both sums include the token
             out = out + past(v.flip(-2)).flip(-2) - weight.sum(-1, keepdim=True) * v
         return out.squeeze(-1).mT
 
@@ -105,8 +105,8 @@ class LightNetLayer(StreamingLayer):
         dim: C. heads: H, a divisor of C.
         expand: width of queries and keys of a head; the release has 128.
         axes: 1 for sequences, 2 for grids, whose `size` a call then brings.
-        lrpe: whether queries and keys are turned by `MDLRPE`, for which they become twice as wide. Such a layer, and
-            one on a grid, does not stream.
+        lrpe: True rotates queries and keys by `MDLRPE`, which doubles their width. Such a layer, and one on a grid,
+            does not stream.
         gate_rank: width between `W_g1` and `W_g2`.
         op: another operator in place of LightNet's, without `lrpe`.
 
@@ -126,7 +126,7 @@ class LightNetLayer(StreamingLayer):
         if dim % heads:
             raise OptionError(f"heads={heads} must divide dim={dim}")
         if op is not None and lrpe:
-            raise OptionError(f"lrpe=True turns LightNet's features; with op={op.name} it must be False")
+            raise OptionError(f"lrpe=True must be False with op={op.name}, since it rotates LightNet's features")
         self.op = LightNetAttention() if op is None else op
         self.expand = expand
         can, grid = self.op.capabilities, axes == 2
@@ -148,9 +148,9 @@ class LightNetLayer(StreamingLayer):
         q, k, v = self._heads(x)
         if self.lrpe is None:
             return self._merged(self.op(q, k, v, mask=mask, causal=causal), x)
-        return self._merged(self._turned(self.lrpe, q, k, v, mask, causal, size), x)
+        return self._merged(self._rotated(self.lrpe, q, k, v, mask, causal, size), x)
 
-    def _turned(
+    def _rotated(
         self, lrpe: MDLRPE, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, size: Size | None
     ) -> Tensor:
         assert isinstance(self.op, LightNetAttention)
@@ -165,7 +165,7 @@ class LightNetLayer(StreamingLayer):
         fq, fk = lrpe(self.op.query_features(q, 1.0), at), lrpe(fk, at)
         if decay is None:
             return (fq @ (fk.mT @ v)).to(dtype)
-        decay = torch.cat([decay, decay], -1).clamp_min(-100.0)  # nothing is left of a state after that
+        decay = torch.cat([decay, decay], -1).clamp_min(-100.0)  # a state decays to nothing after that
         state = v.new_zeros(*v.shape[:2], fk.shape[-1], v.shape[-1])
         return linear_forms.chunked(fq, fk, v, decay, state, self.op.block).to(dtype)
 
@@ -178,7 +178,7 @@ class LightNetLayer(StreamingLayer):
 
     @property
     def _streaming_op(self) -> Streaming:
-        assert isinstance(self.op, Streaming)  # `capabilities.streaming` says so
+        assert isinstance(self.op, Streaming)  # implied by `capabilities.streaming`
         return self.op
 
     def _init_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -196,14 +196,14 @@ class LightNetLayer(StreamingLayer):
 
 @final
 class LightNet(nn.Module):
-    """Tokens `(B, N, C)` to tokens: `MDTPE` once, then blocks of `LightNetLayer` and a gated MLP.
+    """A network from tokens `(B, N, C)` to tokens: `MDTPE` once, then blocks of `LightNetLayer` and a gated MLP.
 
     Args:
         dim, depth, heads: width, blocks, and heads of each.
         axes: 1 for sequences, 2 for grids.
-        tpe, lrpe: whether places are told by `MDTPE`, and by `MDLRPE` in each layer. Without either (and without
-            causality) the order of tokens does not matter.
-        options: of the layers.
+        tpe, lrpe: True encodes positions by `MDTPE`, and by `MDLRPE` in each layer. Without either (and without
+            causality) the order of tokens has no effect.
+        options: options of the layers.
     """
 
     def __init__(
@@ -217,9 +217,9 @@ class LightNet(nn.Module):
         self.blocks, self.norm = nn.ModuleList(map(Block, layers)), nn.RMSNorm(dim)
 
     def forward(self, x: Float[Tensor, "b n c"], size: Size | None = None, *, causal: bool = False) -> Tensor:
-        """`size` is the grid's `(H, W)`, for two axes."""
+        """Return the tokens; `size` is the grid's `(H, W)`, for two axes."""
         if (size is not None) != (self.axes == 2):
-            raise ShapeError(f"size={shown(size)} must be (H, W) for axes=2 and None for axes=1; here axes={self.axes}")
+            raise ShapeError(f"size={shown(size)} must be (H, W) for axes=2 and None for axes=1; got axes={self.axes}")
         call: dict[str, Any] = {"causal": causal} if size is None else {"size": size}
         x = x if self.tpe is None else self.tpe(x, size, causal)
         for block in self.blocks:

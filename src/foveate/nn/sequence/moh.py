@@ -1,4 +1,4 @@
-"""MoH: heads as experts; each token is given its own weighted few of them.
+"""MoH: heads as experts; a router picks and weighs a few of them for each token.
 
 MoH: Multi-Head Attention as Mixture-of-Head Attention (2024), arXiv 2410.11842.
 """
@@ -20,35 +20,35 @@ from foveate.ops.operator import Operator
 
 @final
 class MixtureOfHeadAttention(HeadScheme):
-    """`sum_h g_h(x) head_h W_o^h`: attention as ever, whose heads a router weighs for each token, most of them at 0.
+    """`sum_h g_h(x) head_h W_o^h`: attention whose heads a router weighs for each token, many of them with 0.
 
-    Some heads are shared (always on), of the others each token gets its best `routed_active`. Cost: that of
-    multi-head attention and a router of `C x (H + 2)`; keys and values are needed of all heads, since another token may
-    pick them, so that what an inactive head saves is query work, and only with a kernel that skips it. The wrong choice
-    where heads are few, or without `balance_loss` in training: a router left alone prefers the heads it began with.
+    Some heads are shared (always on); each token gets its best `routed_active` of the others. Cost: that of multi-head
+    attention and a router of `C x (H + 2)`. All heads need keys and values, since another token may pick them, so an
+    inactive head saves only query work, and only with a kernel that skips it. The wrong choice if heads are few, or
+    without `balance_loss` in training: the router then keeps the heads it began with.
 
     Args:
         dim: C.
         heads: H.
-        shared_heads: the first of them, on for every token.
-        routed_active: K, of the other heads, that a token gets. None is allowed: then all heads have to be shared.
-        router: "linear" learns gates; "query_norm" has no parameters, for going on from a pretrained model: it takes
-            the K heads with the longest queries and weighs each with 1 (in training with the gradient of its share).
-        rescale: whether gates have mean 1, as in the release for images; else they are the paper's bare shares.
-        kv_heads: Hkv, a divisor of H; H where None.
-        head_dim: D; `dim / heads` where None. The release's larger diffusion models have 8, 16 or 24 heads by layer,
-            all of one width.
+        shared_heads: number of first heads that are on for every token.
+        routed_active: K, the number of other heads for each token. It may be 0 if all heads are shared.
+        router: "linear" learns gates; "query_norm" has no parameters, to continue from a pretrained model: it takes the
+            K heads with the longest queries and weighs each with 1 (in training with the gradient of its share).
+        rescale: True scales gates to mean 1, as in the release for images; False keeps the paper's shares.
+        kv_heads: Hkv, a divisor of H; None for H.
+        head_dim: D; None for `dim / heads`. The release's larger diffusion models have 8, 16 or 24 heads by layer, all
+            of one width.
         qk_norm: the norm of each head's queries and keys: False, True or "rms" (RMSNorm), or "layer" (LayerNorm), which
-            is the release's. The router "query_norm" compares queries as they are before it.
+            is the release's. The router "query_norm" compares queries before the norm.
         op: an operator or its key.
-        position: how positions enter, or None. The router sees queries before they are turned.
-        bias: whether all projections have biases; the router has none.
+        position: a position scheme, or None. The router reads queries before their rotation.
+        bias: True gives all projections biases; the router has none.
 
     Raises:
-        OptionError: an option out of range, or a split of the heads that leaves nothing on.
+        OptionError: an option out of range, or a split of the heads without an active head.
 
-    The release crashes with one shared head; its weight is 1 here, as its formula says. Without shared heads, or
-    without routed ones, there is no balance between the two groups to learn.
+    The release crashes with one shared head; its weight is 1 here, by the formula. Without shared heads, or without
+    routed ones, there is no balance between the two groups to learn.
     """
 
     def __init__(
@@ -64,11 +64,13 @@ class MixtureOfHeadAttention(HeadScheme):
         routed = heads - shared_heads
         if not (0 < routed_active <= routed or routed_active == routed == 0):
             raise OptionError(
-                f"routed_active={routed_active} must be in 1..{routed}, the heads={heads} less shared_heads="
-                f"{shared_heads}; 0 where all are shared"
+                f"routed_active={routed_active} must be in 1..{routed}, heads={heads} minus shared_heads="
+                f"{shared_heads}; 0 if all are shared"
             )
         if router == "query_norm" and routed < 2:
-            raise OptionError(f"router='query_norm' compares routed heads; heads - shared_heads = {routed} is too few")
+            raise OptionError(
+                f"router='query_norm' must have at least 2 routed heads; got heads - shared_heads = {routed}"
+            )
         self.shared_heads, self.routed_active, self.rescale = shared_heads, routed_active, rescale
         self.q = nn.Linear(dim, heads * self.head_dim, bias)
         self.k = nn.Linear(dim, self.kv_heads * self.head_dim, bias)
@@ -92,19 +94,19 @@ class MixtureOfHeadAttention(HeadScheme):
         return split(self.q(x), self.heads)
 
     def gates(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h"]:
-        """Each head's weight for each token."""
+        """Return each head's weight for each token."""
         return self._gates(x, self._queries(x))
 
     def _gates(self, x: Tensor, q: Tensor) -> Tensor:
         if self.routed is None and self.shared_heads < self.heads:
             return self._hard(q)
         routed, shared, groups = (None if w is None else w(x) for w in (self.routed, self.shared, self.groups))
-        if self.shared_heads == 1:  # one shared head: its share of its group is 1
+        if self.shared_heads == 1:  # the share of a single shared head in its group is 1
             shared = x.new_zeros(*x.shape[:-1], 1)
         return moh_gates(routed, shared, groups, self.routed_active, self.rescale)
 
     def _hard(self, q: Tensor) -> Tensor:
-        """1 for shared heads and for those chosen; in training, chosen ones hand the gradient on to their shares."""
+        """Return 1 for shared and chosen heads; in training, chosen heads pass the gradient to their shares."""
         share = self._shares(q)
         chosen = top(share, self.routed_active)
         if self.training:
@@ -112,15 +114,15 @@ class MixtureOfHeadAttention(HeadScheme):
         return torch.cat([chosen.new_ones(*chosen.shape[:-1], self.shared_heads), chosen], -1)
 
     def _shares(self, q: Tensor) -> Tensor:
-        """How "query_norm" ranks the routed heads, `(B, N, H - shared)`, from queries `(B, H, N, D)`."""
+        """Return the scores of routed heads under "query_norm", `(B, N, H - shared)`, from queries `(B, H, N, D)`."""
         length = q[:, self.shared_heads :].norm(dim=-1).transpose(1, 2)
         spread = length.std(-1, keepdim=True).clamp(min=torch.finfo(length.dtype).eps)
         return torch.softmax(length / spread, -1)
 
     def balance_loss(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, ""]:
-        """What to add, times 0.01, to the loss of training: see `balance_loss` of this module. 0 where all are shared.
+        """Return the loss to add to training, times 0.01: see `balance_loss` of this module. 0 if all are shared.
 
-        A pure function of the layer's input: tokens that are padding are the caller's to leave out.
+        It is a pure function of the layer's input, so the caller has to leave out padding.
         """
         if not self.routed_active:
             return x.new_zeros(())
@@ -136,10 +138,10 @@ def moh_gates(
     routed: Float[Tensor, "*n r"] | None, shared: Float[Tensor, "*n s"] | None, groups: Float[Tensor, "*n 2"] | None,
     routed_active: int, rescale: bool = True,
 ) -> Float[Tensor, "*n h"]:  # fmt: skip
-    """Weights of all heads, the shared ones first, from the router's logits.
+    """Return the weights of all heads, the shared ones first, from the router's logits.
 
-    Each group of heads has a softmax of its own, of which the routed one keeps its largest `routed_active`; `groups`
-    balances the two. With `rescale` each of the three has mean 1 over what it keeps, else they are bare.
+    Each group of heads has its own softmax, of which the routed one keeps its largest `routed_active`; `groups`
+    balances the two. With `rescale` each of the three has mean 1 over its kept entries.
     """
     parts = []
     if shared is not None:
@@ -157,14 +159,14 @@ def moh_gates(
 
 
 def top(share: Float[Tensor, "*n r"], k: int) -> Float[Tensor, "*n r"]:
-    """1 for the k largest, 0 for the others."""
+    """Return 1 for the k largest, 0 for the others."""
     return torch.zeros_like(share).scatter(-1, share.topk(k, -1).indices, 1.0)
 
 
 def balance_loss(share: Float[Tensor, "*n r"], routed_active: int) -> Float[Tensor, ""]:
-    """`r² mean_i(f_i P_i)`: f_i is the fraction of tokens that get head i, P_i its mean share.
+    """Return `r² mean_i(f_i P_i)`: f_i is the fraction of tokens that get head i, P_i its mean share.
 
-    It is `routed_active` where all heads get as much, and more where tokens crowd on the heads that they favour.
+    It is `routed_active` if all heads are used equally, and more if tokens concentrate on some heads.
     """
     heads = share.shape[-1]
     chosen = top(share, routed_active)

@@ -110,7 +110,7 @@ class RelationalAttention(nn.Module):
         q, k = self._queries(x, 0), self._keys(source, 0)
         if self.at_once(symbols):
             out = self.op(q, k, self._values(source, symbols), mask=mask, causal=causal, **self.rates(x, source))
-            return self._told(x, *out.split([self.head_dim, self.inner], -1))
+            return self._output(x, *out.split([self.head_dim, self.inner], -1))
         weights = self.op.weights(q, k, mask=mask, causal=causal)
         source = _visible(source, mask)
         if isinstance(symbols, Tensor):
@@ -126,15 +126,15 @@ class RelationalAttention(nn.Module):
         return ACTIVATIONS[self.rel_act]((q * q.shape[-1] ** -0.5) @ k.mT)
 
     def _queries(self, x: Tensor, start: int) -> Tensor:
-        return self._turned(split(self.q(x), self.heads), start)
+        return self._rotated(split(self.q(x), self.heads), start)
 
     def _keys(self, source: Tensor, start: int) -> Tensor:
-        return self._turned(split(self.k(source), self.kv_heads), start)
+        return self._rotated(split(self.k(source), self.kv_heads), start)
 
-    def _turned(self, x: Tensor, start: int) -> Tensor:
+    def _rotated(self, x: Tensor, start: int) -> Tensor:
         if self.position is None:
             return x
-        return self.position.turn(x, torch.arange(start, start + x.shape[2], device=x.device))
+        return self.position.rotate(x, torch.arange(start, start + x.shape[2], device=x.device))
 
     def _values(self, source: Tensor, symbols: Tensor | RelativeSymbols) -> Float[Tensor, "b hkv m width"]:
         """Return symbols as values, joined with the relation keys, which all heads share."""
@@ -142,11 +142,11 @@ class RelationalAttention(nn.Module):
         relation = self.rel_k(source)[:, None].expand(-1, self.kv_heads, -1, -1)
         return torch.cat([split(self.from_symbols(symbols), self.kv_heads), relation], -1)
 
-    def _told(self, x: Tensor, said: Float[Tensor, "b h n d"], read: Float[Tensor, "b h n hd"]) -> Tensor:
+    def _output(self, x: Tensor, symbolic: Float[Tensor, "b h n d"], read: Float[Tensor, "b h n hd"]) -> Tensor:
         """Return the output from attended symbols and from relation queries times attended relation keys."""
         q = split(self.rel_q(x), self.relations)
         related = torch.einsum("b r n p, b h n r p -> b h n r", q, read.unflatten(-1, (self.relations, -1)))
-        return self._joined(said, related * q.shape[-1] ** -0.5)
+        return self._joined(symbolic, related * q.shape[-1] ** -0.5)
 
     def _weighed(self, x: Tensor, weights: Tensor, keys: Tensor, symbols: Tensor | RelativeSymbols) -> Tensor:
         """Return the output from weights, relation keys `(B, M, H D)` and projected symbols `(B, M, Hkv D)`."""
@@ -156,8 +156,8 @@ class RelationalAttention(nn.Module):
             return self._joined(symbols.read(weights) @ per_query_head(library, self.heads), related)
         return self._joined(weights @ per_query_head(split(symbols, self.kv_heads), self.heads), related)
 
-    def _joined(self, said: Tensor, related: Float[Tensor, "b h n r"]) -> Tensor:
-        return self.out(merge(said + torch.einsum("b h n r, h d r -> b h n d", related, self.from_relations)))
+    def _joined(self, symbolic: Tensor, related: Float[Tensor, "b h n r"]) -> Tensor:
+        return self.out(merge(symbolic + torch.einsum("b h n r, h d r -> b h n d", related, self.from_relations)))
 
     # -- a stream ------------------------------------------------------------------------------------------------------
 
@@ -173,19 +173,19 @@ class RelationalAttention(nn.Module):
             sizes = batch, self.heads, self.kv_heads, self.head_dim, self.head_dim + self.inner
             return self._streaming_op.init_state(*sizes, dtype=dtype, device=device)
         keys = self.kv_heads * self.head_dim
-        said = 0 if isinstance(symbols, RelativeSymbols) else keys
-        return KVState.empty(batch, 1, keys, self.inner + said, dtype, device)
+        width = 0 if isinstance(symbols, RelativeSymbols) else keys
+        return KVState.empty(batch, 1, keys, self.inner + width, dtype, device)
 
     def step(self, x: Tensor, symbols: Tensor | RelativeSymbols, state: Any, seen: int) -> tuple[Tensor, Any]:
         q, k = self._queries(x, seen), self._keys(x, seen)
         if self.at_once(symbols):
             out, state = self._streaming_op.step(q, k, self._values(x, symbols), state, **self.rates(x))
-            return self._told(x, *out.split([self.head_dim, self.inner], -1)), state
+            return self._output(x, *out.split([self.head_dim, self.inner], -1)), state
         own = self.from_symbols(symbols) if isinstance(symbols, Tensor) else self.rel_k(x)[..., :0]
         state = state.append(merge(k)[:, None], torch.cat([self.rel_k(x), own], -1)[:, None])
         weights = self.op.weights(q, split(state.k[:, 0], self.kv_heads), causal=True)
-        keys, said = state.v[:, 0].split([self.inner, own.shape[-1]], -1)
-        return self._weighed(x, weights, keys, said if isinstance(symbols, Tensor) else symbols), state
+        keys, projected = state.v[:, 0].split([self.inner, own.shape[-1]], -1)
+        return self._weighed(x, weights, keys, projected if isinstance(symbols, Tensor) else symbols), state
 
 
 def _visible(x: Float[Tensor, "b m c"], mask: Tensor | None) -> Float[Tensor, "b m c"]:

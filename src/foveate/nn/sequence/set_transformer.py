@@ -1,4 +1,4 @@
-"""The Set Transformer: attention for sets, whose order says nothing.
+"""The Set Transformer: attention for sets, without an order.
 
 Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks (2019), arXiv 1810.00825.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import masks, validate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError
 from foveate.nn.base.layer import Layer
 from foveate.nn.parts.linear_maps import Linear
 from foveate.ops.dense.softmax import Softmax
@@ -25,17 +25,17 @@ Variant = Literal["paper", "release"]
 
 @final
 class MAB(nn.Module):
-    """Multihead attention block, the part that everything here is made of: x attends to y, O(n m).
+    """Multihead attention block, the building block of the others: x attends to y, O(n m).
 
-    `H = LN(q + heads(q, k, v))`, then `LN(H + relu(H W + b))`, with `q = x W_q`, `k = y W_k`, `v = y W_v`. As released:
-    the residual is the projected query, and heads are joined by concatenation, without another projection.
+    `H = LN(q + heads(q, k, v))`, then `LN(H + relu(H W + b))`, with `q = x W_q`, `k = y W_k`, `v = y W_v`. As in the
+    release, the residual is the projected query, and heads are concatenated without another projection.
 
     Args:
         dim_q, dim_kv: widths of x and y.
-        dim: width inside and out, a multiple of `heads`.
+        dim: hidden and output width, a multiple of `heads`.
         heads: H.
-        ln: whether the two norms are there.
-        scale: scores are divided by the root of "full", the whole width (as released), or "head", a head's share.
+        ln: False removes the two norms.
+        scale: scores are divided by the root of the whole width ("full", as released) or of a head's width ("head").
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MAB(nn.Module):
     def forward(
         self, x: Float[Tensor, "#b n cq"], y: Float[Tensor, "b m ck"], mask: Tensor | None = None
     ) -> Float[Tensor, "b n c"]:
-        """`x`: one for each set, or a single one for all. `mask`: bool `(B, 1, 1, m)`, the elements of y there are."""
+        """Attend from x, one per set or one for all, to y; `mask (B, 1, 1, m)` is True for real elements of y."""
         q, y = self.q(x).expand(y.shape[0], -1, -1), _present(y, mask)
         split = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, self.k(y), self.v(y)))
         out = self.op(*split, mask=mask, scale=self.scale).transpose(1, 2).flatten(2)
@@ -66,17 +66,17 @@ class MAB(nn.Module):
 
 
 class _SetLayer(Layer):
-    """The common part of both encoders: elements see all elements that are there."""
+    """The common part of both encoders: elements see all real elements."""
 
     capabilities = replace(Layer.capabilities, patterns=frozenset({"self"}), masks=frozenset({"keys"}))
 
 
 @final
 class SAB(_SetLayer):
-    """Set attention block, `MAB(x, x)`: every element meets every other, O(n²); equivariant to their order.
+    """Set attention block, `MAB(x, x)`: every element attends to all, O(n²); equivariant to their order.
 
     Args:
-        dim: width out, and in unless `dim_in` says otherwise.
+        dim: output width, and input width unless `dim_in` is given.
         heads, ln, scale: see `MAB`.
         dim_in: width of the elements that come in.
     """
@@ -87,21 +87,21 @@ class SAB(_SetLayer):
         super().__init__(dim if dim_in is None else dim_in, heads)
         self.block = MAB(self.dim, self.dim, dim, heads, ln=ln, scale=scale)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         x = _present(x, mask)
         return self.block(x, x, mask)
 
 
 @final
 class ISAB(_SetLayer):
-    """Induced set attention block, `MAB(x, MAB(I, x))`: elements meet through a few learned points, O(n m).
+    """Induced set attention block, `MAB(x, MAB(I, x))`: elements interact through a few learned points, O(n m).
 
-    A bottleneck of m points: cheap for large sets, and the wrong choice where single elements have to find each other.
-    Equivariant to the order of the elements; positions, where order matters, have to be in the elements. For a whole
-    model see `SetTransformer`.
+    The m points are a bottleneck: cheap for large sets, and the wrong choice if single elements have to find each
+    other. It is equivariant to the order of the elements; if order matters, the elements have to contain positions. For
+    a whole model see `SetTransformer`.
 
     Args:
-        dim: width out, and in unless `dim_in` says otherwise.
+        dim: output width, and input width unless `dim_in` is given.
         heads, ln, scale: see `MAB`.
         inducing: m, the learned points.
         dim_in: width of the elements that come in.
@@ -118,7 +118,7 @@ class ISAB(_SetLayer):
         self.gather = MAB(dim, self.dim, dim, heads, ln=ln, scale=scale)
         self.spread = MAB(self.dim, dim, dim, heads, ln=ln, scale=scale)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         x = _present(x, mask)
         gathered = self.gather(self.points, x, mask)
         return self.spread(x, gathered)
@@ -130,11 +130,11 @@ class ISAB(_SetLayer):
 
 @final
 class PMA(nn.Module):
-    """Pooling by multihead attention: learned seeds attend to the set, `(B, n, C) -> (B, seeds, C)` whatever the order.
+    """Pooling by multihead attention: learned seeds attend to the set, `(B, n, C) -> (B, seeds, C)`, for any order.
 
     Args:
         dim, heads, ln, scale: see `MAB`.
-        seeds: outputs; several differ from each other by their seeds, and usually pass an SAB afterwards.
+        seeds: the number of seeds and outputs; several outputs usually pass an SAB afterwards.
         variant: "paper" sends elements through `relu(z W + b)` first (one layer, as the release has elsewhere);
             "release" does not.
     """
@@ -158,16 +158,16 @@ class PMA(nn.Module):
 
 @final
 class SetTransformer(nn.Module):
-    """From a set to a few outputs: two encoder blocks, pooling, two blocks among the outputs, a linear map.
+    """A network from a set to a few outputs: two encoder blocks, pooling, two blocks among the outputs, a linear map.
 
     The outputs do not depend on the order of the elements, nor on masked ones.
 
     Args:
         dim_in, dim_out: widths of an element and of an output.
-        outputs: k, how many there are.
-        dim: width inside.
+        outputs: k, the number of outputs.
+        dim: hidden width.
         heads, ln, scale: see `MAB`.
-        inducing: points of the encoder's `ISAB`s; None makes them `SAB`s.
+        inducing: points of the encoder's `ISAB`s; None uses `SAB`s.
         variant: see `PMA`.
     """
 
@@ -189,22 +189,21 @@ class SetTransformer(nn.Module):
         self.decode = nn.Sequential(SAB(dim, heads, **options), SAB(dim, heads, **options), Linear(dim, dim_out))
 
     def forward(self, x: Float[Tensor, "b n ci"], mask: Tensor | None = None) -> Float[Tensor, "b k co"]:
-        """`mask`: bool `(B, 1, 1, n)`, the elements that are there (`foveate.core.masks.padding`)."""
+        """Return the outputs; `mask` is bool `(B, 1, 1, n)`, True for real elements (`foveate.core.masks.padding`)."""
         for block in self.encode:
             x = block(x, mask=mask)
         return self.decode(self.pool(x, mask))
 
 
 def _learned(count: int, dim: int, name: str) -> nn.Parameter:
-    """Points `(1, count, C)` to attend from."""
+    """Make learned points `(1, count, C)` to attend from."""
     validate.count(name, count, 1)
     return nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, count, dim)))
 
 
 def _present(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Elements with zeros where none are."""
+    """Zero padding elements."""
     if mask is None:
         return x
-    if mask.dtype != torch.bool or mask.dim() > 4 or any(size > 1 for size in mask.shape[-3:-1]):
-        raise ShapeError(f"mask must be bool (B, 1, 1, n); got {mask.dtype} {tuple(mask.shape)}")
+    validate.key_mask(mask, x.shape[0], x.shape[1], x.device)
     return x.masked_fill(~masks.keys_of(mask, x.shape[0], x.shape[1])[..., None], 0.0)

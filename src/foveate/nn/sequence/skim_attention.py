@@ -1,4 +1,4 @@
-"""Skim-Attention: who attends to whom is read off the page's layout, once for all layers.
+"""Skim-Attention: weights come from the page's layout alone, once for all layers.
 
 Skim-Attention: Learning to Focus via Document Layout (2021), arXiv 2109.01078.
 """
@@ -15,13 +15,13 @@ from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import safe_softmax
 
-#: Coordinates are whole numbers in 0..1000; the release's tables have some more rows.
+#: Coordinates are whole numbers in 0..1000; the release's tables have a few more rows.
 LARGEST, TABLE = 1000, 1024
 
 
 @final
 class LayoutEmbedding(nn.Module):
-    """Boxes `(x0, y0, x1, y1)` as vectors: `LN(E_x[x0] + E_y[y0] + E_x[x1] + E_y[y1] + E_h[y1 - y0] + E_w[x1 - x0])`.
+    """Embeds boxes `(x0, y0, x1, y1)`: `LN(E_x[x0] + E_y[y0] + E_x[x1] + E_y[y1] + E_h[y1 - y0] + E_w[x1 - x0])`.
 
     Args:
         dim: width of the vectors.
@@ -51,11 +51,11 @@ class LayoutEmbedding(nn.Module):
 
 @final
 class SkimAttention(nn.Module):
-    """Weights `(B, H, N, N)` of all tokens for all others, from their boxes alone: `softmax(l W_q (l W_k)ᵀ / sqrt d)`.
+    """Weights `(B, H, N, N)` of all tokens for all others, only from their boxes: `softmax(l W_q (l W_k)ᵀ / sqrt d)`.
 
-    Made to be computed once and to serve every layer (`Skimformer`), or to restrict another model (`skimming_mask`).
-    The words have no say. Costs two projections and one matrix O(N²), kept; the wrong choice for text without a layout,
-    and for long pages, whose matrix this holds in full (the paper's windowed form is left out).
+    They are computed once and serve every layer (`Skimformer`), or restrict another model (`skimming_mask`). Words have
+    no effect. Cost: two projections and one matrix O(N²), which is kept; the wrong choice for text without a layout,
+    and for long pages, since the matrix is held in full (the paper's windowed form is not implemented).
 
     Args:
         layout_dim: width of the layout's vectors.
@@ -75,13 +75,13 @@ class SkimAttention(nn.Module):
         self.q, self.k = nn.Linear(layout_dim, heads * head_dim), nn.Linear(layout_dim, heads * head_dim)
 
     def forward(self, bbox: Int[Tensor, "b n 4"], mask: Tensor | None = None) -> Float[Tensor, "b h n n"]:
-        """`mask`: bool `(B, 1, 1, N)`, True for tokens that are no padding; a row that may see none is zeros."""
+        """Return the weights; `mask` is bool `(B, 1, 1, N)`, True for real tokens. A row that sees none is zeros."""
         layout = self.layout(bbox)
         q, k = (part(layout).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k))
         scores = q @ k.mT * self.head_dim**-0.5
         if mask is not None:
-            seen = _keys(mask, bbox.shape[0], bbox.shape[1])
-            scores = scores.masked_fill(~seen[:, None, None], masks.NEVER)
+            seen = _keys(mask, bbox.shape[0], bbox.shape[1], bbox.device)
+            scores = scores.masked_fill(~seen[:, None, None], masks.NEG_INF)
         return safe_softmax(scores)
 
 
@@ -92,7 +92,7 @@ class SkimLayer(nn.Module):
     Args:
         dim: C.
         heads, head_dim: H and d of the values.
-        hidden: width inside the MLP; `4 dim` where None.
+        hidden: hidden width of the MLP; None for `4 dim`.
     """
 
     def __init__(self, dim: int, heads: int, head_dim: int | None = None, hidden: int | None = None) -> None:
@@ -100,7 +100,7 @@ class SkimLayer(nn.Module):
         validate.count("dim", dim, 1)
         validate.count("heads", heads, 1)
         if head_dim is None and dim % heads:
-            raise OptionError(f"heads={heads} must divide dim={dim}, or head_dim be given")
+            raise OptionError(f"heads={heads} must divide dim={dim}, unless head_dim is given")
         head_dim = dim // heads if head_dim is None else head_dim
         validate.count("head_dim", head_dim, 1)
         hidden = 4 * dim if hidden is None else hidden
@@ -121,14 +121,14 @@ class SkimLayer(nn.Module):
 
 @final
 class Skimformer(nn.Module):
-    """Words and boxes to a vector for each token, `(B, N, C)`: one `SkimAttention`, and layers that reuse its weights.
+    """A network from words and boxes to tokens `(B, N, C)`: one `SkimAttention`, and layers that reuse its weights.
 
-    Words have no positions but through the weights. The release's dropout is left out.
+    Words have positions only through the weights. The release's dropout is left out.
 
     Args:
         vocab: number of words.
         dim, depth, heads: C, layers and H.
-        layout_dim: width of the layout's vectors; `dim` where None.
+        layout_dim: width of the layout's vectors; None for `dim`.
         boxes: see `LayoutEmbedding`.
     """
 
@@ -150,7 +150,7 @@ class Skimformer(nn.Module):
         self, ids: Int[Tensor, "b n"], bbox: Int[Tensor, "b n 4"], mask: Tensor | None = None,
         types: Int[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n c"]:  # fmt: skip
-        """`types`: 0 or 1 for each token (0 where None). `mask`: see `SkimAttention`."""
+        """Return the tokens; `types` is 0 or 1 for each token (None for 0), and `mask` as for `SkimAttention`."""
         weights = self.skim(bbox, mask)
         x = self.norm(self.words(ids) + self.types(torch.zeros_like(ids) if types is None else types))
         for layer in self.layers:
@@ -159,23 +159,22 @@ class Skimformer(nn.Module):
 
 
 def skimming_mask(weights: Float[Tensor, "b h n n"], top_k: int, mask: Tensor | None = None) -> Bool[Tensor, "b h n n"]:
-    """Each row's `top_k` heaviest keys, as a mask for the attention of another model (True = may attend).
+    """Return each row's `top_k` keys of largest weight as a mask for another model's attention (True = may attend).
 
     Args:
-        weights: a trained `SkimAttention`'s.
-        top_k: keys to a row and head; more than there are is all.
-        mask: bool `(B, 1, 1, N)`: padding is never among them, so that a row may keep fewer.
+        weights: the weights of a trained `SkimAttention`.
+        top_k: keys for each row and head; N or more keeps all.
+        mask: bool `(B, 1, 1, N)`: padding is never kept, so a row may keep fewer.
     """
     validate.count("top_k", top_k, 1)
     n = weights.shape[-1]
     kept = torch.zeros(weights.shape, dtype=torch.bool, device=weights.device)
     kept.scatter_(-1, weights.topk(min(top_k, n), -1).indices, True)
-    return kept if mask is None else kept & _keys(mask, weights.shape[0], n)[:, None, None]
+    return kept if mask is None else kept & _keys(mask, weights.shape[0], n, weights.device)[:, None, None]
 
 
-def _keys(mask: Tensor, batch: int, n: int) -> Bool[Tensor, "b n"]:
-    if mask.dtype != torch.bool or mask.dim() > 4 or any(size > 1 for size in mask.shape[-3:-1]):
-        raise ShapeError(f"mask must be bool (B, 1, 1, N); got {mask.dtype} {tuple(mask.shape)}")
+def _keys(mask: Tensor, batch: int, n: int, device: torch.device) -> Bool[Tensor, "b n"]:
+    validate.key_mask(mask, batch, n, device)
     return masks.keys_of(mask, batch, n)
 
 

@@ -91,7 +91,7 @@ class SuperAttention(StreamingLayer):
         causal: True refuses calls without `causal=True`, for layers that have learned only the lower half of W_A.
         op: an operator or its key.
         position: a position scheme for queries and keys, or None.
-        bias: whether all projections have biases.
+        bias: True gives all projections biases.
 
     Raises:
         OptionError: an option out of range. ShapeError: more tokens than `context_len`.

@@ -1,10 +1,10 @@
-"""Titans: attention as the short-term memory beside a long-term one that learns, combined in three ways.
+"""Titans: attention as the short-term memory and a learner as the long-term one, combined in three ways.
 
 Titans: Learning to Memorize at Test Time (2025), arXiv 2501.00663.
 
 All three have persistent memory: learned tokens `p` in front of the sequence, the same for every input. The paper's
-equations leave open what follows, and is reconstructed here: a gate is `norm(y) sigmoid(norm(m))` with learned gains;
-SiLU, convolutions and unit lengths of section 4.4 belong to the memory, attention is the plain one.
+equations do not specify the following, which is reconstructed here: a gate is `norm(y) sigmoid(norm(m))` with learned
+gains; SiLU, convolutions and unit lengths of section 4.4 belong to the memory, and attention has none of them.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from torch.nn import functional as F
 from foveate.core import masks, validate
 from foveate.nn.parts.heads import HeadState
 from foveate.nn.parts.positions import Position
-from foveate.nn.sequence.neural_memory import Gate, NeuralMemoryState, Titans
+from foveate.nn.sequence.neural_memory import MemoryGate, NeuralMemoryState, TitansLayer
 from foveate.ops.base.kv_state import KVState
 from foveate.ops.sparse.sliding_window import SlidingWindow
 
-#: Tokens to tokens, and the state after them.
+#: A function from tokens to tokens and the state after them.
 Path = Callable[[Tensor], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
 class WindowState:
-    """The memory, and a cache of the persistent tokens and those of the window."""
+    """The memory's state, and a cache of the persistent tokens and those of the window."""
 
     memory: NeuralMemoryState
     attention: HeadState | None  # None after a call that keeps no state
 
 
-class Windowed(Titans):
-    """Those whose attention is a sliding window over `[p | x]`, from which `p` can always be seen."""
+class Windowed(TitansLayer):
+    """The base of layers whose attention is a sliding window over `[p | x]`, in which `p` stays visible."""
 
     def __init__(
         self, dim: int, heads: int, *, window: int = 128, persistent: int = 16, position: Position | None = None,
@@ -49,9 +49,9 @@ class Windowed(Titans):
 
     @abstractmethod
     def _combined(self, x: Tensor, attend: Path, remember: Path) -> tuple[Tensor, WindowState]:
-        """The two paths put together; each takes tokens and gives tokens and its state."""
+        """Combine the two paths; each maps tokens to tokens and its state."""
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         first = len(self.persistent)
         seen = None if mask is None else F.pad(masks.keys_of(mask, x.shape[0], x.shape[1]), (first, 0), value=True)
 
@@ -82,19 +82,19 @@ class Windowed(Titans):
 
 @final
 class MemoryAsGate(Windowed):
-    """Titans (MAG): a sliding window and a long-term memory side by side, the second a gate on the first.
+    """Titans (MAG): a sliding window and a long-term memory in parallel; the memory gates the window.
 
-    `norm(attention([p | x])) sigmoid(norm(memory([p | x])))`. What is far can scale what the window brings, channel by
-    channel, but add nothing to it; the wrong choice where far tokens themselves must be told, unless layers follow.
+    `norm(attention([p | x])) sigmoid(norm(memory([p | x])))`. The memory of far tokens can scale the window's output,
+    channel by channel, but add nothing to it; the wrong choice for recall of far tokens, unless layers follow.
 
     Args:
         window: tokens that attention sees, the query's own included.
-        dim, heads, persistent, position, memory: see `Titans`.
+        dim, heads, persistent, position, memory: see `TitansLayer`.
     """
 
     def __init__(self, dim: int, heads: int = 1, **options: Any) -> None:
         super().__init__(dim, heads, **options)
-        self.gate = Gate(dim)
+        self.gate = MemoryGate(dim)
 
     def _combined(self, x: Tensor, attend: Path, remember: Path) -> tuple[Tensor, WindowState]:
         (y, attention), (recalled, memory) = attend(x), remember(x)
@@ -103,16 +103,16 @@ class MemoryAsGate(Windowed):
 
 @final
 class MemoryAsLayer(Windowed):
-    """Titans (MAL): a sliding window over what a long-term memory makes of the tokens.
+    """Titans (MAL): a sliding window over the outputs of a long-term memory.
 
-    `attention(norm(z))` with `z = [p | x] + memory([p | x])`. The cheapest to put together and, the paper finds, the
-    weakest of the three: attention sees the past only as far as the memory lets it through. The residual inside is the
-    one that the paper has "in all blocks"; `residual=False` gives the bare equation.
+    `attention(norm(z))` with `z = [p | x] + memory([p | x])`. It is the simplest and, in the paper, the weakest of the
+    three: attention sees the past only through the memory. The residual inside is the one that the paper has "in all
+    blocks"; `residual=False` gives the equation without it.
 
     Args:
-        residual: whether tokens pass the memory as well.
+        residual: True adds tokens to the memory's outputs.
         window: tokens that attention sees, the query's own included.
-        dim, heads, persistent, position, memory: see `Titans`.
+        dim, heads, persistent, position, memory: see `TitansLayer`.
     """
 
     def __init__(self, dim: int, heads: int = 1, *, residual: bool = True, **options: Any) -> None:
@@ -127,12 +127,12 @@ class MemoryAsLayer(Windowed):
 
 @dataclass(frozen=True)
 class ContextState:
-    """The state in the middle of a segment.
+    """The state inside a segment.
 
     Args:
-        old: the memory before the segment, which is read into the context. new: the memory now.
-        past: what the convolution of the queries to the old memory saw last.
-        kv: keys and values of the persistent tokens, and of the segment so far: what was recalled, and tokens.
+        old: the memory before the segment, which the context recalls from. new: the memory now.
+        past: the last tokens of the convolution of the queries to the old memory.
+        kv: keys and values of the persistent tokens, and of the segment so far: recalled answers, and tokens.
         place: tokens of the segment so far.
     """
 
@@ -144,20 +144,20 @@ class ContextState:
 
 
 @final
-class MemoryAsContext(Titans):
-    """Titans (MAC): segment by segment, attention over `[p | what the memory recalls | the segment]`.
+class MemoryAsContext(TitansLayer):
+    """Titans (MAC): attention over `[p | the memory's answers | the segment]`, segment by segment.
 
-    Each token asks the memory as it stands before the segment, and the answers stand in the context beside the tokens.
-    The memory learns what attention has made of the segment, and gates it: `norm(y) sigmoid(norm(memory(y)))`. The most
-    able of the three on long inputs in the paper, at twice the context; segments go one after the other.
+    Each token queries the memory before the segment, and the answers join the context beside the tokens. The memory
+    learns attention's outputs y of the segment, and gates them: `norm(y) sigmoid(norm(memory(y)))`. In the paper it is
+    the best of the three on long inputs, at twice the context; segments run one after the other.
 
-    Departures, without which a token would see later ones of its segment: it sees what they have asked for no earlier
-    than them, and its gate reads the memory as it is after this token, not after the segment (with `reads="chunk"`, as
-    it is before this token's chunk). A memory's `chunk` that divides `segment` is fast; others go token by token.
+    Departures, without which a token would see later ones of its segment: answers to later tokens stay hidden from it,
+    and its gate reads the memory after this token, not after the segment (with `reads="chunk"`, before this token's
+    chunk). A memory's `chunk` that divides `segment` is fast; others go token by token.
 
     Args:
         segment: tokens of a segment.
-        dim, heads, persistent, position, memory: see `Titans`.
+        dim, heads, persistent, position, memory: see `TitansLayer`.
     """
 
     def __init__(
@@ -166,9 +166,9 @@ class MemoryAsContext(Titans):
     ) -> None:  # fmt: skip
         validate.count("segment", segment, 1)
         super().__init__(dim, heads, "softmax", persistent, position, memory)
-        self.segment, self.gate = segment, Gate(dim)
+        self.segment, self.gate = segment, MemoryGate(dim)
 
-    def _mix(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
+    def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         if mask is None:
             return self._walk(x, None)[0]
         seen = masks.keys_of(mask, x.shape[0], x.shape[1])
@@ -198,15 +198,15 @@ class MemoryAsContext(Titans):
         return KVState(k, v)
 
     def _go_on(self, x: Tensor, state: ContextState, seen: Tensor | None) -> tuple[Tensor, ContextState]:
-        """Further tokens, of one segment."""
+        """Process further tokens of one segment."""
         if state.place == self.segment:
             state = replace(state, old=state.new, kv=self._prefix(x.shape[0]), place=0)
         n, before = x.shape[1], state.kv.k.shape[2]
         recalled, past = self.memory.recall(x, state.old, state.past)
         at = len(self.persistent) + state.place + torch.arange(n, device=x.device)
-        _, *asked = self.attention.projected(recalled, at)
+        _, *answers = self.attention.projected(recalled, at)
         q, *own = self.attention.projected(x, at + self.segment)
-        kv = state.kv.append(*asked).append(*own)
+        kv = state.kv.append(*answers).append(*own)
         visible = masks.causal(n, n, device=x.device)
         if seen is not None:
             visible = visible & seen[:, None, None]

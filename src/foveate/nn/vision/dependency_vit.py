@@ -36,7 +36,7 @@ class Sent(NamedTuple):
 
 @final
 class DependencyAttention(Layer):
-    """Each token (child) picks parents by a softmax and sends them `p_h m v`; see `foveate.ops.ReversedAttention`.
+    """A token (child) picks parents by a softmax and sends them `p_h m v`; see `foveate.ops.ReversedAttention`.
 
     A second, sharp softmax `p` weighs the child's heads. The message `m` in (0, 1) scales its values and falls from
     layer to layer: pass each layer's `send(...).message` on to the next. `dependency_tree` derives a tree from the
@@ -75,24 +75,24 @@ class DependencyAttention(Layer):
     ) -> Sent:
         """Return the output and the message for the next layer; `mask` is of kind "keys"."""
         self._check(x, None, mask, False, None, {})
-        x, there = _there(x, mask)
-        heard = self._heard(x, message)
+        x, visible = _without_hidden(x, mask)
+        passed = self._message(x, message)
         children, parents, v = self._heads(x)
-        voice = (self._heads_chosen(x) * heard[..., None]).mT[..., None]
+        factor = (self._heads_chosen(x) * passed[..., None]).mT[..., None]
         # an added column of ones sums up the shares that each parent receives
-        sent = self.op(parents, children, torch.cat([v, torch.ones_like(v[..., :1])], -1) * voice, mask=there)
+        sent = self.op(parents, children, torch.cat([v, torch.ones_like(v[..., :1])], -1) * factor, mask=visible)
         out = self.out(sent[..., :-1].transpose(1, 2).flatten(2))
-        return Sent(out, heard, sent[..., -1].sum(1))
+        return Sent(out, passed, sent[..., -1].sum(1))
 
     def dependency(
         self, x: Float[Tensor, "b n c"], message: Float[Tensor, "b n"] | None = None, mask: Tensor | None = None
     ) -> Float[Tensor, "b n n"]:
         """Return the soft dependency mask: row j, column i is parent j's share of child i over all heads, O(N²)."""
         self._check(x, None, mask, False, None, {})
-        x, there = _there(x, mask)
+        x, visible = _without_hidden(x, mask)
         children, parents, _ = self._heads(x)
-        shares = self.op.weights(parents, children, mask=there)
-        return (shares * self._heads_chosen(x).mT[:, :, None]).sum(1) * self._heard(x, message)[:, None]
+        shares = self.op.weights(parents, children, mask=visible)
+        return (shares * self._heads_chosen(x).mT[:, :, None]).sum(1) * self._message(x, message)[:, None]
 
     def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         return self.send(x, inputs.get("message"), mask).out
@@ -106,14 +106,14 @@ class DependencyAttention(Layer):
         """Return each child's weights over heads, `(B, N, H)`, which add up to 1."""
         return torch.softmax(self.selector(x) / self.temperature, -1)
 
-    def _heard(self, x: Tensor, message: Tensor | None) -> Tensor:
+    def _message(self, x: Tensor, message: Tensor | None) -> Tensor:
         """Return the message after this layer, which is never larger than before."""
-        heard = torch.sigmoid(self.controller(x)[..., 0])
+        own = torch.sigmoid(self.controller(x)[..., 0])
         if message is None:
-            return heard
-        if message.shape != heard.shape:
-            raise ShapeError(f"message must be (B, N)={tuple(heard.shape)}; got {tuple(message.shape)}")
-        return message * heard
+            return own
+        if message.shape != own.shape:
+            raise ShapeError(f"message must be (B, N)={tuple(own.shape)}; got {tuple(message.shape)}")
+        return message * own
 
     @classmethod
     def example_inputs(cls, batch: int, length: int) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class DependencyAttention(Layer):
 
 
 class Tree(NamedTuple):
-    """Each token's parent `(B, N)` (the root is its own), and the roots `(B,)`."""
+    """The parent of each token `(B, N)` (the root is its own), and the roots `(B,)`."""
 
     parent: Int[Tensor, "b n"]
     root: Int[Tensor, " b"]
@@ -169,7 +169,7 @@ def prune(scores: Float[Tensor, "b n"], ratio: float = 0.16, time: int = 1) -> I
     return scores.topk(keep, -1).indices.sort(-1).values
 
 
-def _there(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _without_hidden(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return tokens with hidden ones zeroed, and a mask by which hidden tokens neither send nor receive."""
     if mask is None:
         return x, None

@@ -31,7 +31,7 @@ class FixedDecay(Linear, ABC):
         variant: the slopes of "transnormer"; see `transnormer_decay`.
         block: tokens in a block. It changes the speed, not the result.
 
-    The decay is a constant: it gets no gradient. `scale` is 1 unless a call says otherwise.
+    The decay is a constant: it gets no gradient. `scale` is 1 unless a call gives another.
     """
 
     capabilities = replace(Linear.capabilities, patterns=CAUSAL_PATTERNS, default_scale=1.0)

@@ -38,7 +38,7 @@ class Frame(Protocol):
         """Map outputs from the common frame to those of the tokens, the inverse of `value`."""
 
 
-class Tokens(NamedTuple):
+class FramedTokens(NamedTuple):
     """The tokens of a call: the keys' positions begin at `start`, and the queries are the last of them."""
 
     q: Tensor
@@ -75,7 +75,7 @@ class Framed(Streaming):
     state_type: ClassVar[type] = FramedState
 
     @abstractmethod
-    def frames(self, tokens: Tokens, inputs: Mapping[str, Tensor]) -> tuple[Frame, Frame]:
+    def frames(self, tokens: FramedTokens, inputs: Mapping[str, Tensor]) -> tuple[Frame, Frame]:
         """Return the frames of the queries, and those of the keys."""
 
     def scoring(self, marks: Tensor | None) -> Scoring:
@@ -85,7 +85,7 @@ class Framed(Streaming):
     def _framed(self, call: AttentionCall) -> tuple[AttentionCall, Frame, Frame]:
         """Return the call in the common frame, and the frames of its queries and keys."""
         q, k, v, mask = call.q, call.k, call.v, call.mask
-        mine, theirs = self.frames(Tokens(q, k, v, 0, call.causal), call.inputs)
+        mine, theirs = self.frames(FramedTokens(q, k, v, 0, call.causal), call.inputs)
         k, v = theirs.key(masks.without_hidden(k, mask)), theirs.value(masks.without_hidden(v, mask))
         return replace(call, q=mine.query(q), k=k, v=v, scoring=self.scoring(theirs.marks)), mine, theirs
 
@@ -108,7 +108,7 @@ class Framed(Streaming):
         q, k, v = (
             torch.empty(sizes.batch, count, 0, width, dtype=sizes.dtype, device=sizes.device) for count, width in shapes
         )
-        _, theirs = self.frames(Tokens(q, k, v, 0, True), {})
+        _, theirs = self.frames(FramedTokens(q, k, v, 0, True), {})
         return FramedState(KVState(theirs.key(k), theirs.value(v)), theirs.marks)
 
     @final
@@ -120,7 +120,7 @@ class Framed(Streaming):
         if state is None:
             framed, mine, theirs = self._framed(call)
             return mine.back(engines.run(framed)), FramedState(KVState(framed.k, framed.v), theirs.marks)
-        mine, theirs = self.frames(Tokens(call.q, call.k, call.v, state.cache.k.shape[2], True), call.inputs)
+        mine, theirs = self.frames(FramedTokens(call.q, call.k, call.v, state.cache.k.shape[2], True), call.inputs)
         cache = state.cache.append(theirs.key(call.k), theirs.value(call.v))
         marks = None if theirs.marks is None else _joined(state.marks, theirs.marks)
         framed = replace(call, q=mine.query(call.q), k=cache.k, v=cache.v, scoring=self.scoring(marks))

@@ -62,7 +62,7 @@ class Cached(Streaming):
     def _prefill(self, call: AttentionCall, state: KVState | None) -> tuple[Tensor, KVState]:
         if state is None:
             return self._attend(call), self.trim_state(self.state_type.of(call.k, call.v))
-        if type(self).trim_state is not Cached.trim_state or call.inputs:  # places in a trimmed state are not those
+        if type(self).trim_state is not Cached.trim_state or call.inputs:  # slots of a trimmed state are not positions
             return super()._prefill(call, state)  # of the sequence, and earlier tokens' inputs are gone
         state = state.append(call.k, call.v)
         return self._attend(replace(call, k=state.k, v=state.v)), state

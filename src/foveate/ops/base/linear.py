@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.core import masks as mask_algebra
+from foveate.core import masks
 from foveate.core.call import AttentionCall, Plan, StateSizes
 from foveate.core.errors import ShapeError
 from foveate.ops.base import linear_spans
@@ -177,7 +177,7 @@ class Linear(Streaming):
 
     @final
     def _plan(self, call: AttentionCall) -> Plan:
-        why = "asked for" if call.engine != "auto" else "a state of fixed size: linear in the length"
+        why = "named by the caller" if call.engine != "auto" else "a state of fixed size: linear in the length"
         engine, q = self._engine(call), call.q
         b, h, nq, _ = q.shape
         nk, width, out = call.n_keys, self._width(q, call.scale), call.v.shape[-1] + self.normalized
@@ -213,9 +213,14 @@ class Linear(Streaming):
         fq, fk, v, decay = self.encoded(carried)
         if carried.n_keys > call.n_keys:  # the state already holds the key that represents the past
             fk, v, decay = fk[:, :, 1:], v[:, :, 1:], None if decay is None else decay[:, :, 1:]
+        fk, decay = fk.to(v.dtype), None if decay is None else decay.to(v.dtype)  # the carry may be wider
         out = self.normalize(self._causal(fq, fk, v, decay, "chunked", before))
         sums = _written(fk, v, decay, "chunked", before)
         return out.to(call.q.dtype), LinearState(sums, self.normalized, carry)
+
+    @final
+    def _fixed_sizes(self, state: LinearState) -> tuple[object, ...]:
+        return tuple(state.sums.shape), state.normalized, None if state.carry is None else tuple(state.carry.shape)
 
     def _after(self, call: AttentionCall, state: LinearState | None) -> tuple[AttentionCall, Tensor | None]:
         """Prepend the key that represents the past, if features depend on it; return the call and the key after it."""
@@ -242,7 +247,7 @@ class Linear(Streaming):
         heads, wide, mask = call.q.shape[1], accumulating(call.v.dtype), call.mask
         v = per_query_head(call.v, heads).to(wide)
         k = per_query_head(call.k, heads).to(torch.promote_types(call.k.dtype, wide))
-        hidden = None if mask is None else ~mask_algebra.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
+        hidden = None if mask is None else ~masks.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
         if hidden is not None:
             # mask before and after the features, so that neither values nor gradients of hidden keys leak
             k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)

@@ -39,4 +39,5 @@ class Selective(Cached):
     @final
     def _prepared(self, call: AttentionCall) -> AttentionCall:
         k = masks.without_hidden(call.k, call.mask)
-        return replace(call, selected=self.selection(call.q, k, call.causal, call.scale))
+        chosen = self.selection(call.q, k, call.causal, call.scale)
+        return replace(call, selected=chosen.for_heads(call.q.shape[1]))

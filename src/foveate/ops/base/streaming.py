@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from foveate.core import validate
 from foveate.core.call import AttentionCall, StateSizes
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern
+from foveate.core.scoring import SOFTMAX
 from foveate.ops.base.kv_state import KVState
 from foveate.ops.operator import Operator
 
@@ -50,10 +51,11 @@ class Streaming(Operator, ABC):
         self._check_streaming()
         validate.tensors(q, k, v)
         self._check_inputs(inputs)
-        self._check_state(state)
         if q.shape[2] != 1 or k.shape[2] != 1:
             raise ShapeError(f"step takes one token; got Nq={q.shape[2]}, Nk={k.shape[2]}")
-        return self._step(AttentionCall(q, k, v, self._scale(scale, q), causal=True, inputs=inputs), state)
+        call = AttentionCall(q, k, v, self._scale(scale, q), causal=True, scoring=SOFTMAX, inputs=inputs)
+        self._check_state(state, call)
+        return self._step(call, state)
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None, scale: float | None = None, **inputs: Tensor
@@ -70,9 +72,10 @@ class Streaming(Operator, ABC):
             `step`.
         """
         self._check_streaming()
+        call = self._call(q, k, v, None, True, scale, "auto", inputs)
         if state is not None:
-            self._check_state(state)
-        return self._prefill(self._call(q, k, v, None, True, scale, "auto", inputs), state)
+            self._check_state(state, call)
+        return self._prefill(call, state)
 
     # -- for families --------------------------------------------------------------------------------------------------
 
@@ -95,9 +98,27 @@ class Streaming(Operator, ABC):
             out.append(y)
         return torch.cat([*out[past:], call.no_output[:, :, :0]], 2), state
 
-    def _check_state(self, state: Any) -> None:
+    def _fixed_sizes(self, state: Any) -> tuple[object, ...]:
+        """Return the sizes in a state that no token changes. A cache has none: it checks each token it appends."""
+        return ()
+
+    def _check_state(self, state: Any, call: AttentionCall) -> None:
         if not isinstance(state, self.state_type):
             raise OptionError(f"state must come from init_state, step or prefill; got {type(state).__name__}")
+        held, needed = self._fixed_sizes(state), self._needed_sizes(call)
+        if held != needed:
+            raise ShapeError(f"state must fit {self.name} and the call, which need the sizes {needed}; got {held}")
+
+    def _needed_sizes(self, call: AttentionCall) -> tuple[object, ...]:
+        """Return the sizes of a state for such calls. Those of the last call are kept, as a stream's are all alike."""
+        if type(self)._fixed_sizes is Streaming._fixed_sizes:
+            return ()
+        sizes = replace(StateSizes.of(call), device=torch.device("meta"))
+        last: tuple[StateSizes, tuple[object, ...]] | None = self.__dict__.get("_last_sizes")
+        if last is None or last[0] != sizes:
+            with torch.no_grad():
+                last = self.__dict__["_last_sizes"] = sizes, self._fixed_sizes(self._init_state(sizes))
+        return last[1]
 
     def _check_streaming(self) -> None:
         if self.capabilities.streaming is None:

@@ -1,4 +1,4 @@
-"""The family of test-time learners: the state is the weights of a small learner, and attending is training it."""
+"""The family of test-time learners: the state is the weights of a small learner, and a call trains it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.core import masks as mask_algebra, validate
+from foveate.core import masks, validate
 from foveate.core.call import AttentionCall, Plan, StateSizes
 from foveate.core.errors import DivergedError, ShapeError, UnsupportedPattern
 from foveate.core.readable import is_clean
@@ -20,20 +20,20 @@ from foveate.ops.functional.fast_weights import Layer, Outer, Path, Shares, Weig
 from foveate.ops.functional.heads import accumulating, per_query_head
 from foveate.ops.operator import CAUSAL_PATTERNS, Capabilities, Gate
 
-#: The weights that answer a query: those that its token has written, or those at the start of its chunk.
+#: The weights that answer a query: those after its token's write, or those at the start of its chunk.
 Reads = Literal["token", "chunk"]
 
-#: What a rate is for a token that is masked: nothing decays, moves or is written.
+#: The rates of a masked token: nothing decays, moves or is written.
 _ABSENT = {"alpha": 0.0, "eta": 1.0, "theta": 0.0, "write": 0.0}
 
 
 @dataclass(frozen=True)
 class MemoryState:
-    """A learner in the middle of a stream.
+    """The state of a learner in a stream.
 
     Args:
-        memory: what decays and is written, one `(B, H, out, in)` for each layer.
-        momentum: the running sum of past gradients, likewise.
+        memory: the sums that decay and are written, one `(B, H, out, in)` for each layer.
+        momentum: the running sum of past gradients, of the same shapes.
         anchor: the weights at the start of the current chunk, where its gradients are taken.
         place: tokens of that chunk so far.
     """
@@ -45,7 +45,7 @@ class MemoryState:
 
 
 class Memory(Streaming):
-    """A learner trained on the keys and values as they pass, and read by the queries. Causal only; no weights.
+    """A learner that trains on each key and value, and answers each query. Causal only; no weights over keys.
 
     For each token, with `u` the gradient of the inner objective at the weights `W`:
 
@@ -53,29 +53,28 @@ class Memory(Streaming):
 
     alpha forgets, eta is the momentum, theta the step. Each is a number given to the constructor, or a tensor
     `(B, H, Nk)` given to a call, with H = Hq or Hkv. Gradients of a whole chunk are taken at its first weights: exact
-    for `chunk=1`, otherwise an approximation that runs in parallel. A masked token does not take part at all, except
-    that chunks are counted with it; before the first token that is not masked the answer is 0. Long chunks of like keys
-    add their steps up: with unit keys, `theta * slope * chunk / D` has to stay well under 1.
+    for `chunk=1`, otherwise an approximation that runs in parallel. A masked token counts for the length of a chunk and
+    has no other effect; before the first unmasked token the answer is 0. The steps of similar keys in a chunk add up:
+    with unit keys, `theta * slope * chunk / D` has to stay well under 1.
 
     With `reads="chunk"` the weights at the start of a chunk answer all of its queries: cheaper, but its tokens do not
-    see what the chunk itself writes, their own keys and values included. What is written is the same.
+    see the chunk's own writes, not even those of their own keys and values. The writes are the same.
 
-    A step on a loud token may overshoot, and the next one more, until the weights are infinite. `max_grad_norm` bounds
-    the norm of a token's gradient in each layer, so that all stays finite; without it, a call (of `step` too) whose
-    answers are NaN or inf though its inputs are finite raises `DivergedError`. Looking at them costs one wait for the
-    device per call.
+    A step on a large token may overshoot, and the next one more, until the weights are infinite. `max_grad_norm` bounds
+    the norm of a token's gradient in each layer, so that all stays finite. Without it, a call or a `step` whose inputs
+    are finite and whose answers are NaN or inf raises `DivergedError`. The check waits for the device once per call.
 
     Engines: "chunked" (the default), "recurrent" (token by token). They agree up to rounding for every chunk size.
 
-    A system writes `initial`, `read` and `surprise`; where the weights are not the memory itself, also `link`, and says
-    so by `linked`: they are then written out for each token, which costs `chunk` times the memory.
+    Subclasses define `initial`, `read` and `surprise`. If the weights are not the memory itself, they also define
+    `link` and set `linked`: the weights are then materialised for each token, which costs `chunk` times the memory.
     """
 
     capabilities = Capabilities(
         patterns=CAUSAL_PATTERNS, masks=frozenset({"keys"}), has_weights=False, default_scale=1.0,
         inputs=frozenset({"alpha", "eta", "theta"}),
-        # forget little, for at -4 nine tenths are gone after 128 tokens, and recall with them; some momentum; and a
-        # short step, for those of a chunk add up: from -5 on, text with its repeats could make two layers diverge
+        # little forgetting, since -4 loses nine tenths, and recall with them, after 128 tokens; some momentum; and a
+        # short step, since the steps of a chunk add up: from -5 on, repetitive text can make two layers diverge
         gates={"alpha": Gate("sigmoid", -6.0), "eta": Gate("sigmoid", -2.0), "theta": Gate("sigmoid", -6.0)},
         engines=("chunked", "recurrent"), growth="N",
     )  # fmt: skip
@@ -86,7 +85,7 @@ class Memory(Streaming):
         self, *, alpha: float, eta: float, theta: float, chunk: int, unit: bool, reads: Reads = "token",
         max_grad_norm: float | None = None, **more: float,
     ) -> None:  # fmt: skip
-        """`unit`: whether queries and keys are scaled to length 1 first. `more`: further rates, by name."""
+        """Set the options. `unit`: True scales queries and keys to length 1 first. `more`: further rates, by name."""
         super().__init__()
         validate.between("alpha", alpha, 0, 1)
         validate.between("eta", eta, 0, 1)
@@ -98,25 +97,25 @@ class Memory(Streaming):
         self.rates = {"alpha": alpha, "eta": eta, "theta": theta, **more}
         self.chunk, self.unit, self.reads, self.max_grad_norm = chunk, unit, reads, max_grad_norm
 
-    # -- what a system writes ------------------------------------------------------------------------------------------
+    # -- for subclasses ------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def initial(self, heads: int, key_dim: int, value_dim: int, like: Tensor) -> Weights:
-        """The memory before the first token, `(heads, out, in)` for each layer, with dtype and device of `like`."""
+        """Return the first memory, `(heads, out, in)` for each layer, in dtype and device of `like`."""
 
     @abstractmethod
     def read(self, layers: Sequence[Layer], q: Tensor) -> Tensor:
-        """The learner's answers `(B, H, C, Dv)` to `q (B, H, C, D)`."""
+        """Return the learner's answers `(B, H, C, Dv)` to `q (B, H, C, D)`."""
 
     @abstractmethod
     def surprise(self, weights: Weights, k: Tensor, v: Tensor, rates: Mapping[str, Tensor]) -> tuple[Outer, ...]:
-        """Gradients of the inner objective for each token of `k, v (B, H, C, ·)`, all at `weights`; one per layer."""
+        """Return each layer's gradients of the inner objective for each token of `k, v (B, H, C, ·)`, at `weights`."""
 
     def link(self, memory: Tensor) -> Tensor:
-        """The weights `(..., out, in)` that a memory of that shape stands for."""
+        """Return the weights `(..., out, in)` of a memory of that shape."""
         return memory
 
-    # -- what the base makes of it -------------------------------------------------------------------------------------
+    # -- the base ------------------------------------------------------------------------------------------------------
 
     @final
     def _attend(self, call: AttentionCall) -> Tensor:
@@ -131,21 +130,21 @@ class Memory(Streaming):
     def go_on(
         self, q: Tensor, k: Tensor, v: Tensor, state: MemoryState, *, mask: Tensor | None = None, **inputs: Tensor
     ) -> tuple[Tensor, MemoryState]:
-        """Make as many steps as there are tokens, as `prefill` from a state does, with a mask of the tokens."""
+        """Process tokens from a state, as `prefill` does, with a mask of the tokens."""
         return self._prefill(self._call(q, k, v, mask, True, None, "auto", inputs), state)
 
     @final
     def recall(self, q: Tensor, state: MemoryState) -> Tensor:
-        """Answer `q (B, H, N, D)` in this state; nothing is written."""
+        """Answer `q (B, H, N, D)` from this state, without writing."""
         wide = q.to(state.memory[0].dtype)
         wide = F.normalize(wide, dim=-1) if self.unit else wide
         return self.read([still(self.link(memory)) for memory in state.memory], wide).to(q.dtype)
 
     def _run(self, call: AttentionCall, engine: str, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
-        """The output, and the state after the last token. It goes on from `state`, or begins where None."""
+        """Return the output and the state after the last token, continued from `state` (None: the start)."""
         run = self._chunks if engine == "chunked" else self._tokens
         n_queries, n_keys, mask = call.n_queries, call.n_keys, call.mask
-        hidden = None if mask is None else ~mask_algebra.keys_of(mask, call.k.shape[0], n_keys)[:, None]
+        hidden = None if mask is None else ~masks.keys_of(mask, call.k.shape[0], n_keys)[:, None]
         rates = self._rates(call, hidden)
         q, k, v = self._prepared(call, hidden)
         fresh = state is None
@@ -155,7 +154,7 @@ class Memory(Streaming):
         out, state = run(F.pad(q, (0, 0, n_keys - n_queries, 0)), k, v, rates, state)
         self._check_finite(out, q, k, v, *rates.values())
         if fresh and hidden is not None:
-            # where nothing has been seen there is no answer, whatever the first weights would say
+            # before the first visible token the answer is 0, not that of the first weights
             out = out.masked_fill(hidden.cummin(-1).values[..., None], 0.0)
         return out[:, :, n_keys - n_queries :].to(call.q.dtype), state
 
@@ -171,7 +170,7 @@ class Memory(Streaming):
         }
         parts, out = shares(rates) if self.reads == "token" else shares_at_the_end(rates), []
         memory, momentum = state.memory, state.momentum
-        # cut once: slices taken one by one would each give back a gradient as large as the whole
+        # cut once, since each slice would return a gradient as large as the whole tensor
         qs, ks, vs = q.unbind(2), k.unbind(2), v.unbind(2)
         shared = list(map(Shares, parts.memory.unbind(2), parts.momentum.unbind(2)))
         rates_of = {name: rate.unbind(2) for name, rate in rates.items()}
@@ -187,7 +186,7 @@ class Memory(Streaming):
         return torch.cat(out, 2)[:, :, :n], state
 
     def _met(self, anchor: Weights, paths: Sequence[Path]) -> list[Layer]:
-        """The layers that the queries of a chunk meet."""
+        """Return the layers that answer the queries of a chunk."""
         if self.reads == "chunk":
             return list(map(still, anchor))
         return [still(self.link(path.written_out())) if self.linked else path for path in paths]
@@ -206,7 +205,7 @@ class Memory(Streaming):
     def _token(
         self, q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], state: MemoryState
     ) -> tuple[Tensor, MemoryState]:
-        """The definition: write one token, then read; "chunk" reads what was there when the chunk began."""
+        """Apply the definition: write one token, then read; "chunk" reads the weights at the start of the chunk."""
         gradients = self._bounded(self.surprise(state.anchor, k, v, rates))
         alpha, eta, theta, write = (rates[name][..., None] for name in ("alpha", "eta", "theta", "write"))
         moved = zip(state.momentum, gradients, strict=True)
@@ -224,16 +223,18 @@ class Memory(Streaming):
     @final
     def _plan(self, call: AttentionCall) -> Plan:
         why = (
-            "asked for" if call.engine != "auto" else f"gradients of {self.chunk} tokens at a time, as matrix products"
+            "named by the caller"
+            if call.engine != "auto"
+            else f"gradients of {self.chunk} tokens at a time, as matrix products"
         )
         engine, (b, h, nq, d), nk = self._engine(call), call.q.shape, call.n_keys
         inside = self.chunk if engine == "chunked" else 0
         flops = 0
         for matrix in self.initial(h, d, call.v.shape[3], call.q.new_zeros((), dtype=accumulating(call.q.dtype))):
             _, wide, tall = matrix.shape
-            learn = 6 * wide * tall  # there, back, and the sum into the memory
+            learn = 6 * wide * tall  # the forward and the backward product, and the sum into the memory
             look = 2 * wide * tall
-            if self.reads == "token":  # the memory and its momentum, and what the chunk has written since
+            if self.reads == "token":  # the memory, its momentum, and the chunk's own writes
                 look += 2 * wide * tall + 2 * inside * (wide * tall if self.linked else wide + tall)
             flops += b * h * (nk * learn + nq * look)
         return Plan(engine=engine, flops=flops, bytes=call.traffic, why=why)
@@ -250,8 +251,12 @@ class Memory(Streaming):
         self._check_finite(out, *prepared, *rates.values())
         return out.to(call.q.dtype), state
 
+    @final
+    def _fixed_sizes(self, state: MemoryState) -> tuple[object, ...]:
+        return tuple(tuple(memory.shape) for memory in state.memory)
+
     def _bounded(self, gradients: tuple[Outer, ...]) -> tuple[Outer, ...]:
-        """Gradients whose norms are at most `max_grad_norm`, token by token and layer by layer."""
+        """Scale gradients down to norms of at most `max_grad_norm`, for each token and layer."""
         most = self.max_grad_norm
         if most is None:
             return gradients
@@ -262,7 +267,7 @@ class Memory(Streaming):
         return tuple(Outer(u.left * share, u.right) for u, share in zip(gradients, shares, strict=True))
 
     def _check_finite(self, out: Tensor, *given: Tensor) -> None:
-        """Refuse answers that are not finite though all that was given is."""
+        """Raise if answers are not finite although all inputs are."""
         if is_clean(out) or bool(out.isfinite().all()) or not all(bool(x.isfinite().all()) for x in given):
             return
         remedy = "a smaller theta" if self.max_grad_norm is not None else "max_grad_norm=1.0, or a smaller theta"
@@ -285,7 +290,7 @@ class Memory(Streaming):
         return q if call.scale == 1.0 else q * call.scale, k, v
 
     def _rates(self, call: AttentionCall, hidden: Tensor | None) -> dict[str, Tensor]:
-        """All rates as `(B, H, Nk)`, those of masked tokens such that nothing happens."""
+        """Return all rates as `(B, H, Nk)`; those of masked tokens have no effect."""
         (b, h, _, _), (hkv, n), wide = call.q.shape, call.k.shape[1:3], accumulating(call.q.dtype)
         rates = {
             name: call.q.new_full((b, h, n), value, dtype=wide) for name, value in {**self.rates, "write": 1.0}.items()

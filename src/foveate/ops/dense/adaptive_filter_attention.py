@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.scoring import Scoring, Tile, safe_softmax
-from foveate.ops.base.framed import Framed, Tokens
+from foveate.ops.base.framed import Framed, FramedTokens
 from foveate.ops.functional import rotary
 from foveate.ops.functional.heads import per_query_head
 from foveate.ops.functional.linear_sde import EPS, Dynamics, fixed
@@ -96,11 +96,11 @@ class AdaptiveFilterAttention(Framed):
         self.nu = nn.Parameter(torch.ones(heads)) if nu is None else fixed("nu", nu)
         self.tau = nn.Parameter(torch.ones(heads)) if tau is None else fixed("tau", tau)
 
-    def frames(self, tokens: Tokens, inputs: Mapping[str, Tensor]) -> tuple[_Moment, _Moment]:
+    def frames(self, tokens: FramedTokens, inputs: Mapping[str, Tensor]) -> tuple[_Moment, _Moment]:
         q, k, v = tokens.q, tokens.k, tokens.v
-        for name, asked, came in (("Hq", self.heads, q.shape[1]), ("D", self.head_dim, q.shape[3])):
-            if came != asked:
-                raise ShapeError(f"AdaptiveFilterAttention was built for {name}={asked}; got {came}")
+        for name, expected, found in (("Hq", self.heads, q.shape[1]), ("D", self.head_dim, q.shape[3])):
+            if found != expected:
+                raise ShapeError(f"AdaptiveFilterAttention was built for {name}={expected}; got {found}")
         if self.rotate_values and v.shape[3] != self.value_dim:
             raise ShapeError(f"AdaptiveFilterAttention was built for Dv={self.value_dim}; got {v.shape[3]}")
         t = inputs.get("t", tokens.key_positions[None, None])
@@ -147,12 +147,12 @@ class _Moment:
         return self.query(per_query_head(k, self.op.heads))
 
     def value(self, v: Tensor) -> Tensor:
-        return self._turned(per_query_head(v, self.op.heads), -1)
+        return self._rotated(per_query_head(v, self.op.heads), -1)
 
     def back(self, out: Tensor) -> Tensor:
-        return self._turned(out, 1)
+        return self._rotated(out, 1)
 
-    def _turned(self, x: Tensor, sign: int) -> Tensor:
+    def _rotated(self, x: Tensor, sign: int) -> Tensor:
         if not self.op.rotate_values:
             return x
         return rotary.rotate(x, sign * self.op.value_dynamics.angles(self.marks), "interleaved")

@@ -140,10 +140,8 @@ class _Call:
     def logits(self, q: Tensor, k: Tensor, scale: float, at: Tile) -> Float[Tensor, "b h q k"]:
         if self.op.alignment.is_inner_product:
             logits = dot_product(q, k, scale)
-        else:  # an engine may compute in a wider dtype than that of the maps
-            own = next((p.dtype for p in self.op.alignment.parameters()), q.dtype)
-            narrow = own if own in (torch.bfloat16, torch.float16) else q.dtype
-            logits = (scale * self.op.alignment.score(q.to(narrow), k.to(narrow), at)).to(q.dtype)
+        else:
+            logits = scale * self.op.alignment.score(q, k, at)
         return logits if self.aim is None else self.aim.window.cut(logits, _rows(self.aim.centre, at), at.cols)
 
     def normalize(self, logits: Tensor, at: Tile) -> Float[Tensor, "b h q k"]:

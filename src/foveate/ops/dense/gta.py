@@ -1,4 +1,4 @@
-"""Geometric transform attention (GTA): tokens of several cameras meet in one common frame.
+"""Geometric transform attention (GTA): tokens of several cameras attend in one common frame.
 
 GTA: A Geometry-Aware Attention Mechanism for Multi-View Transformers (2023), arXiv 2310.10375.
 """
@@ -14,46 +14,47 @@ from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, shown
-from foveate.ops.base.framed import Framed, Tokens
-from foveate.ops.functional import geometry as groups, rotary
+from foveate.ops.base.framed import Framed, FramedTokens
+from foveate.ops.functional import geometry, rotary
 
 KINDS = ("triv", "se3", "so3", "so2", "t2")
 
 
 @final
 class GTA(Framed):
-    """`o_i = Σ_j softmax_j(q_iᵀ ρ(g_i⁻¹ g_j) k_j · scale) ρ(g_i⁻¹ g_j) v_j`: a query sees all from its own camera.
+    """`o_i = Σ_j softmax_j(q_iᵀ ρ(g_i⁻¹ g_j) k_j · scale) ρ(g_i⁻¹ g_j) v_j`: keys and values in the query's own frame.
 
-    Tokens carry geometry g: a camera's pose, coordinates in its image. ρ acts on groups of channels, and factorises, so
-    that this runs on the fused kernels of softmax attention at O(N D) more. Moving the world moves nothing. The wrong
-    choice where geometry is unknown or poor. Attributes come with a call; those that do not are the identity, and
-    without any it is softmax attention.
+    Tokens have a geometry g: a camera's pose, coordinates in its image. ρ acts on groups of channels and factorises, so
+    the operator runs on the fused kernels of softmax attention at an extra cost of O(N D). It is invariant to the
+    world's origin. The wrong choice if geometry is unknown or inaccurate. Attributes come with a call; missing ones are
+    the identity, and without any it is softmax attention.
 
-    Inputs of a call (each for keys; queries are the last of them, unless `poses_q`, `coords_q` say otherwise, as they
-    have to where queries are other tokens):
+    Inputs of a call (each for keys; queries are the last of them, unless a call brings `poses_q`, `coords_q`, which it
+    must if queries are other tokens):
         poses: `(B, Nk, 4, 4)` rigid camera-to-world matrices; a common factor from the left changes nothing.
-        coords: `(B, Nk, axes)` places in the image, in [0, 1) for octaves.
+        coords: `(B, Nk, axes)` positions in the image, in [0, 1) for octaves.
 
     Args:
-        head_dim: D, and Dv where values are transformed.
-        dims: channels for each kind, in this order, D in all: "triv" (left alone), "se3" (groups of 4 times the pose),
-            "so3" (groups of 3 + 5 by the rotation alone), "so2" (pairs turned by coordinates: `2 axes` times a number
-            of frequencies, for each frequency a pair for each axis), "t2" (groups of 3 shifted by coordinates). The
-            paper's halves, "se3" and "so2", where None.
+        head_dim: D, and Dv if values are transformed.
+        dims: channels for each kind, in this order, D in all: "triv" (unchanged), "se3" (groups of 4 times the pose),
+            "so3" (groups of 3 + 5 by the rotation alone), "so2" (pairs rotated by coordinates: `2 axes` times a number
+            of frequencies, for each frequency a pair for each axis), "t2" (groups of 3 shifted by coordinates). None
+            for the paper's halves, "se3" and "so2".
         axes: coordinates of a token.
         base: rotary frequencies of this base for "so2", as in the release for diffusion Transformers (10000); octaves
-            up to one turn per unit where None.
-        grid: sizes `(H, W)` of an image whose patches the tokens are, row by row, one view after another: gives a call
-            its coordinates where it brings none, divided by the sizes for octaves.
-        v_transform: False leaves values and outputs alone, as rotary embedding does.
-        euclid: `-½ ‖q̃ - k̃‖² · scale` in place of the dot product; "se3" then takes groups of 3 as points in space.
+            up to 2π per unit for None.
+        grid: sizes `(H, W)` of an image whose patches are the tokens, row by row, one view after another. They give
+            calls without coordinates their coordinates, divided by the sizes for octaves.
+        v_transform: False does not transform values and outputs, like rotary embedding.
+        euclid: True uses `-½ ‖q̃ - k̃‖² · scale` in place of the dot product; "se3" then has groups of 3, points in
+            space.
         trans_coeff: start of the factor on translations, one learned number.
 
-    Channels lie as in the release, so that its projections load as they are, but for "so3", which lies in another basis
-    here. The release is given world-to-camera matrices and inverts them; here `poses` are the inverses. It also has a
+    Channels have the release's order, so that its projections load unchanged, except for "so3", which has another basis
+    here. The release takes world-to-camera matrices and inverts them; here `poses` are the inverses. It also has a
     highest frequency for each axis (`max_freq_h`, `max_freq_w`; here 1: multiply the coordinates by it). Its Euclidean
-    form lacked the squares of the norms until April 2025; what was trained before differs. Attention weights exist as a
-    matrix for `v_transform=False` alone.
+    form lacked the squares of the norms until April 2025; models trained before differ. Attention weights exist as a
+    matrix only with `v_transform=False`.
 
     Raises:
         OptionError: dims that do not add up, or inputs that no channel uses.
@@ -90,34 +91,41 @@ class GTA(Framed):
         self._declare(has_weights=not v_transform)
         count = dims.get("so2", 0) // (2 * axes)
         self.base = base
-        self.rates = groups.octaves(count) if base is None or not count else rotary.rotary_frequencies(2 * count, base)
+        self.rates = (
+            geometry.octaves(count) if base is None or not count else rotary.rotary_frequencies(2 * count, base)
+        )
         self.trans_coeff = nn.Parameter(torch.tensor(float(trans_coeff))) if dims.get("se3") else None
 
-    def frames(self, tokens: Tokens, inputs: Mapping[str, Tensor]) -> tuple[_Frame, _Frame]:
+    def frames(self, tokens: FramedTokens, inputs: Mapping[str, Tensor]) -> tuple[_Frame, _Frame]:
         self._check_widths(tokens)
         poses = self._attribute("poses", ("se3", "so3"), (4, 4), tokens, inputs)
         coords = self._attribute("coords", ("so2", "t2"), (self.axes,), tokens, inputs)
         mine, theirs = ({kind: self._action(kind, poses[i], coords[i]) for kind in self.dims} for i in range(2))
         return _Frame(self, mine), _Frame(self, theirs)
 
-    def _action(self, kind: str, poses: Tensor | None, coords: Tensor | None) -> groups.Action | None:
-        """What a kind of channels goes through; None where that is the identity."""
+    def _action(self, kind: str, poses: Tensor | None, coords: Tensor | None) -> geometry.Action | None:
+        """Return the action on a kind of channels, or None for the identity."""
         if kind == "se3" and poses is not None and self.trans_coeff is not None:
-            return (groups.Points if self.euclid else groups.Matrices)(*groups.rigid(poses, self.trans_coeff))
+            return (geometry.Points if self.euclid else geometry.Matrices)(*geometry.rigid(poses, self.trans_coeff))
         if kind == "so3" and poses is not None:
-            turned = groups.wigner(poses[..., :3, :3])
-            return groups.Matrices(turned, turned.mT)
+            rotations = geometry.wigner(poses[..., :3, :3])
+            return geometry.Matrices(rotations, rotations.mT)
         if kind == "so2" and coords is not None:
-            # frequency by frequency, and for each axis by axis: the release's order of pairs
-            return groups.Turn((coords[..., None, :] * self.rates.to(coords.device)[:, None]).flatten(-2))
+            # the release's order of pairs: by frequency, then by axis
+            return geometry.Rotation((coords[..., None, :] * self.rates.to(coords.device)[:, None]).flatten(-2))
         if kind == "t2" and coords is not None:
-            return groups.Matrices(groups.shift(coords), groups.shift(-coords))
+            return geometry.Matrices(geometry.shift(coords), geometry.shift(-coords))
         return None
 
     def _attribute(
-        self, name: str, kinds: Sequence[str], shape: tuple[int, ...], tokens: Tokens, inputs: Mapping[str, Tensor]
+        self,
+        name: str,
+        kinds: Sequence[str],
+        shape: tuple[int, ...],
+        tokens: FramedTokens,
+        inputs: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """An attribute of the queries and of the keys, `(B, N, *shape)`; None where all are the identity."""
+        """Return an attribute of the queries and of the keys, `(B, N, *shape)`; None if all are the identity."""
         n_queries, n_keys, theirs, mine = (
             tokens.q.shape[2],
             tokens.k.shape[2],
@@ -128,14 +136,14 @@ class GTA(Framed):
             if given is None:
                 continue
             if not any(kind in self.dims for kind in kinds):
-                raise OptionError(f"{label} came, but dims={self.dims} has none of {', '.join(kinds)}")
+                raise OptionError(f"{label} must come with channels of {', '.join(kinds)}; got dims={self.dims}")
             fits = isinstance(given, Tensor) and given.shape[:1] in ((1,), tokens.q.shape[:1])
             if not fits or given.shape[1:] != (count, *shape):
                 got = tuple(given.shape) if isinstance(given, Tensor) else given
                 raise ShapeError(f"{label} must be (B, N, ...)={(tokens.q.shape[0], count, *shape)}; got {got}")
         if theirs is not None and mine is None:
             if not tokens.causal and n_queries != n_keys:
-                raise OptionError(f"{name} must come with {name}_q: queries are other tokens than keys")
+                raise OptionError(f"{name} must come with {name}_q, since queries are other tokens than keys")
             mine = theirs[:, n_keys - n_queries :]
         if theirs is None and mine is None and not (self.grid if name == "coords" else self.euclid):
             return None, None
@@ -145,7 +153,7 @@ class GTA(Framed):
         return mine.to(wide), theirs.to(wide)
 
     def _default(self, name: str, positions: Tensor) -> Tensor:
-        """The attribute `(1, N, ...)` of tokens for which a call brings none."""
+        """Return the default attribute `(1, N, ...)` of tokens, or None."""
         if name == "poses":
             return torch.eye(4, device=positions.device).expand(1, len(positions), 4, 4)
         if self.grid is None:
@@ -155,7 +163,7 @@ class GTA(Framed):
         places = positions[:, None] // strides % sizes
         return (places / sizes if self.base is None else places)[None]
 
-    def _check_widths(self, tokens: Tokens) -> None:
+    def _check_widths(self, tokens: FramedTokens) -> None:
         for name, x in (("q", tokens.q), ("v", tokens.v)):
             if x.shape[-1] != self.head_dim and (name == "q" or self.v_transform):
                 raise ShapeError(f"GTA was built for width {self.head_dim}; got {name} of width {x.shape[-1]}")
@@ -183,11 +191,11 @@ class GTA(Framed):
 
 @final
 class _Frame:
-    """Where tokens stand: an action for each kind of channels."""
+    """The frames of tokens: an action for each kind of channels."""
 
     marks = None
 
-    def __init__(self, op: GTA, actions: Mapping[str, groups.Action | None]) -> None:
+    def __init__(self, op: GTA, actions: Mapping[str, geometry.Action | None]) -> None:
         self.op, self.actions = op, actions
 
     def query(self, q: Tensor) -> Tensor:
@@ -207,10 +215,10 @@ class _Frame:
             return out
         return self._each(out, lambda action, x: action.back(x), back=True)
 
-    def _each(self, x: Tensor, act: Callable[[groups.Action, Tensor], Tensor], back: bool = False) -> Tensor:
+    def _each(self, x: Tensor, act: Callable[[geometry.Action, Tensor], Tensor], back: bool = False) -> Tensor:
         if not any(self.actions.values()):
             return x
-        four = {kind for kind, action in self.actions.items() if back and isinstance(action, groups.Points)}
+        four = {kind for kind, action in self.actions.items() if back and isinstance(action, geometry.Points)}
         sizes = [width * 4 // 3 if kind in four else width for kind, width in self.op.dims.items()]
         parts = zip(self.actions.values(), x.split(sizes, -1), strict=True)
         return torch.cat([part if action is None else act(action, part) for action, part in parts], -1)

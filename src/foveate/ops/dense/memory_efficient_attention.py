@@ -17,8 +17,8 @@ from foveate.ops.base.scored import Scored
 class MemoryEfficientAttention(Scored):
     """`softmax(q kᵀ · scale) v` in chunks of queries and tiles of keys, forward and backward.
 
-    Cost O(Nq Nk D) time, as for softmax attention, and `q_chunk x k_chunk` numbers per head at a time in place of `Nq x
-    Nk`, for any input length. A tile yields its largest logit, a sum of exponentials and a weighted sum of values,
+    Cost O(Nq Nk D) time, as for softmax attention, and `q_chunk x k_chunk` numbers per head at a time, for any input
+    length, in place of `Nq x Nk`. A tile yields its largest logit, a sum of exponentials and a weighted sum of values,
     which merge with those of the other tiles (`core/online_softmax.py`). The backward pass keeps the log of each row's
     sum and recomputes the tiles. Causal calls skip tiles in the future. The wrong choice if a fused kernel runs:
     `softmax` uses it and is faster. This one is for devices without such a kernel, and for an explicit bound on memory.

@@ -1,4 +1,4 @@
-"""Monotonic location attention: a decoder that walks over its source, step by step.
+"""Monotonic location attention: a decoder whose attention moves over its source step by step.
 
 Monotonic Location Attention for Length Generalization (2023), arXiv 2305.20019.
 """
@@ -21,12 +21,12 @@ from foveate.ops.functional.heads import accumulating, per_query_head
 from foveate.ops.functional.local_window import log_bell, places
 from foveate.ops.operator import Capabilities, Operator
 
-#: The smallest width of the bell and the sharpness of the stairs, in source tokens and as in the release.
+#: The least width of the bell, in source tokens, and the sharpness of the stairs, as in the release.
 NARROWEST, SHARPNESS = 0.27, 20.0
 
 
 def softstair(x: Tensor) -> Tensor:
-    """Nearly whole numbers, with a slope."""
+    """Return a smooth staircase: nearly whole numbers with a gradient."""
     return torch.floor(x) + torch.sigmoid(SHARPNESS * (x - torch.floor(x) - 0.5))
 
 
@@ -40,25 +40,25 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @final
 class MonotonicLocationAttention(Operator):
-    """Each query moves on from where the last one looked, by a step of its own, and looks there through a bell.
+    """A query takes a step from the previous query's position and attends to a Gaussian window there.
 
-    On places scaled to [0, 1], `mu_t = a_{t-1} + step_t / (S - 1)`, weights are a Gaussian about mu_t, over their sum,
-    and `a_t` is the place that they expect; keys have no say. What it learns on short sources holds on long ones. Cost
-    O(Nq Nk) in Nq steps that wait for each other: the wrong choice where order is not kept, or inside a Transformer
-    that wants all queries at once. Queries see the whole source, so that it defines no causal call.
+    On positions scaled to [0, 1], `mu_t = a_{t-1} + step_t / (S - 1)`, weights are a Gaussian about mu_t, over their
+    sum, and `a_t` is their expected position; keys have no effect. Training on short sources generalises to long ones.
+    Cost O(Nq Nk) in Nq sequential steps: the wrong choice if the output does not keep the source's order, or inside a
+    Transformer that processes all queries at once. Queries see the whole source, so it defines no causal call.
 
     Args:
         head_dim, heads: D and Hq of the calls to come.
-        step: how far a query may go: "onestep" `sigmoid(5 rho)`, on by at most one token (the paper's OneStepAttn);
-            "relu", on by any distance (RMonoAttn); "controlled_relu", a learned mean of these two (MonoAttn);
-            "softstair", nearly whole steps, and "free", `rho` itself, both back or on.
-        mix: whether a gate of the query's mixes in softmax attention over the keys, on the call's scale.
-        past: where a step starts in a mixture: "mixed", at the place that all weights expect, or "location" (the
-            paper's PR), at that which the bell expects.
+        step: the range of a step: "onestep" `sigmoid(5 rho)`, forward by at most one token (the paper's OneStepAttn);
+            "relu", forward by any distance (RMonoAttn); "controlled_relu", a learned mean of these two (MonoAttn);
+            "softstair", nearly whole steps, and "free", `rho` itself, both backward or forward.
+        mix: True adds softmax attention over the keys, on the call's scale, mixed by a gate of the query.
+        past: the start of a step in a mixture: "mixed", the expected position under all weights, or "location" (the
+            paper's PR), that under the bell alone.
 
-    S is the number of real keys and places count these, so that a mask of the padding, on either side, has to be given.
-    Weights start as in the release: Xavier uniform, biases as in `nn.Linear`. There the gate reads all heads' queries,
-    here each head its own. The older location attention that the paper starts from (leaky clamp, gates) is left out.
+    S is the number of real keys and positions count these, so calls have to mask padding, on either side. Weights start
+    as in the release: Xavier uniform, biases as in `nn.Linear`. There the gate reads all heads' queries, here each head
+    reads its own. The older location attention in the paper (leaky clamp, gates) is not implemented.
     """
 
     capabilities = Capabilities(
@@ -106,7 +106,7 @@ class MonotonicLocationAttention(Operator):
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> tuple[Float[Tensor, "b hq nq dv"], Float[Tensor, "b hq 1"]]:
-        """A call that goes on from the place `past` (None: the start), and the place where it ends: for decoders."""
+        """Make a call from the position `past` (None: the start); return its output and the last position."""
         call = self._call(q, k, v, mask, False, scale)
         if past is not None and past.shape != (*q.shape[:2], 1):
             raise ShapeError(f"past must be (B, Hq, 1)={(*q.shape[:2], 1)}; got {tuple(past.shape)}")
@@ -122,7 +122,7 @@ class MonotonicLocationAttention(Operator):
         return (torch.stack(out, 2).to(q.dtype) if out else call.no_output), past
 
     def _intents(self, q: Float[Tensor, "b h n d"], source: _Source, scale: float) -> Iterator[_Intent]:
-        """What each query makes up its mind about, wherever it stands."""
+        """Return each query's own numbers, which do not depend on its position."""
         if q.shape[1::2] != (self.heads, self.head_dim):
             raise ShapeError(
                 f"built for {self.heads} heads of width {self.head_dim}; got H={q.shape[1]}, D={q.shape[3]}"
@@ -141,14 +141,14 @@ class MonotonicLocationAttention(Operator):
             yield _Intent(step[:, :, t], width[:, :, t], None if gate is None else gate[:, :, t], content)
 
     def steps_of(self, rho: Tensor) -> Tensor:
-        """How many tokens to move on."""
+        """Return the step of each query in tokens."""
         if self.step_bias is None:
             return STEPS[self.step_kind](rho)
         share = torch.sigmoid(self.step_bias.to(rho))
         return share * STEPS["relu"](rho) + (1 - share) * STEPS["onestep"](rho)
 
     def _look(self, intent: _Intent, source: _Source, past: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights `(B, H, Nk)` of one query, and the place that they expect."""
+        """Return the weights `(B, H, Nk)` of one query and their expected position."""
         logits = log_bell(source.at, past + intent.step, intent.width)
         weights = bell = safe_softmax(logits.masked_fill(~source.seen, masks.NEG_INF))
         if intent.gate is not None and intent.content is not None:
@@ -156,7 +156,7 @@ class MonotonicLocationAttention(Operator):
         start = bell if self.past == "location" else weights
         return weights, (start * source.at).sum(-1, keepdim=True)
 
-    # -- the seam ------------------------------------------------------------------------------------------------------
+    # -- the operator--------------------------------------------------------------------------------------------------
 
     def _attend(self, call: AttentionCall) -> Tensor:
         self._engine(call)
@@ -175,21 +175,21 @@ class MonotonicLocationAttention(Operator):
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
         op = cls(head_dim, heads, step="controlled_relu", mix=True)
-        assert op.step_bias is not None  # "controlled_relu" learns it
+        assert op.step_bias is not None  # learned by "controlled_relu"
         nn.init.zeros_(op.step_bias)
         return op
 
     @classmethod
     def exact(cls, heads: int, head_dim: int, length: int) -> Self:
         op = cls(head_dim, heads, mix=True)
-        assert op.w_gate is not None and op.gate_bias is not None  # `mix` learns them
+        assert op.w_gate is not None and op.gate_bias is not None  # learned with `mix`
         nn.init.zeros_(op.w_gate)
         nn.init.constant_(op.gate_bias, -1e4)
         return op
 
 
 class _Intent(NamedTuple):
-    """Of one query: how far it goes, how widely it looks, how much of that counts, and where else it looks."""
+    """The numbers of one query: its step, the width of its bell, the bell's share, and the content logits."""
 
     step: Float[Tensor, "b h 1"]
     width: Float[Tensor, "b h 1"]
@@ -198,14 +198,14 @@ class _Intent(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """The real keys, their values and their places; a head to each query head."""
+    """The real keys, their values and their positions, with one head for each query head."""
 
     k: Float[Tensor, "b h k d"]
     v: Float[Tensor, "b h k dv"]
     seen: Bool[Tensor, "b 1 k"]
     at: Float[Tensor, "b 1 k"]  # 0 at the first real key and 1 at the last
     unit: Float[Tensor, "b 1 1 1"]  # from one key to the next
-    real: Int[Tensor, "b 1 1 1"]  # how many keys are real
+    real: Int[Tensor, "b 1 1 1"]  # the number of real keys
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> _Source:

@@ -64,7 +64,7 @@ class ReversedAttention(Operator):
         return _shares(*_wide(call), call.mask).mT.to(call.q.dtype)
 
     def _plan(self, call: AttentionCall) -> Plan:
-        why = "asked for" if call.engine != "auto" else "each key needs its scores with all queries at once"
+        why = "named by the caller" if call.engine != "auto" else "each key needs its scores with all queries at once"
         b, h, nq, width = call.q.shape
         flops = 2 * b * h * nq * call.n_keys * (width + call.v.shape[3])
         return Plan(engine=self._engine(call), flops=flops, bytes=call.traffic, why=why)

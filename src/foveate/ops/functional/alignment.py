@@ -6,6 +6,7 @@ The classes hold weights per head, for queries `(B, H, Nq, D)` and keys `(B, H, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any, final
@@ -115,7 +116,7 @@ class General(Learned):
         self.w = self.weight(head_dim, head_dim)
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return q @ self.w, k
+        return q @ self.w.to(q), k
 
 
 class BiasedGeneral(General):
@@ -126,7 +127,7 @@ class BiasedGeneral(General):
         self.b = self.zeros(head_dim)
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return q @ self.w.mT + self.b[:, None], k
+        return q @ self.w.to(q).mT + self.b.to(q)[:, None], k
 
 
 class ActivatedGeneral(Learned):
@@ -137,7 +138,7 @@ class ActivatedGeneral(Learned):
         self.w, self.b, self.act = self.weight(head_dim, head_dim), self.zeros(), _activation(activation)
 
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
-        return self.act(q @ self.w @ k.mT + self.b[:, None, None])
+        return self.act(q @ self.w.to(q) @ k.mT + self.b.to(q)[:, None, None])
 
 
 class Pairwise(Learned):
@@ -150,18 +151,22 @@ class Pairwise(Learned):
         self.act, self.b = _activation(activation), self.zeros(self.hidden)
         self.w = nn.Parameter(self.weight(1, self.hidden).detach()[:, 0])
 
-    def project(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the query's and the key's summand of the activation's argument."""
-        raise NotImplementedError
-
-    def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
-        return pair_score(*self.project(q, k), self.w, self.act)
-
     def score_macs(self, width: int) -> int:
         return self.hidden
 
 
-class Additive(Pairwise):
+class Summed(Pairwise, ABC):
+    """A pairwise form whose activations are of a sum: one summand of the query's, one of the key's."""
+
+    @abstractmethod
+    def project(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the query's and the key's summand of the activation's argument."""
+
+    def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
+        return pair_score(*self.project(q, k), self.w.to(q), self.act)
+
+
+class Additive(Summed):
     """The additive form `w . act(W_q q + W_k k + b)`."""
 
     def __init__(self, heads: int, head_dim: int, hidden: int | None = None, activation: str = "tanh") -> None:
@@ -169,10 +174,10 @@ class Additive(Pairwise):
         self.w_q, self.w_k = self.weight(self.hidden, head_dim), self.weight(self.hidden, head_dim)
 
     def project(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return q @ self.w_q.mT + self.b[:, None], k @ self.w_k.mT
+        return q @ self.w_q.to(q).mT + self.b.to(q)[:, None], k @ self.w_k.to(k).mT
 
 
-class Concat(Pairwise):
+class Concat(Summed):
     """`w . act(W [q; k] + b)`: the additive form with one matrix for both."""
 
     def __init__(self, heads: int, head_dim: int, hidden: int | None = None, activation: str = "tanh") -> None:
@@ -180,8 +185,8 @@ class Concat(Pairwise):
         self.w_both = self.weight(self.hidden, 2 * head_dim)
 
     def project(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        w_q, w_k = self.w_both.chunk(2, -1)
-        return q @ w_q.mT + self.b[:, None], k @ w_k.mT
+        w_q, w_k = self.w_both.to(q).chunk(2, -1)
+        return q @ w_q.mT + self.b.to(q)[:, None], k @ w_k.mT
 
 
 class Deep(Additive):
@@ -199,8 +204,8 @@ class Deep(Additive):
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
         hidden = self.act(pairs(*self.project(q, k)))
         for w, b in zip(self.layers, self.biases, strict=True):
-            hidden = self.act(hidden @ w.mT[:, None] + b[:, None, None])
-        return read_out(hidden, self.w) + self.b_out[:, None, None]
+            hidden = self.act(hidden @ w.to(q).mT[:, None] + b.to(q)[:, None, None])
+        return read_out(hidden, self.w.to(q)) + self.b_out.to(q)[:, None, None]
 
     def score_macs(self, width: int) -> int:
         return self.hidden * (1 + len(self.layers) * self.hidden)
@@ -220,7 +225,7 @@ class Location(Learned):
             raise ShapeError(f"built for positions={self.w.shape[1]}; got Nk={n_keys}")
 
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
-        return q @ self.w[:, at.cols].mT
+        return q @ self.w[:, at.cols].to(q).mT
 
 
 class Feature(Pairwise):
@@ -232,7 +237,7 @@ class Feature(Pairwise):
 
     def own(self, k: Tensor) -> Float[Tensor, "b h k"]:
         """Return each key's logit."""
-        return (self.act(k @ self.w_k.mT + self.b[:, None]) @ self.w[:, :, None]).squeeze(-1)
+        return (self.act(k @ self.w_k.to(k).mT + self.b.to(k)[:, None]) @ self.w.to(k)[:, :, None]).squeeze(-1)
 
     def score(self, q: Tensor, k: Tensor, at: Tile) -> Tensor:
         return self.own(k)[:, :, None].expand(-1, -1, q.shape[2], -1)

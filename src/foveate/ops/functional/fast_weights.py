@@ -56,7 +56,7 @@ def shares_at_the_end(rates: Mapping[str, Tensor]) -> Shares:
     theta, kept = rates["theta"][..., None, :], 1 - rates["alpha"]
     fade, first = decay_matrix(rates["eta"]), since_the_start(rates["eta"])
     left = F.pad(kept[..., 1:], (0, 1), value=1.0).flip(-1)
-    left = since_the_start(left).flip(-1)  # of what is written, at the end
+    left = since_the_start(left).flip(-1)  # the shares of writes that are left at the end
     written = (rates["write"] * left)[..., None, :]
     last = first[..., -1:, None]
     momentum = torch.cat([torch.zeros_like(last), last, fade[..., -1:, :] * theta], -1)

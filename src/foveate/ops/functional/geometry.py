@@ -70,7 +70,7 @@ class Points:
 
 
 @final
-class Turn:
+class Rotation:
     """Rotations of pairs of neighbouring channels by angles `(B, N, C)`."""
 
     def __init__(self, angles: Float[Tensor, "b n c"]) -> None:

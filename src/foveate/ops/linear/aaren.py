@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.core import masks as mask_algebra, online_softmax as online, validate
+from foveate.core import masks, online_softmax, validate
 from foveate.core.call import AttentionCall, Plan, StateSizes
 from foveate.core.errors import OptionError
 from foveate.core.online_softmax import Partial
@@ -27,7 +27,7 @@ from foveate.ops.operator import CAUSAL_PATTERNS
 Form = Literal["scan", "recurrent", "reference"]
 
 #: Merges the `(top, total, out)` of two sets of keys: the associative operation of the scan.
-combine = online.merge
+combine = online_softmax.merge
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Aaren(Streaming):
         return _matrix(scores)[:, :, call.n_keys - call.n_queries :].to(call.q.dtype)
 
     def _plan(self, call: AttentionCall) -> Plan:
-        why = "asked for" if call.engine != "auto" else "one question for all: linear in the length"
+        why = "named by the caller" if call.engine != "auto" else "one query for all: linear in the length"
         engine, (b, h, _, d), (nk, dv) = self._engine(call), call.q.shape, call.v.shape[2:]
         merges = {"scan": math.ceil(math.log2(BLOCK)) + 1, "recurrent": 1, "reference": nk / 2}[engine]
         flops = b * h * nk * (2 * d + int(merges * 4 * (dv + 1)))
@@ -98,13 +98,13 @@ class Aaren(Streaming):
 
     def _init_state(self, sizes: StateSizes) -> AarenState:
         zero = torch.zeros(sizes.batch, sizes.heads, 1, 1, dtype=accumulating(sizes.dtype), device=sizes.device)
-        return AarenState(Partial(zero + mask_algebra.NEG_INF, zero, zero.expand(-1, -1, -1, sizes.value_dim)))
+        return AarenState(Partial(zero + masks.NEG_INF, zero, zero.expand(-1, -1, -1, sizes.value_dim)))
 
     def _step(self, call: AttentionCall, state: AarenState) -> tuple[Tensor, AarenState]:
-        asked = call.q if state.query is None else self._asked(torch.cat([state.query, call.q], 2))
-        scores, values = self._scored(replace(call, q=asked))
-        part = combine(state.part, online.partial(scores[..., None], values))
-        return online.finish(part).to(call.q.dtype), AarenState(part, asked)
+        query = call.q if state.query is None else self._query(torch.cat([state.query, call.q], 2))
+        scores, values = self._scored(replace(call, q=query))
+        part = combine(state.part, online_softmax.partial(scores[..., None], values))
+        return online_softmax.finish(part).to(call.q.dtype), AarenState(part, query)
 
     def _prefill(self, call: AttentionCall, state: AarenState | None) -> tuple[Tensor, AarenState]:
         if state is not None:
@@ -113,9 +113,12 @@ class Aaren(Streaming):
         if call.n_queries == 0:
             return out, self._init_state(StateSizes.of(call))
         scores, values = self._scored(call)
-        return out, AarenState(online.partial(scores[:, :, None], values), self._asked(call.q))
+        return out, AarenState(online_softmax.partial(scores[:, :, None], values), self._query(call.q))
 
-    def _asked(self, q: Tensor) -> Float[Tensor, "b h 1 d"]:
+    def _fixed_sizes(self, state: AarenState) -> tuple[object, ...]:
+        return (tuple(state.part.out.shape),)
+
+    def _query(self, q: Tensor) -> Float[Tensor, "b h 1 d"]:
         if self.query == "same" and known((q == q[:, :, :1]).all()) is False:
             raise OptionError('q must be the same in every row, as Aaren has one query; or use query="first"')
         return q[:, :, :1]
@@ -123,13 +126,13 @@ class Aaren(Streaming):
     def _scored(self, call: AttentionCall) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n dv"]]:
         """Return scores of all keys, -inf for masked ones, and values."""
         wide, heads, mask, scale = accumulating(call.q.dtype), call.q.shape[1], call.mask, call.scale
-        q = self._asked(call.q).to(wide)
+        q = self._query(call.q).to(wide)
         k, v = per_query_head(call.k, heads).to(wide), per_query_head(call.v, heads).to(wide)
         if mask is None:
             return (q * scale @ k.mT)[:, :, 0], v
-        hidden = ~mask_algebra.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
+        hidden = ~masks.keys_of(mask, k.shape[0], k.shape[2])[:, None, :, None]
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-        return (q * scale @ k.mT)[:, :, 0].masked_fill(hidden[..., 0], mask_algebra.NEG_INF), v
+        return (q * scale @ k.mT)[:, :, 0].masked_fill(hidden[..., 0], masks.NEG_INF), v
 
     @classmethod
     def example(cls, heads: int, head_dim: int, length: int) -> Self:
@@ -154,15 +157,15 @@ def prefix_attention(
     validate.one_of("form", form, ("scan", "recurrent", "reference"))
     if form == "reference":
         return causal_product(_matrix(scores), values)
-    leaves = online.partial(scores[..., None, None], values[..., None, :])  # one key each: (B, H, N, 1, ·)
+    leaves = online_softmax.partial(scores[..., None, None], values[..., None, :])  # one key each: (B, H, N, 1, ·)
     run = _scanned if form == "scan" else _folded
-    return online.finish(run(leaves)).squeeze(-2)
+    return online_softmax.finish(run(leaves)).squeeze(-2)
 
 
 def _matrix(scores: Tensor) -> Float[Tensor, "b h n n"]:
     n = scores.shape[-1]
-    seen = mask_algebra.causal(n, n, device=scores.device)
-    return safe_softmax(scores[..., None, :].masked_fill(~seen, mask_algebra.NEG_INF))
+    seen = masks.causal(n, n, device=scores.device)
+    return safe_softmax(scores[..., None, :].masked_fill(~seen, masks.NEG_INF))
 
 
 def _folded(parts: Partial) -> Partial:
@@ -179,7 +182,7 @@ def _scanned(parts: Partial) -> Partial:
     if n <= BLOCK:
         return _doubled(parts, 2)
     empty = Partial(*(torch.zeros_like(each[:, :, :1]) for each in parts))
-    empty = empty._replace(top=torch.full_like(empty.top, mask_algebra.NEG_INF))
+    empty = empty._replace(top=torch.full_like(empty.top, masks.NEG_INF))
     short = -n % BLOCK
     filled = (torch.cat([x, e.expand(-1, -1, short, -1, -1)], 2) for x, e in zip(parts, empty, strict=True))
     inside = _doubled(Partial(*(x.unflatten(2, (-1, BLOCK)) for x in filled)), 3)

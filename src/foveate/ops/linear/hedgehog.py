@@ -25,25 +25,25 @@ Bias = Literal["none", "scalar", "vector"]
 class Hedgehog(Linear):
     """Weights `phi_q(q_i) . phi_k(k_j)`, normalized over the keys, with one learned map per head for q and one for k.
 
-    `phi(x)` makes 2F positive features of `y = gain (W x + b)`, with W `(F, D)`: a spiky, nearly monotone stand-in for
-    `exp(q . k)`, at O(N F (D + Dv)) cost and with a state of 2F x (Dv + 1) numbers per head. Made to take the place of
-    a softmax: train the maps with `foveate.train.distill`, then the model. Untrained (W = 1, b = 0) it is already lower
-    in entropy than `elu + 1`. The wrong choice where nothing can be trained.
+    `phi(x)` makes 2F positive features of `y = gain (W x + b)`, with W `(F, D)`: a spiky, nearly monotone approximation
+    of `exp(q . k)`, at O(N F (D + Dv)) cost and with a state of 2F x (Dv + 1) numbers per head. It replaces a softmax:
+    train the maps with `foveate.train.distill`, then the model. Untrained (W = 1, b = 0) its weights already have a
+    lower entropy than those of `elu + 1`. The wrong choice if nothing can be trained.
 
     Args:
         heads, head_dim: Hq and D of the calls to come.
         form: the features. "exp": `[exp y, exp -y]`, the paper's, which overflows where `|y|` nears 88 in float32;
             "softmax": one softmax over both halves together, `[y, -y]`, which bounds the norm and re-weights keys;
-            "two_softmax": a softmax in each half; "exp_shifted": each half less its own maximum before the exponential.
-            The last three divide a key's features by a factor of the key, which changes the weights.
+            "two_softmax": a softmax in each half; "exp_shifted": each half minus its own maximum before the
+            exponential. The last three divide a key's features by a factor of the key, which changes the weights.
         gain: factor on `W x + b`; the port in flash-linear-attention uses 2, with form "softmax", shared=True.
         bias: "vector", one "scalar" per map, or "none".
         shared: one map for all heads in place of one per head.
-        feature_dim: F; D where None, as in the paper. W starts as an identity of F rows and D columns. Fewer features
+        feature_dim: F; None for D, as in the paper. W starts as an identity of F rows and D columns. Fewer features
             make the state smaller, and before training the channels from F on have no effect.
 
-    `scale` is the factor on the dot products: its square root goes to q and to k before the maps. It is 1 unless a call
-    says otherwise; `head_dim ** -0.5` gives the two of them `head_dim ** -0.25` each.
+    `scale` is the factor on the dot products; its square root multiplies q and k before the maps. It is 1 unless a call
+    gives another; `head_dim ** -0.5` multiplies each of the two by `head_dim ** -0.25`.
 
     Raises:
         OptionError: an unknown form or bias, or a negative `scale`.
@@ -79,7 +79,7 @@ class Hedgehog(Linear):
 
 @final
 class FeatureMap(nn.Module):
-    """`x (B, H, N, D) -> (B, H, N, 2F)`: Hedgehog's features, at first of x itself. Options as for `Hedgehog`."""
+    """Hedgehog's features, `x (B, H, N, D) -> (B, H, N, 2F)`; W starts as the identity. Options as for `Hedgehog`."""
 
     def __init__(
         self, heads: int, head_dim: int, form: Form, *, gain: float, bias: Bias, shared: bool,
@@ -118,7 +118,7 @@ class FeatureMap(nn.Module):
 
 
 def _rooted(x: Tensor, scale: float) -> Tensor:
-    """Queries or keys times the square root of the scale."""
+    """Multiply queries or keys by the square root of the scale."""
     if scale < 0:
-        raise OptionError(f"scale={scale} must be at least 0: its square root goes to q and to k")
+        raise OptionError(f"scale={scale} must be at least 0, since its square root multiplies q and k")
     return x if scale == 1 else x * math.sqrt(scale)

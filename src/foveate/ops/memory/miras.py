@@ -1,4 +1,4 @@
-"""Miras: test-time memories by four choices.
+"""Miras: test-time memories from four choices.
 
 It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention, and Online Optimization
 (2025), arXiv 2504.13173.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.ops.base.test_time import Memory
-from foveate.ops.functional import inner_mlp as learner
+from foveate.ops.functional import inner_mlp
 from foveate.ops.functional.fast_weights import Layer, Outer, Weights
 from foveate.ops.operator import Gate
 
@@ -28,47 +28,47 @@ Slices = Literal["rows", "columns", "matrix"]
 
 @final
 class Miras(Memory):
-    """A learner, a choice of what it minimises (`bias`) and of how it keeps what it has (`retention`).
+    """A learner with a choice of its objective (`bias`) and of its regularisation towards the past (`retention`).
 
     Cost O(N P) for P weights per head, and a state of 3 P numbers; P is D Dv for a linear memory, 8 D² for the paper's
     MLP. "dot" without retention is linear attention, "l2" the delta rule, "l2" with momentum and `memory="plain_mlp"`
-    Titans; the Huber losses, and "lp" with p below 2, give way less to outliers among the values; "lq" and "kl" bound
-    the weights, where they cost `chunk` times the memory. The presets `moneta`, `yaad` and `memora` are the paper's
-    three. The wrong choice where plain sums or the delta rule will do: those are cheaper in the linear family.
+    Titans. The Huber losses, and "lp" with p below 2, are less sensitive to outliers among the values. "lq" and "kl"
+    bound the weights, and cost `chunk` times the memory. The presets `moneta`, `yaad` and `memora` are the paper's
+    three. The wrong choice if plain sums or the delta rule suffice: those are cheaper in the linear family.
 
-    Memories: "linear", `W k`; "mlp", `k + norm(W_1 gelu(W_2 k))` with 4 D hidden units, which values as wide as the
-    keys are for; "plain_mlp", `W_1 silu(W_2 k)`.
+    Memories: "linear", `W k`; "mlp", `k + norm(W_1 gelu(W_2 k))` with 4 D hidden units, for values as wide as the keys;
+    "plain_mlp", `W_1 silu(W_2 k)`.
 
-    With `e = M(k) - v`, the slopes of the objectives are (a linear memory's gradient is that, times `kᵀ`):
+    With `e = M(k) - v`, the slopes of the objectives are (a linear memory's gradient is the slope times `kᵀ`):
         "dot": `-v`. "l2": `e`. "lp": `p sign(e) |e|^(p-1)`.
-        "huber": `e` where `|e|₂ <= delta`, else `delta sign(e)`, as the paper's model has it: at the threshold the step
-        grows about `sqrt(Dv)` times. "huber_norm": there `delta e / |e|₂`, without that leap. "huber_channel": `e` with
+        "huber": `e` where `|e|₂ <= delta`, else `delta sign(e)`, as in the paper's model: at the threshold the step
+        grows about `sqrt(Dv)` times. "huber_norm": `delta e / |e|₂` there, without that jump. "huber_channel": `e` with
         each channel clamped to delta.
     With M the decayed sum of the steps of one matrix (see `Memory`), its weights are:
         "none" and "l2": M itself, "none" without any decay.
         "lq": `M / |M|_q^(q-2)`.
         "kl": `mass * softmax(M)` over each slice, which is `softmax((1 - alpha) log W - theta u)`: not negative, and
-        each slice sums to `mass`. A linear one starts uniform: an empty memory does not answer 0.
+        each slice sums to `mass`. A linear memory starts uniform, so an empty one does not answer 0.
 
     Args:
         bias, retention: as above.
-        p: of "lp", at least 1. q: of "lq", at least 1.
-        delta: of "huber"; a call may bring a tensor `(B, H, Nk)`.
-        mass, slices: of "kl". Which slices sum to `mass` is not settled by the paper: "rows" (the weights of one value
+        p: the order of "lp", at least 1. q: the order of "lq", at least 1.
+        delta: the threshold of "huber"; a call may bring a tensor `(B, H, Nk)`.
+        mass, slices: for "kl". The paper does not settle which slices sum to `mass`: "rows" (the weights of one value
             channel), "columns" (those of one key channel), or the whole "matrix".
-        smooth: added to `e²` under the root wherever a sign or a power of `|e|` is taken: a gradient exists at 0.
-        alpha: forgetting, 1 minus the paper's alpha; eta: momentum; theta: the step, the paper's eta. As in `Memory`.
+        smooth: added to `e²` under the root of every sign or power of `|e|`, so that a gradient exists at 0.
+        alpha: forgetting, 1 minus the paper's alpha; eta: momentum; theta: the step, the paper's eta. See `Memory`.
         chunk: tokens whose gradients are taken at the same weights; 1 is the exact rule.
         unit: scale queries and keys to length 1, as the paper does.
-        memory: as above; the presets have "mlp".
-        heads, head_dim, value_dim: Hq, D and Dv of the calls to come; MLPs need to know them.
-        max_grad_norm: as in `foveate.ops.Titans`; None, as in the paper, bounds nothing.
+        memory: as above; the presets use "mlp".
+        heads, head_dim, value_dim: Hq, D and Dv of the calls to come; MLPs need them.
+        max_grad_norm: as in `foveate.ops.Titans`; None, as in the paper, sets no bound.
         generator: for an MLP's first weights, which are parameters, as are gain and shift of its norm.
 
-    Departures: rates are one number per token and head, where the paper has one per channel, and does not say for which
-    of the channels of an MLP's matrices; "lq" and "kl" weights are made anew for every token that reads, where the
-    paper does so at the ends of chunks (the same for `chunk=1`). There is no official code: the rules are checked at
-    their limits. Reconstructed: the first weights, and a norm that is trained in the outer loop alone.
+    Departures: rates are one number per token and head; the paper has one per channel, and does not specify which
+    channels of an MLP's matrices. "lq" and "kl" weights are recomputed for every token that reads; the paper does so at
+    the ends of chunks (the same for `chunk=1`). There is no official code, so tests check the rules at their limits.
+    Reconstructed: the first weights, and a norm that only the outer loop trains.
 
     Raises:
         OptionError: an option out of range, a decay together with retention="none", or an MLP of unknown size.
@@ -102,8 +102,8 @@ class Miras(Memory):
         if retention == "none" and alpha:
             raise OptionError(f'alpha={alpha} decays, and retention="none" does not; use retention="l2"')
         if retention == "none":
-            self._declare(inputs=self.capabilities.inputs - {"alpha"})  # this one takes no decay from a call either
-        if not bias.startswith("huber"):  # nobody would ask for delta, nor train what makes it
+            self._declare(inputs=self.capabilities.inputs - {"alpha"})  # a call may not bring a decay either
+        if not bias.startswith("huber"):  # delta has no effect, so a layer must not train it
             gates = {name: gate for name, gate in self.capabilities.gates.items() if name != "delta"}
             self._declare(inputs=self.capabilities.inputs - {"delta"}, gates=gates)
         self.linked = retention == "kl" or (retention == "lq" and q != 2)
@@ -117,9 +117,9 @@ class Miras(Memory):
     def _build(
         self, heads: int | None, head_dim: int | None, value_dim: int | None, generator: torch.Generator | None
     ) -> None:
-        """First weights of an MLP, such that one step moves what is read about as far as in a linear memory."""
+        """Make first weights of an MLP whose answers move about as far in one step as those of a linear memory."""
         if heads is None or head_dim is None:
-            raise OptionError(f'memory="{self.memory}" has to know heads and head_dim; got {heads} and {head_dim}')
+            raise OptionError(f'memory="{self.memory}" must come with heads and head_dim; got {heads} and {head_dim}')
         value_dim = head_dim if value_dim is None else value_dim
         for name, value in (("heads", heads), ("head_dim", head_dim), ("value_dim", value_dim)):
             validate.count(name, value, 1)
@@ -131,46 +131,46 @@ class Miras(Memory):
             self.first = nn.ParameterList([enter, torch.zeros(out)])
             return
         if value_dim != head_dim:
-            raise OptionError(f'memory="mlp" adds keys to what it answers; value_dim={value_dim} is not {head_dim}')
+            raise OptionError(f'value_dim={value_dim} must be head_dim={head_dim} for memory="mlp"')
         self.first = nn.ParameterList([enter, torch.randn(out, generator=generator)])
         self.gain = nn.Parameter(torch.ones(heads, 1, head_dim))
         self.shift = nn.Parameter(torch.zeros(heads, 1, head_dim))
 
     @classmethod
     def moneta(cls, p: float = 3.0, q: float = 4.0, memory: Architecture = "mlp", **options: Any) -> Self:
-        """The l_p objective with l_q retention."""
+        """Make Moneta: the l_p objective with l_q retention."""
         return cls("lp", "lq", p=p, q=q, memory=memory, **options)
 
     @classmethod
     def yaad(
         cls, delta: float = 1.0, bias: Bias = "huber", memory: Architecture = "mlp", **options: Any
     ) -> Self:  # fmt: skip
-        """A Huber objective with decay. In training end to end, "huber_norm" went well where "huber" did not."""
+        """Make Yaad: a Huber objective with decay. End-to-end training works with "huber_norm" and not with "huber"."""
         return cls(bias, "l2", delta=delta, memory=memory, **options)
 
     @classmethod
     def memora(cls, memory: Architecture = "mlp", **options: Any) -> Self:
-        """The l_2 objective with weights on a simplex."""
+        """Make Memora: the l_2 objective with weights on a simplex."""
         return cls("l2", "kl", memory=memory, **options)
 
     def initial(self, heads: int, key_dim: int, value_dim: int, like: Tensor) -> Weights:
         if self.memory == "linear":
             return (like.new_zeros(heads, value_dim, key_dim),)
-        return learner.first(self.name, self.first, (heads, key_dim, value_dim), like)
+        return inner_mlp.first(self.name, self.first, (heads, key_dim, value_dim), like)
 
     def read(self, layers: Sequence[Layer], q: Tensor) -> Tensor:
-        return learner.read(layers, q, *self._form())
+        return inner_mlp.read(layers, q, *self._form())
 
     def surprise(self, weights: Weights, k: Tensor, v: Tensor, rates: Mapping[str, Tensor]) -> tuple[Outer, ...]:
         def slope(read: Tensor) -> Tensor:
             return self._slope(read, v, rates["delta"][..., None])
 
-        return learner.gradients(weights, k, slope, *self._form())
+        return inner_mlp.gradients(weights, k, slope, *self._form())
 
-    def _form(self) -> tuple[learner.Activation, learner.Around | None]:
+    def _form(self) -> tuple[inner_mlp.Activation, inner_mlp.Around | None]:
         if self.memory == "mlp":
-            return learner.GELU, learner.Around(self.gain, self.shift)
-        return learner.SILU, None
+            return inner_mlp.GELU, inner_mlp.Around(self.gain, self.shift)
+        return inner_mlp.SILU, None
 
     def _slope(self, read: Tensor, v: Tensor, delta: Tensor) -> Tensor:
         if self.bias == "dot":
@@ -187,7 +187,7 @@ class Miras(Memory):
             return torch.minimum(torch.maximum(error, -delta), delta)
         total = error.square().sum(-1, keepdim=True)
         near = total <= delta.square()
-        # delta goes to 0 where it is not asked for: an infinite one would make NaN of a gradient of 0
+        # an infinite delta is replaced by 0 where it has no effect, since it would turn a gradient of 0 into NaN
         reach = torch.where(near, 0.0, delta)
         length = error.square() if self.bias == "huber" else total
         return torch.where(near, error, reach * error * _power(length + self.smooth, -0.5))
@@ -209,6 +209,6 @@ class Miras(Memory):
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
-    """`x ** exponent`, and 0 with a gradient of 0 where x is 0: an error of exactly 0 is no surprise."""
+    """Return `x ** exponent`, and 0 with a gradient of 0 where x is 0, since an error of exactly 0 writes nothing."""
     some = x > 0
     return torch.where(some, torch.where(some, x, 1.0) ** exponent, 0.0)

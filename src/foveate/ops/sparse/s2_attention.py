@@ -29,8 +29,8 @@ class S2State(KVState):
     """The keys and values that some query head of each key/value head still needs.
 
     Args:
-        k, v: as in `KVState`; a head that needs fewer tokens than another has zeros in the slots that are left.
-        places: the place in the sequence of what each slot holds, on the CPU; -1 for one that holds nothing.
+        k, v: as in `KVState`; a head that needs fewer tokens than another has zeros in its empty slots.
+        places: each slot's position in the sequence, on the CPU; -1 for an empty slot.
         seen: tokens so far.
     """
 
@@ -47,7 +47,7 @@ class S2State(KVState):
         return S2State(joined.k, joined.v, torch.cat([self.places, new], 1), last)
 
     def only(self, kept: Bool[Tensor, "hkv n"]) -> S2State:
-        """Return the state with some slots of each head, in order; the numbers of slots may differ by head."""
+        """Return the state with some slots of each head, in order; their numbers may differ by head."""
         count = int(kept.sum(-1).max())
         order = kept.int().argsort(dim=-1, descending=True, stable=True)[:, :count]
         held = kept.gather(1, order)
@@ -58,7 +58,7 @@ class S2State(KVState):
 
 @final
 class S2Attention(Selective):
-    """A head sees the last `local_blocks` blocks and every `stride`-th block before, at an offset of its own. Causal.
+    """A head sees the last `local_blocks` blocks and every `stride`-th block before, at its own offset. Causal.
 
     Cost O(N (local_blocks · block + N / stride) D). A block that a head skips is never needed by that head again, so
     that a stream drops it: a key/value head holds about `local_blocks · block + N / stride` tokens. A model has to be
@@ -67,10 +67,11 @@ class S2Attention(Selective):
     Args:
         block: tokens in a block.
         local_blocks: nearest blocks that every head sees, the query's own included.
-        stride: of the blocks further back, one in so many.
-        shards: different offsets, each shared by neighbouring heads; one to each key/value head where None. Offsets are
-            counted with this one number; the release mixes query and key/value heads, and then leaves gaps.
-        dense_heads: the last so many key/value heads see the whole past, with all of their queries, as in the release.
+        stride: one block in `stride` is seen further back.
+        shards: different offsets, each shared by neighbouring heads; None for one per key/value head. Offsets count
+            with this one number; the release mixes query and key/value heads, which leaves gaps.
+        dense_heads: number of last key/value heads that see the whole past, for all of their queries, as in the
+            release.
     """
 
     capabilities = replace(Selective.capabilities, patterns=CAUSAL_PATTERNS)
@@ -106,7 +107,7 @@ class S2Attention(Selective):
     def trim_state(self, state: KVState) -> KVState:
         assert isinstance(state, S2State)
         kv_heads = state.k.shape[1]
-        heads = math.lcm(kv_heads, self.shards or kv_heads)  # as fine as any number of query heads divides the shards
+        heads = math.lcm(kv_heads, self.shards or kv_heads)  # enough for any number of query heads
         needed = self._needed(state, heads).unflatten(0, (kv_heads, -1)).any(1)
         return state if bool(needed.all()) else state.only(needed)
 
@@ -116,7 +117,7 @@ class S2Attention(Selective):
         return replace(call, k=state.k, v=state.v, mask=mask)
 
     def _needed(self, state: S2State, heads: int) -> Bool[Tensor, "h n"]:
-        """Return the slots that each of so many query heads reads at the last place."""
+        """Return the slots that each of so many query heads reads at the last position."""
         kv_heads = state.places.shape[0]
         shards, groups = self._shards(heads, kv_heads), heads // kv_heads
         shard = torch.arange(heads, device="cpu")[:, None] // (heads // shards)
@@ -143,7 +144,7 @@ class S2Attention(Selective):
 def s2_mask(
     shards: int, n_blocks: int, local_blocks: int = 16, stride: int = 8, first: int = 0
 ) -> Bool[Tensor, "h i j"]:
-    """Which key blocks j the query blocks i, from `first` on, of each shard see."""
+    """Return the key blocks j that the query blocks i of each shard see, from `first` on."""
     shard, i, j = torch.arange(shards)[:, None, None], torch.arange(first, n_blocks)[:, None], torch.arange(n_blocks)
     return (j <= i) & _sees(shard, i, j, shards, local_blocks, stride)
 
@@ -151,12 +152,12 @@ def s2_mask(
 def _sees(
     shard: Tensor, i: Tensor | int, j: Tensor, shards: int, local_blocks: int, stride: int
 ) -> Bool[Tensor, "..."]:
-    """Return whether query block i of a shard sees key block j, which is not later."""
+    """Return True if query block i of a shard sees key block j, which is not later."""
     return (i - j < local_blocks) | ((j + shard * max(1, stride // shards)) % stride == 0)
 
 
 def is_kv_efficient(mask: Bool[Tensor, "h i j"]) -> bool:
-    """Whether no head comes back to a key block that it has once skipped, so that its cache may drop what it skips."""
+    """Return True if no head reads a key block again that it has skipped, so that its cache may drop skipped blocks."""
     if mask.dim() != 3:
         raise ShapeError(f"mask must be (H, query blocks, key blocks); got {tuple(mask.shape)}")
     past = torch.ones(mask.shape[1:], dtype=torch.bool).tril()
@@ -167,7 +168,7 @@ def is_kv_efficient(mask: Bool[Tensor, "h i j"]) -> bool:
 def _selection(
     n_queries: int, n_keys: int, heads: int, layout: tuple[int, int, int, int, int], device: torch.device
 ) -> Blocks:
-    """Tiles of queries count from the first query, blocks of the mask from the first key: a tile may lie in two."""
+    """Make the selection; tiles count from the first query and mask blocks from the first key, so they may overlap."""
     block, local_blocks, stride, shards, dense = layout
     n_blocks, size = -(-n_keys // block), (block, block)
     skipped, shift = divmod(n_keys - n_queries, block)

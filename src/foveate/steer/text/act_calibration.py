@@ -89,7 +89,7 @@ def calibrate_sinks(
     alpha: float = 5.0,
     keep_first: bool = True,
     *,
-    seen: Bool[Tensor, "b h q k"] | None = None,
+    seen: Bool[Tensor, "#b #h q k"] | None = None,
 ) -> Float[Tensor, "b h q k"]:
     """Scale down the sinks of some heads, and distribute the freed weight over the other keys.
 
@@ -116,7 +116,7 @@ def calibrate_sinks(
 
 
 def find_sinks(
-    attn: Float[Tensor, "b h q k"], thr: float | Literal["alpha/N"], alpha: float, *, seen: Bool[Tensor, "b h q k"]
+    attn: Float[Tensor, "b h q k"], thr: float | Literal["alpha/N"], alpha: float, *, seen: Bool[Tensor, "#b #h q k"]
 ) -> Bool[Tensor, "b h k"]:
     """Mark the keys that receive more than the threshold, averaged over the queries that see them."""
     rows = seen.sum(-2)

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def pieces(text: str) -> list[Piece]:
             lines = (line.split("  #")[0].strip() for line in body.replace("\\\n", " ").splitlines())
             found += [Piece("shell", part.strip()) for line in lines for part in line.split("&&") if part.strip()]
         else:
-            raise ValueError(f"README has a block of {language!r}; teach tests/readme.py to run it")
+            raise ValueError(f"README has a block of {language!r}; teach tests/support/readme.py to run it")
     return found
 
 

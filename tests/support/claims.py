@@ -3,7 +3,7 @@
 The `claim` fixture (`tests/conftest.py`) checks a claim and records it; this module turns the records into a table:
 
     FOVEATE_CLAIMS=.claims python -m pytest tests/systems
-    python -m tests.claims .claims
+    python -m tests.support.claims .claims
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Literal
 from foveate.core.catalog import ROOMS, System, systems
 
 VARIABLE = "FOVEATE_CLAIMS"  # names the folder that records go to; unset: nothing is recorded
-LEDGER = Path(__file__).parent.parent / "docs" / "claims.md"
+LEDGER = Path(__file__).parents[2] / "docs" / "claims.md"
 
 HEAD = """\
 # The claims ledger
@@ -130,7 +130,9 @@ def _cell(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.claims", description="Write the claims ledger from records.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.claims", description="Write the claims ledger from records."
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=Path(os.environ.get(VARIABLE, ".claims")))
     parser.add_argument("--out", type=Path, default=LEDGER)
     options = parser.parse_args(arguments)
