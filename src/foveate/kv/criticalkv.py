@@ -29,8 +29,9 @@ class CriticalKV(Wrapper):
 
     A token's norm is that of its value behind a head's part of the output projection, `sum |v W_o,h|`, averaged over
     the query heads of a group. Cost: the values through the output projection once, which is as much as the layer's own
-    projection. The wrong choice around scores that may be negative (KNorm, KeyDiff): the product then means nothing. Also
-    where no few tokens (such as sinks) hold most of the attention: the paper's bound assumes that the first half does.
+    projection. The wrong choice around scores that may be negative (KNorm, KeyDiff): the product then means nothing.
+    Also where no few tokens (sinks, for instance) hold most of the attention: the paper assumes that the first half
+    does, and without it the softmax over what is left weighs more than the values that are dropped.
 
     Around a policy with adaptive heads (`CriticalKV(AdaKV(...))`), that policy says how many tokens each head keeps.
 
