@@ -25,7 +25,7 @@ from foveate.host.hf.layout import layout
 from foveate.host.method import Method
 from foveate.host.padding import tokens
 from foveate.host.site import Site
-from foveate.kv.base import Policy, Progress, check_budget
+from foveate.kv.base.policy import Policy, Progress, check_budget
 from foveate.kv.parts.head_split import (
     HeadTable,
     check_heads,
