@@ -24,7 +24,7 @@ class Policy:
 SYSTEMS = '''
 from dataclasses import dataclass, field
 from typing import ClassVar
-from foveate.kv.base.policy import Policy as Base
+from foveate.kv.base import Policy as Base
 
 @dataclass
 class Derived(Base):
