@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from _report import finish, interleaved
 from foveate.host import apply
+from foveate.host.fused_statistics import Statistics
 from foveate.lens import MEASURES, Lens
-from foveate.lens.capture.fused import Statistics
 from foveate.lens.lens import look
 
 NAMES = ("entropy", "sink_mass", "received_mass")

@@ -21,7 +21,7 @@ import foveate
 from foveate.core.catalog import systems
 from foveate.core.engines import ENGINES
 from foveate.host import Host, Method
-from foveate.kv.base import Policy
+from foveate.kv.base.policy import Policy
 from foveate.kv.duo_attention import duo_train
 from foveate.lens import Lens
 from foveate.ops import SlidingWindow

@@ -11,15 +11,15 @@ import pytest
 from typer.testing import CliRunner
 
 from foveate.cli import app
-from foveate.cli.search import needs, needs_of, search, stem, stemmed, understood
+from foveate.cli.search import needs, needs_of, search, stem, stemmed, understood, unknown_words
 from foveate.core.catalog import CATEGORIES, capabilities, system, systems
 from foveate.core.catalog_rows import ROOMS
 
 #: What people ask, the systems that have to be among the first so many, and what the first reason has to name.
 CORPUS = [
-    ("long context without retraining", 7, "token_select duo_attention hip razor_attention", "long context"),
-    ("smaller KV cache", 4, "razor_attention duo_attention sink_recent mhe_attention", "small KV cache"),
-    ("I run out of GPU memory with long prompts", 6, "razor_attention duo_attention sink_recent", "small KV cache"),
+    ("long context without retraining", 8, "token_select duo_attention hip razor_attention", "long context"),
+    ("smaller KV cache", 6, "razor_attention duo_attention knorm expected_attention", "small KV cache"),
+    ("I run out of GPU memory with long prompts", 5, "razor_attention duo_attention expected_attention", "small KV cache"),
     ("faster decoding of a pretrained model", 4, "tidal_decode recycled_attention token_select", "fast decoding"),
     ("time to first token", 1, "hip", "time to first token"),
     ("images in linear time", 3, "inline_attention l2vit efficient_attention", "images"),
@@ -195,6 +195,18 @@ def test_the_command_finds_nothing() -> None:
     result = run("--search", "zebra")
     assert result.exit_code == 0
     assert "nothing answers 'zebra'" in result.stdout
+    assert "no system knows zebra" in result.stdout
+
+
+def test_words_that_nothing_knows_are_said() -> None:
+    assert unknown_words("a smaller cache by quantization") == ["quantization"]
+    assert unknown_words("smaller caches for long contexts") == []
+    assert "no system knows quantization" in run("--search", "key-value cache quantization").stdout
+
+
+def test_no_need_and_unknown_tags_are_refused() -> None:
+    assert run("--search", " ").exit_code != 0
+    assert run("--tag", "nonsense").exit_code != 0
 
 
 @pytest.mark.parametrize("more", [["hip"], ["--by", "room"]])

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from foveate.core.catalog import systems
 from foveate.host import Host
 from foveate.host.hf.model import host
-from foveate.kv.base import Policy
+from foveate.kv.base.policy import Policy
 
 VOCAB = 64
 _SIZES = dict(
@@ -69,6 +69,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "stride": {"stride": 3, "pool": 0}, "pooled": {"stride": 2, "pool": 5, "k": 6},
         "fixed": {"grow": False, "stride": 5, "phase": 2},
     },
+    "adakv": {"kvpress": {"variant": "kvpress"}},
+    "criticalkv": {"second": {"first": 0.0}},
+    "lagkv": {"cross": {"cross": True}},
+    "expected_attention": {"every": {"every": 3}},
+    "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3}},
 }  # fmt: skip
 CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS.items() for name in some]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -31,7 +32,7 @@ WRONG: dict[object, tuple[Any, ...]] = {
 def wrong_options() -> list[Any]:
     found = []
     for key, cls in BUILT.items():
-        hints = get_type_hints(cls.__init__)
+        hints = get_type_hints(cls if is_dataclass(cls) else cls.__init__)
         for name in inspect.signature(cls).parameters:
             parts = get_args(hints.get(name)) or (hints.get(name),)
             if get_origin(hints.get(name)) is Literal:

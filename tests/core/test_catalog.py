@@ -135,7 +135,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("public", "message"),
     [
-        ('"foveate.kv.base" = ["Policy"]', "'foveate.kv.base' must be a module of ops"),
+        ('"foveate.kv.base.policy" = ["Policy"]', "'foveate.kv.base.policy' must be a module of ops"),
         ('"foveate.ops.operator" = "Operator"', "with a list of its names"),
         ('"foveate.ops.a" = ["A"]\n"foveate.ops.b" = ["A"]', "A is in foveate.ops.a and in foveate.ops.b"),
     ],

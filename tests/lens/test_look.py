@@ -13,10 +13,9 @@ from transformers import BartConfig, BartModel, DynamicCache
 import foveate
 from foveate.core import oracle
 from foveate.core.errors import FoveateError
-from foveate.host import Method, Site, Slots, apply
+from foveate.host import Method, Site, Slots, apply, fused_statistics
 from foveate.kv.sink_recent import SinkRecent
 from foveate.lens import MEASURES, Lens, SinkMass
-from foveate.lens.capture import fused
 from foveate.lens.lens import look
 from tests.lens.models import eager_maps, image, text, tiny
 from tests.support.tensors import assert_near
@@ -123,7 +122,7 @@ def test_memory_is_linear_with_a_window(monkeypatch: pytest.MonkeyPatch) -> None
             read(self, site, out)
 
     monkeypatch.setattr(Lens, "read", watched)
-    monkeypatch.setattr("foveate.lens.capture.tiles.TILE", 1 << 16)
+    monkeypatch.setattr("foveate.host.weight_tiles.TILE", 1 << 16)
     inputs = text("none", n)
     look(tiny("mistral"), {name: x[:1] for name, x in inputs.items()})
     assert largest.elements < n * n / 8
@@ -286,7 +285,7 @@ def test_devices_without_a_kernel_use_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     """Without a fused kernel that returns its log-sum-exp, tiles give the same measures."""
     model, inputs = tiny("llama"), text("left")
     quick = look(model, inputs, measures=list(MEASURES))
-    monkeypatch.setattr(fused, "_has_kernel", lambda q: False)
+    monkeypatch.setattr(fused_statistics, "_has_kernel", lambda q: False)
     slow = look(model, inputs, measures=list(MEASURES))
     for name in MEASURES:
         for layer, values in quick.values(name).items():

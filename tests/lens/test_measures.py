@@ -7,7 +7,7 @@ import torch
 
 from foveate.core import oracle
 from foveate.core.errors import OptionError, UnknownKey
-from foveate.lens.capture.fused import Statistics
+from foveate.host.fused_statistics import Statistics
 from foveate.lens.measures import MEASURES, Entropy, KeyTokens, ReceivedMass, SinkMass, named
 from tests.support.tensors import assert_near, qkv
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from foveate.core import masks, oracle
 from foveate.core.selection import Indices
-from foveate.host import Site
+from foveate.host import Site, weight_tiles
+from foveate.host.fused_statistics import Statistics
 from foveate.lens import MEASURES
 from foveate.lens.capture import tiles
-from foveate.lens.capture.fused import Statistics
 from foveate.lens.measures import KeyTokens
 from tests.support.tensors import assert_near, qkv
 
@@ -39,7 +39,7 @@ def check(found: tiles.Measurements, w: Tensor, seen: Tensor) -> None:
 
 @pytest.fixture(params=[1 << 20, 300], ids=["one tile", "many tiles"])
 def _tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE", request.param)
+    monkeypatch.setattr(weight_tiles, "TILE", request.param)
 
 
 pytestmark = pytest.mark.usefixtures("_tile", "poisoned_memory")
@@ -82,12 +82,12 @@ def test_given_weights_are_measured() -> None:
     w = w / w.sum(-1, keepdim=True)
     call = site(q, k, weights=w)
     check(measure(call), w, masks.causal(9, 9))
-    assert_near(tiles.weights_of(call, slice(2, 5), 3), w[:, 3, 2:5], 1e-6)
+    assert_near(weight_tiles.weights_of(call, slice(2, 5), 3), w[:, 3, 2:5], 1e-6)
 
 
 def test_nan_in_hidden_keys_does_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden keys may hold NaN, also on devices without a fused kernel."""
-    monkeypatch.setattr("foveate.lens.capture.fused._has_kernel", lambda q: False)
+    monkeypatch.setattr("foveate.host.fused_statistics._has_kernel", lambda q: False)
     q, k, _ = qkv(9, 9, dtype=torch.float32)
     seen = masks.causal(9, 9)[None, None] & (torch.arange(9) != 4)
     w = oracle.weights(q, k, mask=seen, scale=0.6)

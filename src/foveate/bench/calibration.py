@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from foveate.host import Host
-from foveate.kv.base import Policy
+from foveate.kv.base.policy import Policy
 from foveate.kv.parts import calibration_store
 
 

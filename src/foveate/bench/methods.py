@@ -16,7 +16,7 @@ from foveate.core.catalog import system
 from foveate.host import Host, Method, Packed
 from foveate.host.method import describe
 from foveate.host.operator_swap import PrefillSwap
-from foveate.kv.base import Policy
+from foveate.kv.base.policy import Policy
 from foveate.kv.parts.calibration_store import digest as tensors_digest
 from foveate.kv.renumbered import Renumbered
 from foveate.ops.operator import Operator

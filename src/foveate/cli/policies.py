@@ -22,7 +22,13 @@ Examples = Annotated[int | None, typer.Option(help="Prompts per task.")]
 Characters = Annotated[int | None, typer.Option(help="Length of retrieval prompts in characters.")]
 Losses = Annotated[str | None, typer.Option(help="Context lengths in tokens for the loss, with commas.")]
 Times = Annotated[str | None, typer.Option(help="Lengths in tokens of the timed prompts, with commas.")]
-Out = Annotated[Path, typer.Option(help="Folder for the journal, policies.json and policies.md.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="Folder for the journal, policies.json and policies.md; what a policy learns of a model is kept "
+        "beside its weights."
+    ),
+]
 
 
 def command(

@@ -117,6 +117,13 @@ def understood(need: str) -> tuple[list[Need], list[str]]:
     return list(named.values()), list(dict.fromkeys(others))
 
 
+def unknown_words(need: str) -> list[str]:
+    """Return the words that no system and no need knows, and that the search left out."""
+    known = set(_vocabulary().values())
+    words = [word for word in _words(need) if word not in _FILLERS and word not in _STOP]
+    return [word for word in words if stem(_corrected(word)) not in known]
+
+
 def stem(word: str) -> str:
     """Return what the forms of a word share, roughly: cache, caches, caching and cached give "cach"."""
     for suffix in _SUFFIXES:

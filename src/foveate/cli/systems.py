@@ -70,14 +70,18 @@ _LETTERS = {"self": "s", "causal self": "c", "cross": "x", "causal cross": "y"}
 
 
 def _show_matches(need: str, rows: list[System], as_json: bool) -> None:
-    from foveate.cli.search import search, understood
+    from foveate.cli.search import search, understood, unknown_words
 
+    if not need.strip():
+        raise OptionError("--search must be a need in plain words")
     matches = search(need, rows)
     if as_json:
         found = [{**_fields(match.system), "score": match.score, "why": match.why} for match in matches]
         typer.echo(json.dumps(found, indent=1))
         return
     hints = [item.hint for item in understood(need)[0] if item.hint]
+    if left_out := unknown_words(need):
+        hints.insert(0, f"no system knows {', '.join(left_out)}")
     if not matches:
         show(f"nothing answers {need!r}; `foveate systems` lists everything", *hints)
         return

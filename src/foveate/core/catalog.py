@@ -32,6 +32,9 @@ def systems(room: str | None = None, tag: str | None = None) -> list[System]:
     """Return the catalogue's systems in its order, or only those of one room, or with one tag."""
     if room is not None and room not in ROOMS:
         raise unknown("room", room, ROOMS)
+    tags = {one for row in _by_key().values() for one in row.tags}
+    if tag is not None and tag not in tags:
+        raise unknown("tag", tag, sorted(tags))
     rows = _by_key().values() if room is None else shelf(room).systems
     return [row for row in rows if tag is None or tag in row.tags]
 

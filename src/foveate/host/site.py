@@ -244,9 +244,9 @@ class Site:
         return self.q.shape[1] // self.positions.shape[1]
 
     def as_of(self, seen: int) -> Site:
-        """Return the same call, as if the sequence had ended after `seen` tokens."""
+        """Return the same call, as if the sequence had ended after `seen` tokens. Its queries keep their positions."""
         other = copy.copy(self)
-        other.__dict__.pop("query_positions", None)
+        other.__dict__["query_positions"] = self.query_positions
         other.__dict__["seen"] = seen
         return other
 

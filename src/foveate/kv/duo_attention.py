@@ -29,7 +29,7 @@ from foveate.host.hf.model import host
 from foveate.host.method import Method
 from foveate.host.padding import tokens
 from foveate.host.site import Site
-from foveate.kv.base import Policy, Progress, check_budget
+from foveate.kv.base.policy import Policy, Progress, check_budget
 from foveate.kv.parts.head_split import HeadTable, check_heads, keep_ends, split_at_budget
 from foveate.kv.parts.training_state import TrainingState
 

@@ -25,7 +25,7 @@ from foveate.host.hf.layout import layout
 from foveate.host.method import Method
 from foveate.host.padding import tokens
 from foveate.host.site import Site
-from foveate.kv.base import Policy, Progress, check_budget
+from foveate.kv.base.policy import Policy, Progress, check_budget
 from foveate.kv.parts.head_split import (
     HeadTable,
     check_heads,
@@ -48,7 +48,8 @@ class RazorAttention(Policy):
     Prefill is dense. After it the cache is cut once, and then the window slides. `N_d` dropped tokens become one slot
     with their mean key and mean value; `log N_d` is added to its logit. This is exact if keys and values do not vary
     among them. Memory falls to about `share + (1 - share) · window / N`. Needs rotary positions and some heads that
-    repeat earlier tokens; these heads are found with random tokens, without data.
+    repeat earlier tokens; these heads are found with random tokens, without data. The wrong choice where answers come
+    from heads that repeat nothing.
 
     Args:
         heads: bool `(layers, kv_heads)`, True keeps everything; None finds them when the method is applied.

@@ -14,7 +14,7 @@ from foveate.core import validate
 from foveate.host.hf.model import Host
 from foveate.host.site import Site
 from foveate.host.slots.ends import Ends
-from foveate.kv.base import Policy
+from foveate.kv.base.policy import Policy
 from foveate.kv.parts.head_split import keep_ends
 
 

@@ -23,7 +23,7 @@ from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
 from foveate.host.method import Method
 from foveate.host.site import Site
-from foveate.kv.base import Policy, Progress, check_budget
+from foveate.kv.base.policy import Policy, Progress, check_budget
 from foveate.kv.parts.head_split import check_reach, far_layers
 from foveate.kv.parts.last_query import has_everything, last_logits
 from foveate.kv.parts.probing import logits_of, read

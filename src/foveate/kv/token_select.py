@@ -25,7 +25,7 @@ from foveate.host.attention import selected
 from foveate.host.hf.model import Host
 from foveate.host.padding import attend_unpadded, tokens
 from foveate.host.site import Site
-from foveate.kv.base import Policy
+from foveate.kv.base.policy import Policy
 from foveate.kv.parts.head_split import check_reach, far_numbers
 from foveate.kv.parts.last_query import cosine, has_everything, max_pooled, top_keys, visible
 

@@ -23,8 +23,9 @@ from foveate.host.entry import apply
 from foveate.host.hf.model import Host, host
 from foveate.host.method import Method
 from foveate.host.site import Site
+from foveate.host.weight_tiles import weights_of
 from foveate.lens.capture.record import Record, by_position
-from foveate.lens.capture.tiles import measure_call, weights_of
+from foveate.lens.capture.tiles import measure_call
 from foveate.lens.measures import KeyTokens, Measure, named
 
 #: Positions of the queries whose weights to keep; negative ones count from the current end of the sequence.

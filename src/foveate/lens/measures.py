@@ -16,8 +16,8 @@ from torch import Tensor
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, unknown
+from foveate.host.fused_statistics import Statistics
 from foveate.host.site import Site
-from foveate.lens.capture.fused import Statistics
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import foveate.models.base.hf_checkpoint  # noqa: F401  (tells transformers of the type that `foveate train` saves)
 from foveate.bench.loading import adapters, files, gguf, weights
 from foveate.bench.loading.device import DTYPES, torch_device
 from foveate.bench.loading.refusal import reading, refused

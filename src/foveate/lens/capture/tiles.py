@@ -1,28 +1,18 @@
-"""Statistics from the weights, a few rows at a time, for attention that no fused kernel computes.
-
-This covers windows, soft caps, the caller's masks, evicted layers, selected keys and edited weights. It is exact and
-several times slower than the kernel. Memory stays linear, and rows are cut to the columns that a query sees.
-"""
+"""Measures of a call, from fused statistics if they are exact there, else from its weights, a few rows at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from foveate.core import masks
-from foveate.core.scoring import dot_product
-from foveate.host.attention import soft_capped, softmax
-from foveate.host.hf.mask import MaskPlan
+from foveate.host.fused_statistics import Statistics
 from foveate.host.site import Site
-from foveate.lens.capture.fused import Statistics, grouped
+from foveate.host.weight_tiles import tiles
 from foveate.lens.measures import KeyTokens, Measure
-
-#: The largest number of weights in a tile.
-TILE = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,20 +22,6 @@ class Measurements:
     values: dict[str, Tensor]
     counted: Bool[Tensor, "b h nq"]
     visible: Float[Tensor, "b h nk"]
-
-
-@dataclass(frozen=True, eq=False)
-class WeightTile:
-    """Weights of some rows and columns; all others are zero. `seen` is None if every pair is visible."""
-
-    weights: Float[Tensor, "b h r k"]
-    seen: Bool[Tensor, "#b #h #r k"] | None
-    keys: slice
-
-    def visible(self) -> Float[Tensor, "b h k"]:
-        """Return the number of nonzero rows that see each key."""
-        counted = (self.weights.sum(-1, keepdim=True) > 0).to(self.weights.dtype)
-        return (counted.expand(self.weights.shape) if self.seen is None else counted * self.seen).sum(-2)
 
 
 def measure_call(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> Measurements:
@@ -58,13 +34,12 @@ def measure_call(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> 
 
 def from_tiles(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> Measurements:
     """Compute all measures of a call from its weights, a few rows at a time."""
-    b, h, n = site.q.shape[:3]
-    size = site.k.shape[2]
+    b, h, size = *site.q.shape[:2], site.k.shape[2]
     dtype = torch.promote_types(site.q.dtype, torch.float32)
     visible, counted = site.q.new_zeros(b, h, size, dtype=dtype), []
     rows: dict[str, list[Tensor]] = {m.name: [] for m in measures if m.over == "queries"}
     keys = {m.name: torch.zeros_like(visible) for m in measures if m.over == "keys"}
-    for tile in _tiles(site, max(1, TILE // (b * h * size)), n):
+    for tile in tiles(site):
         visible[..., tile.keys] += tile.visible()
         counted.append(tile.weights.sum(-1) > 0)
         for measure in measures:
@@ -76,73 +51,3 @@ def from_tiles(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> Me
     return Measurements(
         keys | {name: torch.cat(parts, 2) for name, parts in rows.items()}, torch.cat(counted, 2), visible
     )
-
-
-def weights_of(site: Site, rows: slice, head: int) -> Float[Tensor, "b r s"]:
-    """Return one head's weights of some rows, over all keys."""
-    tile = weight_tile(site, rows, slice(head, head + 1))
-    whole = tile.weights.new_zeros(*tile.weights.shape[:3], site.k.shape[2])
-    whole[..., tile.keys] = tile.weights
-    return whole[:, 0]
-
-
-def weight_tile(site: Site, rows: slice, heads: slice = slice(None)) -> WeightTile:
-    """Return the weights of some rows as they were used, in float32 or better; rows of padding are zero."""
-    mask = _mask(site, rows, heads)
-    seen = None if mask is None else _allowed(mask)
-    keys = _span(seen, site.k.shape[2])
-    if seen is not None and mask is not None:
-        mask, seen = masks.columns_of(mask, keys), masks.columns_of(seen, keys)
-    if site.weights is not None:
-        weights = site.weights.detach()[:, heads, rows, keys]
-        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    else:
-        weights = _softmax(site, rows, heads, keys, mask, seen)
-    if site.real_queries is not None:
-        weights = weights.masked_fill(~site.real_queries[:, None, rows, None], 0.0)
-    return WeightTile(weights, seen, keys)
-
-
-def _tiles(site: Site, step: int, n: int) -> Iterator[WeightTile]:
-    return (weight_tile(site, slice(start, min(start + step, n))) for start in range(0, n, step))
-
-
-def _softmax(
-    site: Site, rows: slice, heads: slice, keys: slice, mask: Tensor | None, seen: Tensor | None
-) -> Float[Tensor, "b h r k"]:
-    q, k = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (site.q, site.k))
-    k = grouped(k[:, :, keys], q.shape[1])[:, heads]
-    logits = soft_capped(dot_product(q[:, heads, rows], k, site.scale), site.softcap)
-    if mask is not None and seen is not None:
-        logits = logits if mask.dtype == torch.bool else logits + mask
-        logits = logits.masked_fill(~seen, masks.NEG_INF)
-    return softmax(site, logits, rows, heads)
-
-
-def _mask(site: Site, rows: slice, heads: slice) -> Tensor | None:
-    """Combine the model's mask and the methods' selections for some rows, without building the whole mask."""
-    plan, n = site.attention_mask, site.q.shape[2]
-    if site.is_whole and isinstance(plan, MaskPlan):
-        mask: Tensor | None = plan.rows(rows)
-    elif site.is_whole and plan is None:
-        causal = site.is_causal and n > 1
-        mask = masks.causal(n, site.k.shape[2], rows=rows, device=site.q.device)[None, None] if causal else None
-    else:
-        mask = masks.rows_of(site.mask, rows)
-    if site.position_bias is not None and site.is_whole:
-        mask = masks.combine(mask, masks.rows_of(site.position_bias[..., -site.k.shape[2] :], rows))
-    mask = masks.combine(mask, *(selection.dense(rows) for selection in site.selections))
-    return mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
-
-
-def _allowed(mask: Tensor) -> Bool[Tensor, "b h r k"]:
-    """Return the visible pairs; a float bias may also hide with the least finite number, as transformers does."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
-def _span(seen: Tensor | None, n: int) -> slice:
-    """Return the range from the first to the last key that any row sees."""
-    if seen is None or seen.shape[-1] == 1:
-        return slice(0, n)
-    some = seen.flatten(0, -2).any(0).nonzero()
-    return slice(int(some[0]), int(some[-1]) + 1) if some.numel() else slice(0, 1)

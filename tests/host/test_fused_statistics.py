@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from foveate.core import oracle
-from foveate.lens.capture import fused
-from foveate.lens.capture.fused import Statistics, received, statistics, with_bias
+from foveate.host import fused_statistics
+from foveate.host.fused_statistics import Statistics, received, statistics, with_bias
 from tests.support.tensors import assert_near, qkv
 
 
@@ -82,11 +82,11 @@ def test_a_bias_as_an_extra_channel_is_a_bias() -> None:
     """The extra channel replaces a mask for kernels that take none, as on CUDA."""
     q, k, _ = qkv(9, 9, heads=2, dtype=torch.float32)
     bias = torch.randn(2, 1, 9)
-    bias[0, :, :4] = fused.HIDDEN
-    expected = fused._attend(q, k, k, 1.0, True, bias)
+    bias[0, :, :4] = fused_statistics.HIDDEN
+    expected = fused_statistics._attend(q, k, k, 1.0, True, bias)
     wide_q, wide_k = with_bias(q, k, bias)
-    for ours, theirs in zip(fused._attend(wide_q, wide_k, k, 1.0, True, None), expected, strict=True):
-        sees = expected[0] > fused.HIDDEN / 2
+    for ours, theirs in zip(fused_statistics._attend(wide_q, wide_k, k, 1.0, True, None), expected, strict=True):
+        sees = expected[0] > fused_statistics.HIDDEN / 2
         assert_near(ours[sees], theirs[sees], 1e-5)
 
 
@@ -95,5 +95,5 @@ def test_the_cuda_kernel_takes_these_shapes(bias: Tensor | None) -> None:
     """On meta tensors: widths are aligned, heads repeated, and the log-sum-exp is cut to length."""
     q, k, _ = (x.to("meta") for x in qkv(13, 13, width=6, dtype=torch.float32))
     columns = torch.empty(2, 2, 13, 11, device="meta")
-    lse, mean = fused._attend(q, k, columns, 0.5, True, None if bias is None else bias.to("meta"))
+    lse, mean = fused_statistics._attend(q, k, columns, 0.5, True, None if bias is None else bias.to("meta"))
     assert lse.shape == (2, 4, 13) and mean.shape == (2, 4, 13, 11)

@@ -95,7 +95,12 @@ class Statistics:
     def of(cls, site: Site) -> Self | None:
         """Return the statistics of a site, or None if it did more than softmax with causality and padding."""
         edited = (
-            site.replaced or site.weights is not None or site.selections or site.softcap is not None or site.is_biased
+            site.replaced
+            or site.weights is not None
+            or site.selections
+            or site.softcap is not None
+            or site.is_biased
+            or site.hidden_keys is not None
         )
         if edited or not site.is_whole or not _has_kernel(site.q):
             return None

@@ -1,0 +1,76 @@
+"""The base class of policies that wrap another policy: its scores, another choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from foveate.core.errors import OptionError
+from foveate.host import Host
+from foveate.host.site import Site
+from foveate.kv.base.policy import check_budget
+from foveate.kv.base.scored import Heads, ScorePolicy, own_positions
+
+
+@dataclass(eq=False)
+class Wrapper(ScorePolicy):
+    """A policy that changes the choice of another one, `base`.
+
+    The share of tokens, the tokens that always stay, the layers and the times of compression are those of `base`. A
+    system gives `base` a default, and writes `score`, `keep` or both.
+    """
+
+    base: ScorePolicy
+    share: float = field(init=False, repr=False)
+    sink: int = field(init=False, repr=False)
+    recent: int = field(init=False, repr=False)
+    heads: Heads = field(init=False, repr=False)
+    safeguard: float = field(init=False, repr=False)
+    every: int | None = field(init=False, repr=False)
+    layers: tuple[int, ...] | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, ScorePolicy):
+            raise OptionError(f"base must be a policy that scores, such as SnapKV(); got {type(self.base).__name__}")
+        for option in fields(self):
+            if not option.init:
+                setattr(self, option.name, getattr(self.base, option.name))
+        super().__post_init__()
+
+    def bind(self, host: Host) -> None:
+        self.base.bind(host)
+
+    def at(self, site: Site) -> bool:
+        return self.base.at(site)
+
+    def layer_share(self, site: Site) -> float:
+        return self.base.layer_share(site)
+
+    def read(self, site: Site, out: Tensor) -> None:
+        self.base.read(site, out)
+
+    def ranked(self, site: Site, scores: Float[Tensor, "b h s"]) -> tuple[Float[Tensor, "b h s"], Int[Tensor, " b"]]:
+        """Return the scores with the tokens that always stay at inf and padding at -inf, and the tokens to keep."""
+        own, count = own_positions(site)
+        size = (count * self.layer_share(site)).round().long().clamp_min(1)
+        scores = scores.masked_fill(self.stays(site, size), float("inf"))
+        return scores.masked_fill(own < 0, float("-inf")), size
+
+    def stays(self, site: Site, size: Int[Tensor, " b"]) -> Bool[Tensor, "b h s"]:
+        """Return the slots of the sinks and of the newest tokens, which stay in any case; see `ScorePolicy.keep`."""
+        own, count = own_positions(site)
+        sinks = (size - 1).clamp_max(self.sink)
+        newest = (size - sinks).clamp_max(self.recent)
+        return ((own >= 0) & (own < sinks[:, None, None])) | (own >= (count - newest)[:, None, None])
+
+    @classmethod
+    def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
+        """See `Policy.at_budget`. At most half of the budget goes to tokens that always stay."""
+        check_budget(budget, length)
+        made = cls()  # type: ignore[call-arg]  # systems have a default
+        base = type(made.base).at_budget(budget, host, length, **learnt)
+        half = max(1, cls.tokens(budget, length) // 2)
+        return replace(made, base=replace(base, sink=min(base.sink, half - 1), recent=min(base.recent, half)))

@@ -1,0 +1,48 @@
+"""A layer's output projection, cut by heads, and the values behind it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate.core.errors import UnsupportedModel
+from foveate.host import Host
+from foveate.host.site import Site
+
+#: The largest number of projected numbers that are held at a time.
+TILE = 1 << 22
+
+
+def check_projections(host: Host) -> None:
+    """Refuse a model with an attention layer whose output projection is not linear, or has another name."""
+    for module in host.scope("decoder"):
+        _projection(module)
+
+
+def _projection(module: nn.Module) -> nn.Linear:
+    found = getattr(module, "o_proj", None) or getattr(module, "out_proj", None)
+    if not isinstance(found, nn.Linear):
+        raise UnsupportedModel(
+            f"{type(module).__name__} has no linear o_proj or out_proj, so that the output of a token is unknown"
+        )
+    return found
+
+
+def projected_norms(site: Site) -> Float[Tensor, "b hq s"]:
+    """Return the sum of absolute numbers of each value behind each query head's part of the output projection."""
+    v, heads = site.v, site.q.shape[1]
+    weight = _projection(site.module).weight.detach()
+    if weight.shape[1] != heads * v.shape[-1]:
+        raise UnsupportedModel(
+            f"the output projection of {type(site.module).__name__} takes {weight.shape[1]} numbers, and {heads} heads "
+            f"give {heads * v.shape[-1]}"
+        )
+    parts = weight.to(v.dtype).unflatten(1, (heads, -1))
+    step, groups = max(1, TILE // (v.shape[0] * weight.shape[0])), heads // v.shape[1]
+    norms = v.new_empty(v.shape[0], heads, v.shape[2], dtype=torch.float32)
+    for head in range(heads):
+        for start in range(0, v.shape[2], step):
+            some = v[:, head // groups, start : start + step].detach() @ parts[:, head].mT
+            norms[:, head, start : start + step] = some.abs().sum(-1, dtype=torch.float32)
+    return norms

@@ -1,0 +1,47 @@
+"""Numbers that a policy keeps of each stored token from call to call, through eviction, reordering and new tokens.
+
+They stand in `site.notes`, beside the tokens' positions: slots move when tokens are dropped, positions do not. Beam
+search reorders both. What was noted of a token that is gone is forgotten at the next call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveate.host.site import Site
+
+Notes = dict[str, Any]
+
+
+def add(notes: Notes, site: Site, numbers: Float[Tensor, "b hkv s"]) -> None:
+    """Add numbers to those of each slot of the call. New tokens begin at zero, also after others were removed again."""
+    known = find(notes, site)
+    old = site.positions < site.seen - site.q.shape[2]
+    _put(notes, site, torch.where(old, known, 0.0) + numbers.float(), site.positions >= 0, site.positions.shape[2])
+
+
+def find(notes: Notes, site: Site) -> Float[Tensor, "b hkv s"]:
+    """Return the number of each slot of the call; zero for tokens without one."""
+    positions = site.positions.to(torch.int32)
+    if "positions" not in notes:
+        return torch.zeros(positions.shape, device=positions.device)
+    known, numbers = notes["positions"], notes["numbers"]
+    index = torch.searchsorted(known, positions.contiguous()).clamp_max(known.shape[-1] - 1)
+    return numbers.gather(-1, index).masked_fill(known.gather(-1, index) != positions, 0.0)
+
+
+def trim(notes: Notes, site: Site, kept: Bool[Tensor, "b hkv s"], most: int) -> None:
+    """Forget the tokens that are dropped after the call; a head keeps `most` tokens at most."""
+    _put(notes, site, find(notes, site), kept, most)
+
+
+def _put(notes: Notes, site: Site, numbers: Tensor, where: Tensor, most: int) -> None:
+    """Store numbers in the order of their positions, empty slots last."""
+    positions = site.positions.to(torch.int32).masked_fill(~where, torch.iinfo(torch.int32).max)
+    positions, order = positions.sort(dim=-1)
+    notes["positions"] = positions[..., :most].clone()
+    notes["numbers"] = numbers.gather(-1, order[..., :most])
