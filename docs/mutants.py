@@ -67,6 +67,7 @@ TESTS = {
     "-k 'test_host_methods or weights_on_request or (callers_own and gemma2) or (test_by_hand and gemma2)'",
     "host/entry.py": "tests/host/test_stats.py tests/contracts/test_host_methods.py tests/host/test_composition.py",
     "host/evict.py": "tests/host/test_ends.py tests/contracts/test_host_eviction.py",
+    "host/fused_statistics.py": "tests/host/test_fused_statistics.py tests/lens/test_look.py",
     "host/hf/adoption.py": "tests/contracts/test_host_sites.py tests/contracts/test_host_generation.py "
     "-k 'sites or static or drafts_keep or phases or encoder_decoders'",
     "host/hf/attach.py": "tests/host/test_nesting.py tests/contracts/test_host_trace.py "
@@ -101,7 +102,7 @@ TESTS = {
     "host/slots/slots.py": "tests/host/test_ends.py tests/contracts/test_host_eviction.py",
     "host/slots/store.py": "tests/host/test_ends.py tests/contracts/test_host_once.py "
     "tests/host/test_caches_elsewhere.py",
-    "kv/base.py": "tests/systems/kv/test_sink_recent.py tests/contracts/test_policies.py "
+    "kv/base/policy.py": "tests/systems/kv/test_sink_recent.py tests/contracts/test_policies.py "
     "-k 'sink_recent and not live_memory'",
     "kv/parts/calibration_store.py": "tests/bench/test_compare.py -k 'not operator'",
     "kv/parts/head_split.py": "tests/kv/test_head_split.py tests/systems/kv/test_razor_attention.py "
@@ -109,7 +110,6 @@ TESTS = {
     "kv/parts/last_query.py": "tests/kv/test_last_query.py tests/systems/kv/test_recycled_attention.py "
     "tests/systems/kv/test_token_select.py",
     "kv/renumbered.py": "tests/host/test_renumbered.py",
-    "lens/capture/fused.py": "tests/lens/test_fused.py tests/lens/test_look.py",
     "lens/capture/record.py": "tests/lens/test_look.py",
     "lens/capture/tiles.py": "tests/lens/test_tiles.py tests/lens/test_look.py",
     "lens/measures.py": "tests/lens/test_measures.py tests/lens/test_look.py",
