@@ -19,7 +19,12 @@ from foveate.core.catalog_rows import ROOMS
 CORPUS = [
     ("long context without retraining", 8, "token_select duo_attention hip razor_attention", "long context"),
     ("smaller KV cache", 6, "razor_attention duo_attention knorm expected_attention", "small KV cache"),
-    ("I run out of GPU memory with long prompts", 5, "razor_attention duo_attention expected_attention", "small KV cache"),
+    (
+        "I run out of GPU memory with long prompts",
+        5,
+        "razor_attention duo_attention expected_attention",
+        "small KV cache",
+    ),
     ("faster decoding of a pretrained model", 4, "tidal_decode recycled_attention token_select", "fast decoding"),
     ("time to first token", 1, "hip", "time to first token"),
     ("images in linear time", 3, "inline_attention l2vit efficient_attention", "images"),

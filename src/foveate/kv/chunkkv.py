@@ -63,9 +63,7 @@ class ChunkKV(Wrapper):
 
     def _open(self, site: Site) -> Bool[Tensor, "b hkv s"]:
         """Return the tokens that do not stay in any case."""
-        own, count = own_positions(site)
-        size = (count * self.layer_share(site)).round().long().clamp_min(1)
-        return (own >= 0) & ~self.stays(site, size)
+        return (own_positions(site)[0] >= 0) & ~self.stays(site)
 
     def _chunks(self, site: Site) -> Int[Tensor, "b n"]:
         last = (site.seen - 1) // self.chunk  # drafts, which come after the tokens that count, belong to it too

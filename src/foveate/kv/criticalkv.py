@@ -58,7 +58,7 @@ class CriticalKV(Wrapper):
 
     def score(self, site: Site) -> Float[Tensor, "b hkv s"]:
         scores = self.base.score(site).float()
-        ranked, size = self.ranked(site, scores)
+        ranked, size = self.ranked(site, scores), self.size(site)
         budget = self._budget(ranked, size)
         always = (ranks(ranked) < (budget * self.first).long()) | ranked.isposinf()
         critical = (scores + self.epsilon) * per_kv_head(projected_norms(site), site)

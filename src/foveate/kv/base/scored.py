@@ -82,19 +82,29 @@ class ScorePolicy(Policy):
         return self.layers is None or site.layer in self.layers
 
     def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | None:
-        share = self.layer_share(site)
-        if share >= 1.0 or not self._is_due(site):
+        if self.layer_share(site) >= 1.0 or not self._is_due(site):
             return None
-        own, count = own_positions(site)
-        size = (count * share).round().long().clamp_min(1)
-        scores = self.score(site).float()
-        scores = scores.unflatten(1, (own.shape[1], -1)).mean(2)  # of keys that models expand, as the cache's heads
-        sinks = (size - 1).clamp_max(self.sink)  # where not all of both have room: sinks, and the newest
-        newest = (size - sinks).clamp_max(self.recent)
-        always = (own < sinks[:, None, None]) | (own >= (count - newest)[:, None, None])
-        scores = scores.masked_fill(always, torch.inf).masked_fill(own < 0, -torch.inf)
+        scores, size = self.ranked(site, self.score(site)), self.size(site)
         kept = self._best_of_layer(scores, size) if self.heads == "adaptive" else ranks(scores) < size[:, None, None]
-        return kept & (own >= 0)
+        return kept & (own_positions(site)[0] >= 0)
+
+    def size(self, site: Site) -> Int[Tensor, " b"]:
+        """Return how many tokens of each sequence a head keeps, on average over the heads of a layer."""
+        _, count = own_positions(site)
+        return (count * self.layer_share(site)).round().long().clamp_min(1)
+
+    def stays(self, site: Site) -> Bool[Tensor, "b h s"]:
+        """Return the slots of the tokens that stay in any case: sinks, and the newest where not all of both fit."""
+        (own, count), size = own_positions(site), self.size(site)
+        sinks = (size - 1).clamp_max(self.sink)
+        newest = (size - sinks).clamp_max(self.recent)
+        return ((own >= 0) & (own < sinks[:, None, None])) | (own >= (count - newest)[:, None, None])
+
+    def ranked(self, site: Site, scores: Float[Tensor, "b hk s"]) -> Float[Tensor, "b h s"]:
+        """Return scores of the cache's heads, with the tokens that stay in any case at inf, and no tokens at -inf."""
+        own, _ = own_positions(site)
+        scores = scores.float().unflatten(1, (own.shape[1], -1)).mean(2)  # keys that models expand have more heads
+        return scores.masked_fill(self.stays(site), torch.inf).masked_fill(own < 0, -torch.inf)
 
     def _best_of_layer(self, scores: Float[Tensor, "b h s"], size: Int[Tensor, " b"]) -> Bool[Tensor, "b h s"]:
         """Choose the best slots of all heads together, after those that each head keeps in any case."""

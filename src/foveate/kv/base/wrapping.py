@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate.core.errors import OptionError
 from foveate.host import Host
 from foveate.host.site import Site
 from foveate.kv.base.policy import check_budget
-from foveate.kv.base.scored import Heads, ScorePolicy, own_positions
+from foveate.kv.base.scored import Heads, ScorePolicy
 
 
 @dataclass(eq=False)
@@ -51,20 +50,6 @@ class Wrapper(ScorePolicy):
 
     def read(self, site: Site, out: Tensor) -> None:
         self.base.read(site, out)
-
-    def ranked(self, site: Site, scores: Float[Tensor, "b h s"]) -> tuple[Float[Tensor, "b h s"], Int[Tensor, " b"]]:
-        """Return the scores with the tokens that always stay at inf and padding at -inf, and the tokens to keep."""
-        own, count = own_positions(site)
-        size = (count * self.layer_share(site)).round().long().clamp_min(1)
-        scores = scores.masked_fill(self.stays(site, size), float("inf"))
-        return scores.masked_fill(own < 0, float("-inf")), size
-
-    def stays(self, site: Site, size: Int[Tensor, " b"]) -> Bool[Tensor, "b h s"]:
-        """Return the slots of the sinks and of the newest tokens, which stay in any case; see `ScorePolicy.keep`."""
-        own, count = own_positions(site)
-        sinks = (size - 1).clamp_max(self.sink)
-        newest = (size - sinks).clamp_max(self.recent)
-        return ((own >= 0) & (own < sinks[:, None, None])) | (own >= (count - newest)[:, None, None])
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
