@@ -46,18 +46,18 @@ IGNORED = (
 )  # fmt: skip
 #: Tests of what no test is named after, or whose own test is slow: a contract on a few systems, or a neighbour's tests.
 TESTS = {
-    "core/call.py": "tests/core/test_engines.py",
+    "core/call.py": "tests/core/test_call.py tests/core/test_engines.py",
     "core/catalog.py": "tests/core/test_catalog.py tests/core/test_cite.py",
     "core/engines/__init__.py": "tests/core/test_engines.py",
     "core/engines/chunked.py": "tests/core/test_engines.py",
+    "core/engines/flex.py": "tests/core/test_call.py tests/core/test_engines.py",
     "core/engines/fused.py": "tests/core/test_engines.py tests/host/test_packed.py",
     "core/engines/gather.py": "tests/core/test_engines.py tests/core/test_rows.py "
     "tests/systems/kv/test_token_select.py",
     "core/engines/reference.py": "tests/core/test_engines.py",
-    "core/errors.py": "tests/core/test_catalog.py tests/core/test_validate.py tests/lens/test_measures.py",
     "core/online_softmax.py": "tests/core/test_online.py",
-    "core/public.py": "tests/test_door.py tests/core/test_cite.py",
-    "core/readable.py": "tests/core/test_known.py tests/core/test_engines.py",
+    "core/public.py": "tests/core/test_cite.py tests/core/test_catalog.py",
+    "core/readable.py": "tests/core/test_readable.py tests/core/test_known.py tests/core/test_engines.py",
     "core/scoring.py": "tests/core/test_engines.py",
     "core/window_selection.py": "tests/core/test_selection.py tests/core/test_engines.py",
     "models/base/byte_tokenizer.py": "tests/models/test_tokenizers.py",

@@ -360,6 +360,16 @@ def test_slices_of_a_window_cost_its_keys() -> None:
     assert peak_bytes(lambda: slices.attend(problem).sum().backward(), q.device) < 4 * n**2 / 4
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_slices_with_the_same_pairs_have_a_mask_of_their_own(kind: str) -> None:
+    """The runs of a window see the same pairs, and share a bias only if the caller has no mask."""
+    q, k, v = qkv(1024, batch=1, heads=1, kv_heads=1, width=4, dtype=torch.float32)
+    draw = torch.rand(1024, 1024, generator=torch.Generator().manual_seed(0))
+    mask = draw > 0.5 if kind == "bool" else 3 * draw
+    problem = AttentionCall(q, k, v, 1.0, mask, True, window(1024, 1024, 100, 0, q.device))
+    assert_near(slices.attend(problem), engines.run(problem, "reference"), 1e-5)
+
+
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_slices_do_not_copy_keys(sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that sees one range of keys reads the caller's memory; sinks are a separate range."""

@@ -86,3 +86,28 @@ def test_good_options() -> None:
     assert validate.scale(None, 16) == 0.25
     assert validate.scale(2, 16) == 2.0
     assert issubclass(ShapeError, ValueError)
+
+
+class Choosy:
+    def __init__(self, count: int | None = 1, either: int | str | None = None, many: int | str = 1) -> None: ...
+
+
+def test_options_are_checked_by_annotations_of_one_type() -> None:
+    for options in ({}, {"count": None}, {"count": 3, "either": "a"}, {"either": 2, "many": "b"}):
+        validate.options(Choosy, (), options)
+    with pytest.raises(OptionError, match="count='a' must be .* or None"):
+        validate.options(Choosy, (), {"count": "a"})
+
+
+def test_a_mask_of_keys_is_told_its_shape() -> None:
+    def refusal(*shape: int) -> str:
+        with pytest.raises(ShapeError) as caught:
+            validate.bool_mask("m", torch.ones(shape, dtype=torch.bool), "B, 1, 1, Nk", (2, 1, 1, 5), K.device)
+        return str(caught.value)
+
+    hint = "a mask of keys is (B, 1, 1, Nk)"
+    assert refusal(2, 5).endswith(hint) and refusal(2, 1, 5).endswith(hint)
+    for shape in ((1, 4), (2, 4), (3, 5), (2, 3, 5), (4,)):
+        assert hint not in refusal(*shape)
+    for shape in ((5,), (2, 1, 1, 5), (1, 1, 1, 5), (2, 1, 1, 1)):
+        validate.bool_mask("m", torch.ones(shape, dtype=torch.bool), "B, 1, 1, Nk", (2, 1, 1, 5), K.device)
