@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from foveate.bench.known import FULL, PACKED
 from foveate.bench.methods import Contender
-from foveate.bench.policies import calibrate, shared_prefill, times
+from foveate.bench.policies import answers, calibrate, losses, shared_prefill, times
 from foveate.bench.policies.plan import Plan, policies, quick, whole
 from foveate.bench.policies.run import JOURNAL, RESULTS, run
 from foveate.bench.policies.shared_prefill import copy_cache, decode, live_bytes, prefill
@@ -291,8 +292,20 @@ def test_bad_plans_are_refused(change: dict[str, Any], message: str) -> None:
 
 
 def test_prompts_past_the_context_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FoveateError, match="the model's context holds 4096"):
-        run([str(folder)], replace(TINY, characters=5000, losses=(), times=()), tmp_path, Watch())
+    plan = replace(TINY, characters=5000, losses=(), times=())
+    examples = kind("niah_multikey", 5000, plan.examples).examples()
+    new = max(len(example.answer) for example in examples) + answers._SPARE  # a token is a byte
+    with pytest.raises(FoveateError, match=rf"takes \d+ \+ {new} tokens; the model's context holds 4096"):
+        run([str(folder)], plan, tmp_path, Watch())
+
+
+def test_a_plan_counts_its_measurements_and_knows_its_typical_budget() -> None:
+    plan = replace(TINY, budgets=(0.1, 0.2, 0.5), losses=(160, 200), times=(64, 128, 256), examples=5)
+    assert plan.typical == 0.2 and replace(plan, budgets=(0.1, 0.25, 0.3)).typical == 0.25
+    assert [key for key, _ in plan.contenders] == [FULL, PACKED, *plan.methods * 3]
+    made: Any = SimpleNamespace(contenders=plan.contenders, plan=plan)
+    assert losses.loss_steps(made) == 16
+    assert answers.answer_steps(made) == 24, "three batches of two of each task"
 
 
 def test_the_command_runs_and_refuses(folder: Path, tmp_path: Path) -> None:
