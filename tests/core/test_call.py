@@ -1,0 +1,47 @@
+"""A call's facts about itself, and the lengths of the compiled kernel that serves it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from foveate.core.call import AttentionCall
+from foveate.core.engines.flex import rounded_lengths
+from foveate.core.engines.slices import _Bias, _runs
+from foveate.core.selection import Blocks
+
+
+def call(n_queries: int, n_keys: int, **options: object) -> AttentionCall:
+    q, k = torch.zeros(1, 1, n_queries, 2), torch.zeros(1, 1, n_keys, 2)
+    return AttentionCall(q, k, k, 1.0, **options)  # type: ignore[arg-type]
+
+
+def test_one_causal_query_ignores_no_key() -> None:
+    assert not call(1, 5, causal=True).hides_keys
+    assert call(2, 5, causal=True).hides_keys
+    assert not call(2, 5).hides_keys
+    assert call(1, 5, mask=torch.ones(1, 1, 1, 5, dtype=torch.bool)).hides_keys
+
+
+def test_tiles_know_where_they_begin() -> None:
+    assert call(3, 8).tile(slice(1, 3), slice(4, 8)).first == (6, 4)  # the last query sits at the last key
+    assert call(3, 8).tile().first == (5, 0)
+
+
+@pytest.mark.parametrize(("n", "causal", "rounded"), [(10, True, 16), (16, True, 16), (17, True, 32), (10, False, 10)])
+def test_a_kernel_serves_the_next_power_of_two_of_tiles(n: int, causal: bool, rounded: int) -> None:
+    tiles = -(-n // 4)
+    chosen = Blocks(torch.ones(1, 1, tiles, tiles, dtype=torch.bool), (4, 4), n, n)
+    assert rounded_lengths(call(n, n, causal=causal, selected=chosen)) == (rounded, rounded)
+
+
+def test_neighbouring_runs_share_one_bias() -> None:
+    """Runs with one table of visible pairs get one tensor; a run with another table gets its own."""
+    chosen = Blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool), (4, 4), 8, 8)
+    lower, whole = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(), torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    run = _runs(chosen)[0]._replace(seen=lower)
+    bias = _Bias(call(8, 8, selected=chosen), chosen)
+    made = bias.of(run)[0]
+    assert made is not None and bias.of(run)[0] is made
+    other = bias.of(run._replace(seen=whole))[0]
+    assert other is None or not torch.equal(other, made)
