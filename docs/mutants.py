@@ -108,6 +108,7 @@ TESTS = {
     "tests/systems/kv/test_duo_attention.py",
     "kv/parts/last_query.py": "tests/kv/test_last_query.py tests/systems/kv/test_recycled_attention.py "
     "tests/systems/kv/test_token_select.py",
+    "random_keep": "tests/kv/test_random_keep.py tests/systems/kv/test_score_policies.py",
     "kv/renumbered.py": "tests/host/test_renumbered.py",
     "lens/capture/record.py": "tests/lens/test_look.py",
     "lens/capture/tiles.py": "tests/lens/test_tiles.py tests/lens/test_look.py",
