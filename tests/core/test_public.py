@@ -24,12 +24,12 @@ def test_a_name_is_imported_on_first_access_and_kept() -> None:
 
 def test_an_unknown_name_is_answered_with_its_room_or_the_nearest_name() -> None:
     with pytest.raises(AttributeError, match=r"'foveate.kv' has no attribute 'Lens'; it is foveate.lens.Lens$"):
-        foveate.kv.Lens  # noqa: B018
+        lazy("foveate.kv")[0]("Lens")
     with pytest.raises(AttributeError, match='did you mean "SinkRecent"'):
-        foveate.kv.SinkRecnt  # noqa: B018
+        lazy("foveate.kv")[0]("SinkRecnt")
     assert hint("_private", ["private"]) == "" and hint("qqqqqq", ["SinkRecent"]) == ""
     with pytest.raises(AttributeError, match="no attribute '__path_of__'$"):
-        foveate.kv.__path_of__  # noqa: B018
+        lazy("foveate.kv")[0]("__path_of__")
 
 
 def test_a_stub_names_every_public_name_once() -> None:

@@ -75,4 +75,5 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError) as caught:
         PrefillSwap(**options)
     assert message in str(caught.value)
-    assert PrefillSwap(SlidingWindow(window=2), [0]).layers == [0]  # type: ignore[arg-type]
+    swap: Any = PrefillSwap(SlidingWindow(window=2), [0])  # type: ignore[arg-type]
+    assert swap.layers == [0]

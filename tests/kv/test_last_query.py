@@ -68,7 +68,8 @@ def test_a_key_is_visible_if_any_query_of_any_head_may_see_it() -> None:
     assert visible(SimpleNamespace(is_plain_causal=False, mask=None)) is None  # type: ignore[arg-type]
     keys = torch.tensor([[True, False], [True, True]])
     plain: Any = SimpleNamespace(is_plain_causal=True, key_mask=keys[:, None, None])
-    assert torch.equal(visible(plain), keys)
+    seen = visible(plain)
+    assert seen is not None and torch.equal(seen, keys)
     assert visible(SimpleNamespace(is_plain_causal=True, key_mask=None)) is None  # type: ignore[arg-type]
 
 
