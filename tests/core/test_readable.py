@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.core.readable import has_shapes_alone, is_clean, known, trusted
 
 NAN = torch.tensor([1.0, float("nan")])
+
+
+class Refuses(TorchDispatchMode):
+    """A mode in which no operation of PyTorch may run."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} is computed")
 
 
 def test_a_condition_is_read_unless_it_cannot_or_must_not_be() -> None:
@@ -21,9 +30,10 @@ def test_a_condition_is_read_unless_it_cannot_or_must_not_be() -> None:
 
 
 def test_a_trusted_block_computes_nothing() -> None:
-    unread: Any = object()
-    with trusted():
-        assert is_clean(unread) and is_clean(NAN)
+    with trusted(), Refuses():
+        assert is_clean(NAN)
+    with pytest.raises(AssertionError, match="is computed"), Refuses():
+        is_clean(NAN)
     assert is_clean(torch.ones(3), torch.zeros(2)) and not is_clean(torch.ones(3), NAN)
     assert not is_clean(torch.tensor([float("-inf")])) and is_clean(NAN.to("meta"))
 
