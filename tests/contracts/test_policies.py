@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from foveate.core.errors import FoveateError, OptionError, UnsupportedModel
 from foveate.host import apply
-from foveate.kv import ScorePolicy
+from foveate.kv import RazorAttention, ScorePolicy
 from tests.contracts.policies import (
     CASES,
     LENGTHS,
@@ -181,6 +181,32 @@ def test_two_threads_on_one_run_with_a_cache_each() -> None:
         for seed in (1, 2):
             assert torch.equal(found["alone", seed], found["together", seed]), key
         found.clear()
+
+
+@CASE
+@torch.no_grad()
+def test_drafts_do_not_change_the_text(key: str, variant: str) -> None:
+    """Prompt lookup reads several tokens at once. A policy drops and chooses as it does token by token."""
+    method, sizes = policy(key, 0.25, 40, variant), []
+    if isinstance(method, RazorAttention):
+        pytest.skip("drafted queries see the tokens themselves in place of their summary")
+
+    def text(seed: int, **options: Any) -> Tensor:
+        ids = prompt(1, 6, seed).repeat(1, 6)
+        with apply(subject("llama"), method):
+            return subject("llama").generate(ids, max_new_tokens=20, do_sample=False, **options)
+
+    def note_size(module: object, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        sizes.append(options["input_ids"].shape[1])
+
+    expected = [text(seed) for seed in range(4)]
+    hook = subject("llama").register_forward_pre_hook(note_size, with_kwargs=True)
+    try:
+        for seed in range(4):
+            assert torch.equal(text(seed, prompt_lookup_num_tokens=4), expected[seed]), seed
+    finally:
+        hook.remove()
+    assert 1 < max(size for size in sizes if size < 36) and len(sizes) < 4 * 20  # some drafts were accepted
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn import functional as F
 
+from foveate.core import masks
 from foveate.core.errors import OptionError
 from foveate.host.method import Method, overrides
 from foveate.host.site import Site
@@ -23,17 +25,22 @@ def evict(site: Site, methods: list[Method]) -> None:
     settled = layer.seen - site.tentative
     if site.tentative:
         site = site.as_of(settled)
-    keeping = [(m, kept) for m in methods if overrides(m, "keep") and m.at(site) and (kept := m.keep(site)) is not None]
+    # what was dropped query by query is known already
+    asked = [m for m in methods if overrides(m, "keep") and (site.gone is None or overrides(m, "fold")) and m.at(site)]
+    keeping = [(method, kept) for method in asked if (kept := method.keep(site)) is not None]
     folding = [m for m, _ in keeping if overrides(m, "fold")]
     fold: Fold | None = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
     shrinks = layer.window is not None and settled >= layer.window
-    if not site.tentative and not layer.padded and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
+    asked_all = not site.tentative and site.gone is None and not layer.padded
+    if asked_all and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
         dropped = layer.store.slide(ends, settled, fold)
         if dropped:
             layer._dropped_at = settled
         if dropped is not None:
             return
     keep = site.positions > settled - layer.window if shrinks and layer.window is not None else None
+    if site.gone is not None:
+        keep = masks.combine(keep, ~gone_at(site.gone, site.positions))
     for method, kept in keeping:
         mask = as_mask(kept, site)
         if mask.shape != site.positions.shape:
@@ -58,6 +65,13 @@ def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen:
     if len(parts) == 2 and window is not None and seen - window + 1 >= kept[0].sink:  # the sinks have left the window
         return None if kept[0].full else Ends(0, min(kept[0].recent, window - 1))
     return parts[0] if len(parts) == 1 else None
+
+
+def gone_at(gone: Bool[Tensor, "b hkv n"], positions: Int[Tensor, "b hkv s"]) -> Bool[Tensor, "b hkv s"]:
+    """Return which slots hold a token whose position is marked."""
+    last = int(positions.max()) if positions.numel() else 0
+    gone = F.pad(gone, (0, max(0, last + 1 - gone.shape[2])))
+    return gone.gather(2, positions.clamp_min(0).long()) & (positions >= 0)
 
 
 def as_mask(kept: Tensor | Ends, site: Site) -> Bool[Tensor, "b hkv s"]:

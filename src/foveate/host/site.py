@@ -37,7 +37,8 @@ class Site:
     `(1 or B, Hq, 1 or Nq, 1)`, which only enter the softmax; `position_bias` is added to the logits. `prompt` is the
     length of the prompt, once decoding has begun; `reads_prompt` is true before that. The call's last `tentative`
     tokens, or some of them, will be removed again (`drafts`: by assisted decoding). Its queries do not see the
-    `hidden_keys`. `wants_weights` is true if the caller asked for weights (`output_attentions`).
+    `hidden_keys`. After a call with drafts, `gone` marks the positions that methods have dropped for good, for each head.
+    `wants_weights` is true if the caller asked for weights (`output_attentions`).
 
     After attention, `weights` is set if they were computed, `selections` are those that were attended to, and
     `replaced` is true if a method replaced attention.
@@ -71,6 +72,7 @@ class Site:
     tentative: int = 0
     drafts: bool = False
     hidden_keys: Bool[Tensor, "b hkv s"] | None = None
+    gone: Bool[Tensor, "b hkv n"] | None = None
     wants_weights: bool = False
 
     @cached_property

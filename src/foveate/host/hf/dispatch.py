@@ -24,6 +24,7 @@ from foveate.host.hf.cache import SlotLayer
 from foveate.host.hf.mask import MaskPlan, describe
 from foveate.host.hf.model import native_attention
 from foveate.host.hf.sites import site_of
+from foveate.host.method import Method
 from foveate.host.run import Run
 from foveate.host.site import Site
 from foveate.host.stats import slots_of
@@ -142,19 +143,23 @@ def _with_methods(
             f"{type(needing[0]).__name__} acts on the cache, and this call has none: leave use_cache=True, and "
             f"gradient checkpointing off"
         )
+
+    def droppers(part: Site) -> list[Method]:
+        return [method for run in runs for method in run.methods if run.drops_at(part)]
+
     if done is None:
 
         def native(part: Site) -> Any:
             return (call if part is site else call.part(part)).native(outer.native(call.module))
 
-        out, density = pieces.run(site, methods, native)
+        out, density = pieces.run(site, methods, native, droppers)
         done = out.transpose(1, 2).contiguous(), site.weights
     held, elapsed = slots_of(site), time.perf_counter() - started
 
     def finish() -> None:
         started = time.perf_counter()
         if site.slots is not None and (site.slots.window is not None or any(run.evicts for run in runs)):
-            evict(site, [method for run in runs for method in run.methods if run.drops_at(site)])
+            evict(site, droppers(site))
         for run in runs:
             run.stats.note(site, density, held, elapsed + time.perf_counter() - started)
 
