@@ -70,10 +70,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "fixed": {"grow": False, "stride": 5, "phase": 2},
     },
     "adakv": {"kvpress": {"variant": "kvpress"}},
+    "snapkv": {"global": {"heads": "global"}, "threshold": {"threshold": 0.03}, "limit": {"limit": 6}},
+    "random_keep": {"global": {"heads": "global"}},
     "criticalkv": {"second": {"first": 0.0}},
     "lagkv": {"cross": {"cross": True}},
     "expected_attention": {"every": {"every": 3}},
-    "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3}},
+    "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3},
+        "global": {"heads": "global", "every": None}},
 }  # fmt: skip
 CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS.items() for name in some]
 

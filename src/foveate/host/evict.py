@@ -1,7 +1,11 @@
-"""Drop the tokens that methods and a layer's window no longer keep, after each call."""
+"""Drop the tokens that methods and a layer's window no longer keep: after each call, or when a pass has ended."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,15 +13,17 @@ from torch.nn import functional as F
 from foveate.core import masks
 from foveate.core.errors import OptionError
 from foveate.host.method import Method, overrides
+from foveate.host.pass_end import PassEnd, Reread
 from foveate.host.site import Site
-from foveate.host.slots.ends import Ends
+from foveate.host.slots.ends import AT_END, Ends
 from foveate.host.slots.slots import Fold
 
 
-def evict(site: Site, methods: list[Method]) -> None:
+def evict(site: Site, methods: list[Method], at_end: Callable[[Site, list[Method]], None]) -> None:
     """Drop the tokens that some method drops, and those that have left a sliding layer's window.
 
-    The call's tentative tokens, which will be removed again, stay and do not count.
+    The call's tentative tokens, which will be removed again, stay and do not count. `at_end(call, methods)` is called
+    if methods choose when the whole pass has ended.
     """
     layer = site.slots
     assert layer is not None and layer.store is not None
@@ -25,22 +31,28 @@ def evict(site: Site, methods: list[Method]) -> None:
     settled = layer.seen - site.tentative
     if site.tentative:
         site = site.as_of(settled)
-    # what was dropped query by query is known already
-    asked = [m for m in methods if overrides(m, "keep") and (site.gone is None or overrides(m, "fold")) and m.at(site)]
+    # what methods chose query by query is known already
+    drops = site.drops
+    asked = [m for m in methods if overrides(m, "keep") and (drops is None or overrides(m, "fold")) and m.at(site)]
     keeping = [(method, kept) for method in asked if (kept := method.keep(site)) is not None]
+    later = [*(() if drops is None else drops.at_end), *(method for method, kept in keeping if kept is AT_END)]
+    if later:
+        at_end(site.released(), later)
+    keeping = [(method, kept) for method, kept in keeping if kept is not AT_END]
     folding = [m for m, _ in keeping if overrides(m, "fold")]
     fold: Fold | None = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
     shrinks = layer.window is not None and settled >= layer.window
-    asked_all = not site.tentative and site.gone is None and not layer.padded
-    if asked_all and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
+    gone = None if drops is None else drops.gone
+    slides = not site.tentative and gone is None and not layer.padded
+    if slides and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
         dropped = layer.store.slide(ends, settled, fold)
         if dropped:
             layer._dropped_at = settled
         if dropped is not None:
             return
     keep = site.positions > settled - layer.window if shrinks and layer.window is not None else None
-    if site.gone is not None:
-        keep = masks.combine(keep, ~gone_at(site.gone, site.positions))
+    if gone is not None:
+        keep = masks.combine(keep, ~gone_at(gone, site.positions))
     for method, kept in keeping:
         mask = as_mask(kept, site)
         if mask.shape != site.positions.shape:
@@ -48,12 +60,48 @@ def evict(site: Site, methods: list[Method]) -> None:
                 f"keep() of {type(method).__name__} must be {tuple(site.positions.shape)}; got {tuple(mask.shape)}"
             )
         keep = mask if keep is None else keep & mask
-    if keep is None:
-        return
-    if settled < layer.seen:
-        keep = keep | (site.positions >= settled)
+    if keep is not None:
+        _drop(site, keep, fold)
+
+
+def evict_at_end(ended: list[tuple[Site, list[Method]]], ids: Tensor | None, reread: Reread) -> None:
+    """Drop the tokens that methods choose when a whole pass has ended.
+
+    Args:
+        ended: the layers' calls, released, each with the methods that choose there.
+        ids: the pass's tokens that will stay; None if they are unknown.
+        reread: see `PassEnd`.
+    """
+    methods = list(dict.fromkeys(method for _, choosing in ended for method in choosing))
+    for method in methods:
+        sites = [site for site, choosing in ended if method in choosing]
+        for site, keep in zip(sites, method.keep_all(PassEnd(sites, ids, reread)), strict=True):
+            if keep is not None:
+                # slots may have moved since the call; positions have not
+                gone = mark(None, site, ~keep)
+                now = copy.copy(site)
+                now.__dict__.pop("positions")
+                _drop(now, ~gone_at(gone, now.positions), None)
+
+
+def _drop(site: Site, keep: Bool[Tensor, "b hkv s"], fold: Fold | None) -> None:
+    """Keep some slots of a layer, and the tokens that will be removed again."""
+    layer = site.slots
+    assert layer is not None and layer.store is not None
+    if site.seen < layer.seen:
+        keep = keep | (site.positions >= site.seen)
     if layer.store.evict(keep, fold):
-        layer._dropped_at = settled
+        layer._dropped_at = site.seen
+
+
+def mark(gone: Bool[Tensor, "b hkv n"] | None, site: Site, slots: Bool[Tensor, "b hkv s"]) -> Bool[Tensor, "b hkv n"]:
+    """Mark the positions of some slots, beside those that are marked already."""
+    positions = site.positions
+    old = positions.new_zeros((*positions.shape[:2], 0), dtype=torch.bool) if gone is None else gone
+    old = F.pad(old, (0, site.seen - old.shape[2]))
+    slots = slots & (positions >= 0) & (positions < site.seen)
+    index = positions.clamp(0, site.seen - 1).long()
+    return old | (torch.zeros_like(old, dtype=torch.int32).scatter_add_(2, index, slots.int()) > 0)
 
 
 def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen: int) -> Ends | None:

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
     from foveate.core.selection import Selection
     from foveate.host.hf.model import Host
+    from foveate.host.pass_end import PassEnd
     from foveate.host.site import Site
-    from foveate.host.slots.ends import Ends
+    from foveate.host.slots.ends import AtEnd, Ends
     from foveate.host.slots.slots import Slots
 
 
@@ -80,13 +81,22 @@ class Method:
     def read(self, site: Site, out: Tensor) -> None:
         """Read the call without changing it. `out` is its output; `site.weights` is set if a method computed them."""
 
-    def keep(self, site: Site) -> Tensor | Ends | None:
+    def keep(self, site: Site) -> Tensor | Ends | AtEnd | None:
         """Choose the slots that stay after the call, bool `(B, Hkv, S)` like `site.positions`; None for all.
+
+        `AT_END` leaves the choice to `keep_all`, for layers that are compared with each other.
 
         A method that keeps the first and the last tokens of sequences without padding returns `Ends`, which is cheaper
         than a mask and needs no answer from the device.
         """
         return None
+
+    def keep_all(self, end: PassEnd) -> list[Tensor | None]:
+        """Choose the slots that stay when a whole pass has ended, for each of `end.sites`, as `keep` does for one.
+
+        Called once for all layers of a pass for which `keep` returned `AT_END`.
+        """
+        return [None] * len(end.sites)
 
     def fold(self, site: Site, dropped: Slots, summary: Slots | None) -> Slots | None:
         """Return the new summary of the slots that `keep` drops, given the previous one; None for no summary."""

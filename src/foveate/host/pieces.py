@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from torch.nn import functional as F
 
 from foveate.host import attention
-from foveate.host.evict import as_mask, gone_at
+from foveate.host.evict import as_mask, gone_at, mark
 from foveate.host.method import Method, overrides
-from foveate.host.site import Site
+from foveate.host.site import Drops, Site
+from foveate.host.slots.ends import AT_END
 from foveate.host.slots.slots import EMPTY
 
 _DRAFTED = "after each drafted token"
@@ -65,11 +65,12 @@ def run(site: Site, methods: list[Method], native: attention.Native, droppers: D
         outs.append(out)
         read += density * (stop - start)
         if records:
-            gone = _dropped(part, [method for method in droppers(part) if _records(method)], gone)
+            drops = _dropped(part, [method for method in droppers(part) if _records(method)], gone)
+            gone = drops.gone
+            if part.seen <= settled:
+                site.drops = drops
         if site.drafts:
             _record(site, part.seen, gone)
-        if records and part.seen <= settled:
-            site.gone = gone
     return torch.cat(outs, 2), read / site.q.shape[2]
 
 
@@ -97,19 +98,13 @@ def _hide(part: Site, gone: Gone | None) -> None:
         part.__dict__["positions"] = positions.masked_fill(hidden, EMPTY)
 
 
-def _dropped(part: Site, dropping: list[Method], gone: Gone | None) -> Gone | None:
+def _dropped(part: Site, dropping: list[Method], gone: Gone | None) -> Drops:
     """Return the tokens that are dropped after a query, those of earlier queries included."""
-    for method in dropping:
-        keep = method.keep(part) if method.at(part) else None
-        if keep is None:
-            continue
-        drops, positions = ~as_mask(keep, part), part.positions
-        old = positions.new_zeros((*positions.shape[:2], 0), dtype=torch.bool) if gone is None else gone
-        gone = F.pad(old, (0, part.seen - old.shape[2]))
-        drops = drops & (positions >= 0) & (positions < part.seen)
-        index = positions.clamp(0, part.seen - 1).long()
-        gone = gone | (torch.zeros_like(gone, dtype=torch.int32).scatter_add_(2, index, drops.int()) > 0)
-    return gone
+    kept = [(method, method.keep(part)) for method in dropping if method.at(part)]
+    for _, keep in kept:
+        if keep is not None and keep is not AT_END:
+            gone = mark(gone, part, ~as_mask(keep, part))
+    return Drops(gone, tuple(method for method, keep in kept if keep is AT_END))
 
 
 # -- what is known after each number of tokens -------------------------------------------------------------------------
@@ -127,7 +122,7 @@ def _record(site: Site, seen: int, gone: Gone | None) -> None:
 
 
 def _resumed(site: Site) -> Gone | None:
-    """Restore the state after the tokens that are left of the last call, and return what is dropped but still stored."""
+    """Restore the state after what is left of the last call; return the tokens that are dropped but still stored."""
     known = site.all_notes.pop((_DRAFTED, site.layer), {})
     state = known.get(str(site.seen - site.q.shape[2]))
     if state is None:

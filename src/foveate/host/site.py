@@ -20,7 +20,21 @@ from foveate.host.hf.mask import MaskPlan, at_positions, is_given, masked_part
 if TYPE_CHECKING:
     from foveate.core.selection import Selection
     from foveate.host.hf.cache import SlotLayer
+    from foveate.host.method import Method
     from foveate.host.slots.store import Store
+
+
+@dataclass(frozen=True, eq=False)
+class Drops:
+    """What methods chose after a token.
+
+    Args:
+        gone: True at the positions of the tokens that each head dropped and still stores; None for no token.
+        at_end: methods that choose when the whole pass has ended.
+    """
+
+    gone: Bool[Tensor, "b hkv n"] | None = None
+    at_end: tuple[Method, ...] = ()
 
 
 @dataclass(eq=False)
@@ -37,7 +51,7 @@ class Site:
     `(1 or B, Hq, 1 or Nq, 1)`, which only enter the softmax; `position_bias` is added to the logits. `prompt` is the
     length of the prompt, once decoding has begun; `reads_prompt` is true before that. The call's last `tentative`
     tokens, or some of them, will be removed again (`drafts`: by assisted decoding). Its queries do not see the
-    `hidden_keys`. After a call with drafts, `gone` marks the positions that methods have dropped for good, for each head.
+    `hidden_keys`. After a call with drafts, `drops` is what methods chose after its last token that stays.
     `wants_weights` is true if the caller asked for weights (`output_attentions`).
 
     After attention, `weights` is set if they were computed, `selections` are those that were attended to, and
@@ -72,7 +86,7 @@ class Site:
     tentative: int = 0
     drafts: bool = False
     hidden_keys: Bool[Tensor, "b hkv s"] | None = None
-    gone: Bool[Tensor, "b hkv n"] | None = None
+    drops: Drops | None = None
     wants_weights: bool = False
 
     @cached_property
@@ -252,6 +266,20 @@ class Site:
         other.__dict__["seen"] = seen
         return other
 
+    def released(self) -> Site:
+        """Return the call without its tensors, which read as NaN: for the time until its pass ends."""
+        other = self.as_of(self.seen)
+        for name in _CACHED:
+            if name not in ("seen", "query_positions", "positions", "real", "begins"):
+                other.__dict__.pop(name, None)
+        other.__dict__["positions"] = self.positions.clone()  # slots may move before they are read
+        for name in ("q", "new_k", "new_v", "hidden"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(other, name, value.new_full((), torch.nan).expand(value.shape))
+        other.weights, other.selections = None, []
+        return other
+
     def part(self, start: int, stop: int) -> Site:
         """Return some of the call's queries, with the keys up to the last of them, as a separate call."""
         later = self.q.shape[2] - stop
@@ -272,7 +300,7 @@ class Site:
             other.__dict__["positions"] = self.positions[:, :, :end]
         other.tentative = max(0, self.tentative - later)
         other.__dict__["seen"] = self.seen - later
-        other.step = self.step.setdefault(("part", start), {})
+        other.step = self.step.setdefault(("part", start), {}) if start else self.step
         other.weights, other.selections = None, []
         return other
 

@@ -147,6 +147,16 @@ class Stats:
         share = density * min(1.0, held / full) if site.phase == "decode" else None
         self._note(site.cache, site.layer, full, stored, size, share, (held - stored) * size, seconds)
 
+    def note_drops(self, site: Site) -> None:
+        """Count again what a layer stores, after tokens were dropped since its call."""
+        k, v = _cached(site)
+        with self._lock:
+            found = self._found(site.cache)
+            layer, stored = found.layers[site.layer], slots_of(site)
+            size = k.element_size() * (k.shape[-1] + v.shape[-1])
+            found.cache_bytes += stored * size - layer.bytes
+            layer.stored, layer.bytes = min(stored, layer.seen), stored * size
+
     def note_native(
         self, cache: Cache | None, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: SlotLayer | None, seconds: float
     ) -> None:

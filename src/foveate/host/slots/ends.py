@@ -37,6 +37,14 @@ class Ends:
         return kept
 
 
+class AtEnd:
+    """A method chooses when the whole pass has ended, by `Method.keep_all`."""
+
+
+#: What `Method.keep` returns to choose later.
+AT_END = AtEnd()
+
+
 class Ledger:
     """The host's own record of the slot of each token in a group of heads, so that the device need not be asked.
 
