@@ -71,6 +71,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "adakv": {"kvpress": {"variant": "kvpress"}},
     "snapkv": {"global": {"heads": "global"}, "threshold": {"threshold": 0.03}, "limit": {"limit": 6}},
+    "kvzip": {"chunks": {"chunk": 7}, "plus": {"plus": True}, "layer": {"heads": "adaptive"}},
     "random_keep": {"global": {"heads": "global"}},
     "criticalkv": {"second": {"first": 0.0}},
     "lagkv": {"cross": {"cross": True}},

@@ -74,7 +74,7 @@ class ScorePolicy(Policy):
         for name in ("limit", "every"):
             if getattr(self, name) is not None:
                 validate.count(name, getattr(self, name), 1)
-        if self.heads == "global" and self.every is not None:
+        if self.heads == "global" and self.threshold is None and self.every is not None:
             raise OptionError(
                 f'heads="global" compares layers after a prompt only, so that every={self.every} must be None'
             )

@@ -29,8 +29,11 @@ def _projection(module: nn.Module) -> nn.Linear:
     return found
 
 
-def projected_norms(site: Site) -> Float[Tensor, "b hq s"]:
-    """Return the sum of absolute numbers of each value behind each query head's part of the output projection."""
+def projected_norms(site: Site, order: int = 1) -> Float[Tensor, "b hq s"]:
+    """Return the norm of each value behind each query head's part of the output projection.
+
+    `order` is 1 for the sum of absolute numbers, 2 for the Euclidean norm.
+    """
     v, heads = site.v, site.q.shape[1]
     weight = _projection(site.module).weight.detach()
     if weight.shape[1] != heads * v.shape[-1]:
@@ -44,5 +47,5 @@ def projected_norms(site: Site) -> Float[Tensor, "b hq s"]:
     for head in range(heads):
         for start in range(0, v.shape[2], step):
             some = v[:, head // groups, start : start + step].detach() @ parts[:, head].mT
-            norms[:, head, start : start + step] = some.abs().sum(-1, dtype=torch.float32)
+            norms[:, head, start : start + step] = torch.linalg.vector_norm(some.float(), order, dim=-1)
     return norms
