@@ -12,8 +12,11 @@ from foveate.kv.expected_attention import ExpectedAttention as ExpectedAttention
 from foveate.kv.h2o import H2O as H2O
 from foveate.kv.keydiff import KeyDiff as KeyDiff
 from foveate.kv.knorm import KNorm as KNorm
+from foveate.kv.kvzap import KVzap as KVzap
+from foveate.kv.kvzip import KVzip as KVzip
 from foveate.kv.lagkv import LagKV as LagKV
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
+from foveate.kv.r_kv import RKV as RKV
 from foveate.kv.random_keep import RandomKeep as RandomKeep
 from foveate.kv.razor_attention import RazorAttention as RazorAttention
 from foveate.kv.razor_attention import compensation as compensation
@@ -30,6 +33,7 @@ from foveate.kv.tidal_decode import topk_overlap as topk_overlap
 from foveate.kv.token_select import TokenSelect as TokenSelect
 from foveate.kv.token_select import soft_vote as soft_vote
 from foveate.kv.tova import TOVA as TOVA
+from foveate.kv.triattention import TriAttention as TriAttention
 
 __all__ = [
     "AdaKV",
@@ -39,11 +43,14 @@ __all__ = [
     "ExpectedAttention",
     "H2O",
     "KNorm",
+    "KVzap",
+    "KVzip",
     "KeyDiff",
     "LagKV",
     "Overlap",
     "Policy",
     "PyramidKV",
+    "RKV",
     "RandomKeep",
     "RazorAttention",
     "RecycledAttention",
@@ -54,6 +61,7 @@ __all__ = [
     "TOVA",
     "TidalDecode",
     "TokenSelect",
+    "TriAttention",
     "attention_overlap",
     "compensation",
     "duo_train",

@@ -150,7 +150,8 @@ class ScorePolicy(Policy):
 
     def stays(self, site: Site) -> Bool[Tensor, "b h s"]:
         """Return the slots of the tokens that stay in any case: sinks, and the newest where not all of both fit."""
-        (own, count), size = own_positions(site), self.size(site)
+        own, count = own_positions(site)
+        size = self.size(site) if self.threshold is None else count
         sinks = (size - 1).clamp_max(self.sink)
         newest = (size - sinks).clamp_max(self.recent)
         return ((own >= 0) & (own < sinks[:, None, None])) | (own >= (count - newest)[:, None, None])
