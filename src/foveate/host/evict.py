@@ -34,11 +34,11 @@ def evict(site: Site, methods: list[Method], at_end: Callable[[Site, list[Method
     # what methods chose query by query is known already
     drops = site.drops
     asked = [m for m in methods if overrides(m, "keep") and (drops is None or overrides(m, "fold")) and m.at(site)]
-    keeping = [(method, kept) for method in asked if (kept := method.keep(site)) is not None]
-    later = [*(() if drops is None else drops.at_end), *(method for method, kept in keeping if kept is AT_END)]
+    chosen = [(method, method.keep(site)) for method in asked]
+    later = [*(() if drops is None else drops.at_end), *(method for method, kept in chosen if kept is AT_END)]
     if later:
         at_end(site.released(), later)
-    keeping = [(method, kept) for method, kept in keeping if kept is not AT_END]
+    keeping = [(method, kept) for method, kept in chosen if isinstance(kept, Tensor | Ends)]
     folding = [m for m, _ in keeping if overrides(m, "fold")]
     fold: Fold | None = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
     shrinks = layer.window is not None and settled >= layer.window

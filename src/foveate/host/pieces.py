@@ -21,7 +21,7 @@ from foveate.host import attention
 from foveate.host.evict import as_mask, gone_at, mark
 from foveate.host.method import Method, overrides
 from foveate.host.site import Drops, Site
-from foveate.host.slots.ends import AT_END
+from foveate.host.slots.ends import AT_END, Ends
 from foveate.host.slots.slots import EMPTY
 
 _DRAFTED = "after each drafted token"
@@ -102,7 +102,7 @@ def _dropped(part: Site, dropping: list[Method], gone: Gone | None) -> Drops:
     """Return the tokens that are dropped after a query, those of earlier queries included."""
     kept = [(method, method.keep(part)) for method in dropping if method.at(part)]
     for _, keep in kept:
-        if keep is not None and keep is not AT_END:
+        if isinstance(keep, Tensor | Ends):
             gone = mark(gone, part, ~as_mask(keep, part))
     return Drops(gone, tuple(method for method, keep in kept if keep is AT_END))
 

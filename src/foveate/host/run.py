@@ -115,10 +115,11 @@ class Run:
     def _end_pass(self, ended: list[tuple[Site, list[Method]]], ids: Tensor | None) -> None:
         """Drop the tokens that methods choose when a whole pass has ended."""
         site, here, decoder = ended[0][0], self.passes.here, self.host.decoder
-        assert decoder is not None
+        assert decoder is not None and site.slots is not None
+        seen = site.slots.seen
 
         def reread(more: Tensor, real: Tensor, reader: Method) -> None:
-            past = torch.ones(more.shape[0], site.slots.seen, dtype=torch.bool, device=more.device)
+            past = torch.ones(more.shape[0], seen, dtype=torch.bool, device=more.device)
             if site.real is not None:
                 past = site.real[:, : past.shape[1]].clone()
             past[:, site.seen :] = False
@@ -128,7 +129,7 @@ class Run:
             finally:
                 here.reader = None
 
-        evict_at_end(ended, None if ids is None else ids[:, : ids.shape[1] - site.slots.seen + site.seen], reread)
+        evict_at_end(ended, None if ids is None else ids[:, : ids.shape[1] - seen + site.seen], reread)
         for each, _ in ended:
             for run in runs_open_on(each.module):
                 run.stats.note_drops(each)

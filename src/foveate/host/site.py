@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Drops:
-    """What methods chose after a token.
+    """The choice of methods after a token.
 
     Args:
         gone: True at the positions of the tokens that each head dropped and still stores; None for no token.

@@ -135,8 +135,9 @@ class ScorePolicy(Policy):
             kept = [self.best(site, each) for site, each in zip(sites, scores, strict=True)]
         out: list[Tensor | None] = []
         for site, each in zip(sites, kept, strict=True):  # a call with drafts has more slots than got scores
-            out.append(F.pad(each, (0, site.positions.shape[2] - each.shape[2])))
-            self.note_kept(site, out[-1])
+            whole = F.pad(each, (0, site.positions.shape[2] - each.shape[2]))
+            self.note_kept(site, whole)
+            out.append(whole)
         return out
 
     def note_kept(self, site: Site, kept: Bool[Tensor, "b h s"]) -> None:
