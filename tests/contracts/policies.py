@@ -73,6 +73,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "criticalkv": {"second": {"first": 0.0}},
     "lagkv": {"cross": {"cross": True}},
     "expected_attention": {"every": {"every": 3}},
+    "quest": {"group": {"per": "group"}, "mean": {"per": "group", "reduce": "mean", "page": 3, "dense_layers": 1}},
     "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3}},
 }  # fmt: skip
 CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS.items() for name in some]

@@ -14,6 +14,7 @@ from foveate.kv.keydiff import KeyDiff as KeyDiff
 from foveate.kv.knorm import KNorm as KNorm
 from foveate.kv.lagkv import LagKV as LagKV
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
+from foveate.kv.quest import Quest as Quest
 from foveate.kv.random_keep import RandomKeep as RandomKeep
 from foveate.kv.razor_attention import RazorAttention as RazorAttention
 from foveate.kv.razor_attention import compensation as compensation
@@ -44,6 +45,7 @@ __all__ = [
     "Overlap",
     "Policy",
     "PyramidKV",
+    "Quest",
     "RandomKeep",
     "RazorAttention",
     "RecycledAttention",
