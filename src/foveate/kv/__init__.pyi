@@ -24,6 +24,7 @@ from foveate.kv.recycled_attention import Overlap as Overlap
 from foveate.kv.recycled_attention import RecycledAttention as RecycledAttention
 from foveate.kv.recycled_attention import attention_overlap as attention_overlap
 from foveate.kv.renumbered import Renumbered as Renumbered
+from foveate.kv.rocketkv import RocketKV as RocketKV
 from foveate.kv.sink_recent import SinkRecent as SinkRecent
 from foveate.kv.snapkv import SnapKV as SnapKV
 from foveate.kv.tidal_decode import TidalDecode as TidalDecode
@@ -50,6 +51,7 @@ __all__ = [
     "RazorAttention",
     "RecycledAttention",
     "Renumbered",
+    "RocketKV",
     "ScorePolicy",
     "SinkRecent",
     "SnapKV",

@@ -63,6 +63,11 @@ class Quest(Policy):
         validate.one_of("per", self.per, ("head", "group"))
         validate.one_of("reduce", self.reduce, ("max", "mean"))
 
+    @property
+    def tables(self) -> float:
+        """See `Policy.tables`."""
+        return 1 / self.page
+
     def bind(self, host: Host) -> None:
         far = far_layers(layout(host))
         check_reach("pages: quest", self.pages * self.page, host)
@@ -83,7 +88,10 @@ class Quest(Policy):
         if found is None:
             table = add_pages(notes, site.k, page, total - new)
         else:
-            table = add_own_pages(notes, site.k, page, found.before(total - new), found.count, new, found.at)
+            before = found.before(total - new)
+            table = add_own_pages(
+                notes, site.k, page, before, found.count, new, lambda own: found.at(own[:, 0])[:, None]
+            )
         if site.phase != "decode" or newest < self.pages:
             return None
         bounds = self._bounds(site, table[:, :, :newest])

@@ -66,7 +66,7 @@ def add_own_pages(
         page: tokens in a page.
         before, count: tokens of each sequence before and after the call.
         new: tokens of the call, padding included.
-        at: converts numbers of tokens in their own sequence, `(B, n)`, to numbers of keys.
+        at: converts numbers of tokens in their own sequence, `(B, 1, n)`, to numbers of keys, `(B, 1 or H, n)`.
     """
     table, length = notes.get("pages"), k.shape[2]
     since = length if table is None else length - min(notes["length"], length - new)
@@ -77,7 +77,7 @@ def add_own_pages(
         first = torch.minimum(first, notes["full"]) if "full" in notes else first
     number = first[:, None] + torch.arange(most, device=k.device)
     own = (number[..., None] * page + torch.arange(page, device=k.device)).flatten(1)
-    index = at(own).long()[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+    index = at(own[:, None]).long()[..., None].expand(-1, k.shape[1], -1, k.shape[3])
     made = extremes(k.gather(2, index).unflatten(2, (most, page)))
     width = length // page + most + 1
     old = k.new_zeros(*k.shape[:2], 0, made.shape[-1]) if table is None else table
