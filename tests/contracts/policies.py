@@ -78,6 +78,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "expected_attention": {"every": {"every": 3}},
     "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3},
         "global": {"heads": "global", "every": None}},
+    "quest": {"group": {"per": "group"}, "mean": {"per": "group", "reduce": "mean", "page": 3, "dense_layers": 1}},
+    "rocketkv": {
+        "both": {"alpha": None, "ratio": 12.0}, "second": {"alpha": 0.0, "ratio": 6.0},
+        "single": {"alpha": 0.6, "ratio": 3.0},
+    },
 }  # fmt: skip
 CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS.items() for name in some]
 
