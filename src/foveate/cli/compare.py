@@ -128,13 +128,21 @@ def command(
     except KeyboardInterrupt as interrupt:
         typer.echo(_kept(interrupt, out), err=True)
         raise typer.Exit(1) from None
-    from foveate.report import headline, html, table
+    from foveate.report import headline, html, significance, table
 
     page = html.write(found, out / "report.html")
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:
-        show(table.render(found), *headline.notes(found), "", f"report   {page}", f"results  {out / 'results.json'}")
+        said = significance.statements(found)
+        show(
+            table.render(found),
+            *headline.notes(found),
+            *["", *said] * bool(said),
+            "",
+            f"report   {page}",
+            f"results  {out / 'results.json'}",
+        )
 
 
 def _keys(methods: str | None) -> list[str] | None:

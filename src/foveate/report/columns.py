@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from foveate.bench.comparison.results import LOSS, TIMES, Comparison, Row
@@ -133,6 +133,11 @@ def name_of(comparison: Comparison, row: Row) -> str:
     budget = row.id[1]
     several = len(comparison.budgets) > 1 and budget is not None
     return visible(row.method) + (f" at {percent(row.budget)}" if several else "")
+
+
+def listed(words: Sequence[str]) -> str:
+    """Join words: `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def label(text: str) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from foveate.bench.comparison.results import LOSS, PAIRS, TIMES, Comparison, Row
-from foveate.report.columns import column, name_of, percent, visible
+from foveate.report.columns import column, listed, name_of, percent, visible
 
 KEEPS = 0.95  # the least share of the baseline's score that counts as kept
 WHOLE = 0.995  # shares from here on do not count as savings
@@ -87,11 +87,6 @@ def names_of(comparison: Comparison, rows: Sequence[Row]) -> str:
     if len(rows) == len(every):
         return visible(rows[0].method)
     return f"{visible(rows[0].method)} at {listed([percent(row.budget) for row in rows])}"
-
-
-def listed(words: Sequence[str]) -> str:
-    """Join words: `a, b and c`."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _over_budget(comparison: Comparison) -> list[str]:

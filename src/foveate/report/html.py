@@ -15,7 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from foveate.bench.comparison.results import LOSS, Comparison, Row
+from foveate.bench.comparison.significance import findings
 from foveate.bench.parts.plaindata import plain, write_atomic
+from foveate.report import significance
 from foveate.report.columns import cells, columns, megabytes, name_of, ordered, percent, visible
 from foveate.report.figures import COSTS, figures
 from foveate.report.headline import about, headline, headliner, notes, share_kept
@@ -54,7 +56,7 @@ def render(comparison: Comparison) -> str:
 
 def _content(comparison: Comparison) -> dict[str, Any]:
     """Return the values of the template."""
-    samples = choose(comparison)
+    samples, found = choose(comparison), findings(comparison)
     return {
         "comparison": comparison,
         "headline": headline(comparison),
@@ -65,6 +67,8 @@ def _content(comparison: Comparison) -> dict[str, Any]:
         "columns": columns(comparison),
         "parts": [_part(comparison, part) for part in comparison.parts()],
         "cards": [_card(comparison, row) for row in ordered(comparison)],
+        "statements": significance.statements(comparison, found),
+        "contrasts": significance.tables(comparison, found),
         "figures": figures(comparison),
         "samples": samples,
         "answered": len(by_example(comparison)),
