@@ -105,7 +105,7 @@ def test_compare_passes_all_options(compare: FakeCompare, tmp_path: Path) -> Non
     options = (
         "--model some/model --task t.jsonl --methods full,duo_attention,,  --budget 0.2 --examples 3 --length 300 "
         "--budgets 0.1,0.5 --seed 7 --device cuda --dtype bfloat16 --fresh --trust-remote-code --score exact --batch 2 "
-        "--prompt-field doc.q --answer-field a --chat --new-tokens 9 --renumber"
+        "--prompt-field doc.q --answer-field a --chat --new-tokens 9 --renumber --lost"
     ).split()
     result = run("compare", *options, "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -128,6 +128,7 @@ def test_compare_passes_all_options(compare: FakeCompare, tmp_path: Path) -> Non
         "chat": True,
         "new_tokens": 9,
         "renumber": True,
+        "lost": True,
         "fresh": True,
         "out": tmp_path,
     }

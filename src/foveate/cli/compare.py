@@ -65,6 +65,14 @@ Renumber = Annotated[
     ),
 ]
 
+Lost = Annotated[
+    bool,
+    typer.Option(
+        "--lost",
+        help="Read the examples that a method breaks once more: where did the full cache look, and was that dropped?",
+    ),
+]
+
 
 def command(
     model: Model = None,
@@ -86,6 +94,7 @@ def command(
     chat: Chat = False,
     new_tokens: NewTokens = None,
     renumber: Renumber = False,
+    look_up: Lost = False,
     config: Config = None,
     as_json: Json = False,
     fresh: Fresh = False,
@@ -122,27 +131,25 @@ def command(
                 chat=chat,
                 new_tokens=new_tokens,
                 renumber=renumber,
+                lost=look_up,
                 fresh=fresh,
                 progress=bar,
             )
     except KeyboardInterrupt as interrupt:
         typer.echo(_kept(interrupt, out), err=True)
         raise typer.Exit(1) from None
-    from foveate.report import headline, html, significance, table
+    from foveate.report import headline, html, lost, significance, table
 
     page = html.write(found, out / "report.html")
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:
-        said = significance.statements(found)
-        show(
-            table.render(found),
-            *headline.notes(found),
-            *["", *said] * bool(said),
-            "",
-            f"report   {page}",
-            f"results  {out / 'results.json'}",
-        )
+        show(table.render(found), *headline.notes(found))
+        if said := significance.statements(found):
+            show("", *said)
+        if lost.losses(found):
+            show("", lost.table(found))
+        show("", f"report   {page}", f"results  {out / 'results.json'}")
 
 
 def _keys(methods: str | None) -> list[str] | None:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from foveate.bench.comparison.results import LOSS, Comparison, Row
 from foveate.bench.comparison.significance import findings
 from foveate.bench.parts.plaindata import plain, write_atomic
-from foveate.report import significance
+from foveate.report import lost, significance
 from foveate.report.columns import cells, columns, megabytes, name_of, ordered, percent, visible
 from foveate.report.figures import COSTS, figures
 from foveate.report.headline import about, headline, headliner, notes, share_kept
@@ -69,6 +69,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
         "cards": [_card(comparison, row) for row in ordered(comparison)],
         "statements": significance.statements(comparison, found),
         "contrasts": significance.tables(comparison, found),
+        "lost": lost.content(comparison),
         "figures": figures(comparison),
         "samples": samples,
         "answered": len(by_example(comparison)),

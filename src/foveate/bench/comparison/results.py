@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from foveate.bench.comparison.rows import PAIRS, TIMES, Answer, LostExample, Row
+from foveate.bench.comparison.rows import PAIRS, TIMES, Answer, LookedUp, Row
 from foveate.bench.known import FULL, PACKED
 from foveate.bench.parts import intervals, plaindata
 from foveate.bench.parts.plaindata import plain, write_atomic
@@ -23,7 +23,7 @@ from foveate.core.errors import OptionError
 from foveate.tasks.base.scores import LOSS
 
 __all__ = [
-    "LOSS", "MEASURES", "PAIRS", "TIMES", "Answer", "Comparison", "LostExample", "Ratio", "Row", "plain",
+    "LOSS", "MEASURES", "PAIRS", "TIMES", "Answer", "Comparison", "LookedUp", "Ratio", "Row", "plain",
     "write_atomic",
 ]  # fmt: skip
 
@@ -143,7 +143,7 @@ class Comparison:
             values["rows"] = [_without_derived(row) for row in values["rows"]]
         if content["format"] == EARLIER:
             values = _upgraded(values)
-        kinds = {"list[Row]": Row, "list[Answer]": Answer, "list[LostExample]": LostExample}
+        kinds = {"list[Row]": Row, "list[Answer]": Answer, "list[LookedUp]": LookedUp}
         return plaindata.build(cls, values, kinds)
 
     def save(self, path: str | os.PathLike) -> Path:

@@ -43,19 +43,21 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class LostExample:
-    """One example that the full cache solves and a method does not, and what the full cache looked up for its answer.
+class LookedUp:
+    """The slots that the full cache looked up on an example that it solves, and the share that a method had dropped.
 
     Args:
         example: the index of the example.
-        looked_up: the attention mass that the answer's queries put on distant slots, over all heads.
-        dropped: the share of that mass whose slots the method did not let the same heads see; NaN if it is unknown.
-        slots: the slots that received most, each as `position: text`.
-        heads: by `layer.head`, the mass and the share of it that was dropped.
+        solved: 1 if the method solves it too, 0 if it breaks it.
+        mass: the attention mass that a query of the answer puts on distant slots, summed over all heads, a mean.
+        dropped: the share of that mass whose slots the same heads did not see under the method; NaN if it is unknown.
+        slots: the slots with the most mass, each as `position: text`.
+        heads: by `layer.head`, the heads with the most mass, with that mass and the share of it that was dropped.
     """
 
     example: int
-    looked_up: float
+    solved: int
+    mass: float
     dropped: float
     slots: list[str]
     heads: dict
@@ -80,7 +82,7 @@ class Row:
         answers: one per example, in the order of the examples.
         error: the reason of missing results; empty if there are none missing.
         budget: the share of each prompt's cache that the method may use; NaN for methods that take no budget.
-        lost: what the method's broken examples had to look up, if that was asked for; see
+        lost: what the full cache looked up and the method dropped, on the examples that were read for it; see
             `foveate.bench.comparison.lost`.
     """
 
@@ -98,7 +100,7 @@ class Row:
     answers: list[Answer] = field(default_factory=list)
     error: str = ""
     budget: float = math.nan
-    lost: list[LostExample] = field(default_factory=list)
+    lost: list[LookedUp] = field(default_factory=list)
 
     @property
     def id(self) -> tuple[str, float | None]:

@@ -20,8 +20,9 @@ from foveate.bench.calibration import CalibrationStore
 from foveate.bench.comparison.encoding import prompts
 from foveate.bench.comparison.evaluation import Evaluation, evaluation_of
 from foveate.bench.comparison.interleaved import InterleavedRun, Progress
+from foveate.bench.comparison.lost import Losses
 from foveate.bench.comparison.method_run import MethodRun
-from foveate.bench.comparison.results import FORMAT, Comparison
+from foveate.bench.comparison.results import FORMAT, Comparison, Row
 from foveate.bench.comparison.task_choice import choose_task, with_fields
 from foveate.bench.known import DEFAULT, FULL
 from foveate.bench.loading import load, trained_on
@@ -31,9 +32,10 @@ from foveate.bench.parts.folder import lock_folder
 from foveate.bench.parts.journal import Journal
 from foveate.bench.parts.plaindata import version_of
 from foveate.core import validate
-from foveate.core.errors import OptionError, TaskError
+from foveate.core.errors import Interrupted, OptionError, TaskError
 from foveate.host.hf.model import Host, host
 from foveate.tasks.base import scores
+from foveate.tasks.base.scores import LOSS
 from foveate.tasks.base.task import Task
 from foveate.tasks.text.passkeys import Passkeys
 
@@ -64,6 +66,7 @@ class Options:
     chat: bool
     new_tokens: int | None
     renumber: bool
+    lost: bool
     fresh: bool
 
     def keys(self) -> list[str]:
@@ -98,6 +101,7 @@ def compare(
     chat: bool = False,
     new_tokens: int | None = None,
     renumber: bool = False,
+    lost: bool = False,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -128,6 +132,8 @@ def compare(
         new_tokens: how many tokens to generate; None depends on the accepted answers.
         renumber: under policies that evict, let positions count the kept tokens; see `foveate.kv.renumbered`. Prompts
             past the model's context are then read in pieces that fit.
+        lost: True reads the examples that a method breaks and the full cache solves once more, and says what the full
+            cache looked up for its answer and whether the method had dropped it; see `foveate.bench.comparison.lost`.
         fresh: True measures everything again.
         progress: receives the progress.
 
@@ -137,8 +143,9 @@ def compare(
     """
     shares = [budget] if budgets is None else sorted(budgets)
     options = Options(
-        model, methods, shares, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, fresh
-    )
+        model, methods, shares, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, lost,
+        fresh,
+    )  # fmt: skip
     keys = options.keys()
     chosen = with_fields(choose_task(task, examples, length, seed, trained_on(model)), prompt_field, answer_field)
     with lock_folder(Path(out)) as folder, timing.threads() as threads:
@@ -155,6 +162,8 @@ def _measure(
     keys = _applicable(keys, options, model)
     encoded = prompts(task, tokenizer, model, chat=options.chat, new_tokens=options.new_tokens, score=options.score)
     evaluation = evaluation_of(task, options.score, encoded, tokenizer, model, options.batch)
+    if options.lost and evaluation.metric == LOSS:
+        raise OptionError("lost=True needs answers that are right or wrong; it does not go with the loss as the score")
     versions = _versions()
     environment = digest.of(digest.of_model(model), options.device, options.dtype, versions, digest.of_code())
     result = Comparison(
@@ -167,11 +176,24 @@ def _measure(
     data = partial(_passkeys, tokenizer, evaluation, options.seed)
     store = CalibrationStore(Host(model), data, folders, progress.say)
     runs = [run for key in keys for run in _runs(key, Host(model), options, store)]
-    InterleavedRun(model, environment, Journal(folder / JOURNAL, options.fresh), progress).run(runs, evaluation)
-    result.rows.extend(evaluation.row(run) for run in runs)
+    journal = Journal(folder / JOURNAL, options.fresh)
+    InterleavedRun(model, environment, journal, progress).run(runs, evaluation)
+    rows = [evaluation.row(run) for run in runs]
+    if options.lost:
+        rows = _lost(Losses(model, environment, journal, evaluation, progress.say), rows, runs)
+    result.rows.extend(rows)
     _add_earlier_rows(result, earlier)
     result.save(folder / RESULTS)
     return result
+
+
+def _lost(losses: Losses, rows: list[Row], runs: list[MethodRun]) -> list[Row]:
+    """Add what each method lost; an interrupt loses no answer."""
+    try:
+        return losses.add(rows, runs)
+    except KeyboardInterrupt:
+        total = sum(len(row.answers) for row in rows)
+        raise Interrupted(total, total) from None
 
 
 def _runs(key: str, host: Host, options: Options, store: CalibrationStore) -> list[MethodRun]:
