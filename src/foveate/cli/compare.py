@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from foveate.cli.options import Config, Device, Dtype, Fresh, Json
 from foveate.core.errors import Interrupted, OptionError
 from foveate.tasks.base.scores import LOSS, SCORES
 from foveate.tasks.registry import TASKS
+
+if TYPE_CHECKING:
+    from foveate.bench.comparison.results import Comparison
 
 Model = Annotated[
     str | None,
@@ -73,6 +76,14 @@ Lost = Annotated[
     ),
 ]
 
+Export = Annotated[
+    Path | None, typer.Option(help="Also write every answer's score and costs to this .csv or .parquet file.")
+]
+History = Annotated[
+    Path | None,
+    typer.Option(help="Run nothing; write one page of all runs in this folder and the folders below it."),
+]
+
 
 def command(
     model: Model = None,
@@ -95,6 +106,8 @@ def command(
     new_tokens: NewTokens = None,
     renumber: Renumber = False,
     look_up: Lost = False,
+    export: Export = None,
+    history: History = None,
     config: Config = None,
     as_json: Json = False,
     fresh: Fresh = False,
@@ -106,7 +119,12 @@ def command(
     and the same command resumes after an interruption.
     A method that fails gets a row with the reason.
     """
+    if history is not None:
+        _show_history(history, {"model": model, "task": task, "methods": methods, "budgets": budgets, "export": export})
+        return
     keys, shares = _keys(methods), _shares(budgets)
+    if export is not None:
+        _check_export(export)
     try:
         with Bar("loading") as bar:
             from foveate.bench.comparison.run import compare
@@ -141,6 +159,8 @@ def command(
     from foveate.report import headline, html, lost, significance, table
 
     page = html.write(found, out / "report.html")
+    if export is not None:
+        _export(found, export)
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:
@@ -150,6 +170,33 @@ def command(
         if lost.losses(found):
             show("", lost.table(found))
         show("", f"report   {page}", f"results  {out / 'results.json'}")
+        if export is not None:
+            show(f"answers  {export}")
+
+
+def _check_export(path: Path) -> None:
+    from foveate.bench.comparison.export import check
+
+    check(path)
+
+
+def _export(found: Comparison, path: Path) -> None:
+    from foveate.bench.comparison.export import export
+
+    export(found, path)
+
+
+def _show_history(folder: Path, others: dict[str, object]) -> None:
+    """Write the page of a folder's runs; options of a run do not go with it."""
+    from foveate.bench.comparison.history import runs
+    from foveate.report import history
+
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise OptionError(f"--history runs nothing, so it does not go with --{given[0]}")
+    found = runs(folder)
+    page = history.write(found, folder, folder / "history.html")
+    show(history.table(found, folder), "", f"page     {page}")
 
 
 def _keys(methods: str | None) -> list[str] | None:

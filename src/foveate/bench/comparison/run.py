@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from foveate._version import __version__
 from foveate.bench import known
 from foveate.bench.calibration import CalibrationStore
+from foveate.bench.comparison import history
 from foveate.bench.comparison.encoding import prompts
 from foveate.bench.comparison.evaluation import Evaluation, evaluation_of
+from foveate.bench.comparison.history import RESULTS
 from foveate.bench.comparison.interleaved import InterleavedRun, Progress
 from foveate.bench.comparison.lost import Losses
 from foveate.bench.comparison.method_run import MethodRun
@@ -39,7 +41,7 @@ from foveate.tasks.base.scores import LOSS
 from foveate.tasks.base.task import Task
 from foveate.tasks.text.passkeys import Passkeys
 
-RESULTS, JOURNAL = "results.json", "answers.jsonl"
+JOURNAL = "answers.jsonl"
 
 
 class Silent:
@@ -184,6 +186,7 @@ def _measure(
     result.rows.extend(rows)
     _add_earlier_rows(result, earlier)
     result.save(folder / RESULTS)
+    history.record(result, folder)
     return result
 
 
