@@ -1,8 +1,10 @@
 # The public names of foveate.bench; written by `make systems` from the catalogue.
 
 from foveate.bench.capabilities import Capabilities as Capabilities
+from foveate.bench.comparison.export import export as export
 from foveate.bench.comparison.results import Answer as Answer
 from foveate.bench.comparison.results import Comparison as Comparison
+from foveate.bench.comparison.results import LookedUp as LookedUp
 from foveate.bench.comparison.results import Ratio as Ratio
 from foveate.bench.comparison.results import Row as Row
 from foveate.bench.comparison.run import compare as compare
@@ -16,10 +18,12 @@ __all__ = [
     "Capabilities",
     "Comparison",
     "Contender",
+    "LookedUp",
     "Point",
     "Ratio",
     "Recall",
     "Row",
     "compare",
+    "export",
     "recall",
 ]

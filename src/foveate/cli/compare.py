@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from foveate.cli.options import Config, Device, Dtype, Fresh, Json
 from foveate.core.errors import Interrupted, OptionError
 from foveate.tasks.base.scores import LOSS, SCORES
 from foveate.tasks.registry import TASKS
+
+if TYPE_CHECKING:
+    from foveate.bench.comparison.results import Comparison
 
 Model = Annotated[
     str | None,
@@ -37,6 +40,9 @@ Methods = Annotated[
     ),
 ]
 Budget = Annotated[float, typer.Option(help="Share of each prompt's full cache that a method may use, in (0, 1].")]
+Budgets = Annotated[
+    str | None, typer.Option(help="Several such shares, with commas, in place of --budget: 0.1,0.25,0.5.")
+]
 Examples = Annotated[int | None, typer.Option(help="Number of prompts. Default: the task's own.")]
 Length = Annotated[int | None, typer.Option(help="Length of the prompts, for tasks that generate them.")]
 Score = Annotated[
@@ -62,12 +68,29 @@ Renumber = Annotated[
     ),
 ]
 
+Lost = Annotated[
+    bool,
+    typer.Option(
+        "--lost",
+        help="Read the examples that a method breaks once more: where did the full cache look, and was that dropped?",
+    ),
+]
+
+Export = Annotated[
+    Path | None, typer.Option(help="Also write every answer's score and costs to this .csv or .parquet file.")
+]
+History = Annotated[
+    Path | None,
+    typer.Option(help="Run nothing; write one page of all runs in this folder and the folders below it."),
+]
+
 
 def command(
     model: Model = None,
     task: TaskName = None,
     methods: Methods = None,
     budget: Budget = 0.35,
+    budgets: Budgets = None,
     examples: Examples = None,
     length: Length = None,
     score: Score = None,
@@ -82,6 +105,9 @@ def command(
     chat: Chat = False,
     new_tokens: NewTokens = None,
     renumber: Renumber = False,
+    look_up: Lost = False,
+    export: Export = None,
+    history: History = None,
     config: Config = None,
     as_json: Json = False,
     fresh: Fresh = False,
@@ -93,7 +119,12 @@ def command(
     and the same command resumes after an interruption.
     A method that fails gets a row with the reason.
     """
-    keys = _keys(methods)
+    if history is not None:
+        _show_history(history, {"model": model, "task": task, "methods": methods, "budgets": budgets, "export": export})
+        return
+    keys, shares = _keys(methods), _shares(budgets)
+    if export is not None:
+        _check_export(export)
     try:
         with Bar("loading") as bar:
             from foveate.bench.comparison.run import compare
@@ -103,6 +134,7 @@ def command(
                 task=task,
                 methods=keys,
                 budget=budget,
+                budgets=shares,
                 examples=examples,
                 length=length,
                 score=score,
@@ -117,19 +149,54 @@ def command(
                 chat=chat,
                 new_tokens=new_tokens,
                 renumber=renumber,
+                lost=look_up,
                 fresh=fresh,
                 progress=bar,
             )
     except KeyboardInterrupt as interrupt:
         typer.echo(_kept(interrupt, out), err=True)
         raise typer.Exit(1) from None
-    from foveate.report import headline, html, table
+    from foveate.report import headline, html, lost, significance, table
 
     page = html.write(found, out / "report.html")
+    if export is not None:
+        _export(found, export)
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:
-        show(table.render(found), *headline.notes(found), "", f"report   {page}", f"results  {out / 'results.json'}")
+        show(table.render(found), *headline.notes(found))
+        if said := significance.statements(found):
+            show("", *said)
+        if lost.losses(found):
+            show("", lost.table(found))
+        show("", f"report   {page}", f"results  {out / 'results.json'}")
+        if export is not None:
+            show(f"answers  {export}")
+
+
+def _check_export(path: Path) -> None:
+    from foveate.bench.comparison.export import check
+
+    check(path)
+
+
+def _export(found: Comparison, path: Path) -> None:
+    from foveate.bench.comparison.export import export
+
+    export(found, path)
+
+
+def _show_history(folder: Path, others: dict[str, object]) -> None:
+    """Write the page of a folder's runs; options of a run do not go with it."""
+    from foveate.bench.comparison.history import runs
+    from foveate.report import history
+
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise OptionError(f"--history runs nothing, so it does not go with --{given[0]}")
+    found = runs(folder)
+    page = history.write(found, folder, folder / "history.html")
+    show(history.table(found, folder), "", f"page     {page}")
 
 
 def _keys(methods: str | None) -> list[str] | None:
@@ -139,6 +206,13 @@ def _keys(methods: str | None) -> list[str] | None:
     if not keys:
         raise OptionError(f'methods="{methods}" must name keys of `foveate systems`, separated by commas')
     return keys
+
+
+def _shares(budgets: str | None) -> list[float] | None:
+    try:
+        return None if budgets is None else [float(word) for word in budgets.split(",") if word.strip()]
+    except ValueError:
+        raise OptionError(f"budgets={budgets!r} must be numbers, separated by commas") from None
 
 
 def _kept(interrupt: KeyboardInterrupt, out: Path) -> str:

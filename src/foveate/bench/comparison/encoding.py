@@ -15,8 +15,8 @@ from foveate.core.errors import TaskError
 from foveate.tasks.base.task import Example, Task
 
 _SPARE = 2  # tokens beyond the expected answer, which show if the output ends there
-_SPARE_IN_SENTENCES = 24  # the same if the answer may be inside a sentence
-_IN_SENTENCES = ("contains", "contains-all", "first-number")
+_SPAREIN_SENTENCES = 24  # the same if the answer may be inside a sentence
+IN_SENTENCES = ("contains", "contains-all", "first-number")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def prompts(
     if new_tokens is not None:
         validate.at_least("new_tokens", new_tokens, 1)
     context, vocabulary = context_length(model.config), _vocabulary_size(model)
-    spare = _SPARE_IN_SENTENCES if chat or (score or task.metric) in _IN_SENTENCES else _SPARE
+    spare = _SPAREIN_SENTENCES if chat or (score or task.metric) in IN_SENTENCES else _SPARE
     found = []
     for number, example in enumerate(task.examples(), 1):
         where = f"example {number} of {task.name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,14 @@ from transformers import PreTrainedModel
 from foveate._version import __version__
 from foveate.bench import known
 from foveate.bench.calibration import CalibrationStore
+from foveate.bench.comparison import history
 from foveate.bench.comparison.encoding import prompts
 from foveate.bench.comparison.evaluation import Evaluation, evaluation_of
+from foveate.bench.comparison.history import RESULTS
 from foveate.bench.comparison.interleaved import InterleavedRun, Progress
+from foveate.bench.comparison.lost import Losses
 from foveate.bench.comparison.method_run import MethodRun
-from foveate.bench.comparison.results import FORMAT, Comparison
+from foveate.bench.comparison.results import FORMAT, Comparison, Row
 from foveate.bench.comparison.task_choice import choose_task, with_fields
 from foveate.bench.known import DEFAULT, FULL
 from foveate.bench.loading import load, trained_on
@@ -31,13 +34,14 @@ from foveate.bench.parts.folder import lock_folder
 from foveate.bench.parts.journal import Journal
 from foveate.bench.parts.plaindata import version_of
 from foveate.core import validate
-from foveate.core.errors import OptionError, TaskError
+from foveate.core.errors import Interrupted, OptionError, TaskError
 from foveate.host.hf.model import Host, host
 from foveate.tasks.base import scores
+from foveate.tasks.base.scores import LOSS
 from foveate.tasks.base.task import Task
 from foveate.tasks.text.passkeys import Passkeys
 
-RESULTS, JOURNAL = "results.json", "answers.jsonl"
+JOURNAL = "answers.jsonl"
 
 
 class Silent:
@@ -54,7 +58,7 @@ class Options:
 
     model: str | None
     methods: list[str] | None
-    budget: float
+    budgets: list[float]
     score: str | None
     batch: int
     seed: int
@@ -64,14 +68,14 @@ class Options:
     chat: bool
     new_tokens: int | None
     renumber: bool
+    lost: bool
     fresh: bool
 
     def keys(self) -> list[str]:
         """Return the keys of the methods, the full cache first, after checking all that needs no model."""
         keys = [FULL, *(key for key in (self.methods or DEFAULT) if key != FULL)]
         known.check(keys)
-        if not 0 < self.budget <= 1:
-            raise OptionError(f"budget={self.budget} must be above 0 and at most 1, a share of the full cache")
+        _check_budgets(self.budgets)
         validate.count("batch", self.batch, 1)
         if self.score is not None:
             scores.check(self.score, ())
@@ -84,6 +88,7 @@ def compare(
     task: str | None = None,
     methods: list[str] | None = None,
     budget: float = 0.35,
+    budgets: Sequence[float] | None = None,
     examples: int | None = None,
     length: int | None = None,
     score: str | None = None,
@@ -98,6 +103,7 @@ def compare(
     chat: bool = False,
     new_tokens: int | None = None,
     renumber: bool = False,
+    lost: bool = False,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -112,6 +118,8 @@ def compare(
         methods: keys of the catalogue (cache policies, or operators to read the prompt with); the full cache always
             runs.
         budget: the share of each prompt's full cache that a method may keep, or read, in (0, 1].
+        budgets: several such shares, in place of `budget`: every method runs at each of them, in one run. Policies that
+            read a prompt densely then read most prompts only once for all their budgets; see `MethodRun.shares`.
         examples: how many prompts.
         length: the length of needle prompts in characters.
         score: one of `foveate.tasks.base.scores.SCORES`, or "loss"; None is the task's own.
@@ -126,6 +134,8 @@ def compare(
         new_tokens: how many tokens to generate; None depends on the accepted answers.
         renumber: under policies that evict, let positions count the kept tokens; see `foveate.kv.renumbered`. Prompts
             past the model's context are then read in pieces that fit.
+        lost: True reads the examples that a method breaks and the full cache solves once more, and says what the full
+            cache looked up for its answer and whether the method had dropped it; see `foveate.bench.comparison.lost`.
         fresh: True measures everything again.
         progress: receives the progress.
 
@@ -133,9 +143,11 @@ def compare(
         FoveateError: if anything cannot be run; nothing has been written then.
         Interrupted: with the number of answers, and of all, after the results so far were saved.
     """
+    shares = [budget] if budgets is None else sorted(budgets)
     options = Options(
-        model, methods, budget, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, fresh
-    )
+        model, methods, shares, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, lost,
+        fresh,
+    )  # fmt: skip
     keys = options.keys()
     chosen = with_fields(choose_task(task, examples, length, seed, trained_on(model)), prompt_field, answer_field)
     with lock_folder(Path(out)) as folder, timing.threads() as threads:
@@ -152,23 +164,57 @@ def _measure(
     keys = _applicable(keys, options, model)
     encoded = prompts(task, tokenizer, model, chat=options.chat, new_tokens=options.new_tokens, score=options.score)
     evaluation = evaluation_of(task, options.score, encoded, tokenizer, model, options.batch)
+    if options.lost and evaluation.metric == LOSS:
+        raise OptionError("lost=True needs answers that are right or wrong; it does not go with the loss as the score")
     versions = _versions()
     environment = digest.of(digest.of_model(model), options.device, options.dtype, versions, digest.of_code())
     result = Comparison(
         model=options.model or "lab lm", task=task.name, seed=options.seed, device=options.device, dtype=options.dtype,
-        budget=options.budget, examples=len(encoded), length=getattr(task, "length", None), batch=options.batch,
+        budgets=options.budgets, examples=len(encoded), length=getattr(task, "length", None), batch=options.batch,
         versions={**versions, "threads": str(threads)}, metric=evaluation.metric,
-        digest=digest.of(environment, options.budget, options.renumber, evaluation.identity), rows=[],
+        digest=digest.of(environment, options.budgets, options.renumber, evaluation.identity), rows=[],
     )  # fmt: skip
     folders = [path for path in (source, folder) if path is not None]
     data = partial(_passkeys, tokenizer, evaluation, options.seed)
     store = CalibrationStore(Host(model), data, folders, progress.say)
-    runs = [MethodRun.of(Contender(key, Host(model), options.budget, options.renumber), store) for key in keys]
-    InterleavedRun(model, environment, Journal(folder / JOURNAL, options.fresh), progress).run(runs, evaluation)
-    result.rows.extend(evaluation.row(run) for run in runs)
+    runs = [run for key in keys for run in _runs(key, Host(model), options, store)]
+    journal = Journal(folder / JOURNAL, options.fresh)
+    InterleavedRun(model, environment, journal, progress).run(runs, evaluation)
+    rows = [evaluation.row(run) for run in runs]
+    if options.lost:
+        rows = _lost(Losses(model, environment, journal, evaluation, progress.say), rows, runs)
+    result.rows.extend(rows)
     _add_earlier_rows(result, earlier)
     result.save(folder / RESULTS)
+    history.record(result, folder)
     return result
+
+
+def _lost(losses: Losses, rows: list[Row], runs: list[MethodRun]) -> list[Row]:
+    """Add what each method lost; an interrupt loses no answer."""
+    try:
+        return losses.add(rows, runs)
+    except KeyboardInterrupt:
+        total = sum(len(row.answers) for row in rows)
+        raise Interrupted(total, total) from None
+
+
+def _runs(key: str, host: Host, options: Options, store: CalibrationStore) -> list[MethodRun]:
+    """Start a method's run at each budget, or one run if it takes none."""
+    each = [Contender(key, host, budget, options.renumber) for budget in options.budgets]
+    each = each if each[0].takes_budget else each[:1]
+    found = [MethodRun.of(contender, store, turn, len(each)) for turn, contender in enumerate(each)]
+    for run in found:
+        run.warm = found[0].warm
+    return found
+
+
+def _check_budgets(budgets: list[float]) -> None:
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise OptionError(f"budget={budget} must be above 0 and at most 1, a share of the full cache")
+    if not budgets or len(set(budgets)) < len(budgets):
+        raise OptionError(f"budgets={','.join(map(str, budgets))} must name at least one share, and each only once")
 
 
 def _applicable(keys: list[str], options: Options, model: PreTrainedModel) -> list[str]:
@@ -185,8 +231,8 @@ def _add_earlier_rows(result: Comparison, earlier: Comparison | None) -> None:
     if not any(row.answers for row in result.rows):
         raise TaskError(f"no method ran: {result.rows[0].error}")
     if earlier is not None and earlier.digest == result.digest:
-        present = {row.method for row in result.rows}
-        result.rows.extend(row for row in earlier.rows if row.method not in present and row.answers)
+        present = {row.id for row in result.rows}
+        result.rows.extend(row for row in earlier.rows if row.id not in present and row.answers)
 
 
 def _earlier(file: Path) -> Comparison | None:
