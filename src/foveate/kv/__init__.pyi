@@ -16,6 +16,7 @@ from foveate.kv.kvzap import KVzap as KVzap
 from foveate.kv.kvzip import KVzip as KVzip
 from foveate.kv.lagkv import LagKV as LagKV
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
+from foveate.kv.quest import Quest as Quest
 from foveate.kv.r_kv import RKV as RKV
 from foveate.kv.random_keep import RandomKeep as RandomKeep
 from foveate.kv.razor_attention import RazorAttention as RazorAttention
@@ -26,6 +27,7 @@ from foveate.kv.recycled_attention import Overlap as Overlap
 from foveate.kv.recycled_attention import RecycledAttention as RecycledAttention
 from foveate.kv.recycled_attention import attention_overlap as attention_overlap
 from foveate.kv.renumbered import Renumbered as Renumbered
+from foveate.kv.rocketkv import RocketKV as RocketKV
 from foveate.kv.sink_recent import SinkRecent as SinkRecent
 from foveate.kv.snapkv import SnapKV as SnapKV
 from foveate.kv.tidal_decode import TidalDecode as TidalDecode
@@ -50,11 +52,13 @@ __all__ = [
     "Overlap",
     "Policy",
     "PyramidKV",
+    "Quest",
     "RKV",
     "RandomKeep",
     "RazorAttention",
     "RecycledAttention",
     "Renumbered",
+    "RocketKV",
     "ScorePolicy",
     "SinkRecent",
     "SnapKV",
