@@ -27,7 +27,7 @@ from foveate.kv.base.scored import Heads, ScorePolicy
 from foveate.kv.parts.head_split import far_numbers
 from foveate.kv.parts.hybrid_scores import channel_products, largest_channels, token_weights
 from foveate.kv.parts.stored_pages import stored_pages
-from foveate.kv.parts.window_queries import per_kv_head, pooled, window_weights
+from foveate.kv.parts.window_queries import LastQueries, per_kv_head, pooled, window_votes
 
 #: Notes of stage 2 that do not outlast the reading of a prompt, or of a piece of it.
 _STALE = ("pages", "full", "length")
@@ -60,6 +60,8 @@ class RocketKV(ScorePolicy):
     share: float = field(init=False, repr=False)
     heads: Heads = field(default="equal", init=False, repr=False)
     safeguard: float = field(default=0.0, init=False, repr=False)
+    threshold: float | None = field(default=None, init=False, repr=False)
+    limit: int | None = field(default=None, init=False, repr=False)
     every: int | None = field(default=None, init=False, repr=False)
     sink: int = 0
     recent: int = 32
@@ -109,12 +111,8 @@ class RocketKV(ScorePolicy):
     # -- stage 1: evict after the prompt -------------------------------------------------------------------------------
 
     def score(self, site: Site) -> Float[Tensor, "b hkv s"]:
-        weights, real, at = window_weights(site, self.recent)
-        received = weights.sum(2)
-        # the window's own tokens stay in any case; they must not enter the pool of the tokens before them
-        first = at.masked_fill(~real, site.seen).amin(-1)[:, None, None]
-        inside = (site.positions >= first).repeat_interleave(received.shape[1] // site.positions.shape[1], 1)
-        return pooled(per_kv_head(received.masked_fill(inside, 0.0), site, "sum"), site, self.pool, "max")
+        votes = window_votes(site, LastQueries.of(site, self.recent))
+        return pooled(per_kv_head(votes, site, "sum"), site, self.pool, "max")
 
     # -- stage 2: read a few of the tokens that are left ---------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.host.site import Site
 from foveate.kv.base.scored import ScorePolicy
-from foveate.kv.parts.window_queries import LastQueries, per_kv_head, pooled, window_weights
+from foveate.kv.parts.window_queries import LastQueries, per_kv_head, pooled, window_votes
 
 
 @final
@@ -60,8 +60,5 @@ class SnapKV(ScorePolicy):
     def score(self, site: Site) -> Float[Tensor, "b hkv s"]:
         once = self.every is None
         queries = LastQueries.of(site, self.recent) if once else LastQueries.in_notes(site.notes(self))
-        received = window_weights(site, queries).sum(2) / queries.real.sum(-1).clamp_min(1)[:, None, None]
-        # the window's own tokens stay in any case; they must not enter the pool of the tokens before them
-        first = queries.at.masked_fill(~queries.real, site.seen).amin(-1)[:, None, None]
-        inside = (site.positions >= first).repeat_interleave(received.shape[1] // site.positions.shape[1], 1)
-        return per_kv_head(pooled(received.masked_fill(inside, 0.0), site, self.pool, self.pooling), site, self.group)
+        received = window_votes(site, queries) / queries.real.sum(-1).clamp_min(1)[:, None, None]
+        return per_kv_head(pooled(received, site, self.pool, self.pooling), site, self.group)

@@ -85,6 +85,17 @@ def window_weights(site: Site, queries: LastQueries) -> Float[Tensor, "b hq w s"
     return safe_softmax(logits.masked_fill(~(seen & queries.real[:, None, :, None]), NEG_INF))
 
 
+def window_votes(site: Site, queries: LastQueries) -> Float[Tensor, "b hq s"]:
+    """Return the sum of the weights that the last queries pay to each token before them; zero for their own tokens.
+
+    These stay in any case, and must not enter the pool of the tokens before them.
+    """
+    weights = window_weights(site, queries).sum(2)
+    first = queries.at.masked_fill(~queries.real, site.seen).amin(-1)[:, None, None]
+    inside = (site.positions >= first).repeat_interleave(weights.shape[1] // site.positions.shape[1], 1)
+    return weights.masked_fill(inside, 0.0)
+
+
 def window_logits(site: Site, queries: LastQueries) -> Float[Tensor, "b hq w s"]:
     """Return the logits of the last queries and all slots, soft cap included and mask not."""
     q = queries.q.unflatten(1, (site.k.shape[1], -1)).flatten(2, 3)
