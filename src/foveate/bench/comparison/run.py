@@ -25,11 +25,11 @@ from foveate.bench.comparison.results import FORMAT, Comparison
 from foveate.bench.comparison.task_choice import choose_task, with_fields
 from foveate.bench.known import DEFAULT, FULL
 from foveate.bench.loading import load, trained_on
-from foveate.bench.methods import Contender
 from foveate.bench.parts import digest, timing
 from foveate.bench.parts.folder import lock_folder
 from foveate.bench.parts.journal import Journal
 from foveate.bench.parts.plaindata import version_of
+from foveate.bench.recipes.contender import contender, write_recipes
 from foveate.core import validate
 from foveate.core.errors import OptionError, TaskError
 from foveate.host.hf.model import Host, host
@@ -37,7 +37,7 @@ from foveate.tasks.base import scores
 from foveate.tasks.base.task import Task
 from foveate.tasks.text.passkeys import Passkeys
 
-RESULTS, JOURNAL = "results.json", "answers.jsonl"
+RESULTS, JOURNAL, RECIPES = "results.json", "answers.jsonl", "recipes"
 
 
 class Silent:
@@ -109,15 +109,15 @@ def compare(
         model: a folder, GGUF file, adapter's folder or hub id of a decoder; None is the lab model.
         task: a name of `foveate.tasks.registry.TASKS`, "mqar", "copy", or a file of prompts and answers (see
             `foveate.tasks.files.prompts`). None is the training task of a model of `foveate train`, else needle.
-        methods: keys of the catalogue (cache policies, or operators to read the prompt with); the full cache always
-            runs.
+        methods: keys of the catalogue (cache policies, or operators to read the prompt with), and files of recipes
+            (`foveate.save`); the full cache always runs.
         budget: the share of each prompt's full cache that a method may keep, or read, in (0, 1].
         examples: how many prompts.
         length: the length of needle prompts in characters.
         score: one of `foveate.tasks.base.scores.SCORES`, or "loss"; None is the task's own.
         batch: how many prompts of similar length run together.
-        out: the output folder. Results of an earlier run in it are reused if the model's weights, the prompt and all
-            relevant options are the same, unless `fresh`.
+        out: the output folder, which also gets a recipe of each method. Results of an earlier run in it are reused if
+            the model's weights, the prompt and all relevant options are the same, unless `fresh`.
         seed: the seed of the task.
         device, dtype: the device and number format of the model.
         trust_remote_code: True lets code from the model's folder or repository run.
@@ -163,11 +163,13 @@ def _measure(
     folders = [path for path in (source, folder) if path is not None]
     data = partial(_passkeys, tokenizer, evaluation, options.seed)
     store = CalibrationStore(Host(model), data, folders, progress.say)
-    runs = [MethodRun.of(Contender(key, Host(model), options.budget, options.renumber), store) for key in keys]
+    runs = [MethodRun.of(contender(key, Host(model), options.budget, options.renumber), store) for key in keys]
     InterleavedRun(model, environment, Journal(folder / JOURNAL, options.fresh), progress).run(runs, evaluation)
     result.rows.extend(evaluation.row(run) for run in runs)
     _add_earlier_rows(result, earlier)
     result.save(folder / RESULTS)
+    longest = max(prompt.ids.shape[1] for prompt in encoded)
+    write_recipes([run.contender for run in runs if run.records], folder / RECIPES, longest)
     return result
 
 
