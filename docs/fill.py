@@ -31,7 +31,8 @@ def demo(results: Path) -> str:
     """The comparison as a table, and where it was made."""
     found = Comparison.load(results)
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    made = f"{found.examples} prompts of {found.length} bytes, budget {found.budget:.0%}; {versions}."
+    budgets = ", ".join(f"{budget:.0%}" for budget in found.budgets)
+    made = f"{found.examples} prompts of {found.length} bytes, budget {budgets}; {versions}."
     return f"{markdown(found)}\n{made}"
 
 

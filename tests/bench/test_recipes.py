@@ -218,3 +218,13 @@ def test_compare_refuses_recipes_that_it_cannot_use(decoder: Path, prompts: Path
     with pytest.raises(OptionError, match="cannot use recipe .*other.json: it belongs to another model"):
         compare(**given, methods=[str(other)])
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_rows_of_several_budgets_have_a_recipe_each(decoder: Path, prompts: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"model": str(decoder), "task": str(prompts)}
+    first = compare(**given, methods=["snapkv"], budgets=[0.5, 0.25], out=tmp_path / "one")
+    folder = tmp_path / "one" / "recipes"
+    assert sorted(path.name for path in folder.iterdir()) == ["full.json", "snapkv-0.25.json", "snapkv-0.5.json"]
+    recipes = [str(folder / f"snapkv-{budget}.json") for budget in (0.25, 0.5)]
+    second = compare(**given, methods=recipes, budgets=[0.5, 0.25], out=tmp_path / "two")
+    assert [row.cache_kept for row in second.rows] == [row.cache_kept for row in first.rows]

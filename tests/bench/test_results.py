@@ -26,7 +26,7 @@ def timed(*pairs: tuple[float, float]) -> list[Answer]:
 
 
 def make_comparison(*rows: Row, **values) -> Comparison:
-    settings = dict(model="lab/lm", task="needle", seed=0, device="cpu", dtype="float32", budget=0.4, examples=2)
+    settings = dict(model="lab/lm", task="needle", seed=0, device="cpu", dtype="float32", budgets=[0.4], examples=2)
     return Comparison(**(settings | values), length=1024, versions={"torch": "2.13"}, rows=list(rows))
 
 
@@ -156,7 +156,8 @@ def test_settings_do_not_depend_on_the_rows():
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"model": "other"}, {"budget": 0.5}, {"examples": 3}, {"digest": "0"}, {"metric": "exact"}]
+    "change",
+    [{"seed": 1}, {"model": "other"}, {"budgets": [0.5]}, {"examples": 3}, {"digest": "0"}, {"metric": "exact"}],
 )
 def test_settings_differ_between_different_runs(change):
     assert make_comparison(**change).settings() != make_comparison().settings()
@@ -174,7 +175,7 @@ def broken(change) -> str:
         ("", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ("{", "not valid JSON"),
-        ("[]", 'not a comparison: "format" must be "foveate.comparison/2"'),
+        ("[]", 'not a comparison: "format" must be "foveate.comparison/3"'),
         (broken(lambda it: it.update(format="foveate.comparison/9")), "not a comparison"),
         (broken(lambda it: it.pop("seed")), "seed is missing"),
         (broken(lambda it: it.update(extra=1)), "'extra' is unknown"),

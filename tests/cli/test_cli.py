@@ -35,7 +35,7 @@ def comparison() -> Comparison:
 
     run = {"model": "lab", "task": "needle", "seed": 0, "device": "cpu", "dtype": "float32", "versions": {"torch": "2"}}
     rows = [row("full", 1.0, 1.0), row("duo_attention", 0.5, 0.35)]
-    return Comparison(**run, budget=0.35, examples=1, length=512, rows=rows)
+    return Comparison(**run, budgets=[0.35], examples=1, length=512, rows=rows)
 
 
 class FakeCompare:
@@ -104,7 +104,7 @@ def test_wrong_usage_exits_with_2(args: list[str]) -> None:
 def test_compare_passes_all_options(compare: FakeCompare, tmp_path: Path) -> None:
     options = (
         "--model some/model --task t.jsonl --methods full,duo_attention,,  --budget 0.2 --examples 3 --length 300 "
-        "--seed 7 --device cuda --dtype bfloat16 --fresh --trust-remote-code --score exact --batch 2 "
+        "--budgets 0.1,0.5 --seed 7 --device cuda --dtype bfloat16 --fresh --trust-remote-code --score exact --batch 2 "
         "--prompt-field doc.q --answer-field a --chat --new-tokens 9 --renumber"
     ).split()
     result = run("compare", *options, "--out", tmp_path)
@@ -114,6 +114,7 @@ def test_compare_passes_all_options(compare: FakeCompare, tmp_path: Path) -> Non
         "task": "t.jsonl",
         "methods": ["full", "duo_attention"],
         "budget": 0.2,
+        "budgets": [0.1, 0.5],
         "examples": 3,
         "length": 300,
         "score": "exact",
@@ -161,7 +162,8 @@ def test_compare_defaults(compare: FakeCompare, tmp_path: Path, monkeypatch: pyt
     assert compare.given["budget"] == 0.35
     unset = [name for name, value in compare.given.items() if value is None]
     assert unset == [
-        "model", "task", "methods", "examples", "length", "score", "prompt_field", "answer_field", "new_tokens",
+        "model", "task", "methods", "budgets", "examples", "length", "score", "prompt_field", "answer_field",
+        "new_tokens",
     ]  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def hostile() -> Comparison:
     ]
     rows.append(Row("m" * 200, "t" * 400, {"o" * 90: "v" * 900}, 0.5, 0.5, 0.5, 3.0, 2.0, 9.0, 9.0, 9.0, answers))
     rows.append(Row.failed(ATTACK, ATTACK, ATTACK))
-    return Comparison(ATTACK, ATTACK, 0, ATTACK, ATTACK, 0.4, 2, None, {ATTACK: ATTACK}, rows)
+    return Comparison(ATTACK, ATTACK, 0, ATTACK, ATTACK, [0.4], 2, None, {ATTACK: ATTACK}, rows)
 
 
 def make_comparison(*rows: tuple, **more) -> Comparison:
@@ -52,7 +52,7 @@ def make_comparison(*rows: tuple, **more) -> Comparison:
     for name, *values, options in rows:
         given = answers(values[0], values[3:5], base[4:6])
         built.append(Row(name, f"The paper on {name}", options, *values, values[-1] / 2, values[-1] * 2, given))
-    settings = dict(model="labs/lm", task="needle", seed=0, device="cpu", dtype="float32", budget=0.4, examples=4)
+    settings = dict(model="labs/lm", task="needle", seed=0, device="cpu", dtype="float32", budgets=[0.4], examples=4)
     versions = {"foveate": "0.1.0", "torch": "2.13.0"}
     return Comparison(**{**settings, "length": 2048, "versions": versions, "rows": built, **more})
 

@@ -171,7 +171,7 @@ def test_the_page_prints_well(visit, which, request):
     assert view(f"{cells}.every(cell => cell.scrollWidth <= cell.clientWidth + 1)")
     assert view("document.querySelectorAll('table.results thead th').length") == 7
     pages = view.page.pdf(format="A4").count(b"/Type /Page\n")
-    assert 1 <= pages <= (6 if which == "comparison" else 60)
+    assert 1 <= pages <= (8 if which == "comparison" else 60)
 
 
 def test_figures_follow_the_colour_scheme_and_the_width(visit, comparison):

@@ -15,6 +15,12 @@ DEFAULT = (
     FULL, "sink_recent", "duo_attention", "razor_attention", "token_select", "tidal_decode", "recycled_attention",
     "hip",
 )  # fmt: skip
+#: Methods that read a prompt in one piece densely, and whose choices need no query of it but the last. They can share
+#: one reading of the prompt, up to its last token; all others have to read it themselves.
+SHARING = (
+    FULL, PACKED, "sink_recent", "duo_attention", "razor_attention", "token_select", "tidal_decode",
+    "recycled_attention",
+)  # fmt: skip
 #: Causal operators that cannot replace a model's attention: Aaren has one query for all tokens.
 _OWN_QUERIES = ("aaren",)
 

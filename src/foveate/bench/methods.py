@@ -31,13 +31,13 @@ class Contender:
     Args:
         key: a catalogue key, or "full".
         host: the model.
-        budget: the share of each prompt's cache.
+        budget: the share of each prompt's cache; 1 for methods that take none, such as the full cache.
         renumber: True lets positions count the kept tokens if the policy evicts. It then keeps at most half of the
             model's context, which leaves room for the next piece of text.
     """
 
     def __init__(self, key: str, host: Host, budget: float, renumber: bool = False) -> None:
-        self.key, self.host, self.budget, self.renumber = key, host, budget, renumber
+        self.key, self.host, self.renumber = key, host, renumber
         self.title, self.arxiv = "full cache", ""
         self._class: type | None = None
         self._calibration: dict[str, Tensor] = {}
@@ -47,6 +47,8 @@ class Contender:
         elif key != FULL:
             row = system(key)
             self.title, self.arxiv, self._class = row.title, row.arxiv, row.load()
+        self.takes_budget = self._class is not None and _takes_budget(self._class, host)
+        self.budget = budget if self.takes_budget else 1.0
 
     def calibrate(self, calibrations: Calibrations) -> None:
         """Get the policy's calibration for the model; call it before the other methods."""
@@ -94,14 +96,29 @@ class Contender:
         return cls()
 
 
-def _operator(cls: type[Operator], host: Host, budget: float, length: int) -> Operator:
-    """Create the operator with the model's sizes, if it needs them, and parameters of a fixed seed."""
+def _takes_budget(cls: type, host: Host) -> bool:
+    """Return whether the method is created for a budget."""
+    if issubclass(cls, Operator):
+        # mypy takes a bound class method for a plain function
+        default = cls.at_budget.__func__ is Operator.at_budget.__func__  # type: ignore[attr-defined]
+        return not default and not _sizes(cls, host)
+    return issubclass(cls, Policy)
+
+
+def _sizes(cls: type[Operator], host: Host) -> dict[str, Any]:
+    """Return the model's sizes that the operator needs; empty if it is created for a budget."""
     sizes = {"heads": host.heads, "kv_heads": host.kv_heads, "head_dim": head_dim(host)}
     accepted = inspect.signature(cls.__init__).parameters
     needs_sizes = any(name in sizes and option.default is option.empty for name, option in accepted.items())
     needed: dict[str, Any] = {name: size for name, size in sizes.items() if name in accepted} if needs_sizes else {}
     if "learned" in accepted:  # without a layer that makes its gates, the operator has to learn its own
         needed["learned"] = (host.heads, head_dim(host))
+    return needed
+
+
+def _operator(cls: type[Operator], host: Host, budget: float, length: int) -> Operator:
+    """Create the operator with the model's sizes, if it needs them, and parameters of a fixed seed."""
+    needed = _sizes(cls, host)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         operator = cls(**needed) if needed else cls.at_budget(budget, length)

@@ -37,6 +37,9 @@ Methods = Annotated[
     ),
 ]
 Budget = Annotated[float, typer.Option(help="Share of each prompt's full cache that a method may use, in (0, 1].")]
+Budgets = Annotated[
+    str | None, typer.Option(help="Several such shares, with commas, in place of --budget: 0.1,0.25,0.5.")
+]
 Examples = Annotated[int | None, typer.Option(help="Number of prompts. Default: the task's own.")]
 Length = Annotated[int | None, typer.Option(help="Length of the prompts, for tasks that generate them.")]
 Score = Annotated[
@@ -68,6 +71,7 @@ def command(
     task: TaskName = None,
     methods: Methods = None,
     budget: Budget = 0.35,
+    budgets: Budgets = None,
     examples: Examples = None,
     length: Length = None,
     score: Score = None,
@@ -93,7 +97,7 @@ def command(
     and the same command resumes after an interruption.
     A method that fails gets a row with the reason.
     """
-    keys = _keys(methods)
+    keys, shares = _keys(methods), _shares(budgets)
     try:
         with Bar("loading") as bar:
             from foveate.bench.comparison.run import compare
@@ -103,6 +107,7 @@ def command(
                 task=task,
                 methods=keys,
                 budget=budget,
+                budgets=shares,
                 examples=examples,
                 length=length,
                 score=score,
@@ -123,13 +128,21 @@ def command(
     except KeyboardInterrupt as interrupt:
         typer.echo(_kept(interrupt, out), err=True)
         raise typer.Exit(1) from None
-    from foveate.report import headline, html, table
+    from foveate.report import headline, html, significance, table
 
     page = html.write(found, out / "report.html")
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:
-        show(table.render(found), *headline.notes(found), "", f"report   {page}", f"results  {out / 'results.json'}")
+        said = significance.statements(found)
+        show(
+            table.render(found),
+            *headline.notes(found),
+            *["", *said] * bool(said),
+            "",
+            f"report   {page}",
+            f"results  {out / 'results.json'}",
+        )
 
 
 def _keys(methods: str | None) -> list[str] | None:
@@ -139,6 +152,13 @@ def _keys(methods: str | None) -> list[str] | None:
     if not keys:
         raise OptionError(f'methods="{methods}" must name keys of `foveate systems`, separated by commas')
     return keys
+
+
+def _shares(budgets: str | None) -> list[float] | None:
+    try:
+        return None if budgets is None else [float(word) for word in budgets.split(",") if word.strip()]
+    except ValueError:
+        raise OptionError(f"budgets={budgets!r} must be numbers, separated by commas") from None
 
 
 def _kept(interrupt: KeyboardInterrupt, out: Path) -> str:

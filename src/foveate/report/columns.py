@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import math
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from foveate.bench.comparison.results import LOSS, TIMES, Comparison, Row
 
 NOTHING = "–"
 VARIES = "varies"
+LONGEST = 26  # the most characters of a name in a figure; the table shows the whole name
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Cell:
         interval: the confidence interval of a score; else empty.
         ratio: the ratio to the baseline; empty for the baseline and without a ratio, `VARIES` if it is uncertain.
         spread: the confidence interval of a time's ratio; else empty.
-        best: True if no number in the column is better.
+        best: True if no number in the column is better, and for times if that is not by chance.
     """
 
     text: str
@@ -126,6 +128,24 @@ def ordered(comparison: Comparison) -> list[Row]:
     return sorted(comparison.rows, key=lambda row: row.method != comparison.baseline)
 
 
+def name_of(comparison: Comparison, row: Row) -> str:
+    """Return a row's method, with its budget if the comparison has several."""
+    budget = row.id[1]
+    several = len(comparison.budgets) > 1 and budget is not None
+    return visible(row.method) + (f" at {percent(row.budget)}" if several else "")
+
+
+def listed(words: Sequence[str]) -> str:
+    """Join words: `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def label(text: str) -> str:
+    """Shorten and escape `text` for Plotly."""
+    text = visible(text)
+    return html.escape(text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…", quote=False)
+
+
 def cells(comparison: Comparison) -> list[list[Cell]]:
     """Return one list of cells for each of the `ordered` rows."""
     rows = ordered(comparison)
@@ -159,7 +179,8 @@ def _column_cells(comparison: Comparison, rows: list[Row], column: Column) -> li
     texts = [column.show(getattr(row, column.measure)) for row in rows]
     best = _best(rows, column)
     # If all numbers look alike, none is marked.
-    mark = {column.show(best)} if best is not None and len(set(texts) - {NOTHING}) > 1 else set()
+    marked = best is not None and len(set(texts) - {NOTHING}) > 1 and _is_sure(comparison, rows, column, best)
+    mark = {column.show(best)} if best is not None and marked else set()
     found = []
     for row, text in zip(rows, texts, strict=True):
         known = row.score_interval if column.measure == "score" and text != NOTHING else None
@@ -197,3 +218,15 @@ def _best(rows: list[Row], column: Column) -> float | None:
     if not values:
         return None
     return max(values) if column.higher_is_better else min(values)
+
+
+def _is_sure(comparison: Comparison, rows: list[Row], column: Column, best: float) -> bool:
+    """Return whether a best time differs from the baseline's for sure: the interval of their ratio must not hold 1."""
+    if column.measure not in TIMES or comparison.base() not in rows:
+        return True
+    first = next(row for row in rows if getattr(row, column.measure) == best)
+    if first.method == comparison.baseline:
+        others = [comparison.paired(row, column.measure) for row in rows if row is not first and row.answers]
+        return all(ratio is not None and ratio.low > 1 for ratio in others)
+    ratio = comparison.paired(first, column.measure)
+    return ratio is not None and ratio.is_certain and ratio.high < 1

@@ -5,28 +5,24 @@ Plotly interprets a subset of HTML in labels and hover texts, so every name is e
 
 from __future__ import annotations
 
-import html
 import math
 from typing import Any
 
 from foveate.bench.comparison.results import LOSS, Comparison, Row
-from foveate.report.columns import between, column, ordered, times, visible
+from foveate.report.columns import between, column, label, name_of, ordered, times
 from foveate.report.headline import headliner
+from foveate.report.pareto import frontier, pareto
 
 SHARES = ("cache_kept", "keys_read")
 COSTS = ("prefill_ms", "decode_ms", "memory_mb")
-LONGEST = 26  # the most characters of a name in a figure; the table shows the whole name
 
 
 def figures(comparison: Comparison) -> dict[str, Any]:
-    """Return `quality`, score against each share, and `cost`, ratios of time and memory; no figure for empty lists."""
-    return {"quality": _quality(comparison), "cost": _cost(comparison)}
+    """Return `quality`, score against each share, `pareto`, score against bytes and times, and `cost`, ratios.
 
-
-def label(text: str) -> str:
-    """Shorten and escape `text` for Plotly."""
-    text = visible(text)
-    return html.escape(text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…", quote=False)
+    Empty lists make no figure.
+    """
+    return {"quality": _quality(comparison), "pareto": pareto(comparison), "cost": _cost(comparison)}
 
 
 def _quality(comparison: Comparison) -> dict[str, Any]:
@@ -36,7 +32,10 @@ def _quality(comparison: Comparison) -> dict[str, Any]:
     for measure in SHARES:
         rows = [row for row in ordered(comparison) if _finite(row.score, getattr(row, measure))]
         if rows:
-            points = [_point(comparison, row, measure) for row in rows]
+            costs = [(getattr(row, measure), -row.score if loss else row.score) for row in rows]
+            # among several budgets of many methods, only the names of the best ones fit
+            named = frontier(costs) if len(comparison.budgets) > 1 else set(range(len(rows)))
+            points = [{**_point(comparison, row, measure), "named": index in named} for index, row in enumerate(rows)]
             panels.append({"id": measure, "heading": column(comparison, measure).heading, "points": points})
     return {
         "panels": panels,
@@ -59,12 +58,12 @@ def _point(comparison: Comparison, row: Row, measure: str) -> dict[str, Any]:
     texts[0] += f" ({between(known, score.show)})" if known else ""
     low, high = known or (row.score, row.score)
     return {
-        "name": label(row.method),
+        "name": label(name_of(comparison, row)),
         "x": 100 * getattr(row, measure),
         "y": _height(comparison, row.score),
         "below": _height(comparison, row.score - low),
         "above": _height(comparison, high - row.score),
-        "hover": f"<b>{label(row.method)}</b><br>" + "<br>".join(texts),
+        "hover": f"<b>{label(name_of(comparison, row))}</b><br>" + "<br>".join(texts),
         "role": _role(comparison, row),
     }
 
@@ -78,7 +77,7 @@ def _cost(comparison: Comparison) -> dict[str, Any]:
             hovers = [_hover(comparison, row, measure) for row in rows]
             heading = column(comparison, measure).heading
             panels.append({"heading": heading, "values": ratios, "texts": [*map(times, ratios)], "hovers": hovers})
-    names = [label(row.method) for row in rows]
+    names = [label(name_of(comparison, row)) for row in rows]
     roles = [_role(comparison, row) for row in rows]
     return {"panels": panels, "names": names, "roles": roles, "baseline": label(comparison.baseline)}
 
@@ -88,7 +87,7 @@ def _hover(comparison: Comparison, row: Row, measure: str) -> str:
     found = comparison.paired(row, measure)
     spread = f" ({between((found.low, found.high), times)})" if found and ratio is not None else ""
     text = f"{shown.heading} {shown.show(getattr(row, measure))}"
-    return f"<b>{label(row.method)}</b><br>{text}<br>{times(ratio)}{spread}"
+    return f"<b>{label(name_of(comparison, row))}</b><br>{text}<br>{times(ratio)}{spread}"
 
 
 def _role(comparison: Comparison, row: Row) -> str:

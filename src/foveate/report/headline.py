@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from foveate.bench.comparison.results import LOSS, PAIRS, TIMES, Comparison, Row
-from foveate.report.columns import column, percent, visible
+from foveate.report.columns import column, listed, name_of, percent, visible
 
 KEEPS = 0.95  # the least share of the baseline's score that counts as kept
 WHOLE = 0.995  # shares from here on do not count as savings
@@ -42,7 +42,7 @@ def headline(comparison: Comparison) -> str:
     if kept < KEEPS:
         return (
             f"No method keeps {percent(KEEPS)} of the {name} {quality}; "
-            f"{visible(row.method)} keeps {percent(kept)}{saving}"
+            f"{name_of(comparison, row)} keeps {percent(kept)}{saving}"
         )
     sentence = f"{visible(row.method)} keeps {percent(kept)} of the {name} {quality}"
     return f"{saving.strip().capitalize()}, {sentence}" if saving else sentence
@@ -50,14 +50,18 @@ def headline(comparison: Comparison) -> str:
 
 def about(comparison: Comparison) -> str:
     """Describe the run: model, prompts, task, methods and budget."""
-    others = sum(row.method != comparison.baseline for row in comparison.rows)
+    others = len({row.method for row in comparison.rows} - {comparison.baseline})
     length = f" of length {comparison.length:,}" if comparison.length is not None else ""
-    rivals = (
-        f"under {_count(others, 'other method')} at a budget of {percent(comparison.budget)} of each prompt’s cache"
-    )
+    rivals = f"under {_count(others, 'other method')} at {_budgets(comparison)} of each prompt’s cache"
     methods = f"under {visible(comparison.baseline)} and {rivals}" if comparison.base() else rivals
     prompts = f"{_count(comparison.examples, 'prompt')}{length} from the task {visible(comparison.task)}"
     return f"{visible(comparison.model)} answered {prompts}, {methods}."
+
+
+def _budgets(comparison: Comparison) -> str:
+    """Describe the budgets: `a budget of 35 %` or `budgets of 10 %, 25 % and 50 %`."""
+    shares = listed([percent(budget) for budget in comparison.budgets])
+    return f"budgets of {shares}" if len(comparison.budgets) > 1 else f"a budget of {shares}"
 
 
 def notes(comparison: Comparison) -> Sequence[str]:
@@ -69,7 +73,7 @@ def notes(comparison: Comparison) -> Sequence[str]:
     for row in comparison.rows:
         if row.error:
             verb = "failed on" if row.answers else "did not run:"
-            found.append(f"{visible(row.method)} {verb} {visible(row.error)}")
+            found.append(f"{name_of(comparison, row)} {verb} {visible(row.error)}")
     if any("context holds" in row.error for row in comparison.rows if row.error):
         found.append("Policies that evict can read past the model's context with --renumber.")
     if base is not None and base.answers and len(comparison.rows) > 1 and headliner(comparison) is None:
@@ -77,19 +81,31 @@ def notes(comparison: Comparison) -> Sequence[str]:
     return (*found, *_over_budget(comparison), *_withheld(comparison))
 
 
+def names_of(comparison: Comparison, rows: Sequence[Row]) -> str:
+    """Name rows of one method: `snapkv`, or `snapkv at 10 % and 25 %` if some of several budgets are meant."""
+    every = [row for row in comparison.rows if row.method == rows[0].method]
+    if len(rows) == len(every):
+        return visible(rows[0].method)
+    return f"{visible(rows[0].method)} at {listed([percent(row.budget) for row in rows])}"
+
+
 def _over_budget(comparison: Comparison) -> list[str]:
     """Name the methods that used more than the budget; in short prompts the sinks alone may exceed it."""
-    over = []
-    for row in comparison.rows:
-        used = min(row.cache_kept, row.keys_read)
-        if row.method != comparison.baseline and _SLACK * comparison.budget < used < WHOLE:
-            over.append(f"{visible(row.method)} {percent(used)}")
-    return [f"Used more than the budget of {percent(comparison.budget)}: {', '.join(over)}."] if over else []
+    found = []
+    for part in comparison.parts():
+        (budget,), over = part.budgets, []
+        for row in part.rows:
+            used = min(row.cache_kept, row.keys_read)
+            if row.method != comparison.baseline and _SLACK * budget < used < WHOLE:
+                over.append(f"{visible(row.method)} {percent(used)}")
+        if over:
+            found.append(f"Used more than the budget of {percent(budget)}: {', '.join(over)}.")
+    return found
 
 
 def _withheld(comparison: Comparison) -> list[str]:
     """Name the times without a reliable ratio."""
-    few, wide = False, []
+    few, wide = False, dict[tuple[str, str], list[Row]]()
     for row in comparison.rows:
         if row.method == comparison.baseline or not row.answers:
             continue
@@ -98,11 +114,12 @@ def _withheld(comparison: Comparison) -> list[str]:
         unsure = [name for name, ratio in ratios.items() if ratio is not None and not ratio.is_certain]
         if unsure:
             named = " and ".join(column(comparison, name).heading for name in unsure)
-            wide.append(f"{visible(row.method)} ({named})")
+            wide.setdefault((row.method, named), []).append(row)
     found = []
     if wide:
+        names = [f"{names_of(comparison, rows)} ({named})" for (_, named), rows in wide.items()]
         found.append(
-            f"The times of single prompts vary too much for a ratio: {', '.join(wide)}. Use an idle machine or more "
+            f"The times of single prompts vary too much for a ratio: {'; '.join(names)}. Use an idle machine or more "
             "prompts."
         )
     if few:

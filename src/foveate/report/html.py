@@ -15,8 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from foveate.bench.comparison.results import LOSS, Comparison, Row
+from foveate.bench.comparison.significance import findings
 from foveate.bench.parts.plaindata import plain, write_atomic
-from foveate.report.columns import cells, columns, megabytes, ordered, percent, visible
+from foveate.report import significance
+from foveate.report.columns import cells, columns, megabytes, name_of, ordered, percent, visible
 from foveate.report.figures import COSTS, figures
 from foveate.report.headline import about, headline, headliner, notes, share_kept
 from foveate.report.samples import by_example, choose, trim
@@ -54,16 +56,19 @@ def render(comparison: Comparison) -> str:
 
 def _content(comparison: Comparison) -> dict[str, Any]:
     """Return the values of the template."""
-    samples = choose(comparison)
+    samples, found = choose(comparison), findings(comparison)
     return {
         "comparison": comparison,
         "headline": headline(comparison),
         "about": about(comparison),
         "notes": notes(comparison),
-        "lead": row.method if (row := headliner(comparison)) else "",
+        "lead": name_of(comparison, row) if (row := headliner(comparison)) else "",
         "highlights": _highlights(comparison),
         "columns": columns(comparison),
-        "rows": [_row(comparison, row, line) for row, line in zip(ordered(comparison), cells(comparison), strict=True)],
+        "parts": [_part(comparison, part) for part in comparison.parts()],
+        "cards": [_card(comparison, row) for row in ordered(comparison)],
+        "statements": significance.statements(comparison, found),
+        "contrasts": significance.tables(comparison, found),
         "figures": figures(comparison),
         "samples": samples,
         "answered": len(by_example(comparison)),
@@ -71,22 +76,30 @@ def _content(comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def _part(comparison: Comparison, part: Comparison) -> dict[str, Any]:
+    """Return the table of one budget."""
+    title = f"At {percent(part.budgets[0])} of the cache" if len(comparison.budgets) > 1 else ""
+    rows = [_row(comparison, row, line) for row, line in zip(ordered(part), cells(part), strict=True)]
+    return {"title": title, "rows": rows}
+
+
 def _row(comparison: Comparison, row: Row, line: list) -> dict[str, Any]:
-    """Return one method's cells and details."""
+    """Return one method's cells."""
+    role = "baseline" if row.method == comparison.baseline else "lead" if row is headliner(comparison) else "other"
+    return {
+        "key": visible(row.method), "role": role, "cells": line, "error": visible(row.error), "ran": bool(row.answers),
+    }  # fmt: skip
+
+
+def _card(comparison: Comparison, row: Row) -> dict[str, Any]:
+    """Return one method's details."""
     paper = row.options.get("arxiv")
     linked = isinstance(paper, str) and ARXIV.fullmatch(paper) is not None
     options = [(visible(str(name)), trim(_option(value))) for name, value in row.options.items()]
     return {
-        "key": visible(row.method),
+        "name": name_of(comparison, row),
         "title": visible(row.title),
-        "role": "baseline"
-        if row.method == comparison.baseline
-        else "lead"
-        if row is headliner(comparison)
-        else "other",
-        "cells": line,
         "error": visible(row.error),
-        "ran": bool(row.answers),
         "paper": paper if linked else None,
         "options": [option for option in options if not (linked and option[0] == "arxiv")] + _further(row),
     }
@@ -117,7 +130,7 @@ def _highlights(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _settings(comparison: Comparison) -> list[tuple[str, str]]:
     shown = {name: value for name, value in comparison.settings().items() if name not in ("versions", "baseline")}
-    shown["budget"] = percent(comparison.budget)
+    shown["budgets"] = ", ".join(map(percent, comparison.budgets))
     texts = {name: f"{value:,}" if name in ("examples", "length") and value else value for name, value in shown.items()}
     return [(name, visible(str(value))) for name, value in texts.items() if value is not None]
 

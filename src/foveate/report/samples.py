@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from foveate.bench.comparison.results import LOSS, Answer, Comparison, Row
-from foveate.report.columns import ordered, percent, visible
+from foveate.report.columns import name_of, ordered, percent, visible
 
 SHOWN = 4  # examples on the page
 HEAD, TAIL, AROUND = 360, 240, 140  # characters kept of a long text: start, end, and on each side of the answer
@@ -113,7 +113,7 @@ def _marked(text: str, start: int, stop: int, found: tuple[int, int] | None) -> 
 def _sample(comparison: Comparison, number: int, pairs: list[tuple[Row, Answer]]) -> Sample:
     first = pairs[0][1]
     lines = [
-        Line(visible(row.method), trim(answer.error or answer.output), *_verdict(comparison, answer))
+        Line(name_of(comparison, row), trim(answer.error or answer.output), *_verdict(comparison, answer))
         for row, answer in pairs
     ]
     return Sample(number, len(first.prompt), trim(first.prompt, first.expected), trim(first.expected), lines)

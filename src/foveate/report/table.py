@@ -5,19 +5,34 @@ from __future__ import annotations
 import re
 
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from foveate.bench.comparison.results import Comparison
-from foveate.report.columns import Cell, cells, columns, ordered, visible
+from foveate.report.columns import Cell, cells, columns, ordered, percent, visible
 
 
-def render(comparison: Comparison) -> Table:
+def render(comparison: Comparison) -> RenderableType:
     """Build a table with two lines per method, the baseline first: numbers, and below them intervals and ratios, dim.
 
     The best number of each column is bold. `rich.print(render(comparison))` prints it. Markup and control codes in
-    names are shown as text.
+    names are shown as text. Several budgets have a table each.
     """
+    parts = comparison.parts()
+    if len(parts) == 1:
+        return _table(comparison)
+    lines: list[RenderableType] = []
+    for part in parts:
+        lines += [Text(_title(part), style="bold"), _table(part), ""]
+    return Group(*lines[:-1])
+
+
+def _title(part: Comparison) -> str:
+    return f"at {percent(part.budgets[0])} of the cache"
+
+
+def _table(comparison: Comparison) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("method", no_wrap=True)
     for column in columns(comparison):
@@ -33,6 +48,13 @@ def render(comparison: Comparison) -> Table:
 
 def markdown(comparison: Comparison) -> str:
     """Return the same table as Markdown; the best number of each column is bold, intervals and ratios in brackets."""
+    parts = comparison.parts()
+    if len(parts) > 1:
+        return "\n".join(f"{_title(part).capitalize()}:\n\n{_markdown(part)}" for part in parts)
+    return _markdown(comparison)
+
+
+def _markdown(comparison: Comparison) -> str:
     heads = ["method", *(column.heading for column in columns(comparison))]
     lines = [_line(heads), _line(["---", *("---:" for _ in heads[1:])])]
     for row, line in zip(ordered(comparison), cells(comparison), strict=True):

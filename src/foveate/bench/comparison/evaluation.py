@@ -59,15 +59,17 @@ class Evaluation:
     def row(self, run: MethodRun) -> Row:
         """Summarise a method's answers as a row of the table."""
         contender = run.contender
+        budget = contender.budget if contender.takes_budget else nan
         if not run.records:
-            return Row.failed(contender.key, contender.title, run.given_up or next(iter(run.errors.values()), ""))
+            reason = run.given_up or next(iter(run.errors.values()), "")
+            return Row.failed(contender.key, contender.title, reason, budget=budget)
         answers = [self._answer(run, index) for index in range(len(self.prompts))]
         lengths = [batch.length for batch in self.batches if batch.indices[0] in run.records]
         error = ""
         if failed := [answer.error for answer in answers if answer.error]:
             error = f"{len(failed)} of {len(answers)} prompts: {failed[0]}"
         options, megabytes = contender.options(lengths), run.megabytes or [nan] * 3
-        return Row.summing(contender.key, contender.title, options, answers, megabytes, error)
+        return Row.summing(contender.key, contender.title, options, answers, megabytes, error, budget)
 
     def _answer(self, run: MethodRun, index: int) -> Answer:
         prompt = self.prompts[index]

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from math import isfinite, nan
 from typing import Any, Protocol
 
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from foveate.bench.comparison.evaluation import Evaluation
-from foveate.bench.comparison.measure import Batch, BatchResult, memory_use, run_batch
+from foveate.bench.comparison.measure import Batch, BatchResult, memory_use, read_batch, run_batch
 from foveate.bench.comparison.method_run import MethodRun, one_line
 from foveate.bench.known import FULL
 from foveate.bench.parts import digest
+from foveate.bench.parts.cache_copy import can_copy
 from foveate.bench.parts.journal import Journal
 from foveate.core.errors import Interrupted
 
@@ -56,10 +57,10 @@ class InterleavedRun:
             for number, batch in enumerate(evaluation.batches):
                 todo = [run for run in active if not all(index in run.records for index in batch.indices)]
                 if todo:
-                    self._run_round(_rotated(_with_baseline(todo, active), number), todo, batch)
+                    self._run_round(_rotated(_with_baseline(todo, active), number), todo, batch, number)
             for run in active:
                 if run.records:
-                    self.progress.say(f"{run.contender.key}: memory")
+                    self.progress.say(f"{run.label}: memory")
                     run.megabytes = self._memory(run, evaluation.memory_batch)
         except KeyboardInterrupt:
             raise Interrupted(_known(active), total) from None
@@ -67,37 +68,52 @@ class InterleavedRun:
     def _load_known(self, runs: Sequence[MethodRun], batches: Sequence[Batch]) -> None:
         """Load the journal's answers."""
         for run in runs:
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 for row, index in enumerate(batch.indices):
                     found = self.journal.get(self._key(run, batch, row))
+                    if found is None and run.shares(number, batch):
+                        found = self.journal.get(self._key(run, batch, row, "shared"))
                     if found is not None:
                         run.records[index] = found
 
-    def _run_round(self, order: list[MethodRun], todo: list[MethodRun], batch: Batch) -> None:
+    def _run_round(self, order: list[MethodRun], todo: list[MethodRun], batch: Batch, number: int) -> None:
         """Run one batch under every method, and record it after the last one."""
-        results: dict[str, BatchResult] = {}
+        results: dict[MethodRun, tuple[BatchResult, bool]] = {}
+        shared = self._read(batch) if any(run.shares(number, batch) for run in todo) else None
         for run in order:
-            found = self._attempt(run, batch)
+            own = shared is None or not run.shares(number, batch)
+            found = self._attempt(run, batch, None if own else shared)
             if found is not None:
-                results[run.contender.key] = found
+                results[run] = found, own
             if run in todo:
                 for _ in batch.indices:
-                    self.progress.advance(run.contender.key)
-        base, new = results.get(FULL), {}
+                    self.progress.advance(run.label)
+        base, new = next((found for run, (found, _) in results.items() if run.contender.key == FULL), None), {}
         for run in todo:
-            if run.contender.key in results:
+            if run in results:
+                found, own = results[run]
                 for row, index in enumerate(batch.indices):
-                    run.records[index] = _record(results[run.contender.key], base, row)
-                    new[self._key(run, batch, row)] = run.records[index]
+                    run.records[index] = _record(found, base, row)
+                    new[self._key(run, batch, row, *([] if own else ["shared"]))] = run.records[index]
         self.journal.add(new)
 
-    def _attempt(self, run: MethodRun, batch: Batch) -> BatchResult | None:
+    def _read(self, batch: Batch) -> DynamicCache | None:
+        """Read a batch for the methods that share it; None if that fails, or if the cache cannot be copied."""
+        if batch.ids.shape[1] < 2:
+            return None
+        try:
+            cache = read_batch(self.model, batch)
+        except Exception:  # noqa: BLE001  each method reads the batch itself then, and fails with its own reason
+            return None
+        return cache if can_copy(cache) else None
+
+    def _attempt(self, run: MethodRun, batch: Batch, shared: DynamicCache | None = None) -> BatchResult | None:
         """Run a method on a batch; None with a reason if it fails. A method that has no answer yet is given up."""
         reason = run.given_up or _refusal(run, batch)
         if not reason:
             try:
                 run.warm_up(self.model, batch)
-                return run_batch(self.model, run.contender.at(batch.length), batch)
+                return run_batch(self.model, run.contender.at(batch.length), batch, shared=shared)
             except Exception as error:  # noqa: BLE001  a failed method becomes a row with its reason
                 reason = one_line(error)
                 run.given_up = "" if run.records else reason
@@ -117,8 +133,8 @@ class InterleavedRun:
         self.journal.add({key: {"megabytes": [_plain(value) for value in found]}})
         return found
 
-    def _key(self, run: MethodRun, batch: Batch, row: int) -> str:
-        return digest.of(self.environment, run.contender.identity, batch.identity, row)
+    def _key(self, run: MethodRun, batch: Batch, row: int, *more: str) -> str:
+        return digest.of(self.environment, run.contender.identity, batch.identity, row, *more)
 
 
 def _known(runs: Sequence[MethodRun]) -> int:
@@ -151,9 +167,9 @@ def _record(result: BatchResult, base: BatchResult | None, row: int) -> dict[str
         "loss": None if result.losses is None else _plain(result.losses[row]),
         "cache_kept": result.kept,
         "keys_read": result.read,
-        "prefill_ms": result.prefill_ms,
+        "prefill_ms": _plain(result.prefill_ms),
         "decode_ms": _plain(result.decode_ms),
-        "base_prefill_ms": None if base is None else base.prefill_ms,
+        "base_prefill_ms": None if base is None else _plain(base.prefill_ms),
         "base_decode_ms": None if base is None else _plain(base.decode_ms),
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from math import nan
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from foveate.bench.comparison.encoding import Prompt
 from foveate.bench.parts import digest
+from foveate.bench.parts.cache_copy import copy_cache, without_first
 from foveate.bench.parts.memory import Memory
 from foveate.bench.parts.timing import now
 from foveate.host import Host, Method, apply
@@ -70,8 +72,11 @@ class Batch:
         rows = [F.pad(prompt.ids, (longest - prompt.ids.shape[1], 0), value=self.pad) for prompt in self.prompts]
         return torch.cat(rows)
 
-    def padding(self, step: int, has_positions: bool) -> dict[str, Tensor]:
-        """Return the mask and the positions of a step; nothing if no prompt is padded."""
+    def padding(self, step: int, has_positions: bool, begun: bool = False) -> dict[str, Tensor]:
+        """Return the mask and the positions of a step; nothing if no prompt is padded.
+
+        With `begun`, all but the prompts' last tokens were read before the first step.
+        """
         if len({prompt.ids.shape[1] for prompt in self.prompts}) == 1:
             return {}
         total = self.ids.shape[1] + step
@@ -81,7 +86,7 @@ class Batch:
         found = {"attention_mask": (key >= starts).long()}
         if has_positions:
             positions = (key - starts).clamp_min(0)
-            found["position_ids"] = positions[:, -1:] if step else positions
+            found["position_ids"] = positions[:, -1:] if step or begun else positions
         return found
 
 
@@ -92,7 +97,8 @@ class BatchResult:
     Args:
         ids: the ids of each prompt's answer.
         losses: the mean next-token loss of each forced answer; None if nothing was forced.
-        prefill_ms, decode_ms: the time per prompt, and per token of one prompt (a median over the steps).
+        prefill_ms, decode_ms: the time per prompt, and per token of one prompt (a median over the steps). The first is
+            NaN if the prompts were read before.
         kept, read: shares of the full cache.
     """
 
@@ -134,24 +140,37 @@ def _padded(rows: list[list[int]], like: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
+def read_batch(model: PreTrainedModel, batch: Batch) -> DynamicCache:
+    """Read a batch's prompts densely up to their last token, for methods that can share that; see `known.SHARING`."""
+    cache, padding = DynamicCache(config=model.config), batch.padding(0, _has_positions(model))
+    cut = {name: x[:, :-1] for name, x in padding.items()}
+    model(batch.ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1, **cut)
+    return cache
+
+
+@torch.inference_mode()
 def run_batch(
     model: PreTrainedModel,
     methods: tuple[Method, ...],
     batch: Batch,
     steps: int | None = None,
     after_step: Callable[[int], None] | None = None,
+    shared: DynamicCache | None = None,
 ) -> BatchResult:
     """Answer a batch greedily, or measure the losses of forced answers.
 
     Args:
         steps: the number of tokens, if it is not the batch's own.
         after_step: called after the prompt and after each token, before anything is released.
+        shared: the result of `read_batch`, which stays as it is; None lets the methods read the prompts.
     """
-    cache, feed, tokens, seconds, losses = DynamicCache(config=model.config), batch.ids, [], [], []
-    has_positions = "position_ids" in inspect.signature(model.forward).parameters
+    cache = DynamicCache(config=model.config) if shared is None else copy_cache(shared)
+    feed, tokens, seconds, losses = batch.ids if shared is None else batch.ids[:, -1:], [], [], []
+    has_positions = _has_positions(model)
     with _applied(model, methods) as run:
+        first = 1.0
         for step in range(steps or batch.steps):
-            padding = batch.padding(step, has_positions)
+            padding = batch.padding(step, has_positions, begun=shared is not None)
             start = now(model.device)
             for piece, extra in _pieces(feed, padding, _piece_length(methods, batch)):
                 logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra).logits[:, -1]
@@ -163,15 +182,22 @@ def run_batch(
                 losses.append(F.cross_entropy(logits.float(), best, ignore_index=-1, reduction="none"))
                 best = best.clamp_min(0)
             feed = best[:, None]
+            first = run.stats.read if not step else first
             del logits, padding, piece, extra
             if after_step is not None:
                 after_step(step)
     each = len(batch.prompts)
-    later = seconds[1:] or [float("nan")]
+    later = seconds[1:] or [nan]
+    prefill = 1e3 * seconds[0] / each if shared is None else nan
+    read = run.stats.read if shared is None else without_first(run.stats.read, first, len(seconds))
     return BatchResult(
         [list(row) for row in zip(*tokens, strict=True)], _mean_losses(losses, batch.forced),
-        1e3 * seconds[0] / each, 1e3 * median(later) / each, run.stats.kept, run.stats.read,
+        prefill, 1e3 * median(later) / each, run.stats.kept, read,
     )  # fmt: skip
+
+
+def _has_positions(model: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _piece_length(methods: tuple[Method, ...], batch: Batch) -> int | None:

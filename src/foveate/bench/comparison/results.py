@@ -11,114 +11,26 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any, NamedTuple
 
+from foveate.bench.comparison.rows import PAIRS, TIMES, Answer, LostExample, Row
+from foveate.bench.known import FULL, PACKED
 from foveate.bench.parts import intervals, plaindata
-from foveate.bench.parts.intervals import Interval
 from foveate.bench.parts.plaindata import plain, write_atomic
 from foveate.core.errors import OptionError
 from foveate.tasks.base.scores import LOSS
 
-__all__ = ["LOSS", "MEASURES", "Answer", "Comparison", "Ratio", "Row", "plain", "write_atomic"]
+__all__ = [
+    "LOSS", "MEASURES", "PAIRS", "TIMES", "Answer", "Comparison", "LostExample", "Ratio", "Row", "plain",
+    "write_atomic",
+]  # fmt: skip
 
-FORMAT = "foveate.comparison/2"
+FORMAT = "foveate.comparison/3"
+EARLIER = "foveate.comparison/2"  # one budget, and no `lost`
 MEASURES = ("score", "cache_kept", "keys_read", "prefill_ms", "decode_ms", "memory_mb", "peak_mb")
-TIMES = ("prefill_ms", "decode_ms")
-PAIRS = 3  # the fewest pairs of times for a ratio
 _WIDE, _UNDECIDED = 2.0, 1.3  # the largest ratio of an interval's ends, in general and if 1 is inside
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A model's answer to one prompt, and its cost.
-
-    Args:
-        score: 0..1, or the loss; NaN if there is none.
-        tokens: the tokens of the prompt.
-        cache_kept, keys_read: as in `Row`, for this prompt.
-        prefill_ms, decode_ms: as in `Row`, for this prompt.
-        base_prefill_ms, base_decode_ms: the baseline's times for the same prompt, measured just before or after.
-        error: the reason of a missing answer; empty otherwise.
-    """
-
-    prompt: str
-    expected: str
-    output: str
-    score: float
-    tokens: int = 0
-    cache_kept: float = math.nan
-    keys_read: float = math.nan
-    prefill_ms: float = math.nan
-    decode_ms: float = math.nan
-    base_prefill_ms: float = math.nan
-    base_decode_ms: float = math.nan
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method on the whole task.
-
-    Args:
-        method: the method's key in the catalogue.
-        title: its title, such as that of the paper.
-        options: its settings; `arxiv`, if present, is shown as a link to the paper.
-        score: the mean score of the answers, 0..1 or the loss.
-        cache_kept: the stored share of the full cache's slots, 0..1, a mean over the prompts.
-        keys_read: the share of the visible keys read while decoding, 0..1, a mean over the prompts.
-        prefill_ms: milliseconds to read one prompt, a median.
-        decode_ms: milliseconds per generated token, a median.
-        prompt_mb: megabytes of live tensors after the longest prompt, beyond the model's weights.
-        answer_mb: the same after its answer.
-        peak_mb: the peak of the same.
-        answers: one per example, in the order of the examples.
-        error: the reason of missing results; empty if there are none missing.
-    """
-
-    method: str
-    title: str
-    options: dict
-    score: float = math.nan
-    cache_kept: float = math.nan
-    keys_read: float = math.nan
-    prefill_ms: float = math.nan
-    decode_ms: float = math.nan
-    prompt_mb: float = math.nan
-    answer_mb: float = math.nan
-    peak_mb: float = math.nan
-    answers: list[Answer] = field(default_factory=list)
-    error: str = ""
-
-    @property
-    def memory_mb(self) -> float:
-        """The live memory between calls, the larger of its two measurements."""
-        return max(self.prompt_mb, self.answer_mb)
-
-    @property
-    def score_interval(self) -> Interval | None:
-        """The 95 % interval of the mean score."""
-        return intervals.of_scores([answer.score for answer in self.answers])
-
-    @classmethod
-    def failed(cls, method: str, title: str, error: str, options: dict | None = None) -> Row:
-        """Create the row of a method without results, with the reason."""
-        return cls(method, title, options or {}, error=error)
-
-    @classmethod
-    def summing(
-        cls, method: str, title: str, options: dict, answers: list[Answer], memory: Sequence[float], error: str = ""
-    ) -> Row:
-        """Summarise answers as a row; `memory` has megabytes after the prompt, after the answer, and at the peak."""
-        score, kept, read = (_over(fmean, answers, name) for name in ("score", "cache_kept", "keys_read"))
-        prefill, decode = (_over(median, answers, name) for name in TIMES)
-        prompt, answer, peak = memory
-        return cls(
-            method, title, options, score, kept, read, prefill, decode, prompt, answer, peak, answers, error
-        )  # fmt: skip
 
 
 class Ratio(NamedTuple):
@@ -141,7 +53,7 @@ class Comparison:
 
     Args:
         length: the length of the prompts; None if the task has no such setting.
-        budget: the share of each prompt's cache that every method may use.
+        budgets: the shares of each prompt's cache that the methods may use, in ascending order.
         examples: how many prompts each method answered.
         versions: the versions of the packages, by name.
         baseline: the key of the method to which ratios refer.
@@ -155,7 +67,7 @@ class Comparison:
     seed: int
     device: str
     dtype: str
-    budget: float
+    budgets: list[float]
     examples: int
     length: int | None
     versions: dict[str, str]
@@ -168,6 +80,15 @@ class Comparison:
     def base(self) -> Row | None:
         """Return the baseline's row, or None before it is measured."""
         return next((row for row in self.rows if row.method == self.baseline), None)
+
+    def at(self, budget: float) -> Comparison:
+        """Return the part with one budget: its rows, and those of methods that take none, such as the baseline."""
+        rows = [row for row in self.rows if row.id[1] in (None, budget)]
+        return replace(self, budgets=[budget], rows=rows)
+
+    def parts(self) -> list[Comparison]:
+        """Return the parts of all budgets."""
+        return [self.at(budget) for budget in self.budgets] if len(self.budgets) > 1 else [self]
 
     def ratio(self, row: Row, measure: str) -> float | None:
         """Return `row`'s `measure` over the baseline's; None if either is missing, or a time's ratio is uncertain."""
@@ -215,16 +136,15 @@ class Comparison:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise OptionError(f"not valid JSON: {error}") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if not isinstance(content, dict) or content.get("format") not in (FORMAT, EARLIER):
             raise OptionError(f'not a comparison: "format" must be "{FORMAT}"')
         values = {name: value for name, value in content.items() if name != "format"}
         if isinstance(values.get("rows"), list):
-            rows = values["rows"]
-            values["rows"] = [
-                {name: value for name, value in row.items() if name != "derived"} if isinstance(row, dict) else row
-                for row in rows
-            ]
-        return plaindata.build(cls, values, {"list[Row]": Row, "list[Answer]": Answer})
+            values["rows"] = [_without_derived(row) for row in values["rows"]]
+        if content["format"] == EARLIER:
+            values = _upgraded(values)
+        kinds = {"list[Row]": Row, "list[Answer]": Answer, "list[LostExample]": LostExample}
+        return plaindata.build(cls, values, kinds)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write `results.json` atomically: a reader of `path` sees the old or the new file, never a part."""
@@ -243,6 +163,19 @@ class Comparison:
             raise OptionError(f"cannot read results {path}: {error}") from None
 
 
-def _over(summary: Any, answers: list[Answer], name: str) -> float:
-    known = [value for answer in answers if math.isfinite(value := getattr(answer, name))]
-    return summary(known) if known else math.nan
+def _without_derived(row: Any) -> Any:
+    return {name: value for name, value in row.items() if name != "derived"} if isinstance(row, dict) else row
+
+
+def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of an earlier format's file in the present format."""
+    budget, rows = values.get("budget"), values.get("rows")
+    found = {name: value for name, value in values.items() if name != "budget"}
+    if isinstance(rows, list):
+        found["rows"] = [
+            {**row, "budget": None if row.get("method") in (FULL, PACKED) else budget, "lost": []}
+            if isinstance(row, dict)
+            else row
+            for row in rows
+        ]
+    return {**found, "budgets": [budget]}

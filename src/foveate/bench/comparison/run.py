@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ class Options:
 
     model: str | None
     methods: list[str] | None
-    budget: float
+    budgets: list[float]
     score: str | None
     batch: int
     seed: int
@@ -70,8 +70,7 @@ class Options:
         """Return the keys of the methods, the full cache first, after checking all that needs no model."""
         keys = [FULL, *(key for key in (self.methods or DEFAULT) if key != FULL)]
         known.check(keys)
-        if not 0 < self.budget <= 1:
-            raise OptionError(f"budget={self.budget} must be above 0 and at most 1, a share of the full cache")
+        _check_budgets(self.budgets)
         validate.count("batch", self.batch, 1)
         if self.score is not None:
             scores.check(self.score, ())
@@ -84,6 +83,7 @@ def compare(
     task: str | None = None,
     methods: list[str] | None = None,
     budget: float = 0.35,
+    budgets: Sequence[float] | None = None,
     examples: int | None = None,
     length: int | None = None,
     score: str | None = None,
@@ -112,6 +112,8 @@ def compare(
         methods: keys of the catalogue (cache policies, or operators to read the prompt with), and files of recipes
             (`foveate.save`); the full cache always runs.
         budget: the share of each prompt's full cache that a method may keep, or read, in (0, 1].
+        budgets: several such shares, in place of `budget`: every method runs at each of them, in one run. Policies that
+            read a prompt densely then read most prompts only once for all their budgets; see `MethodRun.shares`.
         examples: how many prompts.
         length: the length of needle prompts in characters.
         score: one of `foveate.tasks.base.scores.SCORES`, or "loss"; None is the task's own.
@@ -133,8 +135,9 @@ def compare(
         FoveateError: if anything cannot be run; nothing has been written then.
         Interrupted: with the number of answers, and of all, after the results so far were saved.
     """
+    shares = [budget] if budgets is None else sorted(budgets)
     options = Options(
-        model, methods, budget, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, fresh
+        model, methods, shares, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, fresh
     )
     keys = options.keys()
     chosen = with_fields(choose_task(task, examples, length, seed, trained_on(model)), prompt_field, answer_field)
@@ -156,14 +159,14 @@ def _measure(
     environment = digest.of(digest.of_model(model), options.device, options.dtype, versions, digest.of_code())
     result = Comparison(
         model=options.model or "lab lm", task=task.name, seed=options.seed, device=options.device, dtype=options.dtype,
-        budget=options.budget, examples=len(encoded), length=getattr(task, "length", None), batch=options.batch,
+        budgets=options.budgets, examples=len(encoded), length=getattr(task, "length", None), batch=options.batch,
         versions={**versions, "threads": str(threads)}, metric=evaluation.metric,
-        digest=digest.of(environment, options.budget, options.renumber, evaluation.identity), rows=[],
+        digest=digest.of(environment, options.budgets, options.renumber, evaluation.identity), rows=[],
     )  # fmt: skip
     folders = [path for path in (source, folder) if path is not None]
     data = partial(_passkeys, tokenizer, evaluation, options.seed)
     store = CalibrationStore(Host(model), data, folders, progress.say)
-    runs = [MethodRun.of(contender(key, Host(model), options.budget, options.renumber), store) for key in keys]
+    runs = [run for key in keys for run in _runs(key, Host(model), options, store)]
     InterleavedRun(model, environment, Journal(folder / JOURNAL, options.fresh), progress).run(runs, evaluation)
     result.rows.extend(evaluation.row(run) for run in runs)
     _add_earlier_rows(result, earlier)
@@ -171,6 +174,24 @@ def _measure(
     longest = max(prompt.ids.shape[1] for prompt in encoded)
     write_recipes([run.contender for run in runs if run.records], folder / RECIPES, longest)
     return result
+
+
+def _runs(key: str, host: Host, options: Options, store: CalibrationStore) -> list[MethodRun]:
+    """Start a method's run at each budget, or one run if it takes none."""
+    each = [contender(key, host, budget, options.renumber) for budget in options.budgets]
+    each = each if each[0].takes_budget else each[:1]
+    found = [MethodRun.of(contender, store, turn, len(each)) for turn, contender in enumerate(each)]
+    for run in found:
+        run.warm = found[0].warm
+    return found
+
+
+def _check_budgets(budgets: list[float]) -> None:
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise OptionError(f"budget={budget} must be above 0 and at most 1, a share of the full cache")
+    if not budgets or len(set(budgets)) < len(budgets):
+        raise OptionError(f"budgets={','.join(map(str, budgets))} must name at least one share, and each only once")
 
 
 def _applicable(keys: list[str], options: Options, model: PreTrainedModel) -> list[str]:
@@ -187,8 +208,8 @@ def _add_earlier_rows(result: Comparison, earlier: Comparison | None) -> None:
     if not any(row.answers for row in result.rows):
         raise TaskError(f"no method ran: {result.rows[0].error}")
     if earlier is not None and earlier.digest == result.digest:
-        present = {row.method for row in result.rows}
-        result.rows.extend(row for row in earlier.rows if row.method not in present and row.answers)
+        present = {row.id for row in result.rows}
+        result.rows.extend(row for row in earlier.rows if row.id not in present and row.answers)
 
 
 def _earlier(file: Path) -> Comparison | None:

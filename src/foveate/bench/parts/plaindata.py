@@ -97,6 +97,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int | None": ("an integer or null", _is(int, _NONE)),
     "float": ("a number or null", _is(int, float, _NONE)),
     "dict": ("an object", _is(dict)),
+    "list[float]": ("a list of numbers", lambda value: _is(list)(value) and all(map(_is(int, float), value))),
+    "list[str]": ("a list of texts", lambda value: _is(list)(value) and all(map(_is(str), value))),
     "dict[str, str]": ("an object of texts", lambda value: _is(dict)(value) and all(map(_is(str), value.values()))),
 }
 

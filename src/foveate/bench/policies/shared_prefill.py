@@ -8,7 +8,6 @@ this way, see `times.py`.
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from foveate.bench.parts.cache_copy import copy_cache, without_first
 from foveate.bench.parts.timing import now
 from foveate.host import Method, apply
 
@@ -66,17 +66,6 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> Prefilled:
     return Prefilled(ids, cache)
 
 
-def copy_cache(cache: DynamicCache) -> DynamicCache:
-    """Copy a cache with its tensors."""
-    found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in found.layers:
-        for name, value in vars(layer).items():
-            if isinstance(value, Tensor):
-                setattr(layer, name, value.clone())
-    return found
-
-
 @torch.inference_mode()
 def decode(
     model: PreTrainedModel,
@@ -105,7 +94,7 @@ def decode(
             ids=torch.stack(tokens, 1),
             losses=torch.stack(losses, 1) if forced is not None else None,
             kept=run.stats.kept,
-            read=_without_first(run.stats.read, first, steps),
+            read=without_first(run.stats.read, first, steps),
             bytes=run.stats.cache_bytes,
             live=live_bytes(model.device) - before if count_memory else 0,
             seconds=seconds,
@@ -124,11 +113,6 @@ def _decode_steps(
         following = best if forced is None else forced[:, step]
         yield best, F.cross_entropy(logits.float(), following, reduction="none"), seconds
         feed = following[:, None]
-
-
-def _without_first(read: float, first: float, steps: int) -> float:
-    """Return the mean share read after the first step, from the mean over all steps and the first step's share."""
-    return (read * steps - first) / (steps - 1) if steps > 1 else first
 
 
 def live_bytes(device: torch.device) -> int:

@@ -79,13 +79,70 @@ function drawQuality(panel, { line, unit }, tones) {
     ...frame(tones, height, margin), width,
     xaxis: axis(tones, { range: [-3, right], ticksuffix: " %", nticks: 6, title, showgrid: false, showline: true }),
     yaxis: axis(tones, { range: [foot, top], ticksuffix: unit, nticks: 7 }),
-    annotations: nameMarks(points.toReversed(), line === null ? null : down(line), area, tones),
+    annotations: nameMarks(points.toReversed().filter((p) => p.named), line === null ? null : down(line), area, tones),
   };
   const level = {
     type: "scatter", mode: "lines", x: [-3, right], y: [line, line], hoverinfo: "skip",
     line: { color: tones.ink, width: 1, dash: "4px,4px" },
   };
   Plotly.react(node, line === null ? [marks(points, tones)] : [level, marks(points, tones)], layout, CONFIG);
+}
+
+// Score against bytes and times. What another method dominates is small and pale, and has its name in the hover text.
+
+function costMarks(points, tones, best) {
+  const own = points.filter((p) => p.best === best), drawn = marks(own, tones);
+  const colour = own.map((p) => (p.role === "baseline" ? tones.baseline : best ? tones.lead : tones.other));
+  drawn.error_x = {
+    type: "data", symmetric: false, array: own.map((p) => p.right), arrayminus: own.map((p) => p.left),
+    thickness: 1, width: 0, color: tones.other,
+  };
+  drawn.marker.color = colour;
+  if (best) return drawn;
+  Object.assign(drawn.marker, { size: own.map(() => 6), opacity: 0.45 });
+  drawn.error_x.thickness = drawn.error_y.thickness = 0.5;
+  return drawn;
+}
+
+function steps(points, tones) {
+  const best = points.filter((p) => p.best).toSorted((a, b) => a.x - b.x);
+  return {
+    type: "scatter", mode: "lines", x: best.map((p) => p.x), y: best.map((p) => p.y), hoverinfo: "skip",
+    line: { color: tones.lead, width: 1.5, shape: "hv" },
+  };
+}
+
+function curve(points, tones) {
+  return {
+    type: "scatter", mode: "lines", x: points.map((p) => p.x), y: points.map((p) => p.y), hoverinfo: "skip",
+    line: { color: tones.rule, width: 1, dash: "2px,2px" },
+  };
+}
+
+function drawPareto(panel, { unit }, tones) {
+  const node = document.getElementById(`plot-${panel.id}`);
+  const margin = { l: 46, r: 20, t: 4, b: 44 }, height = 350, width = node.clientWidth;
+  const area = { width: width - margin.l - margin.r, height: height - margin.t - margin.b };
+  // A long interval may leave the plot; the marks themselves never do.
+  const right = Math.max(...panel.points.map((p) => p.x + Math.min(p.right, p.x))) * 1.08, left = -right * 0.03;
+  const highest = Math.max(unit ? 100 : 0, ...panel.points.map((p) => p.y + p.above));
+  const top = highest * 1.2, foot = -highest * 0.04;
+  const across = (x) => ((x - left) / (right - left)) * area.width;
+  const down = (y) => ((top - y) / (top - foot)) * area.height;
+  const points = panel.points.map((p) => ({ ...p, px: across(p.x), py: down(p.y) }));
+  const named = points.filter((p) => p.best || p.role === "baseline");
+  const title = { text: panel.heading, standoff: 10, font: { size: FONT } };
+  const layout = {
+    ...frame(tones, height, margin), width,
+    xaxis: axis(tones, {
+      range: [left, right], ticksuffix: panel.suffix, nticks: 6, title, showgrid: false, showline: true,
+    }),
+    yaxis: axis(tones, { range: [foot, top], ticksuffix: unit, nticks: 7 }),
+    annotations: nameMarks(named, null, area, tones),
+  };
+  const curves = panel.curves.map((indices) => curve(indices.map((index) => points[index]), tones));
+  const traces = [...curves, steps(points, tones), costMarks(points, tones, false), costMarks(points, tones, true)];
+  Plotly.react(node, traces, layout, CONFIG);
 }
 
 // Bars of ratios: panels side by side that share their names, or stacked where the page is narrow.
@@ -154,6 +211,7 @@ function drawCost(cost, tones) {
 function draw() {
   const tones = theme();
   for (const panel of data.quality.panels) drawQuality(panel, data.quality, tones);
+  for (const panel of data.pareto) drawPareto(panel, data.quality, tones);
   if (data.cost.panels.length) drawCost(data.cost, tones);
 }
 
