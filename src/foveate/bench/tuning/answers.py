@@ -1,4 +1,4 @@
-"""One answer under methods, from a prompt that is read as a whole, or from its beginning that several settings share."""
+"""One answer under methods, from a prompt that is read as a whole, or from its beginning that settings share."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """A budget for each layer: what each layer's compression costs is measured, and the bytes go where they are needed.
 
 The damage of a layer at a budget is the increase of the next-token loss of the full cache's own answer, with all other
-layers whole. Damages are taken to add up. That is an estimate: each allocation that it gives is measured on the task
-itself, and only what holds there is used.
+layers as they were. Damages are taken to add up. That is an estimate: each allocation that it gives is measured on the
+task itself, and only what holds there is used. A base is a policy that acts on all layers beside it, such as one that
+splits heads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Sensitivities:
     Args:
         levels: budgets, from the smallest to 1.
         damage: by layer, one number for each level; 0 at the last.
-        bytes: by layer, the share of the whole full cache's bytes that the layer takes at each level.
+        bytes: by layer and level, numbers that add up to the share of the full cache's bytes that is stored.
     """
 
     levels: tuple[float, ...]
@@ -40,24 +41,24 @@ class Sensitivities:
 
 
 def sensitivities(
-    trials: Measures, arm: Arm, layers: Sequence[int], levels: Sequence[float], examples: Sequence[int], stage: str
-) -> Sensitivities | None:
-    """Measure each layer at each level; None if the arm cannot act on single layers."""
+    trials: Measures, arm: Arm, base: Setting, layers: Sequence[int], levels: Sequence[float],
+    examples: Sequence[int], stage: str,
+) -> Sensitivities | None:  # fmt: skip
+    """Measure each layer at each level beside the base; None if the arm cannot act on single layers."""
     alone = {
-        (layer, level): Setting.by_layer(arm, {other: level if other == layer else 1.0 for other in layers})
+        (layer, level): Setting.by_layer(arm, {other: level if other == layer else 1.0 for other in layers}, base)
         for layer in layers
         for level in levels
     }
-    measured = trials.measure(list(alone.values()), examples, stage, damage=True)
-    if any(measured[setting].failed for setting in alone.values()):
+    measured = trials.measure([base, *alone.values()], examples, stage, damage=True)
+    if any(one.failed for one in measured.values()):
         return None
-    damage: dict[int, list[float]] = {}
-    share: dict[int, list[float]] = {}
-    for layer in layers:
-        each = [measured[alone[layer, level]] for level in levels]
-        costs = [sum(o.damage for o in one.outcomes.values()) / len(one.outcomes) for one in each]
-        damage[layer] = [*_falling(costs), 0.0]
-        share[layer] = [1.0 / len(layers) - (1.0 - one.share) for one in each] + [1.0 / len(layers)]
+    top, start = measured[base].share, measured[base].damage
+    damage = {
+        layer: [*_falling([measured[alone[layer, level]].damage - start for level in levels]), 0.0] for layer in layers
+    }
+    even = top / len(layers)  # only sums matter, so that the base's bytes may be shared out in any way
+    share = {layer: [*(even - top + measured[alone[layer, level]].share for level in levels), even] for layer in layers}
     return Sensitivities((*levels, 1.0), damage, share)
 
 
@@ -70,7 +71,7 @@ def _falling(costs: Sequence[float]) -> list[float]:
 
 
 def greedy(known: Sensitivities) -> Iterator[dict[int, int]]:
-    """Yield allocations from the full cache down: each lowers the layer that loses least for each byte that it frees."""
+    """Yield allocations from the base down: each lowers the layer that loses least for each byte that it frees."""
     top = len(known.levels) - 1
     chosen = dict.fromkeys(known.damage, top)
     while steps := [(_price(known, layer, level), layer) for layer, level in chosen.items() if level > 0]:
@@ -111,7 +112,7 @@ def programme(known: Sensitivities, most: float) -> dict[int, int] | None:
 
 
 def last_that_holds(candidates: Sequence[Setting], is_held: Callable[[Setting], bool]) -> Setting | None:
-    """Return the last setting that holds of a sequence that goes from safe to cheap, by bisection; None if none does."""
+    """Return the last setting that holds of a sequence from safe to cheap, by bisection; None if none does."""
     low, high = 0, len(candidates)
     while low < high:
         middle = (low + high) // 2
@@ -119,14 +120,27 @@ def last_that_holds(candidates: Sequence[Setting], is_held: Callable[[Setting], 
     return candidates[low - 1] if low else None
 
 
-def refine(arm: Arm, start: Budgets, levels: Sequence[float], is_held: Callable[[Setting], bool]) -> Budgets:
-    """Lower one layer after the other by a level, as long as the setting holds; return the last allocation that does."""
+def refine(
+    arm: Arm, base: Setting, start: Budgets, levels: Sequence[float], is_held: Callable[[Setting], bool], most: int
+) -> Budgets:
+    """Lower one layer after the other by a level, as long as the setting holds; return the last allocation that does.
+
+    Args:
+        arm, base: what has a budget for each layer, and what acts beside it.
+        start: the first allocation.
+        levels: budgets, from the smallest.
+        is_held: whether a setting holds.
+        most: the most settings to try.
+    """
     current, closed = dict(start), set[int]()
-    while open_ := [layer for layer in current if layer not in closed]:
+    for _ in range(most):
+        open_ = [layer for layer in current if layer not in closed]
+        if not open_:
+            break
         layer = max(open_, key=lambda each: current[each])
         lower = [level for level in levels if level < current[layer]]
         trial = {**current, layer: lower[-1]} if lower else current
-        if lower and is_held(Setting.by_layer(arm, trial)):
+        if lower and is_held(Setting.by_layer(arm, trial, base)):
             current = trial
         else:
             closed.add(layer)

@@ -77,7 +77,7 @@ class Tuning:
         """Return what is claimed, in a sentence or a few."""
         if self.setting == "full cache":
             return (
-                f"no setting kept {self.keep:.1%} of the full cache's score on held-out examples: keep the full cache"
+                f"No setting kept {self.keep:.1%} of the full cache's score on held-out examples: use the full cache."
             )
         first = (
             f"{self.setting} takes {self.share:.1%} of the full cache's bytes. On {self.held_out} held-out examples it "

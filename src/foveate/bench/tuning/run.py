@@ -37,8 +37,7 @@ from foveate.core.errors import Interrupted, OptionError
 from foveate.host.hf.model import host
 
 JOURNAL, RECIPE, RESULTS = "trials.jsonl", "recipe.json", "tuning.json"
-SEARCH = 40
-_CANDIDATES = 5  # settings that are tested on held-out examples
+SEARCH = 32
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,8 @@ def tune(
         model: a folder, GGUF file, adapter's folder or hub id of a decoder; None is the lab model.
         task: as in `compare`: a name, or a file of prompts and answers; None is the training task of a model of
             `foveate train`, else needle.
-        keep: the share of the full cache's score to keep. For the next-token loss, which is better if lower, 0.98 allows
-            2 % more.
+        keep: the share of the full cache's score to keep. For the next-token loss, which is better if lower, 0.98
+            allows 2 % more.
         methods: keys of policies that evict; None searches all of the catalogue, except those that have to learn about
             the model first and have not.
         budgets: the shares of the full cache to try, for policies and for single layers.
@@ -195,7 +194,7 @@ def _test(trials: Trials, plan: Plan, found: Search, examples: Sequence[int]) ->
     full = trials.full_score(examples, "full cache, held-out", shared=False)
     check_informative(full, trials.bounded, "the held-out examples")
     most = (1 - plan.keep) * full
-    tests = holdout.test(trials, found.candidates(_CANDIDATES), examples, most, plan.level, trials.bounded)
+    tests = holdout.test(trials, found.candidates(), examples, most, plan.level, trials.bounded)
     return full, tests
 
 

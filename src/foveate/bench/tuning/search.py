@@ -10,13 +10,15 @@ from foveate.bench.tuning.halving import Found, Measures, halving, holds
 from foveate.bench.tuning.layers import Sensitivities
 from foveate.bench.tuning.setting import Arm, Setting
 from foveate.bench.tuning.space import acts_on_layers, variants
-from foveate.bench.tuning.trials import Measured
+from foveate.bench.tuning.trials import FULL, Measured
 from foveate.core.errors import OptionError
 
 #: Examples of the first rung, the fewest that tell policies apart, and those that measure a layer's damage.
 FIRST, DAMAGE = 5, 8
 #: Arms that reach the last rung, and whose options are tried.
 LAST = 3
+#: The most settings of each descent from an allocation, and the settings by layer that are tested in the end.
+REFINED, CHEAPEST = 40, 3
 #: Steps of the bisection between the cheapest budget that holds and the next smaller one.
 _FINER = 2
 
@@ -52,16 +54,20 @@ class Search:
     def run(self, arms: Sequence[Arm]) -> None:
         """Search; `uniform` and `layered` then have what holds."""
         best = self._halve(dict.fromkeys(arms, self.budgets), "policies")
-        tried = {
+        tried: dict[Arm, Sequence[float]] = {
             other: [budget for budget in self.budgets if budget <= one.budget]
             for one in best
             for other in (one.arm, *variants(one.arm))
         }
         best = self._halve(tried, "options") if tried else []
         self._finer(best)
-        able = [one for one in best if acts_on_layers(one.arm.key)]
-        if able and len(self.layers) > 1:
-            self._by_layer(able[0])
+        if not self.uniform or len(self.layers) < 2:
+            return
+        arm = self.best.parts[0].arm
+        if acts_on_layers(arm.key):
+            self._by_layer(arm, FULL)
+        elif able := [one.arm for one in best if acts_on_layers(one.arm.key)]:
+            self._by_layer(able[0], self.best)
 
     # -- one budget for all layers -------------------------------------------------------------------------------------
 
@@ -102,56 +108,56 @@ class Search:
 
     # -- a budget for each layer ---------------------------------------------------------------------------------------
 
-    def _by_layer(self, best: Found) -> None:
-        arm, top = best.arm, min(one.share for one in self.uniform.values())
+    def _by_layer(self, arm: Arm, base: Setting) -> None:
+        """Give the arm a budget for each layer, beside a base."""
+        top = self.uniform[self.best].share
         known = by_layer.sensitivities(
-            self.trials, arm, self.layers, self.budgets, self.examples[:DAMAGE], "layers alone"
+            self.trials, arm, base, self.layers, self.budgets, self.examples[:DAMAGE], "layers alone"
         )
         if known is None:
-            self.notes.append(f"{arm.label} cannot act on single layers")
+            self.notes.append(f"{arm.label} cannot act on single layers beside {base.label}")
             return
-        for candidates in (self._greedy(arm, known, top), self._programme(arm, known, top)):
-            by_layer.last_that_holds(candidates, self._hold)
-        start = min(self.layered, key=lambda one: self.layered[one].share, default=None)
-        for budgets in self._starts(arm, start, best.budget):
-            by_layer.refine(arm, budgets, self.budgets, self._hold)
+        for path in (self._greedy(known, top), self._programme(known, top)):
+            settings = {Setting.by_layer(arm, known.budgets(chosen), base): known.budgets(chosen) for chosen in path}
+            last = by_layer.last_that_holds(list(settings), self._hold)
+            if last is not None:
+                by_layer.refine(arm, base, settings[last], self.budgets, self._hold, REFINED)
+        even = dict.fromkeys(self.layers, 1.0 if base.parts else self.best.parts[0].budget)
+        by_layer.refine(arm, base, even, self.budgets, self._hold, REFINED)
 
-    def _greedy(self, arm: Arm, known: Sensitivities, top: float) -> list[Setting]:
-        path = [chosen for chosen in by_layer.greedy(known) if known.total(chosen) < top]
-        return [Setting.by_layer(arm, known.budgets(chosen)) for chosen in path]
+    def _greedy(self, known: Sensitivities, top: float) -> list[dict[int, int]]:
+        return [chosen for chosen in by_layer.greedy(known) if known.total(chosen) < top]
 
-    def _programme(self, arm: Arm, known: Sensitivities, top: float) -> list[Setting]:
+    def _programme(self, known: Sensitivities, top: float) -> list[dict[int, int]]:
         """Return the allocations of least damage, within fewer and fewer bytes."""
-        found: list[Setting] = []
+        found: list[dict[int, int]] = []
         try:
             for step in range(1, 17):
                 chosen = by_layer.programme(known, top * 0.9**step)
-                if chosen is not None:
-                    found.append(Setting.by_layer(arm, known.budgets(chosen)))
+                if chosen is not None and chosen not in found:
+                    found.append(chosen)
         except OptionError as error:
             self.notes.append(f"{error}; the greedy search ran alone")
-        return list(dict.fromkeys(found))
-
-    def _starts(self, arm: Arm, start: Setting | None, budget: float) -> list[dict[int, float]]:
-        """Return the allocations to refine: the cheapest one that holds, and the same budget for all layers."""
-        even = dict.fromkeys(self.layers, budget)
-        if start is None:
-            return [even]
-        own = {layer: part.budget for part in start.parts for layer in part.layers or self.layers}
-        return [{layer: own.get(layer, 1.0) for layer in self.layers}, even]
+        return found
 
     # -- the result ----------------------------------------------------------------------------------------------------
 
-    def candidates(self, count: int) -> list[Setting]:
-        """Return what to test on held-out examples, from the most bytes to the fewest.
+    def candidates(self) -> list[Setting]:
+        """Return what to test on held-out examples, from safe to cheap.
 
-        These are the cheapest settings that hold, and safer ones of one policy before them.
+        First come the best policy at two larger budgets, then at its cheapest one that holds, then the cheapest
+        settings with a budget for each layer.
         """
-        every = {**self.uniform, **self.layered}
-        ordered = sorted(every, key=lambda one: every[one].share)
-        cheap, safe = ordered[: count - 1], [one for one in ordered[count - 1 :] if one in self.uniform]
-        chosen = [*cheap, *safe[-1:]]
-        return sorted(dict.fromkeys(chosen), key=lambda one: -every[one].share)
+        if not self.uniform:
+            return []
+        arm, budget = self.best.parts[0].arm, self.best.parts[0].budget
+        larger = [Setting.of(arm, one) for one in self.budgets if one > budget * 1.2][:2]
+        top = self.uniform[self.best].share
+        cheaper = [one for one in self.layered if self.layered[one].share < top]
+        cheaper.sort(key=lambda one: self.layered[one].share)
+        return [*larger[::-1], self.best, *cheaper[:CHEAPEST][::-1]]
 
-    def share(self, setting: Setting) -> float:
-        return {**self.uniform, **self.layered}[setting].share
+    @property
+    def best(self) -> Setting:
+        """The cheapest setting of one policy at one budget that holds; there has to be one."""
+        return min(self.uniform, key=lambda one: self.uniform[one].share)

@@ -59,7 +59,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tried: one part, or several that each act on layers of their own. Without a part it is the full cache."""
+    """What is tried: one part, or several; where two act on a layer, a token stays if both keep it.
+
+    Without a part it is the full cache.
+    """
 
     parts: tuple[Part, ...] = ()
 
@@ -69,27 +72,22 @@ class Setting:
         return cls((Part(arm, budget),)) if budget < 1 else cls()
 
     @classmethod
-    def by_layer(cls, arm: Arm, budgets: Mapping[int, float]) -> Setting:
-        """Return the arm with a budget for each layer of the cache; a layer at 1 keeps everything."""
-        levels = sorted({budget for budget in budgets.values() if budget < 1})
-        if len(levels) == 1 and all(budget < 1 for budget in budgets.values()):
-            return cls.of(arm, levels[0])
-        return cls(
-            tuple(
-                Part(arm, level, tuple(layer for layer in sorted(budgets) if budgets[layer] == level))
-                for level in levels
-            )
-        )
+    def by_layer(cls, arm: Arm, budgets: Mapping[int, float], base: Setting | None = None) -> Setting:
+        """Return the arm with a budget for each layer of the cache, beside a base; 1 keeps what the base does."""
+        levels = sorted(set(budgets.values()))
+        parts = () if base is None else base.parts
+        if len(levels) == 1:
+            return cls((*parts, *cls.of(arm, levels[0]).parts))
+        chosen = {level: tuple(layer for layer in sorted(budgets) if budgets[layer] == level) for level in levels}
+        return cls((*parts, *(Part(arm, level, layers) for level, layers in chosen.items() if level < 1)))
 
     @property
     def label(self) -> str:
-        if not self.parts:
-            return "full cache"
-        first = self.parts[0]
-        if first.layers is None:
-            return f"{first.arm.label} at {first.budget:.3g}"
-        shares = ", ".join(f"{part.budget:.3g} in {_numbers(part.layers or ())}" for part in self.parts)
-        return f"{first.arm.label} at {shares}"
+        shares: dict[str, list[str]] = {}
+        for part in self.parts:
+            where = "" if part.layers is None else f" in {_numbers(part.layers)}"
+            shares.setdefault(part.arm.label, []).append(f"{part.budget:.3g}{where}")
+        return " + ".join(f"{arm} at {', '.join(each)}" for arm, each in shares.items()) or "full cache"
 
     def recipe(self, learnt: Learnt) -> Recipe:
         """Return the recipe, which names no model yet."""

@@ -23,6 +23,8 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "pool": (1, 9, 17), "recent": (8, 16, 32), "sink": (0, 4), "safeguard": (0.0, 0.5), "first": (0.25, 0.75),
     "newest": (0.25,), "chunk": (4, 10), "epsilon": (0.01,),
 }  # fmt: skip
+#: The same for policies that split heads: tokens that the heads without the whole text keep.
+WINDOWS: dict[str, tuple[Any, ...]] = {"recent": (8, 16, 32), "min_window": (8, 16, 32)}
 #: Options that are no matter of quality, or that the search sets itself.
 _LEFT_OUT = ("share", "layers", "seed", "every", "variant")
 #: Policies whose scores a wrapper may use beside its default.
@@ -38,8 +40,7 @@ def policies() -> list[str]:
 
 def learns(key: str) -> bool:
     """Return whether a policy has to learn about a model first, which may take long."""
-    cls = system(key).load()
-    return issubclass(cls, Policy) and cls.calibrate.__func__ is not Policy.calibrate.__func__  # type: ignore[attr-defined]
+    return _learns(system(key).load())
 
 
 def acts_on_layers(key: str) -> bool:
@@ -66,6 +67,7 @@ def layers_of(host: Host) -> list[int]:
 def _values(cls: type[Any]) -> Iterator[tuple[str, Any]]:
     """Yield the options of a class, and of the policy that it wraps, with the values to try."""
     numbers = NUMBERS if issubclass(cls, ScorePolicy) else {}  # elsewhere, numbers of tokens are the budget
+    numbers = WINDOWS if _learns(cls) else numbers
     hints, own = hints_of(cls), {option.name for option in fields(cls) if option.init}
     for option in fields(cls):
         if option.name not in own or option.name in _LEFT_OUT:
@@ -79,6 +81,11 @@ def _values(cls: type[Any]) -> Iterator[tuple[str, Any]]:
     if issubclass(cls, Wrapper):
         own |= {"heads", "safeguard"}  # a wrapper sets them, or the base has nothing to choose
         yield from ((name, value) for name, value in _values(type(cls().base)) if name not in own)  # type: ignore[call-arg]
+
+
+def _learns(cls: type[Any]) -> bool:
+    # mypy takes a bound class method for a plain function
+    return cls.calibrate.__func__ is not Policy.calibrate.__func__  # type: ignore[attr-defined]
 
 
 def evicts(cls: Any) -> bool:

@@ -18,10 +18,12 @@ from foveate.bench.parts.journal import Journal
 from foveate.bench.tuning.answers import Answered, answer, beginning, equal
 from foveate.bench.tuning.setting import Arm, Learnt, Setting
 from foveate.core.errors import TaskError
-from foveate.host import Host, Method
+from foveate.host import Host, Method, held
 from foveate.tasks.base.scores import LOSS
 
 FULL = Setting()
+#: Bytes of beginnings of prompts that are kept for later settings.
+_ROOM = 2**29
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Measured:
         return median(outcome.ms for outcome in self.outcomes.values())
 
     @property
+    def damage(self) -> float:
+        return fmean(outcome.damage for outcome in self.outcomes.values())
+
+    @property
     def score(self) -> float:
         return fmean(outcome.score for outcome in self.outcomes.values())
 
@@ -98,6 +104,8 @@ class Trials:
         self._made: dict[tuple[Setting, int], tuple[Method, ...]] = {}
         self._shares: dict[Arm, bool] = {}
         self._identities: dict[Setting, str] = {}
+        self._begun: dict[int, DynamicCache | None] = {}
+        self._room = _ROOM
 
     # -- what the search asks for --------------------------------------------------------------------------------------
 
@@ -121,7 +129,7 @@ class Trials:
         self.progress.start(len(here) * len(examples))
         spare = {number: self._spare(number, shared) for number in examples} if most is not None else {}
         for at, number in enumerate(examples):
-            begun: list[DynamicCache | None] = []
+            begun = _Beginning(self, number)
             left = sum(spare.get(later, 0.0) for later in examples[at:])
             for setting, one in here.items():
                 self.progress.advance(f"{stage}: {setting.label}")
@@ -152,9 +160,7 @@ class Trials:
 
     # -- one measurement -----------------------------------------------------------------------------------------------
 
-    def _outcome(
-        self, setting: Setting, number: int, shared: bool, damage: bool, begun: list[DynamicCache | None]
-    ) -> Outcome:
+    def _outcome(self, setting: Setting, number: int, shared: bool, damage: bool, begun: _Beginning) -> Outcome:
         full = self._record(FULL, number, shared, None, begun)
         forced = self._forced(number, full["ids"]) if damage else None
         base = full if forced is None else self._record(FULL, number, shared, forced, begun)
@@ -165,7 +171,7 @@ class Trials:
         return Outcome(score, lost, record["bytes"] / max(1, base["bytes"]), record["ms"], more)
 
     def _record(
-        self, setting: Setting, number: int, shared: bool, forced: list[int] | None, begun: list[DynamicCache | None]
+        self, setting: Setting, number: int, shared: bool, forced: list[int] | None, begun: _Beginning
     ) -> dict[str, Any]:
         """Return the journal's record of a measurement, which is made if there is none."""
         batch = self.evaluation.batches[number]
@@ -174,9 +180,7 @@ class Trials:
         key = digest.of(self.environment, self._identity(setting), batch.identity, way, forced)
         known = self.journal.get(key)
         if known is None:
-            if shared and not begun:
-                begun.append(beginning(self.model, batch.ids))
-            found = self._answer(setting, number, forced, begun[0] if shared else None)
+            found = self._answer(setting, number, forced, begun() if shared else None)
             ms = [1e3 * second for second in found.seconds if isfinite(second)]
             known = {
                 "ids": found.ids, "losses": found.losses, "bytes": found.bytes, "ms": median(ms) if ms else 0.0,
@@ -217,9 +221,7 @@ class Trials:
             known = self.journal.get(key)
             if known is None:
                 begun = beginning(self.model, batch.ids)
-                same = begun is not None and equal(
-                    *(self._short(probe, batch, cache) for cache in (None, begun))  # type: ignore[arg-type]
-                )
+                same = begun is not None and equal(self._short(probe, batch, None), self._short(probe, batch, begun))
                 known = {"shares": same}
                 self.journal.add({key: known})
             self._shares[arm] = bool(known["shares"])
@@ -247,8 +249,31 @@ class Trials:
         """Return the most that a setting can gain on an example."""
         if not self.bounded:
             return float("inf")
-        begun: list[DynamicCache | None] = []
-        return 1.0 - self._score(number, self._record(FULL, number, shared, None, begun))
+        return 1.0 - self._score(number, self._record(FULL, number, shared, None, _Beginning(self, number)))
+
+    def beginning(self, number: int) -> DynamicCache | None:
+        """Return the beginning of an example's prompt, which is kept if there is room."""
+        if number in self._begun:
+            return self._begun[number]
+        found = beginning(self.model, self.evaluation.batches[number].ids)
+        size = 0 if found is None else held(found).nbytes
+        if size <= self._room:
+            self._room -= size
+            self._begun[number] = found
+        return found
+
+
+class _Beginning:
+    """The beginning of an example's prompt, read when it is first needed."""
+
+    def __init__(self, trials: Trials, number: int) -> None:
+        self._trials, self._number = trials, number
+        self._found: list[DynamicCache | None] = []
+
+    def __call__(self) -> DynamicCache | None:
+        if not self._found:
+            self._found.append(self._trials.beginning(self._number))
+        return self._found[0]
 
 
 def check_informative(score: float, bounded: bool, name: str) -> None:
