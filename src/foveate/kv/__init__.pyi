@@ -4,6 +4,9 @@ from foveate.kv.adakv import AdaKV as AdaKV
 from foveate.kv.base.policy import Policy as Policy
 from foveate.kv.base.scored import ScorePolicy as ScorePolicy
 from foveate.kv.chunkkv import ChunkKV as ChunkKV
+from foveate.kv.conversion.compressed_keys import load_compressed as load_compressed
+from foveate.kv.conversion.kv_head_svd import compress_kv_heads as compress_kv_heads
+from foveate.kv.conversion.kv_head_svd import kv_spectrum as kv_spectrum
 from foveate.kv.criticalkv import CriticalKV as CriticalKV
 from foveate.kv.duo_attention import DuoAttention as DuoAttention
 from foveate.kv.duo_attention import duo_train as duo_train
@@ -56,9 +59,12 @@ __all__ = [
     "TokenSelect",
     "attention_overlap",
     "compensation",
+    "compress_kv_heads",
     "duo_train",
     "full_heads",
     "head_scores",
+    "kv_spectrum",
+    "load_compressed",
     "razor_heads",
     "soft_vote",
     "topk_overlap",
