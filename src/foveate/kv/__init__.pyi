@@ -16,6 +16,9 @@ from foveate.kv.h2o import H2O as H2O
 from foveate.kv.keydiff import KeyDiff as KeyDiff
 from foveate.kv.knorm import KNorm as KNorm
 from foveate.kv.lagkv import LagKV as LagKV
+from foveate.kv.moa import MoA as MoA
+from foveate.kv.moa import moa_influence as moa_influence
+from foveate.kv.parts.span_search import moa_search as moa_search
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
 from foveate.kv.random_keep import RandomKeep as RandomKeep
 from foveate.kv.razor_attention import RazorAttention as RazorAttention
@@ -44,6 +47,7 @@ __all__ = [
     "KNorm",
     "KeyDiff",
     "LagKV",
+    "MoA",
     "Overlap",
     "Policy",
     "PyramidKV",
@@ -65,6 +69,8 @@ __all__ = [
     "head_scores",
     "kv_spectrum",
     "load_compressed",
+    "moa_influence",
+    "moa_search",
     "razor_heads",
     "soft_vote",
     "topk_overlap",

@@ -126,7 +126,7 @@ def load_compressed(folder: str | Path, config: PreTrainedConfig | None = None, 
         return plain.from_pretrained(folder, config=config, **options)
     groups = int(config.num_key_value_heads)
 
-    class Converted(plain):  # type: ignore[misc, valid-type]
+    class Converted(plain):
         """The model's own class with its modules replaced before its weights are read."""
 
         def __init__(self, config: PreTrainedConfig, *args: Any, **more: Any) -> None:
