@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from foveate.core.catalog import systems
+from foveate.core.catalog import cache_policies
 from foveate.host import Host
 from foveate.host.hf.model import host
 from foveate.kv.base.policy import Policy
@@ -55,7 +55,7 @@ def subject(name: str) -> PreTrainedModel:
 
 
 #: Every policy of the catalogue.
-POLICIES: dict[str, type[Policy]] = {row.key: row.load() for row in systems(room="kv")}
+POLICIES: dict[str, type[Policy]] = {row.key: row.load() for row in cache_policies()}
 
 #: Options beside those of `at_budget` that make a policy use another path.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from foveate.core import catalog
-from foveate.core.catalog import systems
+from foveate.core.catalog import cache_policies, systems
 from foveate.core.errors import OptionError, unknown
 
 FULL = "full"
@@ -27,7 +27,7 @@ _OWN_QUERIES = ("aaren",)
 
 def policies() -> list[str]:
     """Return the keys of the methods that act on a decoder's cache or attention."""
-    return [row.key for room in ("kv", "steer") for row in systems(room=room)]
+    return [row.key for row in (*cache_policies(), *systems(room="steer"))]
 
 
 def readers() -> list[str]:

@@ -111,7 +111,7 @@ def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen:
         return None
     parts = [*kept, *([] if window is None else [Ends(0, window - 1)])]
     if len(parts) == 2 and window is not None and seen - window + 1 >= kept[0].sink:  # the sinks have left the window
-        return None if kept[0].full else Ends(0, min(kept[0].recent, window - 1))
+        return None if kept[0].full or kept[0].by_head else Ends(0, min(kept[0].recent, window - 1))
     return parts[0] if len(parts) == 1 else None
 
 

@@ -4,6 +4,9 @@ from foveate.kv.adakv import AdaKV as AdaKV
 from foveate.kv.base.policy import Policy as Policy
 from foveate.kv.base.scored import ScorePolicy as ScorePolicy
 from foveate.kv.chunkkv import ChunkKV as ChunkKV
+from foveate.kv.conversion.compressed_keys import load_compressed as load_compressed
+from foveate.kv.conversion.kv_head_svd import compress_kv_heads as compress_kv_heads
+from foveate.kv.conversion.kv_head_svd import kv_spectrum as kv_spectrum
 from foveate.kv.criticalkv import CriticalKV as CriticalKV
 from foveate.kv.duo_attention import DuoAttention as DuoAttention
 from foveate.kv.duo_attention import duo_train as duo_train
@@ -15,6 +18,9 @@ from foveate.kv.knorm import KNorm as KNorm
 from foveate.kv.kvzap import KVzap as KVzap
 from foveate.kv.kvzip import KVzip as KVzip
 from foveate.kv.lagkv import LagKV as LagKV
+from foveate.kv.moa import MoA as MoA
+from foveate.kv.moa import moa_influence as moa_influence
+from foveate.kv.parts.span_search import moa_search as moa_search
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
 from foveate.kv.quest import Quest as Quest
 from foveate.kv.r_kv import RKV as RKV
@@ -49,6 +55,7 @@ __all__ = [
     "KVzip",
     "KeyDiff",
     "LagKV",
+    "MoA",
     "Overlap",
     "Policy",
     "PyramidKV",
@@ -68,9 +75,14 @@ __all__ = [
     "TriAttention",
     "attention_overlap",
     "compensation",
+    "compress_kv_heads",
     "duo_train",
     "full_heads",
     "head_scores",
+    "kv_spectrum",
+    "load_compressed",
+    "moa_influence",
+    "moa_search",
     "razor_heads",
     "soft_vote",
     "topk_overlap",

@@ -92,7 +92,8 @@ class Store:
             numbers = set(group.numbers)
             if numbers <= ends.full:
                 continue
-            done = None if numbers & ends.full else group.slide(ends, seen, fold)
+            mine = None if numbers & ends.full else ends.of(numbers)
+            done = None if mine is None else group.slide(mine, seen, fold)
             if done is None:
                 return None
             dropped = dropped or done
