@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from foveate.core.errors import OptionError
 from foveate.host.method import Method, overrides
 from foveate.host.site import Site
 from foveate.host.slots.ends import Ends
-from foveate.host.slots.slots import Fold
+from foveate.host.slots.slots import Fold, Refit
 
 
 def evict(site: Site, methods: list[Method]) -> None:
@@ -24,10 +26,10 @@ def evict(site: Site, methods: list[Method]) -> None:
     if site.tentative:
         site = site.as_of(settled)
     keeping = [(m, kept) for m in methods if overrides(m, "keep") and m.at(site) and (kept := m.keep(site)) is not None]
-    folding = [m for m, _ in keeping if overrides(m, "fold")]
-    fold: Fold | None = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
+    fold, refit = _changes(site, [method for method, _ in keeping])
     shrinks = layer.window is not None and settled >= layer.window
-    if not site.tentative and not layer.padded and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
+    slides = not site.tentative and not layer.padded and refit is None
+    if slides and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
         dropped = layer.store.slide(ends, settled, fold)
         if dropped:
             layer._dropped_at = settled
@@ -45,8 +47,16 @@ def evict(site: Site, methods: list[Method]) -> None:
         return
     if settled < layer.seen:
         keep = keep | (site.positions >= settled)
-    if layer.store.evict(keep, fold):
+    if layer.store.evict(keep, fold, refit):
         layer._dropped_at = settled
+
+
+def _changes(site: Site, methods: list[Method]) -> tuple[Fold | None, Refit | None]:
+    """Return what the last method that does so makes of the slots that are dropped, and of those that stay."""
+    folding, refitting = ([m for m in methods if overrides(m, hook)] for hook in ("fold", "refit"))
+    fold: Fold | None = partial(folding[-1].fold, site) if folding else None
+    refit: Refit | None = partial(refitting[-1].refit, site) if refitting else None
+    return fold, refit
 
 
 def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen: int) -> Ends | None:

@@ -3,8 +3,8 @@
 Assisted decoding and prompt lookup read a few drafted tokens at once and remove those that are rejected. Methods that
 choose or drop keys would change the text if they got such a call as a whole. So they get each query by itself, with the
 keys up to its own and without those that they would have dropped by then. When tokens are removed, the methods' notes
-are restored as well. A method that folds dropped tokens into a summary is the exception: the drafted queries see the
-tokens themselves.
+are restored as well. A method that folds dropped tokens into a summary, or refits the others, is the exception: the
+drafted queries see the tokens themselves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def run(site: Site, methods: list[Method], native: attention.Native) -> tuple[Te
         _restore_notes(site)
     if site.q.shape[2] == 1 and not site.drafts:
         return attention.run(site, methods, native)
-    dropping = [m for m in methods if site.drafts and overrides(m, "keep") and not overrides(m, "fold")]
+    changing = [m for m in methods if overrides(m, "fold") or overrides(m, "refit")]
+    dropping = [m for m in methods if site.drafts and overrides(m, "keep") and m not in changing]
     choosing = [m for m in methods if overrides(m, "select") or overrides(m, "attend")]
     starts = _starts(site)
     one = len(starts) == 1 and not (site.drafts and site.phase == "decode")  # else drops may be due
