@@ -69,6 +69,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "stride": {"stride": 3, "pool": 0}, "pooled": {"stride": 2, "pool": 5, "k": 6},
         "fixed": {"grow": False, "stride": 5, "phase": 2},
     },
+    "attention_matching": {
+        "pursuit": {"keys": "pursuit"}, "random": {"reference": "random", "measure": "max", "queries": 20},
+    },
     "adakv": {"kvpress": {"variant": "kvpress"}},
     "criticalkv": {"second": {"first": 0.0}},
     "lagkv": {"cross": {"cross": True}},

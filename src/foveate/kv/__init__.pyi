@@ -1,6 +1,7 @@
 # The public names of foveate.kv; written by `make systems` from the catalogue.
 
 from foveate.kv.adakv import AdaKV as AdaKV
+from foveate.kv.attention_matching import AttentionMatching as AttentionMatching
 from foveate.kv.base.policy import Policy as Policy
 from foveate.kv.base.scored import ScorePolicy as ScorePolicy
 from foveate.kv.chunkkv import ChunkKV as ChunkKV
@@ -33,6 +34,7 @@ from foveate.kv.tova import TOVA as TOVA
 
 __all__ = [
     "AdaKV",
+    "AttentionMatching",
     "ChunkKV",
     "CriticalKV",
     "DuoAttention",
