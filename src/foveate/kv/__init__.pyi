@@ -26,6 +26,7 @@ from foveate.kv.recycled_attention import attention_overlap as attention_overlap
 from foveate.kv.renumbered import Renumbered as Renumbered
 from foveate.kv.sink_recent import SinkRecent as SinkRecent
 from foveate.kv.snapkv import SnapKV as SnapKV
+from foveate.kv.task_kv import TaskKV as TaskKV
 from foveate.kv.tidal_decode import TidalDecode as TidalDecode
 from foveate.kv.tidal_decode import topk_overlap as topk_overlap
 from foveate.kv.token_select import TokenSelect as TokenSelect
@@ -54,6 +55,7 @@ __all__ = [
     "SinkRecent",
     "SnapKV",
     "TOVA",
+    "TaskKV",
     "TidalDecode",
     "TokenSelect",
     "attention_overlap",

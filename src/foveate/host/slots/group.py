@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate.host.slots.ends import Ends, Ledger
@@ -205,24 +205,24 @@ class Group:
         self.holes = (self.holes[0] + count, self.holes[1] + count)
         return True
 
-    def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None, refit: Refit | None) -> tuple[list[Group], bool]:
+    def kept(self, keep: Bool[Tensor, "b h s"]) -> Int[Tensor, "2 b h"]:
+        """Return how many slots each head of each sequence would keep, and how many it holds."""
+        filled = self.slots.positions >= 0
+        return torch.stack([(keep & filled).sum(-1, dtype=torch.int32), filled.sum(-1, dtype=torch.int32)])
+
+    def evict(
+        self, keep: Bool[Tensor, "b h s"], counts: list[list[int]], before: list[list[int]], fold: Fold | None,
+        refit: Refit | None,
+    ) -> tuple[list[Group], bool]:  # fmt: skip
         """Drop slots. Return the groups that result, one for each number of slots, and whether any were dropped.
 
         A few dropped slots become empty in place, unless the others are refitted. Many are removed from the buffer, so
-        that memory falls.
+        that memory falls. `counts` and `before` are the numbers that `kept` returns.
         """
-        full = not self.has_empty
-        filled = None if full else self.slots.positions >= 0
-        keep = keep if filled is None else keep & filled
-        kept = keep.sum(-1, dtype=torch.int32)
-        # the host waits for the device here, once
-        if filled is None:
-            counts = kept.tolist()
-            before = [[self.length] * len(row) for row in counts]
-        else:
-            counts, before = torch.stack([kept, filled.sum(-1, dtype=torch.int32)]).tolist()
         if counts == before:
             return [self], False
+        filled = self.slots.positions >= 0
+        keep = keep & filled
         most = [max(column) for column in zip(*counts, strict=True)]
         least = [min(column) for column in zip(*counts, strict=True)]
         rows = [[b - a for a, b in zip(*row, strict=True)] for row in zip(counts, before, strict=True)]
@@ -230,13 +230,11 @@ class Group:
         if refit is None and min(most) == max(most) and self.length - most[0] <= max(1, most[0] // 32):
             self._ledger = None
             if fold is not None:
-                mask = ~keep if filled is None else filled & ~keep
-                self._summarise(fold(packed(self.slots, mask, max(drops)), self.summary, self.heads))
+                self._summarise(fold(packed(self.slots, filled & ~keep, max(drops)), self.summary, self.heads))
             self._own_positions()
             self.slots.positions.masked_fill_(~keep, EMPTY)
             self.holes = (self.length - most[0], self.length - min(least))
             return [self], True
-        filled = self.slots.positions >= 0 if filled is None else filled
         return [self._part(size, least, most, drops, keep, filled, fold, refit) for size in sorted(set(most))], True
 
     def _own_positions(self) -> None:

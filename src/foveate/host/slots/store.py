@@ -111,14 +111,22 @@ class Store:
         change the slots that stay, in groups that drop some.
         """
         parts: list[Group] = []
-        any_dropped = False
-        for group in self.groups:
-            skip = 0 if group.summary is None else group.summary.positions.shape[2]
-            mine = keep if len(self.groups) == 1 else keep[:, group.heads]
-            left, dropped = group.evict(mine[:, :, skip : skip + group.length], fold, refit)
-            parts, any_dropped = parts + left, any_dropped or dropped
+        any_dropped, masks = False, [self._part(group, keep) for group in self.groups]
+        counts = [group.kept(mask) for group, mask in zip(self.groups, masks, strict=True)]
+        after, before = torch.cat(counts, 2).tolist()  # the host waits for the device here, once
+        first = 0
+        for group, mask in zip(self.groups, masks, strict=True):
+            own = slice(first, first + len(group.numbers))
+            left, dropped = group.evict(mask, [row[own] for row in after], [row[own] for row in before], fold, refit)
+            parts, any_dropped, first = parts + left, any_dropped or dropped, own.stop
         self.groups = parts
         return any_dropped
+
+    def _part(self, group: Group, keep: Bool[Tensor, "b h s"]) -> Bool[Tensor, "b g n"]:
+        """Return the part of a mask of all heads that is about a group's slots, without its summary."""
+        skip = 0 if group.summary is None else group.summary.positions.shape[2]
+        mine = keep if len(self.groups) == 1 else keep[:, group.heads]
+        return mine[:, :, skip : skip + group.length]
 
     def drop_after(self, end: int) -> None:
         """Remove the tokens at positions from `end` on."""
