@@ -24,6 +24,7 @@ from foveate.kv.recycled_attention import Overlap as Overlap
 from foveate.kv.recycled_attention import RecycledAttention as RecycledAttention
 from foveate.kv.recycled_attention import attention_overlap as attention_overlap
 from foveate.kv.renumbered import Renumbered as Renumbered
+from foveate.kv.simlayerkv import SimLayerKV as SimLayerKV
 from foveate.kv.sink_recent import SinkRecent as SinkRecent
 from foveate.kv.snapkv import SnapKV as SnapKV
 from foveate.kv.task_kv import TaskKV as TaskKV
@@ -52,6 +53,7 @@ __all__ = [
     "RecycledAttention",
     "Renumbered",
     "ScorePolicy",
+    "SimLayerKV",
     "SinkRecent",
     "SnapKV",
     "TOVA",
