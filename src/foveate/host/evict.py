@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Int
@@ -16,7 +17,7 @@ from foveate.host.method import Method, overrides
 from foveate.host.pass_end import PassEnd, Reread
 from foveate.host.site import Site
 from foveate.host.slots.ends import AT_END, Ends
-from foveate.host.slots.slots import Fold
+from foveate.host.slots.slots import Fold, Refit
 
 
 def evict(site: Site, methods: list[Method], at_end: Callable[[Site, list[Method]], None]) -> None:
@@ -33,17 +34,16 @@ def evict(site: Site, methods: list[Method], at_end: Callable[[Site, list[Method
         site = site.as_of(settled)
     # what methods chose query by query is known already
     drops = site.drops
-    asked = [m for m in methods if overrides(m, "keep") and (drops is None or overrides(m, "fold")) and m.at(site)]
+    asked = [m for m in methods if overrides(m, "keep") and (drops is None or changes(m)) and m.at(site)]
     chosen = [(method, method.keep(site)) for method in asked]
     later = [*(() if drops is None else drops.at_end), *(method for method, kept in chosen if kept is AT_END)]
     if later:
         at_end(site.released(), later)
     keeping = [(method, kept) for method, kept in chosen if isinstance(kept, Tensor | Ends)]
-    folding = [m for m, _ in keeping if overrides(m, "fold")]
-    fold: Fold | None = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
+    fold, refit = _changes(site, [method for method, _ in keeping])
     shrinks = layer.window is not None and settled >= layer.window
     gone = None if drops is None else drops.gone
-    slides = not site.tentative and gone is None and not layer.padded
+    slides = not site.tentative and gone is None and refit is None and not layer.padded
     if slides and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
         dropped = layer.store.slide(ends, settled, fold)
         if dropped:
@@ -61,7 +61,7 @@ def evict(site: Site, methods: list[Method], at_end: Callable[[Site, list[Method
             )
         keep = mask if keep is None else keep & mask
     if keep is not None:
-        _drop(site, keep, fold)
+        _drop(site, keep, fold, refit)
 
 
 def evict_at_end(ended: list[tuple[Site, list[Method]]], ids: Tensor | None, reread: Reread) -> None:
@@ -81,16 +81,16 @@ def evict_at_end(ended: list[tuple[Site, list[Method]]], ids: Tensor | None, rer
                 gone = mark(None, site, ~keep)
                 now = copy.copy(site)
                 now.__dict__.pop("positions")
-                _drop(now, ~gone_at(gone, now.positions), None)
+                _drop(now, ~gone_at(gone, now.positions))
 
 
-def _drop(site: Site, keep: Bool[Tensor, "b hkv s"], fold: Fold | None) -> None:
+def _drop(site: Site, keep: Bool[Tensor, "b hkv s"], fold: Fold | None = None, refit: Refit | None = None) -> None:
     """Keep some slots of a layer, and the tokens that will be removed again."""
     layer = site.slots
     assert layer is not None and layer.store is not None
     if site.seen < layer.seen:
         keep = keep | (site.positions >= site.seen)
-    if layer.store.evict(keep, fold):
+    if layer.store.evict(keep, fold, refit):
         layer._dropped_at = site.seen
 
 
@@ -102,6 +102,19 @@ def mark(gone: Bool[Tensor, "b hkv n"] | None, site: Site, slots: Bool[Tensor, "
     slots = slots & (positions >= 0) & (positions < site.seen)
     index = positions.clamp(0, site.seen - 1).long()
     return old | (torch.zeros_like(old, dtype=torch.int32).scatter_add_(2, index, slots.int()) > 0)
+
+
+def changes(method: Method) -> bool:
+    """Return whether a method changes what is stored beyond dropping it."""
+    return overrides(method, "fold") or overrides(method, "refit")
+
+
+def _changes(site: Site, methods: list[Method]) -> tuple[Fold | None, Refit | None]:
+    """Return what the last method that does so makes of the slots that are dropped, and of those that stay."""
+    folding, refitting = ([m for m in methods if overrides(m, hook)] for hook in ("fold", "refit"))
+    fold: Fold | None = partial(folding[-1].fold, site) if folding else None
+    refit: Refit | None = partial(refitting[-1].refit, site) if refitting else None
+    return fold, refit
 
 
 def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen: int) -> Ends | None:

@@ -98,13 +98,24 @@ class Method:
         """
         return [None] * len(end.sites)
 
-    def fold(self, site: Site, dropped: Slots, summary: Slots | None) -> Slots | None:
-        """Return the new summary of the slots that `keep` drops, given the previous one; None for no summary."""
+    def fold(self, site: Site, dropped: Slots, summary: Slots | None, heads: Tensor) -> Slots | None:
+        """Return the new summary of the slots that `keep` drops, given the previous one; None for no summary.
+
+        Heads that keep equally many slots come together; `heads (h,)` are their numbers.
+        """
         return None
+
+    def refit(self, site: Site, kept: Slots, dropped: Slots, heads: Tensor) -> Slots:
+        """Change the slots that stay when `keep` drops some: their values, their weights, or their keys.
+
+        A slot without a token has the position `EMPTY`, and may hold anything. Positions stay. Called for heads that
+        drop something; `heads (h,)` are their numbers.
+        """
+        return kept
 
 
 #: Names of the hooks that the host calls at an attention call.
-HOOKS = ("select", "attend", "edit_logits", "edit_weights", "edit_output", "read", "keep", "fold")
+HOOKS = ("select", "attend", "edit_logits", "edit_weights", "edit_output", "read", "keep", "fold", "refit")
 
 
 def overrides(method: Method, hook: str) -> bool:

@@ -4,7 +4,8 @@ Assisted decoding and prompt lookup read a few drafted tokens at once and remove
 choose or drop keys would change the text if they got such a call as a whole. So they get each query by itself, with the
 keys up to its own and without those that they dropped before it. A drop after a drafted token is only recorded: it
 becomes real once the token is accepted, or is forgotten with it, together with the methods' notes on it. A method that
-folds dropped tokens into a summary is the exception: the drafted queries see the tokens themselves.
+folds dropped tokens into a summary, or refits the others, is the exception: the drafted queries see the tokens
+themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from foveate.host import attention
-from foveate.host.evict import as_mask, gone_at, mark
+from foveate.host.evict import as_mask, changes, gone_at, mark
 from foveate.host.method import Method, overrides
 from foveate.host.site import Drops, Site
 from foveate.host.slots.ends import AT_END, Ends
@@ -75,8 +76,8 @@ def run(site: Site, methods: list[Method], native: attention.Native, droppers: D
 
 
 def _records(method: Method) -> bool:
-    """Return whether a method drops tokens, and does not fold them into a summary."""
-    return overrides(method, "keep") and not overrides(method, "fold")
+    """Return whether a method drops tokens, and changes nothing else."""
+    return overrides(method, "keep") and not changes(method)
 
 
 def _starts(site: Site) -> list[int]:

@@ -74,7 +74,7 @@ class Run:
         self.evicts = any(method.evicts or overrides(method, "keep") for method in methods)
         self.in_place = any(method.in_place for method in methods)
         used = {hook for hook in HOOKS if any(overrides(method, hook) for method in methods)}
-        self.is_plain, self.only_drops = not used, used <= {"keep", "fold"}
+        self.is_plain, self.only_drops = not used, used <= {"keep", "fold", "refit"}
         self.packs = any(method.packs for method in methods)
         self.has_hooks = self.in_place or not self.is_plain
         self.caches = Caches(self.evicts, self.in_place)

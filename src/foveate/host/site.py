@@ -248,8 +248,8 @@ class Site:
         return plan.keys() if isinstance(plan, MaskPlan) else None
 
     def _bias(self) -> Tensor | None:
-        """Return the log of the number of tokens that each slot stands for; None if each stands for one."""
-        if self.is_whole or not self._stored.has_summary:
+        """Return the log of the weight of each slot; None if all weights are 1."""
+        if self.is_whole or not self._stored.is_weighted:
             return None
         bias = self._stored.padded("bias")
         return bias.to(self.q.dtype).repeat_interleave(self._heads_a_row, 1)[:, :, None]

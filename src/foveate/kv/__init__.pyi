@@ -1,6 +1,7 @@
 # The public names of foveate.kv; written by `make systems` from the catalogue.
 
 from foveate.kv.adakv import AdaKV as AdaKV
+from foveate.kv.attention_matching import AttentionMatching as AttentionMatching
 from foveate.kv.base.policy import Policy as Policy
 from foveate.kv.base.scored import ScorePolicy as ScorePolicy
 from foveate.kv.chunkkv import ChunkKV as ChunkKV
@@ -34,8 +35,10 @@ from foveate.kv.recycled_attention import RecycledAttention as RecycledAttention
 from foveate.kv.recycled_attention import attention_overlap as attention_overlap
 from foveate.kv.renumbered import Renumbered as Renumbered
 from foveate.kv.rocketkv import RocketKV as RocketKV
+from foveate.kv.simlayerkv import SimLayerKV as SimLayerKV
 from foveate.kv.sink_recent import SinkRecent as SinkRecent
 from foveate.kv.snapkv import SnapKV as SnapKV
+from foveate.kv.task_kv import TaskKV as TaskKV
 from foveate.kv.tidal_decode import TidalDecode as TidalDecode
 from foveate.kv.tidal_decode import topk_overlap as topk_overlap
 from foveate.kv.token_select import TokenSelect as TokenSelect
@@ -45,6 +48,7 @@ from foveate.kv.triattention import TriAttention as TriAttention
 
 __all__ = [
     "AdaKV",
+    "AttentionMatching",
     "ChunkKV",
     "CriticalKV",
     "DuoAttention",
@@ -67,9 +71,11 @@ __all__ = [
     "Renumbered",
     "RocketKV",
     "ScorePolicy",
+    "SimLayerKV",
     "SinkRecent",
     "SnapKV",
     "TOVA",
+    "TaskKV",
     "TidalDecode",
     "TokenSelect",
     "TriAttention",
