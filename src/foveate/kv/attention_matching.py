@@ -82,6 +82,8 @@ class AttentionMatching(ScorePolicy):
         validate.count("seed", self.seed)
         if self.every is not None:
             raise OptionError(f"every={self.every}: compaction needs the queries of a prompt; leave it out")
+        if self.heads == "global":
+            raise OptionError('heads="global" chooses when queries are gone, which compaction needs; take "adaptive"')
         if self.heads == "adaptive" and (self.keys == "pursuit" or self.table is not None):
             raise OptionError("heads='adaptive' compares scores, which neither keys='pursuit' nor table= leaves")
         if self.table is not None and not (isinstance(self.table, Tensor) and bool((self.table >= 0).all())):
@@ -100,13 +102,13 @@ class AttentionMatching(ScorePolicy):
             shares = shared_out(self.table.double(), found.table, self.share)
             self._shares = {one.layer: row[: one.kv_heads] for one, row in zip(found.layers, shares, strict=True)}
 
-    def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | None:
+    def is_off(self, site: Site) -> bool:
+        return self.table is None and super().is_off(site)
+
+    def best(self, site: Site, scores: Float[Tensor, "b hkv s"]) -> Bool[Tensor, "b hkv s"]:
         if self.table is None:
-            return super().keep(site)
-        if not self._is_due(site):
-            return None
-        kept = ranks(self.ranked(site, self.score(site))) < self._sizes(site)[..., None]
-        return kept & (own_positions(site)[0] >= 0)
+            return super().best(site, scores)
+        return (ranks(scores) < self._sizes(site)[..., None]) & ~scores.isneginf()
 
     def score(self, site: Site) -> Float[Tensor, "b hkv s"]:
         slots = Slots(site.k, site.v, site.positions, _weights(site))

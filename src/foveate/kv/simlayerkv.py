@@ -25,7 +25,7 @@ from foveate.kv.base.policy import Policy, Progress, check_budget
 from foveate.kv.base.scored import own_positions
 from foveate.kv.parts.head_split import far_layers, keep_ends
 from foveate.kv.parts.probing import read
-from foveate.kv.parts.window_queries import last_rows, window_weights
+from foveate.kv.parts.window_queries import LastQueries, last_rows, window_weights
 
 #: Texts that `calibrate` reads.
 _TEXTS = 4
@@ -142,13 +142,14 @@ class SimLayerKV(Policy):
 
 def lazy_mass(site: Site, sink: int, recent: int, queries: int = 1) -> Float[Tensor, " b"]:
     """Return the attention of each sequence's last queries to its first and its last tokens, a mean over heads."""
-    weights, real, at = window_weights(site, queries)
+    last = LastQueries.of(site, queries)
+    weights = window_weights(site, last)
     found, positions = tokens(site), site.positions
     own = positions if found is None else found.own(positions)
-    first = at if found is None else found.own(at[:, None])[:, 0]
+    first = last.at if found is None else found.own(last.at[:, None])[:, 0]
     near = own[:, :, None] > first[:, None, :, None] - recent
     near = (near | (own < sink)[:, :, None]).repeat_interleave(weights.shape[1] // own.shape[1], 1)
-    return (weights * near).sum(-1).mean(1).sum(-1) / real.sum(-1).clamp_min(1)
+    return (weights * near).sum(-1).mean(1).sum(-1) / last.real.sum(-1).clamp_min(1)
 
 
 class _Probe(Method):

@@ -25,7 +25,7 @@ from foveate.host.site import Site
 from foveate.kv.base.policy import Policy, check_budget
 from foveate.kv.base.scored import own_positions, ranks
 from foveate.kv.parts.output_projection import check_projections, projected_heads
-from foveate.kv.parts.window_queries import last_rows, per_kv_head, pooled, window_weights
+from foveate.kv.parts.window_queries import LastQueries, last_rows, per_kv_head, pooled, window_weights
 
 
 @final
@@ -116,8 +116,8 @@ class TaskKV(Policy):
 
     def _observed(self, site: Site) -> Float[Tensor, "b h s"]:
         """Return the attention that the last queries pay to each slot on average, pooled over its neighbours."""
-        weights, real, _ = window_weights(site, self.window)
-        received = weights.sum(2) / real.sum(-1).clamp_min(1)[:, None, None]
+        queries = LastQueries.of(site, self.window)
+        received = window_weights(site, queries).sum(2) / queries.real.sum(-1).clamp_min(1)[:, None, None]
         return per_kv_head(pooled(received, site, self.pool), site)
 
     @classmethod
