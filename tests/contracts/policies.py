@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from foveate.core.catalog import systems
 from foveate.host import Host
 from foveate.host.hf.model import host
+from foveate.kv.base.encoding import EncodingPolicy
 from foveate.kv.base.policy import Policy
 
 VOCAB = 64
@@ -73,6 +74,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "criticalkv": {"second": {"first": 0.0}},
     "lagkv": {"cross": {"cross": True}},
     "expected_attention": {"every": {"every": 3}},
+    "kivi": {"wide": {"bits": 8, "value_bits": 3}, "mixed": {"bits": (None, 8, 2)}, "ends": {"dense": 1}},
     "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3}},
 }  # fmt: skip
 CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS.items() for name in some]
@@ -92,8 +94,10 @@ def learnt(key: str, name: str) -> dict[str, Tensor]:
 
 
 def policy(key: str, budget: float, length: int, variant: str = "", name: str = "llama") -> Policy:
-    """Make a catalogued policy at a budget, as `compare` does."""
-    made = POLICIES[key].at_budget(budget, host(subject(name)), length, **learnt(key, name))
+    """Make a catalogued policy at a budget, as `compare` does, or at the least one that it can meet."""
+    found = host(subject(name))
+    budget = max(budget, POLICIES[key].least(found, length))
+    made = POLICIES[key].at_budget(budget, found, length, **learnt(key, name))
     return replace(made, **VARIANTS[key][variant]) if variant else made  # type: ignore[type-var]
 
 
@@ -204,6 +208,11 @@ def trace(model: nn.Module) -> dict[str, Any]:
         )
         for name, module in model.named_modules()
     }  # fmt: skip
+
+
+def encodes(key: str) -> bool:
+    """Return whether a policy holds tokens encoded."""
+    return issubclass(POLICIES[key], EncodingPolicy)
 
 
 def here(name: str = "llama") -> Host:

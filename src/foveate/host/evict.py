@@ -1,4 +1,4 @@
-"""Drop the tokens that methods and a layer's window no longer keep, after each call."""
+"""Drop the tokens that methods and a layer's window no longer keep, after each call, and encode those that stay."""
 
 from __future__ import annotations
 
@@ -7,16 +7,44 @@ from torch import Tensor
 
 from foveate.core.errors import OptionError
 from foveate.host.method import Method, overrides
+from foveate.host.padding import tokens
 from foveate.host.site import Site
+from foveate.host.slots.encode import TENTATIVE, encode
 from foveate.host.slots.ends import Ends
 from foveate.host.slots.slots import Fold
 
 
 def evict(site: Site, methods: list[Method]) -> None:
-    """Drop the tokens that some method drops, and those that have left a sliding layer's window.
+    """Drop the tokens that some method drops, and those that have left a sliding layer's window; then encode.
 
     The call's tentative tokens, which will be removed again, stay and do not count.
     """
+    _drop(site, methods)
+    encoding = [m for m in methods if overrides(m, "encode") and m.at(site)]
+    if encoding:
+        _encode(site.as_of(site.seen - site.tentative) if site.tentative else site, encoding)
+
+
+def _encode(site: Site, methods: list[Method]) -> None:
+    """Encode the tokens that are due by the coding that a method chooses. `site.seen` counts settled tokens only."""
+    layer = site.slots
+    assert layer is not None and layer.store is not None
+    chosen = [(method, coding) for method in methods if (coding := method.encode(site)) is not None]
+    if not chosen:
+        return
+    if len(chosen) > 1:
+        one, two = (type(method).__name__ for method, _ in chosen[:2])
+        raise OptionError(f"{one} and {two} both encode layer {site.layer}; give each its own layers=, or apply one")
+    found = tokens(site) if site.real is not None else None
+
+    def own(positions: Tensor) -> Tensor:
+        later = positions >= site.seen
+        return (positions if found is None else found.own(positions)).masked_fill(later, TENTATIVE)
+
+    encode(layer.store, chosen[0][1], own, found is not None, layer.seen - site.seen)
+
+
+def _drop(site: Site, methods: list[Method]) -> None:
     layer = site.slots
     assert layer is not None and layer.store is not None
     layer.padded = layer.padded or site.real is not None

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from foveate.core.selection import Selection
     from foveate.host.hf.model import Host
     from foveate.host.site import Site
+    from foveate.host.slots.codec import Coding
     from foveate.host.slots.ends import Ends
     from foveate.host.slots.slots import Slots
 
@@ -92,9 +93,13 @@ class Method:
         """Return the new summary of the slots that `keep` drops, given the previous one; None for no summary."""
         return None
 
+    def encode(self, site: Site) -> Coding | None:
+        """Choose how the layer holds its older tokens after the call, of those that stay; None as they are."""
+        return None
+
 
 #: Names of the hooks that the host calls at an attention call.
-HOOKS = ("select", "attend", "edit_logits", "edit_weights", "edit_output", "read", "keep", "fold")
+HOOKS = ("select", "attend", "edit_logits", "edit_weights", "edit_output", "read", "keep", "fold", "encode")
 
 
 def overrides(method: Method, hook: str) -> bool:

@@ -46,7 +46,8 @@ class Run:
         spans: named token positions (`image`, `text`, `system` …) that methods read from sites; the caller sets them.
         evict: the time at which methods drop tokens.
         tentative: number of tokens at the end of each prompt that will be removed again; see `foveate.Context`.
-        evicts, in_place, packs: true if some of the methods do so; see `Method`.
+        evicts: true if some of the methods drop tokens, or hold them encoded.
+        in_place, packs: true if some of the methods do so; see `Method`.
         is_plain, only_drops: true if methods have no hooks, or only those that are called after attention.
         has_hooks: whether the run hooks all attention modules that it covers; see `foveate.host.hf.calls`.
         caches, passes: the caches that it works on, and the forward passes in progress.
@@ -68,10 +69,13 @@ class Run:
         self.evict, self.tentative, self.thread = evict, 0, 0
         self.spans: dict[str, Tensor] = {}
         self.implementations: dict[int, str] = {}
-        self.evicts = any(method.evicts or overrides(method, "keep") for method in methods)
+        self.evicts = any(
+            method.evicts or overrides(method, "keep") or overrides(method, "encode") for method in methods
+        )
+        _check_encoders(methods)
         self.in_place = any(method.in_place for method in methods)
         used = {hook for hook in HOOKS if any(overrides(method, hook) for method in methods)}
-        self.is_plain, self.only_drops = not used, used <= {"keep", "fold"}
+        self.is_plain, self.only_drops = not used, used <= {"keep", "fold", "encode"}
         self.packs = any(method.packs for method in methods)
         self.has_hooks = self.in_place or not self.is_plain
         self.caches = Caches(self.evicts, self.in_place)
@@ -133,3 +137,13 @@ class Run:
             name = self.implementations[id(module.config)]
             found = self._natives[module] = name, native_attention(module, name)
         return found
+
+
+def _check_encoders(methods: tuple[Method, ...]) -> None:
+    """Refuse a method that folds dropped tokens beside one that encodes them: it would need them in full precision."""
+    folds, encodes = ([m for m in methods if overrides(m, hook)] for hook in ("fold", "encode"))
+    if folds and encodes:
+        raise OptionError(
+            f"{type(folds[0]).__name__} sums up the tokens that it drops, and {type(encodes[0]).__name__} holds tokens "
+            f"encoded; apply one of them"
+        )

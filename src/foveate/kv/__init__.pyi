@@ -11,6 +11,7 @@ from foveate.kv.duo_attention import full_heads as full_heads
 from foveate.kv.expected_attention import ExpectedAttention as ExpectedAttention
 from foveate.kv.h2o import H2O as H2O
 from foveate.kv.keydiff import KeyDiff as KeyDiff
+from foveate.kv.kivi import KIVI as KIVI
 from foveate.kv.knorm import KNorm as KNorm
 from foveate.kv.lagkv import LagKV as LagKV
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
@@ -38,6 +39,7 @@ __all__ = [
     "DuoAttention",
     "ExpectedAttention",
     "H2O",
+    "KIVI",
     "KNorm",
     "KeyDiff",
     "LagKV",
