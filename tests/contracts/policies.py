@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from foveate.core.catalog import systems
 from foveate.host import Host
 from foveate.host.hf.model import host
+from foveate.kv import KIVI
 from foveate.kv.base.encoding import EncodingPolicy
 from foveate.kv.base.policy import Policy
 
@@ -74,6 +75,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "criticalkv": {"second": {"first": 0.0}},
     "lagkv": {"cross": {"cross": True}},
     "expected_attention": {"every": {"every": 3}},
+    "turboquant": {
+        "paper": {"values": "centroids", "renormalise": False, "rotation": "random", "bits": 3},
+        "mixed": {"bits": (2, None, 4), "value_bits": 8},
+    },
+    "think": {"narrow": {"kept": 0.3, "window": 5}, "quantised": {"base": KIVI(bits=4, residual=3, group=4)}},
     "kivi": {"wide": {"bits": 8, "value_bits": 3}, "mixed": {"bits": (None, 8, 2)}, "ends": {"dense": 1}},
     "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3}},
 }  # fmt: skip

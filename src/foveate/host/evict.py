@@ -22,6 +22,7 @@ def evict(site: Site, methods: list[Method]) -> None:
     _drop(site, methods)
     encoding = [m for m in methods if overrides(m, "encode") and m.at(site)]
     if encoding:
+        site = site.refreshed()
         _encode(site.as_of(site.seen - site.tentative) if site.tentative else site, encoding)
 
 

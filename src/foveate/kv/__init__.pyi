@@ -26,11 +26,13 @@ from foveate.kv.recycled_attention import attention_overlap as attention_overlap
 from foveate.kv.renumbered import Renumbered as Renumbered
 from foveate.kv.sink_recent import SinkRecent as SinkRecent
 from foveate.kv.snapkv import SnapKV as SnapKV
+from foveate.kv.think import ThinK as ThinK
 from foveate.kv.tidal_decode import TidalDecode as TidalDecode
 from foveate.kv.tidal_decode import topk_overlap as topk_overlap
 from foveate.kv.token_select import TokenSelect as TokenSelect
 from foveate.kv.token_select import soft_vote as soft_vote
 from foveate.kv.tova import TOVA as TOVA
+from foveate.kv.turboquant import TurboQuant as TurboQuant
 
 __all__ = [
     "AdaKV",
@@ -54,8 +56,10 @@ __all__ = [
     "SinkRecent",
     "SnapKV",
     "TOVA",
+    "ThinK",
     "TidalDecode",
     "TokenSelect",
+    "TurboQuant",
     "attention_overlap",
     "compensation",
     "duo_train",

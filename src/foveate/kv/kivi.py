@@ -68,6 +68,6 @@ class KIVI(EncodingPolicy):
         return Coding(keys, values, self.group, self.residual)
 
     @classmethod
-    def choices(cls, residual: int, group: int) -> Iterator[Self]:
+    def choices(cls, host: Host, residual: int, group: int) -> Iterator[Self]:
         for bits in (None, 8, 4, 2):
             yield cls(bits=bits, residual=residual, group=group)

@@ -84,8 +84,8 @@ class Coding:
         keys, values: the codecs.
         group: tokens that are encoded at a time, once the layer has that many beside the residual.
         residual: newest tokens of each head that are never encoded.
-        tables: tables for the codecs of all heads of the layer, `(B, Hkv, ...)`; a layer's later groups take those of
-            its first one.
+        tables: tables for the codecs of all heads of the layer, `(B, Hkv, ...)`. They hold for the first group of each
+            head and sequence; later groups take those of the first one.
     """
 
     keys: Codec

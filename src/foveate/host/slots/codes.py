@@ -174,17 +174,16 @@ class Codes:
         else:
             self.chunks[-1] = joined
 
-    def tables(self, numbers: list[int]) -> Parts:
-        """Return the tables of some heads: those of the chunks that hold them; none if no chunk does."""
-        found: dict[int, Parts] = {}
-        for chunk in self.chunks:
-            own = {**chunk.k, **chunk.v}
-            names = (*chunk.coding.keys.tables, *chunk.coding.values.tables)
-            for place, head in enumerate(chunk.numbers):
-                found.setdefault(head, {name: own[name][:, place] for name in names})
-        if any(head not in found for head in numbers):
-            return {}
-        return {name: torch.stack([found[head][name] for head in numbers], 1) for name in found[numbers[0]]}
+    def tables(self, numbers: list[int], new: Parts) -> Parts:
+        """Return the tables of some heads: `new`, or those that encoded the tokens that a sequence already holds."""
+        out, at = {name: x.clone() for name, x in new.items()}, {head: place for place, head in enumerate(numbers)}
+        for chunk in self.chunks if new else ():
+            own, mine = {**chunk.k, **chunk.v}, [place for place, head in enumerate(chunk.numbers) if head in at]
+            heads, held = [at[chunk.numbers[place]] for place in mine], (chunk.positions[:, mine] >= 0).any(-1)
+            for name, x in ((name, x) for name, x in out.items() if name in own):
+                known = held.reshape(*held.shape, *[1] * (x.dim() - 2))
+                x[:, heads] = torch.where(known, own[name][:, mine], x[:, heads])
+        return out
 
     def positions(self, like: Tensor) -> Int[Tensor, "b h s"]:
         """Return the position of every place, padded to the longest head."""
@@ -228,7 +227,8 @@ class Codes:
 
 
 def _joined(one: Parts, two: Parts, codec: Codec) -> Parts:
-    return {name: x if name in codec.tables else torch.cat([x, two[name]], 2) for name, x in one.items()}
+    """Join the rows of two parts. The later tables hold for both: they differ only where no token was encoded before."""
+    return {name: two[name] if name in codec.tables else torch.cat([x, two[name]], 2) for name, x in one.items()}
 
 
 def _units(parts: Parts, order: Int[Tensor, "b h n"], units: int, codec: Codec) -> Parts:

@@ -89,7 +89,7 @@ def _stays(ranked: Int[Tensor, "b h s"], order: Tensor, taken: Int[Tensor, "b h"
 def _append(store: Store, group: Group, coding: Coding, index: Int[Tensor, "b h n"], taken: Tensor | None) -> None:
     """Encode the slots at `index`, or the first `taken` of each row, in chunks."""
     codes = store.codes = Codes([], store.n_heads) if store.codes is None else store.codes
-    tables = codes.tables(group.numbers) or {name: x[:, group.heads] for name, x in coding.tables.items()}
+    tables = codes.tables(group.numbers, {name: x[:, group.heads] for name, x in coding.tables.items()})
     size = max(coding.group, CHUNK // coding.group * coding.group)
     for start in range(0, index.shape[2], size):
         part = index[..., start : start + size]

@@ -61,14 +61,16 @@ class EncodingPolicy(Policy):
 
     @classmethod
     @abstractmethod
-    def choices(cls, residual: int, group: int) -> Iterator[Self]:
-        """Yield the policy at its widths, from the widest to the narrowest."""
+    def choices(cls, host: Host, residual: int, group: int) -> Iterator[Self]:
+        """Yield the policy at its widths, from full precision to the narrowest."""
 
     # -- what the base makes of it -------------------------------------------------------------------------------------
 
     def bind(self, host: Host) -> None:
         super().bind(host)
         self._depth = len(layout(host))
+        if self.dense and 2 * self.dense >= self._depth:
+            raise OptionError(f"dense={self.dense} leaves none of the model's {self._depth} attending layers to encode")
 
     def at(self, site: Site) -> bool:
         return self._acts(site.order, site.layer, self._depth)
@@ -96,13 +98,13 @@ class EncodingPolicy(Policy):
     @classmethod
     def least(cls, host: Host, length: int) -> float:
         """Return the smallest budget that the policy can meet."""
-        return min(policy.share(host, length) for policy in cls._candidates())
+        return min(policy.share(host, length) for policy in cls._candidates(host))
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
         """See `Policy.at_budget`. The budget is of bytes: the widest codes that fit, and then the longest residual."""
         check_budget(budget, length)
-        for policy in cls._candidates():
+        for policy in cls._candidates(host):
             if policy.share(host, length) <= budget:
                 return policy
         raise OptionError(
@@ -111,9 +113,9 @@ class EncodingPolicy(Policy):
         )
 
     @classmethod
-    def _candidates(cls) -> Iterator[Self]:
+    def _candidates(cls, host: Host) -> Iterator[Self]:
         """Yield policies from the dearest to the cheapest: by width, and then by the length of the residual."""
-        for width in zip(*(cls.choices(residual, group) for residual, group in _SIZES), strict=True):
+        for width in zip(*(cls.choices(host, residual, group) for residual, group in _SIZES), strict=True):
             yield from width
 
 
