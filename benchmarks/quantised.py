@@ -35,6 +35,11 @@ ROWS: dict[str, Callable[[], tuple[Method, ...]]] = {
     "full": tuple,
     **{f"KIVI {bits}": lambda bits=bits: (foveate.kv.KIVI(bits=bits),) for bits in (8, 4, 3, 2)},
     "KIVI 2, 2 dense ends": lambda: (foveate.kv.KIVI(bits=2, dense=2),),
+    **{f"TurboQuant {bits}": lambda bits=bits: (foveate.kv.TurboQuant(bits=bits, dense=0),) for bits in (4, 3, 2)},
+    **{f"TurboQuant {bits}, 2 dense ends": lambda bits=bits: (foveate.kv.TurboQuant(bits=bits),) for bits in (4, 3)},
+    **{form: lambda form=form: (foveate.kv.EightBit(format=form),) for form in ("e4m3", "int8")},
+    **{f"ThinK {share}": lambda share=share: (foveate.kv.ThinK(kept=share),) for share in (0.8, 0.6, 0.5)},
+    "ThinK 0.6, KIVI 4": lambda: (foveate.kv.ThinK(kept=0.6, base=foveate.kv.KIVI(bits=4)),),
     "SnapKV 50 %": lambda: (foveate.kv.SnapKV(share=0.5),),
     "SnapKV 50 %, KIVI 4": lambda: (foveate.kv.SnapKV(share=0.5), foveate.kv.KIVI(bits=4)),
 }  # fmt: skip
@@ -64,7 +69,7 @@ def main() -> None:
             )
             ratios[f"{key}: {name}, kept"], ratios[f"{key}: {name}, loss"] = kept, loss
             ratios[f"{key}: {name}, needles"] = found
-            print(f"done: {key}, {name}: {rows[-1]}", file=sys.stderr)
+            print(f"done: {rows[-1]}", file=sys.stderr, flush=True)
     finish(rows, ratios)
 
 

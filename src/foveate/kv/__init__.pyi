@@ -1,6 +1,7 @@
 # The public names of foveate.kv; written by `make systems` from the catalogue.
 
 from foveate.kv.adakv import AdaKV as AdaKV
+from foveate.kv.base.encoding import EncodingPolicy as EncodingPolicy
 from foveate.kv.base.policy import Policy as Policy
 from foveate.kv.base.scored import ScorePolicy as ScorePolicy
 from foveate.kv.chunkkv import ChunkKV as ChunkKV
@@ -8,6 +9,7 @@ from foveate.kv.criticalkv import CriticalKV as CriticalKV
 from foveate.kv.duo_attention import DuoAttention as DuoAttention
 from foveate.kv.duo_attention import duo_train as duo_train
 from foveate.kv.duo_attention import full_heads as full_heads
+from foveate.kv.eight_bit import EightBit as EightBit
 from foveate.kv.expected_attention import ExpectedAttention as ExpectedAttention
 from foveate.kv.h2o import H2O as H2O
 from foveate.kv.keydiff import KeyDiff as KeyDiff
@@ -39,6 +41,8 @@ __all__ = [
     "ChunkKV",
     "CriticalKV",
     "DuoAttention",
+    "EightBit",
+    "EncodingPolicy",
     "ExpectedAttention",
     "H2O",
     "KIVI",

@@ -227,7 +227,7 @@ class Codes:
 
 
 def _joined(one: Parts, two: Parts, codec: Codec) -> Parts:
-    """Join the rows of two parts. The later tables hold for both: they differ only where no token was encoded before."""
+    """Join the rows of two parts. Tables differ only where the first part has no token: the later ones hold for both."""
     return {name: two[name] if name in codec.tables else torch.cat([x, two[name]], 2) for name, x in one.items()}
 
 
