@@ -227,7 +227,7 @@ class Codes:
 
 
 def _joined(one: Parts, two: Parts, codec: Codec) -> Parts:
-    """Join the rows of two parts. Tables differ only where the first part has no token: the later ones hold for both."""
+    """Join the rows of two parts. Where tables differ, the first part has no token: the later ones hold for both."""
     return {name: two[name] if name in codec.tables else torch.cat([x, two[name]], 2) for name, x in one.items()}
 
 
