@@ -16,6 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 from foveate.core.catalog import cache_policies
 from foveate.host import Host
 from foveate.host.hf.model import host
+from foveate.kv import KIVI
+from foveate.kv.base.encoding import EncodingPolicy
 from foveate.kv.base.policy import Policy
 
 VOCAB = 64
@@ -88,6 +90,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "both": {"alpha": None, "ratio": 12.0}, "second": {"alpha": 0.0, "ratio": 6.0},
         "single": {"alpha": 0.6, "ratio": 3.0},
     },
+    "turboquant": {
+        "paper": {"values": "centroids", "renormalise": False, "rotation": "random", "bits": 3},
+        "mixed": {"bits": (2, None, 4), "value_bits": 8},
+    },
+    "think": {"narrow": {"kept": 0.3, "window": 5}, "quantised": {"base": KIVI(bits=4, residual=3, group=4)}},
+    "kivi": {"wide": {"bits": 8, "value_bits": 3}, "mixed": {"bits": (None, 8, 2)}, "ends": {"dense": 1}},
 }  # fmt: skip
 CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS.items() for name in some]
 
@@ -106,8 +114,10 @@ def learnt(key: str, name: str) -> dict[str, Tensor]:
 
 
 def policy(key: str, budget: float, length: int, variant: str = "", name: str = "llama") -> Policy:
-    """Make a catalogued policy at a budget, as `compare` does."""
-    made = POLICIES[key].at_budget(budget, host(subject(name)), length, **learnt(key, name))
+    """Make a catalogued policy at a budget, as `compare` does, or at the least one that it can meet."""
+    found = host(subject(name))
+    budget = max(budget, POLICIES[key].least(found, length))
+    made = POLICIES[key].at_budget(budget, found, length, **learnt(key, name))
     return replace(made, **VARIANTS[key][variant]) if variant else made  # type: ignore[type-var]
 
 
@@ -218,6 +228,11 @@ def trace(model: nn.Module) -> dict[str, Any]:
         )
         for name, module in model.named_modules()
     }  # fmt: skip
+
+
+def encodes(key: str) -> bool:
+    """Return whether a policy holds tokens encoded."""
+    return issubclass(POLICIES[key], EncodingPolicy)
 
 
 def here(name: str = "llama") -> Host:

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from foveate.core.errors import FoveateError, OptionError, UnsupportedModel
 from foveate.host import apply
 from foveate.kv import RazorAttention, ScorePolicy
+from foveate.kv.base.encoding import EncodingPolicy
 from tests.contracts.policies import (
     CASES,
     LENGTHS,
@@ -22,6 +23,7 @@ from tests.contracts.policies import (
     VOCAB,
     Batch,
     batch_error,
+    encodes,
     here,
     learnt,
     live_bytes,
@@ -54,7 +56,9 @@ def test_a_full_budget_is_the_model_bit_for_bit(key: str, name: str) -> None:
             with apply(subject(name), method):
                 got = batch.feed(subject(name), pieces)
             for a, b in zip(got, expected, strict=True):
-                if name == "windowed" and method.evicts:  # a window's slots are summed in another order
+                if name == "windowed" and (
+                    method.evicts or encodes(key)
+                ):  # a window's slots are summed in another order
                     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
                 else:
                     assert torch.equal(a, b), (side, pieces)
@@ -72,10 +76,11 @@ def test_a_budget_is_what_is_kept_or_read(key: str, name: str, budget: float) ->
 
     Each head may have one token more (the newest), half a token for rounding, and a 32nd of its buffer as room. A
     policy that evicts nothing reads its share in the layers that see all tokens. A policy with dense layers cannot read
-    less than those do, here four of twenty.
+    less than those do, here four of twenty. A policy that encodes holds its share of the bytes, positions included.
     """
-    if name == "deep" and POLICIES[key].evicts:
+    if name == "deep" and (POLICIES[key].evicts or encodes(key)):
         name = "llama"  # depth only matters for policies with dense layers
+    budget = max(budget, POLICIES[key].least(here(name), 160))
     length, cache = 160, DynamicCache(config=subject(name).config)
     method = policy(key, budget, length, name=name)
     steps = min(getattr(method, "stride", 1), 16)
@@ -85,7 +90,13 @@ def test_a_budget_is_what_is_kept_or_read(key: str, name: str, budget: float) ->
         subject(name)(prompt(1, length - 1), past_key_values=cache)
         for step in range(steps):
             subject(name)(prompt(1, 1, step), past_key_values=cache)
-        if method.evicts:
+        if encodes(key):
+            assert run.stats.kept <= budget + 1e-9
+            assert run.stats.cache_bytes == sum(cache.layers[layer].store.needed_bytes for layer in layers)
+            assert all(cache.layers[layer].store.codes is not None for layer in far)
+            assert isinstance(method, EncodingPolicy)
+            assert all(_whole(cache.layers[layer]) >= method.residual for layer in far)
+        elif method.evicts:
             token = 2 * 2 * 8 * subject(name).dtype.itemsize  # keys and values, heads, width
             stored = sum(_bytes(cache.layers[layer]) for layer in layers)
             full = len(layers) * (length - 1 + steps) * token
@@ -96,7 +107,7 @@ def test_a_budget_is_what_is_kept_or_read(key: str, name: str, budget: float) ->
             shallow = key == "tidal_decode" and budget < 0.25  # four of its twenty layers are dense
             assert run.stats.read <= (0.2 + 0.8 * budget if shallow else budget) + 0.02
             assert run.stats.read >= 0.5 * budget
-        if not method.evicts:
+        if not method.evicts and not encodes(key):
             assert run.stats.kept == 1.0 or name == "windowed"
             read = [run.stats.of(cache).layers[layer] for layer in far]
             assert min(one.read / one.decodes for one in read) < 1.0
@@ -108,7 +119,26 @@ def _attends(name: str, layer: int) -> bool:
 
 def _bytes(layer: Any) -> int:
     kept = [x for group in layer.store.groups for x in (group._buffer.k, group._buffer.v)]
+    for chunk in [] if layer.store.codes is None else layer.store.codes.chunks:
+        kept += [*chunk.k.values(), *chunk.v.values(), chunk.positions]
     return sum(x.untyped_storage().nbytes() for x in kept)
+
+
+def _whole(layer: Any) -> int:
+    """Count the tokens of a head that are held in full precision."""
+    return min(group.length - group.holes[1] for group in layer.store.groups)
+
+
+@EVERY
+@torch.no_grad()
+def test_a_budget_that_is_too_small_is_refused_by_name(key: str) -> None:
+    least = POLICIES[key].least(here(), 160)
+    if not encodes(key):
+        assert least == 0.0
+        return
+    with pytest.raises(OptionError, match=r"^budget=.* is less than the .* of the bytes of 160 tokens") as caught:
+        POLICIES[key].at_budget(0.99 * least, here(), 160)
+    assert "\n" not in str(caught.value)
 
 
 @EVERY
@@ -222,7 +252,8 @@ def test_live_memory_is_what_is_kept(key: str) -> None:
     would be ten times as much. A policy with tables of its own says how large they are.
     """
     model, length = subject("llama"), 400
-    method, constant = policy(key, 0.25, length), 4 * 1024
+    budget = max(0.25, POLICIES[key].least(here(), length))
+    method, constant = policy(key, budget, length), 4 * 1024
     with apply(model, method):
         model(prompt(1, 2), past_key_values=DynamicCache())  # tables that are made once
     before, cache = live_bytes(), DynamicCache()
@@ -236,7 +267,10 @@ def test_live_memory_is_what_is_kept(key: str) -> None:
             kept = sum(_held(layer) for layer in cache.layers)
             assert live_bytes() - before <= (1.1 + method.tables) * kept + constant, steps
             later = steps if isinstance(method, ScorePolicy) else 0.3 * steps  # those drop no token that is made
-            tokens = 0.3 * length + later if method.evicts else 1.04 * (length + steps)
+            if encodes(key):
+                tokens = 1.05 * budget * (length + steps)
+            else:
+                tokens = 0.3 * length + later if method.evicts else 1.04 * (length + steps)
             assert kept <= 3 * tokens * 2 * 2 * 8 * 8
     del cache
     assert live_bytes() - before <= constant

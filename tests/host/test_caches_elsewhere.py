@@ -13,7 +13,7 @@ import transformers as hf
 
 from foveate.core.errors import UnsupportedModel
 from foveate.host import Method, Packed, apply
-from foveate.host.stats import held
+from foveate.host.cache_contents import held
 from foveate.kv.duo_attention import DuoAttention
 from foveate.kv.sink_recent import SinkRecent
 from foveate.kv.tidal_decode import TidalDecode

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from foveate.host import Method, Site, apply
-from foveate.host.stats import held
+from foveate.host.cache_contents import held
 from foveate.kv.duo_attention import DuoAttention
 from foveate.kv.sink_recent import SinkRecent
 from tests.support.host_models import Reads, Recent, feed, model, tokens

@@ -1,5 +1,7 @@
 # The public names of foveate.host; written by `make systems` from the catalogue.
 
+from foveate.host.cache_contents import Held as Held
+from foveate.host.cache_contents import held as held
 from foveate.host.context import Context as Context
 from foveate.host.entry import apply as apply
 from foveate.host.hf.layout import AttendingLayer as AttendingLayer
@@ -14,21 +16,24 @@ from foveate.host.packed import Packed as Packed
 from foveate.host.pass_end import PassEnd as PassEnd
 from foveate.host.run import Run as Run
 from foveate.host.site import Site as Site
+from foveate.host.slots.codec import Codec as Codec
+from foveate.host.slots.codec import Coding as Coding
+from foveate.host.slots.codec import Uncoded as Uncoded
 from foveate.host.slots.ends import AT_END as AT_END
 from foveate.host.slots.ends import Ends as Ends
 from foveate.host.slots.slots import EMPTY as EMPTY
 from foveate.host.slots.slots import SUMMARY as SUMMARY
 from foveate.host.slots.slots import Slots as Slots
 from foveate.host.stats import CacheStats as CacheStats
-from foveate.host.stats import Held as Held
 from foveate.host.stats import LayerStats as LayerStats
 from foveate.host.stats import Stats as Stats
-from foveate.host.stats import held as held
 
 __all__ = [
     "AT_END",
     "AttendingLayer",
     "CacheStats",
+    "Codec",
+    "Coding",
     "Context",
     "EMPTY",
     "Ends",
@@ -45,6 +50,7 @@ __all__ = [
     "Site",
     "Slots",
     "Stats",
+    "Uncoded",
     "apply",
     "decoder_inputs",
     "held",

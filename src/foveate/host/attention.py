@@ -17,6 +17,7 @@ from foveate.core.errors import UnsupportedModel
 from foveate.core.readable import trusted
 from foveate.core.scoring import dot_product, safe_softmax
 from foveate.core.selection import Blocks, Indices, Selection
+from foveate.host import coded_attention
 from foveate.host.hf.mask import MaskPlan
 from foveate.host.method import Method, overrides
 from foveate.host.site import Site
@@ -138,6 +139,8 @@ def _slots(site: Site) -> Tensor:
     """Compute the attention of a layer from which tokens were evicted."""
     assert site.slots is not None and site.slots.store is not None
     store = site.slots.store
+    if store.codes is not None:
+        return _coded(site, store)
     if site.softcap is not None or site.is_biased or not isinstance(site.attention_mask, MaskPlan):
         return _softmax(site, [], None)
     if site.expanded:
@@ -145,8 +148,20 @@ def _slots(site: Site) -> Tensor:
     return stored(site.q, store, site.attention_mask, site.scale, site.dropout)
 
 
+def _coded(site: Site, store: Store) -> Tensor:
+    """Compute the attention of a layer of which some tokens are held encoded."""
+    plan = site.attention_mask
+    if isinstance(plan, MaskPlan) and site.position_bias is None:
+        seen = coded_attention.by_position(plan)
+    else:
+        seen = coded_attention.by_mask(site.mask, store.n_heads)
+    return coded_attention.attend(site.q, store, seen, site.scale, site.softcap, site.sinks, site.dropout)
+
+
 def stored(q: Tensor, store: Store, plan: MaskPlan, scale: float, dropout: float = 0.0) -> Float[Tensor, "b hq nq dv"]:
     """Compute attention to all that a layer stores, by the fused kernel, one group of equally long heads at a time."""
+    if store.codes is not None:
+        return coded_attention.attend(q, store, coded_attention.by_position(plan), scale, dropout=dropout)
     groups = q.shape[1] // store.n_heads
     parts = [_group(q[:, _queries(group, groups)], group, groups, plan, scale, dropout) for group in store.groups]
     if len(parts) == 1:

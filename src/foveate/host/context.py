@@ -12,13 +12,13 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLa
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel
+from foveate.host.cache_contents import Held, held
 from foveate.host.entry import apply
 from foveate.host.hf.adoption import end_prompt
 from foveate.host.hf.chat_template import ChatTemplate
 from foveate.host.hf.marks import Mark
 from foveate.host.hf.model import Host, host
 from foveate.host.method import Method
-from foveate.host.stats import Held, held
 
 #: Options of `generate` that a context sets itself.
 _OWN = (

@@ -1,4 +1,7 @@
-"""Drop the tokens that methods and a layer's window no longer keep: after each call, or when a pass has ended."""
+"""Drop the tokens that methods and a layer's window no longer keep, and encode those that stay.
+
+This happens after each call. Methods that compare layers choose when a whole pass has ended.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,50 @@ from torch.nn import functional as F
 from foveate.core import masks
 from foveate.core.errors import OptionError
 from foveate.host.method import Method, overrides
+from foveate.host.padding import tokens
 from foveate.host.pass_end import PassEnd, Reread
 from foveate.host.site import Site
+from foveate.host.slots.encode import TENTATIVE, encode
 from foveate.host.slots.ends import AT_END, Ends
 from foveate.host.slots.slots import Fold, Refit
 
 
 def evict(site: Site, methods: list[Method], at_end: Callable[[Site, list[Method]], None]) -> None:
-    """Drop the tokens that some method drops, and those that have left a sliding layer's window.
+    """Drop the tokens that some method drops, and those that have left a sliding layer's window; then encode.
 
     The call's tentative tokens, which will be removed again, stay and do not count. `at_end(call, methods)` is called
-    if methods choose when the whole pass has ended.
+    if methods choose when the whole pass has ended. What they leave is encoded after the next call.
     """
+    later = _drop_due(site, methods)
+    encoding = [m for m in methods if overrides(m, "encode") and m.at(site)]
+    if later:
+        at_end(site.as_of(site.seen - site.tentative).released(), later)
+    elif encoding:
+        site = site.refreshed()
+        _encode(site.as_of(site.seen - site.tentative) if site.tentative else site, encoding)
+
+
+def _encode(site: Site, methods: list[Method]) -> None:
+    """Encode the tokens that are due by the coding that a method chooses. `site.seen` counts settled tokens only."""
+    layer = site.slots
+    assert layer is not None and layer.store is not None
+    chosen = [(method, coding) for method in methods if (coding := method.encode(site)) is not None]
+    if not chosen:
+        return
+    if len(chosen) > 1:
+        one, two = (type(method).__name__ for method, _ in chosen[:2])
+        raise OptionError(f"{one} and {two} both encode layer {site.layer}; give each its own layers=, or apply one")
+    found = tokens(site) if site.real is not None else None
+
+    def own(positions: Tensor) -> Tensor:
+        later = positions >= site.seen
+        return (positions if found is None else found.own(positions)).masked_fill(later, TENTATIVE)
+
+    encode(layer.store, chosen[0][1], own, found is not None, layer.seen - site.seen)
+
+
+def _drop_due(site: Site, methods: list[Method]) -> list[Method]:
+    """Drop what is due, and return the methods that choose when the whole pass has ended."""
     layer = site.slots
     assert layer is not None and layer.store is not None
     layer.padded = layer.padded or site.real is not None
@@ -37,8 +72,6 @@ def evict(site: Site, methods: list[Method], at_end: Callable[[Site, list[Method
     asked = [m for m in methods if overrides(m, "keep") and (drops is None or changes(m)) and m.at(site)]
     chosen = [(method, method.keep(site)) for method in asked]
     later = [*(() if drops is None else drops.at_end), *(method for method, kept in chosen if kept is AT_END)]
-    if later:
-        at_end(site.released(), later)
     keeping = [(method, kept) for method, kept in chosen if isinstance(kept, Tensor | Ends)]
     fold, refit = _changes(site, [method for method, _ in keeping])
     shrinks = layer.window is not None and settled >= layer.window
@@ -49,7 +82,7 @@ def evict(site: Site, methods: list[Method], at_end: Callable[[Site, list[Method
         if dropped:
             layer._dropped_at = settled
         if dropped is not None:
-            return
+            return later
     keep = site.positions > settled - layer.window if shrinks and layer.window is not None else None
     if gone is not None:
         keep = masks.combine(keep, ~gone_at(gone, site.positions))
@@ -62,6 +95,7 @@ def evict(site: Site, methods: list[Method], at_end: Callable[[Site, list[Method
         keep = mask if keep is None else keep & mask
     if keep is not None:
         _drop(site, keep, fold, refit)
+    return later
 
 
 def evict_at_end(ended: list[tuple[Site, list[Method]]], ids: Tensor | None, reread: Reread) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from foveate.host.hf.model import Host
     from foveate.host.pass_end import PassEnd
     from foveate.host.site import Site
+    from foveate.host.slots.codec import Coding
     from foveate.host.slots.ends import AtEnd, Ends
     from foveate.host.slots.slots import Slots
 
@@ -113,9 +114,13 @@ class Method:
         """
         return kept
 
+    def encode(self, site: Site) -> Coding | None:
+        """Choose how the layer holds its older tokens after the call, of those that stay; None as they are."""
+        return None
+
 
 #: Names of the hooks that the host calls at an attention call.
-HOOKS = ("select", "attend", "edit_logits", "edit_weights", "edit_output", "read", "keep", "fold", "refit")
+HOOKS = ("select", "attend", "edit_logits", "edit_weights", "edit_output", "read", "keep", "fold", "refit", "encode")
 
 
 def overrides(method: Method, hook: str) -> bool:

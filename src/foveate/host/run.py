@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel
-from foveate.host.evict import evict_at_end
+from foveate.host.evict import changes, evict_at_end
 from foveate.host.hf.adoption import Caches, prompt_of
 from foveate.host.hf.attach import attach, runs_open_on
 from foveate.host.hf.cache import SlotLayer
@@ -49,7 +49,8 @@ class Run:
         spans: named token positions (`image`, `text`, `system` …) that methods read from sites; the caller sets them.
         evict: the time at which methods drop tokens.
         tentative: number of tokens at the end of each prompt that will be removed again; see `foveate.Context`.
-        evicts, in_place, packs: true if some of the methods do so; see `Method`.
+        evicts: true if some of the methods drop tokens, or hold them encoded.
+        in_place, packs: true if some of the methods do so; see `Method`.
         is_plain, only_drops: true if methods have no hooks, or only those that are called after attention.
         has_hooks: whether the run hooks all attention modules that it covers; see `foveate.host.hf.calls`.
         caches, passes: the caches that it works on, and the forward passes in progress.
@@ -71,10 +72,13 @@ class Run:
         self.evict, self.tentative, self.thread = evict, 0, 0
         self.spans: dict[str, Tensor] = {}
         self.implementations: dict[int, str] = {}
-        self.evicts = any(method.evicts or overrides(method, "keep") for method in methods)
+        self.evicts = any(
+            method.evicts or overrides(method, "keep") or overrides(method, "encode") for method in methods
+        )
+        _check_encoders(methods)
         self.in_place = any(method.in_place for method in methods)
         used = {hook for hook in HOOKS if any(overrides(method, hook) for method in methods)}
-        self.is_plain, self.only_drops = not used, used <= {"keep", "fold", "refit"}
+        self.is_plain, self.only_drops = not used, used <= {"keep", "fold", "refit", "encode"}
         self.packs = any(method.packs for method in methods)
         self.has_hooks = self.in_place or not self.is_plain
         self.caches = Caches(self.evicts, self.in_place)
@@ -158,3 +162,13 @@ class Run:
             name = self.implementations[id(module.config)]
             found = self._natives[module] = name, native_attention(module, name)
         return found
+
+
+def _check_encoders(methods: tuple[Method, ...]) -> None:
+    """Refuse a method that changes stored tokens beside one that encodes them: it needs them in full precision."""
+    changing, encoding = [m for m in methods if changes(m)], [m for m in methods if overrides(m, "encode")]
+    if changing and encoding:
+        raise OptionError(
+            f"{type(changing[0]).__name__} changes the tokens that it stores, and {type(encoding[0]).__name__} holds "
+            f"tokens encoded; apply one of them"
+        )

@@ -280,6 +280,13 @@ class Site:
         other.weights, other.selections = None, []
         return other
 
+    def refreshed(self) -> Site:
+        """Return the same call with the slots as they are now: what was dropped since is no longer among them."""
+        other = copy.copy(self)
+        for name in ("k", "v", "positions", "mask"):
+            other.__dict__.pop(name, None)
+        return other
+
     def part(self, start: int, stop: int) -> Site:
         """Return some of the call's queries, with the keys up to the last of them, as a separate call."""
         later = self.q.shape[2] - stop

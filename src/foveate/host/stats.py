@@ -13,6 +13,17 @@ from foveate.host.hf.cache import SlotLayer, tokens_seen
 from foveate.host.site import Site
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """The contents of a layer after a call: its slots and bytes, those of a full cache, and the bytes that it freed."""
+
+    full: int
+    stored: int
+    nbytes: int
+    full_bytes: int
+    extra: int
+
+
 @dataclass
 class LayerStats:
     """Statistics of one layer of one sequence (or batch): the contents of its cache, and the cost of its calls.
@@ -23,7 +34,8 @@ class LayerStats:
         seconds: time in attention.
         seen: slots that a full cache would hold, over batch and heads.
         stored: slots that are stored.
-        bytes: bytes of keys, values and weights that are stored.
+        bytes: bytes of keys and values, or of their codes, and of weights, that are stored.
+        full_bytes: bytes that a full cache would hold.
         read: sum over decoding calls of the share of keys that was read.
         decodes: decoding calls.
     """
@@ -34,13 +46,14 @@ class LayerStats:
     seen: int = 0
     stored: int = 0
     bytes: int = 0
+    full_bytes: int = 0
     read: float = 0.0
     decodes: int = 0
 
     @property
     def kept(self) -> float:
-        """Share of the full cache's slots that are stored."""
-        return self.stored / self.seen if self.seen else 1.0
+        """Share of the full cache's bytes that are stored, at most 1."""
+        return min(1.0, self.bytes / self.full_bytes) if self.full_bytes else 1.0
 
 
 @dataclass
@@ -57,9 +70,9 @@ class CacheStats:
 
     @property
     def kept(self) -> float:
-        """Share of the full cache's slots that are stored, over all layers; 1.0 if nothing is evicted."""
-        full = sum(layer.seen for layer in self.layers.values())
-        return sum(layer.stored for layer in self.layers.values()) / full if full else 1.0
+        """Share of the full cache's bytes that are stored, over all layers; 1.0 if nothing is evicted or encoded."""
+        full = sum(layer.full_bytes for layer in self.layers.values())
+        return sum(min(x.bytes, x.full_bytes) for x in self.layers.values()) / full if full else 1.0
 
     @property
     def read(self) -> float:
@@ -95,7 +108,7 @@ class Stats:
 
     @property
     def kept(self) -> float:
-        """Share of the full cache's slots that are stored, at the last call."""
+        """Share of the full cache's bytes that are stored, at the last call."""
         return self._latest.kept
 
     @property
@@ -105,7 +118,7 @@ class Stats:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys, values and weights that are stored, at the last call."""
+        """Bytes of keys and values, or of their codes, and of weights, that are stored, at the last call."""
         return self._latest.cache_bytes
 
     @property
@@ -128,36 +141,31 @@ class Stats:
         """Return the statistics of one cache; they are empty for a cache that the run has not used."""
         return self._caches.get(cache, CacheStats())
 
-    def note(self, site: Site, density: float, held: int, seconds: float) -> None:
+    def note(self, site: Site, density: float, held: tuple[int, int], seconds: float) -> None:
         """Count a finished call.
 
         Args:
             site: the call.
             density: share of the stored keys that were read.
-            held: slots of this layer that attention read from, before any were dropped.
+            held: slots of this layer that attention read from, before any were dropped, and their bytes.
             seconds: the time it took.
         """
         k, v = _cached(site)
         rows, size = k.shape[0] * k.shape[1], k.element_size() * (k.shape[-1] + v.shape[-1])
         if site.slots is not None and site.slots.store is not None:
-            rows, stored = k.shape[0] * site.slots.store.n_heads, site.slots.store.stored
-            weights = site.slots.store.weight_bytes
-        else:
-            stored, weights = rows * k.shape[2], 0
-        full = rows * site.seen
-        share = density * min(1.0, held / full) if site.phase == "decode" else None
-        nbytes = stored * size + weights
-        self._note(site.cache, site.layer, full, stored, nbytes, share, (held - stored) * size, seconds)
+            rows = k.shape[0] * site.slots.store.n_heads
+        (stored, nbytes), full = held_at(site), rows * site.seen
+        share = density * min(1.0, held[0] / full) if site.phase == "decode" else None
+        found = _Counted(full, stored, nbytes, full * size, max(0, held[1] - nbytes))
+        self._note(site.cache, site.layer, found, share, seconds)
 
     def note_drops(self, site: Site) -> None:
         """Count again what a layer stores, after tokens were dropped since its call."""
-        k, v = _cached(site)
         with self._lock:
             found = self._found(site.cache)
-            layer, stored = found.layers[site.layer], slots_of(site)
-            size = k.element_size() * (k.shape[-1] + v.shape[-1])
-            found.cache_bytes += stored * size - layer.bytes
-            layer.stored, layer.bytes = min(stored, layer.seen), stored * size
+            layer, (stored, nbytes) = found.layers[site.layer], held_at(site)
+            found.cache_bytes += nbytes - layer.bytes
+            layer.stored, layer.bytes = min(stored, layer.seen), nbytes
 
     def note_native(
         self, cache: Cache | None, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: SlotLayer | None, seconds: float
@@ -165,22 +173,20 @@ class Stats:
         """Count a call in which no method took part."""
         batch, heads, seen, width = k.shape
         rows, size, stored = batch * heads, k.element_size() * (width + v.shape[-1]), batch * heads * seen
-        read, weights = stored, 0
+        read, nbytes = stored, None
         if slots is not None and slots.store is not None:
             seen, rows, stored = slots.seen, batch * slots.store.n_heads, slots.store.stored
-            read, weights = stored, slots.store.weight_bytes
+            read, nbytes, size = stored, slots.store.needed_bytes, slots.store.token_bytes
         elif cache is not None and layer < len(cache.layers):
             seen = max(seen, tokens_seen(cache.layers[layer]))
             keys = getattr(cache.layers[layer], "keys", None)  # a layer with a window stores fewer than it read
             if isinstance(keys, Tensor) and keys.dim() == 4:
                 stored = min(stored, rows * keys.shape[2])
         share = min(1.0, read / (rows * seen)) if q.shape[2] == 1 and seen > 1 else None
-        self._note(cache, layer, rows * seen, stored, stored * size + weights, share, 0, seconds)
+        nbytes = stored * size if nbytes is None else nbytes
+        self._note(cache, layer, _Counted(rows * seen, stored, nbytes, rows * seen * size, 0), share, seconds)
 
-    def _note(
-        self, cache: object, number: int, full: int, stored: int, nbytes: int, share: float | None, extra: int,
-        seconds: float,
-    ) -> None:  # fmt: skip
+    def _note(self, cache: object, number: int, held: _Counted, share: float | None, seconds: float) -> None:
         with self._lock:
             self.calls, self.seconds = self.calls + 1, self.seconds + seconds
             found = self._found(cache)
@@ -188,11 +194,12 @@ class Stats:
             if layer is None:
                 layer = found.layers[number] = LayerStats(number)
             layer.calls, layer.seconds = layer.calls + 1, layer.seconds + seconds
-            found.cache_bytes += nbytes - layer.bytes
-            layer.seen, layer.stored, layer.bytes = full, min(stored, full), nbytes
+            found.cache_bytes += held.nbytes - layer.bytes
+            layer.seen, layer.stored = held.full, min(held.stored, held.full)
+            layer.bytes, layer.full_bytes = held.nbytes, held.full_bytes
             if isinstance(cache, Cache) or not self._caches:  # attention to an encoder does not replace the decoder's
                 self._latest = found
-            self.cache_peak = max(self.cache_peak, found.cache_bytes + extra)
+            self.cache_peak = max(self.cache_peak, found.cache_bytes + held.extra)
             if share is not None:
                 layer.read, layer.decodes = layer.read + share, layer.decodes + 1
                 self._reads, self._decodes = self._reads + share, self._decodes + 1
@@ -204,43 +211,6 @@ class Stats:
         if found is None:
             found = self._caches[cache] = CacheStats()
         return found
-
-
-@dataclass(frozen=True)
-class Held:
-    """The contents of a cache at this moment.
-
-    Args:
-        stored: slots that are stored, over layers, batch and heads.
-        full: slots that a full cache would hold.
-        nbytes: bytes of keys, values and weights in memory.
-    """
-
-    stored: int
-    full: int
-    nbytes: int
-
-    @property
-    def kept(self) -> float:
-        """Share of the full cache's slots that are stored."""
-        return self.stored / self.full if self.full else 1.0
-
-
-def held(cache: Cache) -> Held:
-    """Count the contents of a cache, inside a block or outside it. Layers that keep a state do not count."""
-    stored = full = nbytes = 0
-    for layer in cache.layers:
-        if isinstance(layer, SlotLayer):
-            if layer.store is not None:
-                rows = layer.store.rows
-                stored, full, nbytes = stored + layer.store.stored, full + rows * layer.seen, nbytes + layer.nbytes
-            continue
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == 4:
-            rows, n = keys.shape[0] * keys.shape[1], int(layer.get_seq_length())
-            stored, full = stored + rows * min(keys.shape[2], n), full + rows * n
-            nbytes += keys.nbytes + values.nbytes
-    return Held(stored, full, nbytes)
 
 
 def _cached(site: Site) -> tuple[Tensor, Tensor]:
@@ -255,9 +225,10 @@ def _cached(site: Site) -> tuple[Tensor, Tensor]:
     return site.new_k, site.new_v
 
 
-def slots_of(site: Site) -> int:
-    """Count the slots that a layer stores, over batch and heads."""
+def held_at(site: Site) -> tuple[int, int]:
+    """Count the slots that a layer stores, over batch and heads, and their bytes."""
     if site.slots is not None and site.slots.store is not None:
-        return site.slots.store.stored
-    b, hkv, n, _ = _cached(site)[0].shape
-    return b * hkv * n
+        return site.slots.store.stored, site.slots.store.needed_bytes
+    k, v = _cached(site)
+    b, hkv, n, _ = k.shape
+    return b * hkv * n, b * hkv * n * k.element_size() * (k.shape[-1] + v.shape[-1])

@@ -2,6 +2,7 @@
 
 from foveate.kv.adakv import AdaKV as AdaKV
 from foveate.kv.attention_matching import AttentionMatching as AttentionMatching
+from foveate.kv.base.encoding import EncodingPolicy as EncodingPolicy
 from foveate.kv.base.policy import Policy as Policy
 from foveate.kv.base.scored import ScorePolicy as ScorePolicy
 from foveate.kv.chunkkv import ChunkKV as ChunkKV
@@ -12,9 +13,11 @@ from foveate.kv.criticalkv import CriticalKV as CriticalKV
 from foveate.kv.duo_attention import DuoAttention as DuoAttention
 from foveate.kv.duo_attention import duo_train as duo_train
 from foveate.kv.duo_attention import full_heads as full_heads
+from foveate.kv.eight_bit import EightBit as EightBit
 from foveate.kv.expected_attention import ExpectedAttention as ExpectedAttention
 from foveate.kv.h2o import H2O as H2O
 from foveate.kv.keydiff import KeyDiff as KeyDiff
+from foveate.kv.kivi import KIVI as KIVI
 from foveate.kv.knorm import KNorm as KNorm
 from foveate.kv.kvzap import KVzap as KVzap
 from foveate.kv.kvzip import KVzip as KVzip
@@ -39,12 +42,14 @@ from foveate.kv.simlayerkv import SimLayerKV as SimLayerKV
 from foveate.kv.sink_recent import SinkRecent as SinkRecent
 from foveate.kv.snapkv import SnapKV as SnapKV
 from foveate.kv.task_kv import TaskKV as TaskKV
+from foveate.kv.think import ThinK as ThinK
 from foveate.kv.tidal_decode import TidalDecode as TidalDecode
 from foveate.kv.tidal_decode import topk_overlap as topk_overlap
 from foveate.kv.token_select import TokenSelect as TokenSelect
 from foveate.kv.token_select import soft_vote as soft_vote
 from foveate.kv.tova import TOVA as TOVA
 from foveate.kv.triattention import TriAttention as TriAttention
+from foveate.kv.turboquant import TurboQuant as TurboQuant
 
 __all__ = [
     "AdaKV",
@@ -52,8 +57,11 @@ __all__ = [
     "ChunkKV",
     "CriticalKV",
     "DuoAttention",
+    "EightBit",
+    "EncodingPolicy",
     "ExpectedAttention",
     "H2O",
+    "KIVI",
     "KNorm",
     "KVzap",
     "KVzip",
@@ -76,9 +84,11 @@ __all__ = [
     "SnapKV",
     "TOVA",
     "TaskKV",
+    "ThinK",
     "TidalDecode",
     "TokenSelect",
     "TriAttention",
+    "TurboQuant",
     "attention_overlap",
     "compensation",
     "compress_kv_heads",

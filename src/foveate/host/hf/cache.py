@@ -99,8 +99,8 @@ class SlotLayer(CacheLayerMixin):
         """
         if not self.attached and not self.is_whole:
             raise UnsupportedModel(
-                "past_key_values was compressed by a method that is no longer applied, and its heads hold different "
-                "numbers of tokens, or tokens with weights; use it inside foveate.apply(model), or start a new cache"
+                f"past_key_values was compressed by a method that is no longer applied, and {self._state}; use it "
+                f"inside foveate.apply(model), or start a new cache"
             )
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
@@ -119,6 +119,13 @@ class SlotLayer(CacheLayerMixin):
             return True
         pairs = zip((k, v), self._returned, strict=True)
         return all((other := ref()) is not None and _same(x, other) for x, ref in pairs)
+
+    @property
+    def _state(self) -> str:
+        coded = self.store is not None and self.store.codes is not None
+        if coded:
+            return "holds tokens encoded"
+        return "its heads hold different numbers of tokens, or tokens with weights"
 
     @property
     def is_whole(self) -> bool:

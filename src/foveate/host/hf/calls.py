@@ -31,6 +31,11 @@ def check_expanded(site: Site) -> None:
     assert site.slots is not None and site.slots.store is not None
     store = site.slots.store
     positions = store.padded("positions")
+    if store.codes is not None:
+        raise UnsupportedModel(
+            f"{type(site.module).__name__} changes keys and values after the cache, so that its tokens cannot be held "
+            f"encoded; use a policy that evicts"
+        )
     fits = store.is_even and site.new_k.shape[2] == site.new_v.shape[2] == positions.shape[2]
     if not fits or site.q.shape[1] % positions.shape[1]:
         raise UnsupportedModel(

@@ -27,7 +27,7 @@ from foveate.host.hf.sites import site_of
 from foveate.host.method import Method
 from foveate.host.run import Run
 from foveate.host.site import Site
-from foveate.host.stats import slots_of
+from foveate.host.stats import held_at
 
 #: Keywords that change an attention call's mathematics in ways that our own paths do not compute.
 _FOREIGN = frozenset({"cache", "sparse_indices", "indices", "block_indices"})
@@ -155,7 +155,7 @@ def _with_methods(
 
         out, density = pieces.run(site, methods, native, droppers)
         done = out.transpose(1, 2).contiguous(), site.weights
-    held, elapsed = slots_of(site), time.perf_counter() - started
+    held, elapsed = held_at(site), time.perf_counter() - started
 
     def finish() -> None:
         started = time.perf_counter()

@@ -32,6 +32,7 @@ class AttendingLayer:
         expanded: whether the model computes keys and values from what the cache holds (a latent, for instance), so that
             its heads share their tokens.
         window: tokens that it sees; None for all.
+        width, value_width: channels of a stored key and of a stored value.
     """
 
     layer: int
@@ -39,6 +40,8 @@ class AttendingLayer:
     kv_heads: int
     expanded: bool
     window: int | None
+    width: int = 0
+    value_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,10 @@ class _LayoutProbe(Method):
         self.is_biased = self.is_biased or (site.is_causal and site.position_bias is not None)
         if site.seen > 2 or site.slots is None or site.slots.store is None:
             return
-        kv_heads = site.slots.store.n_heads
-        self.found.append(AttendingLayer(site.layer, site.q.shape[1], kv_heads, site.expanded, site.slots.window))
+        store = site.slots.store
+        slots, window = store.groups[0].slots, site.slots.window
+        widths = slots.k.shape[3], slots.v.shape[3]
+        self.found.append(AttendingLayer(site.layer, site.q.shape[1], store.n_heads, site.expanded, window, *widths))
 
 
 def _probe(host: Host) -> Layout:

@@ -6,19 +6,21 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from foveate.host.slots.codes import Codes
 from foveate.host.slots.ends import Ends
 from foveate.host.slots.group import Group
 from foveate.host.slots.slots import EMPTY, Fold, Refit, Slots
 
 
 class Store:
-    """All slots of a layer, in groups of heads.
+    """All slots of a layer, in groups of heads, and before them the tokens that are held encoded.
 
-    `padded` returns one tensor of all heads in order, padded to the longest; it is a view if heads hold equally many.
+    `padded` returns one tensor of all heads in order, padded to the longest; it is a view if heads hold equally many
+    and nothing is encoded.
     """
 
-    def __init__(self, groups: list[Group], n_heads: int) -> None:
-        self.groups, self.n_heads = groups, n_heads
+    def __init__(self, groups: list[Group], n_heads: int, codes: Codes | None = None) -> None:
+        self.groups, self.n_heads, self.codes = groups, n_heads, codes
 
     @classmethod
     def empty(cls, k: Tensor, v: Tensor) -> Store:
@@ -41,12 +43,27 @@ class Store:
 
     @property
     def stored(self) -> int:
-        return sum(group.stored for group in self.groups)
+        return sum(group.stored for group in self.groups) + (0 if self.codes is None else self.codes.slots)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and weights in memory."""
-        return sum(group.nbytes for group in self.groups)
+        """Bytes of keys, values, weights and codes in memory."""
+        return sum(group.nbytes for group in self.groups) + self._coded_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of keys, values, weights and codes that are stored, without the room at the end of buffers."""
+        return sum(group.stored * self.token_bytes for group in self.groups) + self.weight_bytes + self._coded_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token of one head in full precision."""
+        slots = self.groups[0].slots
+        return slots.k.element_size() * slots.k.shape[3] + slots.v.element_size() * slots.v.shape[3]
+
+    @property
+    def _coded_bytes(self) -> int:
+        return 0 if self.codes is None else self.codes.nbytes
 
     @property
     def weight_bytes(self) -> int:
@@ -55,8 +72,9 @@ class Store:
 
     @property
     def is_even(self) -> bool:
-        """Return whether all heads hold equally many slots, in one tensor, without a summary and without weights."""
-        return len(self.groups) == 1 and self.groups[0].summary is None and not self.groups[0].is_weighted
+        """Return whether all heads hold equally many slots, in one tensor, without summary, weights and codes."""
+        group = self.groups[0]
+        return len(self.groups) == 1 and group.summary is None and not group.is_weighted and self.codes is None
 
     def is_whole(self, seen: int) -> bool:
         """Return whether nothing was ever dropped: one group, every position once."""
@@ -72,13 +90,18 @@ class Store:
         """Return `"positions"`, `"k"`, `"v"` or `"bias"` of all heads (summaries first), padded to the longest head."""
         fill = EMPTY if what == "positions" else 0
         parts = [_of(group, what) for group in self.groups]
-        if len(parts) == 1:
+        if len(parts) == 1 and self.codes is None:
             return parts[0]
         batch, _, _, *width = parts[0].shape
-        longest = max(part.shape[2] for part in parts)
-        out = parts[0].new_full((batch, self.n_heads, longest, *width), fill)
+        longest, first = max(part.shape[2] for part in parts), self.coded_length
+        out = parts[0].new_full((batch, self.n_heads, first + longest, *width), fill)
+        if self.codes is not None:
+            if what == "positions":
+                out[:, :, :first] = self.codes.positions(out)
+            elif what != "bias":
+                out[:, :, :first] = self.codes.decoded("k" if what == "k" else "v", parts[0])
         for group, part in zip(self.groups, parts, strict=True):
-            out[:, group.index, : part.shape[2]] = part
+            out[:, group.index, first : first + part.shape[2]] = part
         return out
 
     @property
@@ -87,12 +110,20 @@ class Store:
         return any(group.is_weighted for group in self.groups)
 
     @property
+    def coded_length(self) -> int:
+        """Number of slots of `padded` that are held encoded; they come first."""
+        return 0 if self.codes is None else self.codes.length
+
+    @property
     def has_empty(self) -> bool:
         """Return whether `padded` has empty slots."""
-        return len(self.groups) > 1 or self.groups[0].has_empty
+        coded = self.codes is not None and self.codes.has_empty
+        return coded or len(self.groups) > 1 or self.groups[0].has_empty
 
     def slide(self, ends: Ends, seen: int, fold: Fold | None = None) -> bool | None:
         """Drop what `ends` drops, and return whether anything was dropped; None if some group needs a mask."""
+        if self.codes is not None:
+            return None
         dropped: bool | None = False
         for group in self.groups:
             numbers = set(group.numbers)
@@ -112,7 +143,11 @@ class Store:
         change the slots that stay, in groups that drop some.
         """
         parts: list[Group] = []
-        any_dropped, masks = False, [self._part(group, keep) for group in self.groups]
+        any_dropped = False
+        if self.codes is not None:
+            coded = self.codes.length
+            any_dropped, keep = self.codes.evict(keep[:, :, :coded]), keep[:, :, coded:]
+        masks = [self._part(group, keep) for group in self.groups]
         counts = [group.kept(mask) for group, mask in zip(self.groups, masks, strict=True)]
         after, before = torch.cat(counts, 2).tolist()  # the host waits for the device here, once
         first = 0
@@ -133,9 +168,12 @@ class Store:
         """Remove the tokens at positions from `end` on."""
         for group in self.groups:
             group.drop_after(end)
+        if self.codes is not None:
+            self.codes.drop_after(end)
 
     def batch(self, index: Tensor) -> Store:
-        return Store([group.batch(index) for group in self.groups], self.n_heads)
+        codes = None if self.codes is None else self.codes.batch(index)
+        return Store([group.batch(index) for group in self.groups], self.n_heads, codes)
 
 
 def _of(group: Group, what: str) -> Tensor:

@@ -63,11 +63,16 @@ class Policy(Method):
         """Return the policy that keeps (or, if it evicts nothing, reads) about this share of `length` tokens' cache.
 
         Args:
-            budget: in 0..1, of all slots over all layers and heads.
+            budget: in 0..1, of the bytes of a full cache, over all layers and heads.
             host: the model that the policy is for.
             length: expected number of prompt tokens.
             learnt: the result of `calibrate`.
         """
+
+    @classmethod
+    def least(cls, host: Host, length: int) -> float:
+        """Return the smallest budget of `length` tokens that the policy can meet in a model."""
+        return 0.0
 
     @staticmethod
     def tokens(budget: float, length: int) -> int:

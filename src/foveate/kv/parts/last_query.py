@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import masks
+from foveate.core.errors import UnsupportedModel
 from foveate.core.scoring import dot_product
 from foveate.host.attention import soft_capped
 from foveate.host.padding import last_query, tokens
@@ -18,7 +19,16 @@ _TIE, _TINY = 1e-14, 1e-300
 
 
 def has_everything(site: Site) -> bool:
-    """Return whether a causal call holds all tokens of its sequence; a window or an evicting policy leaves fewer."""
+    """Return whether a causal call holds all tokens of its sequence; a window or an evicting policy leaves fewer.
+
+    Raises:
+        UnsupportedModel: the layer holds tokens encoded, and its slots are not in the order of the sequence.
+    """
+    if site.slots is not None and site.slots.store is not None and site.slots.store.codes is not None:
+        raise UnsupportedModel(
+            f"layer {site.layer} holds tokens encoded, and a policy that reads chosen keys needs them in full "
+            f"precision; apply one of the two"
+        )
     return site.is_causal and site.is_whole and site.k.shape[2] == site.seen
 
 
