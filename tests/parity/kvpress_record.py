@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -56,8 +57,28 @@ PRESSES: dict[str, Callable[[Any, float], Any]] = {
     # the window of 8 is two chunks of 4; others reach across its border
     "chunkkv, chunks of 4": lambda kp, r: kp.ChunkKVPress(kp.SnapKVPress(r, **WINDOW), chunk_length=4),
     "chunkkv, knorm": lambda kp, r: kp.ChunkKVPress(kp.KnormPress(r), chunk_length=5),
+    "cur_dkv": lambda kp, r: kp.CURPress(r),
+    "cur_dkv, mean, windows of 10": lambda kp, r: kp.CURPress(r, leverage_type="kv_avg", local_window_size=10),
+    "cur_dkv, values of the whole": lambda kp, r: kp.CURPress(r, leverage_type="value", use_local_approximation=False),
+    "cap_kv": lambda kp, r: kp.CapPress(r),
+    "kvzip": lambda kp, r: kp.KVzipPress(r),
+    "kvzip, parts of 24": lambda kp, r: kp.KVzipPress(r, chunk_size=24),
+    "kvzip, layers": lambda kp, r: kp.KVzipPress(r, layerwise=True),
+    "kvzip, plus": lambda kp, r: kp.KVzipPress(r, kvzip_plus_normalization=True),
     "chunkkv, chunks of 5": lambda kp, r: kp.ChunkKVPress(kp.SnapKVPress(r, **WINDOW), chunk_length=5),
 }
+
+
+class Letters:
+    """A tokenizer of one id for each letter, for the instruction of KVzip."""
+
+    chat_template = None
+
+    def encode(self, text: str, **options: Any) -> Tensor:
+        return torch.tensor([self(text).input_ids], dtype=torch.long)
+
+    def __call__(self, text: str, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(letter) % 64 for letter in text])
 
 
 def model(moved: float = 0.0) -> hf.PreTrainedModel:
@@ -102,7 +123,7 @@ def kept(llama: hf.PreTrainedModel, press: Any) -> Kept:
     for layer in llama.model.layers:
         layer.self_attn.masked_key_indices = None
     with press(llama):
-        llama.model(ids(), past_key_values=cache)
+        llama.model(input_ids=ids(), past_key_values=cache)
     out: Kept = []
     for number, layer in enumerate(cache.layers):
         same = (whole[number][:, :, None] == layer.keys[0][:, None]).all(-1).any(-1)
@@ -122,6 +143,9 @@ def record(press: Callable[[float], Any], ratio: float) -> Kept:
 
 def main() -> None:
     import kvpress  # here, since importing it changes transformers' attention functions
+    from kvpress.presses import kvzip_press
+
+    kvzip_press.AutoTokenizer = SimpleNamespace(from_pretrained=lambda name: Letters())
 
     made = {
         name: {str(ratio): record(lambda r, make=make: make(kvpress, r), ratio) for ratio in RATIOS}

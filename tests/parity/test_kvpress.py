@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +27,14 @@ from foveate.host import apply
 from foveate.kv import (
     TOVA,
     AdaKV,
+    CapKV,
     ChunkKV,
     CriticalKV,
+    CurDKV,
     ExpectedAttention,
     KeyDiff,
     KNorm,
+    KVzip,
     LagKV,
     PyramidKV,
     ScorePolicy,
@@ -46,6 +50,10 @@ WINDOW = {"recent": 8, "pool": 5}
 
 def snapkv(share: float) -> SnapKV:
     return SnapKV(share=share, **WINDOW)
+
+
+def kvzip(share: float, **options: Any) -> KVzip:
+    return KVzip(share=share, tokenizer=record.Letters(), **options)
 
 
 #: Ours for each press of the record that keeps the same, at a share that is kept.
@@ -69,6 +77,14 @@ POLICIES: dict[str, Callable[[float], ScorePolicy]] = {
     "criticalkv, adaptive": lambda share: CriticalKV(AdaKV(snapkv(share), variant="kvpress")),
     "chunkkv, chunks of 4": lambda share: ChunkKV(snapkv(share), chunk=4),
     "chunkkv, knorm": lambda share: ChunkKV(KNorm(share=share), chunk=5),
+    "cur_dkv": lambda share: CurDKV(share=share),
+    "cur_dkv, mean, windows of 10": lambda share: CurDKV(share=share, kind="mean", window=10),
+    "cur_dkv, values of the whole": lambda share: CurDKV(share=share, kind="value", window=None),
+    "cap_kv": lambda share: CapKV(share=share),
+    "kvzip": kvzip,
+    "kvzip, parts of 24": lambda share: kvzip(share, chunk=24),
+    "kvzip, layers": lambda share: kvzip(share, heads="adaptive"),
+    "kvzip, plus": lambda share: kvzip(share, plus=True),
 }
 
 

@@ -5,11 +5,13 @@ from foveate.kv.attention_matching import AttentionMatching as AttentionMatching
 from foveate.kv.base.encoding import EncodingPolicy as EncodingPolicy
 from foveate.kv.base.policy import Policy as Policy
 from foveate.kv.base.scored import ScorePolicy as ScorePolicy
+from foveate.kv.cap_kv import CapKV as CapKV
 from foveate.kv.chunkkv import ChunkKV as ChunkKV
 from foveate.kv.conversion.compressed_keys import load_compressed as load_compressed
 from foveate.kv.conversion.kv_head_svd import compress_kv_heads as compress_kv_heads
 from foveate.kv.conversion.kv_head_svd import kv_spectrum as kv_spectrum
 from foveate.kv.criticalkv import CriticalKV as CriticalKV
+from foveate.kv.cur_dkv import CurDKV as CurDKV
 from foveate.kv.duo_attention import DuoAttention as DuoAttention
 from foveate.kv.duo_attention import duo_train as duo_train
 from foveate.kv.duo_attention import full_heads as full_heads
@@ -26,6 +28,7 @@ from foveate.kv.moa import MoA as MoA
 from foveate.kv.moa import moa_influence as moa_influence
 from foveate.kv.parts.span_search import moa_search as moa_search
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
+from foveate.kv.q_filters import QFilters as QFilters
 from foveate.kv.quest import Quest as Quest
 from foveate.kv.r_kv import RKV as RKV
 from foveate.kv.random_keep import RandomKeep as RandomKeep
@@ -54,8 +57,10 @@ from foveate.kv.turboquant import TurboQuant as TurboQuant
 __all__ = [
     "AdaKV",
     "AttentionMatching",
+    "CapKV",
     "ChunkKV",
     "CriticalKV",
+    "CurDKV",
     "DuoAttention",
     "EightBit",
     "EncodingPolicy",
@@ -71,6 +76,7 @@ __all__ = [
     "Overlap",
     "Policy",
     "PyramidKV",
+    "QFilters",
     "Quest",
     "RKV",
     "RandomKeep",

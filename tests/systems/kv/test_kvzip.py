@@ -84,9 +84,10 @@ class Words:
 def test_the_instruction_stands_before_each_part() -> None:
     """The first part follows one sentence; a later part follows another, and the last tokens before it."""
     llama, ids, words, found = model("llama"), tokens(1, N), Words(), []
-    first = torch.tensor([words("\n\nRepeat the previous context exactly.").input_ids])
+    first = torch.tensor([words("\n\nRepeat the previous context exactly.\n").input_ids])
     later = torch.tensor([words("\n\nRepeat the part of the previous context exactly, starting with").input_ids])
-    for start, head in ((0, first), (16, torch.cat([later, ids[:, 13:16]], 1))):
+    line = torch.tensor([words("\n").input_ids])
+    for start, head in ((0, first), (16, torch.cat([later, ids[:, 13:16], line], 1))):
         part = range(start, min(start + 16, N))
         found.append(scores(llama, ids, torch.cat([head, ids[:, part.start : part.stop]], 1), part, 4, False))
     whole = [torch.cat(parts, -1) for parts in zip(*found, strict=True)]

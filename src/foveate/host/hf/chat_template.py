@@ -58,6 +58,11 @@ class ChatTemplate:
         made = self.require_tokenizer("a text in words")(text, add_special_tokens=False).input_ids
         return torch.tensor(made, dtype=torch.long)[None]
 
+    @property
+    def answer_begins(self) -> str:
+        """The end of the template, after which the model answers; empty without a template."""
+        return self._after
+
     def decode(self, ids: Tensor) -> str:
         return str(self.require_tokenizer("ask").decode(ids, skip_special_tokens=True))
 

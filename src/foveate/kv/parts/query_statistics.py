@@ -85,3 +85,8 @@ class Future:
         back = self.turn(back, back.new_full((1, 1, 1), -1))
         n = self.length.shape[0]
         return torch.cat([back[..., :n] * self.length.to(k.device), back[..., n:]], -1)
+
+    def shrunk(self, q: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """Return queries as long as their average future ones; angles stay."""
+        n = self.length.shape[0]
+        return torch.cat([q[..., :n] * self.length.to(q.device), q[..., n:]], -1)

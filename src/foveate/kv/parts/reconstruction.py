@@ -30,7 +30,13 @@ _TILE = 1 << 22
 
 @dataclass(frozen=True)
 class Instruction:
-    """The tokens of the instruction before the first part of a text, and before a later part."""
+    """The tokens of the instruction before the first part of a text, and before a later part.
+
+    Args:
+        first: the instruction to repeat the text.
+        later: the instruction to repeat the part that begins after some tokens, which follow it.
+        answer: stands between the instruction, or these tokens, and the repetition.
+    """
 
     first: tuple[int, ...] = ()
     later: tuple[int, ...] = ()
@@ -38,16 +44,13 @@ class Instruction:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Instruction:
-        """Return the instruction in a model's own tokens, with the end of its chat template if it has one."""
+        """Return the instruction in a model's own tokens, before the end of its chat template, or of a line."""
         template = ChatTemplate(tokenizer, None, None)
-        between = "" if template.chat else "\n\n"
 
         def ids(text: str) -> tuple[int, ...]:
-            return tuple(tokenizer(between + text, add_special_tokens=False).input_ids)
+            return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
-        whole = template.question_ids(between + _ALL)[0].tolist()
-        end = len(whole) - len(ids(_ALL)) if template.chat else 0
-        return cls(ids(_ALL), ids(_PART), tuple(whole[len(whole) - end :] if end > 0 else ()))
+        return cls(ids("\n\n" + _ALL), ids("\n\n" + _PART), ids(template.answer_begins or "\n"))
 
 
 @dataclass(frozen=True, eq=False)
