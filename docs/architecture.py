@@ -235,7 +235,7 @@ def apply() -> Picture:
         join,
         868,
         "after the call",
-        "keep: the slots that survive; fold: the summary of those that are dropped; the cache shrinks",
+        "keep: the slots that survive; fold: a summary of the others; refit: new values; the cache shrinks",
         "run.stats counts what was kept, read and spent",
         file="host/evict.py, host/slots/store.py, host/stats.py",
         filled=True,

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import foveate
-from foveate.core.catalog import systems
+from foveate.core.catalog import cache_policies
 from foveate.core.engines import ENGINES
 from foveate.host import Host, Method
 from foveate.kv.base.policy import Policy
@@ -52,7 +52,7 @@ def main() -> None:
 
 def _checks(device: torch.device) -> list[tuple[str, Callable[[], float], float]]:
     found: list[tuple[str, Callable[[], float], float]] = []
-    labels = ("no method", "packed", *(row.key for row in systems(room="kv")))
+    labels = ("no method", "packed", *(row.key for row in cache_policies()))
     for dtype, tolerance in ((torch.float32, 2e-4), (torch.bfloat16, 6e-2)):
         found += [(f"{label}, {dtype}", _decoding(label, device, dtype), tolerance) for label in labels]
     found.append(("lens, torch.float32", _looking(device), 2e-4))

@@ -27,6 +27,8 @@ _HOME = {
     "Packed": "foveate.host.packed",
     "Site": "foveate.host.site",
     "look": "foveate.lens.lens",
+    "save": "foveate.bench.recipes.files",
+    "load": "foveate.bench.recipes.files",
     "System": "foveate.core.catalog",
     "system": "foveate.core.catalog",
     "systems": "foveate.core.catalog",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:  # the same table, for type checkers; `as` says that a name is
         tasks as tasks,
         train as train,
     )
+    from foveate.bench.recipes.files import load as load, save as save
     from foveate.core.call import Plan as Plan
     from foveate.core.catalog import System as System, system as system, systems as systems
     from foveate.core.cite import cite as cite

@@ -17,7 +17,7 @@ from foveate.core.catalog_rows import ROOMS
 
 #: What people ask, the systems that have to be among the first so many, and what the first reason has to name.
 CORPUS = [
-    ("long context without retraining", 8, "token_select duo_attention hip razor_attention", "long context"),
+    ("long context without retraining", 9, "token_select duo_attention hip razor_attention", "long context"),
     ("smaller KV cache", 6, "razor_attention duo_attention knorm expected_attention", "small KV cache"),
     (
         "I run out of GPU memory with long prompts",
@@ -43,6 +43,7 @@ CORPUS = [
         "lengths",
     ),
     ("camera poses", 1, "gta", "geometry"),
+    ("reorder retrieved passages", 1, "attention_sorting", "document order"),
     ("layout of scanned documents", 1, "skim_attention", "document layout"),
     ("fewer parameters", 2, "mhe_attention super_attention", "few parameters"),
     ("a memory that learns at test time", 2, "titans miras", "learning at test time"),
@@ -78,7 +79,7 @@ def test_needs_find_their_systems(need: str, first: int, expected: str, reason: 
 
 def test_rows_that_answer_all_of_a_need_come_before_those_that_answer_half() -> None:
     found = keys("long context without retraining")
-    assert {row.room for key in found[:6] for row in [system(key)]} <= {"kv", "ops"}
+    assert {row.room for key in found[:6] for row in [system(key)]} <= {"kv", "ops", "steer"}
     assert "act_calibration" not in found  # it needs no retraining, and has nothing to do with length
     assert "lightning_attention" not in found  # the other way round
 

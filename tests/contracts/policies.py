@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from foveate.core.catalog import systems
+from foveate.core.catalog import cache_policies
 from foveate.host import Host
 from foveate.host.hf.model import host
 from foveate.kv.base.policy import Policy
@@ -55,7 +55,7 @@ def subject(name: str) -> PreTrainedModel:
 
 
 #: Every policy of the catalogue.
-POLICIES: dict[str, type[Policy]] = {row.key: row.load() for row in systems(room="kv")}
+POLICIES: dict[str, type[Policy]] = {row.key: row.load() for row in cache_policies()}
 
 #: Options beside those of `at_budget` that make a policy use another path.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -69,11 +69,25 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "stride": {"stride": 3, "pool": 0}, "pooled": {"stride": 2, "pool": 5, "k": 6},
         "fixed": {"grow": False, "stride": 5, "phase": 2},
     },
+    "attention_matching": {
+        "pursuit": {"keys": "pursuit"}, "random": {"reference": "random", "measure": "max", "queries": 20},
+    },
     "adakv": {"kvpress": {"variant": "kvpress"}},
+    "snapkv": {"global": {"heads": "global"}, "threshold": {"threshold": 0.03}, "limit": {"limit": 6}},
+    "kvzip": {"chunks": {"chunk": 7}, "plus": {"plus": True}, "layer": {"heads": "adaptive"}},
+    "random_keep": {"global": {"heads": "global"}},
     "criticalkv": {"second": {"first": 0.0}},
+    "task_kv": {"deviations": {"deviations": 0.5}, "heads": {"hetero_ratio": 0.5, "last": 3}},
+    "simlayerkv": {"threshold": {"threshold": 0.3, "queries": 4, "most": None}},
     "lagkv": {"cross": {"cross": True}},
     "expected_attention": {"every": {"every": 3}},
-    "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3}},
+    "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3},
+        "global": {"heads": "global", "every": None}},
+    "quest": {"group": {"per": "group"}, "mean": {"per": "group", "reduce": "mean", "page": 3, "dense_layers": 1}},
+    "rocketkv": {
+        "both": {"alpha": None, "ratio": 12.0}, "second": {"alpha": 0.0, "ratio": 6.0},
+        "single": {"alpha": 0.6, "ratio": 3.0},
+    },
 }  # fmt: skip
 CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS.items() for name in some]
 

@@ -264,12 +264,12 @@ class Folds(Method):
     def keep(self, site: Site) -> Tensor:
         return site.positions >= site.seen - 4
 
-    def fold(self, site: Site, dropped: Slots, summary: Slots | None) -> Slots:
+    def fold(self, site: Site, dropped: Slots, summary: Slots | None, heads: Tensor) -> Slots:
         count = torch.full(dropped.positions.shape[:2], float(dropped.positions.shape[2]))[..., None]
         k, v = dropped.k.sum(2, keepdim=True), dropped.v.sum(2, keepdim=True)
         if summary is not None:
-            k, v = k + summary.k * summary.count[..., None], v + summary.v * summary.count[..., None]
-            count = count + summary.count
+            k, v = k + summary.k * summary.weight[..., None], v + summary.v * summary.weight[..., None]
+            count = count + summary.weight
         at = torch.full(count.shape, SUMMARY)
         return Slots(k / count[..., None], v / count[..., None], at, count)
 

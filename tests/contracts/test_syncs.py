@@ -204,7 +204,7 @@ def test_padded_batches_wait_once_per_group_outside_the_engines(key: str, varian
     """
     counts = syncs_of([policy(key, 0.25, PROMPT, variant)], True, 2, padding=70)
     outside = {place: count for place, count in counts.items() if not place.startswith("core/")}
-    groups = 2 if key in ("duo_attention", "razor_attention") else 1
+    groups = 2 if key in ("duo_attention", "razor_attention", "moa", "task_kv") else 1
     assert sum(outside.values()) <= STEPS * (2 + LAYERS * groups), counts
 
 

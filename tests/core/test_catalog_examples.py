@@ -11,6 +11,7 @@ import foveate
 from foveate.core.catalog import systems
 from foveate.ops import GTA
 from tests.lens.models import text, tiny
+from tests.support.lab import lab
 
 EXAMPLES = {row.key: row.example for row in systems() if row.example}
 B, N, HEADS, HEAD_DIM = 2, 12, 8, 64
@@ -26,10 +27,13 @@ def of_a_model() -> dict[str, Any]:
     return {"model": tiny("llama").eval(), "ids": ids[:, :8], "input_ids": ids}
 
 
+DOCUMENTS = {"documents": ["Bees live in hives.", "Ants dig."], "question": "Who digs?"}
 #: The names in an example besides `torch` and `foveate`.
 GIVEN: dict[str, dict[str, Any]] = {
     "aaren": {"query": torch.randn(1, HEADS, 1, HEAD_DIM)},
     "act_calibration": {"examples": [text()["input_ids"][:1]], "score": lambda model, example: 0.0},
+    "attention_sorting": DOCUMENTS,
+    "attn_rank": DOCUMENTS,
     "gta": {
         "camera_to_world": GTA.example_input("poses", B, HEADS, N).float(),
         "places": GTA.example_input("coords", B, HEADS, N).float(),
@@ -40,4 +44,6 @@ GIVEN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("key", EXAMPLES)
 def test_it_runs(key: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"torch": torch, "foveate": foveate, **tensors(), **of_a_model(), **GIVEN.get(key, {})}
+    if "tokenizer" in EXAMPLES[key]:
+        names["model"], names["tokenizer"] = lab()
     exec(compile(EXAMPLES[key], key, "exec"), names)

@@ -149,12 +149,6 @@ def longbench_code(base: Path, folder: Path) -> Made:
     return _rows(base, folder, row)
 
 
-@case(prompts=["text\n\nWhich?\n(A) a\n(B) b\n(C) c\n(D) d\n\nAnswer: ("], expected=["B"])
-def longbench_2(base: Path, folder: Path) -> Made:
-    row = {"question": "Which?", "context": "text", "answer": "B", **{f"choice_{x}": x.lower() for x in "ABCD"}}
-    return _rows(base, folder, {**row, "domain": "law", "difficulty": "easy"})
-
-
 @case(prompts=["Some keys. What is it? It is"], expected=["123"])
 def ruler(base: Path, folder: Path) -> Made:
     row = {

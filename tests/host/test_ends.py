@@ -30,6 +30,10 @@ def mask(store: Store, ends: Ends, seen: int) -> Tensor:
     return kept
 
 
+def folded(dropped: Slots, summary: Slots | None, heads: Tensor) -> Slots:
+    return compensation(dropped, summary)
+
+
 def held(store: Store) -> list[dict[int, tuple[float, float]]]:
     """Map, for each head of each sequence, positions to the stored numbers."""
     k, v, positions = (store.padded(what) for what in ("k", "v", "positions"))
@@ -50,7 +54,7 @@ def tokens(n: int, seed: int) -> tuple[Tensor, Tensor]:
 def test_ends_keep_what_a_mask_keeps(seed: int, folds: bool) -> None:
     """Appending, dropping, cropping and selecting in the batch may come in any order."""
     draw, (k, v) = random.Random(seed), tokens(0, seed)
-    stores, fold = [Store.empty(k, v) for _ in range(2)], (compensation if folds else None)
+    stores, fold = [Store.empty(k, v) for _ in range(2)], (folded if folds else None)
     full = frozenset(draw.sample(range(3), draw.choice([0, 1, 2])))
     ends, seen, slid = Ends(draw.choice([0, 2, 5]), draw.choice([3, 40]), full), 0, 0
     for step in range(60):
@@ -176,7 +180,7 @@ def test_slots_in_the_middle_are_views() -> None:
     k, v = tokens(50, 0)
     store = Store.empty(k, v)
     store.append(k, v, 0)
-    store.evict(mask(store, Ends(2, 20), 50), compensation)
+    store.evict(mask(store, Ends(2, 20), 50), folded)
     (group,) = store.groups
     assert group.all().k.data_ptr() == group._buffer.k.data_ptr()
     assert group.summary is not None and group.bias is not None

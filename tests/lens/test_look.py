@@ -200,7 +200,7 @@ class UnevenEviction(Method):
     def keep(self, site: Site) -> Tensor:
         return (site.positions % 2 == 0) | (torch.arange(2) == 0)[:, None] | (site.positions == site.seen - 1)
 
-    def fold(self, site: Site, dropped: Slots, summary: Slots | None) -> Slots | None:
+    def fold(self, site: Site, dropped: Slots, summary: Slots | None, heads: Tensor) -> Slots | None:
         if not self.folds:
             return None
         lost = (dropped.positions >= 0).sum(-1, keepdim=True)

@@ -16,7 +16,8 @@ from tests.corpus.cases import lines
 
 
 def build(row: Any, prompt: str | None = None, answer: str | None = None) -> tuple[Example, str]:
-    return rows.example(row, "line 1", prompt, answer)
+    (example,), metric = rows.examples(row, "line 1", prompt, answer)
+    return example, example.rule or metric
 
 
 def test_parts_keep_their_places() -> None:
@@ -31,10 +32,11 @@ def test_parts_keep_their_places() -> None:
     ("row", "metric"),
     [
         ({"prompt": "a", "answer": "b"}, "begins"),
-        ({"input": "a", "outputs": ["b", "c"], "answer_prefix": " The two are"}, "contains-all"),
-        ({"input": "a", "outputs": ["b", "c"], "answer_prefix": " Answer:"}, "contains"),
-        ({"context": "a", "question": "b", "answer_prefix": "c", "answer": ["d"], "task": "niah_1"}, "contains-all"),
-        ({"context": "a", "question": "b", "answer_prefix": "c", "answer": ["d"], "task": "qa_1"}, "contains"),
+        ({"input": "a", "outputs": ["b", "c"], "answer_prefix": " The two are"}, "ruler-all"),
+        ({"input": "a", "outputs": ["b", "c"], "answer_prefix": " Answer:"}, "ruler-any"),
+        ({"context": "a", "question": "b", "answer_prefix": "c", "answer": ["d"], "task": "niah_1"}, "ruler-all"),
+        ({"context": "a", "question": "b", "answer_prefix": "c", "answer": ["d"], "task": "qa_1"}, "ruler-any"),
+        ({"context": "a", "question": "b", "answer_prefix": "c", "answer": ["d"], "task": "own"}, "contains"),
         ({"context": "a", "input": "b", "answers": ["c"]}, "contains"),
         ({"input": "a", "question": "b", "target": "c"}, "contains"),
     ],
@@ -48,7 +50,7 @@ def test_a_ruler_row_asks_for_all_of_its_answers(tmp_path: Path) -> None:
     row = {"input": "Two keys?", "outputs": ["12", "345"], "answer_prefix": " They are"}
     task = Prompts(lines(tmp_path / "p.jsonl", [row]))
     (example,) = task.examples()
-    assert [task.score(example, output) for output in (" 12 and 345.", " 12", " 123456")] == [1.0, 0.5, 0.0]
+    assert [task.score(example, output) for output in (" 12 and 345.", " 12", " 123456")] == [1.0, 0.5, 1.0]
 
 
 def test_one_of_several_answers_is_enough(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from foveate.bench.methods import Contender as Contender
 from foveate.bench.recall_figure import Point as Point
 from foveate.bench.recall_figure import Recall as Recall
 from foveate.bench.recall_figure import recall as recall
+from foveate.bench.recipes.files import load as load
+from foveate.bench.recipes.files import save as save
+from foveate.bench.recipes.recipe import Recipe as Recipe
 
 __all__ = [
     "Answer",
@@ -22,8 +25,11 @@ __all__ = [
     "Point",
     "Ratio",
     "Recall",
+    "Recipe",
     "Row",
     "compare",
     "export",
+    "load",
     "recall",
+    "save",
 ]

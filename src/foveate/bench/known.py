@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from foveate.core import catalog
-from foveate.core.catalog import systems
+from foveate.core.catalog import cache_policies, systems
 from foveate.core.errors import OptionError, unknown
 
 FULL = "full"
@@ -25,7 +27,7 @@ _OWN_QUERIES = ("aaren",)
 
 def policies() -> list[str]:
     """Return the keys of the methods that act on a decoder's cache or attention."""
-    return [row.key for room in ("kv", "steer") for row in systems(room=room)]
+    return [row.key for row in (*cache_policies(), *systems(room="steer"))]
 
 
 def readers() -> list[str]:
@@ -39,10 +41,18 @@ def methods() -> list[str]:
     return [FULL, PACKED, *policies(), *readers()]
 
 
+def is_recipe(key: str) -> bool:
+    """Return whether this names the file of a recipe, which `compare` accepts beside the keys."""
+    return key.endswith(".json")
+
+
 def check(keys: list[str]) -> None:
     """Refuse unknown or repeated keys, before anything is loaded."""
     for key in keys:
-        if key not in methods():
+        if is_recipe(key):
+            if not Path(key).is_file():
+                raise OptionError(f"cannot read recipe {key}: No such file")
+        elif key not in methods():
             raise unknown("method", key, methods())
     if len(set(keys)) < len(keys):
         raise OptionError(f"methods={','.join(keys)} must name each method once, not twice")

@@ -12,7 +12,7 @@ import typer
 from foveate.cli.console import Bar, duration, show
 from foveate.cli.options import Config, Device, Fresh, Json
 from foveate.cli.stop import Stop
-from foveate.core.catalog import capabilities, systems
+from foveate.core.catalog import cache_policies, capabilities, systems
 from foveate.core.errors import Interrupted, OptionError
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _parts(text: str) -> list[str]:
 
 def policies() -> str:
     """Return the list of cache policies at the end of the help."""
-    return f"Cache policies: {', '.join(row.key for row in systems(room='kv'))}."
+    return f"Cache policies: {', '.join(row.key for row in cache_policies())}."
 
 
 def listing() -> str:

@@ -39,6 +39,11 @@ def systems(room: str | None = None, tag: str | None = None) -> list[System]:
     return [row for row in rows if tag is None or tag in row.tags]
 
 
+def cache_policies() -> list[System]:
+    """Return the systems of the room `kv` that are policies: all but those that convert a model."""
+    return [row for row in systems(room="kv") if "conversion" not in row.tags]
+
+
 def system(key: str) -> System:
     """Return the system that `key` names."""
     try:

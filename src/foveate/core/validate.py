@@ -179,6 +179,20 @@ def _takes_any(signature: inspect.Signature) -> bool:
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
 
 
+def named(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor's call by name; {} if the call does not fit the constructor."""
+    try:
+        bound = _constructor(cls)[0].bind_partial(None, *args, **given)
+    except TypeError:
+        return {}
+    found = dict(bound.arguments)
+    found.pop(next(iter(_constructor(cls)[0].parameters)), None)
+    for parameter in _constructor(cls)[0].parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found.update(found.pop(parameter.name, {}))
+    return found
+
+
 @cache
 def _constructor(cls: type) -> tuple[inspect.Signature, dict[str, Kind]]:
     init = cls.__init__  # type: ignore[misc]  # mypy refuses it, since a subclass may have another one; `cls` is exact

@@ -11,8 +11,10 @@ from foveate.host.hf.model import host as host
 from foveate.host.method import Method as Method
 from foveate.host.operator_swap import PrefillSwap as PrefillSwap
 from foveate.host.packed import Packed as Packed
+from foveate.host.pass_end import PassEnd as PassEnd
 from foveate.host.run import Run as Run
 from foveate.host.site import Site as Site
+from foveate.host.slots.ends import AT_END as AT_END
 from foveate.host.slots.ends import Ends as Ends
 from foveate.host.slots.slots import EMPTY as EMPTY
 from foveate.host.slots.slots import SUMMARY as SUMMARY
@@ -24,6 +26,7 @@ from foveate.host.stats import Stats as Stats
 from foveate.host.stats import held as held
 
 __all__ = [
+    "AT_END",
     "AttendingLayer",
     "CacheStats",
     "Context",
@@ -35,6 +38,7 @@ __all__ = [
     "Layout",
     "Method",
     "Packed",
+    "PassEnd",
     "PrefillSwap",
     "Run",
     "SUMMARY",

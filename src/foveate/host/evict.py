@@ -1,21 +1,30 @@
-"""Drop the tokens that methods and a layer's window no longer keep, after each call."""
+"""Drop the tokens that methods and a layer's window no longer keep: after each call, or when a pass has ended."""
 
 from __future__ import annotations
 
-from jaxtyping import Bool
-from torch import Tensor
+import copy
+from collections.abc import Callable
+from functools import partial
 
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core import masks
 from foveate.core.errors import OptionError
 from foveate.host.method import Method, overrides
+from foveate.host.pass_end import PassEnd, Reread
 from foveate.host.site import Site
-from foveate.host.slots.ends import Ends
-from foveate.host.slots.slots import Fold
+from foveate.host.slots.ends import AT_END, Ends
+from foveate.host.slots.slots import Fold, Refit
 
 
-def evict(site: Site, methods: list[Method]) -> None:
+def evict(site: Site, methods: list[Method], at_end: Callable[[Site, list[Method]], None]) -> None:
     """Drop the tokens that some method drops, and those that have left a sliding layer's window.
 
-    The call's tentative tokens, which will be removed again, stay and do not count.
+    The call's tentative tokens, which will be removed again, stay and do not count. `at_end(call, methods)` is called
+    if methods choose when the whole pass has ended.
     """
     layer = site.slots
     assert layer is not None and layer.store is not None
@@ -23,17 +32,27 @@ def evict(site: Site, methods: list[Method]) -> None:
     settled = layer.seen - site.tentative
     if site.tentative:
         site = site.as_of(settled)
-    keeping = [(m, kept) for m in methods if overrides(m, "keep") and m.at(site) and (kept := m.keep(site)) is not None]
-    folding = [m for m, _ in keeping if overrides(m, "fold")]
-    fold: Fold | None = (lambda dropped, summary: folding[-1].fold(site, dropped, summary)) if folding else None
+    # what methods chose query by query is known already
+    drops = site.drops
+    asked = [m for m in methods if overrides(m, "keep") and (drops is None or changes(m)) and m.at(site)]
+    chosen = [(method, method.keep(site)) for method in asked]
+    later = [*(() if drops is None else drops.at_end), *(method for method, kept in chosen if kept is AT_END)]
+    if later:
+        at_end(site.released(), later)
+    keeping = [(method, kept) for method, kept in chosen if isinstance(kept, Tensor | Ends)]
+    fold, refit = _changes(site, [method for method, _ in keeping])
     shrinks = layer.window is not None and settled >= layer.window
-    if not site.tentative and not layer.padded and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
+    gone = None if drops is None else drops.gone
+    slides = not site.tentative and gone is None and refit is None and not layer.padded
+    if slides and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
         dropped = layer.store.slide(ends, settled, fold)
         if dropped:
             layer._dropped_at = settled
         if dropped is not None:
             return
     keep = site.positions > settled - layer.window if shrinks and layer.window is not None else None
+    if gone is not None:
+        keep = masks.combine(keep, ~gone_at(gone, site.positions))
     for method, kept in keeping:
         mask = as_mask(kept, site)
         if mask.shape != site.positions.shape:
@@ -41,12 +60,61 @@ def evict(site: Site, methods: list[Method]) -> None:
                 f"keep() of {type(method).__name__} must be {tuple(site.positions.shape)}; got {tuple(mask.shape)}"
             )
         keep = mask if keep is None else keep & mask
-    if keep is None:
-        return
-    if settled < layer.seen:
-        keep = keep | (site.positions >= settled)
-    if layer.store.evict(keep, fold):
-        layer._dropped_at = settled
+    if keep is not None:
+        _drop(site, keep, fold, refit)
+
+
+def evict_at_end(ended: list[tuple[Site, list[Method]]], ids: Tensor | None, reread: Reread) -> None:
+    """Drop the tokens that methods choose when a whole pass has ended.
+
+    Args:
+        ended: the layers' calls, released, each with the methods that choose there.
+        ids: the pass's tokens that will stay; None if they are unknown.
+        reread: see `PassEnd`.
+    """
+    methods = list(dict.fromkeys(method for _, choosing in ended for method in choosing))
+    for method in methods:
+        sites = [site for site, choosing in ended if method in choosing]
+        for site, keep in zip(sites, method.keep_all(PassEnd(sites, ids, reread)), strict=True):
+            if keep is not None:
+                # slots may have moved since the call; positions have not
+                gone = mark(None, site, ~keep)
+                now = copy.copy(site)
+                now.__dict__.pop("positions")
+                _drop(now, ~gone_at(gone, now.positions))
+
+
+def _drop(site: Site, keep: Bool[Tensor, "b hkv s"], fold: Fold | None = None, refit: Refit | None = None) -> None:
+    """Keep some slots of a layer, and the tokens that will be removed again."""
+    layer = site.slots
+    assert layer is not None and layer.store is not None
+    if site.seen < layer.seen:
+        keep = keep | (site.positions >= site.seen)
+    if layer.store.evict(keep, fold, refit):
+        layer._dropped_at = site.seen
+
+
+def mark(gone: Bool[Tensor, "b hkv n"] | None, site: Site, slots: Bool[Tensor, "b hkv s"]) -> Bool[Tensor, "b hkv n"]:
+    """Mark the positions of some slots, beside those that are marked already."""
+    positions = site.positions
+    old = positions.new_zeros((*positions.shape[:2], 0), dtype=torch.bool) if gone is None else gone
+    old = F.pad(old, (0, site.seen - old.shape[2]))
+    slots = slots & (positions >= 0) & (positions < site.seen)
+    index = positions.clamp(0, site.seen - 1).long()
+    return old | (torch.zeros_like(old, dtype=torch.int32).scatter_add_(2, index, slots.int()) > 0)
+
+
+def changes(method: Method) -> bool:
+    """Return whether a method changes what is stored beyond dropping it."""
+    return overrides(method, "fold") or overrides(method, "refit")
+
+
+def _changes(site: Site, methods: list[Method]) -> tuple[Fold | None, Refit | None]:
+    """Return what the last method that does so makes of the slots that are dropped, and of those that stay."""
+    folding, refitting = ([m for m in methods if overrides(m, hook)] for hook in ("fold", "refit"))
+    fold: Fold | None = partial(folding[-1].fold, site) if folding else None
+    refit: Refit | None = partial(refitting[-1].refit, site) if refitting else None
+    return fold, refit
 
 
 def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen: int) -> Ends | None:
@@ -56,8 +124,15 @@ def _ends(keeping: list[tuple[Method, Tensor | Ends]], window: int | None, seen:
         return None
     parts = [*kept, *([] if window is None else [Ends(0, window - 1)])]
     if len(parts) == 2 and window is not None and seen - window + 1 >= kept[0].sink:  # the sinks have left the window
-        return None if kept[0].full else Ends(0, min(kept[0].recent, window - 1))
+        return None if kept[0].full or kept[0].by_head else Ends(0, min(kept[0].recent, window - 1))
     return parts[0] if len(parts) == 1 else None
+
+
+def gone_at(gone: Bool[Tensor, "b hkv n"], positions: Int[Tensor, "b hkv s"]) -> Bool[Tensor, "b hkv s"]:
+    """Return which slots hold a token whose position is marked."""
+    last = int(positions.max()) if positions.numel() else 0
+    gone = F.pad(gone, (0, max(0, last + 1 - gone.shape[2])))
+    return gone.gather(2, positions.clamp_min(0).long()) & (positions >= 0)
 
 
 def as_mask(kept: Tensor | Ends, site: Site) -> Bool[Tensor, "b hkv s"]:

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
     from foveate.core.selection import Selection
     from foveate.host.hf.model import Host
+    from foveate.host.pass_end import PassEnd
     from foveate.host.site import Site
-    from foveate.host.slots.ends import Ends
+    from foveate.host.slots.ends import AtEnd, Ends
     from foveate.host.slots.slots import Slots
 
 
@@ -80,21 +81,41 @@ class Method:
     def read(self, site: Site, out: Tensor) -> None:
         """Read the call without changing it. `out` is its output; `site.weights` is set if a method computed them."""
 
-    def keep(self, site: Site) -> Tensor | Ends | None:
+    def keep(self, site: Site) -> Tensor | Ends | AtEnd | None:
         """Choose the slots that stay after the call, bool `(B, Hkv, S)` like `site.positions`; None for all.
+
+        `AT_END` leaves the choice to `keep_all`, for layers that are compared with each other.
 
         A method that keeps the first and the last tokens of sequences without padding returns `Ends`, which is cheaper
         than a mask and needs no answer from the device.
         """
         return None
 
-    def fold(self, site: Site, dropped: Slots, summary: Slots | None) -> Slots | None:
-        """Return the new summary of the slots that `keep` drops, given the previous one; None for no summary."""
+    def keep_all(self, end: PassEnd) -> list[Tensor | None]:
+        """Choose the slots that stay when a whole pass has ended, for each of `end.sites`, as `keep` does for one.
+
+        Called once for all layers of a pass for which `keep` returned `AT_END`.
+        """
+        return [None] * len(end.sites)
+
+    def fold(self, site: Site, dropped: Slots, summary: Slots | None, heads: Tensor) -> Slots | None:
+        """Return the new summary of the slots that `keep` drops, given the previous one; None for no summary.
+
+        Heads that keep equally many slots come together; `heads (h,)` are their numbers.
+        """
         return None
+
+    def refit(self, site: Site, kept: Slots, dropped: Slots, heads: Tensor) -> Slots:
+        """Change the slots that stay when `keep` drops some: their values, their weights, or their keys.
+
+        A slot without a token has the position `EMPTY`, and may hold anything. Positions stay. Called for heads that
+        drop something; `heads (h,)` are their numbers.
+        """
+        return kept
 
 
 #: Names of the hooks that the host calls at an attention call.
-HOOKS = ("select", "attend", "edit_logits", "edit_weights", "edit_output", "read", "keep", "fold")
+HOOKS = ("select", "attend", "edit_logits", "edit_weights", "edit_output", "read", "keep", "fold", "refit")
 
 
 def overrides(method: Method, hook: str) -> bool:

@@ -8,15 +8,18 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel
+from foveate.host.evict import evict_at_end
 from foveate.host.hf.adoption import Caches, prompt_of
 from foveate.host.hf.attach import attach, runs_open_on
 from foveate.host.hf.cache import SlotLayer
 from foveate.host.hf.model import Host, host, native_attention
 from foveate.host.hf.passes import Passes
+from foveate.host.hf.reread import read_and_remove
 from foveate.host.method import HOOKS, Method, overrides
 from foveate.host.site import Site
 from foveate.host.stats import Stats
@@ -71,11 +74,11 @@ class Run:
         self.evicts = any(method.evicts or overrides(method, "keep") for method in methods)
         self.in_place = any(method.in_place for method in methods)
         used = {hook for hook in HOOKS if any(overrides(method, hook) for method in methods)}
-        self.is_plain, self.only_drops = not used, used <= {"keep", "fold"}
+        self.is_plain, self.only_drops = not used, used <= {"keep", "fold", "refit"}
         self.packs = any(method.packs for method in methods)
         self.has_hooks = self.in_place or not self.is_plain
         self.caches = Caches(self.evicts, self.in_place)
-        self.passes = Passes(self.caches)
+        self.passes = Passes(self.caches, self._end_pass)
         self._find_excluded, self._exit, self._entered = find_excluded, ExitStack(), False
         self._natives: dict[nn.Module, tuple[str, Callable[..., Any]]] = {}
 
@@ -108,6 +111,28 @@ class Run:
         if self._find_excluded is None or any(runs_open_on(module) for module in self.host.attention_modules()):
             return set()  # the methods of an outer run would see the pass that finds the modules
         return self._find_excluded(self.host)
+
+    def _end_pass(self, ended: list[tuple[Site, list[Method]]], ids: Tensor | None) -> None:
+        """Drop the tokens that methods choose when a whole pass has ended."""
+        site, here, decoder = ended[0][0], self.passes.here, self.host.decoder
+        assert decoder is not None and site.slots is not None
+        seen = site.slots.seen
+
+        def reread(more: Tensor, real: Tensor, reader: Method) -> None:
+            past = torch.ones(more.shape[0], seen, dtype=torch.bool, device=more.device)
+            if site.real is not None:
+                past = site.real[:, : past.shape[1]].clone()
+            past[:, site.seen :] = False
+            here.reader, here.step, here.cache = reader, {}, site.cache
+            try:
+                read_and_remove(decoder, site.cache, past, more, real)
+            finally:
+                here.reader = None
+
+        evict_at_end(ended, None if ids is None else ids[:, : ids.shape[1] - seen + site.seen], reread)
+        for each, _ in ended:
+            for run in runs_open_on(each.module):
+                run.stats.note_drops(each)
 
     # -- questions of dispatch ---------------------------------------------------------------------------------------
 

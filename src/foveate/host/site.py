@@ -20,7 +20,21 @@ from foveate.host.hf.mask import MaskPlan, at_positions, is_given, masked_part
 if TYPE_CHECKING:
     from foveate.core.selection import Selection
     from foveate.host.hf.cache import SlotLayer
+    from foveate.host.method import Method
     from foveate.host.slots.store import Store
+
+
+@dataclass(frozen=True, eq=False)
+class Drops:
+    """The choice of methods after a token.
+
+    Args:
+        gone: True at the positions of the tokens that each head dropped and still stores; None for no token.
+        at_end: methods that choose when the whole pass has ended.
+    """
+
+    gone: Bool[Tensor, "b hkv n"] | None = None
+    at_end: tuple[Method, ...] = ()
 
 
 @dataclass(eq=False)
@@ -37,7 +51,8 @@ class Site:
     `(1 or B, Hq, 1 or Nq, 1)`, which only enter the softmax; `position_bias` is added to the logits. `prompt` is the
     length of the prompt, once decoding has begun; `reads_prompt` is true before that. The call's last `tentative`
     tokens, or some of them, will be removed again (`drafts`: by assisted decoding). Its queries do not see the
-    `hidden_keys`. `wants_weights` is true if the caller asked for weights (`output_attentions`).
+    `hidden_keys`. After a call with drafts, `drops` is what methods chose after its last token that stays.
+    `wants_weights` is true if the caller asked for weights (`output_attentions`).
 
     After attention, `weights` is set if they were computed, `selections` are those that were attended to, and
     `replaced` is true if a method replaced attention.
@@ -71,6 +86,7 @@ class Site:
     tentative: int = 0
     drafts: bool = False
     hidden_keys: Bool[Tensor, "b hkv s"] | None = None
+    drops: Drops | None = None
     wants_weights: bool = False
 
     @cached_property
@@ -232,8 +248,8 @@ class Site:
         return plan.keys() if isinstance(plan, MaskPlan) else None
 
     def _bias(self) -> Tensor | None:
-        """Return the log of the number of tokens that each slot stands for; None if each stands for one."""
-        if self.is_whole or not self._stored.has_summary:
+        """Return the log of the weight of each slot; None if all weights are 1."""
+        if self.is_whole or not self._stored.is_weighted:
             return None
         bias = self._stored.padded("bias")
         return bias.to(self.q.dtype).repeat_interleave(self._heads_a_row, 1)[:, :, None]
@@ -248,6 +264,20 @@ class Site:
         other = copy.copy(self)
         other.__dict__["query_positions"] = self.query_positions
         other.__dict__["seen"] = seen
+        return other
+
+    def released(self) -> Site:
+        """Return the call without its tensors, which read as NaN: for the time until its pass ends."""
+        other = self.as_of(self.seen)
+        for name in _CACHED:
+            if name not in ("seen", "query_positions", "positions", "real", "begins"):
+                other.__dict__.pop(name, None)
+        other.__dict__["positions"] = self.positions.clone()  # slots may move before they are read
+        for name in ("q", "new_k", "new_v", "hidden"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(other, name, value.new_full((), torch.nan).expand(value.shape))
+        other.weights, other.selections = None, []
         return other
 
     def part(self, start: int, stop: int) -> Site:
@@ -270,7 +300,7 @@ class Site:
             other.__dict__["positions"] = self.positions[:, :, :end]
         other.tentative = max(0, self.tentative - later)
         other.__dict__["seen"] = self.seen - later
-        other.step = self.step.setdefault(("part", start), {})
+        other.step = self.step.setdefault(("part", start), {}) if start else self.step
         other.weights, other.selections = None, []
         return other
 

@@ -23,7 +23,7 @@ class LayerStats:
         seconds: time in attention.
         seen: slots that a full cache would hold, over batch and heads.
         stored: slots that are stored.
-        bytes: bytes of keys and values that are stored.
+        bytes: bytes of keys, values and weights that are stored.
         read: sum over decoding calls of the share of keys that was read.
         decodes: decoding calls.
     """
@@ -49,7 +49,7 @@ class CacheStats:
 
     Args:
         layers: each layer's figures.
-        cache_bytes: bytes of keys and values that are stored.
+        cache_bytes: bytes of keys, values and weights that are stored.
     """
 
     layers: dict[int, LayerStats] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class Stats:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values that are stored, at the last call."""
+        """Bytes of keys, values and weights that are stored, at the last call."""
         return self._latest.cache_bytes
 
     @property
@@ -141,11 +141,23 @@ class Stats:
         rows, size = k.shape[0] * k.shape[1], k.element_size() * (k.shape[-1] + v.shape[-1])
         if site.slots is not None and site.slots.store is not None:
             rows, stored = k.shape[0] * site.slots.store.n_heads, site.slots.store.stored
+            weights = site.slots.store.weight_bytes
         else:
-            stored = rows * k.shape[2]
+            stored, weights = rows * k.shape[2], 0
         full = rows * site.seen
         share = density * min(1.0, held / full) if site.phase == "decode" else None
-        self._note(site.cache, site.layer, full, stored, size, share, (held - stored) * size, seconds)
+        nbytes = stored * size + weights
+        self._note(site.cache, site.layer, full, stored, nbytes, share, (held - stored) * size, seconds)
+
+    def note_drops(self, site: Site) -> None:
+        """Count again what a layer stores, after tokens were dropped since its call."""
+        k, v = _cached(site)
+        with self._lock:
+            found = self._found(site.cache)
+            layer, stored = found.layers[site.layer], slots_of(site)
+            size = k.element_size() * (k.shape[-1] + v.shape[-1])
+            found.cache_bytes += stored * size - layer.bytes
+            layer.stored, layer.bytes = min(stored, layer.seen), stored * size
 
     def note_native(
         self, cache: Cache | None, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: SlotLayer | None, seconds: float
@@ -153,20 +165,20 @@ class Stats:
         """Count a call in which no method took part."""
         batch, heads, seen, width = k.shape
         rows, size, stored = batch * heads, k.element_size() * (width + v.shape[-1]), batch * heads * seen
-        read = stored
+        read, weights = stored, 0
         if slots is not None and slots.store is not None:
             seen, rows, stored = slots.seen, batch * slots.store.n_heads, slots.store.stored
-            read = stored
+            read, weights = stored, slots.store.weight_bytes
         elif cache is not None and layer < len(cache.layers):
             seen = max(seen, tokens_seen(cache.layers[layer]))
             keys = getattr(cache.layers[layer], "keys", None)  # a layer with a window stores fewer than it read
             if isinstance(keys, Tensor) and keys.dim() == 4:
                 stored = min(stored, rows * keys.shape[2])
         share = min(1.0, read / (rows * seen)) if q.shape[2] == 1 and seen > 1 else None
-        self._note(cache, layer, rows * seen, stored, size, share, 0, seconds)
+        self._note(cache, layer, rows * seen, stored, stored * size + weights, share, 0, seconds)
 
     def _note(
-        self, cache: object, number: int, full: int, stored: int, size: int, share: float | None, extra: int,
+        self, cache: object, number: int, full: int, stored: int, nbytes: int, share: float | None, extra: int,
         seconds: float,
     ) -> None:  # fmt: skip
         with self._lock:
@@ -176,8 +188,8 @@ class Stats:
             if layer is None:
                 layer = found.layers[number] = LayerStats(number)
             layer.calls, layer.seconds = layer.calls + 1, layer.seconds + seconds
-            found.cache_bytes += stored * size - layer.bytes
-            layer.seen, layer.stored, layer.bytes = full, min(stored, full), stored * size
+            found.cache_bytes += nbytes - layer.bytes
+            layer.seen, layer.stored, layer.bytes = full, min(stored, full), nbytes
             if isinstance(cache, Cache) or not self._caches:  # attention to an encoder does not replace the decoder's
                 self._latest = found
             self.cache_peak = max(self.cache_peak, found.cache_bytes + extra)
@@ -201,7 +213,7 @@ class Held:
     Args:
         stored: slots that are stored, over layers, batch and heads.
         full: slots that a full cache would hold.
-        nbytes: bytes of keys and values in memory.
+        nbytes: bytes of keys, values and weights in memory.
     """
 
     stored: int

@@ -52,10 +52,8 @@ class ChunkKV(Wrapper):
         best = ranks(mean.nan_to_num(-torch.inf, torch.inf, -torch.inf))  # no two chunks have the same rank
         return -self._spread(site, best).float()
 
-    def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | None:
-        kept = super().keep(site)
-        if kept is None:
-            return None
+    def best(self, site: Site, scores: Float[Tensor, "b hkv s"]) -> Bool[Tensor, "b hkv s"]:
+        kept = super().best(site, scores)
         open_ = self._open(site)
         whole = self._spread(site, self._summed(site, (open_ & ~kept).float()) == 0)
         fits = (kept & open_ & whole).flatten(1).any(-1)

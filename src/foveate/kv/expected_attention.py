@@ -18,6 +18,7 @@ from foveate.core.masks import NEG_INF
 from foveate.core.scoring import safe_softmax
 from foveate.host import Host
 from foveate.host.site import Site
+from foveate.host.slots.ends import AtEnd
 from foveate.kv.base.scored import ScorePolicy, own_positions
 from foveate.kv.parts.query_statistics import Future, add_queries
 from foveate.kv.parts.window_queries import per_kv_head
@@ -65,8 +66,8 @@ class ExpectedAttention(ScorePolicy):
         average = {rotation: Future.of(rotation, self.future) for rotation in set(found.values()) if rotation}
         self._futures = {layer: average[rotation] if rotation else None for layer, rotation in found.items()}
 
-    def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | None:
-        if self.share < 1.0 and (site.phase == "prefill" or self.every is not None):
+    def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | AtEnd | None:
+        if not self.is_off(site) and (site.phase == "prefill" or self.every is not None):
             future = self._futures[site.layer]
             add_queries(site.notes(self), site, None if future is None else future.rotation, self.sink)
         return super().keep(site)

@@ -64,9 +64,6 @@ class H2O(ScorePolicy):
         newest = (count * self.layer_share(site)).round() * self.newest
         return sums.masked_fill(own >= (count - newest.long())[:, None, None], torch.inf)
 
-    def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | None:
-        kept = super().keep(site)
-        if kept is not None:
-            size = round(site.seen * self.layer_share(site)) + 1
-            slot_notes.trim(site.notes(self), site, kept, size * (1 if self.heads == "equal" else kept.shape[1]))
-        return kept
+    def note_kept(self, site: Site, kept: Bool[Tensor, "b hkv s"]) -> None:
+        most = round(site.seen * self.layer_share(site)) + 1 if self.heads == "equal" else int(kept.sum(-1).max())
+        slot_notes.trim(site.notes(self), site, kept, most)

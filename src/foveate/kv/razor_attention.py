@@ -106,7 +106,7 @@ class RazorAttention(Policy):
             recent = max(self.min_window, int(lengths / self.ratio))
         return keep_ends(site, self.sink, recent, self._full.numbers(site))
 
-    def fold(self, site: Site, dropped: Slots, summary: Slots | None) -> Slots | None:
+    def fold(self, site: Site, dropped: Slots, summary: Slots | None, heads: Tensor) -> Slots | None:
         if not self.compensate:
             return None
         if (found := tokens(site)) is not None:  # padding does not count
@@ -135,28 +135,31 @@ class RazorAttention(Policy):
 
 
 def compensation(dropped: Slots, summary: Slots | None) -> Slots | None:
-    """Return one slot for each head that represents all dropped tokens: means of keys and values, and their count.
+    """Return one slot for each head that represents all dropped tokens: means of keys and values, and their weight.
 
     Means are stored in float32: in a shorter type they would stop changing after many tokens.
     """
-    real = (dropped.positions >= 0).float()
-    if summary is None or summary.count is None:
+    real = (dropped.positions >= 0).float() * (1.0 if dropped.weight is None else dropped.weight)
+    if summary is None or summary.weight is None:
         width = dropped.k.shape[-1], dropped.v.shape[-1]
         k, v = (torch.zeros(*real.shape[:2], 1, size, device=real.device) for size in width)
         count, positions = torch.zeros_like(real[..., :1]), dropped.positions.new_full((*real.shape[:2], 1), SUMMARY)
     else:
-        k, v, count, positions = summary.k, summary.v, summary.count, summary.positions
+        k, v, count, positions = summary.k, summary.v, summary.weight, summary.positions
     new = real.sum(-1, keepdim=True)
     count = count + new
     share = (new / count.clamp_min(1.0))[..., None]  # of the new tokens in the mean
-    k, v = _updated_mean(k, dropped.k, real, new, share), _updated_mean(v, dropped.v, real, new, share)
+    k, v = (_updated_mean(*pair, dropped, real, new, share) for pair in ((k, dropped.k), (v, dropped.v)))
     return Slots(k, v, positions, count)
 
 
-def _updated_mean(mean: Tensor, x: Tensor, real: Tensor, count: Tensor, share: Tensor) -> Float[Tensor, "b h 1 d"]:
+def _updated_mean(
+    mean: Tensor, x: Tensor, dropped: Slots, real: Tensor, count: Tensor, share: Tensor
+) -> Float[Tensor, "b h 1 d"]:
     """Return a mean in float32 with some slots of any type added; slots that are not `real` may hold anything."""
     x = torch.where(real[..., None] > 0, x, 0.0)
     if x.shape[2] > 1:
+        x = x if dropped.weight is None else x * real[..., None]
         x = x.sum(2, keepdim=True, dtype=torch.float32) / count.clamp_min(1.0)[..., None]
     return torch.lerp(mean, x.float(), share)
 

@@ -15,7 +15,7 @@ from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.host.site import Site
 from foveate.kv.base.scored import ScorePolicy
-from foveate.kv.parts.window_queries import per_kv_head, pooled, window_weights
+from foveate.kv.parts.window_queries import LastQueries, per_kv_head, pooled, window_votes
 
 
 @final
@@ -32,7 +32,8 @@ class SnapKV(ScorePolicy):
         pool: tokens over which scores are pooled, an odd number; 1 for none.
         pooling: "mean" or "max". The paper describes and its release uses either; kvpress takes the mean.
         group: how the query heads of a key/value head are combined: "mean", "max" or "sum".
-        share, sink, heads, safeguard, every, layers: see `ScorePolicy`. The paper keeps no sinks by rule.
+        share, sink, heads, safeguard, every, layers: see `ScorePolicy`. The paper keeps no sinks by rule. With `every`,
+            the last `recent` queries, generated ones included, are kept from step to step, and score again.
 
     As in kvpress, scores are pooled before query heads are combined. With a mean both orders are the same.
     """
@@ -52,10 +53,12 @@ class SnapKV(ScorePolicy):
         validate.one_of("pooling", self.pooling, ("mean", "max"))
         validate.one_of("group", self.group, ("mean", "max", "sum"))
 
+    def read(self, site: Site, out: Tensor) -> None:
+        if self.every is not None:
+            LastQueries.noted(site.notes(self), site, self.recent)
+
     def score(self, site: Site) -> Float[Tensor, "b hkv s"]:
-        weights, real, at = window_weights(site, self.recent)
-        received = weights.sum(2) / real.sum(-1).clamp_min(1)[:, None, None]
-        # the window's own tokens stay in any case; they must not enter the pool of the tokens before them
-        first = at.masked_fill(~real, site.seen).amin(-1)[:, None, None]
-        inside = (site.positions >= first).repeat_interleave(received.shape[1] // site.positions.shape[1], 1)
-        return per_kv_head(pooled(received.masked_fill(inside, 0.0), site, self.pool, self.pooling), site, self.group)
+        once = self.every is None
+        queries = LastQueries.of(site, self.recent) if once else LastQueries.in_notes(site.notes(self))
+        received = window_votes(site, queries) / queries.real.sum(-1).clamp_min(1)[:, None, None]
+        return per_kv_head(pooled(received, site, self.pool, self.pooling), site, self.group)

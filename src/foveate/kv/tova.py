@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.host.site import Site
 from foveate.kv.base.scored import ScorePolicy
-from foveate.kv.parts.window_queries import window_weights
+from foveate.kv.parts.window_queries import LastQueries, window_weights
 
 
 @final
@@ -34,5 +34,5 @@ class TOVA(ScorePolicy):
     recent: int = 1
 
     def score(self, site: Site) -> Float[Tensor, "b hkv s"]:
-        weights, _, _ = window_weights(site, 1)
+        weights = window_weights(site, LastQueries.of(site, 1))
         return weights[:, :, 0].mean(1, keepdim=True).expand(site.positions.shape)

@@ -110,9 +110,17 @@ class Operator(nn.Module, ABC):
             raise TypeError(f"{cls.__name__} declares names that nothing reads any more: {now}")
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Refuse an option of the wrong type before anything is built."""
+        """Refuse an option of the wrong type before anything is built; record the options, for recipes."""
         validate.options(cls, args, options)
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        named = validate.named(cls, args, options)
+        made.__dict__["_given"] = {name: x for name, x in named.items() if not isinstance(x, torch.Generator)}
+        return made
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that the operator was made with, by name, without generators."""
+        return dict(self.__dict__["_given"])
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 

@@ -100,8 +100,8 @@ def test_compensation_is_exact_where_keys_and_values_do_not_vary() -> None:
     positions = torch.arange(50).expand(1, 2, 50)
     halves = [Slots(far_k[:, :, i : i + 25], far_v[:, :, i : i + 25], positions[:, :, i : i + 25]) for i in (0, 25)]
     one = compensation(halves[1], compensation(halves[0], None))
-    assert one is not None and one.count is not None and one.count.unique().tolist() == [50.0]
-    bias = torch.cat([one.count.log()[:, :, None], torch.zeros(1, 2, 1, 5)], -1)
+    assert one is not None and one.weight is not None and one.weight.unique().tolist() == [50.0]
+    bias = torch.cat([one.weight.log()[:, :, None], torch.zeros(1, 2, 1, 5)], -1)
     attend = torch.nn.functional.scaled_dot_product_attention
     ours = attend(q, torch.cat([one.k, near_k], 2), torch.cat([one.v, near_v], 2), bias)
     assert (ours - dense).abs().max() < 1e-5

@@ -15,7 +15,8 @@ from foveate.core.errors import TaskError
 from foveate.tasks.base.task import Example, Task
 
 _SPARE = 2  # tokens beyond the expected answer, which show if the output ends there
-_SPAREIN_SENTENCES = 24  # the same if the answer may be inside a sentence
+_SPARE_IN_SENTENCES = 24  # the same if the answer may be inside a sentence
+_ALL_ANSWERS = ("ruler-all", "ruler2-soft", "scbench-share")  # rules that ask for every answer
 IN_SENTENCES = ("contains", "contains-all", "first-number")
 
 
@@ -29,6 +30,8 @@ class Prompt:
         new_tokens: how many tokens to generate.
         context: the model's context length in tokens; None without a limit.
         answer_ids: `(1, M)`, the first accepted answer as a continuation of the prompt.
+        context_tokens: how many of the first ids belong to the context, which a method can read without the question;
+            0 if the example does not divide its prompt.
     """
 
     example: Example
@@ -36,6 +39,7 @@ class Prompt:
     new_tokens: int
     context: int | None = None
     answer_ids: Tensor | None = None
+    context_tokens: int = 0
 
     @property
     def excess(self) -> int:
@@ -67,7 +71,7 @@ def prompts(
     if new_tokens is not None:
         validate.at_least("new_tokens", new_tokens, 1)
     context, vocabulary = context_length(model.config), _vocabulary_size(model)
-    spare = _SPAREIN_SENTENCES if chat or (score or task.metric) in IN_SENTENCES else _SPARE
+    in_sentences = chat or (score or task.metric) in IN_SENTENCES
     found = []
     for number, example in enumerate(task.examples(), 1):
         where = f"example {number} of {task.name}"
@@ -77,9 +81,13 @@ def prompts(
             raise TaskError(f"{where}: prompt must not be empty")
         answer = _continuation_ids(tokenizer, example.prompt, ids, example.answer)
         _check_ids([*ids, *answer], vocabulary, tokenizer, where)
-        length = new_tokens or _answer_length(tokenizer, example, answer, score or task.metric) + spare
+        spare = _SPARE_IN_SENTENCES if in_sentences or example.rule else _SPARE
+        length = new_tokens or example.new_tokens or _answer_length(tokenizer, example, answer, score or task.metric)
+        length += 0 if new_tokens or example.new_tokens else spare
         tensors = (torch.tensor([row], device=model.device) for row in (ids, answer))
-        found.append(Prompt(example, next(tensors), length, context, next(tensors)))
+        found.append(
+            Prompt(example, next(tensors), length, context, next(tensors), _context_tokens(tokenizer, example, ids))
+        )
     return found
 
 
@@ -137,7 +145,30 @@ def _apply_template(example: Example, tokenizer: Any, chat: bool, where: str) ->
     except Exception as error:  # noqa: BLE001  a template is a program and may raise anything
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise TaskError(f"{where}: the model's chat template fails: {first[0]}") from None
-    return replace(example, prompt=text + example.prompt[start:end].lstrip(), spans={}, messages=())
+    begun_answer = example.prompt[start:end].lstrip()
+    return replace(example, prompt=text + begun_answer, spans=_moved_question(example, text), messages=())
+
+
+def _moved_question(example: Example, text: str) -> dict[str, tuple[int, int]]:
+    """Return the place of the question in a formatted conversation; empty if it is not there or has no context."""
+    if "question" not in example.spans or "context" not in example.spans:
+        return {}
+    question, context = (example.prompt[slice(*example.spans[name])].strip() for name in ("question", "context"))
+    at = text.find(context)
+    start = at + len(context) if at >= 0 else text.rfind(question)
+    return {"question": (start, len(text))} if start > 0 else {}
+
+
+def _context_tokens(tokenizer: Any, example: Example, ids: list[int]) -> int:
+    """Return how many ids hold the context alone; a token of both context and question belongs to the question."""
+    spans = example.spans
+    start = spans.get("question", spans.get("prefix", (0, 0)) if "context" in spans else (0, 0))[0]
+    if start <= 0:
+        return 0
+    context = encoded(tokenizer, example.prompt[:start])
+    return next(
+        (at for at, (a, b) in enumerate(zip(context, ids, strict=False)) if a != b), min(len(context), len(ids))
+    )
 
 
 def _continuation_ids(tokenizer: Any, prompt: str, ids: list[int], answer: str) -> list[int]:
@@ -151,7 +182,8 @@ def _continuation_ids(tokenizer: Any, prompt: str, ids: list[int], answer: str) 
 def _answer_length(tokenizer: Any, example: Example, first: list[int], metric: str) -> int:
     """Return the tokens of the longest accepted answer, or of all answers if the score wants all."""
     each = [len(first), *(len(_ids(tokenizer, answer, special=False)) for answer in example.answers[1:])]
-    return sum(each) + _SPARE * (len(each) - 1) if metric == "contains-all" else max(each)
+    every = metric == "contains-all" if not example.rule else example.rule in _ALL_ANSWERS
+    return sum(each) + _SPARE * (len(each) - 1) if every else max(each)
 
 
 def _vocabulary_size(model: PreTrainedModel) -> int | None:

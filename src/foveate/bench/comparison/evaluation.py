@@ -18,6 +18,7 @@ from foveate.core.errors import TaskError
 from foveate.tasks.base import scores
 from foveate.tasks.base.scores import LOSS
 from foveate.tasks.base.task import Example, Task
+from foveate.tasks.rules import registry
 
 
 class Evaluation:
@@ -101,7 +102,10 @@ def evaluation_of(
 ) -> Evaluation:
     """Combine the encoded prompts of a task with the score, which is the task's own if None."""
     metric = score or task.metric
-    scores.check(metric, (prompt.example.answers for prompt in encoded))
+    if score is None:
+        registry.check(prompt.example.rule for prompt in encoded if prompt.example.rule)
+    if score is not None or metric in (LOSS, *scores.SCORES):
+        scores.check(metric, (prompt.example.answers for prompt in encoded))
     forced = None
     if metric == LOSS:
         forced = [[] if prompt.answer_ids is None else prompt.answer_ids[0].tolist() for prompt in encoded]

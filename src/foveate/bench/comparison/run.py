@@ -28,11 +28,11 @@ from foveate.bench.comparison.results import FORMAT, Comparison, Row
 from foveate.bench.comparison.task_choice import choose_task, with_fields
 from foveate.bench.known import DEFAULT, FULL
 from foveate.bench.loading import load, trained_on
-from foveate.bench.methods import Contender
 from foveate.bench.parts import digest, timing
 from foveate.bench.parts.folder import lock_folder
 from foveate.bench.parts.journal import Journal
 from foveate.bench.parts.plaindata import version_of
+from foveate.bench.recipes.contender import contender, write_recipes
 from foveate.core import validate
 from foveate.core.errors import Interrupted, OptionError, TaskError
 from foveate.host.hf.model import Host, host
@@ -41,7 +41,7 @@ from foveate.tasks.base.scores import LOSS
 from foveate.tasks.base.task import Task
 from foveate.tasks.text.passkeys import Passkeys
 
-JOURNAL = "answers.jsonl"
+JOURNAL, RECIPES = "answers.jsonl", "recipes"
 
 
 class Silent:
@@ -115,8 +115,8 @@ def compare(
         model: a folder, GGUF file, adapter's folder or hub id of a decoder; None is the lab model.
         task: a name of `foveate.tasks.registry.TASKS`, "mqar", "copy", or a file of prompts and answers (see
             `foveate.tasks.files.prompts`). None is the training task of a model of `foveate train`, else needle.
-        methods: keys of the catalogue (cache policies, or operators to read the prompt with); the full cache always
-            runs.
+        methods: keys of the catalogue (cache policies, or operators to read the prompt with), and files of recipes
+            (`foveate.save`); the full cache always runs.
         budget: the share of each prompt's full cache that a method may keep, or read, in (0, 1].
         budgets: several such shares, in place of `budget`: every method runs at each of them, in one run. Policies that
             read a prompt densely then read most prompts only once for all their budgets; see `MethodRun.shares`.
@@ -124,8 +124,8 @@ def compare(
         length: the length of needle prompts in characters.
         score: one of `foveate.tasks.base.scores.SCORES`, or "loss"; None is the task's own.
         batch: how many prompts of similar length run together.
-        out: the output folder. Results of an earlier run in it are reused if the model's weights, the prompt and all
-            relevant options are the same, unless `fresh`.
+        out: the output folder, which also gets a recipe of each method. Results of an earlier run in it are reused if
+            the model's weights, the prompt and all relevant options are the same, unless `fresh`.
         seed: the seed of the task.
         device, dtype: the device and number format of the model.
         trust_remote_code: True lets code from the model's folder or repository run.
@@ -187,6 +187,8 @@ def _measure(
     _add_earlier_rows(result, earlier)
     result.save(folder / RESULTS)
     history.record(result, folder)
+    longest = max(prompt.ids.shape[1] for prompt in encoded)
+    write_recipes([run.contender for run in runs if run.records], folder / RECIPES, longest)
     return result
 
 
@@ -201,7 +203,7 @@ def _lost(losses: Losses, rows: list[Row], runs: list[MethodRun]) -> list[Row]:
 
 def _runs(key: str, host: Host, options: Options, store: CalibrationStore) -> list[MethodRun]:
     """Start a method's run at each budget, or one run if it takes none."""
-    each = [Contender(key, host, budget, options.renumber) for budget in options.budgets]
+    each = [contender(key, host, budget, options.renumber) for budget in options.budgets]
     each = each if each[0].takes_budget else each[:1]
     found = [MethodRun.of(contender, store, turn, len(each)) for turn, contender in enumerate(each)]
     for run in found:

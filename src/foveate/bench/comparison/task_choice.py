@@ -9,6 +9,7 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, TaskError
 from foveate.tasks.base.task import Task
 from foveate.tasks.base.training_task import TrainingTask
+from foveate.tasks.files.benchmarks.nolima import NoLiMa, is_needle_set
 from foveate.tasks.files.prompts import Prompts
 from foveate.tasks.files.records import READERS, is_file
 from foveate.tasks.parts.token_prompts import TokenPrompts
@@ -45,6 +46,8 @@ def choose_task(
     if not is_file(task):
         names = ", ".join([*TASKS, "mqar", "copy"])
         raise TaskError(f"task={task!r:.80} must be one of {names}, or a file of prompts: {', '.join(READERS)}")
+    if is_needle_set(Path(task)):
+        return NoLiMa(Path(task), **({} if length is None else {"length": length}), count=count, seed=seed)
     if length is not None:
         raise OptionError(f"length={length} goes with the needle task; the prompts of {task} have their own")
     return Prompts(Path(task), examples)
@@ -60,10 +63,15 @@ def _token_prompts(
     return TokenPrompts(trained_on, count, seed)
 
 
-def with_fields(task: Task, prompt_field: str | None, answer_field: str | None) -> Task:
+def with_fields(task: Task, prompt_field: str | None, answer_field: str | None, turns: str | None = None) -> Task:
     """Return the task with the named fields of its file; only a file of prompts has such fields."""
     if isinstance(task, Prompts):
-        return replace(task, prompt_field=prompt_field, answer_field=answer_field)
+        found = replace(task, prompt_field=prompt_field, answer_field=answer_field)
+        return found if turns is None else replace(found, turns=turns)
+    if turns is not None:
+        raise OptionError(f'turns="{turns}" goes with a file of prompts as the task')
+    if isinstance(task, NoLiMa) and not answer_field:
+        return replace(task, template=prompt_field)
     if prompt_field or answer_field:
         field = "prompt_field" if prompt_field else "answer_field"
         raise OptionError(f"{field}={prompt_field or answer_field!r} goes with a file of prompts as the task")

@@ -32,6 +32,8 @@ def load(
 ) -> tuple[PreTrainedModel, Any, Path | None]:
     """Load a decoder and its tokenizer; return them with the model's folder (None for a hub or a GGUF file).
 
+    The model's attribute `tokenizer` is the tokenizer too: methods may put words of their own before it.
+
     Weights load from safetensors and GGUF only.
 
     Args:
@@ -56,6 +58,7 @@ def load(
     if source.adapter is not None:
         loaded = adapters.merge(source.name, loaded, source.adapter)
     check_causal(source.name, loaded)
+    loaded.tokenizer = tokenizer
     return loaded.eval(), tokenizer, folder
 
 

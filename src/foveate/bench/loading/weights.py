@@ -14,6 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from foveate.bench.loading import files
 from foveate.bench.loading.refusal import reading, refused, several
 from foveate.bench.loading.source import Source
+from foveate.kv.conversion.compressed_keys import FIELD, load_compressed
 
 #: Patterns that wrappers add to the names of the tensors that they save, and the wrappers.
 _WRAPPED = {
@@ -74,6 +75,8 @@ def quantisation_of(config: Any) -> str | None:
 def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the model and transformers' loading report, without the adapter that may be in the folder."""
     options = {**options, "config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if getattr(config, FIELD, None) and source.adapter is None:
+        return load_compressed(source.location, **{k: v for k, v in options.items() if k != "trust_remote_code"})
     if source.adapter is None or source.folder != source.adapter:
         return AutoModelForCausalLM.from_pretrained(source.location, **options)
     # transformers would apply the adapter itself and report only its tensors, so the weights are loaded here

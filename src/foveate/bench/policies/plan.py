@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from foveate.bench.known import FULL, PACKED
 from foveate.core import validate
-from foveate.core.catalog import systems
+from foveate.core.catalog import cache_policies
 from foveate.core.errors import OptionError, unknown
 from foveate.tasks.text.ruler import KINDS
 
@@ -73,7 +73,7 @@ class Plan:
 
 def policies() -> tuple[str, ...]:
     """Return the keys of the catalogue's cache policies."""
-    return tuple(row.key for row in systems(room="kv"))
+    return tuple(row.key for row in cache_policies())
 
 
 def whole() -> Plan:

@@ -72,7 +72,7 @@ def attach(run: Attached, excluded: set[nn.Module], stack: ExitStack) -> None:
         model.__dict__["init_continuous_batching"] = MethodType(_no_batching, model)
         stack.callback(model.__dict__.pop, "init_continuous_batching")
     configs = list(run.host.configs())
-    for module in {model, model.base_model}:
+    for module in {model, model.base_model, run.host.decoder or model}:
         _hook(module, partial(_begin, run, configs), partial(run.passes.end, has_methods=bool(run.methods)), stack)
     for config in configs:
         before = config._attn_implementation_internal
@@ -90,7 +90,6 @@ def _hook(module: nn.Module, before: Any, after: Any, stack: ExitStack) -> None:
 
 
 def _begin(run: Attached, configs: list[Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    run.passes.here.step = {}
     if any(config._attn_implementation_internal != NAME for config in configs):
         raise UnsupportedModel(
             "set_attn_implementation() inside foveate.apply(model, ...) removes the methods; call it before the block"

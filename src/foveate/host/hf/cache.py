@@ -100,7 +100,7 @@ class SlotLayer(CacheLayerMixin):
         if not self.attached and not self.is_whole:
             raise UnsupportedModel(
                 "past_key_values was compressed by a method that is no longer applied, and its heads hold different "
-                "numbers of tokens; use it inside foveate.apply(model), or start a new cache"
+                "numbers of tokens, or tokens with weights; use it inside foveate.apply(model), or start a new cache"
             )
         if self.store is None:
             self.lazy_initialization(key_states, value_states)

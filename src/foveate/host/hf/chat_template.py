@@ -53,12 +53,16 @@ class ChatTemplate:
             return _row("question", question)
         return self._ids(self._between + question + self._after)
 
+    def part_ids(self, text: str) -> Tensor:
+        """Return the ids `(1, N)` of a part of the text, without special tokens; N is 0 for an empty part."""
+        made = self.require_tokenizer("a text in words")(text, add_special_tokens=False).input_ids
+        return torch.tensor(made, dtype=torch.long)[None]
+
     def decode(self, ids: Tensor) -> str:
         return str(self.require_tokenizer("ask").decode(ids, skip_special_tokens=True))
 
     def _ids(self, text: str) -> Tensor:
-        made = self.require_tokenizer("a text in words")(text, add_special_tokens=False).input_ids
-        return _row("text", torch.tensor(made, dtype=torch.long))
+        return _row("text", self.part_ids(text))
 
     def _template(self, system: str | None) -> tuple[str, str, str]:
         messages = [{"role": "system", "content": system}] if system is not None else []

@@ -24,6 +24,7 @@ from foveate.host.hf.cache import SlotLayer
 from foveate.host.hf.mask import MaskPlan, describe
 from foveate.host.hf.model import native_attention
 from foveate.host.hf.sites import site_of
+from foveate.host.method import Method
 from foveate.host.run import Run
 from foveate.host.site import Site
 from foveate.host.stats import slots_of
@@ -54,7 +55,7 @@ def attention_function(
         return call.native(first.native(module))
     outer = next((run for run in runs if run.has_hooks), runs[0])
     started, slots = time.perf_counter(), outer.passes.slots(module)
-    done = _without_methods(runs, call, slots)
+    done = _without_methods(runs, call, slots) if outer.passes.here.reader is None else None
     if done is not None and all(run.drops_nothing(module, slots) for run in runs):
         for run in runs:
             run.stats.note_native(*run.passes.called(module), query, key, value, slots, time.perf_counter() - started)
@@ -133,7 +134,8 @@ def _with_methods(
     runs: list[Run], outer: Run, call: Call, site: Site, done: tuple[Tensor, Tensor | None] | None, started: float
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention under the methods, unless it is done already, and drop their tokens after the call."""
-    methods, density = [method for run in runs for method in run.methods], 1.0
+    reader, density = outer.passes.here.reader, 1.0
+    methods = [reader] if reader is not None else [method for run in runs for method in run.methods]
     site.spans = {name: tokens for run in runs for name, tokens in run.spans.items()}
     if methods and (foreign := call.foreign):
         raise UnsupportedModel(f"{type(site.module).__name__} attends with {foreign[0]}, which methods cannot handle")
@@ -142,20 +144,24 @@ def _with_methods(
             f"{type(needing[0]).__name__} acts on the cache, and this call has none: leave use_cache=True, and "
             f"gradient checkpointing off"
         )
+
+    def droppers(part: Site) -> list[Method]:
+        return [method for run in runs for method in run.methods if reader is None and run.drops_at(part)]
+
     if done is None:
 
         def native(part: Site) -> Any:
             return (call if part is site else call.part(part)).native(outer.native(call.module))
 
-        out, density = pieces.run(site, methods, native)
+        out, density = pieces.run(site, methods, native, droppers)
         done = out.transpose(1, 2).contiguous(), site.weights
     held, elapsed = slots_of(site), time.perf_counter() - started
 
     def finish() -> None:
         started = time.perf_counter()
         if site.slots is not None and (site.slots.window is not None or any(run.evicts for run in runs)):
-            evict(site, [method for run in runs for method in run.methods if run.drops_at(site)])
-        for run in runs:
+            evict(site, droppers(site), outer.passes.note_end)
+        for run in runs if reader is None else ():
             run.stats.note(site, density, held, elapsed + time.perf_counter() - started)
 
     outer.passes.at_end(finish)

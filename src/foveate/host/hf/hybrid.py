@@ -19,7 +19,7 @@ from foveate.host.hf.compressed import CompressedLayer
 Hybrid: TypeAlias = LinearAttentionAndFullAttentionLayer | LinearAttentionAndSlidingWindowAttentionLayer
 
 #: Names of the attributes that make up such a layer's state.
-_STATE = (
+STATE = (
     "number_of_states", "conv_states", "recurrent_states", "is_conv_states_initialized",
     "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size",
 )  # fmt: skip
@@ -74,5 +74,5 @@ class HybridSlotLayer(SlotLayer, LinearAttentionLayer):
 
 def _hand_over(one: LinearAttentionLayer, other: LinearAttentionLayer) -> None:
     """Give one layer's state to another."""
-    for name in _STATE:
+    for name in STATE:
         setattr(other, name, getattr(one, name))

@@ -15,6 +15,11 @@ from foveate.core.errors import UnsupportedModel
 from foveate.host.hf.adoption import Caches, cache_among
 from foveate.host.hf.cache import LATEST, SlotLayer
 from foveate.host.hf.calls import CROSS, parameters
+from foveate.host.method import Method
+from foveate.host.site import Site
+
+#: `at_end(calls with the methods that choose there, tokens of the pass)`.
+AtPassEnd = Callable[[list[tuple[Site, list[Method]]], Tensor | None], None]
 
 
 @dataclass(slots=True)
@@ -44,6 +49,10 @@ class _Pass:
         logits_to_keep: the caller's value.
         wants_weights: whether the caller asked for attention weights.
         call: the current attention call.
+        outermost: the module whose call is the pass.
+        ids: the tokens that the pass reads; None if they are unknown.
+        ended: calls at which methods choose what stays when the pass has ended, with these methods.
+        reader: the only method, while tokens are read for a measurement.
     """
 
     step: dict[Any, Any] = field(default_factory=dict)
@@ -51,17 +60,27 @@ class _Pass:
     logits_to_keep: Any = None
     wants_weights: bool = False
     call: _Call | None = None
+    outermost: nn.Module | None = None
+    ids: Tensor | None = None
+    ended: list[tuple[Site, list[Method]]] = field(default_factory=list)
+    reader: Method | None = None
 
 
 class Passes:
     """The forward passes in progress on a run's model, one in each thread.
 
+    Args:
+        caches: the caches that the run works on.
+        at_end: called when a pass has ended whose calls left a choice to its end; see `Method.keep_all`.
+
     Attributes:
         layers: each attention module that the run covers, with its number in the cache and its order.
     """
 
-    def __init__(self, caches: Caches) -> None:
-        self.caches = caches
+    def __init__(
+        self, caches: Caches, at_end: Callable[[list[tuple[Site, list[Method]]], Tensor | None], None]
+    ) -> None:
+        self.caches, self._at_pass_end = caches, at_end
         self.layers: dict[nn.Module, tuple[int, int]] = {}
         self._local = threading.local()
 
@@ -83,25 +102,34 @@ class Passes:
         """Begin a pass: clear the methods' notes on it, and track its cache before masks are made.
 
         Args:
-            module: the model, or its base.
+            module: the model, its base or its decoder, which call each other.
             args, kwargs: its arguments.
             is_whole: whether the module is the model that the methods were applied to.
         """
         here = self.here
-        here.step = {}
+        if here.outermost is None:
+            here.outermost, here.step, here.ended, here.cache = module, {}, [], None
+            here.ids = _ids(args, kwargs)
         if is_whole:
             here.logits_to_keep = kwargs.get("logits_to_keep")
             requested = kwargs.get("output_attentions")
             config: Any = module.config
             here.wants_weights = bool(config.output_attentions if requested is None else requested)
-        cache = here.cache = cache_among((*args, *kwargs.values()))
+        cache = cache_among((*args, *kwargs.values()))
         if cache is not None:
+            here.cache = cache
             self.caches.track(cache)
 
     def end(self, module: nn.Module, args: object, output: object, has_methods: bool) -> None:
         """End a pass. If the backward pass will repeat it, check there that the run is still open."""
-        here = self.here
-        here.step, here.cache, LATEST.layer = {}, None, None
+        here, LATEST.layer = self.here, None
+        if module is here.outermost:
+            ended, here.outermost = here.ended, None
+            try:
+                if ended and output is not None:
+                    self._at_pass_end(ended, here.ids)
+            finally:
+                here.step, here.cache, here.ids, here.ended = {}, None, None, []
         if (
             has_methods
             and torch.is_grad_enabled()
@@ -141,6 +169,10 @@ class Passes:
         if call is not None and call.finish is not None and output is not None:  # None after an exception
             call.finish()
 
+    def note_end(self, site: Site, methods: list[Method]) -> None:
+        """Let methods choose what stays of a layer when the whole pass has ended."""
+        self.here.ended.append((site, methods))
+
     # -- questions of dispatch ---------------------------------------------------------------------------------------
 
     def at_end(self, finish: Callable[[], None]) -> None:
@@ -170,3 +202,13 @@ class Passes:
             return None
         layer = cache.layers[number]
         return layer if isinstance(layer, SlotLayer) else None
+
+
+def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the tokens among a model's arguments; None if it is given numbers in their place, or beside them."""
+    given = {"input_ids": args[0] if args else None, **kwargs}
+    ids = given["input_ids"]
+    others = (value for name, value in given.items() if "mask" not in name and isinstance(value, Tensor))
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or any(value.is_floating_point() for value in others):
+        return None
+    return ids

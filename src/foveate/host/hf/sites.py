@@ -72,6 +72,9 @@ def _locate(run: Run, site: Site, cache: Cache) -> None:
     Assisted decoding requests the logits of the token before its drafts and of each draft.
     """
     n, past = site.q.shape[2], site.seen - site.q.shape[2]
+    if run.passes.here.reader is not None:
+        site.tentative, site.reads_prompt = n, False
+        return
     site.prompt, site.drafts = prompt_of(cache, site.layer, past), is_recording(cache)
     given = run.passes.here.logits_to_keep
     logits = given if isinstance(given, int) and given > 0 else None

@@ -8,9 +8,11 @@ the next token takes.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -23,18 +25,38 @@ class Ends:
         sink: first tokens that stay.
         recent: last tokens that stay.
         full: key/value heads that keep everything.
+        by_head: the last tokens that stay of each key/value head, in place of `recent`; None if all keep `recent`.
     """
 
     sink: int
     recent: int
     full: frozenset[int] = frozenset()
+    by_head: tuple[int, ...] | None = None
+
+    def of(self, heads: Iterable[int]) -> Ends | None:
+        """Return the ends of some heads, which keep equally many last tokens; None if they do not."""
+        if self.by_head is None:
+            return self
+        recent = {self.by_head[head] for head in heads}
+        return Ends(self.sink, recent.pop()) if len(recent) == 1 else None
 
     def mask(self, positions: Int[Tensor, "b hkv s"], seen: int) -> Bool[Tensor, "b hkv s"]:
         """Return the mask of the slots that stay after `seen` tokens."""
-        kept = (positions >= 0) & ((positions < self.sink) | (positions >= seen - self.recent))
+        recent: int | Tensor = self.recent
+        if self.by_head is not None:
+            recent = torch.tensor(self.by_head, device=positions.device)[:, None]
+        kept = (positions >= 0) & ((positions < self.sink) | (positions >= seen - recent))
         if self.full:
             kept[:, list(self.full)] = True
         return kept
+
+
+class AtEnd:
+    """A method chooses when the whole pass has ended, by `Method.keep_all`."""
+
+
+#: What `Method.keep` returns to choose later.
+AT_END = AtEnd()
 
 
 class Ledger:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate.host.slots.ends import Ends, Ledger
-from foveate.host.slots.slots import EMPTY, SUMMARY, Fold, Slots, grown, narrow, packed, tensors
+from foveate.host.slots.slots import EMPTY, SUMMARY, Fold, Refit, Slots, grown, joined, narrow, packed
 
 
 class Group:
@@ -32,7 +33,7 @@ class Group:
         is_range = numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else False
         self.index: slice | Tensor = slice(numbers[0], numbers[-1] + 1) if is_range else self.heads
         self._ledger: Ledger | None = None
-        self._front, self._bias = 0, None  # type: int, Tensor | None
+        self._front = 0
         self._use(slots, slots.positions.shape[2])
         if summary is not None:
             self._summarise(summary)
@@ -66,9 +67,9 @@ class Group:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values in memory, room included."""
-        tensors = [x for s in (self._buffer, self.summary) if s is not None for x in (s.k, s.v)]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        """Bytes of keys, values and weights in memory, room included."""
+        held = [x for s in (self._buffer, self.summary) if s is not None for x in (s.k, s.v, s.weight) if x is not None]
+        return sum(x.numel() * x.element_size() for x in held)
 
     def all(self) -> Slots:
         """Return the summary and then the slots, as attention reads them; see `bias`."""
@@ -76,8 +77,13 @@ class Group:
 
     @property
     def bias(self) -> Float[Tensor, "b h s"] | None:
-        """The term added to the logits of `all()`: the log of the number of tokens of each slot; None for no term."""
-        return None if self._bias is None else self._bias[:, :, : self._front + self.length]
+        """The term added to the logits of `all()`: the log of the weight of each slot; None for no term."""
+        weight = self._buffer.weight
+        return None if weight is None else weight[:, :, : self._front + self.length].log()
+
+    @property
+    def is_weighted(self) -> bool:
+        return self._buffer.weight is not None
 
     def _summarise(self, summary: Slots | None) -> None:
         """Write the summary of dropped slots to the front of the buffer."""
@@ -87,18 +93,18 @@ class Group:
             shape = (*buffer.positions.shape[:2], size)
             front = Slots(*(x.new_empty(*shape, *x.shape[3:]) for x in (buffer.k, buffer.v, buffer.positions)))
             self._front = size
-            self._use(Slots(*(torch.cat([a, b], 2) for a, b in zip(tensors(front), tensors(buffer), strict=True))), n)
-            self._bias = None
+            self._use(joined([front, buffer]), n)
         self.summary = summary
         if summary is None or not size:
             return
+        if summary.weight is not None:
+            self._use(self._buffer.weighted(), self.length)
         buffer = self._buffer
-        if self._bias is None or self._bias.shape[2] != buffer.positions.shape[2]:
-            self._bias = buffer.k.new_zeros(buffer.positions.shape)
         buffer.k[:, :, :size] = summary.k
         buffer.v[:, :, :size] = summary.v
         buffer.positions[:, :, :size] = SUMMARY
-        self._bias[:, :, :size] = 0.0 if summary.count is None else summary.count.log()
+        if buffer.weight is not None:
+            buffer.weight[:, :, :size] = 1.0 if summary.weight is None else summary.weight
 
     def append(self, k: Tensor, v: Tensor, first: int) -> None:
         """Store tokens at positions `first`, `first + 1` …: in empty slots that every row has, then at the end."""
@@ -119,6 +125,8 @@ class Group:
         buffer, n = self._buffer, k.shape[2]
         buffer.k[:, :, slot : slot + n] = k
         buffer.v[:, :, slot : slot + n] = v
+        if buffer.weight is not None:
+            buffer.weight[:, :, slot : slot + n] = 1.0
         if n == 1:
             buffer.positions[:, :, slot] = first
         else:
@@ -142,28 +150,30 @@ class Group:
         slots.k.scatter_(2, index[..., None].expand(*index.shape, k.shape[-1]), k)
         slots.v.scatter_(2, index[..., None].expand(*index.shape, v.shape[-1]), v)
         slots.positions.scatter_(2, index, positions)
+        if slots.weight is not None:
+            slots.weight.scatter_(2, index, 1.0)
 
     def _make_room(self, n: int, like: Tensor) -> None:
         """Make sure that the buffer has room for `n` more slots and may be written to."""
         buffer, end = self._buffer, self._front + self.length
         if n > buffer.positions.shape[2] - end:
             room = n if end == 0 else n + end // 32  # no room after a prompt; later, a copy every 32nd part
-            self._use(Slots(*(grown(x[:, :, :end], room) for x in tensors(buffer))), self.length)
-            if self._bias is not None:
-                self._bias = torch.nn.functional.pad(self._bias[:, :, :end], (0, room))
-        elif buffer.k.is_inference() and not torch.is_inference_mode_enabled():
-            self._use(Slots(*(x.clone() for x in tensors(buffer))), self.length)
-            self._bias = None if self._bias is None else self._bias.clone()
-        elif torch.is_grad_enabled():  # also if only queries have a gradient
-            # earlier results need these tensors unchanged for their gradients
-            self._use(Slots(buffer.k.clone(), buffer.v.clone(), buffer.positions), self.length)
+            self._use(buffer.each(lambda x: grown(x[:, :, :end], room)), self.length)
+        elif torch.is_grad_enabled() or self._is_frozen:
+            # earlier results need these tensors unchanged for their gradients, also if only queries have one
+            self._use(buffer.each(Tensor.clone), self.length)
+
+    @property
+    def _is_frozen(self) -> bool:
+        """Return whether some tensor was made in inference mode, and may not be written to out of it."""
+        made = [x for x in (self._buffer.k, self._buffer.weight) if x is not None]
+        return not torch.is_inference_mode_enabled() and any(x.is_inference() for x in made)
 
     def _may_write(self, summary: Slots) -> bool:
         """Return whether the summary at the buffer's front may be overwritten."""
-        buffer = self._buffer
-        if buffer.k.is_inference() and not torch.is_inference_mode_enabled():
+        if self._is_frozen:
             return False
-        return not (torch.is_grad_enabled() and (summary.k.requires_grad or buffer.k.requires_grad))
+        return not (torch.is_grad_enabled() and (summary.k.requires_grad or self._buffer.k.requires_grad))
 
     def slide(self, ends: Ends, seen: int, fold: Fold | None) -> bool | None:
         """Drop the tokens that `ends` drops after `seen` tokens, and return whether any were dropped.
@@ -187,74 +197,74 @@ class Group:
             return None
         places = ledger.drop(count)
         if fold is not None:
-            dropped = [tensors(narrow(self.slots, place, place + 1)) for place in places]
-            joined = dropped[0] if count == 1 else [torch.cat(x, 2) for x in zip(*dropped, strict=True)]
-            self._summarise(fold(Slots(*joined), self.summary))
+            dropped = [narrow(self.slots, place, place + 1) for place in places]
+            self._summarise(fold(dropped[0] if count == 1 else joined(dropped), self.summary, self.heads))
         self._own_positions()
         for place in places:
             self.slots.positions[:, :, place] = EMPTY
         self.holes = (self.holes[0] + count, self.holes[1] + count)
         return True
 
-    def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None) -> tuple[list[Group], bool]:
+    def kept(self, keep: Bool[Tensor, "b h s"]) -> Int[Tensor, "2 b h"]:
+        """Return how many slots each head of each sequence would keep, and how many it holds."""
+        filled = self.slots.positions >= 0
+        return torch.stack([(keep & filled).sum(-1, dtype=torch.int32), filled.sum(-1, dtype=torch.int32)])
+
+    def evict(
+        self, keep: Bool[Tensor, "b h s"], counts: list[list[int]], before: list[list[int]], fold: Fold | None,
+        refit: Refit | None,
+    ) -> tuple[list[Group], bool]:  # fmt: skip
         """Drop slots. Return the groups that result, one for each number of slots, and whether any were dropped.
 
-        A few dropped slots become empty in place. Many are removed from the buffer, so that memory falls.
+        A few dropped slots become empty in place, unless the others are refitted. Many are removed from the buffer, so
+        that memory falls. `counts` and `before` are the numbers that `kept` returns.
         """
-        full = not self.has_empty
-        filled = None if full else self.slots.positions >= 0
-        keep = keep if filled is None else keep & filled
-        kept = keep.sum(-1, dtype=torch.int32)
-        # the host waits for the device here, once
-        if filled is None:
-            counts = kept.tolist()
-            before = [[self.length] * len(row) for row in counts]
-        else:
-            counts, before = torch.stack([kept, filled.sum(-1, dtype=torch.int32)]).tolist()
         if counts == before:
             return [self], False
+        filled = self.slots.positions >= 0
+        keep = keep & filled
         most = [max(column) for column in zip(*counts, strict=True)]
         least = [min(column) for column in zip(*counts, strict=True)]
         rows = [[b - a for a, b in zip(*row, strict=True)] for row in zip(counts, before, strict=True)]
         drops = [max(column) for column in zip(*rows, strict=True)]  # in each head, in the sequence that drops most
-        if min(most) == max(most) and self.length - most[0] <= max(1, most[0] // 32):
+        if refit is None and min(most) == max(most) and self.length - most[0] <= max(1, most[0] // 32):
             self._ledger = None
             if fold is not None:
-                mask = ~keep if filled is None else filled & ~keep
-                self._summarise(fold(packed(self.slots, mask, max(drops)), self.summary))
+                self._summarise(fold(packed(self.slots, filled & ~keep, max(drops)), self.summary, self.heads))
             self._own_positions()
             self.slots.positions.masked_fill_(~keep, EMPTY)
             self.holes = (self.length - most[0], self.length - min(least))
             return [self], True
-        filled = self.slots.positions >= 0 if filled is None else filled
-        return [self._part(size, least, most, drops, keep, filled, fold) for size in sorted(set(most))], True
+        return [self._part(size, least, most, drops, keep, filled, fold, refit) for size in sorted(set(most))], True
 
     def _own_positions(self) -> None:
         """Make sure that positions may be written to."""
         buffer = self._buffer
         if buffer.positions.is_inference() and not torch.is_inference_mode_enabled():
-            self._use(Slots(buffer.k, buffer.v, buffer.positions.clone()), self.length)
+            self._use(replace(buffer, positions=buffer.positions.clone()), self.length)
 
     def _part(
         self, size: int, least: list[int], most: list[int], drops: list[int], keep: Tensor, filled: Tensor,
-        fold: Fold | None,
+        fold: Fold | None, refit: Refit | None,
     ) -> Group:  # fmt: skip
         """Return the heads that now hold `size` slots, as a group of their own."""
         which = [head for head, count in enumerate(most) if count == size]
         mine = torch.tensor(which, device=self.heads.device)
         slots, keep, filled = self.slots.heads(mine), keep[:, mine], filled[:, mine]
         summary = None if self.summary is None else self.summary.heads(mine)
-        dropped = max(drops[head] for head in which)
-        if fold is not None and dropped:
-            summary = fold(packed(slots, filled & ~keep, dropped), summary)
+        kept, most_dropped = packed(slots, keep, size), max(drops[head] for head in which)
+        if most_dropped and (fold is not None or refit is not None):
+            dropped = packed(slots, filled & ~keep, most_dropped)
+            summary = summary if fold is None else fold(dropped, summary, self.heads[mine])
+            kept = kept if refit is None else refit(kept, dropped, self.heads[mine])
         numbers, holes = [self.numbers[head] for head in which], (0, size - min(least[head] for head in which))
-        return Group(numbers, packed(slots, keep, size), holes, summary)
+        return Group(numbers, kept, holes, summary)
 
     def ordered(self) -> Slots:
         """Return the slots in the order of their positions, without slots that are empty in every row."""
         slots, empty = self.slots, self.holes[0]
         if not empty and not bool((slots.positions[..., 1:] < slots.positions[..., :-1]).any()):
-            return Slots(slots.k.contiguous(), slots.v.contiguous(), slots.positions.contiguous())
+            return slots.each(Tensor.contiguous)
         index = slots.positions.argsort(dim=-1)[..., empty:]  # empty slots come first
         return slots.take(index, torch.ones_like(index, dtype=torch.bool))
 
@@ -264,7 +274,7 @@ class Group:
         keep = (slots.positions >= 0) & (slots.positions < end)
         counts = keep.sum(-1)
         size = int(counts.max()) if counts.numel() else 0
-        summary, self._front, self._bias, self._ledger = self.summary, 0, None, None
+        summary, self._front, self._ledger = self.summary, 0, None
         self._use(packed(slots, keep), size)
         self.holes = (0, size - int(counts.min()) if counts.numel() else 0)
         self._summarise(summary)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foveate.host.slots.ends import Ends
 from foveate.host.slots.group import Group
-from foveate.host.slots.slots import EMPTY, Fold, Slots
+from foveate.host.slots.slots import EMPTY, Fold, Refit, Slots
 
 
 class Store:
@@ -45,13 +45,18 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values in memory."""
+        """Bytes of keys, values and weights in memory."""
         return sum(group.nbytes for group in self.groups)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights of the slots that are needed."""
+        return sum(4 * group.stored for group in self.groups if group.is_weighted)
+
+    @property
     def is_even(self) -> bool:
-        """Return whether all heads hold equally many slots, in one tensor and without a summary."""
-        return len(self.groups) == 1 and self.groups[0].summary is None
+        """Return whether all heads hold equally many slots, in one tensor, without a summary and without weights."""
+        return len(self.groups) == 1 and self.groups[0].summary is None and not self.groups[0].is_weighted
 
     def is_whole(self, seen: int) -> bool:
         """Return whether nothing was ever dropped: one group, every position once."""
@@ -59,7 +64,7 @@ class Store:
         return self.is_even and first.length == seen and not first.has_empty
 
     def holds(self, n: int) -> bool:
-        """Return whether every head of every sequence holds exactly `n` tokens, in one tensor and without a summary."""
+        """Return whether every head of every sequence holds exactly `n` tokens, in a store that `is_even`."""
         least, most = self.groups[0].holes
         return self.is_even and least == most and self.groups[0].length - most == n
 
@@ -77,8 +82,9 @@ class Store:
         return out
 
     @property
-    def has_summary(self) -> bool:
-        return any(group.summary is not None for group in self.groups)
+    def is_weighted(self) -> bool:
+        """Return whether some slot may have another weight than 1."""
+        return any(group.is_weighted for group in self.groups)
 
     @property
     def has_empty(self) -> bool:
@@ -92,26 +98,36 @@ class Store:
             numbers = set(group.numbers)
             if numbers <= ends.full:
                 continue
-            done = None if numbers & ends.full else group.slide(ends, seen, fold)
+            mine = None if numbers & ends.full else ends.of(numbers)
+            done = None if mine is None else group.slide(mine, seen, fold)
             if done is None:
                 return None
             dropped = dropped or done
         return dropped
 
-    def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None = None) -> bool:
+    def evict(self, keep: Bool[Tensor, "b h s"], fold: Fold | None = None, refit: Refit | None = None) -> bool:
         """Drop slots, and return whether any were dropped.
 
-        `keep` has the shape of `padded("positions")`. Summaries stay; `fold` may add dropped slots to them.
+        `keep` has the shape of `padded("positions")`. Summaries stay; `fold` may add dropped slots to them. `refit` may
+        change the slots that stay, in groups that drop some.
         """
         parts: list[Group] = []
-        any_dropped = False
-        for group in self.groups:
-            skip = 0 if group.summary is None else group.summary.positions.shape[2]
-            mine = keep if len(self.groups) == 1 else keep[:, group.heads]
-            left, dropped = group.evict(mine[:, :, skip : skip + group.length], fold)
-            parts, any_dropped = parts + left, any_dropped or dropped
+        any_dropped, masks = False, [self._part(group, keep) for group in self.groups]
+        counts = [group.kept(mask) for group, mask in zip(self.groups, masks, strict=True)]
+        after, before = torch.cat(counts, 2).tolist()  # the host waits for the device here, once
+        first = 0
+        for group, mask in zip(self.groups, masks, strict=True):
+            own = slice(first, first + len(group.numbers))
+            left, dropped = group.evict(mask, [row[own] for row in after], [row[own] for row in before], fold, refit)
+            parts, any_dropped, first = parts + left, any_dropped or dropped, own.stop
         self.groups = parts
         return any_dropped
+
+    def _part(self, group: Group, keep: Bool[Tensor, "b h s"]) -> Bool[Tensor, "b g n"]:
+        """Return the part of a mask of all heads that is about a group's slots, without its summary."""
+        skip = 0 if group.summary is None else group.summary.positions.shape[2]
+        mine = keep if len(self.groups) == 1 else keep[:, group.heads]
+        return mine[:, :, skip : skip + group.length]
 
     def drop_after(self, end: int) -> None:
         """Remove the tokens at positions from `end` on."""
@@ -125,5 +141,5 @@ class Store:
 def _of(group: Group, what: str) -> Tensor:
     if what != "bias":
         return getattr(group.all(), what)
-    slots = group.all()
-    return slots.k.new_zeros(slots.positions.shape) if group.bias is None else group.bias
+    bias = group.bias
+    return torch.zeros(group.all().positions.shape, device=group.heads.device) if bias is None else bias

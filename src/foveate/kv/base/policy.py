@@ -28,6 +28,14 @@ class Policy(Method):
 
     needs_cache: ClassVar[bool] = True
 
+    @property
+    def tables(self) -> float:
+        """Bytes of the policy's own tables beside the cache, as a share of the bytes of the tokens that are stored.
+
+        The budget of a policy that evicts covers them.
+        """
+        return 0.0
+
     def bind(self, host: Host) -> None:
         """Refuse models without layers that attend through a cache."""
         layout(host)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.host import Host
 from foveate.host.padding import tokens
+from foveate.host.pass_end import PassEnd
 from foveate.host.site import Site
+from foveate.host.slots.ends import AT_END, AtEnd
 from foveate.host.slots.slots import EMPTY
 from foveate.kv.base.policy import Policy, check_budget
 
-#: The way in which a layer's budget is shared out between its heads.
-Heads = Literal["equal", "adaptive"]
+#: The way in which the budget is shared out between heads.
+Heads = Literal["equal", "adaptive", "global"]
+
+_SCORES = "scores"
 
 
 @dataclass(eq=False)
@@ -36,9 +42,12 @@ class ScorePolicy(Policy):
         sink: first tokens that always stay.
         recent: last tokens that always stay.
         heads: "equal" gives each head the same number of tokens; "adaptive" keeps the best scores over all heads of a
-            layer (AdaKV), so that heads hold different numbers.
+            layer (AdaKV), "global" over all heads of all layers, so that heads hold different numbers. Scores then have
+            to mean the same in all of them.
         safeguard: share of its equal budget that each head keeps in any case, and at least one token, where `heads` is
-            "adaptive"; 0 for neither.
+            not "equal"; 0 for neither.
+        threshold: keep the tokens whose score is at least this, in place of a share; what is kept follows the text.
+        limit: most tokens that a head keeps, on average over the heads of a layer; None for no limit.
         every: while decoding, compress again after that many new tokens; None for never.
         layers: numbers of the layers, in the cache, that the policy acts on; None for all.
     """
@@ -48,6 +57,8 @@ class ScorePolicy(Policy):
     recent: int = 0
     heads: Heads = "equal"
     safeguard: float = 0.2
+    threshold: float | None = None
+    limit: int | None = None
     every: int | None = None
     layers: tuple[int, ...] | None = None
     evicts: ClassVar[bool] = True
@@ -56,10 +67,17 @@ class ScorePolicy(Policy):
         validate.between("share", self.share, 0.0, 1.0)
         validate.count("sink", self.sink)
         validate.count("recent", self.recent)
-        validate.one_of("heads", self.heads, ("equal", "adaptive"))
+        validate.one_of("heads", self.heads, get_args(Heads))
         validate.between("safeguard", self.safeguard, 0.0, 1.0)
-        if self.every is not None:
-            validate.count("every", self.every, 1)
+        if self.threshold is not None:
+            validate.at_least("threshold", self.threshold, -math.inf)
+        for name in ("limit", "every"):
+            if getattr(self, name) is not None:
+                validate.count(name, getattr(self, name), 1)
+        if self.heads == "global" and self.threshold is None and self.every is not None:
+            raise OptionError(
+                f'heads="global" compares layers after a prompt only, so that every={self.every} must be None'
+            )
         if self.layers is not None and not isinstance(self.layers, tuple | list):
             raise OptionError(f"layers={self.layers!r} must be a tuple of layer numbers, or None for all")
 
@@ -81,21 +99,60 @@ class ScorePolicy(Policy):
     def at(self, site: Site) -> bool:
         return self.layers is None or site.layer in self.layers
 
-    def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | None:
-        if self.layer_share(site) >= 1.0 or not self._is_due(site):
+    def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | AtEnd | None:
+        if self.is_off(site) or not self.is_due(site):
             return None
-        scores, size = self.ranked(site, self.score(site)), self.size(site)
+        scores = self.ranked(site, self.score(site))
+        if self.heads == "global" and self.threshold is None:
+            site.step[_SCORES, self, site.layer] = scores
+            return AT_END
+        kept = self.best(site, scores)
+        self.note_kept(site, kept)
+        return kept
+
+    def keep_all(self, end: PassEnd) -> list[Tensor | None]:
+        return self.best_of_all(end.sites, [site.step.pop((_SCORES, self, site.layer)) for site in end.sites])
+
+    def is_off(self, site: Site) -> bool:
+        """Return whether this layer keeps everything."""
+        return self.threshold is None and self.limit is None and self.layer_share(site) >= 1.0
+
+    def best(self, site: Site, scores: Float[Tensor, "b h s"]) -> Bool[Tensor, "b h s"]:
+        """Choose a layer's slots by their scores, given as by `ranked`."""
+        if self.threshold is not None:
+            real = site.real_queries if tokens(site) is not None else None
+            waits = False if real is None else ~real.any(-1).to(scores.device)[:, None, None]  # nothing new was read
+            return ((scores >= self.threshold) | waits) & ~scores.isneginf()
+        size = self.size(site)
         kept = self._best_of_layer(scores, size) if self.heads == "adaptive" else ranks(scores) < size[:, None, None]
-        return kept & (own_positions(site)[0] >= 0)
+        return kept & ~scores.isneginf()
+
+    def best_of_all(self, sites: list[Site], scores: list[Float[Tensor, "b h s"]]) -> list[Tensor | None]:
+        """Choose the slots of several layers; all heads of all layers together if `heads` is "global"."""
+        if self.heads == "global" and self.threshold is None:
+            kept = self._best_of_model(sites, scores)
+        else:
+            kept = [self.best(site, each) for site, each in zip(sites, scores, strict=True)]
+        out: list[Tensor | None] = []
+        for site, each in zip(sites, kept, strict=True):  # a call with drafts has more slots than got scores
+            whole = F.pad(each, (0, site.positions.shape[2] - each.shape[2]))
+            self.note_kept(site, whole)
+            out.append(whole)
+        return out
+
+    def note_kept(self, site: Site, kept: Bool[Tensor, "b h s"]) -> None:
+        """Update notes on the tokens of a layer, given what it keeps."""
 
     def size(self, site: Site) -> Int[Tensor, " b"]:
         """Return how many tokens of each sequence a head keeps, on average over the heads of a layer."""
         _, count = own_positions(site)
-        return (count * self.layer_share(site)).round().long().clamp_min(1)
+        size = (count * self.layer_share(site)).round().long().clamp_min(1)
+        return size if self.limit is None else size.clamp_max(self.limit)
 
     def stays(self, site: Site) -> Bool[Tensor, "b h s"]:
         """Return the slots of the tokens that stay in any case: sinks, and the newest where not all of both fit."""
-        (own, count), size = own_positions(site), self.size(site)
+        own, count = own_positions(site)
+        size = self.size(site) if self.threshold is None else count
         sinks = (size - 1).clamp_max(self.sink)
         newest = (size - sinks).clamp_max(self.recent)
         return ((own >= 0) & (own < sinks[:, None, None])) | (own >= (count - newest)[:, None, None])
@@ -108,11 +165,23 @@ class ScorePolicy(Policy):
 
     def _best_of_layer(self, scores: Float[Tensor, "b h s"], size: Int[Tensor, " b"]) -> Bool[Tensor, "b h s"]:
         """Choose the best slots of all heads together, after those that each head keeps in any case."""
-        own = (size * self.safeguard).long().clamp_min(1 if self.safeguard else 0)
-        safe = scores.masked_fill(ranks(scores) < own[:, None, None], torch.inf)
+        safe = self._safe(scores, size)
         return (ranks(safe.flatten(1)) < (size * scores.shape[1])[:, None]).view_as(scores)
 
-    def _is_due(self, site: Site) -> bool:
+    def _best_of_model(self, sites: list[Site], scores: list[Float[Tensor, "b h s"]]) -> list[Bool[Tensor, "b h s"]]:
+        sizes = [self.size(site) for site in sites]
+        safe = [self._safe(each, size).flatten(1) for each, size in zip(scores, sizes, strict=True)]
+        total = torch.stack([size * each.shape[1] for each, size in zip(scores, sizes, strict=True)]).sum(0)
+        kept = (ranks(torch.cat(safe, 1)) < total[:, None]).split([each.shape[1] for each in safe], 1)
+        return [part.view_as(each) & ~each.isneginf() for part, each in zip(kept, scores, strict=True)]
+
+    def _safe(self, scores: Float[Tensor, "b h s"], size: Int[Tensor, " b"]) -> Float[Tensor, "b h s"]:
+        """Return scores with inf for the tokens that each head keeps in any case."""
+        own = (size * self.safeguard).long().clamp_min(1 if self.safeguard else 0)
+        return scores.masked_fill(ranks(scores) < own[:, None, None], torch.inf)
+
+    def is_due(self, site: Site) -> bool:
+        """Return whether it is time to compress, and note the time if so."""
         notes = site.notes(self)
         if site.phase == "prefill":
             notes["seen"] = site.seen

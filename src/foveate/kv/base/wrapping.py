@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
+from jaxtyping import Bool
 from torch import Tensor
 
 from foveate.core.errors import OptionError
@@ -28,6 +29,8 @@ class Wrapper(ScorePolicy):
     recent: int = field(init=False, repr=False)
     heads: Heads = field(init=False, repr=False)
     safeguard: float = field(init=False, repr=False)
+    threshold: float | None = field(init=False, repr=False)
+    limit: int | None = field(init=False, repr=False)
     every: int | None = field(init=False, repr=False)
     layers: tuple[int, ...] | None = field(init=False, repr=False)
 
@@ -50,6 +53,9 @@ class Wrapper(ScorePolicy):
 
     def read(self, site: Site, out: Tensor) -> None:
         self.base.read(site, out)
+
+    def note_kept(self, site: Site, kept: Bool[Tensor, "b h s"]) -> None:
+        self.base.note_kept(site, kept)
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:

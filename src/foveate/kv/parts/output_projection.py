@@ -29,20 +29,33 @@ def _projection(module: nn.Module) -> nn.Linear:
     return found
 
 
-def projected_norms(site: Site) -> Float[Tensor, "b hq s"]:
-    """Return the sum of absolute numbers of each value behind each query head's part of the output projection."""
-    v, heads = site.v, site.q.shape[1]
-    weight = _projection(site.module).weight.detach()
-    if weight.shape[1] != heads * v.shape[-1]:
+def _parts(site: Site) -> Float[Tensor, "c hq dv"]:
+    """Return each query head's part of the output projection."""
+    weight, heads, width = _projection(site.module).weight.detach(), site.q.shape[1], site.v.shape[-1]
+    if weight.shape[1] != heads * width:
         raise UnsupportedModel(
             f"the output projection of {type(site.module).__name__} takes {weight.shape[1]} numbers, and {heads} heads "
-            f"give {heads * v.shape[-1]}"
+            f"give {heads * width}"
         )
-    parts = weight.to(v.dtype).unflatten(1, (heads, -1))
-    step, groups = max(1, TILE // (v.shape[0] * weight.shape[0])), heads // v.shape[1]
+    return weight.unflatten(1, (heads, -1))
+
+
+def projected_heads(site: Site, x: Float[Tensor, "b hq dv"]) -> Float[Tensor, "b hq c"]:
+    """Return one output of each query head behind its part of the output projection."""
+    return torch.einsum("bhd,chd->bhc", x.float(), _parts(site).float())
+
+
+def projected_norms(site: Site, order: int = 1) -> Float[Tensor, "b hq s"]:
+    """Return the norm of each value behind each query head's part of the output projection.
+
+    `order` is 1 for the sum of absolute numbers, 2 for the Euclidean norm.
+    """
+    v, heads = site.v, site.q.shape[1]
+    parts = _parts(site).to(v.dtype)
+    step, groups = max(1, TILE // (v.shape[0] * parts.shape[0])), heads // v.shape[1]
     norms = v.new_empty(v.shape[0], heads, v.shape[2], dtype=torch.float32)
     for head in range(heads):
         for start in range(0, v.shape[2], step):
             some = v[:, head // groups, start : start + step].detach() @ parts[:, head].mT
-            norms[:, head, start : start + step] = some.abs().sum(-1, dtype=torch.float32)
+            norms[:, head, start : start + step] = torch.linalg.vector_norm(some.float(), order, dim=-1)
     return norms

@@ -64,9 +64,11 @@ class Future:
     length: Float[Tensor, " m"]
 
     @classmethod
-    def of(cls, rotation: Rotation, positions: int) -> Future:
-        """Average the rotations over the next `positions` positions."""
-        angle = torch.arange(positions, device=rotation.angles.device)[:, None] * rotation.angles.double()
+    def of(cls, rotation: Rotation, positions: int | Tensor) -> Future:
+        """Average the rotations over the next positions: over a number of them, or over given ones, 0 for the next."""
+        device = rotation.angles.device
+        at = positions.to(device) if isinstance(positions, Tensor) else torch.arange(positions, device=device)
+        angle = at[:, None] * rotation.angles.double()
         mean = torch.polar(torch.ones_like(angle), angle).mean(0)
         length = mean.abs().float()
         length = length.repeat_interleave(2) if rotation.neighbours else torch.cat([length, length])

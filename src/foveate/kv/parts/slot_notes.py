@@ -24,6 +24,11 @@ def add(notes: Notes, site: Site, numbers: Float[Tensor, "b hkv s"]) -> None:
     _put(notes, site, torch.where(old, known, 0.0) + numbers.float(), site.positions >= 0, site.positions.shape[2])
 
 
+def put(notes: Notes, site: Site, numbers: Float[Tensor, "b hkv s"], where: Bool[Tensor, "b hkv s"]) -> None:
+    """Store the numbers of some slots, and forget all others."""
+    _put(notes, site, numbers, where, site.positions.shape[2])
+
+
 def find(notes: Notes, site: Site) -> Float[Tensor, "b hkv s"]:
     """Return the number of each slot of the call; zero for tokens without one."""
     positions = site.positions.to(torch.int32)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -33,20 +36,71 @@ def last_rows(site: Site, width: int) -> tuple[Int[Tensor, "b w"], Bool[Tensor, 
     return order, real.to(device).gather(1, order)
 
 
-def window_weights(site: Site, width: int) -> tuple[Float[Tensor, "b hq w s"], Bool[Tensor, "b w"], Int[Tensor, "b w"]]:
-    """Return the attention weights of each sequence's last `width` queries, over the slots that they see.
+@dataclass(frozen=True, eq=False)
+class LastQueries:
+    """The last queries of each sequence, which may be of several calls.
 
-    Returns:
-        The weights, which queries there are, and the queries' positions in the batch.
+    Args:
+        q: the queries `(B, Hq, w, D)`.
+        real: which of them there are, `(B, w)`.
+        at: their positions in the batch, `(B, w)`.
     """
-    rows, real = last_rows(site, width)
-    index = rows[:, None, :, None].expand(-1, site.q.shape[1], -1, site.q.shape[3])
-    queries = site.q.gather(2, index).unflatten(1, (site.k.shape[1], -1)).flatten(2, 3)
-    logits = dot_product(queries, site.k, site.scale).float()
-    logits = soft_capped(logits, site.softcap).unflatten(2, (-1, rows.shape[1])).flatten(1, 2)
-    at = site.query_positions[rows]
-    seen = visible_slots(site, at).repeat_interleave(logits.shape[1] // site.positions.shape[1], 1)
-    return safe_softmax(logits.masked_fill(~(seen & real[:, None, :, None]), NEG_INF)), real, at
+
+    q: Float[Tensor, "b hq w d"]
+    real: Bool[Tensor, "b w"]
+    at: Int[Tensor, "b w"]
+
+    @classmethod
+    def of(cls, site: Site, width: int) -> LastQueries:
+        """Return those of a call."""
+        rows, real = last_rows(site, width)
+        index = rows[:, None, :, None].expand(-1, site.q.shape[1], -1, site.q.shape[3])
+        return cls(site.q.gather(2, index), real, site.query_positions[rows])
+
+    @classmethod
+    def noted(cls, notes: dict[str, Any], site: Site, width: int) -> LastQueries:
+        """Return those of a call and of the calls before it, and keep them in `notes` for the next call."""
+        new = cls.of(site, width)
+        if "queries" in notes:
+            q, real, at = (
+                torch.cat([notes["queries"], new.q], 2), torch.cat([notes["are"], new.real], 1),
+                torch.cat([notes["places"], new.at], 1),
+            )  # fmt: skip
+            order = real.to(torch.uint8).argsort(dim=-1, stable=True)[:, -width:]
+            index = order[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+            new = cls(q.gather(2, index), real.gather(1, order), at.gather(1, order))
+        notes.update(queries=new.q, are=new.real, places=new.at)
+        return new
+
+    @classmethod
+    def in_notes(cls, notes: dict[str, Any]) -> LastQueries:
+        """Return those that `noted` kept."""
+        return cls(notes["queries"], notes["are"], notes["places"])
+
+
+def window_weights(site: Site, queries: LastQueries) -> Float[Tensor, "b hq w s"]:
+    """Return the attention weights of the last queries, over the slots that they see."""
+    logits = window_logits(site, queries)
+    seen = visible_slots(site, queries.at).repeat_interleave(logits.shape[1] // site.positions.shape[1], 1)
+    return safe_softmax(logits.masked_fill(~(seen & queries.real[:, None, :, None]), NEG_INF))
+
+
+def window_votes(site: Site, queries: LastQueries) -> Float[Tensor, "b hq s"]:
+    """Return the sum of the weights that the last queries pay to each token before them; zero for their own tokens.
+
+    These stay in any case, and must not enter the pool of the tokens before them.
+    """
+    weights = window_weights(site, queries).sum(2)
+    first = queries.at.masked_fill(~queries.real, site.seen).amin(-1)[:, None, None]
+    inside = (site.positions >= first).repeat_interleave(weights.shape[1] // site.positions.shape[1], 1)
+    return weights.masked_fill(inside, 0.0)
+
+
+def window_logits(site: Site, queries: LastQueries) -> Float[Tensor, "b hq w s"]:
+    """Return the logits of the last queries and all slots, soft cap included and mask not."""
+    q = queries.q.unflatten(1, (site.k.shape[1], -1)).flatten(2, 3)
+    logits = soft_capped(dot_product(q, site.k, site.scale).float(), site.softcap)
+    return logits.unflatten(2, (-1, queries.q.shape[2])).flatten(1, 2)
 
 
 def visible_slots(site: Site, at: Int[Tensor, "b w"]) -> Bool[Tensor, "b hkv w s"]:

@@ -8,7 +8,7 @@ batch, and a row that sees only sinks becomes NaN. Here every sequence is calibr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, final
 
@@ -22,9 +22,8 @@ from foveate.host.entry import apply
 from foveate.host.hf.model import Host, host
 from foveate.host.method import Method
 from foveate.host.site import Site
+from foveate.steer.parts.head_table import Heads, checked_heads, described, head_table
 
-#: Chosen heads: a bool table `(layers, heads)`, pairs `(layer, head)`, or `{layer: heads}`; None for the default.
-Heads = Tensor | Iterable[tuple[int, int]] | Mapping[int, Iterable[int]] | None
 Example = TypeVar("Example")
 
 #: The release's constant threshold of a sink.
@@ -57,13 +56,7 @@ class ActCalibration(Method):
     def __post_init__(self) -> None:
         _check(self.beta, self.alpha, self.threshold)
         validate.one_of("variant", self.variant, ("paper", "release"))
-        if not isinstance(self.heads, Tensor | Mapping | None):
-            if not isinstance(self.heads, Iterable):
-                raise OptionError(
-                    f"heads must be a table (layers, heads), pairs (layer, head), a mapping or None; got "
-                    f"{_describe(self.heads)}"
-                )
-            self.heads = tuple(self.heads)
+        self.heads = checked_heads(self.heads)
 
     @property
     def threshold(self) -> float | Literal["alpha/N"]:
@@ -104,7 +97,7 @@ def calibrate_sinks(
     """
     _check(beta, alpha, thr)
     if not isinstance(attn, Tensor) or attn.dim() != 4 or not attn.is_floating_point():
-        raise ShapeError(f"attn must be weights (B, H, Nq, Nk); got {_describe(attn)}")
+        raise ShapeError(f"attn must be weights (B, H, Nq, Nk); got {described(attn)}")
     if seen is None:
         seen = masks.causal(attn.shape[2], attn.shape[3], device=attn.device)[None, None]
     index = _indices(heads, attn.shape[1], attn.device)
@@ -190,23 +183,10 @@ def _seen(site: Site) -> Bool[Tensor, "b h q k"]:
 
 
 def _table(heads: Heads, host: Host) -> Bool[Tensor, "l h"]:
-    """Convert chosen heads from any form to a table."""
-    shape = (host.layers, host.heads)
-    if isinstance(heads, Tensor):
-        if heads.dtype != torch.bool or tuple(heads.shape) != shape:
-            raise ShapeError(
-                f"heads must be a bool table (layers, heads)={shape} for this model; got {_describe(heads)}"
-            )
-        return heads.cpu()
-    table = torch.zeros(shape, dtype=torch.bool)
+    """Convert chosen heads from any form to a table; without a choice, all but those of the outer layers."""
+    table = head_table(heads, host)
     if heads is None:
-        table[2:-1] = True
-        return table
-    by_layer = heads.items() if isinstance(heads, Mapping) else ((layer, (head,)) for layer, head in heads)
-    for layer, head in ((layer, head) for layer, some in by_layer for head in some):
-        if layer not in range(shape[0]) or head not in range(shape[1]):
-            raise OptionError(f"heads: ({layer}, {head}) must be in (0..{shape[0] - 1}, 0..{shape[1] - 1})")
-        table[layer, head] = True
+        table[:2], table[-1:] = False, False
     return table
 
 
@@ -217,7 +197,7 @@ def _indices(heads: Tensor | Sequence[int] | None, count: int, device: torch.dev
     index = torch.as_tensor(heads, device=device)
     if index.dtype == torch.bool:
         if tuple(index.shape) != (count,):
-            raise ShapeError(f"heads must be bools (H,)=({count},) or indices; got {_describe(index)}")
+            raise ShapeError(f"heads must be bools (H,)=({count},) or indices; got {described(index)}")
         return index.nonzero().squeeze(-1)
     if index.numel() and not (0 <= int(index.min()) and int(index.max()) < count):
         raise OptionError(f"heads={index.tolist()} must be in 0..{count - 1}")
@@ -229,7 +209,3 @@ def _check(beta: float, alpha: float, thr: float | str) -> None:
     validate.at_least("alpha", alpha, 0.0)
     if thr != "alpha/N":
         validate.at_least("thr", thr, 0.0)
-
-
-def _describe(x: object) -> str:
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

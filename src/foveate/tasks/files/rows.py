@@ -1,19 +1,29 @@
-"""Turn a row of a file into an example, by named fields or by a known format."""
+"""Turn a row of a file into examples, by named fields or by a known format."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from foveate.core.errors import TaskError
 from foveate.tasks.base.task import Example
-from foveate.tasks.files.formats import FORMATS, Row, RowFormat, Text, any_answer, listed, parsed, text, transcript
+from foveate.tasks.files.benchmarks import scbench
+from foveate.tasks.files.formats import FORMATS, RowFormat, any_answer
+from foveate.tasks.files.parts import Item, Row, Text, listed, parsed, text, transcript
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
-def example(row: Any, where: str, prompt_field: str | None, answer_field: str | None) -> tuple[Example, str]:
-    """Build an example from a row, and choose its score.
+def examples(
+    row: Any,
+    where: str,
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+    path: str = "",
+    turns: str = scbench.MODES[0],
+) -> tuple[list[Example], str]:
+    """Build the examples of a row, and choose their score. Most formats have one example per row.
 
     Args:
         row: the row; it has to be a dict.
@@ -21,39 +31,56 @@ def example(row: Any, where: str, prompt_field: str | None, answer_field: str | 
         prompt_field: a field's path, with dots into objects and lists (`doc.question`), or a template with fields in
             braces.
         answer_field: a field's path.
+        path: the file's path; in some benchmarks it names the task.
+        turns: see `Prompts`.
     """
     if not isinstance(row, dict):
         raise TaskError(f"{where} must be an object with prompt and answer; got {type(row).__name__}")
     row = {str(name): value for name, value in row.items()}
     known = _format(row, where, prompt_field, answer_field)
-    if prompt_field is not None:
-        prompt = Text(_fill(row, where, prompt_field))
-    else:
-        assert known is not None
-        prompt = _prompt(known, row, where)
-    answer = known.answer(row) if known is not None else any_answer(row)
-    if answer_field is not None:
-        answer = listed(_lookup(row, where, answer_field))
+    metric = "begins" if known is None else known.metric
+    items = _items(known, row, where, path, turns, prompt_field)
+    if (prompt_field or answer_field) and len(items) > 1:
+        raise TaskError(f"{where} holds {len(items)} questions; prompt_field and answer_field go with one")
+    found = []
+    for item in items:
+        if prompt_field is not None:
+            item = replace(item, text=Text(_fill(row, where, prompt_field)))
+        if answer_field is not None:
+            item = replace(item, answer=listed(_lookup(row, where, answer_field)))
+        found.append(_example(item, where, prompt_field or "prompt", answer_field or "answer"))
+    return found, metric
+
+
+def _items(
+    known: RowFormat | None, row: Row, where: str, path: str, turns: str, prompt_field: str | None
+) -> list[Item]:
+    """Read a row's questions; a benchmark's row whose prompt is given may lack fields that the prompt would need."""
+    if known is None:
+        return [Item(Text(), any_answer(row))]
+    if prompt_field is not None and known.items is None:
+        return [Item(Text(), known.answer(row))]
+    try:
+        return scbench.items(row, path, turns) if known.items is scbench.items else known.read(row, path)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise TaskError(f"{where}: prompt must be non-empty text; {error}") from None
+
+
+def _example(item: Item, where: str, prompt_name: str, answer_name: str) -> Example:
+    prompt, answer = item.text, item.answer
     if answer is None and prompt.messages and prompt.messages[-1]["role"] == "assistant":
         *history, last = prompt.messages
         prompt, answer = Text(transcript(tuple(history)), messages=tuple(history)), last["content"]
-    found = prompt.example(_answers(answer, where, answer_field or "answer"))
+    found = prompt.example(_answers(answer, where, answer_name, unique=not item.rule))
     if not found.prompt.strip():
-        raise TaskError(f"{where}: {prompt_field or 'prompt'} must be non-empty text; got {found.prompt!r}")
-    return found, _metric(known, row)
-
-
-def _metric(known: RowFormat | None, row: Row) -> str:
-    if known is None:
-        return "begins"
-    alternatives = str(row.get("answer_prefix")).strip() == "Answer:" or str(row.get("task")).startswith("qa")
-    return "contains" if known.metric == "contains-all" and alternatives else known.metric
+        raise TaskError(f"{where}: {prompt_name} must be non-empty text; got {found.prompt!r}")
+    return replace(found, rule=item.rule, facts=item.facts, new_tokens=item.new_tokens)
 
 
 def _format(row: Row, where: str, prompt_field: str | None, answer_field: str | None) -> RowFormat | None:
     """Return the first format whose fields the row has; None if none fits and the caller names the fields."""
     fitting = [known for known in FORMATS if known.fields <= row.keys()]
-    found = next((known for known in fitting if answer_field or known.answer(row) is not None), None)
+    found = next((known for known in fitting if answer_field or known.fits(row)), None)
     found = found or next(iter(fitting), None)
     if found is None and prompt_field is None:
         shown = ", ".join(list(row)[:8]) or "no fields"
@@ -62,13 +89,6 @@ def _format(row: Row, where: str, prompt_field: str | None, answer_field: str | 
             "or --prompt-field and --answer-field must name its fields"
         )
     return found
-
-
-def _prompt(known: RowFormat, row: Row, where: str) -> Text:
-    try:
-        return known.prompt(row)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise TaskError(f"{where}: prompt must be non-empty text; {error}") from None
 
 
 def _fill(row: Row, where: str, pattern: str) -> str:
@@ -95,7 +115,7 @@ def _lookup(row: Row, where: str, path: str) -> Any:
     return value
 
 
-def _answers(value: Any, where: str, name: str) -> tuple[str, ...]:
+def _answers(value: Any, where: str, name: str, unique: bool) -> tuple[str, ...]:
     """Return the accepted answers of a text, a number, a list of them, or an object with such a list as `text`."""
     if isinstance(value, dict):
         value = value.get("text", value.get("value"))
@@ -105,7 +125,7 @@ def _answers(value: Any, where: str, name: str) -> tuple[str, ...]:
         if isinstance(item, bool) or not isinstance(item, str | int | float):
             raise TaskError(f"{where}: {name} must be non-empty text, a number or a list of them; got {value!r:.60}")
         found.append(text(item, name))
-    found = [item for item in dict.fromkeys(found) if item.strip()]
+    found = [item for item in (dict.fromkeys(found) if unique else found) if item.strip()]
     if not found:
         raise TaskError(f"{where}: {name} must be non-empty text, a number or a list of them; got {value!r:.60}")
     return tuple(found)

@@ -1,0 +1,1 @@
+"""The search for the cheapest setting that keeps a share of the full cache's score: `foveate tune`."""

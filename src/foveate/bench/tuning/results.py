@@ -1,0 +1,99 @@
+"""The result of a search, as plain data."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from foveate.bench.parts.plaindata import plain, write_atomic
+
+FORMAT = "foveate.tuning/1"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting that was tried.
+
+    Args:
+        setting: what it is.
+        share: bytes of its cache as a share of the full cache's, a mean over examples.
+        lost: what it loses of the full cache's score, a mean over examples.
+        examples: the examples that it was measured on.
+        verdict: "holds", "loses too much", "cannot run: ...", or of the held-out test "passed" or "failed".
+        held_out: whether the examples were held out.
+    """
+
+    setting: str
+    share: float
+    lost: float
+    examples: int
+    verdict: str
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The cheapest setting that keeps enough of the full cache's score, and what is known of it.
+
+    Args:
+        model, task, metric: what was measured.
+        keep: the share of the score to keep.
+        level: the confidence.
+        setting: the setting; "full cache" if none kept enough.
+        recipe: its file.
+        share: bytes of its cache as a share of the full cache's, on held-out examples.
+        score, full_score: the mean scores of the setting and of the full cache on held-out examples.
+        lost: the mean loss as a share of the full cache's score; below 0 for a gain.
+        bound: the most that is lost, as such a share, with the confidence.
+        is_certain: whether `bound` decided. If there are too few examples for that, the mean loss did.
+        examples, held_out: the numbers of examples for the search and for the test.
+        calls: answers of the model that were made in this run.
+        notes: remarks for the reader.
+        tried: all that was tried.
+    """
+
+    model: str
+    task: str
+    metric: str
+    keep: float
+    level: float
+    setting: str
+    recipe: str
+    share: float
+    score: float
+    full_score: float
+    lost: float
+    bound: float
+    is_certain: bool
+    examples: int
+    held_out: int
+    calls: int
+    notes: list[str] = field(default_factory=list)
+    tried: list[Trial] = field(default_factory=list)
+
+    def claim(self) -> str:
+        """Return what is claimed, in a sentence or a few."""
+        if self.setting == "full cache":
+            return (
+                f"No setting kept {self.keep:.1%} of the full cache's score on held-out examples: use the full cache."
+            )
+        first = (
+            f"{self.setting} takes {self.share:.1%} of the full cache's bytes. On {self.held_out} held-out examples it "
+            f"scores {self.score:.4g}, and the full cache {self.full_score:.4g}."
+        )
+        worst = "more than can be said" if math.isinf(self.bound) else f"at most {100 * max(0.0, self.bound):.1f} %"
+        second = f"At {self.level:.0%} confidence it loses {worst} of the score on examples like these."
+        if self.is_certain:
+            return f"{first} {second}"
+        return (
+            f"{first} {second} There are too few held-out examples to show a loss of at most {1 - self.keep:.1%}; the "
+            f"mean loss decided."
+        )
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **plain(self), "claim": self.claim()}, indent=1, allow_nan=False) + "\n"
+
+    def save(self, path: Path) -> Path:
+        return write_atomic(path, self.to_json())

@@ -1,0 +1,163 @@
+"""The search: policies and budgets, then options, then a budget for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from foveate.bench.tuning import layers as by_layer
+from foveate.bench.tuning.halving import Found, Measures, halving, holds
+from foveate.bench.tuning.layers import Sensitivities
+from foveate.bench.tuning.setting import Arm, Setting
+from foveate.bench.tuning.space import acts_on_layers, variants
+from foveate.bench.tuning.trials import FULL, Measured
+from foveate.core.errors import OptionError
+
+#: Examples of the first rung, the fewest that tell policies apart, and those that measure a layer's damage.
+FIRST, DAMAGE = 5, 8
+#: Arms that reach the last rung, and whose options are tried.
+LAST = 3
+#: The most settings of each descent from an allocation, and the settings by layer that are tested in the end.
+REFINED, CHEAPEST = 40, 3
+#: Steps of the bisection between the cheapest budget that holds and the next smaller one.
+_FINER = 2
+
+
+@dataclass
+class Search:
+    """The state of a search.
+
+    Args:
+        trials: measures settings.
+        examples: the examples to search with.
+        most: the mean loss that is allowed on them.
+        budgets: the budgets, from the smallest.
+        layers: the numbers of the layers.
+
+    Attributes:
+        uniform: settings of one policy at one budget that hold on all examples.
+        layered: settings with a budget for each layer that hold on all examples.
+        failed: arms that cannot run, with the reason.
+        notes: what the reader should know, such as a missing package.
+    """
+
+    trials: Measures
+    examples: Sequence[int]
+    most: float
+    budgets: Sequence[float]
+    layers: Sequence[int]
+    uniform: dict[Setting, Measured] = field(default_factory=dict)
+    layered: dict[Setting, Measured] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, arms: Sequence[Arm]) -> None:
+        """Search; `uniform` and `layered` then have what holds."""
+        best = self._halve(dict.fromkeys(arms, self.budgets), "policies")
+        tried: dict[Arm, Sequence[float]] = {
+            other: [budget for budget in self.budgets if budget <= one.budget]
+            for one in best
+            for other in (one.arm, *variants(one.arm))
+        }
+        best = self._halve(tried, "options") if tried else []
+        self._finer(best)
+        if not self.uniform or len(self.layers) < 2:
+            return
+        arm = self.best.parts[0].arm
+        if acts_on_layers(arm.key):
+            self._by_layer(arm, FULL)
+        elif able := [one.arm for one in best if acts_on_layers(one.arm.key)]:
+            self._by_layer(able[0], self.best)
+
+    # -- one budget for all layers -------------------------------------------------------------------------------------
+
+    def _halve(self, ladders: dict[Arm, Sequence[float]], stage: str) -> list[Found]:
+        """Return the arms of the last rung that have a setting that holds, the cheapest first."""
+        found = halving(self.trials, ladders, self._rungs(), self.most, stage, LAST)
+        self.failed |= {one.arm.label: one.why for one in found if one.why}
+        good = [one for one in found if one.share < 1]
+        for one in good:
+            self._hold(one.setting)
+        return good
+
+    def _rungs(self) -> list[Sequence[int]]:
+        sizes, size = [], FIRST
+        while size < len(self.examples):
+            sizes.append(size)
+            size *= 2
+        return [self.examples[:size] for size in [*sizes, len(self.examples)]]
+
+    def _finer(self, best: Sequence[Found]) -> None:
+        """Look between the cheapest budget of each arm that holds and the next smaller one."""
+        for one in best:
+            low = max((budget for budget in self.budgets if budget < one.budget), default=one.budget / 2)
+            high = one.budget
+            for _ in range(_FINER):
+                middle = round((low * high) ** 0.5, 4)
+                low, high = (low, middle) if self._hold(Setting.of(one.arm, middle)) else (middle, high)
+
+    def _hold(self, setting: Setting) -> bool:
+        """Return whether a setting holds on all examples, and note it."""
+        stage = "layers" if any(part.layers for part in setting.parts) else "budgets"
+        one = self.trials.measure([setting], self.examples, stage, most=self.most)[setting]
+        if not holds(one, len(self.examples), self.most):
+            return False
+        uniform = all(part.layers is None for part in setting.parts)
+        (self.uniform if uniform else self.layered)[setting] = one
+        return True
+
+    # -- a budget for each layer ---------------------------------------------------------------------------------------
+
+    def _by_layer(self, arm: Arm, base: Setting) -> None:
+        """Give the arm a budget for each layer, beside a base."""
+        top = self.uniform[self.best].share
+        known = by_layer.sensitivities(
+            self.trials, arm, base, self.layers, self.budgets, self.examples[:DAMAGE], "layers alone"
+        )
+        if known is None:
+            self.notes.append(f"{arm.label} cannot act on single layers beside {base.label}")
+            return
+        for path in (self._greedy(known, top), self._programme(known, top)):
+            settings = {Setting.by_layer(arm, known.budgets(chosen), base): known.budgets(chosen) for chosen in path}
+            last = by_layer.last_that_holds(list(settings), self._hold)
+            if last is not None:
+                by_layer.refine(arm, base, settings[last], self.budgets, self._hold, REFINED)
+        even = dict.fromkeys(self.layers, 1.0 if base.parts else self.best.parts[0].budget)
+        by_layer.refine(arm, base, even, self.budgets, self._hold, REFINED)
+
+    def _greedy(self, known: Sensitivities, top: float) -> list[dict[int, int]]:
+        return [chosen for chosen in by_layer.greedy(known) if known.total(chosen) < top]
+
+    def _programme(self, known: Sensitivities, top: float) -> list[dict[int, int]]:
+        """Return the allocations of least damage, within fewer and fewer bytes."""
+        found: list[dict[int, int]] = []
+        try:
+            for step in range(1, 17):
+                chosen = by_layer.programme(known, top * 0.9**step)
+                if chosen is not None and chosen not in found:
+                    found.append(chosen)
+        except OptionError as error:
+            self.notes.append(f"{error}; the greedy search ran alone")
+        return found
+
+    # -- the result ----------------------------------------------------------------------------------------------------
+
+    def candidates(self) -> list[Setting]:
+        """Return what to test on held-out examples, from safe to cheap.
+
+        First come the best policy at two larger budgets, then at its cheapest one that holds, then the cheapest
+        settings with a budget for each layer.
+        """
+        if not self.uniform:
+            return []
+        arm, budget = self.best.parts[0].arm, self.best.parts[0].budget
+        larger = [Setting.of(arm, one) for one in self.budgets if one > budget * 1.2][:2]
+        top = self.uniform[self.best].share
+        cheaper = [one for one in self.layered if self.layered[one].share < top]
+        cheaper.sort(key=lambda one: self.layered[one].share)
+        return [*larger[::-1], self.best, *cheaper[:CHEAPEST][::-1]]
+
+    @property
+    def best(self) -> Setting:
+        """The cheapest setting of one policy at one budget that holds; there has to be one."""
+        return min(self.uniform, key=lambda one: self.uniform[one].share)

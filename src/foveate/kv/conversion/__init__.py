@@ -1,0 +1,1 @@
+"""Conversions: a new model whose cache is smaller, from a pretrained one."""

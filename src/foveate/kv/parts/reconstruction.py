@@ -1,0 +1,169 @@
+"""Context reconstruction: how much each token of a text is attended to while the model repeats the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from foveate.core.errors import OptionError, UnsupportedModel
+from foveate.core.masks import NEG_INF
+from foveate.core.scoring import dot_product
+from foveate.host import Method
+from foveate.host.attention import soft_capped, softmax
+from foveate.host.hf.chat_template import ChatTemplate
+from foveate.host.padding import tokens
+from foveate.host.pass_end import PassEnd
+from foveate.host.site import Site
+from foveate.kv.parts import slot_notes
+from foveate.kv.parts.output_projection import projected_norms
+
+#: What the model is asked: to repeat the text, or the part of it that begins with some tokens.
+_ALL, _PART = "Repeat the previous context exactly.", "Repeat the part of the previous context exactly, starting with"
+#: The largest number of weights that are held at a time.
+_TILE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """The tokens of the instruction before the first part of a text, and before a later part."""
+
+    first: tuple[int, ...] = ()
+    later: tuple[int, ...] = ()
+    answer: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Instruction:
+        """Return the instruction in a model's own tokens, with the end of its chat template if it has one."""
+        template = ChatTemplate(tokenizer, None, None)
+        between = "" if template.chat else "\n\n"
+
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer(between + text, add_special_tokens=False).input_ids)
+
+        whole = template.question_ids(between + _ALL)[0].tolist()
+        end = len(whole) - len(ids(_ALL)) if template.chat else 0
+        return cls(ids(_ALL), ids(_PART), tuple(whole[len(whole) - end :] if end > 0 else ()))
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """A second reading of a text, which scores its tokens.
+
+    The text is repeated in parts behind an instruction. A token's score in a key/value head is the largest weight that
+    any query of the repetition of its part pays to it, over the head's query heads. These weights are over the text's
+    first `sink` tokens, its part, and the repetition up to the query.
+
+    Args:
+        instruction: the tokens of the instruction; empty for a repetition without one.
+        sink: first tokens of the text that every part sees.
+        chunk: tokens in a part.
+        overlap: last tokens of the part before, which tell the model where a later part begins.
+        outputs: whether each weight is multiplied by the Euclidean norm of the token's value behind the output
+            projection, and divided by the norm of the query's hidden state (KVzip+).
+    """
+
+    instruction: Instruction
+    sink: int = 4
+    chunk: int = 2048
+    overlap: int = 8
+    outputs: bool = False
+
+    def measure(self, end: PassEnd, owner: object) -> None:
+        """Read the pass's text again, and put its tokens' scores into the slot notes of `owner`."""
+        if end.ids is None:
+            raise UnsupportedModel("a text is repeated from its tokens, and the model was given embeddings or pictures")
+        site = end.sites[0]
+        own, lengths = _texts(site, end.ids)
+        before = site.seen - end.ids.shape[1] if tokens(site) is None else None
+        starts = own.new_zeros(len(own)) if before is None else torch.full_like(lengths, before)
+        if before is None:
+            found = tokens(site)
+            assert found is not None
+            starts = found.count.to(lengths.device) - lengths
+        for start in range(0, int(lengths.max()), self.chunk):
+            ids, real = self._part(own, lengths, start)
+            stop = (lengths - start).clamp(0, self.chunk) + starts + start
+            end.reread(ids, real, _Reader(self, owner, starts + start, stop))
+
+    def _part(self, texts: Tensor, lengths: Tensor, start: int) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+        """Return the instruction and one part of each text, padded at the end; a text that has ended gives padding."""
+        rows = []
+        for text, length in zip(texts, lengths.tolist(), strict=True):
+            part = text[start : min(start + self.chunk, length)]
+            head = self.instruction.first
+            if start:
+                head = (*self.instruction.later, *text[max(0, start - self.overlap) : start].tolist())
+            rows.append(
+                torch.cat([part.new_tensor((*head, *self.instruction.answer)), part]) if len(part) else text[:0]
+            )
+        real = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+        return pad_sequence(rows, batch_first=True), real
+
+
+def _texts(site: Site, ids: Int[Tensor, "b n"]) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"]]:
+    """Return the tokens of a pass without padding, each text from the first column on, and their numbers."""
+    real = None if site.real is None else site.real[:, site.seen - ids.shape[1] : site.seen].to(ids.device)
+    if real is None or bool(real.all()):
+        return ids, torch.full((ids.shape[0],), ids.shape[1], device=ids.device)
+    order = (~real).to(torch.uint8).argsort(dim=-1, stable=True)
+    return ids.gather(1, order), real.sum(-1)
+
+
+class _Reader(Method):
+    """A method that scores the tokens `starts` to `stops` of each sequence while the model repeats them."""
+
+    def __init__(self, how: Reconstruction, owner: object, starts: Tensor, stops: Tensor) -> None:
+        self.how, self.owner, self.starts, self.stops = how, owner, starts, stops
+
+    def at(self, site: Site) -> bool:
+        return site.slots is not None and site.slots.window is None
+
+    def read(self, site: Site, out: Tensor) -> None:
+        past = site.seen - site.q.shape[2]
+        found, positions = tokens(site), site.positions
+        own = (positions if found is None else found.own(positions)).masked_fill(positions < 0, -1)
+        old = (positions >= 0) & (positions < past) & (own >= 0)
+        starts, stops = (x.to(own.device)[:, None, None] for x in (self.starts, self.stops))
+        mine = old & (own >= starts) & (own < stops)
+        seen = mine | (old & (own < self.how.sink)) | ((positions >= past) & (own >= 0))
+        most = min(seen.shape[2], self.how.sink + int((stops - starts).max()) + site.q.shape[2])
+        index = (~seen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
+        scores = self._scores(site, index, seen.gather(2, index))
+        new = torch.zeros(own.shape, device=own.device).scatter_(2, index, scores)
+        notes = site.notes(self.owner)
+        slot_notes.put(notes, site, torch.where(mine, new, slot_notes.find(notes, site)), old)
+
+    def _scores(self, site: Site, index: Int[Tensor, "b h m"], seen: Bool[Tensor, "b h m"]) -> Float[Tensor, "b h m"]:
+        """Return the largest weight on each of some slots, a few queries at a time."""
+        heads, groups = index.shape[1], site.q.shape[1] // index.shape[1]
+        keys = site.k if site.k.shape[1] == heads else site.k.unflatten(1, (heads, -1)).flatten(1, 2)
+        wide = index.repeat_interleave(keys.shape[1] // heads, 1)
+        k = keys.gather(2, wide[..., None].expand(*wide.shape, keys.shape[-1]))
+        at = site.positions.gather(2, index).masked_fill(~seen, torch.iinfo(torch.int32).max)
+        at, best = at.repeat_interleave(groups, 1)[:, :, None], seen.new_zeros(seen.shape, dtype=torch.float32)
+        size = self._sizes(site).gather(2, index.repeat_interleave(groups, 1)) if self.how.outputs else None
+        step = max(1, _TILE // (site.q.shape[0] * site.q.shape[1] * index.shape[2]))
+        for first in range(0, site.q.shape[2], step):
+            rows = slice(first, min(first + step, site.q.shape[2]))
+            q = site.q[:, :, rows].unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+            logits = soft_capped(dot_product(q, k, site.scale).float(), site.softcap)
+            logits = logits.unflatten(2, (-1, rows.stop - rows.start)).flatten(1, 2)
+            hidden = at > site.query_positions[rows, None]
+            weights = softmax(site, logits.masked_fill(hidden, NEG_INF), rows)
+            if size is not None and site.hidden is not None:
+                norm = site.hidden[:, rows].float().norm(dim=-1).clamp_min(1e-12)
+                weights = weights * size[:, :, None] / norm[:, None, :, None]
+            if site.real_queries is not None:
+                weights = weights.masked_fill(~site.real_queries[:, None, rows, None], 0.0)
+            best = torch.maximum(best, weights.amax(2).unflatten(1, (heads, -1)).amax(2))
+        return best
+
+    def _sizes(self, site: Site) -> Float[Tensor, "b hq s"]:
+        if site.hidden is None:
+            raise OptionError("KVzip+ needs the layers' hidden states, and this model's attention does not get them")
+        return projected_norms(site, order=2)
