@@ -82,4 +82,4 @@ if __name__ == "__main__":
     facts = snapshot()
     CAPABILITIES.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
     PAGE.write_text(text(facts), "utf-8")
-    print(f"{len(facts)} systems in {CAPABILITIES} and {PAGE}")
+    print(f"{len(systems())} systems, of {len(facts)} what they can do: {CAPABILITIES} and {PAGE}")

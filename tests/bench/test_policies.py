@@ -114,6 +114,24 @@ def test_a_shared_prefill_changes_no_answer(key: str) -> None:
     assert decoded.losses is None and len(decoded.seconds) == new
 
 
+@pytest.mark.parametrize("key", ["snapkv", "knorm", "h2o"])
+def test_a_policy_that_scores_by_the_prompt_reads_it_itself(key: str, folder: Path, tmp_path: Path) -> None:
+    """After a shared prefill it would see the prompt's last query alone, and keep everything or choose blindly."""
+    model, _ = lab()
+    ids, new = prompts(2), 5
+    contender = Contender(key, lab_host(), 0.3)
+    decoded = decode(model, contender.at(ids.shape[1]), prefill(model, ids), new, alone=True)
+    with torch.no_grad(), apply(model, *contender.at(ids.shape[1])) as alone:
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    assert torch.equal(decoded.ids, whole[:, ids.shape[1] :])
+    assert (decoded.kept, decoded.read) == pytest.approx((alone.stats.kept, alone.stats.read), abs=1e-3)
+    plan = replace(TINY, methods=(key,), examples=2, rounds=1)
+    full, _, row = run([str(folder)], plan, tmp_path, Watch())["models"][0]["rows"]
+    assert row["kept"] == pytest.approx(0.3, abs=0.02) and row["read"] == pytest.approx(0.3, abs=0.05)
+    own, base = (each["times"]["128"]["decode_cache_mb"] for each in (row, full))
+    assert own < 0.5 * base, "the cache of the timed prompt is compressed too"
+
+
 def test_forced_losses_are_the_models_own() -> None:
     model, _ = lab()
     ids = prompts(2)
@@ -297,6 +315,23 @@ def test_prompts_past_the_context_are_refused(folder: Path, tmp_path: Path) -> N
     new = max(len(example.answer) for example in examples) + answers._SPARE  # a token is a byte
     with pytest.raises(FoveateError, match=rf"takes \d+ \+ {new} tokens; the model's context holds 4096"):
         run([str(folder)], plan, tmp_path, Watch())
+
+
+def test_losses_past_the_context_are_refused_before_anything_is_measured(folder: Path, tmp_path: Path) -> None:
+    watch = Watch()
+    with pytest.raises(FoveateError, match=r"losses=4090 takes 4090 \+ 7 tokens; the model's context holds 4096"):
+        run([str(folder)], replace(TINY, losses=(4090,)), tmp_path, watch)
+    assert watch.labels == [] and not (tmp_path / JOURNAL).exists()
+
+
+def test_the_quick_plan_fits_the_lab_model() -> None:
+    model, tokenizer = lab()
+    plan, context = quick(), model.config.max_position_embeddings
+    assert max(plan.losses) + plan.horizon + 1 <= context and max(plan.times) + plan.steps + 1 <= context
+    for name in plan.tasks:
+        for example in kind(name, plan.characters, plan.examples).examples():
+            sizes = [len(tokenizer(text).input_ids) for text in (example.prompt, example.answer)]
+            assert sum(sizes) + answers._SPARE + 1 <= context, name
 
 
 def test_a_plan_counts_its_measurements_and_knows_its_typical_budget() -> None:

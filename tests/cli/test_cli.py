@@ -291,6 +291,16 @@ def test_systems_prints_a_table_and_filters() -> None:
     assert "unknown room" in wrong.stderr
 
 
+def test_systems_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.cli.console._PIPE_WIDTH", 80)
+    lines = run("systems").stdout.splitlines()
+    assert lines[0].split() == ["key", "year", "room", "title"] and max(map(len, lines)) <= 80
+    first = [line for line in lines[1:] if line[:1].strip() and " 20" in line]
+    assert len(first) >= 60 and all(len(line[45:].split()) > 1 for line in first[:20]), "titles have room"
+    monkeypatch.setattr("foveate.cli.console._PIPE_WIDTH", 120)
+    assert "streams" in run("systems").stdout.splitlines()[0]
+
+
 @pytest.mark.usefixtures("two_systems")
 def test_systems_prints_json() -> None:
     keys = [row["key"] for row in json.loads(run("systems", "--json").stdout)]

@@ -58,6 +58,14 @@ def test_the_bar_counts_steps(clock: Clock, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err.splitlines() == ["reading weights", "full, 1 of 4, 46 s, about 2 min 0 s left"]
 
 
+def test_work_that_has_begun_is_not_loading(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """A resumed run has no finished step to name yet."""
+    with Bar("loading") as bar:
+        clock.now += 6
+        bar.start(4)
+    assert capsys.readouterr().err == "running, 0 of 4, 6.0 s\n"
+
+
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -58,3 +58,20 @@ def test_all_systems_are_checked() -> None:
     seen = {case.values[0] for case in wrong_options()}
     assert len(seen) > 40 and len(METHODS) >= 6
     assert sum(case.values[1] == "generator" for case in wrong_options()) >= 14
+
+
+def takes_any(cls: type) -> bool:
+    return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(cls).parameters.values())
+
+
+@pytest.mark.parametrize("key", [key for key, cls in BUILT.items() if not takes_any(cls)])
+def test_an_option_that_is_misspelled_is_refused_with_the_one_that_is_meant(key: str) -> None:
+    cls = BUILT[key]
+    every = list(inspect.signature(cls).parameters)
+    known = [name for name in every if len(name) > 3 and f"{name}s" not in every]
+    for name in known[:2]:
+        with pytest.raises(OptionError) as caught:
+            cls(**{name + "s": 1})
+        assert str(caught.value) == f'{cls.__name__} has no option "{name}s"; did you mean "{name}"?'
+    with pytest.raises(OptionError, match=f'{cls.__name__} has no option "zzzzzz"; '):
+        cls(zzzzzz=1)

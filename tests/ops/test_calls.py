@@ -85,6 +85,12 @@ def test_a_wrong_option_names_the_nearest(heads) -> None:
         foveate.attend(*heads, "sofmax")
     with pytest.raises(OptionError, match='system "moh" must be an operator'):
         foveate.attend(*heads, "moh")
+    with pytest.raises(OptionError, match=r"it is a layer, .*: layer = foveate\.nn\.Mega\(dim=\.\.\.\)"):
+        foveate.attend(*heads, "mega")
+    with pytest.raises(OptionError, match=r"foveate\.apply\(model, foveate\.kv\.SinkRecent\(\)\)"):
+        foveate.attend(*heads, "sink_recent")
+    with pytest.raises(OptionError, match='system "zoology_mqar" must be an operator; operators: softmax, '):
+        foveate.attend(*heads, "zoology_mqar")
     with pytest.raises(OptionError, match="generator=0 must be a torch.Generator or None"):
         foveate.attend(*heads, generator=0)
 

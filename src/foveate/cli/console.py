@@ -61,6 +61,11 @@ def show(*items: RenderableType) -> None:
         console.print(item, markup=False, highlight=False)
 
 
+def width() -> int:
+    """Return the columns that `show` has."""
+    return _console().width
+
+
 def _console() -> Console:
     from rich.console import Console
 
@@ -86,7 +91,8 @@ class Bar:
         self._view.end()
 
     def start(self, total: int) -> None:
-        """Set the number of steps."""
+        """Set the number of steps, once they begin."""
+        self._label = "running"
         self.at(0, total, "")
 
     def advance(self, label: str = "") -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foveate.cli.card import Card, read_card
-from foveate.cli.console import show
+from foveate.cli.console import show, width
 from foveate.core import catalog
 from foveate.core.errors import OptionError
 
@@ -59,9 +59,11 @@ def command(
         if name:
             show(f"\n{by}: {name}")
         show(_table(group))
-    show(f"{len(rows)} system{'' if len(rows) == 1 else 's'}; `foveate systems KEY` shows one", _LEGEND)
+    count = f"{len(rows)} system{'' if len(rows) == 1 else 's'}; `foveate systems KEY` shows one"
+    show(count, _LEGEND if width() >= _WIDE else f"{_WIDE} columns also show what they attend to and how they grow")
 
 
+_WIDE = 100  # the fewest columns in which the facts leave room for titles
 _LEGEND = (
     "attends: s self, c causal self, x cross, y causal cross; streams: state that stays constant or grows; "
     "time: in the number of tokens"
@@ -120,15 +122,16 @@ def _table(rows: list[System]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("key", "year", "room", "attends", "streams", "time"):
+    table, is_wide = Table(box=None, pad_edge=False), width() >= _WIDE
+    for heading in ("key", "year", "room", *("attends", "streams", "time") * is_wide):
         table.add_column(heading, no_wrap=True)
     table.add_column("title", ratio=2)
-    table.add_column("tags", ratio=1)
+    if is_wide:
+        table.add_column("tags", ratio=1)
     for row in rows:
         key = Text(row.key, style=f"bold link {row.url}" if row.url else "bold")
-        tags = Text(", ".join(row.tags), style="dim")
-        table.add_row(key, str(row.year), row.room, *_facts(row.key), Text(row.title), tags)
+        facts, tags = _facts(row.key) * is_wide, (Text(", ".join(row.tags), style="dim"),) * is_wide
+        table.add_row(key, str(row.year), row.room, *facts, Text(row.title), *tags)
     return table
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import torch
 from torch import Tensor
 
-from foveate.core.errors import OptionError, ShapeError, shown
+from foveate.core.errors import OptionError, ShapeError, nearest, shown
 
 
 def tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> None:
@@ -155,10 +155,16 @@ _KINDS: dict[object, Kind] = {
 def options(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
     """Refuse, by name, an option that does not fit the constructor's annotation: `k=2.5`, `generator=0`.
 
-    This checks whole numbers, numbers, booleans, generators and literals, each also with None. Python reports missing
-    and unknown options, and the constructor checks ranges.
+    This checks whole numbers, numbers, booleans, generators and literals, each also with None. An unknown option is
+    refused with the nearest known one. Python reports missing options, and the constructor checks ranges.
     """
     signature, kinds = _constructor(cls)
+    for name in given:
+        if name not in signature.parameters and not _takes_any(signature):
+            known = [each for each in signature.parameters if each != "self"]
+            near = nearest(name, known)
+            hint = f'did you mean "{near}"?' if near else f"options: {', '.join(known) or 'none'}"
+            raise OptionError(f'{cls.__name__} has no option "{name}"; {hint}')
     try:
         bound = signature.bind_partial(None, *args, **given).arguments
     except TypeError:
@@ -167,6 +173,10 @@ def options(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
         kind = kinds.get(name)
         if kind is not None and not kind.fits(value):
             raise OptionError(f"{name}={shown(value)} must be {kind.words}")
+
+
+def _takes_any(signature: inspect.Signature) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
 
 
 def named(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> dict[str, Any]:

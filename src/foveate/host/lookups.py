@@ -109,7 +109,7 @@ class VisibilityReader(Method):
         self.seen[entries] = (there & _visible(tile.seen, head)).any(-1).long().cpu()
 
 
-def _visible(seen: Bool[Tensor, "b h q k"] | None, head: Int[Tensor, " n"]) -> Bool[Tensor, "n k"] | Bool[Tensor, ""]:
+def _visible(seen: Bool[Tensor, "b h q k"] | None, head: Int[Tensor, " n"]) -> Bool[Tensor, "#n k"] | Bool[Tensor, ""]:
     """Return the keys that each entry's head sees."""
     if seen is None:
         return torch.ones((), dtype=torch.bool, device=head.device)

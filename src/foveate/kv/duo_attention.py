@@ -50,7 +50,7 @@ class DuoAttention(Policy):
         prefill_chunk: size of the chunks into which one call's prompt is cut for streaming heads; None does not cut it.
     """
 
-    gates: Tensor
+    gates: Tensor = None  # type: ignore[assignment]  # without them the error names what trains them
     sparsity: float = 0.5
     sink: int = 64
     recent: int = 256
@@ -61,7 +61,8 @@ class DuoAttention(Policy):
     def __post_init__(self) -> None:
         if not isinstance(self.gates, Tensor) or self.gates.dim() != 2:
             raise OptionError(
-                f"gates must be a tensor (layers, kv_heads), from duo_train; got {type(self.gates).__name__}"
+                "gates must be a tensor (layers, kv_heads), such as foveate.kv.duo_train(model, data) returns; got "
+                f"{type(self.gates).__name__}"
             )
         validate.between("sparsity", self.sparsity, 0.0, 1.0)
         validate.count("sink", self.sink)

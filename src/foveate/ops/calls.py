@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foveate.core.call import Plan
+    from foveate.core.catalog import System
 
 #: The seed of drawn parameters, for calls without a generator.
 SEED = 0
@@ -191,9 +192,7 @@ def _constructor(cls: type[Operator]) -> dict[str, bool]:
     """Return the options of a class, and for each whether it is required."""
     kinds = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     return {
-        name: option.default is option.empty
-        for name, option in signature(cls).parameters.items()
-        if option.kind not in kinds
+        name: _is_required(option) for name, option in signature(cls).parameters.items() if option.kind not in kinds
     }
 
 
@@ -208,8 +207,24 @@ def _class(op: object) -> type[Operator]:
 
 @cache
 def _class_of(key: str) -> type[Operator]:
-    found = system(key).load()
+    row = system(key)
+    found = row.load()
     if not (isinstance(found, type) and issubclass(found, Operator)):
-        known = ", ".join(row.key for row in systems(room="ops"))
-        raise OptionError(f'system "{key}" must be an operator; operators: {known}')
+        raise OptionError(f'system "{key}" must be an operator; {_use(row, found)}')
     return found
+
+
+def _use(row: System, found: object) -> str:
+    """Return how a system that is no operator is used: as a layer, or as a method for pretrained models."""
+    if not isinstance(found, type) or row.room not in ("nn", "kv", "steer", "lens"):
+        return f"operators: {', '.join(each.key for each in systems(room='ops'))}"
+    options = signature(found).parameters.items()
+    needed = ", ".join(f"{name}=..." for name, option in options if _is_required(option))
+    made = f"foveate.{row.room}.{found.__name__}({needed})"
+    if row.room == "nn":
+        return f"it is a layer, with weights of its own: layer = {made}"
+    return f"it acts on a pretrained model: foveate.apply(model, {made})"
+
+
+def _is_required(option: Parameter) -> bool:
+    return option.default is option.empty and option.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)

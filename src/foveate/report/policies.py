@@ -24,8 +24,8 @@ Every cache policy of the catalogue on pretrained decoders, at several budgets, 
 - **Times**: medians over rounds, in each of which all policies run ({threads} threads, {device}). A ratio refers to the
   full cache in the same round, with the interval of its median over rounds.
 
-Every policy reads the prompt densely. Scores and losses share the prefill, and each policy is applied at the prompt's
-last token. {versions}, {machine}.
+Every policy reads the prompt densely. Those that need no query of the prompt but its last share the prefill, and are
+applied at the prompt's last token; the others read it themselves. {versions}, {machine}.
 """
 
 

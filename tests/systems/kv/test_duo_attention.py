@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from foveate.core.errors import FoveateError
+from foveate.core.errors import FoveateError, OptionError
 from foveate.host import Method, apply
 from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
@@ -204,3 +204,8 @@ def test_gates_of_another_model_are_refused(model: LlamaForCausalLM) -> None:
         apply(model, DuoAttention(torch.ones(3, 2))),
     ):
         pass
+
+
+def test_without_gates_the_error_names_what_trains_them() -> None:
+    with pytest.raises(OptionError, match=r"gates must be a tensor .*foveate\.kv\.duo_train\(model, data\)"):
+        DuoAttention()

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import foveate.models.base.hf_checkpoint  # noqa: F401  (tells transformers of the type that `foveate train` saves)
-from foveate.bench.loading import adapters, files, gguf, weights
+from foveate.bench.loading import adapters, files, gguf, hub, weights
 from foveate.bench.loading.device import DTYPES, torch_device
 from foveate.bench.loading.refusal import reading, refused
 from foveate.bench.loading.source import Source, find
@@ -49,6 +49,7 @@ def load(
     validate.one_of("dtype", dtype, tuple(DTYPES))
     target = torch_device(device)
     source = find(model)
+    hub.check(source)
     folder = None if source.gguf else source.folder
     if source.adapter is not None:
         adapters.check(source.name, source.adapter)

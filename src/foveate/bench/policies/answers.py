@@ -1,4 +1,4 @@
-"""Retrieval tasks: each prompt is read once and answered under every policy and budget."""
+"""Retrieval tasks: each prompt is answered under every policy and budget, and read once for all that can share it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.bench.known import SHARING
 from foveate.bench.methods import Contender
 from foveate.bench.parts import digest
 from foveate.bench.policies.model_run import ModelRun
@@ -73,8 +74,8 @@ def _answer(run: ModelRun, task: Task, examples: list[Example], ids: Tensor, new
     for contender in (full, *others):
         if missing(contender) and (contender is full or is_informative(run, task.name)):
             prefilled = prefilled or prefill(run.model, ids)
-            methods, source = contender.at(ids.shape[1]), prefilled
-            decoded = run.attempt(contender, lambda: decode(run.model, methods, source, new))  # noqa: B023
+            methods, source, alone = contender.at(ids.shape[1]), prefilled, contender.key not in SHARING
+            decoded = run.attempt(contender, lambda: decode(run.model, methods, source, new, alone=alone))  # noqa: B023
             if decoded is not None:
                 found = _records(run, task, examples, decoded)
                 keys = [run.key(contender, *answer_key(task.name, row, new)) for row in ids]

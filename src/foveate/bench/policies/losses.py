@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from foveate.bench.known import SHARING
 from foveate.bench.methods import Contender
 from foveate.bench.parts import digest
 from foveate.bench.policies.model_run import ModelRun
 from foveate.bench.policies.shared_prefill import Prefilled, decode, prefill
+from foveate.core.errors import TaskError
 
 
 def loss_steps(run: ModelRun) -> int:
     """Return the number of measurements over all contenders and lengths."""
     return len(run.contenders) * len(run.plan.losses)
+
+
+def check_losses(run: ModelRun) -> None:
+    """Refuse lengths that do not fit into the model's context, before anything is measured."""
+    for tokens in run.plan.losses:
+        if run.context is not None and tokens + run.plan.horizon + 1 > run.context:
+            needed = f"{tokens} + {run.plan.horizon + 1}"
+            raise TaskError(f"losses={tokens} takes {needed} tokens; the model's context holds {run.context}")
 
 
 def measure_losses(run: ModelRun) -> None:
@@ -44,8 +54,8 @@ def loss_key(ids: Tensor, forced: Tensor) -> tuple[str, str]:
 
 def _measure(run: ModelRun, contender: Contender, prefilled: Prefilled, forced: Tensor) -> None:
     ids, new = prefilled.ids, forced.shape[1]
-    methods = contender.at(ids.shape[1])
-    decoded = run.attempt(contender, lambda: decode(run.model, methods, prefilled, new, forced))
+    methods, alone = contender.at(ids.shape[1]), contender.key not in SHARING
+    decoded = run.attempt(contender, lambda: decode(run.model, methods, prefilled, new, forced, alone=alone))
     if decoded is None:
         return
     run.journal.add(

@@ -82,8 +82,11 @@ def whole() -> Plan:
 
 
 def quick() -> Plan:
-    """Return a plan of a few minutes: one budget, fewer prompts, shorter texts."""
+    """Return a plan of a few minutes: one budget, fewer prompts, shorter texts.
+
+    Its texts fit into 4,096 tokens of one character, the context of the lab model.
+    """
     return replace(
         whole(), budgets=(0.25,), tasks=("niah_single", "niah_multikey", "niah_multivalue"), examples=8,
-        batch=8, losses=(4096,), texts=1, times=(1024,), rounds=3, steps=8,
+        characters=3072, batch=8, losses=(3072,), texts=1, times=(1024,), rounds=3, steps=8,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from foveate.bench.parts.plaindata import write_atomic
 from foveate.bench.parts.timing import threads
 from foveate.bench.policies.answers import answer_steps, measure_answers
 from foveate.bench.policies.calibrate import TimedCalibrationStore
-from foveate.bench.policies.losses import loss_steps, measure_losses
+from foveate.bench.policies.losses import check_losses, loss_steps, measure_losses
 from foveate.bench.policies.model_run import ModelRun
 from foveate.bench.policies.plan import Plan
 from foveate.bench.policies.summary import Summary
@@ -82,6 +82,7 @@ def _run_model(name: str, plan: Plan, journal: Journal, progress: Progress, dtyp
     model_run = ModelRun(model, tokenizer, plan, journal, contenders, progress, environment)
     for contender in contenders:
         model_run.attempt(contender, lambda: contender.calibrate(store))  # noqa: B023
+    check_losses(model_run)
     progress.start(time_steps(model_run) + answer_steps(model_run) + loss_steps(model_run))
     measure_times(model_run)
     measure_answers(model_run)

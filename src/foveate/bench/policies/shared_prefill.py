@@ -1,9 +1,10 @@
-"""One dense prefill of a prompt, after which every policy decodes on its own copy of the cache.
+"""One dense prefill of a prompt, after which policies decode on their own copies of the cache.
 
-All cache policies read a prompt in one piece densely, so that they can share the prefill. The policy is applied at the
-prompt's last token. For policies that evict, and for those that select by the last query, this equals their own prefill
-up to rounding; a policy that reads sparsely makes its first selection one token early. Prefill times are never measured
-this way, see `times.py`.
+Policies that need no query of the prompt but its last share the prefill (`foveate.bench.known.SHARING`). Such a policy
+is applied at the prompt's last token. For policies that evict, and for those that select by the last query, this equals
+their own prefill up to rounding; a policy that reads sparsely makes its first selection one token early. Policies that
+score tokens by the prompt's queries, and all others, read the prompt themselves. Prefill times are never measured this
+way, see `times.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
@@ -46,7 +48,8 @@ class Decoded:
         read: the share of the keys that queries read, after the prompt's last token.
         bytes: the bytes of the stored keys and values.
         live: the bytes of all live tensors beyond those from before; 0 if not counted.
-        seconds: the time of each step; the first step is the prompt's last token.
+        seconds: the time of each step; the first step is the prompt's last token, or the prompt of a method that reads
+            it alone.
     """
 
     ids: Tensor
@@ -74,6 +77,7 @@ def decode(
     steps: int,
     forced: Tensor | None = None,
     count_memory: bool = False,
+    alone: bool = False,
 ) -> Decoded:
     """Decode from a copy of a prefill, under methods.
 
@@ -81,12 +85,14 @@ def decode(
         steps: the number of tokens.
         forced: `(B, steps)` tokens to continue with instead of the model's own.
         count_memory: True counts the live memory.
+        alone: True lets the methods read the prompts themselves, in the first step.
     """
     before = live_bytes(model.device) if count_memory else 0
-    cache, first = copy_cache(prefilled.cache), 1.0
+    cache, first = DynamicCache(config=model.config) if alone else copy_cache(prefilled.cache), 1.0
+    feed = prefilled.ids if alone else prefilled.ids[:, -1:]
     steps_done: list[tuple[Tensor, Tensor, float]] = []
     with apply(model, *methods) as run:
-        for step in _decode_steps(model, cache, prefilled.ids[:, -1:], steps, forced):
+        for step in _decode_steps(model, cache, feed, steps, forced):
             first = first if steps_done else run.stats.read
             steps_done.append(step)
         tokens, losses, seconds = zip(*steps_done, strict=True)
@@ -94,7 +100,7 @@ def decode(
             ids=torch.stack(tokens, 1),
             losses=torch.stack(losses, 1) if forced is not None else None,
             kept=run.stats.kept,
-            read=without_first(run.stats.read, first, steps),
+            read=run.stats.read if alone else without_first(run.stats.read, first, steps),
             bytes=run.stats.cache_bytes,
             live=live_bytes(model.device) - before if count_memory else 0,
             seconds=seconds,
@@ -123,7 +129,7 @@ def live_bytes(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     found = {}
     for item in gc.get_objects():
-        if issubclass(type(item), Tensor) and not item.is_meta:
+        if issubclass(type(item), Tensor) and not item.is_meta and not isinstance(item, FakeTensor):
             storage = item.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())

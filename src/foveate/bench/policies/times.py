@@ -1,8 +1,8 @@
 """Times and memory: all policies run in each round, and every ratio is between runs of the same round.
 
-The prefill is timed with the policy applied from the first token. Decoding is timed after a shared prefill, which makes
-many rounds affordable. Live memory is the memory of all tensors beyond those that existed before: the cache and all
-else that a policy holds, without garbage.
+The prefill is timed with the policy applied from the first token. Decoding is timed after a prefill that most policies
+share, which makes many rounds affordable. Live memory is the memory of all tensors beyond those that existed before:
+the cache and all else that a policy holds, without garbage.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from foveate.bench.known import FULL
+from foveate.bench.known import FULL, SHARING
 from foveate.bench.methods import Contender
 from foveate.bench.parts import digest
 from foveate.bench.parts.timing import now
@@ -88,10 +88,10 @@ def _decode_round(run: ModelRun, order: list[Contender], prefilled: Prefilled, n
     found, tokens, new = {}, prefilled.ids.shape[1], run.plan.steps + 1
     for contender in order:
         methods = contender.at(tokens)
-        count_memory = number == 0
+        count_memory, alone = number == 0, contender.key not in SHARING
         decoded = run.attempt(
             contender,
-            lambda: decode(run.model, methods, prefilled, new, count_memory=count_memory),  # noqa: B023
+            lambda: decode(run.model, methods, prefilled, new, count_memory=count_memory, alone=alone),  # noqa: B023
         )
         if decoded is not None:
             key = run.key(contender, *time_key("decode", prefilled.ids, number, run.plan.steps))
