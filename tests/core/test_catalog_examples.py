@@ -27,11 +27,13 @@ def of_a_model() -> dict[str, Any]:
     return {"model": tiny("llama").eval(), "ids": ids[:, :8], "input_ids": ids}
 
 
+DOCUMENTS = {"documents": ["Bees live in hives.", "Ants dig."], "question": "Who digs?"}
 #: The names in an example besides `torch` and `foveate`.
 GIVEN: dict[str, dict[str, Any]] = {
     "aaren": {"query": torch.randn(1, HEADS, 1, HEAD_DIM)},
     "act_calibration": {"examples": [text()["input_ids"][:1]], "score": lambda model, example: 0.0},
-    "attention_sorting": {"documents": ["Bees live in hives.", "Ants dig."], "question": "Who digs?"},
+    "attention_sorting": DOCUMENTS,
+    "attn_rank": DOCUMENTS,
     "gta": {
         "camera_to_world": GTA.example_input("poses", B, HEADS, N).float(),
         "places": GTA.example_input("coords", B, HEADS, N).float(),

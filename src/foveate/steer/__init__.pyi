@@ -10,16 +10,22 @@ from foveate.steer.text.act_calibration import find_sinks as find_sinks
 from foveate.steer.text.attention_sorting import AttentionSorting as AttentionSorting
 from foveate.steer.text.attention_sorting import SortedDocuments as SortedDocuments
 from foveate.steer.text.attention_sorting import recency_profile as recency_profile
+from foveate.steer.text.attn_rank import AttnRank as AttnRank
+from foveate.steer.text.attn_rank import basin_index as basin_index
+from foveate.steer.text.attn_rank import position_profile as position_profile
 
 __all__ = [
     "ActCalibration",
     "AttentionSorting",
+    "AttnRank",
     "DocumentPrompt",
     "PromptFormat",
     "SortedDocuments",
     "act_search",
+    "basin_index",
     "calibrate_sinks",
     "document_attention",
     "find_sinks",
+    "position_profile",
     "recency_profile",
 ]
