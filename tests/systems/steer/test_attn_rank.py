@@ -245,7 +245,7 @@ def test_it_takes_a_model_a_tokenizer_and_texts() -> None:
         (lambda: AttnRank(torch.tensor([[0.5]])), "profile must be numbers (k,)"),
         (lambda: AttnRank(torch.tensor([float("nan")])), "profile must be numbers (k,)"),
         (lambda: AttnRank(torch.tensor([0.5, 0.5])).order([]), "relevance must be finite numbers (k,)"),
-        (lambda: AttnRank(torch.tensor([0.5, 0.5])).order([0.1, float("inf")]), "relevance must be finite numbers"),
+        (lambda: AttnRank(torch.tensor([0.5, 0.5])).order([0.1, float("inf")]), "relevance must be finite"),
         (lambda: AttnRank(torch.tensor([0.5, 0.5])).arrange(["a"], [0.1, 0.2]), "must have one length; got 1 and 2"),
         (lambda: AttnRank(torch.tensor([0.5, 0.5])).resampled(0), "items=0 must be a whole number, at least 1"),
         (lambda: basin_index([0.5, 0.5]), "profile must have at least three places; got 2"),

@@ -148,7 +148,8 @@ def position_profile(
         heads, chunk: see `document_attention`.
     """
     validate.one_of("per", per, ("sum", "mean"))
-    layers, heads, shares = checked_layers(layers), checked_heads(heads), []
+    layers, heads = checked_layers(layers), checked_heads(heads)
+    shares: list[Tensor] = []
     normalise: Literal["none", "length"] = "none" if per == "sum" else "length"
     for prompt in prompts:
         attention = document_attention(
