@@ -78,6 +78,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "both": {"alpha": None, "ratio": 12.0}, "second": {"alpha": 0.0, "ratio": 6.0},
         "single": {"alpha": 0.6, "ratio": 3.0},
     },
+    "longheads": {"chunks": {"chunk": 3, "attention_length": 12}},
     "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3}},
 }  # fmt: skip
 CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS.items() for name in some]

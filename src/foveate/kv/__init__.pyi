@@ -13,6 +13,8 @@ from foveate.kv.h2o import H2O as H2O
 from foveate.kv.keydiff import KeyDiff as KeyDiff
 from foveate.kv.knorm import KNorm as KNorm
 from foveate.kv.lagkv import LagKV as LagKV
+from foveate.kv.longheads import LongHeads as LongHeads
+from foveate.kv.parts.chunk_keys import chunk_keys as chunk_keys
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
 from foveate.kv.quest import Quest as Quest
 from foveate.kv.random_keep import RandomKeep as RandomKeep
@@ -43,6 +45,7 @@ __all__ = [
     "KNorm",
     "KeyDiff",
     "LagKV",
+    "LongHeads",
     "Overlap",
     "Policy",
     "PyramidKV",
@@ -59,6 +62,7 @@ __all__ = [
     "TidalDecode",
     "TokenSelect",
     "attention_overlap",
+    "chunk_keys",
     "compensation",
     "duo_train",
     "full_heads",
