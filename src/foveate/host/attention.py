@@ -48,7 +48,7 @@ def _attend(site: Site, methods: list[Method], native: Native) -> tuple[Tensor, 
                     f"bias of {type(site.module).__name__}"
                 )
             site.replaced = True
-            return out, 1.0
+            return out, site.read_share
     chosen = [s for m in methods if overrides(m, "select") and (s := m.select(site)) is not None]
     site.selections = selections = [s.for_heads(site.q.shape[1]) for s in chosen]
     edits = any(overrides(m, "edit_logits") or overrides(m, "edit_weights") for m in methods)

@@ -55,7 +55,7 @@ class Site:
     `wants_weights` is true if the caller asked for weights (`output_attentions`).
 
     After attention, `weights` is set if they were computed, `selections` are those that were attended to, and
-    `replaced` is true if a method replaced attention.
+    `replaced` is true if a method replaced attention; it may set `read_share`, the share of keys that it read.
     """
 
     module: nn.Module
@@ -80,6 +80,7 @@ class Site:
     weights: Tensor | None = None
     selections: list[Selection] = field(default_factory=list)
     replaced: bool = False
+    read_share: float = 1.0
     expanded: bool = False
     prompt: int | None = None
     reads_prompt: bool = True
