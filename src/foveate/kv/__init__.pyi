@@ -10,6 +10,7 @@ from foveate.kv.duo_attention import DuoAttention as DuoAttention
 from foveate.kv.duo_attention import duo_train as duo_train
 from foveate.kv.duo_attention import full_heads as full_heads
 from foveate.kv.expected_attention import ExpectedAttention as ExpectedAttention
+from foveate.kv.finch import Finch as Finch
 from foveate.kv.h2o import H2O as H2O
 from foveate.kv.keydiff import KeyDiff as KeyDiff
 from foveate.kv.knorm import KNorm as KNorm
@@ -41,6 +42,7 @@ __all__ = [
     "CriticalKV",
     "DuoAttention",
     "ExpectedAttention",
+    "Finch",
     "H2O",
     "KNorm",
     "KeyDiff",
