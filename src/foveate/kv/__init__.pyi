@@ -28,6 +28,7 @@ from foveate.kv.renumbered import Renumbered as Renumbered
 from foveate.kv.simlayerkv import SimLayerKV as SimLayerKV
 from foveate.kv.sink_recent import SinkRecent as SinkRecent
 from foveate.kv.snapkv import SnapKV as SnapKV
+from foveate.kv.streaming_llm import StreamingLLM as StreamingLLM
 from foveate.kv.task_kv import TaskKV as TaskKV
 from foveate.kv.tidal_decode import TidalDecode as TidalDecode
 from foveate.kv.tidal_decode import topk_overlap as topk_overlap
@@ -58,6 +59,7 @@ __all__ = [
     "SimLayerKV",
     "SinkRecent",
     "SnapKV",
+    "StreamingLLM",
     "TOVA",
     "TaskKV",
     "TidalDecode",
