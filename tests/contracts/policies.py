@@ -85,6 +85,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "criticalkv": {"second": {"first": 0.0}},
     "task_kv": {"deviations": {"deviations": 0.5}, "heads": {"hetero_ratio": 0.5, "last": 3}},
     "simlayerkv": {"threshold": {"threshold": 0.3, "queries": 4, "most": None}},
+    "finch": {"heads": {"together": False, "normalised": False}, "gaps": {"renumbered": False, "every": 4}},
     "lagkv": {"cross": {"cross": True}},
     "expected_attention": {"every": {"every": 3}},
     "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3},

@@ -127,7 +127,7 @@ def test_chunks_are_read_one_after_another() -> None:
             sizes.append((site.layer, site.q.shape[2]))
 
     foveate.Context(llama, Sees(), chunk=10).read(TEXT, QUESTIONS[0])
-    assert [size for layer, size in sizes if layer == 0] == [10, 10, 4 + 5]
+    assert [size for layer, size in sizes if layer == 0] == [10 + 5, 10 + 5, 4 + 5], "the question follows each"
 
 
 def test_strings_are_tokenized_and_decoded() -> None:

@@ -128,7 +128,8 @@ class Context:
 
         Args:
             text: a text, or ids `(N,)` or `(1, N)`.
-            question: follows the text while tokens are dropped, and is then removed from the cache.
+            question: follows the text while tokens are dropped, and is then removed from the cache. It follows each
+                chunk.
         """
         self.close()
         begin = self.template.text_ids(text)
@@ -138,13 +139,11 @@ class Context:
         with apply(self.host.model, *self.methods, evict="after prompt") as run:
             aware = self._on_device(behind) if behind is not None and run.evicts else ids[:, :0]
             self._check_croppable(cache, aware)
-            pieces = list(ids.split(self.chunk or ids.shape[1], 1))
-            for piece in pieces[:-1]:
-                self._forward(piece, cache)
             run.tentative = aware.shape[1]
-            self._forward(torch.cat([pieces[-1], aware], 1), cache)
-            if aware.shape[1]:
-                cache.crop(-aware.shape[1])
+            for piece in ids.split(self.chunk or ids.shape[1], 1):
+                self._forward(torch.cat([piece, aware], 1), cache)
+                if aware.shape[1]:
+                    cache.crop(-aware.shape[1])
         end_prompt(cache, None, ids.shape[1])
         self._ids, self._mark = ids, Mark(cache)
         return self
