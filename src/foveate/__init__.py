@@ -27,6 +27,7 @@ _HOME = {
     "Packed": "foveate.host.packed",
     "Site": "foveate.host.site",
     "look": "foveate.lens.lens",
+    "tune": "foveate.bench.tuning.run",
     "save": "foveate.bench.recipes.files",
     "load": "foveate.bench.recipes.files",
     "System": "foveate.core.catalog",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:  # the same table, for type checkers; `as` says that a name is
         train as train,
     )
     from foveate.bench.recipes.files import load as load, save as save
+    from foveate.bench.tuning.run import tune as tune
     from foveate.core.call import Plan as Plan
     from foveate.core.catalog import System as System, system as system, systems as systems
     from foveate.core.cite import cite as cite

@@ -15,6 +15,9 @@ from foveate.bench.recall_figure import recall as recall
 from foveate.bench.recipes.files import load as load
 from foveate.bench.recipes.files import save as save
 from foveate.bench.recipes.recipe import Recipe as Recipe
+from foveate.bench.tuning.results import Trial as Trial
+from foveate.bench.tuning.results import Tuning as Tuning
+from foveate.bench.tuning.run import tune as tune
 
 __all__ = [
     "Answer",
@@ -27,9 +30,12 @@ __all__ = [
     "Recall",
     "Recipe",
     "Row",
+    "Trial",
+    "Tuning",
     "compare",
     "export",
     "load",
     "recall",
     "save",
+    "tune",
 ]

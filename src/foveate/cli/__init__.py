@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import foveate
-from foveate.cli import bench, cite, compare, heads, labs, run, systems, train
+from foveate.cli import bench, cite, compare, heads, labs, run, systems, train, tune
 from foveate.cli.console import CommandGroup
 from foveate.tasks.registry import TASKS as NAMED
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compare")(compare.command)
+app.command("tune")(tune.command)
 app.command("run")(run.command)
 app.command("train", epilog=train.listing())(train.command)
 app.command("heads")(heads.command)

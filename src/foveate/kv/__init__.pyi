@@ -1,5 +1,6 @@
 # The public names of foveate.kv; written by `make systems` from the catalogue.
 
+from foveate.kv.act_qkv import ActQKV as ActQKV
 from foveate.kv.adakv import AdaKV as AdaKV
 from foveate.kv.attention_matching import AttentionMatching as AttentionMatching
 from foveate.kv.base.encoding import EncodingPolicy as EncodingPolicy
@@ -17,6 +18,7 @@ from foveate.kv.duo_attention import duo_train as duo_train
 from foveate.kv.duo_attention import full_heads as full_heads
 from foveate.kv.eight_bit import EightBit as EightBit
 from foveate.kv.expected_attention import ExpectedAttention as ExpectedAttention
+from foveate.kv.finch import Finch as Finch
 from foveate.kv.h2o import H2O as H2O
 from foveate.kv.keydiff import KeyDiff as KeyDiff
 from foveate.kv.kivi import KIVI as KIVI
@@ -24,8 +26,14 @@ from foveate.kv.knorm import KNorm as KNorm
 from foveate.kv.kvzap import KVzap as KVzap
 from foveate.kv.kvzip import KVzip as KVzip
 from foveate.kv.lagkv import LagKV as LagKV
+from foveate.kv.longheads import LongHeads as LongHeads
 from foveate.kv.moa import MoA as MoA
 from foveate.kv.moa import moa_influence as moa_influence
+from foveate.kv.parts.chunk_keys import chunk_keys as chunk_keys
+from foveate.kv.parts.layer_budgets import layer_budgets as layer_budgets
+from foveate.kv.parts.probe_query import activation_bias as activation_bias
+from foveate.kv.parts.probe_query import probe_query as probe_query
+from foveate.kv.parts.retrieval_scores import retrieval_scores as retrieval_scores
 from foveate.kv.parts.span_search import moa_search as moa_search
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
 from foveate.kv.q_filters import QFilters as QFilters
@@ -44,6 +52,7 @@ from foveate.kv.rocketkv import RocketKV as RocketKV
 from foveate.kv.simlayerkv import SimLayerKV as SimLayerKV
 from foveate.kv.sink_recent import SinkRecent as SinkRecent
 from foveate.kv.snapkv import SnapKV as SnapKV
+from foveate.kv.streaming_llm import StreamingLLM as StreamingLLM
 from foveate.kv.task_kv import TaskKV as TaskKV
 from foveate.kv.think import ThinK as ThinK
 from foveate.kv.tidal_decode import TidalDecode as TidalDecode
@@ -55,6 +64,7 @@ from foveate.kv.triattention import TriAttention as TriAttention
 from foveate.kv.turboquant import TurboQuant as TurboQuant
 
 __all__ = [
+    "ActQKV",
     "AdaKV",
     "AttentionMatching",
     "CapKV",
@@ -65,6 +75,7 @@ __all__ = [
     "EightBit",
     "EncodingPolicy",
     "ExpectedAttention",
+    "Finch",
     "H2O",
     "KIVI",
     "KNorm",
@@ -72,6 +83,7 @@ __all__ = [
     "KVzip",
     "KeyDiff",
     "LagKV",
+    "LongHeads",
     "MoA",
     "Overlap",
     "Policy",
@@ -88,6 +100,7 @@ __all__ = [
     "SimLayerKV",
     "SinkRecent",
     "SnapKV",
+    "StreamingLLM",
     "TOVA",
     "TaskKV",
     "ThinK",
@@ -95,17 +108,22 @@ __all__ = [
     "TokenSelect",
     "TriAttention",
     "TurboQuant",
+    "activation_bias",
     "attention_overlap",
+    "chunk_keys",
     "compensation",
     "compress_kv_heads",
     "duo_train",
     "full_heads",
     "head_scores",
     "kv_spectrum",
+    "layer_budgets",
     "load_compressed",
     "moa_influence",
     "moa_search",
+    "probe_query",
     "razor_heads",
+    "retrieval_scores",
     "soft_vote",
     "topk_overlap",
 ]

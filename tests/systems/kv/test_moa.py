@@ -270,7 +270,7 @@ def test_a_judge_chooses_between_plans_of_which_none_is_better() -> None:
 
 def test_without_scipy_one_line_says_so(influence: dict[int, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(OptionError, match=r"needs scipy: pip install 'foveate\[tune\]'$"):
+    with pytest.raises(OptionError, match=r"needs scipy: pip install 'foveate\[search\]'$"):
         moa_search(influence, 0.5, block=4)
 
 

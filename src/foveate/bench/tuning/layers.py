@@ -95,7 +95,7 @@ def programme(known: Sensitivities, most: float) -> dict[int, int] | None:
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
     except ImportError:
-        raise OptionError('the integer programme needs the package scipy: pip install "foveate[tune]"') from None
+        raise OptionError('the integer programme needs the package scipy: pip install "foveate[search]"') from None
     layers, count = list(known.damage), len(known.levels)
     damage = np.array([known.damage[layer] for layer in layers]).ravel()
     cost = np.array([known.bytes[layer] for layer in layers]).ravel()

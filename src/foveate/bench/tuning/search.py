@@ -18,7 +18,7 @@ FIRST, DAMAGE = 5, 8
 #: Arms that reach the last rung, and whose options are tried.
 LAST = 3
 #: The most settings of each descent from an allocation, and the settings by layer that are tested in the end.
-REFINED, CHEAPEST = 40, 3
+REFINED, CHEAPEST = 24, 3
 #: Steps of the bisection between the cheapest budget that holds and the next smaller one.
 _FINER = 2
 
@@ -53,10 +53,10 @@ class Search:
 
     def run(self, arms: Sequence[Arm]) -> None:
         """Search; `uniform` and `layered` then have what holds."""
-        best = self._halve(dict.fromkeys(arms, self.budgets), "policies")
+        first = self._halve(dict.fromkeys(arms, self.budgets), "policies")
         tried: dict[Arm, Sequence[float]] = {
             other: [budget for budget in self.budgets if budget <= one.budget]
-            for one in best
+            for one in first
             for other in (one.arm, *variants(one.arm))
         }
         best = self._halve(tried, "options") if tried else []
@@ -66,7 +66,9 @@ class Search:
         arm = self.best.parts[0].arm
         if acts_on_layers(arm.key):
             self._by_layer(arm, FULL)
-        elif able := [one.arm for one in best if acts_on_layers(one.arm.key)]:
+            return
+        able = [each for each in (*(one.arm for one in (*best, *first)), *arms) if acts_on_layers(each.key)]
+        if able:
             self._by_layer(able[0], self.best)
 
     # -- one budget for all layers -------------------------------------------------------------------------------------
@@ -117,13 +119,16 @@ class Search:
         if known is None:
             self.notes.append(f"{arm.label} cannot act on single layers beside {base.label}")
             return
+        found = [{} if base.parts else dict.fromkeys(self.layers, self.best.parts[0].budget)]
         for path in (self._greedy(known, top), self._programme(known, top)):
             settings = {Setting.by_layer(arm, known.budgets(chosen), base): known.budgets(chosen) for chosen in path}
             last = by_layer.last_that_holds(list(settings), self._hold)
             if last is not None:
-                by_layer.refine(arm, base, settings[last], self.budgets, self._hold, REFINED)
-        even = dict.fromkeys(self.layers, 1.0 if base.parts else self.best.parts[0].budget)
-        by_layer.refine(arm, base, even, self.budgets, self._hold, REFINED)
+                found.append(settings[last])
+        even, *measured = found
+        best = min(measured, key=lambda each: sum(each.values()), default={})
+        for start in (best, even):
+            by_layer.refine(arm, base, start, self.budgets, self._hold, REFINED)
 
     def _greedy(self, known: Sensitivities, top: float) -> list[dict[int, int]]:
         return [chosen for chosen in by_layer.greedy(known) if known.total(chosen) < top]

@@ -59,7 +59,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tried: one part, or several; where two act on a layer, a token stays if both keep it.
+    """One part, or several; where two act on a layer, a token stays if both keep it.
 
     Without a part it is the full cache.
     """

@@ -155,7 +155,7 @@ class Trials:
 
     @property
     def bounded(self) -> bool:
-        """Whether scores are in 0..1."""
+        """True for scores in 0..1, and False for next-token losses."""
         return self.evaluation.metric != LOSS
 
     # -- one measurement -----------------------------------------------------------------------------------------------

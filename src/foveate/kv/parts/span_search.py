@@ -176,7 +176,7 @@ def _scipy() -> tuple[Any, Any, Any]:
     try:
         from scipy import optimize, sparse
     except ImportError:
-        raise OptionError("the search for spans needs scipy: pip install 'foveate[tune]'") from None
+        raise OptionError("the search for spans needs scipy: pip install 'foveate[search]'") from None
     import numpy
 
     return optimize, sparse, numpy
