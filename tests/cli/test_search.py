@@ -205,9 +205,15 @@ def test_the_command_finds_nothing() -> None:
 
 
 def test_words_that_nothing_knows_are_said() -> None:
-    assert unknown_words("a smaller cache by quantization") == ["quantization"]
+    assert unknown_words("a smaller cache by encryption") == ["encryption"]
     assert unknown_words("smaller caches for long contexts") == []
-    assert "no system knows quantization" in run("--search", "key-value cache quantization").stdout
+    assert "no system knows encryption" in run("--search", "key-value cache encryption").stdout
+
+
+@pytest.mark.parametrize("words", ["cache quantization", "quantise the cache"])
+def test_quantised_caches_are_found(words: str) -> None:
+    keys = [row["key"] for row in json.loads(run("--search", words, "--json").stdout)]
+    assert {"kivi", "turboquant"} <= set(keys[:6])
 
 
 def test_no_need_and_unknown_tags_are_refused() -> None:

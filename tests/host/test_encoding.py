@@ -19,7 +19,8 @@ from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import Method, apply, coded_attention as attending, held
 from foveate.host.slots import codes, encode
 from foveate.host.slots.codec import Codec, Coding, Parts, Uncoded
-from foveate.kv import H2O, KNorm, RazorAttention, SinkRecent, SnapKV, TokenSelect
+from foveate.kv import H2O, KIVI, KNorm, RazorAttention, SinkRecent, SnapKV, TokenSelect
+from tests.contracts.architectures import build
 from tests.support.host_models import DECODERS, SameLogits, SameWeights, feed, model, padded, tokens
 
 PAIR = 2
@@ -89,6 +90,46 @@ def test_a_codec_that_loses_nothing_changes_nothing(name: str, side: str) -> Non
             got = feed(model(name), ids, mask, pieces, cache)
             assert all(layer.store.codes is not None for layer in cache.layers)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Encoded attention is computed in float32: it is as near to the model in float32 as the model itself."""
+    whole = model("llama")
+    half, (ids, mask) = copy.deepcopy(whole).to(dtype), padded(tokens(2, 20), "left", 4)
+    exact = feed(whole, ids, mask, PIECES["whole"])
+    plain = (feed(half, ids, mask, PIECES["whole"]).float() - exact).abs().max()
+    with apply(half, Encodes()):
+        got = feed(half, ids, mask, PIECES["whole"])
+    assert got.dtype == dtype and (got.float() - exact).abs().max() < 1.5 * plain
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["gpt_oss", "granite_swa", "inkling2_text", "falcon_h1"])
+@pytest.mark.usefixtures("small_chunks")
+@torch.no_grad()
+def test_sinks_biases_and_states_beside_encoded_tokens(name: str) -> None:
+    subject, (ids, mask) = build(name), padded(tokens(2, 20), "left", 4)
+    for pieces in PIECES.values():
+        expected = feed(subject, ids, mask, pieces, DynamicCache(config=subject.config))
+        cache = DynamicCache(config=subject.config)
+        with apply(subject, Encodes()):
+            got = feed(subject, ids, mask, pieces, cache)
+            assert any(getattr(layer, "store", None) and layer.store.codes is not None for layer in cache.layers)
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_model_that_makes_its_keys_from_the_cache_is_refused() -> None:
+    subject, (ids, mask) = build("deepseek_v3"), padded(tokens(2, 20), "left", 4)
+    late = pytest.raises(UnsupportedModel, match="changes keys and values after the cache, so that its tokens cannot")
+    with late, apply(subject, Encodes()):
+        feed(subject, ids, mask, PIECES["whole"], DynamicCache(config=subject.config))
+    early = pytest.raises(UnsupportedModel, match="computes the keys of layer 0 anew at each call")
+    with early, apply(subject, KIVI()):
+        pass
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class Codec(ABC):
 
         Args:
             x: their keys or values.
-            tables: the tables of these heads, if the codec has any.
+            tables: the tables of these heads, if the codec has any; none where `x` is zeros, to count bytes.
         """
 
     @abstractmethod
@@ -107,11 +107,10 @@ class Coding:
         """Tokens that are dropped together: those that share a row."""
         return math.lcm(self.keys.tokens, self.values.tokens)
 
-    def nbytes(self, width: int, value_width: int, dtype: torch.dtype) -> float:
-        """Return the bytes that a token of one head takes, position included and tables left out."""
-        counted = 0
+    def nbytes(self, tokens: int, width: int, value_width: int, dtype: torch.dtype) -> float:
+        """Return the bytes of some tokens of one head, positions and tables included."""
+        counted = 0.0
         for codec, channels in ((self.keys, width), (self.values, value_width)):
-            tables = {name: x[:1, :1] for name, x in self.tables.items() if name in codec.tables}
-            parts = codec.encode(torch.zeros(1, 1, self.group, channels, dtype=dtype), tables)
-            counted += sum(x.nbytes for name, x in parts.items() if name not in codec.tables)
-        return counted / self.group + torch.int32.itemsize
+            parts = codec.encode(torch.zeros(1, 1, self.group, channels, dtype=dtype), {})
+            counted += sum(x.nbytes * (1 if name in codec.tables else tokens / self.group) for name, x in parts.items())
+        return counted + tokens * torch.int32.itemsize if tokens else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -38,7 +39,7 @@ class Chunk:
     widths: tuple[int, int]
     is_full: bool
 
-    @property
+    @cached_property
     def index(self) -> slice | Tensor:
         """The heads as a slice if they are consecutive, else as a tensor."""
         first, count = self.numbers[0], len(self.numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -108,4 +109,5 @@ def _chunk(group: Group, coding: Coding, slots: Slots, tables: Parts, is_full: b
     of_values = {name: x for name, x in tables.items() if name in coding.values.tables}
     k, v = coding.keys.encode(slots.k, of_keys), coding.values.encode(slots.v, of_values)
     widths = slots.k.shape[3], slots.v.shape[3]
-    return Chunk(tuple(group.numbers), coding, k, v, slots.positions, widths, is_full)
+    bare = replace(coding, tables={})  # a chunk has the tables of its own heads
+    return Chunk(tuple(group.numbers), bare, k, v, slots.positions, widths, is_full)

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, shown
+from foveate.core.errors import OptionError, UnsupportedModel, shown
 from foveate.host import Host
-from foveate.host.hf.layout import AttendingLayer, layout
+from foveate.host.hf.layout import layout
 from foveate.host.site import Site
 from foveate.host.slots.codec import Coding
 from foveate.kv.base.policy import Policy, check_budget
@@ -69,6 +68,12 @@ class EncodingPolicy(Policy):
     def bind(self, host: Host) -> None:
         super().bind(host)
         self._depth = len(layout(host))
+        for order, layer in enumerate(layout(host).layers):
+            if layer.expanded and self._acts(order, layer.layer, self._depth):
+                raise UnsupportedModel(
+                    f"{type(host.model).__name__} computes the keys of layer {layer.layer} anew at each call, "
+                    f"so that its tokens cannot be held encoded; leave it out with layers=, or evict instead"
+                )
         if self.dense and 2 * self.dense >= self._depth:
             raise OptionError(f"dense={self.dense} leaves none of the model's {self._depth} attending layers to encode")
 
@@ -91,7 +96,10 @@ class EncodingPolicy(Policy):
             size = (layer.width + layer.value_width) * dtype.itemsize
             coding = self.coding(order, None) if self._acts(order, layer.layer, len(found)) else None
             whole = tokens if coding is None else min(tokens, coding.residual + coding.group - 1)
-            stored += layer.kv_heads * (whole * size + (tokens - whole) * _nbytes(coding, layer, dtype))
+            coded = 0.0
+            if coding is not None:
+                coded = coding.nbytes(tokens - whole, layer.width, layer.value_width, dtype)
+            stored += layer.kv_heads * (whole * size + coded)
             full += layer.kv_heads * length * size
         return stored / full
 
@@ -123,17 +131,13 @@ class EncodingPolicy(Policy):
 _SIZES = ((128, 32), (64, 32), (32, 32), (16, 16), (8, 8), (4, 4), (0, 4))
 
 
-def _nbytes(coding: Coding | None, layer: AttendingLayer, dtype: torch.dtype) -> float:
-    return 0.0 if coding is None else coding.nbytes(layer.width, layer.value_width, dtype)
-
-
 #: The width of a code in every layer, or in each attending layer; None holds a layer in full precision.
 Bits = int | tuple[int | None, ...] | None
 
 
 def check_bits(name: str, bits: object, widths: tuple[int, ...]) -> None:
     """Refuse widths of codes that are none of `widths`."""
-    for one in bits if isinstance(bits, tuple) else (bits,):
+    for one in bits if isinstance(bits, tuple | list) else (bits,):
         if one is not None and (isinstance(one, bool) or one not in widths):
             raise OptionError(
                 f"{name}={shown(bits)} must be one of {', '.join(map(str, widths))}, None for full precision, or a "
@@ -143,12 +147,12 @@ def check_bits(name: str, bits: object, widths: tuple[int, ...]) -> None:
 
 def bits_at(bits: Bits, order: int) -> int | None:
     """Return the width at one attending layer."""
-    return bits[order] if isinstance(bits, tuple) else bits
+    return bits[order] if isinstance(bits, tuple | list) else bits
 
 
 def check_depth(name: str, bits: Bits, host: Host) -> None:
     """Refuse a tuple of widths that does not fit a model's layers."""
-    if isinstance(bits, tuple) and len(bits) != len(layout(host)):
+    if isinstance(bits, tuple | list) and len(bits) != len(layout(host)):
         raise OptionError(
             f"{name} has {len(bits)} widths, and {type(host.model).__name__} has {len(layout(host))} attending layers"
         )
