@@ -71,6 +71,11 @@ class Sizes:
     items: int = 20
 
 
+def usual_sizes(method: str) -> Sizes:
+    """Return the number and the length of the texts that a method takes."""
+    return Sizes(items=GATES["steps"] if method == "duo" else 20)
+
+
 def identify(
     model: str | None, method: str, out: Path, *, sizes: Sizes | None = None, pattern: Path | None = None,
     device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False, fresh: bool = False,
@@ -93,7 +98,7 @@ def identify(
         raise OptionError(f"method={method!r} must be one of {', '.join(METHODS)}")
     if pattern is not None and method != "duo":
         raise OptionError(f"pattern={str(pattern)!r} holds gates of DuoAttention; use it with method=duo")
-    sizes = sizes or Sizes(items=GATES["steps"] if method == "duo" else 20)
+    sizes = sizes or usual_sizes(method)
     validate.count("length", sizes.length, 256)
     validate.count("items", sizes.items, 1)
     with lock_folder(out):

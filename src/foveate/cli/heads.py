@@ -54,7 +54,7 @@ def command(
         with Bar("loading") as bar:
             from foveate.bench import heads
 
-            own = heads.Sizes(items=heads.GATES["steps"] if method == "duo" else 20)
+            own = heads.usual_sizes(method)
             sizes = heads.Sizes(length or own.length, items or own.items)
             found = heads.identify(
                 model, method, out, sizes=sizes, pattern=pattern, device=device, dtype=dtype,

@@ -82,8 +82,6 @@ class AttentionMatching(ScorePolicy):
         validate.count("seed", self.seed)
         if self.every is not None:
             raise OptionError(f"every={self.every}: compaction needs the queries of a prompt; leave it out")
-        if self.heads == "global":
-            raise OptionError('heads="global" chooses when queries are gone, which compaction needs; take "adaptive"')
         if self.heads == "adaptive" and (self.keys == "pursuit" or self.table is not None):
             raise OptionError("heads='adaptive' compares scores, which neither keys='pursuit' nor table= leaves")
         if self.table is not None and not (isinstance(self.table, Tensor) and bool((self.table >= 0).all())):

@@ -20,7 +20,7 @@ from foveate.host.hf.layout import layout
 from foveate.host.padding import tokens
 from foveate.host.site import Site
 from foveate.kv.base.scored import ScorePolicy, own_positions
-from foveate.kv.parts.window_queries import per_kv_head, visible_slots, window_weights
+from foveate.kv.parts.window_queries import LastQueries, per_kv_head, visible_slots, window_weights
 from foveate.kv.renumbered import Rotation, rotations
 
 
@@ -81,9 +81,10 @@ class Finch(ScorePolicy):
         return (own >= 0) & (own < sinks[:, None, None])
 
     def score(self, site: Site) -> Float[Tensor, "b hkv s"]:
-        weights, _, at = window_weights(site, site.tentative if _is_asked(site) else self.recent)
+        queries = LastQueries.of(site, site.tentative if _is_asked(site) else self.recent)
+        weights = window_weights(site, queries)
         if self.normalised:
-            seen = visible_slots(site, at).sum(-1).to(weights.dtype)
+            seen = visible_slots(site, queries.at).sum(-1).to(weights.dtype)
             weights = weights * seen.repeat_interleave(weights.shape[1] // seen.shape[1], 1)[..., None]
         received = per_kv_head(weights.sum(2), site, "sum")
         return received.sum(1, keepdim=True).expand_as(received) if self.together else received

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.host import Host
+from foveate.host.method import overrides
 from foveate.host.padding import tokens
 from foveate.host.pass_end import PassEnd
 from foveate.host.site import Site
@@ -74,6 +75,8 @@ class ScorePolicy(Policy):
         for name in ("limit", "every"):
             if getattr(self, name) is not None:
                 validate.count(name, getattr(self, name), 1)
+        if self.heads == "global" and overrides(self, "refit"):
+            raise OptionError(f'heads="global" chooses when queries are gone, and {type(self).__name__} needs them')
         if self.heads == "global" and self.threshold is None and self.every is not None:
             raise OptionError(
                 f'heads="global" compares layers after a prompt only, so that every={self.every} must be None'

@@ -78,7 +78,8 @@ def _sizes(file: Path) -> tuple[int, int]:
     sizes = [found.get(name) if isinstance(found, dict) else None for name in ("sink_size", "recent_size")]
     if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
         raise OptionError(f"{file} must hold sink_size and recent_size, whole numbers; got {sizes[0]} and {sizes[1]}")
-    return sizes[0], sizes[1]
+    sink, recent = (int(size) for size in sizes if size is not None)
+    return sink, recent
 
 
 def _read(file: Path) -> str:
