@@ -145,6 +145,7 @@ def test_lengths_that_are_too_short_are_refused() -> None:
     assert isinstance(task("vt"), TokenTask)
 
 
-@pytest.mark.parametrize(("limit", "start"), [(0, 8), (1, 8), (2, 8), (7, 2), (8, 8), (1000, 8)])
-def test_the_largest_size_that_fits_is_found(limit: int, start: int) -> None:
-    assert largest(lambda size: size <= limit, start) == limit
+@pytest.mark.parametrize(("size", "start"), [(0, 8), (1, 8), (2, 8), (7, 2), (8, 8), (100, 8), (1000, 2000)])
+def test_the_largest_size_that_fits_is_found(size: int, start: int) -> None:
+    assert largest(lambda each: each <= size, 1000, start) == size
+    assert largest(lambda each: each <= size, 50, start) == min(size, 50)

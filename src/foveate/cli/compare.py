@@ -38,7 +38,10 @@ Methods = Annotated[
 ]
 Budget = Annotated[float, typer.Option(help="Share of each prompt's full cache that a method may use, in (0, 1].")]
 Examples = Annotated[int | None, typer.Option(help="Number of prompts. Default: the task's own.")]
-Length = Annotated[int | None, typer.Option(help="Length of the prompts, for tasks that generate them.")]
+Length = Annotated[
+    int | None,
+    typer.Option(help="Length of the prompts, for tasks that generate them: characters, or tokens from ruler/ on."),
+]
 Score = Annotated[
     str | None, typer.Option(help=f"How answers are scored: {', '.join([*SCORES, LOSS])}. Default: the task's own.")
 ]
@@ -54,6 +57,17 @@ PromptField = Annotated[
 AnswerField = Annotated[str | None, typer.Option(help="Field of --task's answers, or of lists of accepted ones.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to plain prompts too.")]
 NewTokens = Annotated[int | None, typer.Option(help="Number of tokens to generate. Default: by the answers.")]
+Query = Annotated[
+    str,
+    typer.Option(
+        help="both: where prompts divide into context and question, also measure methods that compress the context "
+        "without knowing the question; aware: leave that out."
+    ),
+]
+Turns = Annotated[
+    str | None,
+    typer.Option(help="Rows with several questions on one context (SCBench): multi-turn (default) or multi-request."),
+]
 Renumber = Annotated[
     bool,
     typer.Option(
@@ -82,6 +96,8 @@ def command(
     chat: Chat = False,
     new_tokens: NewTokens = None,
     renumber: Renumber = False,
+    query: Query = "both",
+    turns: Turns = None,
     config: Config = None,
     as_json: Json = False,
     fresh: Fresh = False,
@@ -117,6 +133,8 @@ def command(
                 chat=chat,
                 new_tokens=new_tokens,
                 renumber=renumber,
+                query=query,
+                turns=turns,
                 fresh=fresh,
                 progress=bar,
             )

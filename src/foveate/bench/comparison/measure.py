@@ -25,6 +25,7 @@ from foveate.kv.renumbered import Renumbered
 
 #: The statistics of a model without attention, to which no method applies: it keeps and reads everything.
 _NO_METHOD = SimpleNamespace(stats=SimpleNamespace(kept=1.0, read=1.0))
+_CHECKED = 16  # tokens between two looks at whether all answers have ended
 _LENGTH_RATIO = 1.1  # the largest ratio of lengths in a batch, whose budget is set for the shortest prompt
 
 
@@ -140,12 +141,14 @@ def run_batch(
     batch: Batch,
     steps: int | None = None,
     after_step: Callable[[int], None] | None = None,
+    is_finished: Callable[[list[list[int]]], bool] | None = None,
 ) -> BatchResult:
     """Answer a batch greedily, or measure the losses of forced answers.
 
     Args:
         steps: the number of tokens, if it is not the batch's own.
         after_step: called after the prompt and after each token, before anything is released.
+        is_finished: called now and then with the ids so far; True ends the answers early.
     """
     cache, feed, tokens, seconds, losses = DynamicCache(config=model.config), batch.ids, [], [], []
     has_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -166,6 +169,9 @@ def run_batch(
             del logits, padding, piece, extra
             if after_step is not None:
                 after_step(step)
+            looks = is_finished is not None and batch.forced is None and step % _CHECKED == _CHECKED - 1
+            if looks and is_finished([list(row) for row in zip(*tokens, strict=True)]):  # type: ignore[misc]
+                break
     each = len(batch.prompts)
     later = seconds[1:] or [float("nan")]
     return BatchResult(

@@ -22,6 +22,8 @@ class MethodRun:
         records: the journal's records of the answers.
         errors: the reason of each missing answer.
         megabytes: live memory after the prompt, after the answer, and the peak.
+        agnostic: the journal's records of query-agnostic answers.
+        agnostic_error: the reason of a missing query-agnostic answer; empty otherwise.
         given_up: the reason why no more prompts are tried; empty while the method runs.
     """
 
@@ -30,6 +32,8 @@ class MethodRun:
     errors: dict[int, str] = field(default_factory=dict)
     megabytes: list[float] | None = None
     given_up: str = ""
+    agnostic: dict[int, dict[str, Any]] = field(default_factory=dict)
+    agnostic_error: str = ""
     _warm: set[int] = field(default_factory=set)
 
     @classmethod

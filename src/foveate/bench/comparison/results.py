@@ -26,7 +26,17 @@ from foveate.tasks.base.scores import LOSS
 __all__ = ["LOSS", "MEASURES", "Answer", "Comparison", "Ratio", "Row", "plain", "write_atomic"]
 
 FORMAT = "foveate.comparison/2"
-MEASURES = ("score", "cache_kept", "keys_read", "prefill_ms", "decode_ms", "memory_mb", "peak_mb")
+MEASURES = (
+    "score",
+    "agnostic_score",
+    "answer_tokens",
+    "cache_kept",
+    "keys_read",
+    "prefill_ms",
+    "decode_ms",
+    "memory_mb",
+    "peak_mb",
+)
 TIMES = ("prefill_ms", "decode_ms")
 PAIRS = 3  # the fewest pairs of times for a ratio
 _WIDE, _UNDECIDED = 2.0, 1.3  # the largest ratio of an interval's ends, in general and if 1 is inside
@@ -42,6 +52,9 @@ class Answer:
         cache_kept, keys_read: as in `Row`, for this prompt.
         prefill_ms, decode_ms: as in `Row`, for this prompt.
         base_prefill_ms, base_decode_ms: the baseline's times for the same prompt, measured just before or after.
+        answer_tokens: tokens of the output up to its end, for tasks that say where an output ends; else NaN.
+        agnostic_output, agnostic_score: output and score where the method compressed the context without knowing the
+            question; empty and NaN if the prompt has no such division.
         error: the reason of a missing answer; empty otherwise.
     """
 
@@ -57,6 +70,9 @@ class Answer:
     base_prefill_ms: float = math.nan
     base_decode_ms: float = math.nan
     error: str = ""
+    answer_tokens: float = math.nan
+    agnostic_output: str = ""
+    agnostic_score: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,8 @@ class Row:
         peak_mb: the peak of the same.
         answers: one per example, in the order of the examples.
         error: the reason of missing results; empty if there are none missing.
+        answer_tokens: the mean length of the outputs, see `Answer`.
+        agnostic_score: the mean query-agnostic score, see `Answer`.
     """
 
     method: str
@@ -92,6 +110,8 @@ class Row:
     peak_mb: float = math.nan
     answers: list[Answer] = field(default_factory=list)
     error: str = ""
+    answer_tokens: float = math.nan
+    agnostic_score: float = math.nan
 
     @property
     def memory_mb(self) -> float:
@@ -102,6 +122,11 @@ class Row:
     def score_interval(self) -> Interval | None:
         """The 95 % interval of the mean score."""
         return intervals.of_scores([answer.score for answer in self.answers])
+
+    @property
+    def agnostic_interval(self) -> Interval | None:
+        """The 95 % interval of the mean query-agnostic score."""
+        return intervals.of_scores([answer.agnostic_score for answer in self.answers])
 
     @classmethod
     def failed(cls, method: str, title: str, error: str, options: dict | None = None) -> Row:
@@ -116,8 +141,10 @@ class Row:
         score, kept, read = (_over(fmean, answers, name) for name in ("score", "cache_kept", "keys_read"))
         prefill, decode = (_over(median, answers, name) for name in TIMES)
         prompt, answer, peak = memory
+        written, agnostic = (_over(fmean, answers, name) for name in ("answer_tokens", "agnostic_score"))
         return cls(
-            method, title, options, score, kept, read, prefill, decode, prompt, answer, peak, answers, error
+            method, title, options, score, kept, read, prefill, decode, prompt, answer, peak, answers, error, written,
+            agnostic,
         )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from foveate._version import __version__
 from foveate.bench import known
 from foveate.bench.calibration import CalibrationStore
-from foveate.bench.comparison.encoding import prompts
+from foveate.bench.comparison.encoding import prompts, tokens_of
 from foveate.bench.comparison.evaluation import Evaluation, evaluation_of
 from foveate.bench.comparison.interleaved import InterleavedRun, Progress
 from foveate.bench.comparison.method_run import MethodRun
@@ -37,6 +37,7 @@ from foveate.tasks.base import scores
 from foveate.tasks.base.task import Task
 from foveate.tasks.text.passkeys import Passkeys
 
+QUERIES = ("both", "aware")
 RESULTS, JOURNAL = "results.json", "answers.jsonl"
 
 
@@ -65,6 +66,7 @@ class Options:
     new_tokens: int | None
     renumber: bool
     fresh: bool
+    query: str = QUERIES[0]
 
     def keys(self) -> list[str]:
         """Return the keys of the methods, the full cache first, after checking all that needs no model."""
@@ -73,6 +75,7 @@ class Options:
         if not 0 < self.budget <= 1:
             raise OptionError(f"budget={self.budget} must be above 0 and at most 1, a share of the full cache")
         validate.count("batch", self.batch, 1)
+        validate.one_of("query", self.query, QUERIES)
         if self.score is not None:
             scores.check(self.score, ())
         return keys
@@ -99,6 +102,8 @@ def compare(
     new_tokens: int | None = None,
     renumber: bool = False,
     fresh: bool = False,
+    query: str = "both",
+    turns: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run a model on a task under several methods; save each prompt's answers to `out`, and a table at the end.
@@ -113,7 +118,7 @@ def compare(
             runs.
         budget: the share of each prompt's full cache that a method may keep, or read, in (0, 1].
         examples: how many prompts.
-        length: the length of needle prompts in characters.
+        length: the length of prompts that a task makes, in characters or tokens as the task says.
         score: one of `foveate.tasks.base.scores.SCORES`, or "loss"; None is the task's own.
         batch: how many prompts of similar length run together.
         out: the output folder. Results of an earlier run in it are reused if the model's weights, the prompt and all
@@ -127,6 +132,9 @@ def compare(
         renumber: under policies that evict, let positions count the kept tokens; see `foveate.kv.renumbered`. Prompts
             past the model's context are then read in pieces that fit.
         fresh: True measures everything again.
+        query: "both" also measures methods that do not know the question while they compress the context, for prompts
+            that are divided into the two; "aware" leaves that out.
+        turns: see `foveate.tasks.files.prompts.Prompts`; None takes its default.
         progress: receives the progress.
 
     Raises:
@@ -134,10 +142,13 @@ def compare(
         Interrupted: with the number of answers, and of all, after the results so far were saved.
     """
     options = Options(
-        model, methods, budget, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, fresh
-    )
+        model, methods, budget, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, fresh,
+        query,
+    )  # fmt: skip
     keys = options.keys()
-    chosen = with_fields(choose_task(task, examples, length, seed, trained_on(model)), prompt_field, answer_field)
+    chosen = with_fields(
+        choose_task(task, examples, length, seed, trained_on(model)), prompt_field, answer_field, turns
+    )
     with lock_folder(Path(out)) as folder, timing.threads() as threads:
         return _measure(options, keys, chosen, folder, threads, progress or Silent())
 
@@ -149,9 +160,10 @@ def _measure(
     model, tokenizer, source = load(
         options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code, note=progress.say
     )
-    keys = _applicable(keys, options, model)
+    keys, task = _applicable(keys, options, model), task.sized(tokens_of(tokenizer))
     encoded = prompts(task, tokenizer, model, chat=options.chat, new_tokens=options.new_tokens, score=options.score)
-    evaluation = evaluation_of(task, options.score, encoded, tokenizer, model, options.batch)
+    agnostic = options.query == QUERIES[0] and keys != [FULL]
+    evaluation = evaluation_of(task, options.score, encoded, tokenizer, model, options.batch, agnostic)
     versions = _versions()
     environment = digest.of(digest.of_model(model), options.device, options.dtype, versions, digest.of_code())
     result = Comparison(

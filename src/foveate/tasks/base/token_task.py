@@ -57,7 +57,7 @@ class TokenTask(Task):
             built = self._built(random.Random(seed), size)
             return max(self.tokens.count(one.prompt) + one.new_tokens for one in built) <= self.length
 
-        size = largest(fits, self.length // 64)
+        size = largest(fits, self.length, self.length // 64)  # each piece has a token at least
         if not size:
             raise OptionError(f"length={self.length} must be larger: {self.name} does not fit that many tokens")
         return self._built(random.Random(seed), size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cache
 
 from foveate.core import validate
 from foveate.tasks.base.task import Example
@@ -43,7 +44,7 @@ class LibraryQuestions(TokenTask):
         return "longbench-qa"
 
     def _built(self, draw: random.Random, size: int) -> list[Example]:
-        known = [f for f in functions() if f.parameters and len(f.document) < 700 and _is_clear(f)]
+        known = _known()
         chosen = draw.sample(known, self.questions + min(size, len(known) - self.questions))
         asked, first = chosen[: self.questions], draw.randrange(3)
         draw.shuffle(chosen)
@@ -56,6 +57,11 @@ class LibraryQuestions(TokenTask):
             context, f"\n\nQuestion: {question}\nAnswer:", (answer,), rule=self.metric, new_tokens=_NEW_TOKENS,
             stop=("\n",),
         )  # fmt: skip
+
+
+@cache
+def _known() -> tuple[Function, ...]:
+    return tuple(f for f in functions() if f.parameters and len(f.document) < 700 and _is_clear(f))
 
 
 def _is_clear(function: Function) -> bool:
