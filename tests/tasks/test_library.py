@@ -59,7 +59,8 @@ def test_prompts_fill_the_length_and_answers_score(task: TokenTask) -> None:
 def test_answers_are_in_the_documentation() -> None:
     kinds = set()
     for example in LibraryQuestions(2000, 12, tokens=WORDS).examples():
-        assert example.answers[0] in context(example) and example.stop == ("\n",)
+        assert example.answers[0] in context(example) and example.answer == f" {example.answers[0]}"
+        assert all(answer in example.answers[0] for answer in example.answers) and example.stop == ("\n",)
         kinds.add(re.search(r"Question: (\w+ \w+)", example.prompt)[1])  # type: ignore[index]
     assert kinds == {"Which function", "What is"}
     assert LibraryQuestions(2000, 1, tokens=WORDS).name == "docs_qa"
