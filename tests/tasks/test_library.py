@@ -80,7 +80,7 @@ def test_the_best_ranking_is_known() -> None:
         grades = example.facts["grades"]
         assert sorted(grades.values(), reverse=True)[:5] == [2, 1, 1, 1, 0]
         best = next(name for name, grade in grades.items() if grade == 2)
-        query = re.search(r"\nQuery: (.*) \((.*)\)\nRanking:$", example.prompt)
+        query = re.search(r"\nQuery: (.*) \((.*)\)\nNumbers of .*: \[$", example.prompt)
         assert query and f"[{best}] {query[2]}: " in example.prompt
         order = draw.sample(list(grades), len(grades))
         shuffled.append(task.score(example, " > ".join(order)))

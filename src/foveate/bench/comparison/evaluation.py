@@ -98,6 +98,7 @@ class Evaluation:
             base_decode_ms=_number(record["base_decode_ms"]),
             answer_tokens=self._length(example, record["ids"]),
             agnostic_output=agnostic_output, agnostic_score=agnostic_score,
+            groups=", ".join(example.facts.get("groups", ())),
         )  # fmt: skip
 
     def _agnostic(self, run: MethodRun, index: int, output: str, score: float) -> tuple[str, float]:

@@ -25,7 +25,7 @@ from foveate.tasks.base.scores import LOSS
 
 __all__ = ["LOSS", "MEASURES", "Answer", "Comparison", "Ratio", "Row", "plain", "write_atomic"]
 
-FORMAT = "foveate.comparison/2"
+FORMAT = "foveate.comparison/3"
 MEASURES = (
     "score",
     "agnostic_score",
@@ -55,6 +55,7 @@ class Answer:
         answer_tokens: tokens of the output up to its end, for tasks that say where an output ends; else NaN.
         agnostic_output, agnostic_score: output and score where the method compressed the context without knowing the
             question; empty and NaN if the prompt has no such division.
+        groups: the groups by which its benchmark reports scores, with commas between them, such as "easy, short".
         error: the reason of a missing answer; empty otherwise.
     """
 
@@ -73,6 +74,7 @@ class Answer:
     answer_tokens: float = math.nan
     agnostic_output: str = ""
     agnostic_score: float = math.nan
+    groups: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,15 @@ class Row:
     def score_interval(self) -> Interval | None:
         """The 95 % interval of the mean score."""
         return intervals.of_scores([answer.score for answer in self.answers])
+
+    def by_group(self) -> dict[str, dict[str, float]]:
+        """Return the mean scores of each group of examples, see `Answer.groups`."""
+        names = dict.fromkeys(name for answer in self.answers for name in answer.groups.split(", ") if name)
+        chosen = {name: [each for each in self.answers if name in each.groups.split(", ")] for name in names}
+        return {
+            name: {measure: _over(fmean, answers, measure) for measure in ("score", "agnostic_score")}
+            for name, answers in chosen.items()
+        }
 
     @property
     def agnostic_interval(self) -> Interval | None:
@@ -231,6 +242,7 @@ class Comparison:
         return {
             "memory_mb": row.memory_mb,
             "score_interval": row.score_interval,
+            "groups": row.by_group(),
             "ratios": {name: None if ratio is None else ratio._asdict() for name, ratio in ratios.items()},
             "withheld": [name for name, ratio in ratios.items() if ratio is not None and not ratio.is_certain],
         }

@@ -14,11 +14,7 @@ from foveate.tasks.parts.library import Function, functions
 
 _NEW_TOKENS = 48
 _SHORTEST, _LONGEST, _RELATED = 80, 600, 3
-_INTRO = (
-    "Each list below has passages with numbers. Rank them by how well they fit the query, the best first.\n\n"
-    "[1] Close the socket.\n[2] Return the length of the list.\n[3] Count the items of a list that equal x.\n"
-    "Query: how many items a list has\nRanking: 2 > 3 > 1\n\n"
-)
+_INTRO = "Passages with their numbers:\n"
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,8 @@ class Ranking(TokenTask):
         best = ", ".join(str(number) for number in numbers[: 1 + _RELATED])
         draw.shuffle(order)
         context = _INTRO + "\n".join(_passage(number, function) for number, function in order)
-        question = f"\nQuery: {asked.summary.rstrip('.')} ({asked.module})\nRanking:"
+        query = f"{asked.summary.rstrip('.')} ({asked.module})"
+        question = f"\n\nQuery: {query}\nNumbers of the passages that fit the query, the best first: ["
         return [
             divided(
                 context, question, (best,), rule=self.metric, facts={"grades": grades}, new_tokens=_NEW_TOKENS,

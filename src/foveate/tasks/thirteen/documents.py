@@ -16,7 +16,7 @@ from foveate.tasks.base.token_task import TokenTask, divided
 from foveate.tasks.parts.library import Function, functions
 
 _NEW_TOKENS, _LONGEST = 32, 70  # tokens of an answer, characters of a description
-_INTRO = "Answer the question by the documents. Give the answer alone.\n\n"
+_INTRO = "Answer the question with the exact words of the documents and nothing else.\n\n"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Documents(TokenTask):
         draw.shuffle(documents)
         context = _INTRO + "\n\n".join(f"Document {number}:\n{page}" for number, page in enumerate(documents, 1))
         subject = chosen[0].name if self.hops == 1 else f"the function of index entry {entries[0]}"
-        question = f"\n\nQuestion: What is the description of {subject}?\nAnswer:"
+        question = f"\n\nQuestion: Which sentence describes {subject}? Quote it.\nAnswer:"
         answer = chosen[0].summary.rstrip(".")
         return [divided(context, question, (answer,), rule=self.metric, new_tokens=_NEW_TOKENS)]
 

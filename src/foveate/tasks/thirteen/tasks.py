@@ -62,4 +62,8 @@ class Thirteen(Task):
             task(name, length=self.length, count=rounds, seed=self.seed, tokens=self.tokens).examples()
             for name in NAMES
         ]
-        return [found[turn] for turn in range(rounds) for found in each][: self.count]
+        return [
+            replace(found[turn], facts={**found[turn].facts, "groups": [name]})
+            for turn in range(rounds)
+            for name, found in zip(NAMES, each, strict=True)
+        ][: self.count]
