@@ -81,6 +81,12 @@ def test_a_row_summarises_its_answers():
     assert make_comparison(failed).to_json() == Comparison.from_json(make_comparison(failed).to_json()).to_json()
 
 
+def test_scores_are_grouped_as_the_benchmark_does():
+    answers = [Answer("p", "e", "o", 1.0, groups="easy, short"), Answer("p", "e", "o", 0.0, groups="easy")]
+    row = make_row(answers=[*answers, Answer("p", "e", "o", 0.5)])
+    assert {name: found["score"] for name, found in row.by_group().items()} == {"easy": 0.5, "short": 1.0}
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
 def test_ratio_is_none_without_a_usable_baseline(value):
     duo = make_row("duo")

@@ -85,9 +85,9 @@ def test_every_prompt_is_divided_into_context_and_question(row: Row, tmp_path: P
 def test_a_sub_task_of_ruler_2_has_its_match(tmp_path: Path) -> None:
     for path, match in (("mv_niah_medium", "2steps"), ("qa_hard", "part"), ("mv_niah_hard", "all")):
         _, (example,) = read(tmp_path, f"{path}/test.jsonl", files.RULER_2)
-        assert example.facts == {"match": match}
+        assert example.facts == {"match": match, "groups": [path]}
     _, (example,) = read(tmp_path, "mv_niah_medium/test.jsonl", {**files.RULER_2, "match_type": "all"})
-    assert example.facts == {"match": "all"}
+    assert example.facts["match"] == "all"
 
 
 def test_repeated_references_of_a_benchmark_stay(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_files_of_several_tasks_have_several_rules(tmp_path: Path) -> None:
 def test_sets_of_longbench_keep_their_worked_examples(tmp_path: Path) -> None:
     _, (example,) = read(tmp_path, "p.jsonl", files.LONGBENCH_CLASSES)
     assert example.prompt == f"{files.LONGBENCH_CLASSES['context']}\n{files.LONGBENCH_CLASSES['input']}"
-    assert example.facts == {"dataset": "trec", "classes": ["Length", "Person", "Other length"]}
+    assert example.facts["classes"] == ["Length", "Person", "Other length"]
     assert set(longbench.SETS) >= set(longbench._SHOTS)
     assert all(f"longbench-{rule}" in RULES for rule, _ in longbench.SETS.values() if not rule.startswith("retrieval_"))
 
@@ -143,6 +143,18 @@ def test_functions_compete_with_all_of_their_repository(tmp_path: Path) -> None:
     task, (add, show) = read(tmp_path, "scbench_repoqa.jsonl", files.SCBENCH_REPO)
     assert add.facts["functions"] == show.facts["functions"] == {"add": add.answers[0], "show": show.answers[0]}
     assert task.score(add, add.answers[0]) == 1.0 and task.score(add, show.answers[0]) == 0.0
+
+
+def test_examples_are_grouped_as_the_benchmark_reports_them(tmp_path: Path) -> None:
+    def groups(name: str, row: Row) -> list[list[str]]:
+        return [example.facts["groups"] for example in read(tmp_path, name, row)[1]]
+
+    assert groups("p.jsonl", files.LONGBENCH_2) == [["easy", "short"]]
+    assert groups("p.jsonl", {**files.LONGBENCH, "dataset": "hotpotqa_e", "length": 4000}) == [["hotpotqa", "4-8k"]]
+    assert groups("p.jsonl", files.RULER_KVPRESS[0]) == [["niah_multivalue"]]
+    assert groups("vt/validation.jsonl", files.RULER_1) == [["vt"]] and groups("p.jsonl", files.RULER_1) == [[]]
+    assert groups("scbench_kv.jsonl", files.SCBENCH_KV) == [["turn 1", "part"], ["turn 2", "part"]]
+    assert groups("qa3.jsonl", files.BABILONG) == [["qa3"]]
 
 
 def test_a_number_is_required_where_the_rule_compares_numbers(tmp_path: Path) -> None:

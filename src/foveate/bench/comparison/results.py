@@ -29,7 +29,10 @@ __all__ = [
 
 FORMAT = "foveate.comparison/3"
 EARLIER = "foveate.comparison/2"  # one budget, and no `lost`
-MEASURES = ("score", "cache_kept", "keys_read", "prefill_ms", "decode_ms", "memory_mb", "peak_mb")
+MEASURES = (
+    "score", "agnostic_score", "answer_tokens", "cache_kept", "keys_read", "prefill_ms", "decode_ms", "memory_mb",
+    "peak_mb",
+)  # fmt: skip
 _WIDE, _UNDECIDED = 2.0, 1.3  # the largest ratio of an interval's ends, in general and if 1 is inside
 
 
@@ -125,6 +128,7 @@ class Comparison:
         return {
             "memory_mb": row.memory_mb,
             "score_interval": row.score_interval,
+            "groups": row.by_group(),
             "ratios": {name: None if ratio is None else ratio._asdict() for name, ratio in ratios.items()},
             "withheld": [name for name, ratio in ratios.items() if ratio is not None and not ratio.is_certain],
         }

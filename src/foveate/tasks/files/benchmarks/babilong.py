@@ -19,4 +19,6 @@ def items(row: Row, path: str) -> list[Item]:
     task = named[-1] if named and named[-1] in LABELS else guessed_task(target)
     if task is None:
         return [Item(parts, target)]
-    return [Item(parts, target, "babilong", {"task": task, "question": text(row["question"])}, _TOKENS)]
+    return [
+        Item(parts, target, "babilong", {"task": task, "question": text(row["question"]), "groups": [task]}, _TOKENS)
+    ]

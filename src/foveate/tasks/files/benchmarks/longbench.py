@@ -67,9 +67,17 @@ def second(row: Row, path: str) -> list[Item]:
     return [Item(parts, row["answer"], "longbench2-choice", facts, 128)]
 
 
+def _bin(row: Row) -> list[str]:
+    """Return LongBench-E's group of the row's length in words."""
+    words = row.get("length")
+    if not str(row.get("dataset", "")).endswith("_e") or not isinstance(words, int):
+        return []
+    return ["0-4k" if words < 4000 else "4-8k" if words < 8000 else "8k+"]
+
+
 def _item(parts: Text, answer: object, name: str, row: Row, tokens: int = 0) -> Item:
     rule, new_tokens = SETS[name]
-    facts: dict[str, object] = {"dataset": name}
+    facts: dict[str, object] = {"dataset": name, "groups": [name, *_bin(row)]}
     if rule == "classes":
         facts["classes"] = list(listed(row.get("all_classes")) or ())
     return Item(parts, answer, f"longbench-{rule}", facts, tokens or new_tokens)

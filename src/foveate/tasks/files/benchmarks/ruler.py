@@ -32,7 +32,7 @@ def first(row: Row, path: str) -> list[Item]:
     kind = named[-1].split("_")[0] if named else "qa" if prefix.strip() == "Answer:" else ""
     parts = Text(*divided(body), prefix, between="")
     rule = "ruler-any" if kind == "qa" else "ruler-all"
-    return [Item(parts, row["outputs"], rule, new_tokens=NEW_TOKENS.get(kind, 0))]
+    return [Item(parts, row["outputs"], rule, {"groups": named[-1:]}, NEW_TOKENS.get(kind, 0))]
 
 
 def kvpress(row: Row, path: str) -> list[Item]:
@@ -43,7 +43,7 @@ def kvpress(row: Row, path: str) -> list[Item]:
         return [Item(parts, answer, new_tokens=_whole(row.get("max_new_tokens")))]
     rule = "ruler-any" if kind == "qa" else "ruler-all"
     tokens = _whole(row.get("max_new_tokens")) or NEW_TOKENS[kind]
-    return [Item(parts, answer, rule, {"controls": ""}, tokens)]
+    return [Item(parts, answer, rule, {"controls": "", "groups": [str(row["task"])]}, tokens)]
 
 
 def second(row: Row, path: str) -> list[Item]:
@@ -53,14 +53,15 @@ def second(row: Row, path: str) -> list[Item]:
     last paragraph for mv_niah_medium, any answer for the qa tasks, and all answers for the others.
     """
     answer, task = listed(row["expected_answer"]), _second_task(row, path)
+    facts: dict[str, object] = {"groups": [task] if task else []}
     if row.get("eval_type", "") == "multichoice" or (not row.get("eval_type") and task in _SINGLE_LETTERS):
-        rule, facts = "ruler2-choice", {}
+        rule = "ruler2-choice"
     else:
         part = "part" if task.startswith("qa") else "2steps" if task in _TWO_STEPS else "all"
         match = str(row.get("match_type") or part)
         if match not in ("all", "part", "2steps"):
             raise TaskError(f'match_type="{match}" must be all, part or 2steps')
-        rule, facts = "ruler2-soft", {"match": match}
+        rule, facts["match"] = "ruler2-soft", match
     context, question = divided(text(row["question"]))
     return [Item(Text(context, question, between=""), answer, rule, facts, _budget(answer, rule))]
 

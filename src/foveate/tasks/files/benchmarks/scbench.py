@@ -45,14 +45,15 @@ def items(row: Row, path: str, mode: str = MODES[0]) -> list[Item]:
     if not isinstance(turns, list) or not turns:
         raise TaskError(f"multi_turns must be a list of questions; got {turns!r:.40}")
     context, before, found = text(row.get("context") or row.get("input")), "", []
-    for turn in turns:
+    for number, turn in enumerate(turns, 1):
         question, prefix = _question(turn)
         answer = listed(turn["answer"])
         rule, tokens = _rule(turn, name)
         if rule == "scbench-number" and not _NUMBER.fullmatch(str(answer).strip()):
             raise TaskError(f"an answer of {name} must be a number; got {answer!r:.40}")
         parts = Text(context, before + question, prefix)
-        found.append(Item(parts, _answers(turn, answer), rule, _facts(row, turn, rule), tokens))
+        facts = {**_facts(row, turn, rule), "groups": [f"turn {number}", rule.removeprefix("scbench-")]}
+        found.append(Item(parts, _answers(turn, answer), rule, facts, tokens))
         if mode == MODES[0]:
             before += f"{question}{prefix} {_written(answer)}\n\n"
     return found
