@@ -65,6 +65,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "chunks": {"chunk": 7}, "sparing": {"sim_threshold": 0.3, "chunk": 7}, "pooled": {"pool": 3},
     },
     "tidal_decode": {"head": {"per": "head"}, "layer": {"per": "layer", "reduce": "sum"}},
+    "act_qkv": {
+        "chunks": {"chunk": 7}, "mean": {"weighting": "mean", "cutoff": "inverse_entropy", "chunk": 5},
+        "equal": {"cutoff": "none", "weighting": "last"},
+    },
     "recycled_attention": {
         "stride": {"stride": 3, "pool": 0}, "pooled": {"stride": 2, "pool": 5, "k": 6},
         "fixed": {"grow": False, "stride": 5, "phase": 2},

@@ -198,6 +198,8 @@ class Indices(Selection):
         group: queries that share a list.
         n_queries, n_keys: lengths.
         own: the selection by key/value head that this one, by query head, repeats; engines gather by it only once.
+        counted: the mean number of valid keys of a row, for short lists that are padded with keys which the query might
+            see anyway. Then nobody has to count them, or to check that none of the others holds NaN.
     """
 
     indices: Int[Tensor, "b h g n"]
@@ -206,6 +208,7 @@ class Indices(Selection):
     valid: Bool[Tensor, "b h g n"] | None = None
     group: int = 1
     own: Indices | None = None
+    counted: float | None = None
 
     def __post_init__(self) -> None:
         expected = -(-self.n_queries // self.group)
@@ -234,6 +237,8 @@ class Indices(Selection):
         return replace(self, indices=self.indices.repeat_interleave(groups, 1), valid=valid, own=self)
 
     def keys_read(self) -> float:
+        if self.counted is not None:
+            return self.counted
         if self.valid is None or has_shapes_alone(self.valid):
             return float(self.indices.shape[-1])
         return self.real.double().sum(-1).mean().item()

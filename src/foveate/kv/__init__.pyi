@@ -1,5 +1,6 @@
 # The public names of foveate.kv; written by `make systems` from the catalogue.
 
+from foveate.kv.act_qkv import ActQKV as ActQKV
 from foveate.kv.adakv import AdaKV as AdaKV
 from foveate.kv.base.policy import Policy as Policy
 from foveate.kv.base.scored import ScorePolicy as ScorePolicy
@@ -13,6 +14,9 @@ from foveate.kv.h2o import H2O as H2O
 from foveate.kv.keydiff import KeyDiff as KeyDiff
 from foveate.kv.knorm import KNorm as KNorm
 from foveate.kv.lagkv import LagKV as LagKV
+from foveate.kv.parts.layer_budgets import layer_budgets as layer_budgets
+from foveate.kv.parts.probe_query import activation_bias as activation_bias
+from foveate.kv.parts.probe_query import probe_query as probe_query
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
 from foveate.kv.random_keep import RandomKeep as RandomKeep
 from foveate.kv.razor_attention import RazorAttention as RazorAttention
@@ -32,6 +36,7 @@ from foveate.kv.token_select import soft_vote as soft_vote
 from foveate.kv.tova import TOVA as TOVA
 
 __all__ = [
+    "ActQKV",
     "AdaKV",
     "ChunkKV",
     "CriticalKV",
@@ -54,11 +59,14 @@ __all__ = [
     "TOVA",
     "TidalDecode",
     "TokenSelect",
+    "activation_bias",
     "attention_overlap",
     "compensation",
     "duo_train",
     "full_heads",
     "head_scores",
+    "layer_budgets",
+    "probe_query",
     "razor_heads",
     "soft_vote",
     "topk_overlap",
