@@ -30,6 +30,9 @@ from foveate.kv.longheads import LongHeads as LongHeads
 from foveate.kv.moa import MoA as MoA
 from foveate.kv.moa import moa_influence as moa_influence
 from foveate.kv.parts.chunk_keys import chunk_keys as chunk_keys
+from foveate.kv.parts.duo_pattern import DuoPattern as DuoPattern
+from foveate.kv.parts.duo_pattern import load_duo_pattern as load_duo_pattern
+from foveate.kv.parts.duo_pattern import save_duo_pattern as save_duo_pattern
 from foveate.kv.parts.layer_budgets import layer_budgets as layer_budgets
 from foveate.kv.parts.probe_query import activation_bias as activation_bias
 from foveate.kv.parts.probe_query import probe_query as probe_query
@@ -72,6 +75,7 @@ __all__ = [
     "CriticalKV",
     "CurDKV",
     "DuoAttention",
+    "DuoPattern",
     "EightBit",
     "EncodingPolicy",
     "ExpectedAttention",
@@ -119,11 +123,13 @@ __all__ = [
     "kv_spectrum",
     "layer_budgets",
     "load_compressed",
+    "load_duo_pattern",
     "moa_influence",
     "moa_search",
     "probe_query",
     "razor_heads",
     "retrieval_scores",
+    "save_duo_pattern",
     "soft_vote",
     "topk_overlap",
 ]

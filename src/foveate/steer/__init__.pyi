@@ -1,5 +1,8 @@
 # The public names of foveate.steer; written by `make systems` from the catalogue.
 
+from foveate.steer.diffusion.free_swim import FreeSwim as FreeSwim
+from foveate.steer.diffusion.inward_window import inward_window_attention as inward_window_attention
+from foveate.steer.diffusion.inward_window import inward_window_mask as inward_window_mask
 from foveate.steer.parts.document_attention import document_attention as document_attention
 from foveate.steer.parts.document_prompt import DocumentPrompt as DocumentPrompt
 from foveate.steer.parts.document_prompt import PromptFormat as PromptFormat
@@ -19,6 +22,7 @@ __all__ = [
     "AttentionSorting",
     "AttnRank",
     "DocumentPrompt",
+    "FreeSwim",
     "PromptFormat",
     "SortedDocuments",
     "act_search",
@@ -26,6 +30,8 @@ __all__ = [
     "calibrate_sinks",
     "document_attention",
     "find_sinks",
+    "inward_window_attention",
+    "inward_window_mask",
     "position_profile",
     "recency_profile",
 ]

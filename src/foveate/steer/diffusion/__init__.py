@@ -1,0 +1,1 @@
+"""Steering of diffusion models."""
