@@ -231,26 +231,18 @@ class ActQKV(Policy):
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
-<<<<<<< HEAD
-        """See `Policy.at_budget`. Sinks, window and blocks share it as by default, 1 : 8 : 16; 4 sinks at least."""
-=======
         """See `Policy.at_budget`. Sinks, local window and blocks share it as by default, 1 : 8 : 16; 4 sinks at least.
 
         Windows of a prompt are as long in proportion, from 16 queries on: in a long one the few that ask are lost.
         """
->>>>>>> steer
         total = cls.tokens(budget, length)
         sink = min(128, max(min(4, total // 4), total // 25))
         local = min(1024, 8 * total // 25)
         rest = max(1, total - sink - local - 1)
         block = min(128, max(min(8, -(-rest // 2)), rest // 128 * 8))
         blocks = max(1, round((rest - block / 2) / block))  # half a block is read with the local window, on average
-<<<<<<< HEAD
-        return cls(block=block, budget=blocks * block, sink=sink, local=local, representatives=_parts(block))
-=======
         chunk = min(512, max(16, 4 * total // 25))
         return cls(chunk, block, blocks * block, sink, local, _parts(block))
->>>>>>> steer
 
 
 def _parts(block: int) -> int:
