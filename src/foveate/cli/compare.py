@@ -44,7 +44,10 @@ Budgets = Annotated[
     str | None, typer.Option(help="Several such shares, with commas, in place of --budget: 0.1,0.25,0.5.")
 ]
 Examples = Annotated[int | None, typer.Option(help="Number of prompts. Default: the task's own.")]
-Length = Annotated[int | None, typer.Option(help="Length of the prompts, for tasks that generate them.")]
+Length = Annotated[
+    int | None,
+    typer.Option(help="Length of the prompts, for tasks that generate them: characters, or tokens from ruler/ on."),
+]
 Score = Annotated[
     str | None, typer.Option(help=f"How answers are scored: {', '.join([*SCORES, LOSS])}. Default: the task's own.")
 ]
@@ -60,6 +63,17 @@ PromptField = Annotated[
 AnswerField = Annotated[str | None, typer.Option(help="Field of --task's answers, or of lists of accepted ones.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to plain prompts too.")]
 NewTokens = Annotated[int | None, typer.Option(help="Number of tokens to generate. Default: by the answers.")]
+Query = Annotated[
+    str,
+    typer.Option(
+        help="both: where prompts divide into context and question, also measure methods that compress the context "
+        "without knowing the question; aware: leave that out."
+    ),
+]
+Turns = Annotated[
+    str | None,
+    typer.Option(help="Rows with several questions on one context (SCBench): multi-turn (default) or multi-request."),
+]
 Renumber = Annotated[
     bool,
     typer.Option(
@@ -105,6 +119,8 @@ def command(
     chat: Chat = False,
     new_tokens: NewTokens = None,
     renumber: Renumber = False,
+    query: Query = "both",
+    turns: Turns = None,
     look_up: Lost = False,
     export: Export = None,
     history: History = None,
@@ -149,6 +165,8 @@ def command(
                 chat=chat,
                 new_tokens=new_tokens,
                 renumber=renumber,
+                query=query,
+                turns=turns,
                 lost=look_up,
                 fresh=fresh,
                 progress=bar,

@@ -92,6 +92,10 @@ def megabytes(value: float) -> str:
     return number(value, "MB")
 
 
+def tokens(value: float) -> str:
+    return number(value, "tokens")
+
+
 def plain_number(value: float) -> str:
     """Format a loss: `2.314`."""
     return f"{value:.3f}" if math.isfinite(value) else NOTHING
@@ -99,7 +103,7 @@ def plain_number(value: float) -> str:
 
 def columns(comparison: Comparison) -> tuple[Column, ...]:
     """Return the columns of the comparison's table; the score is a share of right answers, or the loss."""
-    return (_score(comparison), *_COSTS)
+    return (_score(comparison), *_shown_if_measured(comparison), *_COSTS)
 
 
 def column(comparison: Comparison, measure: str) -> Column:
@@ -112,6 +116,17 @@ def _score(comparison: Comparison) -> Column:
         return Column("score", "loss", plain_number, "mean next-token loss of the answers, in nats; 95 % interval")
     meaning = f"mean score of the answers by the rule “{visible(comparison.metric)}”; 95 % interval"
     return Column("score", "score", percent, meaning, higher_is_better=True)
+
+
+def _shown_if_measured(comparison: Comparison) -> list[Column]:
+    """Return the columns that only some tasks have: the query-agnostic score, and the length of the answers."""
+    score = _score(comparison)
+    meaning = "the same where the method compressed the context before it knew the question"
+    known = (
+        Column("agnostic_score", "query-agnostic", score.show, meaning, score.higher_is_better),
+        Column("answer_tokens", "answer", tokens, "mean length of the answers up to their end"),
+    )
+    return [item for item in known if any(math.isfinite(getattr(row, item.measure)) for row in comparison.rows)]
 
 
 _COSTS = (
@@ -183,14 +198,18 @@ def _column_cells(comparison: Comparison, rows: list[Row], column: Column) -> li
     mark = {column.show(best)} if best is not None and marked else set()
     found = []
     for row, text in zip(rows, texts, strict=True):
-        known = row.score_interval if column.measure == "score" and text != NOTHING else None
+        known = _interval(row, column.measure) if text != NOTHING else None
         ratio, spread = ("", "") if row.method == comparison.baseline else _ratio(comparison, row, column.measure)
         found.append(Cell(text, between(known, column.show), ratio, spread, text in mark))
     return found
 
 
+def _interval(row: Row, measure: str) -> tuple[float, float] | None:
+    return {"score": row.score_interval, "agnostic_score": row.agnostic_interval}.get(measure)
+
+
 def _ratio(comparison: Comparison, row: Row, measure: str) -> tuple[str, str]:
-    if measure == "score" and comparison.metric == LOSS:
+    if measure in ("score", "agnostic_score") and comparison.metric == LOSS:
         return "", ""  # a ratio of losses has no meaning
     found = comparison.paired(row, measure)
     if found is None:

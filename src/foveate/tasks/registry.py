@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from foveate.core.errors import unknown
 from foveate.tasks.base.task import Task
 
@@ -47,7 +50,9 @@ def named(name: str, length: int | None = None, count: int | None = None, seed: 
 
     if name not in TASKS:
         raise unknown("task", name, TASKS)
-    given = {option: value for option, value in (("length", length), ("count", count)) if value is not None}
+    given: dict[str, Any] = {
+        option: value for option, value in (("length", length), ("count", count)) if value is not None
+    }
     if name in KINDS:
         return kind(name, seed=seed, **given)
     if name.startswith("ruler/"):
@@ -60,7 +65,7 @@ def named(name: str, length: int | None = None, count: int | None = None, seed: 
     return cls(seed=seed, **given)
 
 
-def _library(name: str, seed: int, given: dict[str, int]) -> Task:
+def _library(name: str, seed: int, given: dict[str, Any]) -> Task:
     from foveate.tasks.library.completion import Completion
     from foveate.tasks.library.loss import LongText
     from foveate.tasks.library.questions import LibraryQuestions
@@ -71,5 +76,5 @@ def _library(name: str, seed: int, given: dict[str, int]) -> Task:
         return LongText(**{"length": 1024 * int(name[5]), **given}, seed=seed)
     if name.startswith("docs"):
         return LibraryQuestions(seed=seed, questions=1 if name == "docs_qa" else 5, **given)
-    cls = {"ranking": Ranking, "code_completion": Completion, "trace": Traces}[name]
-    return cls(seed=seed, **given)
+    kinds: dict[str, Callable[..., Task]] = {"ranking": Ranking, "code_completion": Completion, "trace": Traces}
+    return kinds[name](seed=seed, **given)

@@ -13,6 +13,7 @@ from foveate.bench.comparison.model_context import context_length
 from foveate.core import validate
 from foveate.core.errors import TaskError
 from foveate.tasks.base.task import Example, Task
+from foveate.tasks.base.tokens import Tokens
 
 _SPARE = 2  # tokens beyond the expected answer, which show if the output ends there
 _SPARE_IN_SENTENCES = 24  # the same if the answer may be inside a sentence
@@ -89,6 +90,14 @@ def prompts(
             Prompt(example, next(tensors), length, context, next(tensors), _context_tokens(tokenizer, example, ids))
         )
     return found
+
+
+def tokens_of(tokenizer: Any) -> Tokens:
+    """Return a tokenizer's tokens, for tasks whose length is in tokens."""
+    return Tokens(
+        lambda text: _ids(tokenizer, text, special=False),
+        lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+    )
 
 
 def check_context(task: Task, batch: list[Prompt]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from transformers import DynamicCache, PreTrainedModel
 
+from foveate.bench.comparison.agnostic import SharedContext, answer
 from foveate.bench.comparison.evaluation import Evaluation
 from foveate.bench.comparison.measure import Batch, BatchResult, memory_use, read_batch, run_batch
 from foveate.bench.comparison.method_run import MethodRun, one_line
@@ -52,12 +53,18 @@ class InterleavedRun:
         active = [run for run in runs if not run.given_up]
         total = len(active) * len(evaluation.prompts)
         self._load_known(active, evaluation.batches)
-        self.progress.start(total - _known(active))
+        asked = [run for run in active if run.contender.key != FULL]
+        self.progress.start(total - _known(active) + len(asked) * len(evaluation.contexts))
         try:
             for number, batch in enumerate(evaluation.batches):
                 todo = [run for run in active if not all(index in run.records for index in batch.indices)]
                 if todo:
-                    self._run_round(_rotated(_with_baseline(todo, active), number), todo, batch, number)
+                    order = _rotated(_with_baseline(todo, active), number)
+                    self._run_round(order, todo, batch, number, evaluation)
+            for shared in evaluation.contexts:
+                for run in asked:
+                    self._ask(run, shared)
+                    self.progress.advance(f"{run.label}, query-agnostic")
             for run in active:
                 if run.records:
                     self.progress.say(f"{run.label}: memory")
@@ -76,13 +83,33 @@ class InterleavedRun:
                     if found is not None:
                         run.records[index] = found
 
-    def _run_round(self, order: list[MethodRun], todo: list[MethodRun], batch: Batch, number: int) -> None:
+    def _ask(self, run: MethodRun, shared: SharedContext) -> None:
+        """Answer the questions about one context, which the method compressed without knowing them."""
+        keys = [
+            digest.of(self.environment, run.contender.identity, shared.identity(at))
+            for at in range(len(shared.indices))
+        ]
+        records = [record for key in keys if (record := self.journal.get(key)) is not None]
+        if len(records) < len(keys):
+            if run.agnostic_error or run.given_up:
+                return
+            try:
+                records = answer(self.model, run.contender.at(shared.ids.shape[1]), shared)
+            except Exception as error:  # noqa: BLE001  the method keeps its other scores
+                run.agnostic_error = one_line(error)
+                return
+            self.journal.add(dict(zip(keys, records, strict=True)))
+        run.agnostic |= dict(zip(shared.indices, records, strict=True))
+
+    def _run_round(
+        self, order: list[MethodRun], todo: list[MethodRun], batch: Batch, number: int, evaluation: Evaluation
+    ) -> None:
         """Run one batch under every method, and record it after the last one."""
         results: dict[MethodRun, tuple[BatchResult, bool]] = {}
         shared = self._read(batch) if any(run.shares(number, batch) for run in todo) else None
         for run in order:
             own = shared is None or not run.shares(number, batch)
-            found = self._attempt(run, batch, None if own else shared)
+            found = self._attempt(run, batch, evaluation, None if own else shared)
             if found is not None:
                 results[run] = found, own
             if run in todo:
@@ -107,13 +134,18 @@ class InterleavedRun:
             return None
         return cache if can_copy(cache) else None
 
-    def _attempt(self, run: MethodRun, batch: Batch, shared: DynamicCache | None = None) -> BatchResult | None:
+    def _attempt(
+        self, run: MethodRun, batch: Batch, evaluation: Evaluation, shared: DynamicCache | None = None
+    ) -> BatchResult | None:
         """Run a method on a batch; None with a reason if it fails. A method that has no answer yet is given up."""
         reason = run.given_up or _refusal(run, batch)
         if not reason:
             try:
                 run.warm_up(self.model, batch)
-                return run_batch(self.model, run.contender.at(batch.length), batch, shared=shared)
+                return run_batch(
+                    self.model, run.contender.at(batch.length), batch, shared=shared,
+                    is_finished=lambda rows: evaluation.is_finished(batch, rows),
+                )  # fmt: skip
             except Exception as error:  # noqa: BLE001  a failed method becomes a row with its reason
                 reason = one_line(error)
                 run.given_up = "" if run.records else reason

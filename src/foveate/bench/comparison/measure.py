@@ -27,6 +27,7 @@ from foveate.kv.renumbered import Renumbered
 
 #: The statistics of a model without attention, to which no method applies: it keeps and reads everything.
 _NO_METHOD = SimpleNamespace(stats=SimpleNamespace(kept=1.0, read=1.0))
+_CHECKED = 16  # tokens between two looks at whether all answers have ended
 _LENGTH_RATIO = 1.1  # the largest ratio of lengths in a batch, whose budget is set for the shortest prompt
 
 
@@ -156,6 +157,7 @@ def run_batch(
     steps: int | None = None,
     after_step: Callable[[int], None] | None = None,
     shared: DynamicCache | None = None,
+    is_finished: Callable[[list[list[int]]], bool] | None = None,
 ) -> BatchResult:
     """Answer a batch greedily, or measure the losses of forced answers.
 
@@ -163,6 +165,7 @@ def run_batch(
         steps: the number of tokens, if it is not the batch's own.
         after_step: called after the prompt and after each token, before anything is released.
         shared: the result of `read_batch`, which stays as it is; None lets the methods read the prompts.
+        is_finished: called now and then with the ids so far; True ends the answers early.
     """
     cache = DynamicCache(config=model.config) if shared is None else copy_cache(shared)
     feed, tokens, seconds, losses = batch.ids if shared is None else batch.ids[:, -1:], [], [], []
@@ -186,6 +189,9 @@ def run_batch(
             del logits, padding, piece, extra
             if after_step is not None:
                 after_step(step)
+            looks = is_finished is not None and batch.forced is None and step % _CHECKED == _CHECKED - 1
+            if looks and is_finished([list(row) for row in zip(*tokens, strict=True)]):  # type: ignore[misc]
+                break
     each = len(batch.prompts)
     later = seconds[1:] or [nan]
     prefill = 1e3 * seconds[0] / each if shared is None else nan

@@ -28,6 +28,8 @@ class MethodRun:
         records: the journal's records of the answers.
         errors: the reason of each missing answer.
         megabytes: live memory after the prompt, after the answer, and the peak.
+        agnostic: the journal's records of query-agnostic answers.
+        agnostic_error: the reason of a missing query-agnostic answer; empty otherwise.
         given_up: the reason why no more prompts are tried; empty while the method runs.
         warm: the lengths at which the method was run before, as powers of two; its budgets share them.
     """
@@ -39,6 +41,8 @@ class MethodRun:
     errors: dict[int, str] = field(default_factory=dict)
     megabytes: list[float] | None = None
     given_up: str = ""
+    agnostic: dict[int, dict[str, Any]] = field(default_factory=dict)
+    agnostic_error: str = ""
     warm: set[int] = field(default_factory=set)
 
     @classmethod

@@ -29,7 +29,10 @@ __all__ = [
 
 FORMAT = "foveate.comparison/3"
 EARLIER = "foveate.comparison/2"  # one budget, and no `lost`
-MEASURES = ("score", "cache_kept", "keys_read", "prefill_ms", "decode_ms", "memory_mb", "peak_mb")
+MEASURES = (
+    "score", "agnostic_score", "answer_tokens", "cache_kept", "keys_read", "prefill_ms", "decode_ms", "memory_mb",
+    "peak_mb",
+)  # fmt: skip
 _WIDE, _UNDECIDED = 2.0, 1.3  # the largest ratio of an interval's ends, in general and if 1 is inside
 
 
@@ -172,10 +175,13 @@ def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
     budget, rows = values.get("budget"), values.get("rows")
     found = {name: value for name, value in values.items() if name != "budget"}
     if isinstance(rows, list):
-        found["rows"] = [
-            {**row, "budget": None if row.get("method") in (FULL, PACKED) else budget, "lost": []}
-            if isinstance(row, dict)
-            else row
-            for row in rows
-        ]
+        found["rows"] = [_upgraded_row(row, budget) if isinstance(row, dict) else row for row in rows]
     return {**found, "budgets": [budget]}
+
+
+def _upgraded_row(row: dict[str, Any], budget: Any) -> dict[str, Any]:
+    answers, own = row.get("answers"), None if row.get("method") in (FULL, PACKED) else budget
+    if isinstance(answers, list):
+        new = {"answer_tokens": None, "agnostic_output": "", "agnostic_score": None}
+        row = {**row, "answers": [{**new, **each} if isinstance(each, dict) else each for each in answers]}
+    return {"answer_tokens": None, "agnostic_score": None, **row, "budget": own, "lost": []}

@@ -26,6 +26,9 @@ class Answer:
         prefill_ms, decode_ms: as in `Row`, for this prompt.
         base_prefill_ms, base_decode_ms: the baseline's times for the same prompt, measured just before or after.
         error: the reason of a missing answer; empty otherwise.
+        answer_tokens: tokens of the output up to its end, for tasks that say where an output ends; else NaN.
+        agnostic_output, agnostic_score: output and score where the method compressed the context without knowing the
+            question; empty and NaN if the prompt has no such division.
     """
 
     prompt: str
@@ -40,6 +43,9 @@ class Answer:
     base_prefill_ms: float = math.nan
     base_decode_ms: float = math.nan
     error: str = ""
+    answer_tokens: float = math.nan
+    agnostic_output: str = ""
+    agnostic_score: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class Row:
         budget: the share of each prompt's cache that the method may use; NaN for methods that take no budget.
         lost: what the full cache looked up and the method dropped, on the examples that were read for it; see
             `foveate.bench.comparison.lost`.
+        answer_tokens: the mean length of the outputs, see `Answer`.
+        agnostic_score: the mean query-agnostic score, see `Answer`.
     """
 
     method: str
@@ -101,6 +109,8 @@ class Row:
     error: str = ""
     budget: float = math.nan
     lost: list[LookedUp] = field(default_factory=list)
+    answer_tokens: float = math.nan
+    agnostic_score: float = math.nan
 
     @property
     def id(self) -> tuple[str, float | None]:
@@ -117,6 +127,11 @@ class Row:
         """The 95 % interval of the mean score."""
         return intervals.of_scores([answer.score for answer in self.answers])
 
+    @property
+    def agnostic_interval(self) -> Interval | None:
+        """The 95 % interval of the mean query-agnostic score."""
+        return intervals.of_scores([answer.agnostic_score for answer in self.answers])
+
     @classmethod
     def failed(cls, method: str, title: str, error: str, options: dict | None = None, budget: float = math.nan) -> Row:
         """Create the row of a method without results, with the reason."""
@@ -131,8 +146,10 @@ class Row:
         score, kept, read = (_over(fmean, answers, name) for name in ("score", "cache_kept", "keys_read"))
         prefill, decode = (_over(median, answers, name) for name in TIMES)
         prompt, answer, peak = memory
+        written, agnostic = (_over(fmean, answers, name) for name in ("answer_tokens", "agnostic_score"))
         return cls(
-            method, title, options, score, kept, read, prefill, decode, prompt, answer, peak, answers, error, budget
+            method, title, options, score, kept, read, prefill, decode, prompt, answer, peak, answers, error, budget,
+            answer_tokens=written, agnostic_score=agnostic,
         )  # fmt: skip
 
 

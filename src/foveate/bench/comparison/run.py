@@ -18,7 +18,7 @@ from foveate._version import __version__
 from foveate.bench import known
 from foveate.bench.calibration import CalibrationStore
 from foveate.bench.comparison import history
-from foveate.bench.comparison.encoding import prompts
+from foveate.bench.comparison.encoding import prompts, tokens_of
 from foveate.bench.comparison.evaluation import Evaluation, evaluation_of
 from foveate.bench.comparison.history import RESULTS
 from foveate.bench.comparison.interleaved import InterleavedRun, Progress
@@ -41,6 +41,7 @@ from foveate.tasks.base.scores import LOSS
 from foveate.tasks.base.task import Task
 from foveate.tasks.text.passkeys import Passkeys
 
+QUERIES = ("both", "aware")
 JOURNAL, RECIPES = "answers.jsonl", "recipes"
 
 
@@ -70,6 +71,7 @@ class Options:
     renumber: bool
     lost: bool
     fresh: bool
+    query: str = QUERIES[0]
 
     def keys(self) -> list[str]:
         """Return the keys of the methods, the full cache first, after checking all that needs no model."""
@@ -77,6 +79,7 @@ class Options:
         known.check(keys)
         _check_budgets(self.budgets)
         validate.count("batch", self.batch, 1)
+        validate.one_of("query", self.query, QUERIES)
         if self.score is not None:
             scores.check(self.score, ())
         return keys
@@ -105,6 +108,8 @@ def compare(
     renumber: bool = False,
     lost: bool = False,
     fresh: bool = False,
+    query: str = "both",
+    turns: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run a model on a task under several methods; save each prompt's answers to `out`, and a table at the end.
@@ -121,7 +126,7 @@ def compare(
         budgets: several such shares, in place of `budget`: every method runs at each of them, in one run. Policies that
             read a prompt densely then read most prompts only once for all their budgets; see `MethodRun.shares`.
         examples: how many prompts.
-        length: the length of needle prompts in characters.
+        length: the length of prompts that a task makes, in characters or tokens as the task says.
         score: one of `foveate.tasks.base.scores.SCORES`, or "loss"; None is the task's own.
         batch: how many prompts of similar length run together.
         out: the output folder, which also gets a recipe of each method. Results of an earlier run in it are reused if
@@ -137,6 +142,9 @@ def compare(
         lost: True reads the examples that a method breaks and the full cache solves once more, and says what the full
             cache looked up for its answer and whether the method had dropped it; see `foveate.bench.comparison.lost`.
         fresh: True measures everything again.
+        query: "both" also measures methods that do not know the question while they compress the context, for prompts
+            that are divided into the two; "aware" leaves that out.
+        turns: see `foveate.tasks.files.prompts.Prompts`; None takes its default.
         progress: receives the progress.
 
     Raises:
@@ -146,10 +154,12 @@ def compare(
     shares = [budget] if budgets is None else sorted(budgets)
     options = Options(
         model, methods, shares, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, lost,
-        fresh,
+        fresh, query,
     )  # fmt: skip
     keys = options.keys()
-    chosen = with_fields(choose_task(task, examples, length, seed, trained_on(model)), prompt_field, answer_field)
+    chosen = with_fields(
+        choose_task(task, examples, length, seed, trained_on(model)), prompt_field, answer_field, turns
+    )
     with lock_folder(Path(out)) as folder, timing.threads() as threads:
         return _measure(options, keys, chosen, folder, threads, progress or Silent())
 
@@ -161,9 +171,10 @@ def _measure(
     model, tokenizer, source = load(
         options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code, note=progress.say
     )
-    keys = _applicable(keys, options, model)
+    keys, task = _applicable(keys, options, model), task.sized(tokens_of(tokenizer))
     encoded = prompts(task, tokenizer, model, chat=options.chat, new_tokens=options.new_tokens, score=options.score)
-    evaluation = evaluation_of(task, options.score, encoded, tokenizer, model, options.batch)
+    agnostic = options.query == QUERIES[0] and keys != [FULL]
+    evaluation = evaluation_of(task, options.score, encoded, tokenizer, model, options.batch, agnostic)
     if options.lost and evaluation.metric == LOSS:
         raise OptionError("lost=True needs answers that are right or wrong; it does not go with the loss as the score")
     versions = _versions()

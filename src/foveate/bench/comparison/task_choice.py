@@ -47,7 +47,7 @@ def choose_task(
         names = ", ".join([*TASKS, "mqar", "copy"])
         raise TaskError(f"task={task!r:.80} must be one of {names}, or a file of prompts: {', '.join(READERS)}")
     if is_needle_set(Path(task)):
-        return NoLiMa(Path(task), **({} if length is None else {"length": length}), count=count, seed=seed)
+        return NoLiMa(Path(task), NoLiMa.length if length is None else length, count, seed)
     if length is not None:
         raise OptionError(f"length={length} goes with the needle task; the prompts of {task} have their own")
     return Prompts(Path(task), examples)

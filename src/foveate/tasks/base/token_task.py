@@ -57,19 +57,20 @@ class TokenTask(Task):
             built = self._built(random.Random(seed), size)
             return max(self.tokens.count(one.prompt) + one.new_tokens for one in built) <= self.length
 
-        size = largest(fits, self.length // 64)
+        size = largest(fits, self.length, self.length // 64)  # each piece has a token at least
         if not size:
             raise OptionError(f"length={self.length} must be larger: {self.name} does not fit that many tokens")
         return self._built(random.Random(seed), size)
 
 
-def divided(context: str, question: str, answers: tuple[str, ...], **more: Any) -> Example:
+def divided(context: str, question: str, answers: tuple[str, ...], answer: str = "", **more: Any) -> Example:
     """Return an example whose question, with the beginning of an answer, follows its context.
 
     Args:
         context, question: the two parts of the prompt.
-        answers: the accepted answers; the continuation that a loss would be measured on is all of them.
+        answers: the accepted answers.
+        answer: the expected continuation; empty joins all accepted answers.
         more: other arguments of `Example`.
     """
     spans = {"context": (0, len(context)), "question": (len(context), len(context) + len(question))}
-    return Example(context + question, f" {', '.join(answers)}", spans, answers, **more)
+    return Example(context + question, answer or f" {', '.join(answers)}", spans, answers, **more)

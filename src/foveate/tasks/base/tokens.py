@@ -35,13 +35,15 @@ def _text(ids: Sequence[int]) -> str:
 CHARACTERS = Tokens(_characters, _text)
 
 
-def largest(fits: Callable[[int], bool], start: int = 8) -> int:
-    """Return the largest size that fits, or 0; a size fits if all smaller ones do."""
+def largest(fits: Callable[[int], bool], limit: int, start: int = 8) -> int:
+    """Return the largest size up to `limit` that fits, or 0. It is right if a size fits where a larger one does."""
     if not fits(1):
         return 0
-    low, high = 1, max(2, start)
+    low, high = 1, min(max(2, start), limit)
     while fits(high):
-        low, high = high, 2 * high
+        if high == limit:
+            return limit
+        low, high = high, min(2 * high, limit)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

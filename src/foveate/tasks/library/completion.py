@@ -43,7 +43,8 @@ def _targets() -> tuple[tuple[tuple[str, ...], int], ...]:
     """Return modules as lines, with each line whose identifier was last seen far above."""
     found = []
     for _, source in sources():
-        lines, seen = tuple(source.split("\n")), {}
+        lines = tuple(source.split("\n"))
+        seen: dict[str, int] = {}
         for at, line in enumerate(lines):
             words = _WORD.findall(line)
             code = line.strip() and not any(mark in line for mark in ("#", '"', "'", "`"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cache
 
 from foveate.core import validate
 from foveate.tasks.base.task import Example
@@ -43,7 +44,7 @@ class LibraryQuestions(TokenTask):
         return "longbench-qa"
 
     def _built(self, draw: random.Random, size: int) -> list[Example]:
-        known = [f for f in functions() if f.parameters and len(f.document) < 700 and _is_clear(f)]
+        known = _known()
         chosen = draw.sample(known, self.questions + min(size, len(known) - self.questions))
         asked, first = chosen[: self.questions], draw.randrange(3)
         draw.shuffle(chosen)
@@ -51,11 +52,16 @@ class LibraryQuestions(TokenTask):
         return [self._asked(context, function, (first + number) % 3) for number, function in enumerate(asked)]
 
     def _asked(self, context: str, function: Function, kind: int) -> Example:
-        question, answer = _question(function, kind)
+        question, answers = _question(function, kind)
         return divided(
-            context, f"\n\nQuestion: {question}\nAnswer:", (answer,), rule=self.metric, new_tokens=_NEW_TOKENS,
-            stop=("\n",),
+            context, f"\n\nQuestion: {question}\nAnswer:", answers, f" {answers[0]}", rule=self.metric,
+            new_tokens=_NEW_TOKENS, stop=("\n",),
         )  # fmt: skip
+
+
+@cache
+def _known() -> tuple[Function, ...]:
+    return tuple(f for f in functions() if f.parameters and len(f.document) < 700 and _is_clear(f))
 
 
 def _is_clear(function: Function) -> bool:
@@ -63,10 +69,12 @@ def _is_clear(function: Function) -> bool:
     return all(len(name) > 2 and name != "the" for name in function.parameters[: len(_ORDINALS)])
 
 
-def _question(function: Function, kind: int) -> tuple[str, str]:
+def _question(function: Function, kind: int) -> tuple[str, tuple[str, ...]]:
+    """Return a question and its accepted answers; a function may be named without its module."""
     if kind == 0:
-        return f'Which function is described as "{function.summary}"?', function.name
+        names = (function.name, function.name.rsplit(".", 1)[1])
+        return f'Which function is described as "{function.summary}"?', names
     if kind == 1:
-        return f"What is the description of {function.name}?", function.summary
+        return f"What is the description of {function.name}?", (function.summary,)
     place = min(len(function.parameters), len(_ORDINALS)) - 1
-    return f"What is the {_ORDINALS[place]} parameter of {function.name}?", function.parameters[place]
+    return f"What is the {_ORDINALS[place]} parameter of {function.name}?", (function.parameters[place],)

@@ -49,7 +49,7 @@ class Function:
 @cache
 def functions() -> tuple[Function, ...]:
     """Return the public functions of the library that have documentation, ordered by name."""
-    found = {}
+    found: dict[str, Function] = {}
     for module, source in sources():
         for function in _documented(module, ast.parse(source)):
             found.setdefault(function.name, function)

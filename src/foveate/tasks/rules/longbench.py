@@ -123,6 +123,6 @@ def _jieba() -> Callable[[str], list[str]]:
     try:
         import jieba
     except ImportError:
-        raise OptionError("Chinese sets of LongBench need the package jieba: pip install jieba") from None
+        raise OptionError('Chinese sets of LongBench need the package jieba: pip install "foveate[scores]"') from None
     jieba.setLogLevel(60)  # it reports its start on stderr
     return lambda text: list(jieba.cut(text, cut_all=False))

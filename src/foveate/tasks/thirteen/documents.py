@@ -1,30 +1,31 @@
 """RULER's question answering, `qa_1` and `qa_2` (arXiv 2404.06654), on the documentation of the standard library.
 
-RULER takes SQuAD and HotpotQA, which do not ship with Python. Here documents are descriptions and signatures of
-functions, and a question of `qa_2` needs two of them. Scores are not RULER's.
+RULER takes SQuAD and HotpotQA, which do not ship with Python. Here documents describe functions, and a
+question of `qa_2` needs two of them. Scores are not RULER's.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cache
 
 from foveate.core import validate
 from foveate.tasks.base.task import Example
 from foveate.tasks.base.token_task import TokenTask, divided
 from foveate.tasks.parts.library import Function, functions
 
-_NEW_TOKENS = 32
-_INTRO = "Answer the question by the documents. Give the name alone.\n\n"
+_NEW_TOKENS, _LONGEST = 32, 70  # tokens of an answer, characters of a description
+_INTRO = "Answer the question by the documents. Give the answer alone.\n\n"
 
 
 @dataclass(frozen=True)
 class Documents(TokenTask):
     """A question about one or two of many documents.
 
-    In `qa_1` a document is a function's documentation; the question is which function has a given description. In
-    `qa_2` description and signature are two documents; the question is the first parameter of the function with a given
-    description. The score is RULER's: 1.0 if the output contains the name.
+    In `qa_1` a document is a function's documentation; the question is what a function does. In `qa_2` an index entry
+    and a description are two documents; the question is what the function of an entry does. The score is RULER's: 1.0
+    if the output contains the description, without its full stop.
 
     Args:
         length, count, seed, tokens: see `TokenTask`; 32 tokens are left to the answer, as in RULER.
@@ -46,24 +47,24 @@ class Documents(TokenTask):
         return "ruler-any"
 
     def _built(self, draw: random.Random, size: int) -> list[Example]:
-        known = [f for f in functions() if self.hops == 1 or (f.parameters and len(f.parameters[0]) > 2)]
-        asked = draw.choice(known)
-        others = [f for f in draw.sample(known, min(size, len(known))) if f is not asked]
-        documents = [page for function in (asked, *others) for page in self._pages(function)]
+        known = _known()
+        chosen = draw.sample(known, min(size + 1, len(known)))
+        entries = draw.sample(range(100, 1000 + len(chosen)), len(chosen))
+        documents = [page for pair in zip(entries, chosen, strict=True) for page in self._pages(*pair)]
         draw.shuffle(documents)
         context = _INTRO + "\n\n".join(f"Document {number}:\n{page}" for number, page in enumerate(documents, 1))
-        question, answer = self._question(asked)
-        asked_for = f"\n\nQuestion: {question}\nAnswer:"
-        return [divided(context, asked_for, (answer,), rule=self.metric, new_tokens=_NEW_TOKENS)]
+        subject = chosen[0].name if self.hops == 1 else f"the function of index entry {entries[0]}"
+        question = f"\n\nQuestion: What is the description of {subject}?\nAnswer:"
+        answer = chosen[0].summary.rstrip(".")
+        return [divided(context, question, (answer,), rule=self.metric, new_tokens=_NEW_TOKENS)]
 
-    def _pages(self, function: Function) -> list[str]:
+    def _pages(self, entry: int, function: Function) -> list[str]:
         if self.hops == 1:
             return [function.document]
-        return [f"{function.name}: {function.summary}", f"def {function.name}({function.signature})"]
+        return [f"Index entry {entry} is about {function.name}.", f"{function.name}: {function.summary}"]
 
-    def _question(self, function: Function) -> tuple[str, str]:
-        if self.hops == 1:
-            return f'Which function is described as "{function.summary}"?', function.name
-        return f'What is the first parameter of the function that is described as "{function.summary}"?', (
-            function.parameters[0]
-        )
+
+@cache
+def _known() -> tuple[Function, ...]:
+    """Return the functions whose description fits into the answer."""
+    return tuple(function for function in functions() if len(function.summary) <= _LONGEST)

@@ -25,7 +25,7 @@ _NEW_TOKENS = 128
 
 @dataclass(frozen=True)
 class Kind:
-    """What one of the tasks hides: in which haystack, how many keys, values of each key, and keys in the question."""
+    """The makings of one task: its haystack, its keys, the values of each key, and the keys in the question."""
 
     haystack: str
     keys: int = 1

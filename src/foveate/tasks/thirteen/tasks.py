@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -25,7 +26,8 @@ def task(name: str, **options: Any) -> TokenTask:
         return needles.Needles(kind=name, **options)
     if name.startswith("qa"):
         return Documents(hops=int(name[-1]), **options)
-    return {"vt": Variables, "cwe": CommonWords, "fwe": FrequentWords}[name](**options)
+    kinds: dict[str, Callable[..., TokenTask]] = {"vt": Variables, "cwe": CommonWords, "fwe": FrequentWords}
+    return kinds[name](**options)
 
 
 @dataclass(frozen=True)

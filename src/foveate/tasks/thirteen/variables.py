@@ -50,7 +50,7 @@ class Variables(TokenTask):
             names, value = _names(own, 3), str(own.randint(10000, 99999))
             return f"{_body(own, names, value, size)}{_question(value)} {' '.join(names)}"
 
-        return built(max(1, largest(lambda size: self.tokens.count(built(size)) <= room)))
+        return built(max(1, largest(lambda size: self.tokens.count(built(size)) <= room, room)))
 
 
 def _names(draw: random.Random, letters: int) -> list[str]:
