@@ -105,7 +105,8 @@ def test_compare_passes_all_options(compare: FakeCompare, tmp_path: Path) -> Non
     options = (
         "--model some/model --task t.jsonl --methods full,duo_attention,,  --budget 0.2 --examples 3 --length 300 "
         "--budgets 0.1,0.5 --seed 7 --device cuda --dtype bfloat16 --fresh --trust-remote-code --score exact --batch 2 "
-        "--prompt-field doc.q --answer-field a --chat --new-tokens 9 --renumber --lost"
+        "--prompt-field doc.q --answer-field a --chat --new-tokens 9 --renumber --lost "
+        "--query aware --turns multi-request"
     ).split()
     result = run("compare", *options, "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -128,6 +129,8 @@ def test_compare_passes_all_options(compare: FakeCompare, tmp_path: Path) -> Non
         "chat": True,
         "new_tokens": 9,
         "renumber": True,
+        "query": "aware",
+        "turns": "multi-request",
         "lost": True,
         "fresh": True,
         "out": tmp_path,
@@ -164,7 +167,7 @@ def test_compare_defaults(compare: FakeCompare, tmp_path: Path, monkeypatch: pyt
     unset = [name for name, value in compare.given.items() if value is None]
     assert unset == [
         "model", "task", "methods", "budgets", "examples", "length", "score", "prompt_field", "answer_field",
-        "new_tokens",
+        "new_tokens", "turns",
     ]  # fmt: skip
 
 

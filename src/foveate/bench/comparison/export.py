@@ -18,12 +18,25 @@ ENDINGS = (".csv", ".parquet")
 _RUN = ("model", "task", "metric", "seed", "device", "dtype", "batch")
 _ANSWER = (
     "score", "tokens", "cache_kept", "keys_read", "prefill_ms", "decode_ms", "base_prefill_ms", "base_decode_ms",
+    "agnostic_score", "answer_tokens",
 )  # fmt: skip
-_TEXTS = ("model", "task", "metric", "device", "dtype", "method", "title", "expected", "output", "error")
+_TEXTS = (
+    "model",
+    "task",
+    "metric",
+    "device",
+    "dtype",
+    "method",
+    "title",
+    "expected",
+    "output",
+    "agnostic_output",
+    "error",
+)
 _WHOLE = ("seed", "batch", "example", "tokens")
 COLUMNS = (
     *_RUN, "method", "title", "budget", "example", *_ANSWER, "memory_mb", "peak_mb", "dropped", "expected", "output",
-    "error",
+    "agnostic_output", "error",
 )  # fmt: skip
 
 
@@ -64,7 +77,7 @@ def _lines(comparison: Comparison, row: Row) -> list[dict[str, Any]]:
 
 
 def _answer(answer: Answer) -> dict[str, Any]:
-    return {name: getattr(answer, name) for name in (*_ANSWER, "expected", "output", "error")}
+    return {name: getattr(answer, name) for name in (*_ANSWER, "expected", "output", "agnostic_output", "error")}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -176,10 +176,13 @@ def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
     budget, rows = values.get("budget"), values.get("rows")
     found = {name: value for name, value in values.items() if name != "budget"}
     if isinstance(rows, list):
-        found["rows"] = [
-            {**row, "budget": None if row.get("method") in (FULL, PACKED) else budget, "lost": []}
-            if isinstance(row, dict)
-            else row
-            for row in rows
-        ]
+        found["rows"] = [_upgraded_row(row, budget) if isinstance(row, dict) else row for row in rows]
     return {**found, "budgets": [budget]}
+
+
+def _upgraded_row(row: dict[str, Any], budget: Any) -> dict[str, Any]:
+    answers, own = row.get("answers"), None if row.get("method") in (FULL, PACKED) else budget
+    if isinstance(answers, list):
+        new = {"answer_tokens": None, "agnostic_output": "", "agnostic_score": None}
+        row = {**row, "answers": [{**new, **each} if isinstance(each, dict) else each for each in answers]}
+    return {"answer_tokens": None, "agnostic_score": None, **row, "budget": own, "lost": []}
