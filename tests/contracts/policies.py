@@ -79,6 +79,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "single": {"alpha": 0.6, "ratio": 3.0},
     },
     "longheads": {"chunks": {"chunk": 3, "attention_length": 12}},
+    "qada": {"every": {"most": None, "local": 3, "sink": 2}, "some": {"most": 2, "local": 3, "tau": 0.4}},
     "h2o": {"once": {"every": None, "variant": "kvpress"}, "adaptive": {"heads": "adaptive", "every": 3}},
 }  # fmt: skip
 CASES = [(key, "") for key in POLICIES] + [(key, name) for key, some in VARIANTS.items() for name in some]

@@ -15,7 +15,9 @@ from foveate.kv.knorm import KNorm as KNorm
 from foveate.kv.lagkv import LagKV as LagKV
 from foveate.kv.longheads import LongHeads as LongHeads
 from foveate.kv.parts.chunk_keys import chunk_keys as chunk_keys
+from foveate.kv.parts.key_moments import gaussian_mass as gaussian_mass
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
+from foveate.kv.qada import QAdA as QAdA
 from foveate.kv.quest import Quest as Quest
 from foveate.kv.random_keep import RandomKeep as RandomKeep
 from foveate.kv.razor_attention import RazorAttention as RazorAttention
@@ -49,6 +51,7 @@ __all__ = [
     "Overlap",
     "Policy",
     "PyramidKV",
+    "QAdA",
     "Quest",
     "RandomKeep",
     "RazorAttention",
@@ -66,6 +69,7 @@ __all__ = [
     "compensation",
     "duo_train",
     "full_heads",
+    "gaussian_mass",
     "head_scores",
     "razor_heads",
     "soft_vote",
