@@ -69,7 +69,7 @@ class Checks(Method):
         before = self.queries.get(site.layer, site.q[:, :, :0])
         q = self.queries[site.layer] = torch.cat([before, site.q], 2)
         there = torch.arange(length).expand(1, 1, -1)
-        plain_q, plain_k = rotation(q, -there), rotation(site.k, -there)
+        plain_q, plain_k = (rotation(x, -there.expand(*x.shape[:3])) for x in (q, site.k))
         for b in range(q.shape[0]):
             for h in range(q.shape[1]):
                 kq, kk, kv = plain_q[b, h], plain_k[b, h // site.groups], site.v[b, h // site.groups]

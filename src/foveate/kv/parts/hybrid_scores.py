@@ -35,9 +35,7 @@ def channel_products(
     return few @ table.gather(3, column[:, :, None].expand(-1, -1, table.shape[2], -1)).mT
 
 
-def token_weights(
-    logits: Float[Tensor, "b h g p"], size: Int[Tensor, "b h p"] | Int[Tensor, "b 1 p"]
-) -> Float[Tensor, "b h p"]:
+def token_weights(logits: Float[Tensor, "b h g p"], size: Int[Tensor, "#b #h p"]) -> Float[Tensor, "b h p"]:
     """Return the sum over a group of the softmax weight of one token of each page; all tokens of a page have its logit.
 
     Args:

@@ -46,3 +46,7 @@ class Places:
     def at(self, own: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
         """Convert numbers in their own sequence to numbers of keys; those out of range to any number."""
         return own.clamp(0, self.total - 1) if self._found is None else self._found.at(own).long()
+
+    def own(self, numbers: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+        """Convert numbers of keys to numbers in their own sequence; negative for padding."""
+        return numbers if self._found is None else self._found.own(numbers[:, None])[:, 0].long()

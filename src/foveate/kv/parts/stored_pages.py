@@ -29,9 +29,9 @@ class StoredPages:
     """
 
     table: Float[Tensor, "b h p e"]
-    sizes: Int[Tensor, "b 1 p"]
+    sizes: Int[Tensor, "#b 1 p"]
     page: int
-    last: Int[Tensor, "b 1 1"]
+    last: Int[Tensor, "#b 1 1"]
     at: Callable[[Tensor], Tensor]
 
     def best(self, weights: Float[Tensor, "b h p"], count: int) -> tuple[Int[Tensor, "b h n"], Bool[Tensor, "b h n"]]:
