@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import foveate
-from foveate.cli import bench, cite, compare, labs, systems, train
+from foveate.cli import bench, cite, compare, heads, labs, systems, train
 from foveate.cli.console import CommandGroup
 from foveate.tasks.registry import TASKS as NAMED
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("compare")(compare.command)
 app.command("train", epilog=train.listing())(train.command)
+app.command("heads")(heads.command)
 app.command("systems")(systems.command)
 app.command("cite")(cite.command)
 app.add_typer(bench.app, name="bench")

@@ -18,6 +18,10 @@ from foveate.kv.knorm import KNorm as KNorm
 from foveate.kv.lagkv import LagKV as LagKV
 from foveate.kv.moa import MoA as MoA
 from foveate.kv.moa import moa_influence as moa_influence
+from foveate.kv.parts.duo_pattern import DuoPattern as DuoPattern
+from foveate.kv.parts.duo_pattern import load_duo_pattern as load_duo_pattern
+from foveate.kv.parts.duo_pattern import save_duo_pattern as save_duo_pattern
+from foveate.kv.parts.retrieval_scores import retrieval_scores as retrieval_scores
 from foveate.kv.parts.span_search import moa_search as moa_search
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
 from foveate.kv.random_keep import RandomKeep as RandomKeep
@@ -42,6 +46,7 @@ __all__ = [
     "ChunkKV",
     "CriticalKV",
     "DuoAttention",
+    "DuoPattern",
     "ExpectedAttention",
     "H2O",
     "KNorm",
@@ -69,9 +74,12 @@ __all__ = [
     "head_scores",
     "kv_spectrum",
     "load_compressed",
+    "load_duo_pattern",
     "moa_influence",
     "moa_search",
     "razor_heads",
+    "retrieval_scores",
+    "save_duo_pattern",
     "soft_vote",
     "topk_overlap",
 ]

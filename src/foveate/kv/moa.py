@@ -125,9 +125,17 @@ class MoA(Policy):
         These are what there is to retrieve. A model's own answers, the paper's choice, say nothing of retrieval where
         it does not follow the question: for a model that does, see `moa_influence`.
         """
-        items = _two_lengths(data)
+        items = cls.profiled(data)
         found = span_influence(host, items, items=max(1, len(items)), sink=4, own=False, progress=progress)
         return {f"influence_{length}": each for length, each in found.items()}
+
+    @staticmethod
+    def profiled(data: Iterable[tuple[Tensor, Tensor]], items: int = _ITEMS) -> list[tuple[Tensor, Tensor]]:
+        """Cut a few items to the length of the shortest, and each once more to half of it; the first token stays."""
+        some = list(islice(data, items))
+        length = min((ids.shape[1] for ids, _ in some), default=0)
+        sizes = (length, length - length // 2 + 1)
+        return [(_cut(ids, size), _cut(answers, size)) for ids, answers in some for size in sizes]
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
@@ -162,15 +170,6 @@ def moa_influence(
     tokens; the texts should need their far parts for the answers.
     """
     return span_influence(host(model), data, items=items, sink=sink, own=own, progress=progress)
-
-
-def _two_lengths(data: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Cut a few items to the length of the shortest, and each once more to half of it; the first token stays."""
-    items = list(islice(data, _ITEMS))
-    length = min((ids.shape[1] for ids, _ in items), default=0)
-    return [
-        (_cut(ids, size), _cut(answers, size)) for ids, answers in items for size in (length, length - length // 2 + 1)
-    ]
 
 
 def _cut(x: Tensor, size: int) -> Tensor:
