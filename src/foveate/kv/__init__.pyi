@@ -33,6 +33,8 @@ from foveate.kv.recycled_attention import Overlap as Overlap
 from foveate.kv.recycled_attention import RecycledAttention as RecycledAttention
 from foveate.kv.recycled_attention import attention_overlap as attention_overlap
 from foveate.kv.renumbered import Renumbered as Renumbered
+from foveate.kv.seer_attention import SeerAttention as SeerAttention
+from foveate.kv.seer_attention import seer_gates as seer_gates
 from foveate.kv.sink_recent import SinkRecent as SinkRecent
 from foveate.kv.snapkv import SnapKV as SnapKV
 from foveate.kv.tidal_decode import TidalDecode as TidalDecode
@@ -61,6 +63,7 @@ __all__ = [
     "RecycledAttention",
     "Renumbered",
     "ScorePolicy",
+    "SeerAttention",
     "SinkRecent",
     "SnapKV",
     "TOVA",
@@ -80,6 +83,7 @@ __all__ = [
     "razor_heads",
     "retrieval_scores",
     "save_duo_pattern",
+    "seer_gates",
     "soft_vote",
     "topk_overlap",
 ]

@@ -28,6 +28,9 @@ class Policy(Method):
 
     needs_cache: ClassVar[bool] = True
 
+    #: True if the policy reads few keys of the prompt only, and decoding reads all.
+    decodes_densely: ClassVar[bool] = False
+
     def bind(self, host: Host) -> None:
         """Refuse models without layers that attend through a cache."""
         layout(host)
