@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from foveate.core.errors import FoveateError, OptionError, UnsupportedModel
-from foveate.host import apply
-from foveate.kv import RazorAttention, ScorePolicy
+from foveate.host import Method, Site, apply
+from foveate.kv import Policy, RazorAttention, ScorePolicy
 from foveate.kv.base.encoding import EncodingPolicy
 from tests.contracts.policies import (
     CASES,
@@ -77,12 +77,20 @@ def test_a_budget_is_what_is_kept_or_read(key: str, name: str, budget: float) ->
     Each head may have one token more (the newest), half a token for rounding, and a 32nd of its buffer as room. A
     policy that evicts nothing reads its share in the layers that see all tokens. A policy with dense layers cannot read
     less than those do, here four of twenty. A policy that encodes holds its share of the bytes, positions included.
+    One that decodes densely reads its share of the prompt's tiles.
     """
     if name == "deep" and (POLICIES[key].evicts or encodes(key)):
         name = "llama"  # depth only matters for policies with dense layers
     budget = max(budget, POLICIES[key].least(here(name), 160))
     length, cache = 160, DynamicCache(config=subject(name).config)
     method = policy(key, budget, length, name=name)
+    if method.decodes_densely:
+        shares = prompt_shares(method, name, length)
+        if name == "windowed":  # windows and soft caps in every layer: the model's own attention
+            assert not shares
+        else:
+            assert 0.5 * budget <= sum(shares) / len(shares) <= budget + 0.02
+        return
     steps = min(getattr(method, "stride", 1), 16)
     layers = [layer for layer in range(len(subject(name).model.layers)) if _attends(name, layer)]
     far = [layer for layer in layers if (name, layer) != ("windowed", 0)]
@@ -111,6 +119,19 @@ def test_a_budget_is_what_is_kept_or_read(key: str, name: str, budget: float) ->
             assert run.stats.kept == 1.0 or name == "windowed"
             read = [run.stats.of(cache).layers[layer] for layer in far]
             assert min(one.read / one.decodes for one in read) < 1.0
+
+
+def prompt_shares(method: Policy, name: str, length: int) -> list[float]:
+    """Read a prompt, and return the share of its causal pairs that each layer's selection holds."""
+    shares: list[float] = []
+
+    class Watch(Method):
+        def read(self, site: Site, out: Tensor) -> None:
+            shares.extend(selection.density(causal=True) for selection in site.selections)
+
+    with apply(subject(name), method, Watch()):
+        subject(name)(prompt(1, length), past_key_values=DynamicCache(config=subject(name).config))
+    return shares
 
 
 def _attends(name: str, layer: int) -> bool:

@@ -40,7 +40,7 @@ _MOA_BUDGET = 0.5
 
 @dataclass(frozen=True)
 class Heads:
-    """What a method found about the heads of a model.
+    """Findings of a method about the heads of a model.
 
     Attributes:
         method: its name.
@@ -65,15 +65,15 @@ class Heads:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much text a method reads: tokens of a text, texts (steps of the gates' training)."""
+    """Amounts of text that a method reads: tokens of a text, and texts (steps of the gates' training)."""
 
     length: int = 800
     items: int = 20
 
 
-def usual_sizes(method: str) -> Sizes:
-    """Return the number and the length of the texts that a method takes."""
-    return Sizes(items=GATES["steps"] if method == "duo" else 20)
+def usual(method: str) -> Sizes:
+    """Return the sizes that a method takes by itself."""
+    return Sizes(items={"duo": GATES["steps"], "moa": 6}.get(method, 20))
 
 
 def identify(
@@ -98,7 +98,7 @@ def identify(
         raise OptionError(f"method={method!r} must be one of {', '.join(METHODS)}")
     if pattern is not None and method != "duo":
         raise OptionError(f"pattern={str(pattern)!r} holds gates of DuoAttention; use it with method=duo")
-    sizes = sizes or usual_sizes(method)
+    sizes = sizes or usual(method)
     validate.count("length", sizes.length, 256)
     validate.count("items", sizes.items, 1)
     with lock_folder(out):

@@ -54,8 +54,8 @@ def command(
         with Bar("loading") as bar:
             from foveate.bench import heads
 
-            own = heads.usual_sizes(method)
-            sizes = heads.Sizes(length or own.length, items or own.items)
+            own = heads.usual(method)
+            sizes = heads.Sizes(own.length if length is None else length, own.items if items is None else items)
             found = heads.identify(
                 model, method, out, sizes=sizes, pattern=pattern, device=device, dtype=dtype,
                 trust_remote_code=trust_remote_code, fresh=fresh, progress=bar.at, say=bar.say,

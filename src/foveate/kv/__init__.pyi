@@ -33,6 +33,7 @@ from foveate.kv.parts.chunk_keys import chunk_keys as chunk_keys
 from foveate.kv.parts.duo_pattern import DuoPattern as DuoPattern
 from foveate.kv.parts.duo_pattern import load_duo_pattern as load_duo_pattern
 from foveate.kv.parts.duo_pattern import save_duo_pattern as save_duo_pattern
+from foveate.kv.parts.key_moments import gaussian_mass as gaussian_mass
 from foveate.kv.parts.layer_budgets import layer_budgets as layer_budgets
 from foveate.kv.parts.probe_query import activation_bias as activation_bias
 from foveate.kv.parts.probe_query import probe_query as probe_query
@@ -40,6 +41,7 @@ from foveate.kv.parts.retrieval_scores import retrieval_scores as retrieval_scor
 from foveate.kv.parts.span_search import moa_search as moa_search
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
 from foveate.kv.q_filters import QFilters as QFilters
+from foveate.kv.qada import QAdA as QAdA
 from foveate.kv.quest import Quest as Quest
 from foveate.kv.r_kv import RKV as RKV
 from foveate.kv.random_keep import RandomKeep as RandomKeep
@@ -52,6 +54,8 @@ from foveate.kv.recycled_attention import RecycledAttention as RecycledAttention
 from foveate.kv.recycled_attention import attention_overlap as attention_overlap
 from foveate.kv.renumbered import Renumbered as Renumbered
 from foveate.kv.rocketkv import RocketKV as RocketKV
+from foveate.kv.seer_attention import SeerAttention as SeerAttention
+from foveate.kv.seer_attention import seer_gates as seer_gates
 from foveate.kv.simlayerkv import SimLayerKV as SimLayerKV
 from foveate.kv.sink_recent import SinkRecent as SinkRecent
 from foveate.kv.snapkv import SnapKV as SnapKV
@@ -92,6 +96,7 @@ __all__ = [
     "Overlap",
     "Policy",
     "PyramidKV",
+    "QAdA",
     "QFilters",
     "Quest",
     "RKV",
@@ -101,6 +106,7 @@ __all__ = [
     "Renumbered",
     "RocketKV",
     "ScorePolicy",
+    "SeerAttention",
     "SimLayerKV",
     "SinkRecent",
     "SnapKV",
@@ -119,6 +125,7 @@ __all__ = [
     "compress_kv_heads",
     "duo_train",
     "full_heads",
+    "gaussian_mass",
     "head_scores",
     "kv_spectrum",
     "layer_budgets",
@@ -130,6 +137,7 @@ __all__ = [
     "razor_heads",
     "retrieval_scores",
     "save_duo_pattern",
+    "seer_gates",
     "soft_vote",
     "topk_overlap",
 ]

@@ -28,6 +28,9 @@ class Policy(Method):
 
     needs_cache: ClassVar[bool] = True
 
+    #: True if the policy reads few keys of the prompt only, and decoding reads all.
+    decodes_densely: ClassVar[bool] = False
+
     @property
     def tables(self) -> float:
         """Bytes of the policy's own tables beside the cache, as a share of the bytes of the tokens that are stored.

@@ -75,10 +75,9 @@ def _sizes(file: Path) -> tuple[int, int]:
         found = json.loads(text)
     except ValueError:
         raise OptionError(f"{file} is not JSON") from None
-    sizes = [found.get(name) if isinstance(found, dict) else None for name in ("sink_size", "recent_size")]
-    if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
-        raise OptionError(f"{file} must hold sink_size and recent_size, whole numbers; got {sizes[0]} and {sizes[1]}")
-    sink, recent = (int(size) for size in sizes if size is not None)
+    sink, recent = (found.get(name) if isinstance(found, dict) else None for name in ("sink_size", "recent_size"))
+    if type(sink) is not int or type(recent) is not int or min(sink, recent) < 0:
+        raise OptionError(f"{file} must hold sink_size and recent_size, whole numbers; got {sink} and {recent}")
     return sink, recent
 
 

@@ -74,8 +74,7 @@ def copies(ids: Int[Tensor, " n"], answers: Bool[Tensor, " n"]) -> tuple[Int[Ten
     Each run of answer tokens is looked for as a whole; its last occurrence before the run counts.
     """
     words, places = ids.tolist(), answers.nonzero()[:, 0].tolist()
-    queries: list[int] = []
-    keys: list[int] = []
+    queries, keys = list[int](), list[int]()
     for begin in [place for place in places if place - 1 not in places and place > 0]:
         end = next(place for place in range(begin, len(words) + 1) if place == len(words) or place not in places)
         run = words[begin:end]
