@@ -26,7 +26,7 @@ def evict(site: Site, methods: list[Method]) -> None:
     if site.tentative:
         site = site.as_of(settled)
     keeping = [(m, kept) for m in methods if overrides(m, "keep") and m.at(site) and (kept := m.keep(site)) is not None]
-    fold, refit = _changes(site, [method for method, _ in keeping])
+    fold, refit = _changes(site, [method for method, _ in keeping], methods)
     shrinks = layer.window is not None and settled >= layer.window
     slides = not site.tentative and not layer.padded and refit is None
     if slides and (ends := _ends(keeping, layer.window if shrinks else None, settled)):
@@ -51,9 +51,15 @@ def evict(site: Site, methods: list[Method]) -> None:
         layer._dropped_at = settled
 
 
-def _changes(site: Site, methods: list[Method]) -> tuple[Fold | None, Refit | None]:
-    """Return what the last method that does so makes of the slots that are dropped, and of those that stay."""
-    folding, refitting = ([m for m in methods if overrides(m, hook)] for hook in ("fold", "refit"))
+def _changes(site: Site, keeping: list[Method], methods: list[Method]) -> tuple[Fold | None, Refit | None]:
+    """Return what the last method that does so makes of the slots that are dropped, and of those that stay.
+
+    A method that drops nothing itself may refit what others leave.
+    """
+    folding = [m for m in keeping if overrides(m, "fold")]
+    refitting = [
+        m for m in methods if overrides(m, "refit") and (m in keeping or not overrides(m, "keep")) and m.at(site)
+    ]
     fold: Fold | None = partial(folding[-1].fold, site) if folding else None
     refit: Refit | None = partial(refitting[-1].refit, site) if refitting else None
     return fold, refit

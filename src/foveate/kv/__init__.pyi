@@ -15,6 +15,7 @@ from foveate.kv.h2o import H2O as H2O
 from foveate.kv.keydiff import KeyDiff as KeyDiff
 from foveate.kv.knorm import KNorm as KNorm
 from foveate.kv.lagkv import LagKV as LagKV
+from foveate.kv.merged import Merged as Merged
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
 from foveate.kv.random_keep import RandomKeep as RandomKeep
 from foveate.kv.razor_attention import RazorAttention as RazorAttention
@@ -48,6 +49,7 @@ __all__ = [
     "KNorm",
     "KeyDiff",
     "LagKV",
+    "Merged",
     "Overlap",
     "Policy",
     "PyramidKV",
