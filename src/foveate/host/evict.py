@@ -73,7 +73,12 @@ def _drop_due(site: Site, methods: list[Method]) -> list[Method]:
     chosen = [(method, method.keep(site)) for method in asked]
     later = [*(() if drops is None else drops.at_end), *(method for method, kept in chosen if kept is AT_END)]
     keeping = [(method, kept) for method, kept in chosen if isinstance(kept, Tensor | Ends)]
-    fold, refit = _changes(site, [method for method, _ in keeping])
+    fold, refit = _changes(site, [method for method, _ in keeping], methods)
+    if later and refit is not None:
+        raise OptionError(
+            f"{type(later[0]).__name__} chooses when the whole pass has ended, and another method changes what stays at "
+            f"each call; apply one of them"
+        )
     shrinks = layer.window is not None and settled >= layer.window
     gone = None if drops is None else drops.gone
     slides = not site.tentative and gone is None and refit is None and not layer.padded
@@ -143,9 +148,15 @@ def changes(method: Method) -> bool:
     return overrides(method, "fold") or overrides(method, "refit")
 
 
-def _changes(site: Site, methods: list[Method]) -> tuple[Fold | None, Refit | None]:
-    """Return what the last method that does so makes of the slots that are dropped, and of those that stay."""
-    folding, refitting = ([m for m in methods if overrides(m, hook)] for hook in ("fold", "refit"))
+def _changes(site: Site, keeping: list[Method], methods: list[Method]) -> tuple[Fold | None, Refit | None]:
+    """Return what the last method that does so makes of the slots that are dropped, and of those that stay.
+
+    A method that drops nothing itself may refit what others leave.
+    """
+    folding = [m for m in keeping if overrides(m, "fold")]
+    refitting = [
+        m for m in methods if overrides(m, "refit") and (m in keeping or not overrides(m, "keep")) and m.at(site)
+    ]
     fold: Fold | None = partial(folding[-1].fold, site) if folding else None
     refit: Refit | None = partial(refitting[-1].refit, site) if refitting else None
     return fold, refit

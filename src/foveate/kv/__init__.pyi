@@ -27,6 +27,7 @@ from foveate.kv.kvzap import KVzap as KVzap
 from foveate.kv.kvzip import KVzip as KVzip
 from foveate.kv.lagkv import LagKV as LagKV
 from foveate.kv.longheads import LongHeads as LongHeads
+from foveate.kv.merged import Merged as Merged
 from foveate.kv.moa import MoA as MoA
 from foveate.kv.moa import moa_influence as moa_influence
 from foveate.kv.parts.chunk_keys import chunk_keys as chunk_keys
@@ -92,6 +93,7 @@ __all__ = [
     "KeyDiff",
     "LagKV",
     "LongHeads",
+    "Merged",
     "MoA",
     "Overlap",
     "Policy",
