@@ -104,6 +104,27 @@ def test_layers_that_need_different_budgets() -> None:
     assert budgets_of(best) == needs
 
 
+def test_refinement_lowers_each_layer_as_far_as_it_holds() -> None:
+    needs, tried = {0: 0.1, 1: 0.4, 2: 0.7}, []
+
+    def is_held(setting: Setting) -> bool:
+        tried.append(setting)
+        return all(share >= needs.get(layer, 0.0) for layer, share in budgets_of(setting).items())
+
+    start = dict.fromkeys(needs, 1.0)
+    assert by_layer.refine(Arm("snapkv"), FULL, start, LEVELS, is_held, 50) == needs
+    tried.clear()
+    by_layer.refine(Arm("snapkv"), FULL, start, LEVELS, is_held, 3)
+    assert len(tried) == 3
+
+
+def test_a_loss_on_one_example_of_twelve_is_too_much_if_none_is_allowed() -> None:
+    world = World(lambda setting, n: float(budgets_of(setting)[3] < 0.7 and n == 11))
+    search = searched(world)
+    assert search.uniform[search.best].share == pytest.approx(0.7)
+    assert all(one.lost == 0.0 for one in (*search.uniform.values(), *search.layered.values()))
+
+
 def known(damage: dict[int, list[float]]) -> by_layer.Sensitivities:
     shares = {layer: [level / len(damage) for level in (*LEVELS, 1.0)] for layer in damage}
     return by_layer.Sensitivities((*LEVELS, 1.0), damage, shares)
