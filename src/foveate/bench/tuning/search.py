@@ -18,7 +18,7 @@ FIRST, DAMAGE = 5, 8
 #: Arms that reach the last rung, and whose options are tried.
 LAST = 3
 #: The most settings of each descent from an allocation, and the settings by layer that are tested in the end.
-REFINED, CHEAPEST = 24, 3
+REFINED, CHEAPEST = 16, 2
 #: Steps of the bisection between the cheapest budget that holds and the next smaller one.
 _FINER = 2
 
@@ -150,17 +150,17 @@ class Search:
     def candidates(self) -> list[Setting]:
         """Return what to test on held-out examples, from safe to cheap.
 
-        First come the best policy at two larger budgets, then at its cheapest one that holds, then the cheapest
-        settings with a budget for each layer.
+        First comes the best policy at a larger budget, then at its cheapest one that holds, then the cheapest settings
+        with a budget for each layer.
         """
         if not self.uniform:
             return []
         arm, budget = self.best.parts[0].arm, self.best.parts[0].budget
-        larger = [Setting.of(arm, one) for one in self.budgets if one > budget * 1.2][:2]
+        larger = [Setting.of(arm, one) for one in self.budgets if one > budget * 1.2][:1]
         top = self.uniform[self.best].share
         cheaper = [one for one in self.layered if self.layered[one].share < top]
         cheaper.sort(key=lambda one: self.layered[one].share)
-        return [*larger[::-1], self.best, *cheaper[:CHEAPEST][::-1]]
+        return [*larger, self.best, *cheaper[:CHEAPEST][::-1]]
 
     @property
     def best(self) -> Setting:
