@@ -143,13 +143,11 @@ def test_too_few_examples_for_a_claim_are_said() -> None:
 
 @pytest.mark.slow
 def test_on_the_lab_model_budgets_by_layer_are_cheaper_than_every_single_policy(tmp_path: Path) -> None:
-    """The setting by layer holds where every single policy of the space at as few bytes loses."""
-    found = tune(
-        methods=["keydiff", "snapkv"], budgets=(0.12, 0.17, 0.25, 0.35, 0.5), search=16, held_out=24, length=700,
-        keep=0.9, out=tmp_path / "out",
-    )  # fmt: skip
-    single = [one for one in found.tried if "layer" not in one.setting and not one.held_out and one.verdict == "holds"]
-    assert " in layer" in found.setting
-    assert found.share < 0.85 * min(one.share for one in single)
-    assert found.score >= 0.9 * found.full_score and found.calls < 2500
-    assert len(foveate.load(found.recipe, load(None)[0])) > 1
+    """At equal score, budgets by layer need fewer bytes than every policy of the space, with any of its options."""
+    found = tune(methods=["keydiff"], search=20, held_out=8, out=tmp_path / "out")
+    held = [one for one in found.tried if not one.held_out and one.verdict == "holds" and one.examples == 20]
+    single = min(one.share for one in held if " in layer" not in one.setting)
+    layered = min(one.share for one in held if " in layer" in one.setting)
+    assert layered < 0.75 * single
+    assert any(one.held_out for one in found.tried) and found.calls < 1500
+    assert foveate.load(found.recipe, load(None)[0])

@@ -68,6 +68,17 @@ def one_layer_needs_everything(setting: Setting, number: int) -> float:
     return float(budgets_of(setting)[3] < 1.0)
 
 
+def test_policies_that_act_together_on_all_layers_are_not_the_best_single_policy() -> None:
+    def loses(setting: Setting, number: int) -> float:
+        keys = {part.arm.key for part in setting.parts}
+        return float(keys == {"knorm"} and any(share < 0.7 for share in budgets_of(setting).values()))
+
+    search = searched(World(loses), [Arm("duo_attention"), Arm("knorm")])
+    assert all(len(one.parts) == 1 for one in search.uniform)
+    path = search.candidates()
+    assert [len(one.parts) for one in path[:3]] == [1, 1, 1] and path[2] == search.best
+
+
 # -- budgets by layer --------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +104,10 @@ def test_one_layer_needs_everything_and_the_others_nothing() -> None:
         for level in LEVELS:
             one = world.measure([Setting.of(arm, level)], range(12), "check")[Setting.of(arm, level)]
             assert one.lost == 1.0 or one.share > 2 * search.layered[best].share
-    assert search.candidates()[-1] == best and search.candidates()[0] == search.best
+    path = search.candidates()
+    assert path[-1] == best and path[0] == search.best
+    shares = [{**search.uniform, **search.layered}[one].share for one in path]
+    assert len(path) > 3 and shares == sorted(shares, reverse=True)
 
 
 def test_layers_that_need_different_budgets() -> None:
@@ -102,6 +116,27 @@ def test_layers_that_need_different_budgets() -> None:
     search = searched(world)
     best = min(search.layered, key=lambda one: search.layered[one].share)
     assert budgets_of(best) == needs
+
+
+def test_refinement_lowers_each_layer_as_far_as_it_holds() -> None:
+    needs, tried = {0: 0.1, 1: 0.4, 2: 0.7}, []
+
+    def is_held(setting: Setting) -> bool:
+        tried.append(setting)
+        return all(share >= needs.get(layer, 0.0) for layer, share in budgets_of(setting).items())
+
+    start = dict.fromkeys(needs, 1.0)
+    assert by_layer.refine(Arm("snapkv"), FULL, start, LEVELS, is_held, 50) == needs
+    tried.clear()
+    by_layer.refine(Arm("snapkv"), FULL, start, LEVELS, is_held, 3)
+    assert len(tried) == 3
+
+
+def test_a_loss_on_one_example_of_twelve_is_too_much_if_none_is_allowed() -> None:
+    world = World(lambda setting, n: float(budgets_of(setting)[3] < 0.7 and n == 11))
+    search = searched(world)
+    assert search.uniform[search.best].share == pytest.approx(0.7)
+    assert all(one.lost == 0.0 for one in (*search.uniform.values(), *search.layered.values()))
 
 
 def known(damage: dict[int, list[float]]) -> by_layer.Sensitivities:
@@ -159,7 +194,11 @@ def test_a_base_beside_which_layers_have_budgets() -> None:
     search = searched(World(loses), [Arm("duo_attention"), Arm("knorm")])
     assert search.best.parts[0].arm.key == "duo_attention" and search.best.parts[0].budget == pytest.approx(0.4)
     best = min(search.layered, key=lambda one: search.layered[one].share)
-    assert best.parts[0] == search.best.parts[0] and {part.arm.key for part in best.parts[1:]} == {"knorm"}
+    assert (
+        len(search.best.parts) == 1
+        and best.parts[0] == search.best.parts[0]
+        and {part.arm.key for part in best.parts[1:]} == {"knorm"}
+    )
     assert budgets_of(best) == {0: 0.2, 1: 0.1, 2: 0.1, 3: 0.4, 4: 0.1, 5: 0.1}
 
 

@@ -105,15 +105,8 @@ def command(
     if as_json:
         typer.echo(found.to_json(), nl=False)
         return
-    show(
-        _table(found),
-        "",
-        found.claim(),
-        *found.notes,
-        "",
-        f"recipe   {found.recipe}",
-        f"tried    {out / 'tuning.json'}",
-    )
+    files = f"recipe   {found.recipe}", f"tried    {out / 'tuning.json'}"
+    show(_table(found), "", found.claim(), *found.notes, "", *files)
 
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:

@@ -17,8 +17,9 @@ from foveate.core.errors import OptionError
 FIRST, DAMAGE = 5, 8
 #: Arms that reach the last rung, and whose options are tried.
 LAST = 3
-#: The most settings of each descent from an allocation, and the settings by layer that are tested in the end.
-REFINED, CHEAPEST = 24, 3
+#: The most settings of each descent from an allocation; and which settings by layer are tested in the end, by their
+#: bytes over the fewest.
+REFINED, SAFER = 16, (1.6, 1.25, 1.0)
 #: Steps of the bisection between the cheapest budget that holds and the next smaller one.
 _FINER = 2
 
@@ -104,7 +105,7 @@ class Search:
         one = self.trials.measure([setting], self.examples, stage, most=self.most)[setting]
         if not holds(one, len(self.examples), self.most):
             return False
-        uniform = all(part.layers is None for part in setting.parts)
+        uniform = len(setting.parts) == 1 and setting.parts[0].layers is None
         (self.uniform if uniform else self.layered)[setting] = one
         return True
 
@@ -150,17 +151,20 @@ class Search:
     def candidates(self) -> list[Setting]:
         """Return what to test on held-out examples, from safe to cheap.
 
-        First come the best policy at two larger budgets, then at its cheapest one that holds, then the cheapest
-        settings with a budget for each layer.
+        First comes the best policy at two larger budgets, then at its cheapest one that holds, then settings with a
+        budget for each layer, the last of them with the fewest bytes.
         """
         if not self.uniform:
             return []
         arm, budget = self.best.parts[0].arm, self.best.parts[0].budget
-        larger = [Setting.of(arm, one) for one in self.budgets if one > budget * 1.2][:2]
+        larger = [Setting.of(arm, one) for one in self.budgets if one > budget * 1.05][:2]
+        chosen = [*larger[::-1], self.best]
         top = self.uniform[self.best].share
-        cheaper = [one for one in self.layered if self.layered[one].share < top]
-        cheaper.sort(key=lambda one: self.layered[one].share)
-        return [*larger[::-1], self.best, *cheaper[:CHEAPEST][::-1]]
+        cheaper = {one: found.share for one, found in self.layered.items() if found.share < top}
+        for factor in SAFER if cheaper else ():
+            wanted = factor * min(cheaper.values())
+            chosen.append(min(cheaper, key=lambda one: abs(cheaper[one] - wanted)))
+        return list(dict.fromkeys(chosen))
 
     @property
     def best(self) -> Setting:
