@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 WIDTHS = (1, 2, 3, 4, 8)
 
 
-def pack(codes: Int[Tensor, "*b d"], bits: int) -> UInt8[Tensor, "*b n"]:
+def pack(codes: UInt8[Tensor, "*b d"], bits: int) -> UInt8[Tensor, "*b n"]:
     """Pack codes below `2 ** bits` into bytes: `n = ceil(d bits / 8)` for 1, 2, 4 and 8 bits.
 
     Codes of 3 bits go eight at a time into three bytes. The last byte, or the last three, are filled up with zeros.
