@@ -77,7 +77,7 @@ def _drop_due(site: Site, methods: list[Method]) -> list[Method]:
     if later and refit is not None:
         raise OptionError(
             f"{type(later[0]).__name__} chooses when the whole pass has ended, and another method changes what stays "
-            f"each call; apply one of them"
+            f"at each call; apply one of them"
         )
     shrinks = layer.window is not None and settled >= layer.window
     gone = None if drops is None else drops.gone
