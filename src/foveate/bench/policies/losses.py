@@ -44,8 +44,7 @@ def loss_key(ids: Tensor, forced: Tensor) -> tuple[str, str]:
 
 def _measure(run: ModelRun, contender: Contender, prefilled: Prefilled, forced: Tensor) -> None:
     ids, new = prefilled.ids, forced.shape[1]
-    methods = contender.at(ids.shape[1])
-    decoded = run.attempt(contender, lambda: decode(run.model, methods, prefilled, new, forced))
+    decoded = run.attempt(contender, lambda: decode(run.model, contender.at(ids.shape[1]), prefilled, new, forced))
     if decoded is None:
         return
     run.journal.add(
