@@ -353,3 +353,10 @@ def test_the_command_runs_and_refuses(folder: Path, tmp_path: Path) -> None:
     for bad in (["--budgets", "lots"], ["--tasks", "hay"], ["--model", str(tmp_path / "none")]):
         done = CliRunner().invoke(app, [*command, *bad])
         assert done.exit_code == 2 and done.output.count("\n") <= 2, done.output
+
+
+def test_a_budget_that_a_policy_cannot_meet_is_a_reason_and_not_the_end(folder: Path, tmp_path: Path) -> None:
+    result = run([str(folder)], replace(TINY, methods=("think", "sink_recent")), tmp_path, Watch())
+    _, _, think, sink = result["models"][0]["rows"]
+    assert think["error"].startswith("budget=0.3 is less than the") and "scores" not in think
+    assert "error" not in sink and sink["kept"] == pytest.approx(0.3, abs=0.02)

@@ -19,6 +19,7 @@ from foveate.bench.methods import Contender
 from foveate.bench.policies import plan
 from foveate.bench.policies.calibrate import TimedCalibrationStore
 from foveate.bench.policies.run import run
+from foveate.core.catalog import system
 from foveate.host.hf.model import Host, host
 from foveate.tasks.parts.corpus import text
 
@@ -50,8 +51,9 @@ class Real:
         return found.input_ids[:, :tokens]
 
     def policy(self, key: str, budget: float, length: int) -> tuple[Any, ...]:
-        """The methods of a policy for prompts of `length` tokens."""
-        contender = Contender(key, self.host, budget)
+        """The methods of a policy for prompts of `length` tokens, at the least budget that it can meet or more."""
+        least = system(key).load().least(self.host, length)
+        contender = Contender(key, self.host, max(budget, least))
         contender.calibrate(self.lessons)
         return contender.at(length)
 

@@ -35,7 +35,9 @@ class TurboQuant(EncodingPolicy):
 
     Cost: `bits` bits for each channel and 2 bytes for each key; for values as many bits, and 4 bytes for a scale and a
     zero; one more product with a `d x d` matrix for each query. The wrong choice where a few channels are much larger
-    than others in every token: rotation spreads their error over all channels, where KIVI's groups keep it in one.
+    than others in every token: rotation spreads their error over all channels, where KIVI's groups keep it in one. On
+    Qwen2.5-Coder 0.5B, 4 bits in all layers cost 1.06 nats of next-token loss, and 0.04 with two dense layers at each
+    end.
 
     Args:
         bits: width of a key's code, 1, 2, 3, 4 or 8, in all layers or a tuple with one for each; None encodes nothing.

@@ -74,8 +74,11 @@ def _answer(run: ModelRun, task: Task, examples: list[Example], ids: Tensor, new
     for contender in (full, *others):
         if missing(contender) and (contender is full or is_informative(run, task.name)):
             prefilled = prefilled or prefill(run.model, ids)
-            methods, source, alone = contender.at(ids.shape[1]), prefilled, contender.key not in SHARING
-            decoded = run.attempt(contender, lambda: decode(run.model, methods, source, new, alone=alone))  # noqa: B023
+            source, alone = prefilled, contender.key not in SHARING
+            decoded = run.attempt(
+                contender,
+                lambda: decode(run.model, contender.at(ids.shape[1]), source, new, alone=alone),  # noqa: B023
+            )
             if decoded is not None:
                 found = _records(run, task, examples, decoded)
                 keys = [run.key(contender, *answer_key(task.name, row, new)) for row in ids]

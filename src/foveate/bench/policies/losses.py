@@ -54,8 +54,10 @@ def loss_key(ids: Tensor, forced: Tensor) -> tuple[str, str]:
 
 def _measure(run: ModelRun, contender: Contender, prefilled: Prefilled, forced: Tensor) -> None:
     ids, new = prefilled.ids, forced.shape[1]
-    methods, alone = contender.at(ids.shape[1]), contender.key not in SHARING
-    decoded = run.attempt(contender, lambda: decode(run.model, methods, prefilled, new, forced, alone=alone))
+    alone = contender.key not in SHARING
+    decoded = run.attempt(
+        contender, lambda: decode(run.model, contender.at(ids.shape[1]), prefilled, new, forced, alone=alone)
+    )
     if decoded is None:
         return
     run.journal.add(

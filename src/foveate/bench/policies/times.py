@@ -87,11 +87,17 @@ def _time_prefill(run: ModelRun, contender: Contender, ids: Tensor) -> dict[str,
 def _decode_round(run: ModelRun, order: list[Contender], prefilled: Prefilled, number: int) -> None:
     found, tokens, new = {}, prefilled.ids.shape[1], run.plan.steps + 1
     for contender in order:
-        methods = contender.at(tokens)
         count_memory, alone = number == 0, contender.key not in SHARING
         decoded = run.attempt(
             contender,
-            lambda: decode(run.model, methods, prefilled, new, count_memory=count_memory, alone=alone),  # noqa: B023
+            lambda: decode(
+                run.model,
+                contender.at(tokens),
+                prefilled,
+                new,
+                count_memory=count_memory,
+                alone=alone,  # noqa: B023
+            ),
         )
         if decoded is not None:
             key = run.key(contender, *time_key("decode", prefilled.ids, number, run.plan.steps))
