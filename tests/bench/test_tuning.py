@@ -83,6 +83,9 @@ def test_settings_that_share_the_beginning_of_a_prompt_are_the_same_as_without(
     some = [one for one in trials.measured if one.parts and all(part.layers is None for part in one.parts)]
     one, two = (trials.measure(some, range(4), "", shared=shared) for shared in (True, False))
     for setting in some:
+        if one[setting].failed:  # an option that does not go with the policy's others
+            assert two[setting].failed == one[setting].failed
+            continue
         assert one[setting].lost == pytest.approx(two[setting].lost, abs=1e-4)
         assert one[setting].share == two[setting].share
 

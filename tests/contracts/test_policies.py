@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from foveate.core.errors import FoveateError, OptionError, UnsupportedModel
 from foveate.host import Method, Site, apply
-from foveate.kv import Policy, RazorAttention, ScorePolicy
+from foveate.kv import Policy, ScorePolicy
 from foveate.kv.base.encoding import EncodingPolicy
 from tests.contracts.policies import (
     CASES,
@@ -234,13 +234,22 @@ def test_two_threads_on_one_run_with_a_cache_each() -> None:
         found.clear()
 
 
+#: Policies under which drafted queries may see other keys than without drafts, with the reason.
+OTHER_DRAFTS = {
+    "razor_attention": "drafted queries see the tokens themselves in place of their summary",
+    "finch": "keys are rotated once the drafts are accepted, for all of them together",
+    "act_qkv": "layers share a budget by the step before, which drafts of one call do not have",
+    "kivi": "tokens are encoded once the drafts are accepted", "turboquant": "the same", "think": "the same",
+}  # fmt: skip
+
+
 @CASE
 @torch.no_grad()
 def test_drafts_do_not_change_the_text(key: str, variant: str) -> None:
     """Prompt lookup reads several tokens at once. A policy drops and chooses as it does token by token."""
+    if key in OTHER_DRAFTS:
+        pytest.skip(OTHER_DRAFTS[key])
     method, sizes = policy(key, 0.25, 40, variant), []
-    if isinstance(method, RazorAttention):
-        pytest.skip("drafted queries see the tokens themselves in place of their summary")
 
     def text(seed: int, **options: Any) -> Tensor:
         ids = prompt(1, 6, seed).repeat(1, 6)
@@ -250,14 +259,16 @@ def test_drafts_do_not_change_the_text(key: str, variant: str) -> None:
     def note_size(module: object, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         sizes.append(options["input_ids"].shape[1])
 
-    expected = [text(seed) for seed in range(4)]
-    hook = subject("llama").register_forward_pre_hook(note_size, with_kwargs=True)
-    try:
-        for seed in range(4):
-            assert torch.equal(text(seed, prompt_lookup_num_tokens=4), expected[seed]), seed
-    finally:
-        hook.remove()
-    assert 1 < max(size for size in sizes if size < 36) and len(sizes) < 4 * 20  # some drafts were accepted
+    for seed in range(16):
+        expected = text(seed)
+        hook = subject("llama").register_forward_pre_hook(note_size, with_kwargs=True)
+        try:
+            assert torch.equal(text(seed, prompt_lookup_num_tokens=4), expected), seed
+        finally:
+            hook.remove()
+        if seed >= 3 and len(sizes) < (seed + 1) * 20:
+            break
+    assert 1 < max(size for size in sizes if size < 36) and len(sizes) < 16 * 20  # some drafts were accepted
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from foveate.bench.recipes.files import load, save
 from foveate.core.catalog import system, systems
 from foveate.host import Method, apply
 from foveate.kv import AdaKV, ChunkKV, CriticalKV, KNorm, Renumbered, SinkRecent, SnapKV
-from tests.contracts.policies import CASES, VOCAB, here, learnt, policy, subject
+from tests.contracts.policies import CASES, POLICIES, VOCAB, here, learnt, policy, subject
 
 LENGTH, NEW = 48, 4
 
@@ -80,7 +80,8 @@ def test_wrappers_and_compositions(methods: tuple[Method, ...], tmp_path: Path) 
 @pytest.mark.parametrize("key", [known.FULL, known.PACKED, "act_calibration", "hip", *dict(CASES)])
 @pytest.mark.parametrize("renumber", [False, True])
 def test_the_recipe_of_a_row_gives_its_methods_at_every_length(key: str, renumber: bool, tmp_path: Path) -> None:
-    one = Contender(key, here(), 0.4, renumber)
+    least = POLICIES[key].least(here(), LENGTH) if key in POLICIES else 0.0
+    one = Contender(key, here(), max(0.4, least), renumber)
     one.calibrate(lambda cls, name: learnt(name, "llama"))
     if renumber and not any(method.evicts for method in one.at(LENGTH)):
         return

@@ -98,12 +98,12 @@ def prompts_missing(base: Path, folder: Path) -> Made:
     return on_rows(base, folder / "none.jsonl")
 
 
-@case("must be one of")
+@case("is no task")
 def task_of_five_thousand_letters(base: Path, folder: Path) -> Made:
     return on_rows(base, Path("t" * 5000))
 
 
-@case("must be one of")
+@case("is no task")
 def unknown_task(base: Path, folder: Path) -> Made:
     return on_rows(base, Path("poetry"))
 

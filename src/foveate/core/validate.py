@@ -116,6 +116,12 @@ def flag(name: str, value: object) -> None:
         raise OptionError(f"{name}={shown(value)} must be True or False")
 
 
+def tensor(name: str, value: object) -> None:
+    """Refuse what is not a tensor."""
+    if not isinstance(value, Tensor):
+        raise OptionError(f"{name}={value!r:.80} must be a tensor")
+
+
 def between(name: str, value: object, low: float, high: float) -> None:
     """Refuse an option outside `[low, high]`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:

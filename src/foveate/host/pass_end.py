@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from foveate.host.site import Site
 
-if TYPE_CHECKING:
-    from foveate.host.method import Method
-
 #: `reread(ids, real, reader)`; see `PassEnd.reread`.
-Reread = Callable[[Int[Tensor, "b n"], Bool[Tensor, "b n"], "Method"], None]
+Reread = Callable[[Int[Tensor, "b n"], Bool[Tensor, "b n"], Any], None]
 
 
 @dataclass(frozen=True, eq=False)

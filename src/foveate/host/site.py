@@ -20,7 +20,6 @@ from foveate.host.hf.mask import MaskPlan, at_positions, is_given, masked_part
 if TYPE_CHECKING:
     from foveate.core.selection import Selection
     from foveate.host.hf.cache import SlotLayer
-    from foveate.host.method import Method
     from foveate.host.slots.store import Store
 
 
@@ -34,7 +33,7 @@ class Drops:
     """
 
     gone: Bool[Tensor, "b hkv n"] | None = None
-    at_end: tuple[Method, ...] = ()
+    at_end: tuple[Any, ...] = ()
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ Fast KV Compaction via Attention Matching (2026), arXiv 2602.16284. The authors'
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, final
+from typing import Any, Literal, Self, final
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +18,7 @@ from foveate.host import Host, Slots
 from foveate.host.hf.layout import layout
 from foveate.host.padding import tokens
 from foveate.host.site import Site
+from foveate.kv.base.policy import check_budget
 from foveate.kv.base.scored import ScorePolicy, own_positions, ranks
 from foveate.kv.parts.head_split import check_heads
 from foveate.kv.parts.matching import Reference, Tokens, matched, pursued, received, spread_rows
@@ -120,6 +121,14 @@ class AttentionMatching(ScorePolicy):
                 count = min(int(sizes[:, head].max()), site.k.shape[2])
                 made.append(pursued(reference, held, forced[:, head], count, self.bound))
         return torch.stack(made, 1)
+
+    @classmethod
+    def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
+        """See `Policy.at_budget`. The weight of each token, 4 bytes, is part of the budget."""
+        check_budget(budget, length)
+        one = layout(host).layers[0]
+        token = (one.width + one.value_width) * host.model.dtype.itemsize
+        return super().at_budget(budget if budget == 1 else budget * token / (token + 4), host, length)
 
     def refit(self, site: Site, kept: Slots, dropped: Slots, heads: Tensor) -> Slots:
         if site.slots is not None and site.slots.window is not None:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import DynamicCache
 
+from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.host import Host, Method, apply, decoder_inputs
 from foveate.host.hf.layout import layout
@@ -65,6 +66,8 @@ class KVzap(ScorePolicy):
         if self.threshold is not None and self.every is None:
             self.every = 1
         super().__post_init__()
+        validate.tensor("weight", self.weight)
+        validate.tensor("bias", self.bias)
 
     def bind(self, host: Host) -> None:
         super().bind(host)

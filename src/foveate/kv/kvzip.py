@@ -69,6 +69,8 @@ class KVzip(ScorePolicy):
         validate.count("overlap", self.overlap)
         validate.flag("plus", self.plus)
         validate.flag("instruct", self.instruct)
+        if self.tokenizer is not None and not callable(self.tokenizer):
+            raise OptionError(f"tokenizer={self.tokenizer!r:.80} must turn text into tokens, as transformers' do")
         if self.every is not None:
             raise OptionError(f"every={self.every} must be None: KVzip repeats a text when it has been read, not later")
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.host import Host, Method
 from foveate.host.hf.layout import layout
@@ -48,6 +49,10 @@ class QFilters(ScorePolicy):
     sink: int = 0
     filters: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0), repr=False)
     _rows: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate.tensor("filters", self.filters)
 
     def bind(self, host: Host) -> None:
         super().bind(host)

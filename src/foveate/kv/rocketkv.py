@@ -136,7 +136,8 @@ class RocketKV(ScorePolicy):
         if notes["prompt"] is not None:  # shorter sequences read fewer tokens
             count = (notes["prompt"] / (2 * self.ratio)).round().clamp_min(1)
             real = real & (real.cumsum(-1) <= count[:, None, None])
-        return Indices(pages.at(own)[:, :, None], 1, site.k.shape[2], real[:, :, None])
+        counted = float(most) if notes["prompt"] is None else None
+        return Indices(pages.at(own)[:, :, None], 1, site.k.shape[2], real[:, :, None], counted=counted)
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:

@@ -137,7 +137,7 @@ def blocks_of(density: float, count: int) -> int:
 
 def _best(logits: Float[Tensor, "b h i j"], count: int) -> Bool[Tensor, "b h i j"]:
     """Return the `count` best blocks of each row."""
-    index = (-logits).topk(min(count, logits.shape[3]), -1).indices
+    index = logits.topk(min(count, logits.shape[3]), -1).indices
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(3, index, True)
 
 

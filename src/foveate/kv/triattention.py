@@ -79,6 +79,8 @@ class TriAttention(ScorePolicy):
         validate.flag("normalize", self.normalize)
         validate.one_of("group", self.group, ("max", "mean"))
         validate.count("reach", self.reach, 1)
+        validate.tensor("queries", self.queries)
+        validate.tensor("lengths", self.lengths)
 
     def bind(self, host: Host) -> None:
         super().bind(host)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from foveate.core import validate
@@ -44,8 +45,11 @@ def choose_task(
     if task in TASKS:
         return named(task, length, examples, seed)
     if not is_file(task):
-        names = ", ".join([*TASKS, "mqar", "copy"])
-        raise TaskError(f"task={task!r:.80} must be one of {names}, or a file of prompts: {', '.join(READERS)}")
+        near = get_close_matches(str(task), [*TASKS, "mqar", "copy"], 3, 0.5) or ["needle", "docs_qa", "ruler/all"]
+        raise TaskError(
+            f"task={task!r:.80} is no task (such as {', '.join(near)}; see foveate compare --help), and no file of "
+            f"prompts: {', '.join(READERS)}"
+        )
     if is_needle_set(Path(task)):
         return NoLiMa(Path(task), NoLiMa.length if length is None else length, count, seed)
     if length is not None:

@@ -7,6 +7,7 @@ the cache and all else that a policy holds, without garbage.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from foveate.bench.methods import Contender
 from foveate.bench.parts import digest
 from foveate.bench.parts.timing import now
 from foveate.bench.policies.model_run import ModelRun
-from foveate.bench.policies.shared_prefill import Prefilled, decode, live_bytes, prefill
+from foveate.bench.policies.shared_prefill import Decoded, Prefilled, decode, live_bytes, prefill
 from foveate.host import apply
 
 #: Rounds in which the prefill is timed.
@@ -83,22 +84,18 @@ def _time_prefill(run: ModelRun, contender: Contender, ids: Tensor) -> dict[str,
         }
 
 
+def _decode(run: ModelRun, contender: Contender, prefilled: Prefilled, number: int) -> Decoded:
+    return decode(
+        run.model, contender.at(prefilled.ids.shape[1]), prefilled, run.plan.steps + 1, count_memory=number == 0,
+        alone=contender.key not in SHARING,
+    )  # fmt: skip
+
+
 @torch.inference_mode()
 def _decode_round(run: ModelRun, order: list[Contender], prefilled: Prefilled, number: int) -> None:
-    found, tokens, new = {}, prefilled.ids.shape[1], run.plan.steps + 1
+    found: dict[Any, Any] = {}
     for contender in order:
-        count_memory, alone = number == 0, contender.key not in SHARING
-        decoded = run.attempt(
-            contender,
-            lambda: decode(
-                run.model,
-                contender.at(tokens),
-                prefilled,
-                new,
-                count_memory=count_memory,
-                alone=alone,  # noqa: B023
-            ),
-        )
+        decoded = run.attempt(contender, partial(_decode, run, contender, prefilled, number))
         if decoded is not None:
             key = run.key(contender, *time_key("decode", prefilled.ids, number, run.plan.steps))
             found[key] = {

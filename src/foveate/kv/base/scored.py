@@ -161,10 +161,16 @@ class ScorePolicy(Policy):
         return ((own >= 0) & (own < sinks[:, None, None])) | (own >= (count - newest)[:, None, None])
 
     def ranked(self, site: Site, scores: Float[Tensor, "b hk s"]) -> Float[Tensor, "b h s"]:
-        """Return scores of the cache's heads, with the tokens that stay in any case at inf, and no tokens at -inf."""
+        """Return scores of the cache's heads: inf for tokens that stay in any case.
+
+        They are -inf for empty slots, and for tokens that leave the layer's window after the call.
+        """
         own, _ = own_positions(site)
         scores = scores.float().unflatten(1, (own.shape[1], -1)).mean(2)  # keys that models expand have more heads
-        return scores.masked_fill(self.stays(site), torch.inf).masked_fill(own < 0, -torch.inf)
+        gone, window = own < 0, None if site.slots is None else site.slots.window
+        if window is not None:
+            gone = gone | (site.positions <= site.seen - window)
+        return scores.masked_fill(self.stays(site), torch.inf).masked_fill(gone, -torch.inf)
 
     def _best_of_layer(self, scores: Float[Tensor, "b h s"], size: Int[Tensor, " b"]) -> Bool[Tensor, "b h s"]:
         """Choose the best slots of all heads together, after those that each head keeps in any case."""
