@@ -147,7 +147,7 @@ def test_labels_do_not_overlap(visit, comparison, width, height):
 def test_prompts_open_and_their_answer_is_marked(visit, comparison):
     view = visit(comparison)
     assert not view.page.locator("details pre").first.is_visible()
-    view.page.locator("details summary").first.click()
+    view.page.locator("details:has(> pre) > summary").first.click()
     assert view.page.locator("details pre").first.is_visible()
     assert view.page.locator("details pre mark").first.inner_text() == "47111"
     assert "characters left out" in view.page.locator("details pre").first.inner_text()
