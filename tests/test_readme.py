@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from foveate.bench.comparison.results import Comparison
 from foveate.cli import app
 from tests.support.readme import LONG, ROOT, SHORT, Piece, pieces, shortened
 
