@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from foveate.bench.comparison.results import Comparison
 from foveate.cli import app
 from tests.support.readme import LONG, ROOT, SHORT, Piece, pieces, shortened
 
@@ -64,6 +65,11 @@ def test_every_line_in_order_in_one_folder(
                 assert result.stdout.strip() and "tokens" in result.stderr
             else:
                 assert "report" in result.stdout or "network" in result.stdout
+    (full,) = [row for row in Comparison.load(tmp_path / "my-prompts" / "results.json").rows if row.method == "full"]
+    assert full.score == 1.0, "the lab model answers the prompt that README writes"
+    printed = capsys.readouterr().out
+    assert "of the cache" in printed
+    assert "GFLOP" in printed
 
 
 @pytest.mark.slow
