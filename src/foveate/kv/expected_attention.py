@@ -20,9 +20,8 @@ from foveate.host import Host
 from foveate.host.site import Site
 from foveate.host.slots.ends import AtEnd
 from foveate.kv.base.scored import ScorePolicy, own_positions
-from foveate.kv.parts.query_statistics import Future, add_queries
+from foveate.kv.parts.query_statistics import Future, add_queries, futures
 from foveate.kv.parts.window_queries import per_kv_head
-from foveate.kv.renumbered import rotations
 
 
 @final
@@ -62,9 +61,7 @@ class ExpectedAttention(ScorePolicy):
 
     def bind(self, host: Host) -> None:
         super().bind(host)
-        found = rotations(host)
-        average = {rotation: Future.of(rotation, self.future) for rotation in set(found.values()) if rotation}
-        self._futures = {layer: average[rotation] if rotation else None for layer, rotation in found.items()}
+        self._futures = futures(host, self.future)
 
     def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | AtEnd | None:
         if not self.is_off(site) and (site.phase == "prefill" or self.every is not None):

@@ -23,7 +23,7 @@ from foveate.host.slots.ends import AtEnd
 from foveate.kv.base.policy import Progress
 from foveate.kv.base.scored import ScorePolicy, own_positions
 from foveate.kv.parts.probing import read
-from foveate.kv.parts.query_statistics import Future
+from foveate.kv.parts.query_statistics import Future, futures
 from foveate.kv.parts.window_queries import per_kv_head
 from foveate.kv.renumbered import Rotation, rotations
 
@@ -96,12 +96,7 @@ class TriAttention(ScorePolicy):
                 f"queries and lengths must begin with (layers, heads)={(len(found), heads)} for this model; got "
                 f"{tuple(self.queries.shape)} and {tuple(self.lengths.shape)}"
             )
-        powers = 2 ** torch.arange(self.reach.bit_length())
-        known = rotations(host)
-        average = {rotation: Future.of(rotation, powers) for rotation in set(known.values()) if rotation}
-        self._futures = {
-            one.layer: average[rotation] if (rotation := known[one.layer]) else None for one in found.layers
-        }
+        self._futures = futures(host, 2 ** torch.arange(self.reach.bit_length()))
         self._rows = {one.layer: row for row, one in enumerate(found.layers)}
 
     def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | AtEnd | None:

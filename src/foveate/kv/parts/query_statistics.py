@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from foveate.host import Host
 from foveate.host.padding import tokens
 from foveate.host.site import Site
-from foveate.kv.renumbered import Rotation
+from foveate.kv.renumbered import Rotation, rotations
 
 
 def add_queries(notes: dict[str, Any], site: Site, rotation: Rotation | None, first: int) -> None:
@@ -90,3 +91,14 @@ class Future:
         """Return queries as long as their average future ones; angles stay."""
         n = self.length.shape[0]
         return torch.cat([q[..., :n] * self.length.to(q.device), q[..., n:]], -1)
+
+
+def futures(host: Host, positions: int | Tensor) -> dict[int, Future | None]:
+    """Return the average rotation over the next positions for each layer of a model; None for keys that do not rotate.
+
+    Raises:
+        UnsupportedModel: the model's keys do not rotate by fixed angles.
+    """
+    found = rotations(host)
+    average = {rotation: Future.of(rotation, positions) for rotation in set(found.values()) if rotation}
+    return {layer: average[rotation] if rotation else None for layer, rotation in found.items()}
