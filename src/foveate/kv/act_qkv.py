@@ -94,6 +94,11 @@ class ActQKV(Policy):
         """Number of earlier tokens up to which a step reads everything."""
         return self.sink + self.local + self.budget
 
+    @property
+    def tables(self) -> float:
+        """See `Policy.tables`. Each block has its representatives, keys without values."""
+        return self.representatives / (2 * self.block)
+
     def bind(self, host: Host) -> None:
         super().bind(host)
         check_reach("sink, local, budget: act_qkv", self.reads + self.block, host)

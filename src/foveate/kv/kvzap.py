@@ -66,6 +66,8 @@ class KVzap(ScorePolicy):
         if self.threshold is not None and self.every is None:
             self.every = 1
         super().__post_init__()
+        if self.threshold is None and self.every is not None:
+            raise OptionError(f"every={self.every} goes with a threshold; a share is kept of the prompt only")
         validate.tensor("weight", self.weight)
         validate.tensor("bias", self.bias)
 

@@ -10,6 +10,7 @@ observation window attends to most, pooled as in SnapKV; and the sizes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Self, final
 
@@ -98,7 +99,7 @@ class TaskKV(Policy):
         if self.deviations is not None:
             spread = distance.std(-1, keepdim=True, correction=0)
             return distance > distance.mean(-1, keepdim=True) + self.deviations * spread
-        return ranks(distance) < -int(-self.hetero_ratio * distance.shape[1] // 1)
+        return ranks(distance) < math.ceil(self.hetero_ratio * distance.shape[1] - 1e-9)
 
     def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | None:
         notes, (own, count) = site.notes(self), own_positions(site)

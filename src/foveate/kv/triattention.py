@@ -52,7 +52,8 @@ class TriAttention(ScorePolicy):
             head or pair.
         limit: tokens that a head keeps; None for a share of all tokens so far.
         every: compress again after that many new tokens.
-        prompt: whether the prompt's tokens always stay, as in the release. They count towards the limit.
+        prompt: whether the prompt's tokens always stay, as in the release. They count towards the limit, which has to
+            be larger.
         group: how the query heads of a key/value head are combined: "max" or "mean".
         normalize: whether the scores of each query head are shifted and scaled to mean 0 and variance 1 first.
         reach: the largest of the distances, which are powers of two.
@@ -103,13 +104,18 @@ class TriAttention(ScorePolicy):
         if self.prompt and site.phase == "prefill":
             self.is_due(site)  # counts the steps from the prompt on
             return None
+        if self.prompt and self.limit is not None and _prompt(site) >= self.limit:
+            raise OptionError(
+                f"limit={self.limit} leaves no room beside a prompt of {_prompt(site)} tokens; give more, or "
+                f"prompt=False"
+            )
         return super().keep(site)
 
     def stays(self, site: Site) -> Bool[Tensor, "b h s"]:
         stays = super().stays(site)
-        if not self.prompt or site.prompt is None:
+        if not self.prompt:
             return stays
-        return stays | ((own_positions(site)[0] >= 0) & (site.positions < site.prompt))
+        return stays | ((own_positions(site)[0] >= 0) & (site.positions < _prompt(site)))
 
     def score(self, site: Site) -> Float[Tensor, "b hkv s"]:
         row, heads, future = self._rows[site.layer], site.q.shape[1], self._futures[site.layer]
@@ -123,7 +129,10 @@ class TriAttention(ScorePolicy):
             scores = scores + torch.einsum("bhsf,hgf->bhgs", lengths, spread.unflatten(0, (u.shape[1], -1)))
         scores = scores.flatten(1, 2)
         if self.normalize:
-            scores = _standardised(scores, own.repeat_interleave(heads // own.shape[1], 1) >= 0)
+            counts = own >= 0
+            if self.prompt:  # tokens that stay in any case do not count
+                counts = counts & (site.positions >= _prompt(site))
+            scores = _standardised(scores, counts.repeat_interleave(heads // own.shape[1], 1))
         return per_kv_head(scores, site, self.group)
 
     @classmethod
@@ -151,6 +160,11 @@ class TriAttention(ScorePolicy):
         """See `Policy.at_budget`. The prompt is compressed too."""
         made = super().at_budget(budget, host, length)
         return replace(made, limit=None, prompt=False, queries=learnt["queries"], lengths=learnt["lengths"])
+
+
+def _prompt(site: Site) -> int:
+    """Return the length of the prompt, in a call that decodes; the first of them comes right after it."""
+    return site.seen - site.q.shape[2] if site.prompt is None else site.prompt
 
 
 def pairs(x: Float[Tensor, "*b d"], rotation: Rotation) -> Float[Tensor, "*b n"]:

@@ -96,6 +96,8 @@ def test_a_score_stays_with_its_token() -> None:
 def test_maps_of_another_model_are_refused() -> None:
     with pytest.raises(OptionError, match="KVzap needs weight= and bias="), apply(model("llama"), KVzap()):
         pass
+    with pytest.raises(OptionError, match="every=3 goes with a threshold"):
+        KVzap(heads="equal", every=3)
     with pytest.raises(ShapeError, match="weight and bias must be"):
         apply(model("llama"), KVzap(weight=torch.zeros(1, 2, 3), bias=torch.zeros(1, 2))).__enter__()
 

@@ -175,6 +175,20 @@ def test_drafts_do_not_change_the_text() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_cropped_cache_forgets_the_queries_of_the_removed_tokens() -> None:
+    llama, ids = model("llama"), tokens(1, 60)
+    method, found = LongHeads(chunk=8, attention_length=24), []
+    for extra in (0, 2):
+        cache = DynamicCache()
+        with apply(llama, method):
+            llama(torch.cat([ids[:, :10], ids[:, :extra]], 1), past_key_values=cache)
+            if extra:
+                cache.crop(-extra)
+            found.append(llama(ids[:, 10:], past_key_values=cache).logits)
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+
+
 def test_reads_are_counted_and_nothing_is_evicted() -> None:
     with apply(model("llama"), LongHeads(4, 16)) as run:
         cache = DynamicCache()

@@ -142,12 +142,13 @@ def test_distances_are_sums_of_entries() -> None:
             group = whole[2 * head : 2 * head + 2].sum(0)
             for back in range(20):
                 chosen = (distance == back) & (torch.arange(20) >= 3)
-                assert found[layer, head, back].item() == pytest.approx(float(group[chosen].sum()) / 2, abs=1e-6)
+                assert found[layer, head, back].item() == pytest.approx(float(group[chosen].sum()), abs=1e-6)
     halves = [(ids[:1], answers[:1]), (ids[1:], answers[1:])]
     apart = moa_influence(host_models.model("llama"), halves, sink=3, own=False)[20]
     whole = moa_influence(host_models.model("llama"), [halves[0]], sink=3, own=False)[20]
     other = moa_influence(host_models.model("llama"), [halves[1]], sink=3, own=False)[20]
     torch.testing.assert_close(apart, (whole + other) / 2)
+    torch.testing.assert_close(apart, found)  # a batch costs what its sequences cost apart
 
 
 def test_answers_are_the_models_own() -> None:

@@ -93,6 +93,15 @@ def test_the_prompt_stays_where_asked_and_tokens_are_dropped_every_few_steps() -
         assert places[:12] == list(range(12)) and len(places) == 20
 
 
+@torch.no_grad()
+def test_a_pinned_prompt_has_to_leave_room() -> None:
+    llama, cache = model("llama"), DynamicCache()
+    with apply(llama, made(prompt=True, limit=12, every=1)):
+        llama(tokens(1, 12), past_key_values=cache)
+        with pytest.raises(OptionError, match="limit=12 leaves no room beside a prompt of 12 tokens"):
+            llama(tokens(1, 1), past_key_values=cache)
+
+
 def test_statistics_of_another_model_are_refused() -> None:
     with pytest.raises(OptionError, match="needs queries= and lengths="), apply(model("llama"), TriAttention()):
         pass

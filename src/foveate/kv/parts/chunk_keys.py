@@ -58,6 +58,8 @@ def add_chunks(
     first, full = places.before // width, places.count // width
     new = places.total - places.past
     old = notes.get("queries", site.q[:, :, :0])
+    if not places.is_padded:
+        old = old[:, :, : places.past % width]  # the cache may have been cropped since
     every = torch.cat([F.pad(old, (0, 0, 0, width - old.shape[2])) if places.is_padded else old, site.q], 2)
     table = notes.get("chunks", site.q[:, :, :0])
     if not places.is_padded:

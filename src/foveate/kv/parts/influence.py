@@ -152,4 +152,4 @@ def _by_distance(site: Site, gradient: Tensor, sink: int) -> Float[Tensor, "hq n
         real = (key >= sink) & (key <= query)
         index = (query - key).clamp_min(0).flatten()
         out.index_add_(1, index, (influence * real).sum(0).flatten(1))
-    return out / site.q.shape[0]
+    return out

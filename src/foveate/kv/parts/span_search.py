@@ -93,10 +93,10 @@ class SpanSearch:
         return each[self.table] / length
 
     def plans(self, density: float, lengths: Sequence[int], least: float = 0.0) -> list[Float[Tensor, "l hkv 2"]]:
-        """Return the plans of which none is better at every profiled length: each has the rules of all heads.
+        """Return some plans of which none dominates another: each has the rules of all heads.
 
         One programme minimises the sum over the lengths, each in units of its largest cost; where there are several
-        lengths, one more for each of them alone.
+        lengths, one more for each of them alone. The paper searches the whole front.
 
         Args:
             density: bound of the mean share, at each of `lengths`.
@@ -194,7 +194,7 @@ def moa_search(
         influence: from `moa_influence`, by length.
         density: the mean share of the text that heads may keep.
         lengths: the lengths at which `density` holds; none given means all profiled ones.
-        alphas, betas: the grid of rules; see `candidates`.
+        alphas, betas: the grid of rules; see `candidates`. By default its steps are finer for a density below 0.5.
         block: tokens to which spans are rounded.
         least: the mean share that heads keep at least, at the longest of `lengths`, if any plan does.
         rules_per_layer: the most different rules in a layer (2 suits kernels); None for any number.
