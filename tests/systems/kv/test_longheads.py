@@ -177,8 +177,8 @@ def test_drafts_do_not_change_the_text() -> None:
 @torch.no_grad()
 @torch.no_grad()
 def test_a_cropped_cache_forgets_the_queries_of_the_removed_tokens() -> None:
-    llama, ids = model("llama"), tokens(1, 60)
-    method, found = LongHeads(chunk=8, attention_length=24), []
+    llama, ids = model("llama"), tokens(1, 90)
+    method, found = LongHeads(chunk=8, attention_length=32), []
     for extra in (0, 2):
         cache = DynamicCache()
         with apply(llama, method):
