@@ -18,8 +18,9 @@ from foveate.bench.heads import Sizes, identify
 from foveate.cli import app
 from foveate.core.errors import FoveateError, OptionError
 from foveate.host.hf.model import host
-from foveate.kv import DuoAttention, DuoPattern, load_duo_pattern, retrieval_scores, save_duo_pattern
-from foveate.kv.parts.retrieval_scores import copies
+from foveate.kv import DuoAttention, DuoPattern, load_duo_pattern, save_duo_pattern
+from foveate.lens import retrieval_scores
+from foveate.lens.heads.retrieval_heads import copies
 from foveate.report import heads as report
 from tests.support.constructed import induction_lm, recall
 from tests.support.lab import lab_gates

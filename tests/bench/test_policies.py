@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from foveate.bench.known import FULL, PACKED
+from foveate.bench.known import FULL, LAST, PACKED, own_tokens
 from foveate.bench.methods import Contender
 from foveate.bench.policies import answers, calibrate, losses, shared_prefill, times
 from foveate.bench.policies.plan import Plan, policies, quick, whole
@@ -114,13 +114,16 @@ def test_a_shared_prefill_changes_no_answer(key: str) -> None:
     assert decoded.losses is None and len(decoded.seconds) == new
 
 
-@pytest.mark.parametrize("key", ["snapkv", "knorm", "h2o"])
-def test_a_policy_that_scores_by_the_prompt_reads_it_itself(key: str, folder: Path, tmp_path: Path) -> None:
-    """After a shared prefill it would see the prompt's last query alone, and keep everything or choose blindly."""
+@pytest.mark.parametrize(
+    "key", ["snapkv", "knorm", "kivi", "r_kv", "task_kv", "simlayerkv", "finch", "rocketkv", "h2o"]
+)
+def test_a_policy_that_scores_by_the_prompt_reads_what_it_needs_itself(key: str, folder: Path, tmp_path: Path) -> None:
+    """After a prefill up to the last token it would see one query alone, and keep everything or choose blindly."""
+    assert own_tokens(key) == (None if key == "h2o" else LAST)
     model, _ = lab()
     ids, new = prompts(2), 5
     contender = Contender(key, lab_host(), 0.3)
-    decoded = decode(model, contender.at(ids.shape[1]), prefill(model, ids), new, alone=True)
+    decoded = decode(model, contender.at(ids.shape[1]), prefill(model, ids), new, own=own_tokens(key))
     with torch.no_grad(), apply(model, *contender.at(ids.shape[1])) as alone:
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
     assert torch.equal(decoded.ids, whole[:, ids.shape[1] :])
@@ -288,7 +291,7 @@ def test_the_page_shows_the_results(found: tuple[dict[str, Any], Path]) -> None:
 def test_all_policies_of_the_catalogue_take_part() -> None:
     assert {"sink_recent", "duo_attention", "razor_attention", "token_select", "tidal_decode"} < set(policies())
     assert whole().methods == quick().methods == policies()
-    assert len(whole().contenders) == 2 + 3 * len(policies()) and len(quick().contenders) == 2 + len(policies())
+    assert len(whole().contenders) == 2 + len(policies()) and len(quick().contenders) == 2 + len(policies())
     assert times.PREFILL_ROUNDS > 1
 
 
@@ -297,6 +300,7 @@ def test_all_policies_of_the_catalogue_take_part() -> None:
     [
         (dict(methods=("sinks",)), 'unknown method "sinks"'),
         (dict(tasks=("needle in hay",)), "unknown task"),
+        (dict(tasks=("niah_single@long",)), "NAME@CHARACTERS"),
         (dict(budgets=(0.0,)), "budgets=(0.0,)"),
         (dict(budgets=()), "budgets=()"),
         (dict(examples=0), "examples=0"),
@@ -341,6 +345,12 @@ def test_a_plan_counts_its_measurements_and_knows_its_typical_budget() -> None:
     made: Any = SimpleNamespace(contenders=plan.contenders, plan=plan)
     assert losses.loss_steps(made) == 16
     assert answers.answer_steps(made) == 24, "three batches of two of each task"
+
+
+def test_a_task_may_have_a_length_of_its_own() -> None:
+    plan = replace(TINY, tasks=("niah_single", "niah_single@2000"), examples=5)
+    short, long = ([len(e.prompt) for e in plan.task(name).examples()] for name in plan.tasks)
+    assert (len(short), len(long)) == (5, 3) and min(long) > 1800 > max(short)
 
 
 def test_the_command_runs_and_refuses(folder: Path, tmp_path: Path) -> None:

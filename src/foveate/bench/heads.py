@@ -20,16 +20,16 @@ from foveate.core.errors import OptionError
 from foveate.host import Host
 from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
-from foveate.kv.base.policy import Progress
+from foveate.host.probing import Progress
 from foveate.kv.duo_attention import duo_train
 from foveate.kv.moa import MoA
 from foveate.kv.parts import calibration_store
 from foveate.kv.parts.duo_pattern import load_duo_pattern
 from foveate.kv.parts.head_split import check_heads
 from foveate.kv.parts.influence import span_influence
-from foveate.kv.parts.retrieval_scores import retrieval_scores
 from foveate.kv.parts.span_search import spans
 from foveate.kv.razor_attention import head_scores
+from foveate.lens.heads.retrieval_heads import retrieval_scores
 from foveate.tasks.text.needle import Needle
 from foveate.tasks.text.passkeys import Passkeys
 

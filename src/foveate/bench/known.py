@@ -16,10 +16,19 @@ DEFAULT = (
     "hip",
 )  # fmt: skip
 #: Methods that read a prompt in one piece densely, and whose choices need no query of it but the last. They can share
-#: one reading of the prompt, up to its last token; all others have to read it themselves.
+#: one reading of the prompt, up to its last token; all others have to read more of it themselves.
 SHARING = (
     FULL, PACKED, "sink_recent", "duo_attention", "razor_attention", "token_select", "tidal_decode",
     "recycled_attention",
+)  # fmt: skip
+#: How many of the prompt's last tokens the methods below read themselves.
+LAST = 128
+#: Methods whose choices need keys, values, and the queries of a few last tokens: they can share one dense reading of
+#: the rest of the prompt.
+SHARING_ALL_BUT_LAST = (
+    "snapkv", "knorm", "keydiff", "tova", "random_keep", "lagkv", "pyramidkv", "adakv", "criticalkv", "chunkkv", "r_kv",
+    "triattention", "quest", "rocketkv", "task_kv", "simlayerkv", "kivi", "turboquant", "think", "cur_dkv", "q_filters",
+    "finch", "streaming_llm", "qada",
 )  # fmt: skip
 #: Causal operators that cannot replace a model's attention: Aaren has one query for all tokens.
 _OWN_QUERIES = ("aaren",)
@@ -39,6 +48,11 @@ def readers() -> list[str]:
 def methods() -> list[str]:
     """Return all keys that `compare` accepts."""
     return [FULL, PACKED, *policies(), *readers()]
+
+
+def own_tokens(key: str) -> int | None:
+    """Return how many of a prompt's last tokens the method has to read itself; None for the whole prompt."""
+    return 1 if key in SHARING else LAST if key in SHARING_ALL_BUT_LAST else None
 
 
 def is_recipe(key: str) -> bool:

@@ -38,7 +38,6 @@ from foveate.kv.parts.key_moments import gaussian_mass as gaussian_mass
 from foveate.kv.parts.layer_budgets import layer_budgets as layer_budgets
 from foveate.kv.parts.probe_query import activation_bias as activation_bias
 from foveate.kv.parts.probe_query import probe_query as probe_query
-from foveate.kv.parts.retrieval_scores import retrieval_scores as retrieval_scores
 from foveate.kv.parts.span_search import moa_search as moa_search
 from foveate.kv.pyramidkv import PyramidKV as PyramidKV
 from foveate.kv.q_filters import QFilters as QFilters
@@ -137,7 +136,6 @@ __all__ = [
     "moa_search",
     "probe_query",
     "razor_heads",
-    "retrieval_scores",
     "save_duo_pattern",
     "seer_gates",
     "soft_vote",

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.core import validate
+from foveate.core.linear_systems import solve_positive
 from foveate.core.masks import NEG_INF
 from foveate.host import Host
 from foveate.host.site import Site
@@ -77,5 +78,5 @@ class CapKV(ScorePolicy):
         v = site.v.float()[:, :, None]
         scaled = v * ((weights + self.epsilon) * counts).sqrt()[..., None]
         a = torch.eye(v.shape[-1], device=v.device) + scaled.mT @ scaled
-        leverage = (torch.linalg.solve(a, v.mT) * v.mT).sum(-2)
+        leverage = (solve_positive(a, v.mT) * v.mT).sum(-2)
         return per_kv_head((weights * leverage).flatten(1, 2), site)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from foveate.core import validate
 from foveate.host import Host
+from foveate.host.output_projection import check_projections, projected_norms
 from foveate.host.site import Site
 from foveate.kv.base.scored import ScorePolicy, ranks
 from foveate.kv.base.wrapping import Wrapper
-from foveate.kv.parts.output_projection import check_projections, projected_norms
 from foveate.kv.parts.window_queries import per_kv_head
 from foveate.kv.snapkv import SnapKV
 

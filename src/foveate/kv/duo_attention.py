@@ -28,8 +28,9 @@ from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
 from foveate.host.method import Method
 from foveate.host.padding import tokens
+from foveate.host.probing import Progress
 from foveate.host.site import Site
-from foveate.kv.base.policy import Policy, Progress, check_budget
+from foveate.kv.base.policy import Policy, check_budget, next_item
 from foveate.kv.parts.head_split import HeadTable, check_heads, keep_ends, split_at_budget
 from foveate.kv.parts.training_state import TrainingState
 
@@ -216,7 +217,7 @@ def duo_train(
         parameter.requires_grad_(False)
     try:
         for step in range(done, steps):
-            ids, answers = next(stream)
+            ids, answers = next_item(stream, step, steps)
             optimiser.param_groups[0]["lr"] = rate * _schedule(step, steps)
             distance = _backward(here, Mixed(gates, sink, recent), ids, answers, reg)
             optimiser.step()

@@ -16,16 +16,18 @@ from transformers import DynamicCache
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
+from foveate.core.linear_systems import solve_positive
 from foveate.host import Host, Method, apply, decoder_inputs
 from foveate.host.hf.layout import layout
 from foveate.host.hf.words import tokenizer_of
+from foveate.host.output_projection import check_projections
 from foveate.host.pass_end import PassEnd
+from foveate.host.probing import Progress
 from foveate.host.site import Site
 from foveate.host.slots.ends import AT_END, AtEnd
-from foveate.kv.base.policy import Progress
+from foveate.kv.base.policy import calibration_items
 from foveate.kv.base.scored import Heads, ScorePolicy
 from foveate.kv.parts import slot_notes
-from foveate.kv.parts.output_projection import check_projections
 from foveate.kv.parts.reconstruction import Instruction, Reconstruction
 
 #: Texts that are read twice in a calibration.
@@ -112,7 +114,7 @@ class KVzap(ScorePolicy):
         instruction = Instruction() if words is None else Instruction.of(words)
         fit = _Fit(Reconstruction(instruction, outputs=True))
         assert host.decoder is not None
-        for step, (ids, _) in zip(range(_TEXTS), data, strict=False):
+        for step, (ids, _) in enumerate(calibration_items(data, _TEXTS)):
             with torch.no_grad(), apply(host.model, fit, on="decoder"):
                 inputs = decoder_inputs(host, ids)
                 host.decoder(**inputs, past_key_values=DynamicCache(config=host.config), use_cache=True)
@@ -154,7 +156,7 @@ class _Sums:
         mean_x, mean_y = self.x / self.count, self.y / self.count
         xx = self.xx.double() - self.count * mean_x[:, None] * mean_x
         xy = self.xy.double() - self.count * mean_x[:, None] * mean_y
-        weight = torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=xx.dtype), xy).mT
+        weight = solve_positive(xx + penalty * torch.eye(len(xx), dtype=xx.dtype), xy).mT
         return weight.float(), (mean_y - weight @ mean_x).float()
 
 

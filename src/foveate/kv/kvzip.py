@@ -16,12 +16,12 @@ from foveate.core.errors import OptionError
 from foveate.host import Host
 from foveate.host.hf.layout import layout
 from foveate.host.hf.words import tokenizer_of
+from foveate.host.output_projection import check_projections
 from foveate.host.pass_end import PassEnd
 from foveate.host.site import Site
 from foveate.host.slots.ends import AT_END, AtEnd
 from foveate.kv.base.scored import Heads, ScorePolicy
 from foveate.kv.parts import slot_notes
-from foveate.kv.parts.output_projection import check_projections
 from foveate.kv.parts.reconstruction import Instruction, Reconstruction
 
 

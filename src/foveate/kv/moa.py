@@ -25,8 +25,9 @@ from foveate.host import Ends, Host
 from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
 from foveate.host.padding import tokens
+from foveate.host.probing import Progress
 from foveate.host.site import Site
-from foveate.kv.base.policy import Policy, Progress, check_budget
+from foveate.kv.base.policy import Policy, check_budget
 from foveate.kv.parts.head_split import check_heads
 from foveate.kv.parts.influence import span_influence
 from foveate.kv.parts.span_search import moa_search, span, spans

@@ -18,10 +18,10 @@ from foveate.core.errors import OptionError, ShapeError
 from foveate.host import Host, Method
 from foveate.host.hf.layout import layout
 from foveate.host.padding import tokens
+from foveate.host.probing import Progress, read
 from foveate.host.site import Site
-from foveate.kv.base.policy import Progress
+from foveate.kv.base.policy import calibration_items
 from foveate.kv.base.scored import ScorePolicy
-from foveate.kv.parts.probing import read
 
 #: Texts that are read in a calibration.
 _TEXTS = 8
@@ -78,7 +78,7 @@ class QFilters(ScorePolicy):
     ) -> dict[str, Tensor]:
         """Find the main direction of each head's queries on eight texts."""
         probe, found = _Probe(), layout(host)
-        for step, (ids, _) in zip(range(_TEXTS), data, strict=False):
+        for step, (ids, _) in enumerate(calibration_items(data, _TEXTS)):
             read(host, ids, probe)
             if progress is not None:
                 progress(step + 1, _TEXTS, "directions of the queries")

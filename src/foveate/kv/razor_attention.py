@@ -24,8 +24,9 @@ from foveate.host import SUMMARY, Ends, Host, Layout, Slots
 from foveate.host.hf.layout import layout
 from foveate.host.method import Method
 from foveate.host.padding import tokens
+from foveate.host.probing import Progress, cached, logits_of, read
 from foveate.host.site import Site
-from foveate.kv.base.policy import Policy, Progress, check_budget
+from foveate.kv.base.policy import Policy, check_budget
 from foveate.kv.parts.head_split import (
     HeadTable,
     check_heads,
@@ -35,7 +36,6 @@ from foveate.kv.parts.head_split import (
     split_at_budget,
     top,
 )
-from foveate.kv.parts.probing import cached, logits_of, read
 
 _ROWS = 256
 

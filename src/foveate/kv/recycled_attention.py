@@ -27,11 +27,11 @@ from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
 from foveate.host.method import Method
 from foveate.host.padding import last_query, tokens
+from foveate.host.probing import logits_of, read
 from foveate.host.site import Site
 from foveate.kv.base.policy import Policy
 from foveate.kv.parts.head_split import check_reach, far_layers, far_numbers
 from foveate.kv.parts.last_query import cosine, has_everything, last_logits, top_keys
-from foveate.kv.parts.probing import logits_of, read
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from foveate.host import Host, Method, apply, decoder_inputs
 from foveate.host.attention import softmax_over
 from foveate.host.hf.layout import layout
 from foveate.host.padding import tokens
+from foveate.host.probing import cached
 from foveate.host.site import Site
 from foveate.host.slots.slots import EMPTY
-from foveate.kv.parts.probing import cached
 
 #: Positions between the two calls that show how a model's keys rotate.
 _APART = 7

@@ -26,8 +26,9 @@ from foveate.host.attention import selected
 from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
 from foveate.host.padding import attend_unpadded, tokens
+from foveate.host.probing import Progress
 from foveate.host.site import Site
-from foveate.kv.base.policy import Policy, Progress, check_budget
+from foveate.kv.base.policy import Policy, check_budget, next_item
 from foveate.kv.parts.block_gates import Gate, Variant, gates, own_blocks, train_gates
 
 
@@ -112,7 +113,7 @@ class SeerAttention(Policy):
     ) -> dict[str, Tensor]:
         """Train gates for a while, with blocks of a 32nd of the first text, at most of 64 tokens."""
         texts = (ids for ids, _ in data)
-        first = next(texts)
+        first = next_item(texts, 0, 100)
         block = max(2, min(64, 1 << (max(2, first.shape[1] // 32).bit_length() - 1)))
         made = train_gates(host, texts, steps=100, block=block, rate=5e-3, progress=progress)
         return {**made, "block": torch.tensor(block)}

@@ -20,11 +20,11 @@ from foveate.host import Ends, Host
 from foveate.host.hf.layout import layout
 from foveate.host.method import Method
 from foveate.host.padding import tokens
+from foveate.host.probing import Progress, read
 from foveate.host.site import Site
-from foveate.kv.base.policy import Policy, Progress, check_budget
+from foveate.kv.base.policy import Policy, check_budget
 from foveate.kv.base.scored import own_positions
 from foveate.kv.parts.head_split import far_layers, keep_ends
-from foveate.kv.parts.probing import read
 from foveate.kv.parts.window_queries import LastQueries, last_rows, window_weights
 
 #: Texts that `calibrate` reads.

@@ -22,10 +22,10 @@ from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.host import Host
 from foveate.host.hf.layout import layout
+from foveate.host.output_projection import check_projections, projected_heads
 from foveate.host.site import Site
 from foveate.kv.base.policy import Policy, check_budget
 from foveate.kv.base.scored import own_positions, ranks
-from foveate.kv.parts.output_projection import check_projections, projected_heads
 from foveate.kv.parts.window_queries import LastQueries, last_rows, per_kv_head, pooled, window_weights
 
 
@@ -103,6 +103,8 @@ class TaskKV(Policy):
 
     def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | None:
         notes, (own, count) = site.notes(self), own_positions(site)
+        if "full" not in notes:  # no prompt has been read under the policy, which could tell the heads apart
+            return None
         if site.phase == "prefill":  # what is stored before this position stays
             notes["edge"] = (count - self.recent).clamp_min(self.sink + self.middle)
         if site.seen <= self.sink + self.recent + self.middle:

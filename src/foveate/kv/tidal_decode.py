@@ -22,11 +22,11 @@ from foveate.host import Host
 from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
 from foveate.host.method import Method
+from foveate.host.probing import Progress, logits_of, read
 from foveate.host.site import Site
-from foveate.kv.base.policy import Policy, Progress, check_budget
+from foveate.kv.base.policy import Policy, calibration_items, check_budget
 from foveate.kv.parts.head_split import check_reach, far_layers
 from foveate.kv.parts.last_query import has_everything, last_logits
-from foveate.kv.parts.probing import logits_of, read
 
 Per = Literal["head", "group", "layer"]
 
@@ -114,7 +114,7 @@ class TidalDecode(Policy):
         cls, host: Host, data: Iterable[tuple[Tensor, Tensor]], progress: Progress | None = None
     ) -> dict[str, Tensor]:
         """Measure how much the layers' choices overlap on one example. `at_budget` places the re-selection by it."""
-        ids, answers = next(iter(data))
+        ((ids, answers),) = calibration_items(data, 1)
         overlap = topk_overlap(host.model, ids, max(1, ids.shape[1] // 16), answers)
         if progress is not None:
             progress(1, 1, "overlap of the layers' choices")

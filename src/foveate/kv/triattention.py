@@ -18,11 +18,11 @@ from foveate.core.errors import OptionError, ShapeError
 from foveate.host import Host, Method
 from foveate.host.hf.layout import layout
 from foveate.host.padding import tokens
+from foveate.host.probing import Progress, read
 from foveate.host.site import Site
 from foveate.host.slots.ends import AtEnd
-from foveate.kv.base.policy import Progress
+from foveate.kv.base.policy import calibration_items
 from foveate.kv.base.scored import ScorePolicy, own_positions
-from foveate.kv.parts.probing import read
 from foveate.kv.parts.query_statistics import Future, futures
 from foveate.kv.parts.window_queries import per_kv_head
 from foveate.kv.renumbered import Rotation, rotations
@@ -141,7 +141,7 @@ class TriAttention(ScorePolicy):
     ) -> dict[str, Tensor]:
         """Measure mean and mean length of each head's queries on eight texts."""
         probe = _Probe(rotations(host))
-        for step, (ids, _) in zip(range(8), data, strict=False):
+        for step, (ids, _) in enumerate(calibration_items(data, 8)):
             read(host, ids, probe)
             if progress is not None:
                 progress(step + 1, 8, "directions of the queries")

@@ -1,5 +1,12 @@
 # The public names of foveate.lens; written by `make systems` from the catalogue.
 
+from foveate.lens.circuits.interventions import HeadOutputs as HeadOutputs
+from foveate.lens.circuits.interventions import Patch as Patch
+from foveate.lens.circuits.interventions import Scale as Scale
+from foveate.lens.circuits.interventions import ablate as ablate
+from foveate.lens.circuits.interventions import head_means as head_means
+from foveate.lens.circuits.interventions import head_outputs as head_outputs
+from foveate.lens.heads.retrieval_heads import retrieval_scores as retrieval_scores
 from foveate.lens.lens import Lens as Lens
 from foveate.lens.lens import Look as Look
 from foveate.lens.lens import look as look
@@ -11,11 +18,18 @@ from foveate.lens.measures import SinkMass as SinkMass
 
 __all__ = [
     "Entropy",
+    "HeadOutputs",
     "Lens",
     "Look",
     "MEASURES",
     "Measure",
+    "Patch",
     "ReceivedMass",
+    "Scale",
     "SinkMass",
+    "ablate",
+    "head_means",
+    "head_outputs",
     "look",
+    "retrieval_scores",
 ]

@@ -24,8 +24,9 @@ Every cache policy of the catalogue on pretrained decoders, at several budgets, 
 - **Times**: medians over rounds, in each of which all policies run ({threads} threads, {device}). A ratio refers to the
   full cache in the same round, with the interval of its median over rounds.
 
-Every policy reads the prompt densely. Those that need no query of the prompt but its last share the prefill, and are
-applied at the prompt's last token; the others read it themselves. {versions}, {machine}.
+Policies that need no query of the prompt but its last share one dense prefill, and are applied at the prompt's last
+token. Those that need a window of last queries are applied to the last 128 tokens; the others read the prompt
+themselves. {versions}, {machine}.
 """
 
 

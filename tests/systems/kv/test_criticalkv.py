@@ -11,8 +11,8 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import Method, Site, apply
+from foveate.host.output_projection import projected_norms
 from foveate.kv import H2O, AdaKV, CriticalKV, ScorePolicy, SnapKV
-from foveate.kv.parts.output_projection import projected_norms
 from tests.conftest import ClaimFixture
 from tests.contracts.policies import subject
 from tests.support.constructed import FILLER, TOKEN, induction_lm, recall
@@ -138,7 +138,7 @@ def test_a_projection_of_other_sizes_is_refused() -> None:
 
 @pytest.mark.parametrize("tile", [1, 64, 1 << 22])
 def test_long_values_are_projected_in_parts(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foveate.kv.parts.output_projection.TILE", tile)
+    monkeypatch.setattr("foveate.host.output_projection.TILE", tile)
     q, v, module = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), nn.Module()
     module.out_proj = nn.Linear(32, 5)
     found = projected_norms(Site(module, 0, q, v, v, scale=1.0, attention_mask=None, is_causal=True))

@@ -10,8 +10,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from foveate.core.errors import FoveateError
 from foveate.host import EMPTY, SUMMARY, Ends, Method, Site, Slots, apply
 from foveate.host.hf.model import host
+from foveate.host.probing import read
 from foveate.kv import razor_attention
-from foveate.kv.parts.probing import read
 from foveate.kv.razor_attention import RazorAttention, compensation, head_scores, razor_heads
 from foveate.kv.sink_recent import SinkRecent
 from tests.conftest import ClaimFixture

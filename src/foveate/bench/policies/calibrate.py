@@ -12,7 +12,8 @@ from torch import Tensor
 
 from foveate.core.catalog import system
 from foveate.host import Host
-from foveate.kv.base.policy import Policy, Progress
+from foveate.host.probing import Progress
+from foveate.kv.base.policy import Policy
 from foveate.kv.duo_attention import DuoAttention, duo_train
 from foveate.kv.parts import calibration_store
 from foveate.kv.razor_attention import RazorAttention, head_scores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from foveate.bench.known import SHARING
+from foveate.bench.known import own_tokens
 from foveate.bench.methods import Contender
 from foveate.bench.parts import digest
 from foveate.bench.policies.model_run import ModelRun
@@ -53,10 +53,9 @@ def loss_key(ids: Tensor, forced: Tensor) -> tuple[str, str]:
 
 
 def _measure(run: ModelRun, contender: Contender, prefilled: Prefilled, forced: Tensor) -> None:
-    ids, new = prefilled.ids, forced.shape[1]
-    alone = contender.key not in SHARING
+    ids, new, own = prefilled.ids, forced.shape[1], own_tokens(contender.key)
     decoded = run.attempt(
-        contender, lambda: decode(run.model, contender.at(ids.shape[1]), prefilled, new, forced, alone=alone)
+        contender, lambda: decode(run.model, contender.at(ids.shape[1]), prefilled, new, forced, own=own)
     )
     if decoded is None:
         return

@@ -8,10 +8,14 @@ from foveate.bench.known import FULL, PACKED
 from foveate.core import validate
 from foveate.core.catalog import cache_policies
 from foveate.core.errors import OptionError, unknown
+from foveate.tasks.base.task import Task
+from foveate.tasks.registry import named
 from foveate.tasks.text.ruler import KINDS
 
-#: All of RULER's tasks except common words, which models of half a billion parameters fail even with a full cache.
-TASKS = tuple(name for name in KINDS if name != "common_words")
+#: One of RULER's needles, several keys, and the needle in longer texts.
+TASKS = ("niah_single", "niah_multikey", "niah_single@8192", "niah_single@16384")
+#: Prompts of a task with a length of its own.
+LONG = 3
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,9 @@ class Plan:
     Args:
         methods: keys of cache policies.
         budgets: shares of the full cache.
-        tasks: names of retrieval tasks, see `foveate.tasks.registry`.
-        examples: prompts per task.
+        tasks: names of retrieval tasks, see `foveate.tasks.registry`; `NAME@CHARACTERS` asks for prompts of another
+            length.
+        examples: prompts per task; of a task with a length of its own, at most `LONG`.
         characters: the length of a retrieval prompt.
         batch: how many retrieval prompts are answered together.
         losses: context lengths in tokens at which the next-token loss is measured.
@@ -35,30 +40,42 @@ class Plan:
     """
 
     methods: tuple[str, ...]
-    budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
+    budgets: tuple[float, ...] = (0.25,)
     tasks: tuple[str, ...] = TASKS
-    examples: int = 12
+    examples: int = 6
     characters: int = 4096
-    batch: int = 12
-    losses: tuple[int, ...] = (4096, 8192)
-    texts: int = 2
+    batch: int = 6
+    losses: tuple[int, ...] = (4096,)
+    texts: int = 1
     horizon: int = 48
-    times: tuple[int, ...] = (1024, 4096)
-    rounds: int = 5
-    steps: int = 10
+    times: tuple[int, ...] = (1024,)
+    rounds: int = 3
+    steps: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
         for key in self.methods:
             if key not in policies():
                 raise unknown("method", key, policies())
-        for name in self.tasks:
+        for task in self.tasks:
+            name, _, length = task.partition("@")
             if name not in KINDS:
                 raise unknown("task", name, KINDS)
+            if length and not (length.isdigit() and int(length)):
+                raise OptionError(f"task={task!r} must be a name, or NAME@CHARACTERS")
         for option in ("examples", "characters", "batch", "texts", "horizon", "rounds", "steps"):
             validate.at_least(option, getattr(self, option), 1)
         if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):
             raise OptionError(f"budgets={self.budgets} must be shares of the full cache, above 0 and at most 1")
+
+    def task(self, name: str) -> Task:
+        """Return one of the tasks."""
+        kind, _, length = name.partition("@")
+        return named(kind, int(length or self.characters), self.count(name), self.seed)
+
+    def count(self, name: str) -> int:
+        """Return the number of a task's prompts."""
+        return min(self.examples, LONG) if "@" in name else self.examples
 
     @property
     def contenders(self) -> list[tuple[str, float]]:

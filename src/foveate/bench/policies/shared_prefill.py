@@ -1,9 +1,10 @@
 """One dense prefill of a prompt, after which policies decode on their own copies of the cache.
 
 Policies that need no query of the prompt but its last share the prefill (`foveate.bench.known.SHARING`). Such a policy
-is applied at the prompt's last token. For policies that evict, and for those that select by the last query, this equals
-their own prefill up to rounding; a policy that reads sparsely makes its first selection one token early. Policies that
-score tokens by the prompt's queries, and all others, read the prompt themselves. Prefill times are never measured this
+is applied at the prompt's last token. Those that need a window of last queries are applied to the last 128 tokens
+(`SHARING_ALL_BUT_LAST`). For policies that evict, and for those that select by the last query, this equals their own
+prefill up to rounding; a policy that reads sparsely makes its first selection one token early. Policies that score
+tokens by all of the prompt's queries read the prompt themselves. Prefill times are never measured this
 way, see `times.py`.
 """
 
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from foveate.bench.known import LAST
 from foveate.bench.parts.cache_copy import copy_cache, without_first
 from foveate.bench.parts.timing import now
 from foveate.host import Method, apply
@@ -31,10 +33,16 @@ class Prefilled:
     Args:
         ids: `(B, N)`.
         cache: the cache of the first `N - 1` tokens.
+        earlier: the cache of the tokens before the last `LAST`; empty if there are none.
     """
 
     ids: Tensor
     cache: DynamicCache
+    earlier: DynamicCache
+
+    def copy(self, own: int) -> tuple[DynamicCache, Tensor]:
+        """Return a cache to decode on, and the tokens that are left to read: `own`, or all if there are fewer."""
+        return copy_cache(self.cache if own == 1 else self.earlier), self.ids[:, -own:]
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,11 @@ class Decoded:
 def prefill(model: PreTrainedModel, ids: Tensor) -> Prefilled:
     """Read prompts densely, up to the last token."""
     cache = DynamicCache(config=model.config)
-    model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return Prefilled(ids, cache)
+    if ids.shape[1] > LAST:
+        model(ids[:, :-LAST], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    earlier = copy_cache(cache)
+    model(ids[:, -LAST:-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Prefilled(ids, cache, earlier)
 
 
 @torch.inference_mode()
@@ -77,7 +88,7 @@ def decode(
     steps: int,
     forced: Tensor | None = None,
     count_memory: bool = False,
-    alone: bool = False,
+    own: int | None = 1,
 ) -> Decoded:
     """Decode from a copy of a prefill, under methods.
 
@@ -85,11 +96,12 @@ def decode(
         steps: the number of tokens.
         forced: `(B, steps)` tokens to continue with instead of the model's own.
         count_memory: True counts the live memory.
-        alone: True lets the methods read the prompts themselves, in the first step.
+        own: how many of the prompts' last tokens the methods read themselves, in the first step: 1, `LAST`, or None for
+            the whole prompts.
     """
     before = live_bytes(model.device) if count_memory else 0
-    cache, first = DynamicCache(config=model.config) if alone else copy_cache(prefilled.cache), 1.0
-    feed = prefilled.ids if alone else prefilled.ids[:, -1:]
+    cache, feed = (DynamicCache(config=model.config), prefilled.ids) if own is None else prefilled.copy(own)
+    first = 1.0
     steps_done: list[tuple[Tensor, Tensor, float]] = []
     with apply(model, *methods) as run:
         for step in _decode_steps(model, cache, feed, steps, forced):
@@ -100,7 +112,7 @@ def decode(
             ids=torch.stack(tokens, 1),
             losses=torch.stack(losses, 1) if forced is not None else None,
             kept=run.stats.kept,
-            read=run.stats.read if alone else without_first(run.stats.read, first, steps),
+            read=run.stats.read if own != 1 else without_first(run.stats.read, first, steps),
             bytes=run.stats.cache_bytes,
             live=live_bytes(model.device) - before if count_memory else 0,
             seconds=seconds,

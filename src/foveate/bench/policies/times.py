@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from foveate.bench.known import FULL, SHARING
+from foveate.bench.known import FULL, own_tokens
 from foveate.bench.methods import Contender
 from foveate.bench.parts import digest
 from foveate.bench.parts.timing import now
@@ -87,7 +87,7 @@ def _time_prefill(run: ModelRun, contender: Contender, ids: Tensor) -> dict[str,
 def _decode(run: ModelRun, contender: Contender, prefilled: Prefilled, number: int) -> Decoded:
     return decode(
         run.model, contender.at(prefilled.ids.shape[1]), prefilled, run.plan.steps + 1, count_memory=number == 0,
-        alone=contender.key not in SHARING,
+        own=own_tokens(contender.key),
     )  # fmt: skip
 
 

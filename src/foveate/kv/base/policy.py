@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from typing import ClassVar, Self
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import ClassVar, Self, TypeVar
 
 from torch import Tensor
 
 from foveate.core import validate
+from foveate.core.errors import OptionError
 from foveate.host import Host
 from foveate.host.hf.layout import layout
 from foveate.host.method import Method
+from foveate.host.probing import Progress
 
-#: `progress(step, steps, note)`.
-Progress = Callable[[int, int, str], None]
+_Item = TypeVar("_Item")
 
 
 def check_budget(budget: float, length: int) -> None:
     """Refuse a budget that is not in 0..1, and a length that is not a positive whole number."""
     validate.between("budget", budget, 0.0, 1.0)
     validate.count("length", length, 1)
+
+
+def calibration_items(data: Iterable[tuple[Tensor, Tensor]], most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the first items of calibration data; refuse data without any, after which nothing would be learnt."""
+    item = None
+    for item in islice(data, most):
+        yield item
+    if item is None:
+        raise OptionError("data must hold at least one item (ids, answers); got none")
+
+
+def next_item(data: Iterator[_Item], step: int, steps: int) -> _Item:
+    """Return the item of one training step; refuse data that ends before the last step."""
+    for item in data:
+        return item
+    raise OptionError(f"data must hold an item for each of the {steps} steps; got {step}")
 
 
 class Policy(Method):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foveate.core.errors import ShapeError, UnsupportedModel, shown
 from foveate.host import Host, Method, Site
 from foveate.host.hf.layout import layout
-from foveate.kv.parts.probing import read
+from foveate.host.probing import read
 
 #: Names of the output projection in transformers' models.
 OUT = ("o_proj", "out_proj", "dense")

@@ -21,9 +21,9 @@ from foveate.core.errors import OptionError
 from foveate.core.masks import NEG_INF
 from foveate.host import Host, Method, apply, decoder_inputs
 from foveate.host.hf.layout import layout
+from foveate.host.probing import Progress
 from foveate.host.site import Site
 from foveate.host.weight_tiles import TILE, weight_tile
-from foveate.kv.base.policy import Progress
 from foveate.kv.renumbered import Rotation, rotations
 
 Variant = Literal["paper", "release"]

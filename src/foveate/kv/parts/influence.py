@@ -18,9 +18,9 @@ from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import Host, Method, apply
 from foveate.host.fused_statistics import grouped
 from foveate.host.hf.layout import layout
+from foveate.host.probing import Progress
 from foveate.host.site import Site
 from foveate.host.weight_tiles import WeightTile, tiles
-from foveate.kv.base.policy import Progress
 
 _NEAR_ONE = 1e-6  # a weight nearer to 1 leaves nothing for other keys
 

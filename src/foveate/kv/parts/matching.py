@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from foveate.core.linear_systems import solve_positive
 from foveate.core.masks import NEG_INF
 from foveate.host.attention import soft_capped
 from foveate.host.padding import tokens
@@ -161,7 +162,7 @@ class _Equations:
         """Return the solution near another one: where the rows say nothing, it is that one."""
         pull = ridge * _largest(self.a) + torch.finfo(torch.float64).tiny
         eye = torch.eye(self.a.shape[-1], dtype=self.a.dtype, device=self.a.device)
-        return torch.linalg.solve(self.a + pull * eye, self.b + pull * near)
+        return solve_positive(self.a + pull * eye, self.b + pull * near)
 
     def bounded(self, near: Float[Tensor, "b t 1"], bound: float, ridge: float, steps: int) -> Float[Tensor, "b t 1"]:
         """Return the solution near another one between `exp(-bound)` and `exp(bound)`."""

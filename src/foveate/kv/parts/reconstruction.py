@@ -16,11 +16,11 @@ from foveate.core.scoring import dot_product
 from foveate.host import Method
 from foveate.host.attention import soft_capped, softmax
 from foveate.host.hf.chat_template import ChatTemplate
+from foveate.host.output_projection import projected_norms
 from foveate.host.padding import tokens
 from foveate.host.pass_end import PassEnd
 from foveate.host.site import Site
 from foveate.kv.parts import slot_notes
-from foveate.kv.parts.output_projection import projected_norms
 
 #: What the model is asked: to repeat the text, or the part of it that begins with some tokens.
 _ALL, _PART = "Repeat the previous context exactly.", "Repeat the part of the previous context exactly, starting with"

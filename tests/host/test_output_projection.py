@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import UnsupportedModel
-from foveate.kv.parts import output_projection
-from foveate.kv.parts.output_projection import projected_norms
+from foveate.host import output_projection
+from foveate.host.output_projection import projected_norms
 
 
 def call(width: int = 12, heads: int = 4) -> Any:

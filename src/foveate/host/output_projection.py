@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core.errors import UnsupportedModel
-from foveate.host import Host
+from foveate.host.hf.model import Host
 from foveate.host.site import Site
 
 #: The largest number of projected numbers that are held at a time.

@@ -16,9 +16,8 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import Host, Method, apply
 from foveate.host.hf.layout import layout
+from foveate.host.probing import Progress, logits_of
 from foveate.host.site import Site
-from foveate.kv.base.policy import Progress
-from foveate.kv.parts.probing import logits_of
 
 _ROWS = 64
 

@@ -12,12 +12,18 @@ from torch import Tensor, nn
 
 from foveate.core import masks
 from foveate.core.scoring import dot_product
-from foveate.host import Host, Method, apply, decoder_inputs
 from foveate.host.attention import soft_capped
+from foveate.host.entry import apply
+from foveate.host.hf.layout import decoder_inputs
 from foveate.host.hf.mask import MaskPlan
+from foveate.host.hf.model import Host
+from foveate.host.method import Method
 from foveate.host.site import Site
 
 Result = TypeVar("Result")
+
+#: `progress(step, steps, note)`.
+Progress = Callable[[int, int, str], None]
 
 _CACHED: WeakKeyDictionary[nn.Module, dict[Hashable, object]] = WeakKeyDictionary()
 

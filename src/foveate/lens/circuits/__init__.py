@@ -1,0 +1,1 @@
+"""Causes: interventions on heads, and what they change."""

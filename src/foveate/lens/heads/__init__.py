@@ -1,0 +1,1 @@
+"""Scores of heads on a model, and what heads are named after them."""
