@@ -17,9 +17,8 @@ from foveate.bench.comparison.run import compare
 from foveate.bench.heads import Sizes, identify
 from foveate.cli import app
 from foveate.core.errors import FoveateError, OptionError
-from foveate.host.hf.model import host
 from foveate.kv import DuoAttention, DuoPattern, load_duo_pattern, save_duo_pattern
-from foveate.lens import retrieval_scores
+from foveate.lens import copying_scores
 from foveate.lens.heads.retrieval_heads import copies
 from foveate.report import heads as report
 from tests.support.constructed import induction_lm, recall
@@ -47,7 +46,7 @@ def texts(count: int = 6, length: int = 80) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("matching", [[(1, 2)], [(1, 0), (2, 3)]])
 def test_the_heads_that_copy_are_found(matching: list[tuple[int, int]]) -> None:
     model = induction_lm(layers=3, heads=4, kv_heads=4, matching=matching)
-    scores = retrieval_scores(host(model), texts())
+    scores = copying_scores(model, texts())
     for layer, head in matching:
         assert scores[layer, head] == 1.0
         scores[layer, head] = 0.0
@@ -60,9 +59,9 @@ def test_tokens_that_the_model_gets_wrong_do_not_count() -> None:
     said = {int(token) for ids, answers in items[:3] for token in ids[answers]}
     model.lm_head.weight.data[sorted(said)] = 0.0
     assert any(int(token) not in said for ids, answers in items for token in ids[answers])
-    assert retrieval_scores(host(model), items)[1, 2] == 1.0
+    assert copying_scores(model, items)[1, 2] == 1.0
     with pytest.raises(OptionError, match="so that no head retrieves$"):
-        retrieval_scores(host(induction_lm(layers=2, heads=4, kv_heads=4, matching=[(1, 2)], silent=[(1, 2)])), texts())
+        copying_scores(induction_lm(layers=2, heads=4, kv_heads=4, matching=[(1, 2)], silent=[(1, 2)]), texts())
 
 
 def test_copies_are_found_whole() -> None:

@@ -29,7 +29,7 @@ from foveate.kv.parts.head_split import check_heads
 from foveate.kv.parts.influence import span_influence
 from foveate.kv.parts.span_search import spans
 from foveate.kv.razor_attention import head_scores
-from foveate.lens.heads.retrieval_heads import retrieval_scores
+from foveate.lens.heads.retrieval_heads import copying_scores
 from foveate.tasks.text.needle import Needle
 from foveate.tasks.text.passkeys import Passkeys
 
@@ -169,7 +169,7 @@ def _retrieval(
     here: Host, tokenizer: Any, sizes: Sizes, out: Path, digest: str, fresh: bool, progress: Progress | None
 ) -> Any:
     data = _needles(tokenizer, sizes.length, sizes.items)
-    return {"scores": retrieval_scores(here, data, items=sizes.items, progress=progress)}
+    return {"scores": copying_scores(here.model, data, items=sizes.items, progress=progress)}
 
 
 _FINDERS: dict[str, Callable[..., dict[str, Tensor]]] = {

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from foveate.core.catalog import system
@@ -17,11 +18,13 @@ from foveate.kv.base.policy import Policy
 from foveate.kv.duo_attention import DuoAttention, duo_train
 from foveate.kv.parts import calibration_store
 from foveate.kv.razor_attention import RazorAttention, head_scores
+from foveate.kv.seer_attention import SeerAttention, seer_gates
 from foveate.tasks.text.passkeys import Passkeys
 
 #: Sizes for a model of half a billion parameters on two cores, where each calibration takes a few minutes.
 GATES: dict[str, Any] = {"steps": 40, "rate": 0.08, "reg": 0.3, "sink": 4, "recent": 48}
 PASSKEYS = {"length": 800, "count": 3, "words": 6}
+SEER: dict[str, Any] = {"steps": 20, "block": 16, "rate": 5e-3}
 PROBE = 512  # random tokens that RazorAttention's probe repeats four times
 _SECONDS = "calibration.json"
 
@@ -65,6 +68,12 @@ class TimedCalibrationStore:
         if cls is RazorAttention:
             self.say(0, 1, f"{system(key).title.split(':')[0]}: heads that attend to earlier copies")
             return head_scores(self.host, length=PROBE)
+        if cls is SeerAttention:
+            texts = (ids for ids, _ in self._data())
+            return {
+                **seer_gates(self.host.model, texts, **SEER, progress=self.say),
+                "block": torch.tensor(SEER["block"]),
+            }
         return cls.calibrate(self.host, self._data(), self.say)
 
     def _data(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,9 +19,10 @@ Notes = dict[str, Any]
 
 def add(notes: Notes, site: Site, numbers: Float[Tensor, "b hkv s"]) -> None:
     """Add numbers to those of each slot of the call. New tokens begin at zero, also after others were removed again."""
-    known = find(notes, site)
     old = site.positions < site.seen - site.q.shape[2]
-    _put(notes, site, torch.where(old, known, 0.0) + numbers.float(), site.positions >= 0, site.positions.shape[2])
+    added = torch.where(old, find(notes, site), 0.0) + numbers.float()
+    _put(notes, site, added, site.positions >= 0, site.positions.shape[2])
+    site.step[_found(notes)] = added
 
 
 def put(notes: Notes, site: Site, numbers: Float[Tensor, "b hkv s"], where: Bool[Tensor, "b hkv s"]) -> None:
@@ -31,6 +32,8 @@ def put(notes: Notes, site: Site, numbers: Float[Tensor, "b hkv s"], where: Bool
 
 def find(notes: Notes, site: Site) -> Float[Tensor, "b hkv s"]:
     """Return the number of each slot of the call; zero for tokens without one."""
+    if _found(notes) in site.step:  # added in this call
+        return site.step[_found(notes)]
     positions = site.positions.to(torch.int32)
     if "positions" not in notes:
         return torch.zeros(positions.shape, device=positions.device)
@@ -44,8 +47,13 @@ def trim(notes: Notes, site: Site, kept: Bool[Tensor, "b hkv s"], most: int) -> 
     _put(notes, site, find(notes, site), kept, most)
 
 
+def _found(notes: Notes) -> tuple[str, int]:
+    return "numbers of the slots", id(notes)
+
+
 def _put(notes: Notes, site: Site, numbers: Tensor, where: Tensor, most: int) -> None:
     """Store numbers in the order of their positions, empty slots last."""
+    site.step.pop(_found(notes), None)
     positions = site.positions.to(torch.int32).masked_fill(~where, torch.iinfo(torch.int32).max)
     positions, order = positions.sort(dim=-1)
     notes["positions"] = positions[..., :most].clone()
