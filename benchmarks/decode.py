@@ -14,7 +14,7 @@ import argparse
 import statistics
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,18 +36,11 @@ SETTLE = 4  # steps before the timed ones: policies evict, choose and make room
 #: Policies that read few of the tokens that they store, by the bytes that they read besides, as a share of the cache:
 #: TokenSelect scores all keys.
 READING = {"token_select": 0.5, "tidal_decode": 0.0, "recycled_attention": 0.0}
-#: Policies for which random weights, or a cache that nobody has read, make no sense.
+#: Policies for which random weights, or a cache that nobody has read, make no sense; and R-KV, which compares all pairs
+#: of a prompt's keys.
 LEFT_OUT = (
-    "kvzap",
-    "kvzip",
-    "q_filters",
-    "triattention",
-    "moa",
-    "seer_attention",
-    "longheads",
-    "task_kv",
-    "simlayerkv",
-)
+    "kvzap", "kvzip", "q_filters", "triattention", "moa", "seer_attention", "longheads", "task_kv", "simlayerkv", "r_kv",
+)  # fmt: skip
 
 
 @dataclass
@@ -87,9 +80,9 @@ def _options() -> argparse.Namespace:
 
 
 def _policies() -> list[str]:
-    """The three that read few tokens, and all that evict."""
+    """The three that read few tokens, and all that evict; `h2o@32` evicts after every 32 tokens, not after each."""
     keys = [row.key for row in cache_policies() if row.key not in LEFT_OUT]
-    return [key for key in keys if key in READING or system(key).load().evicts]
+    return [*(key for key in keys if key in READING or system(key).load().evicts), "h2o@32"]
 
 
 def _model(length: int) -> PreTrainedModel:
@@ -130,6 +123,7 @@ def _compare(
 
 
 def _policy(key: str, budget: float, model: PreTrainedModel, length: int) -> Method:
+    key, _, every = key.partition("@")
     cls, found, learnt = system(key).load(), Host(model), {}
     draw = torch.Generator().manual_seed(0)
     if key == "duo_attention":
@@ -137,7 +131,8 @@ def _policy(key: str, budget: float, model: PreTrainedModel, length: int) -> Met
     if key == "razor_attention":
         learnt = {kind: torch.rand((found.layers, found.heads), generator=draw) for kind in ("echo", "induction")}
     assert issubclass(cls, Policy)
-    return cls.at_budget(budget, found, length, **learnt)
+    made = cls.at_budget(budget, found, length, **learnt)
+    return replace(made, every=int(every)) if every else made
 
 
 @torch.inference_mode()
