@@ -39,7 +39,8 @@ READING = {"token_select": 0.5, "tidal_decode": 0.0, "recycled_attention": 0.0}
 #: Policies for which random weights, or a cache that nobody has read, make no sense; and R-KV, which compares all pairs
 #: of a prompt's keys.
 LEFT_OUT = (
-    "kvzap", "kvzip", "q_filters", "triattention", "moa", "seer_attention", "longheads", "task_kv", "simlayerkv", "r_kv",
+    "kvzap", "kvzip", "q_filters", "triattention", "moa", "seer_attention", "longheads", "task_kv", "simlayerkv",
+    "r_kv",
 )  # fmt: skip
 
 
