@@ -32,6 +32,12 @@ CASES = {
 }
 
 
+def away(w: Tensor) -> Tensor:
+    """How far each key lies before each query."""
+    places = torch.arange(w.shape[-1])
+    return places[:, None] - places
+
+
 def expected(maps: list[Tensor], inputs: dict[str, Tensor]) -> dict[str, list[Tensor]]:
     """Compute all measures from maps."""
     begins = inputs["attention_mask"].argmax(-1) if "attention_mask" in inputs else torch.zeros(2, dtype=torch.long)
@@ -40,6 +46,10 @@ def expected(maps: list[Tensor], inputs: dict[str, Tensor]) -> dict[str, list[Te
         "sink_mass": [torch.stack([w[b, :, :, begins[b]] for b in range(2)]) for w in maps],
         "received_mass": [w.sum(-2) for w in maps],
         "received_mean": [w.sum(-2) / (w > 1e-12).sum(-2).clamp_min(1) for w in maps],
+        "mean_distance": [(w * away(w).abs()).sum(-1) for w in maps],
+        "own_token": [(w * (away(w) == 0)).sum(-1) for w in maps],
+        "previous_token": [(w * (away(w) == 1)).sum(-1) for w in maps],
+        "within_4": [(w * (away(w).abs() <= 4)).sum(-1) for w in maps],
     }
 
 
@@ -109,7 +119,8 @@ def test_memory_is_linear_on_the_fused_path(case: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Lens, "read", watched)
     model = tiny(kind) if kind == "llama" else tiny(kind, max_position_embeddings=n)
-    look(model, text(padding, n), measures=list(MEASURES))
+    names = [name for name in MEASURES if kind != "bert" or name != "mean_distance"]  # needs weights in both directions
+    look(model, text(padding, n), measures=names)
     assert calls == [0, 1]
     assert largest.elements <= 2 * 4 * n * 16 < n * n  # batch · heads · length · a head's width, padded
 

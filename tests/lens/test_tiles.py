@@ -33,6 +33,11 @@ def check(found: tiles.Measurements, w: Tensor, seen: Tensor) -> None:
     assert_near(found.values["entropy"], torch.special.entr(w).sum(-1), 1e-4)
     assert_near(found.values["sink_mass"], w[..., 0], 1e-4)
     assert_near(found.values["received_mass"], w.sum(-2), 1e-4)
+    rows, keys = w.shape[-2:]
+    away = torch.arange(keys - rows, keys)[:, None] - torch.arange(keys)
+    assert_near(found.values["mean_distance"], (w * away.abs()).sum(-1), 1e-4)
+    assert_near(found.values["previous_token"], (w * (away == 1)).sum(-1), 1e-4)
+    assert_near(found.values["within_4"], (w * (away.abs() <= 4)).sum(-1), 1e-4)
     assert torch.equal(found.counted, w.sum(-1) > 0)
     assert_near(found.visible, seen.expand_as(w).sum(-2), 1e-6)
 

@@ -27,11 +27,12 @@ TILE = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class WeightTile:
-    """Weights of some rows and columns; all others are zero. `seen` is None if every pair is visible."""
+    """Weights of some rows and columns; their other columns are zero. `seen` is None if every pair is visible."""
 
     weights: Float[Tensor, "b h r k"]
     seen: Bool[Tensor, "#b #h #r k"] | None
     keys: slice
+    rows: slice
 
     def visible(self) -> Float[Tensor, "b h k"]:
         """Return the number of nonzero rows that see each key."""
@@ -69,7 +70,7 @@ def weight_tile(site: Site, rows: slice, heads: slice = slice(None)) -> WeightTi
         weights = _softmax(site, rows, heads, keys, mask, seen)
     if site.real_queries is not None:
         weights = weights.masked_fill(~site.real_queries[:, None, rows, None], 0.0)
-    return WeightTile(weights, seen, keys)
+    return WeightTile(weights, seen, keys, rows)
 
 
 def _softmax(

@@ -15,23 +15,29 @@ from foveate.lens.lens import Lens as Lens
 from foveate.lens.lens import Look as Look
 from foveate.lens.lens import look as look
 from foveate.lens.measures import Entropy as Entropy
-from foveate.lens.measures import MEASURES as MEASURES
 from foveate.lens.measures import Measure as Measure
 from foveate.lens.measures import ReceivedMass as ReceivedMass
 from foveate.lens.measures import SinkMass as SinkMass
+from foveate.lens.position_measures import AtOffset as AtOffset
+from foveate.lens.position_measures import MeanDistance as MeanDistance
+from foveate.lens.position_measures import WindowMass as WindowMass
+from foveate.lens.registry import MEASURES as MEASURES
 
 __all__ = [
+    "AtOffset",
     "Entropy",
     "HeadOutputs",
     "Lens",
     "Look",
     "MEASURES",
+    "MeanDistance",
     "Measure",
     "NeedleCase",
     "Patch",
     "ReceivedMass",
     "Scale",
     "SinkMass",
+    "WindowMass",
     "ablate",
     "copying_scores",
     "head_means",

@@ -26,7 +26,8 @@ from foveate.host.site import Site
 from foveate.host.weight_tiles import weights_of
 from foveate.lens.capture.record import Record, by_position
 from foveate.lens.capture.tiles import measure_call
-from foveate.lens.measures import KeyTokens, Measure, named
+from foveate.lens.measures import KeyTokens, Measure
+from foveate.lens.registry import named
 
 #: Positions of the queries whose weights to keep; negative ones count from the current end of the sequence.
 Queries = slice | Iterable[int]
@@ -44,7 +45,7 @@ class Lens(Method):
     `unseen` lists it with the reason. In a model of several parts, only the language part is measured.
 
     Args:
-        measures: names from `foveate.lens.measures.MEASURES`, or `Measure` objects.
+        measures: names from `foveate.lens.MEASURES`, or `Measure` objects.
         layers: the layers to measure; None is all.
         keep_maps: `{(layer, head): queries}`: also keep the weights of these queries, O(queries · N) each.
         phase: measure "prefill", "decode" or "all" calls.

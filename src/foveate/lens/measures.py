@@ -1,7 +1,7 @@
 """Measures of attention: named reductions of its weights, each computed in two ways that agree.
 
 `fused` uses only a call's statistics; `from_weights` uses all weights or some rows of them. The first serves calls of
-the model's own kernel, the second all others.
+the model's own kernel, the second all others. `foveate.lens.registry` has the measures by name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, unknown
+from foveate.core.errors import OptionError
 from foveate.host.fused_statistics import Statistics
 from foveate.host.site import Site
 
@@ -28,23 +28,32 @@ class KeyTokens:
         positions: each key's position in the sequence, padding included; negative for a slot that is no single token.
             `h` is 1 if all heads hold the same keys.
         real: True for the tokens of the sequence that are not padding; None if there is no padding.
+        queries: each query's position in the sequence; None for queries that are the last tokens.
     """
 
     positions: Int[Tensor, "b h s"]
     real: Bool[Tensor, "b n"] | None = None
+    queries: Int[Tensor, " r"] | None = None
 
     @classmethod
     def of(cls, site: Site) -> Self:
-        return cls(site.positions[:, :1] if site.is_whole else site.positions, site.real)
+        return cls(site.positions[:, :1] if site.is_whole else site.positions, site.real, site.query_positions)
 
     @classmethod
     def plain(cls, weights: Tensor) -> Self:
-        """Return the tokens of a plain weight matrix: key j is token j."""
+        """Return the tokens of a plain weight matrix: key j is token j, and the rows are the last tokens."""
         n = weights.shape[-1]
-        return cls(torch.arange(n, device=weights.device).expand(weights.shape[0], 1, n))
+        places = torch.arange(n, device=weights.device)
+        return cls(places.expand(weights.shape[0], 1, n), None, places[n - weights.shape[-2] :])
 
-    def narrow(self, keys: slice) -> KeyTokens:
-        return KeyTokens(self.positions[..., keys], self.real)
+    def narrow(self, keys: slice, rows: slice = slice(None)) -> KeyTokens:
+        return KeyTokens(self.positions[..., keys], self.real, None if self.queries is None else self.queries[rows])
+
+    def distances(self, heads: int) -> Int[Tensor, "b hq r s"]:
+        """Return how far each key lies before each query; keys that are no single token are far away."""
+        assert self.queries is not None
+        places = self.positions.masked_fill(self.positions < 0, -(1 << 30))[:, :, None]
+        return (self.queries[:, None] - places).repeat_interleave(heads // self.positions.shape[1], 1)
 
     def first(self, count: int) -> Bool[Tensor, "b h s"]:
         """Mark the keys that are among the first `count` real tokens."""
@@ -63,8 +72,9 @@ class KeyTokens:
 class Measure(ABC):
     """A named measure: a value for each query, `(B, Hq, Nq)`, or for each key, `(B, Hq, Nk)`.
 
-    Both methods return values that can be joined over calls: a measure over queries its values, one over keys the sum
-    over rows, from which `finish` computes the values.
+    A new measure is one function, `from_weights`. With `fused` it costs no weights where the model's own softmax runs.
+    Both return values that can be joined over calls: a measure over queries its values, one over keys the sum over
+    rows, from which `finish` computes the values.
     """
 
     over: ClassVar[Literal["queries", "keys"]]
@@ -74,13 +84,19 @@ class Measure(ABC):
     def name(self) -> str:
         """The name under which the values are returned."""
 
-    @abstractmethod
-    def fused(self, call: Statistics, tokens: KeyTokens) -> Tensor:
-        """Compute the measure from statistics, in O(N) memory; queries that do not count give zero."""
+    def fused(self, call: Statistics, tokens: KeyTokens) -> Tensor | None:
+        """Compute the measure from statistics, in O(N) memory; queries that do not count give zero.
+
+        None, the default, if it needs the weights.
+        """
+        return None
 
     @abstractmethod
     def from_weights(self, weights: Float[Tensor, "b h r k"], tokens: KeyTokens | None = None) -> Tensor:
-        """Compute the measure from weights of some rows; with `tokens=None`, key j is token j, without padding."""
+        """Compute the measure from weights of some rows.
+
+        With `tokens=None`, key j is token j, the rows are the last tokens, and there is no padding.
+        """
 
     def finish(self, total: Tensor, visible: Tensor) -> Tensor:
         """Return the keys' values, given the sum over all rows and the number of rows that see each key."""
@@ -172,18 +188,3 @@ class ReceivedMass(Measure):
 
     def reduce(self, values: Tensor, count: Tensor) -> Tensor:
         return super().reduce(values, count) if self.per_row else values.amax(-1) / values.sum(-1)
-
-
-#: The measures by name.
-MEASURES: dict[str, Measure] = {
-    measure.name: measure for measure in (Entropy(), SinkMass(), ReceivedMass(), ReceivedMass(per_row=True))
-}
-
-
-def named(measure: str | Measure) -> Measure:
-    """Return a measure by its name, or the given measure."""
-    if isinstance(measure, Measure):
-        return measure
-    if measure not in MEASURES:
-        raise unknown("measure", measure, MEASURES)
-    return MEASURES[measure]

@@ -29,7 +29,11 @@ def measure_call(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> 
     call = Statistics.of(site)
     if call is None:
         return from_tiles(site, measures, tokens)
-    return Measurements({m.name: m.fused(call, tokens) for m in measures}, call.counted, call.visible)
+    values = {m.name: value for m in measures if (value := m.fused(call, tokens)) is not None}
+    others = [m for m in measures if m.name not in values]
+    if others:
+        values |= from_tiles(site, others, tokens).values
+    return Measurements(values, call.counted, call.visible)
 
 
 def from_tiles(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> Measurements:
@@ -43,7 +47,7 @@ def from_tiles(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> Me
         visible[..., tile.keys] += tile.visible()
         counted.append(tile.weights.sum(-1) > 0)
         for measure in measures:
-            value = measure.from_weights(tile.weights, tokens.narrow(tile.keys))
+            value = measure.from_weights(tile.weights, tokens.narrow(tile.keys, tile.rows))
             if measure.over == "queries":
                 rows[measure.name].append(value)
             else:
