@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Self
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +22,8 @@ from foveate.host.site import Site
 
 #: A bias that hides a key. It is finite, since kernels differ on rows of only -inf; no logit reaches half of it.
 HIDDEN = -1e30
+#: Keys whose logits are held together.
+_TOGETHER = 16
 
 
 def statistics(
@@ -160,9 +162,16 @@ class Statistics:
         return seen if self.key_mask is None else seen.masked_fill(~self.key_mask[:, None], 0.0)
 
     def mass_on(self, chosen: Bool[Tensor, "b nk"]) -> Float[Tensor, "b hq nq"]:
-        """Return the mass that each query puts on a few chosen keys together, from their logits and the log-sum-exp."""
+        """Return the mass that each query puts on some chosen keys together, from their logits and the log-sum-exp."""
         count = int(chosen.sum(-1).max())
         index = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[:, :count]
+        total = torch.zeros_like(self.lse)
+        for some in index.split(_TOGETHER, 1):
+            total = total + self._mass_on(chosen, some)
+        return total
+
+    def _mass_on(self, chosen: Bool[Tensor, "b nk"], index: Int[Tensor, "b c"]) -> Float[Tensor, "b hq nq"]:
+        """Return the mass on those of the keys at `index` that are chosen."""
         seen = chosen.gather(1, index) if self.key_mask is None else (chosen & self.key_mask).gather(1, index)
         seen = seen[:, None, None]
         if self.causal:

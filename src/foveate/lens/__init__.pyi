@@ -11,6 +11,9 @@ from foveate.lens.heads.retrieval_heads import copying_scores as copying_scores
 from foveate.lens.heads.retrieval_heads import needle_span as needle_span
 from foveate.lens.heads.retrieval_heads import retrieval_scores as retrieval_scores
 from foveate.lens.heads.retrieval_heads import top_heads as top_heads
+from foveate.lens.heads.roles import Role as Role
+from foveate.lens.heads.roles import THRESHOLDS as THRESHOLDS
+from foveate.lens.heads.roles import roles as roles
 from foveate.lens.lens import Lens as Lens
 from foveate.lens.lens import Look as Look
 from foveate.lens.lens import look as look
@@ -35,8 +38,10 @@ __all__ = [
     "NeedleCase",
     "Patch",
     "ReceivedMass",
+    "Role",
     "Scale",
     "SinkMass",
+    "THRESHOLDS",
     "WindowMass",
     "ablate",
     "copying_scores",
@@ -45,5 +50,6 @@ __all__ = [
     "look",
     "needle_span",
     "retrieval_scores",
+    "roles",
     "top_heads",
 ]
