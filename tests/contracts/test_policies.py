@@ -163,7 +163,6 @@ def test_a_budget_that_is_too_small_is_refused_by_name(key: str) -> None:
 
 
 @EVERY
-@EVERY
 def test_calibration_without_data_is_refused_or_needs_none(key: str) -> None:
     reason = ""
     try:
@@ -173,6 +172,7 @@ def test_calibration_without_data_is_refused_or_needs_none(key: str) -> None:
     assert not reason or reason.startswith("data must hold")
 
 
+@EVERY
 @pytest.mark.parametrize("bad", [{"budget": -0.1}, {"budget": 1.5}, {"budget": "a"}, {"length": 0}, {"length": 2.5}])
 def test_a_bad_budget_is_refused_by_name(key: str, bad: dict[str, Any]) -> None:
     given = {"budget": 0.25, "length": 100, **bad}

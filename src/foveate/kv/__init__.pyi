@@ -36,6 +36,7 @@ from foveate.kv.parts.duo_pattern import load_duo_pattern as load_duo_pattern
 from foveate.kv.parts.duo_pattern import save_duo_pattern as save_duo_pattern
 from foveate.kv.parts.key_moments import gaussian_mass as gaussian_mass
 from foveate.kv.parts.layer_budgets import layer_budgets as layer_budgets
+from foveate.kv.parts.layer_overlap import topk_overlap as topk_overlap
 from foveate.kv.parts.probe_query import activation_bias as activation_bias
 from foveate.kv.parts.probe_query import probe_query as probe_query
 from foveate.kv.parts.span_search import moa_search as moa_search
@@ -63,7 +64,7 @@ from foveate.kv.streaming_llm import StreamingLLM as StreamingLLM
 from foveate.kv.task_kv import TaskKV as TaskKV
 from foveate.kv.think import ThinK as ThinK
 from foveate.kv.tidal_decode import TidalDecode as TidalDecode
-from foveate.kv.tidal_decode import topk_overlap as topk_overlap
+from foveate.kv.tidal_decode import reselection_losses as reselection_losses
 from foveate.kv.token_select import TokenSelect as TokenSelect
 from foveate.kv.token_select import soft_vote as soft_vote
 from foveate.kv.tova import TOVA as TOVA
@@ -136,6 +137,7 @@ __all__ = [
     "moa_search",
     "probe_query",
     "razor_heads",
+    "reselection_losses",
     "save_duo_pattern",
     "seer_gates",
     "soft_vote",

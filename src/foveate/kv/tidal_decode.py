@@ -7,6 +7,7 @@ of the model, which a method cannot start inside an attention call. The release 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self, final
@@ -14,15 +15,15 @@ from typing import ClassVar, Literal, Self, final
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from foveate.core import masks, validate
+from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, UnsupportedModel, shown
 from foveate.core.selection import Indices, Selection
-from foveate.host import Host
+from foveate.host import Host, apply
 from foveate.host.hf.layout import layout
 from foveate.host.hf.model import host
-from foveate.host.method import Method
-from foveate.host.probing import Progress, logits_of, read
+from foveate.host.probing import Progress
 from foveate.host.site import Site
 from foveate.kv.base.policy import Policy, calibration_items, check_budget
 from foveate.kv.parts.head_split import check_reach, far_layers
@@ -113,90 +114,84 @@ class TidalDecode(Policy):
     def calibrate(
         cls, host: Host, data: Iterable[tuple[Tensor, Tensor]], progress: Progress | None = None
     ) -> dict[str, Tensor]:
-        """Measure how much the layers' choices overlap on one example. `at_budget` places the re-selection by it."""
+        """Measure, for each layer, the loss of one answer if the layer re-selects; see `reselection_losses`."""
         ((ids, answers),) = calibration_items(data, 1)
-        overlap = topk_overlap(host.model, ids, max(1, ids.shape[1] // 16), answers)
-        if progress is not None:
-            progress(1, 1, "overlap of the layers' choices")
-        return {"overlap": overlap}
+        dense = min(2, len(far_layers(layout(host))) // 4)
+        losses = reselection_losses(host.model, ids, answers, max(1, ids.shape[1] // 16), dense, progress)
+        return {"losses": losses}
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:
         """See `Policy.at_budget`. There is one re-selection, and min(2, a quarter of the layers) dense layers.
 
-        The re-selection layer is the one whose choice agrees best with those of the later layers (and the first
-        selection with those of the layers before it), if `calibrate` has measured this. Otherwise it is the layer at
-        13/32 of the depth. `top_k` uses the budget that the full reads leave. If they leave none, the model is too
-        shallow for the budget: sparse layers then read the budget's share, and the whole model reads more.
+        The re-selection layer is the one with which the model loses least on an answer, if `calibrate` has measured
+        this. Otherwise it is the layer at 13/32 of the depth, that of the paper's Llama models. `top_k` uses the budget
+        that the full reads leave. If they leave none, the model is too shallow for the budget: sparse layers then read
+        the budget's share, and the whole model reads more.
         """
-        return cls(*split_budget(budget, len(far_layers(layout(host))), length, learnt.get("overlap")))
+        return cls(*split_budget(budget, len(far_layers(layout(host))), length, learnt.get("losses")))
 
 
-def split_budget(budget: float, layers: int, length: int, overlap: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
+def split_budget(budget: float, layers: int, length: int, losses: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
     """Split a budget for some layers into `(top_k, dense_layers, reselect_layers)`; see `TidalDecode.at_budget`."""
     check_budget(budget, length)
-    if overlap is not None and tuple(overlap.shape) != (layers, layers):
-        raise ShapeError(f"overlap must be ({layers}, {layers}) for this model; got {tuple(overlap.shape)}")
+    if losses is not None and tuple(losses.shape) != (layers,):
+        raise ShapeError(f"losses must be ({layers},) for this model; got {tuple(losses.shape)}")
     dense = min(2, layers // 4)
     again: tuple[int, ...] = ()
-    # the last layer may reselect for itself alone, unless there are three layers or fewer
-    later = range(dense + 1, layers if layers > 3 else layers - 1)
+    later = reselecting(layers, dense)
     if later:
         middle = min(max(round(layers * 13 / 32), later[0]), later[-1])
-        again = (middle if overlap is None else _best_layer(overlap, dense, later),)
+        # of losses that are the same up to rounding, the layer nearest to the paper's
+        each = [0.0 if losses is None else round(float(losses[layer]), 3) for layer in later]
+        again = (min(later, key=lambda layer: (each[layer - later[0]], abs(layer - middle))),)
     full = dense + 1 + len(again)
     left = (budget * layers - full) / max(1, layers - full)
     return Policy.tokens(left if left > 0 else budget, length), dense, again
 
 
-def _best_layer(overlap: Float[Tensor, "l l"], first: int, later: range) -> int:
-    """Return the re-selection layer for which the sparse layers agree best with the selection that they would read."""
-    worth = {r: overlap[first, first + 1 : r].sum() + overlap[r, r + 1 :].sum() for r in later}
-    return max(worth, key=lambda layer: float(worth[layer]))
+def reselecting(layers: int, dense: int) -> range:
+    """Return the layers that may re-select: the last one for itself alone, unless there are three layers or fewer."""
+    return range(dense + 1, layers if layers > 3 else layers - 1)
 
 
 @torch.no_grad()
-def topk_overlap(
-    model: object, ids: Int[Tensor, "b n"], k: int, queries: Bool[Tensor, "b n"] | None = None
-) -> Float[Tensor, "l l"]:
-    """Measure how much the choices of layers overlap: the mean share of their `k` largest logits' keys in common.
+def reselection_losses(
+    model: object, ids: Int[Tensor, "b n"], answers: Bool[Tensor, "b n"], top_k: int, dense: int = 2,
+    progress: Progress | None = None,
+) -> Float[Tensor, " l"]:  # fmt: skip
+    """Return the mean loss of an answer's tokens for each layer that may re-select; infinite for the others.
 
-    Heads are compared one by one, in the layers that attend to all tokens; see `TidalDecode`.
+    The text before the answer is read once, densely; the answer follows token by token. The paper places the layer by
+    the same test, pass keys in long text. How much the layers' choices have in common (`topk_overlap`) is no guide: on
+    Qwen2.5 0.5B it points at a layer behind the heads that retrieve.
 
     Args:
         model: a decoder.
-        ids: text without padding.
-        k: keys in a set.
-        queries: the queries whose choices are compared; None is the last token.
+        ids: text without padding; the first sequence with an answer counts.
+        answers: the answers' tokens; the first answer counts, up to 16 tokens of it.
+        top_k: tokens that a sparse layer reads.
+        dense: layers before the first selection.
+        progress: called as `progress(step, steps, note)`.
     """
-    here = host(model)
-    validate.at_least("k", k, 1)
-    if queries is None:
-        queries = torch.zeros_like(ids, dtype=torch.bool)
-        queries[:, -1] = True
-    sets = _Sets(k, queries, [layer.layer for layer in far_layers(layout(here))])
-    read(here, ids, sets)
-    chosen = torch.stack([sets.found[layer] for layer in sets.layers]).double()
-    return torch.einsum("lrs,mrs->lmr", chosen, chosen).div(chosen[0].sum(-1)).mean(-1).float()
-
-
-class _Sets(Method):
-    """A method that reads the keys with the largest logits of some queries: `(rows, S)` per layer."""
-
-    def __init__(self, k: int, queries: Tensor, layers: list[int]) -> None:
-        self.k, self.layers = k, layers
-        self.rows = [row.nonzero()[:, 0] for row in queries.cpu()]
-        self.found: dict[int, Tensor] = {}
-
-    def at(self, site: Site) -> bool:
-        return site.is_causal and site.layer in self.layers
-
-    def read(self, site: Site, out: Tensor) -> None:
-        parts = [self._sets(site, batch, rows) for batch, rows in enumerate(self.rows) if rows.numel()]
-        self.found[site.layer] = torch.cat(parts).cpu()
-
-    def _sets(self, site: Site, batch: int, rows: Tensor) -> Bool[Tensor, "rh s"]:
-        logits = logits_of(site, rows.to(site.q.device), batch)[0].transpose(0, 1)
-        best = logits.topk(min(self.k, logits.shape[-1]))
-        sets = torch.zeros_like(logits, dtype=torch.bool).scatter_(2, best.indices, best.values > masks.NEG_INF)
-        return sets.flatten(0, 1)
+    here, layers = host(model), len(far_layers(layout(host(model))))
+    rows = [row for row in range(len(ids)) if answers[row, 1:].any()]
+    if not rows:
+        raise OptionError("answers must mark a token after the first one; got none")
+    text, marked = ids[rows[0]], answers[rows[0]].nonzero()[:, 0].tolist()
+    begin = next(place for place in marked if place > 0)
+    stop = next(place for place in range(begin, begin + 17) if place - begin == 16 or place not in marked)
+    text = text.to(here.model.device)[None]
+    past = here.model(input_ids=text[:, : begin - 1], use_cache=True).past_key_values if begin > 1 else None
+    losses = torch.full((layers,), torch.inf)
+    for step, layer in enumerate(reselecting(layers, dense)):
+        cache, total = copy.deepcopy(past), 0.0
+        with apply(here.model, TidalDecode(top_k, dense, (layer,))):
+            for place in range(begin - 1, stop - 1):
+                out = here.model(input_ids=text[:, place : place + 1], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                total += F.cross_entropy(out.logits[:, -1].float(), text[:, place + 1]).item()
+        losses[layer] = total / (stop - begin)
+        if progress is not None:
+            progress(step + 1, len(reselecting(layers, dense)), f"layer {layer} re-selects: loss {losses[layer]:.3f}")
+    return losses

@@ -11,11 +11,12 @@ import transformers as hf
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from foveate.core.errors import FoveateError
+from foveate.core.errors import FoveateError, OptionError
 from foveate.host import Method, Site, apply
 from foveate.host.hf.model import host
+from foveate.kv.parts.layer_overlap import topk_overlap
 from foveate.kv.sink_recent import SinkRecent
-from foveate.kv.tidal_decode import TidalDecode, split_budget, topk_overlap
+from foveate.kv.tidal_decode import TidalDecode, reselection_losses, split_budget
 from tests.conftest import ClaimFixture
 from tests.support.constructed import accuracy, induction_lm, recall
 from tests.support.host_models import WINDOW, Reads, feed, model, padded, tokens
@@ -232,11 +233,16 @@ def test_calibration_finds_the_layer() -> None:
     lm, learnt = host(deep()), {}
     ids, answers = recall(2, length=128, answer=4, away=40)
     whole = torch.cat([ids, answers], 1)[:, :-1]
-    queries = torch.arange(whole.shape[1]).expand_as(whole) >= ids.shape[1] - 1
+    marked = torch.arange(whole.shape[1]).expand_as(whole) >= ids.shape[1]
     notes: list[str] = []
-    learnt = TidalDecode.calibrate(lm, [(whole, queries)], lambda step, steps, note: notes.append(note))
-    assert len(notes) == 1
+    learnt = TidalDecode.calibrate(lm, [(whole, marked)], lambda step, steps, note: notes.append(note))
+    assert len(notes) == 4
     assert TidalDecode.at_budget(0.6, lm, 128, **learnt).reselect_layers == (3,)
+    losses = learnt["losses"]
+    assert losses[:2].isinf().all() and losses[2] > losses[3] + 1.0, "layer 2 does not know the place"
+    torch.testing.assert_close(losses[4:], losses[3].expand(2), atol=1e-4, rtol=0)
+    with pytest.raises(OptionError, match="answers must mark a token"):
+        reselection_losses(deep(), whole, torch.zeros_like(marked), 8)
     assert TidalDecode.at_budget(0.6, lm, 128).reselect_layers == (2,)
 
 
@@ -258,11 +264,10 @@ def test_budget_is_what_is_read() -> None:
 
 
 def test_the_last_layer_reselects_if_no_earlier_choice_suits_it() -> None:
-    overlap = torch.eye(4)
-    overlap[1, 2] = 0.9  # the first selection suits the next layer, and none suits the last
-    assert split_budget(0.5, 4, 64, overlap)[1:] == (1, (3,))
-    overlap[1, 2], overlap[2, 3] = 0.1, 0.9
-    assert split_budget(0.5, 4, 64, overlap)[1:] == (1, (2,))
+    inf = float("inf")
+    assert split_budget(0.5, 4, 64, torch.tensor([inf, inf, 2.0, 1.0]))[1:] == (1, (3,))
+    assert split_budget(0.5, 4, 64, torch.tensor([inf, inf, 1.0, 2.0]))[1:] == (1, (2,))
+    assert split_budget(0.5, 4, 64, torch.tensor([inf, inf, 1.0, 1.0]))[1:] == (1, (2,)), "the middle one of equals"
 
 
 def test_shallow_models() -> None:

@@ -84,19 +84,19 @@ def retrieval_scores(
     validate.count("new", new, 1)
     validate.between("success", success, 0.0, 1.0)
     found = _decoder(host(model))
-    held, total, runs = list(cases), 0.0, 0
+    held, scores = list(cases), list[Tensor]()
     for step, case in enumerate(held):
         watch = _Hits(case, top)
         written = _written(found, case.ids, new, watch)
         if _recall(written, case) > success:
-            total, runs = total + watch.scores(written, layout(found).heads, len(layout(found)), distinct), runs + 1
+            scores.append(watch.scores(written, layout(found).heads, len(layout(found)), distinct))
         if progress is not None:
-            progress(step + 1, len(held), f"{runs} runs that repeat the needle")
-    if not isinstance(total, Tensor):
+            progress(step + 1, len(held), f"{len(scores)} runs that repeat the needle")
+    if not scores:
         raise OptionError(
             f"{type(found.model).__name__} repeats none of the {len(held)} needles, so that no head retrieves"
         )
-    return total / runs
+    return torch.stack(scores).mean(0)
 
 
 def top_heads(scores: Float[Tensor, "l h"], count: int | None = None, at_least: float = 0.1) -> list[tuple[int, int]]:
