@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, ClassVar, Self, final
 
 import torch
@@ -22,7 +21,7 @@ from foveate.host.method import Method
 from foveate.host.padding import tokens
 from foveate.host.probing import Progress, read
 from foveate.host.site import Site
-from foveate.kv.base.policy import Policy, check_budget
+from foveate.kv.base.policy import Policy, calibration_items, check_budget
 from foveate.kv.base.scored import own_positions
 from foveate.kv.parts.head_split import far_layers, keep_ends
 from foveate.kv.parts.window_queries import LastQueries, last_rows, window_weights
@@ -113,7 +112,7 @@ class SimLayerKV(Policy):
     ) -> dict[str, Tensor]:
         """Measure each layer's attention to sinks and the last eighth of a text, a mean over a few texts."""
         probe = _Probe()
-        for step, (ids, _) in enumerate(islice(data, _TEXTS)):
+        for step, (ids, _) in enumerate(calibration_items(data, _TEXTS)):
             read(host, ids[:1], probe)
             if progress is not None:
                 progress(step + 1, _TEXTS, "lazy layers")

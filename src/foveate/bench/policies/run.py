@@ -84,9 +84,9 @@ def _run_model(name: str, plan: Plan, journal: Journal, progress: Progress, dtyp
         model_run.attempt(contender, lambda: contender.calibrate(store))  # noqa: B023
     check_losses(model_run)
     progress.start(time_steps(model_run) + answer_steps(model_run) + loss_steps(model_run))
-    measure_times(model_run)
     measure_answers(model_run)
     measure_losses(model_run)
+    measure_times(model_run)
     return Summary(model_run).model(
         Path(name).resolve().stem if folder is None else folder.resolve().name, store.seconds()
     )
