@@ -8,12 +8,15 @@ Explains Long-Context Factuality (2024), arXiv 2404.15574: they are few, and non
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from foveate.core.catalog import system
 from foveate.host import apply
-from foveate.lens import Lens
+from foveate.lens import Lens, NeedleCase, ablate, needle_span, retrieval_scores, top_heads
+from foveate.tasks.text.needle import Needle
 from tests.real.conftest import Real
 
 pytestmark = pytest.mark.real
@@ -38,3 +41,32 @@ def test_retrieval_heads_are_few_and_not_in_the_first_layers(real: Real) -> None
     assert scores.max() > 0.3, scores
     assert (scores > 0.5 * scores.max()).float().mean() < 0.25, scores
     assert int(best.min()) >= 2, scores
+
+
+@torch.inference_mode()
+def test_retrieval_heads_carry_retrieval(real: Real) -> None:
+    """Without the twenty heads with the largest scores no needle is found; without twenty others some are."""
+    if real.key != "qwen2.5-coder-0.5b-instruct":
+        pytest.skip("its needles are found with the full cache")
+    examples = Needle(length=1800, count=8, seed=5).examples()
+    ids = [real.tokenizer(example.prompt, return_tensors="pt", verbose=False).input_ids for example in examples]
+    needles = [torch.tensor(real.tokenizer(e.answer, add_special_tokens=False).input_ids) for e in examples]
+    cases = [NeedleCase(row[0], *needle_span(row[0], own, 1.0)) for row, own in zip(ids[:5], needles, strict=False)]
+    scores = retrieval_scores(real.model, cases, new=8)
+    assert (scores >= 0.1).float().mean() < 0.25, scores
+
+    def found(heads: list[tuple[int, int]]) -> int:
+        right = 0
+        with apply(real.model, ablate(heads)):
+            for example, row in zip(examples[5:], ids[5:], strict=True):
+                out = real.model.generate(
+                    row, attention_mask=torch.ones_like(row), max_new_tokens=8, do_sample=False, pad_token_id=0
+                )
+                right += example.answer.strip() in real.tokenizer.decode(out[0, row.shape[1] :])
+        return right
+
+    best, rest = top_heads(scores, 20), top_heads(scores, scores.numel())[60:]
+    others = [random.Random(seed).sample(rest, 20) for seed in range(2)]
+    assert found([]) == 3
+    assert found(best) == 0
+    assert sum(found(heads) for heads in others) >= 4
