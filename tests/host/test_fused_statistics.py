@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from foveate.core import oracle
-from foveate.host import fused_statistics
+from foveate.core import masks, oracle
+from foveate.host import fused_statistics, one_pass
 from foveate.host.fused_statistics import Statistics, received, statistics, with_bias
 from tests.support.tensors import assert_near, qkv
 
@@ -43,16 +45,33 @@ def dense(call: dict[str, Tensor]) -> Tensor:
     return w if call["query_mask"] is None else w * call["query_mask"][:, None, :, None]
 
 
-@settings(max_examples=80, deadline=None)
-@given(call=calls())
-def test_every_statistic_agrees_with_the_matrix(call) -> None:
-    w, stats = dense(call), Statistics(**call)
+def logits_over(call, logits: Tensor) -> Tensor:
+    """The log-sum-exp of each query's visible logits."""
+    n, m = logits.shape[-2:]
+    seen = masks.causal(n, m) if call["causal"] else torch.ones(n, m, dtype=torch.bool)
+    if call["key_mask"] is not None:
+        seen = seen & call["key_mask"][:, None, None]
+    return logits.masked_fill(~seen, float("-inf")).logsumexp(-1)
+
+
+@settings(max_examples=120, deadline=None)
+@given(call=calls(), tile=st.sampled_from([0, 20, 1 << 17]))
+def test_every_statistic_agrees_with_the_matrix(call, tile: int) -> None:
+    """From the fused kernel (`tile=0`), and from one pass over tiles of any size."""
+    with patch.object(Statistics, "_by_tiles", tile > 0), patch.object(one_pass, "TILE", tile):
+        check(call, Statistics(**call))
+
+
+def check(call, stats: Statistics) -> None:
+    w = dense(call)
     groups = call["q"].shape[1] // call["k"].shape[1]
     counted = w.sum(-1) > 0
     assert_near(stats.received, w.sum(-2), 1e-4, "received")
     assert torch.equal(stats.counted.expand_as(counted), counted)
-    mean = (w @ call["k"].double().repeat_interleave(groups, 1)) * counted[..., None]
-    assert_near(stats.mean_key * counted[..., None], mean, 1e-4, "mean key")
+    logits = call["scale"] * call["q"].double() @ call["k"].double().repeat_interleave(groups, 1).mT
+    assert_near(stats.mean_logit * counted, (w * logits).sum(-1), 1e-4, "mean logit")
+    assert_near(stats.mean_place * counted, w @ torch.arange(w.shape[3]).to(w), 1e-4, "mean key")
+    assert_near(stats.lse[counted], logits_over(call, logits)[counted], 1e-4, "log-sum-exp")
     assert_near(stats.visible.expand(-1, w.shape[1], -1), (w > 0).sum(-2), 1e-6, "visible rows")
     chosen = torch.zeros(2, w.shape[3], dtype=torch.bool)
     chosen[0, ::3], chosen[1, -1] = True, True

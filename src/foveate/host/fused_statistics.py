@@ -17,7 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from foveate.core.engines.fused import FEW
 from foveate.host.hf.mask import MaskPlan, is_given
+from foveate.host.one_pass import RowsAndColumns, one_pass
 from foveate.host.site import Site
 
 #: A bias that hides a key. It is finite, since kernels differ on rows of only -inf; no logit reaches half of it.
@@ -128,13 +130,37 @@ class Statistics:
     def _rows(self) -> tuple[Tensor, Tensor]:
         return statistics(self.q, self.k, self.k, scale=self.scale, causal=self.causal, key_mask=self.key_mask)
 
-    @property
-    def lse(self) -> Float[Tensor, "b hq nq"]:
-        return self._rows[0]
+    @cached_property
+    def _all(self) -> RowsAndColumns:
+        return one_pass(
+            self.q, self.k, scale=self.scale, causal=self.causal, key_mask=self.key_mask, query_mask=self.query_mask
+        )
 
     @property
-    def mean_key(self) -> Float[Tensor, "b hq nq d"]:
-        return self._rows[1]
+    def _by_tiles(self) -> bool:
+        """Whether one pass over the logits is cheaper than the kernel with other values."""
+        return self.q.device.type == "cpu" and self.q.shape[2] > FEW
+
+    @cached_property
+    def lse(self) -> Float[Tensor, "b hq nq"]:
+        if "_all" in self.__dict__:
+            return self._all.lse
+        return self._rows[0]
+
+    @cached_property
+    def mean_logit(self) -> Float[Tensor, "b hq nq"]:
+        """Each query's mean logit under its weights."""
+        return self._all.mean_logit if self._by_tiles else self.scale * (self.q * self._rows[1]).sum(-1)
+
+    @cached_property
+    def mean_place(self) -> Float[Tensor, "b hq nq"]:
+        """Each query's mean key index under its weights."""
+        if self._by_tiles:
+            return self._all.mean_key
+        index = torch.arange(self.k.shape[2], device=self.k.device, dtype=self.k.dtype)[:, None]
+        columns = index.expand(*self.k.shape[:2], -1, 1)
+        _, mean = statistics(self.q, self.k, columns, scale=self.scale, causal=self.causal, key_mask=self.key_mask)
+        return mean[..., 0]
 
     @cached_property
     def counted(self) -> Bool[Tensor, "b 1 nq"]:
@@ -144,6 +170,9 @@ class Statistics:
 
     @cached_property
     def received(self) -> Float[Tensor, "b hq nk"]:
+        if self._by_tiles:
+            mass = self._all.received
+            return mass if self.key_mask is None else mass.masked_fill(~self.key_mask[:, None], 0.0)
         return received(
             self.q, self.k, self.lse, scale=self.scale, causal=self.causal,
             query_mask=self.query_mask, key_mask=self.key_mask,

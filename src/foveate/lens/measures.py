@@ -119,7 +119,7 @@ class Entropy(Measure):
     over: ClassVar[Literal["queries", "keys"]] = "queries"
 
     def fused(self, call: Statistics, tokens: KeyTokens) -> Tensor:
-        expected = call.scale * (call.q * call.mean_key).sum(-1)  # the mean logit
+        expected = call.mean_logit
         return torch.where(call.counted, (call.lse - expected).clamp_min(0.0), 0.0)
 
     def from_weights(self, weights: Tensor, tokens: KeyTokens | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.host.fused_statistics import Statistics, grouped, statistics
+from foveate.host.fused_statistics import Statistics, grouped
 from foveate.lens.measures import KeyTokens, Measure
 
 
@@ -27,11 +27,8 @@ class MeanDistance(Measure):
     def fused(self, call: Statistics, tokens: KeyTokens) -> Tensor | None:
         if not call.causal or tokens.queries is None:
             return None
-        places = tokens.positions[:, 0, :, None].to(call.q.dtype)
-        base = places[:, :1]  # small numbers lose no digits
-        columns = (places - base)[:, None].expand(-1, call.k.shape[1], -1, -1)
-        _, mean = statistics(call.q, call.k, columns, scale=call.scale, causal=True, key_mask=call.key_mask)
-        distance = (tokens.queries - base[:, 0])[:, None].to(mean.dtype) - mean[..., 0]
+        first = int(tokens.positions[0, 0, 0])  # the keys of a whole cache are adjacent tokens
+        distance = (tokens.queries - first).to(call.q.dtype) - call.mean_place
         return torch.where(call.counted, distance, 0.0)
 
     def from_weights(self, weights: Tensor, tokens: KeyTokens | None = None) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from foveate.host.fused_statistics import Statistics
 from foveate.host.site import Site
 from foveate.host.weight_tiles import tiles
-from foveate.lens.measures import KeyTokens, Measure
+from foveate.lens.measures import Entropy, KeyTokens, Measure, ReceivedMass
+from foveate.lens.position_measures import MeanDistance
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,9 @@ def measure_call(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> 
     call = Statistics.of(site)
     if call is None:
         return from_tiles(site, measures, tokens)
-    values = {m.name: value for m in measures if (value := m.fused(call, tokens)) is not None}
+    # what needs more of a call goes first: the log-sum-exp, which all need, comes with it
+    order = sorted(measures, key=lambda m: not isinstance(m, Entropy | MeanDistance | ReceivedMass))
+    values = {m.name: value for m in order if (value := m.fused(call, tokens)) is not None}
     others = [m for m in measures if m.name not in values]
     if others:
         values |= from_tiles(site, others, tokens).values
