@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.real.fetch import MODELS, fetch
@@ -34,8 +35,15 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run has left")
     parser.add_argument("--dtype", default="float32", help="what the models compute in (default: float32)")
     parser.add_argument("--model", action="append", choices=list(MODELS), help="one of them; both by default")
+    parser.add_argument("--tasks", nargs="+", help="retrieval tasks, in the place of the plan's")
+    parser.add_argument(
+        "--losses", nargs="*", type=int, help="lengths of the texts of the next-token loss; none: no loss"
+    )
+    parser.add_argument("--times", nargs="*", type=int, help="lengths of the timed prompts; none: nothing is timed")
     chosen = parser.parse_args()
     sizes, begun = plan.quick() if chosen.quick else plan.whole(), time.perf_counter()
+    given = {name: getattr(chosen, name) for name in ("tasks", "losses", "times")}
+    sizes = replace(sizes, **{name: tuple(value) for name, value in given.items() if value is not None})
     try:
         folders = [str(fetch(MODELS[key], say)) for key in chosen.model or MODELS]
         with Bar("loading") as bar:
@@ -49,7 +57,8 @@ def main() -> None:
     print(policies.short(found))
     if not chosen.quick:
         (DOCS / "measured" / "real.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        (DOCS / "real.md").write_text(policies.page(found), "utf-8")
+        notes = DOCS / "measured" / "real_notes.md"
+        (DOCS / "real.md").write_text(policies.page(found, notes.read_text("utf-8")), "utf-8")
     print(f"\n{time.perf_counter() - begun:.0f} s; {'kept in ' + str(out()) if chosen.quick else 'written to docs/'}")
 
 

@@ -17,13 +17,9 @@ Every cache policy of the catalogue on pretrained decoders, at several budgets, 
 - **Retrieval**: tasks as in RULER on real text, {examples} prompts each. A score is the share of the requested items
   that the greedy answer contains, with its 95 % interval (Wilson's if every answer is right or wrong, else a bootstrap
   over prompts). There are few prompts, so mind the intervals.
-- **Loss**: the mean loss of {horizon} tokens after {texts} texts of each length, and its increase over the full cache,
-  compared per token, with a bootstrap over tokens.
-- **Kept** and **read**: the shares of the full cache's slots that are stored, and that decoding queries read.
-- **Memory**: all live tensors beyond the weights, in megabytes.
-- **Times**: medians over rounds, in each of which all policies run ({threads} threads, {device}). A ratio refers to the
-  full cache in the same round, with the interval of its median over rounds.
-
+- **Kept** and **read**: the shares of the full cache's bytes that are stored, and of the keys that decoding queries
+  read.
+{more}
 Policies that need no query of the prompt but its last share one dense prefill, and are applied at the prompt's last
 token. Those that need a window of last queries are applied to the last 128 tokens; the others read the prompt
 themselves. {versions}, {machine}.
@@ -36,31 +32,54 @@ _READ_AS = (
 )
 
 
-def page(found: Record) -> str:
-    """Return the whole result as Markdown; see `foveate.bench.policies.run`."""
+_LOSSES = """\
+- **Loss**: the mean loss of {horizon} tokens after {texts} texts of each length, and its increase over the full cache,
+  compared per token, with a bootstrap over tokens.
+"""
+_TIMES = """\
+- **Memory**: all live tensors beyond the weights, in megabytes.
+- **Times**: medians over rounds, in each of which all policies run ({threads} threads, {device}). A ratio refers to the
+  full cache in the same round, with the interval of its median over rounds.
+"""
+
+
+def page(found: Record, notes: str = "") -> str:
+    """Return the whole result as Markdown, with notes behind the introduction; see `foveate.bench.policies.run`."""
     made, plan = found["made"], found["plan"]
     versions = ", ".join(f"{name} {made[name]}" for name in ("foveate", "torch", "transformers", "python"))
-    lines = _INTRODUCTION.format(versions=versions, **made, **plan).splitlines()
+    more = (_LOSSES if plan["losses"] else "") + (_TIMES if plan["times"] else "")
+    text = _INTRODUCTION.format(versions=versions, more=more.format(**made, **plan), **made, **plan)
+    lines = [*text.splitlines(), *(["", *notes.splitlines()] if notes else [])]
     for model in found["models"]:
         lines += ["", *_model(model)]
     return "\n".join(lines) + "\n"
 
 
-def short(found: Record, budget: float | None = None) -> str:
-    """Return a table for each model with one row per policy, at one budget (by default the nearest to 0.25)."""
+def short(found: Record, budget: float | None = None, methods: Sequence[str] | None = None) -> str:
+    """Return a table for each model with one row per policy, at one budget (by default the nearest to 0.25).
+
+    Args:
+        found: the result of `foveate.bench.policies.run`.
+        budget: one of its budgets.
+        methods: the rows to show; None for all.
+    """
     lines, known = [], found["plan"]["budgets"]
     budget = budget or min(known, key=lambda share: abs(share - 0.25))
     for model in found["models"]:
-        tokens = max(map(int, model["rows"][0]["times"]))
+        lengths = [int(each) for each in model["rows"][0].get("times", {})]
         rows = [row for row in model["rows"] if "error" not in row and row["budget"] in (1.0, budget)]
+        rows = [row for row in rows if methods is None or row["method"] in methods]
         columns: list[tuple[str, Callable[[Record], str]]] = [
             ("method", _name),
             ("retrieval", lambda row: _score(row["scores"]["all"])),
             ("cache kept", lambda row: _percent(row["kept"])),
             ("keys read", lambda row: _percent(row["read"])),
-            (f"MB at {tokens:,}", _at(str(tokens), lambda times: _number(times.get("decode_live_mb"), "{:.1f}"))),
-            ("decode / token", _at(str(tokens), lambda times: _timed(times, "decode"))),
         ]
+        for tokens in sorted(lengths)[-1:]:
+            columns += [
+                (f"MB at {tokens:,}", _at(str(tokens), lambda times: _number(times.get("decode_live_mb"), "{:.1f}"))),
+                ("decode / token", _at(str(tokens), lambda times: _timed(times, "decode"))),
+            ]
         lines += [f"**{model['name']}**, budget {budget:.0%}:", "", *_table(columns, rows), ""]
     lines.append(_READ_AS)
     return "\n".join(lines)
@@ -76,7 +95,8 @@ def _model(model: Record) -> list[str]:
     good = [row for row in rows if "error" not in row]
     lines = [f"## {model['name']}", "", facts, *([f"Calibrated once: {calibration}."] if calibration else [])]
     lines += ["", "### Retrieval", "", _sizes(model), "", *_table(_retrieval(model), good)]
-    lines += ["", "### Next-token loss", "", *_table(_losses(rows[0]), good)]
+    if rows[0].get("losses"):
+        lines += ["", "### Next-token loss", "", *_table(_losses(rows[0]), good)]
     for tokens in rows[0].get("times", {}):
         lines += ["", f"### Time and memory after {int(tokens):,} tokens", "", *_table(_costs(tokens), good)]
     failed = [row for row in rows if "error" in row]
