@@ -6,6 +6,12 @@ from foveate.lens.circuits.interventions import Scale as Scale
 from foveate.lens.circuits.interventions import ablate as ablate
 from foveate.lens.circuits.interventions import head_means as head_means
 from foveate.lens.circuits.interventions import head_outputs as head_outputs
+from foveate.lens.heads.bert_attention_analysis import coreference_accuracy as coreference_accuracy
+from foveate.lens.heads.bert_attention_analysis import gradient_report as gradient_report
+from foveate.lens.heads.bert_attention_analysis import head_relation_accuracy as head_relation_accuracy
+from foveate.lens.heads.bert_attention_analysis import offset_accuracy as offset_accuracy
+from foveate.lens.heads.bert_attention_analysis import relation_table as relation_table
+from foveate.lens.heads.bert_attention_analysis import surface_report as surface_report
 from foveate.lens.heads.retrieval_heads import retrieval_scores as retrieval_scores
 from foveate.lens.lens import Lens as Lens
 from foveate.lens.lens import Look as Look
@@ -15,21 +21,43 @@ from foveate.lens.measures import MEASURES as MEASURES
 from foveate.lens.measures import Measure as Measure
 from foveate.lens.measures import ReceivedMass as ReceivedMass
 from foveate.lens.measures import SinkMass as SinkMass
+from foveate.lens.parts.head_distance import embed_heads as embed_heads
+from foveate.lens.parts.head_distance import js_distance as js_distance
+from foveate.lens.parts.maps import attention_maps as attention_maps
+from foveate.lens.parts.parse_probes import AttentionProbe as AttentionProbe
+from foveate.lens.parts.parse_probes import StructuralProbe as StructuralProbe
+from foveate.lens.parts.parsed_sentence import ParsedSentence as ParsedSentence
+from foveate.lens.parts.weight_gradients import weight_gradients as weight_gradients
+from foveate.lens.parts.words import to_words as to_words
 
 __all__ = [
+    "AttentionProbe",
     "Entropy",
     "HeadOutputs",
     "Lens",
     "Look",
     "MEASURES",
     "Measure",
+    "ParsedSentence",
     "Patch",
     "ReceivedMass",
     "Scale",
     "SinkMass",
+    "StructuralProbe",
     "ablate",
+    "attention_maps",
+    "coreference_accuracy",
+    "embed_heads",
+    "gradient_report",
     "head_means",
     "head_outputs",
+    "head_relation_accuracy",
+    "js_distance",
     "look",
+    "offset_accuracy",
+    "relation_table",
     "retrieval_scores",
+    "surface_report",
+    "to_words",
+    "weight_gradients",
 ]
