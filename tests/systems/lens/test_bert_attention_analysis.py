@@ -308,7 +308,8 @@ def test_a_probe_on_many_noisy_heads_beats_the_best_of_them(claim: ClaimFixture)
     best = float(head_relation_accuracy(held)["all"].max())
     claim(
         "attachment score of the probe on four noisy heads and two that know nothing",
-        ours=probe.accuracy(held, ()), baseline=best, better="higher", margin=0.1, baseline_name="the best head", seed=0,
+        ours=probe.accuracy(held, ()), baseline=best, better="higher", margin=0.1,
+        baseline_name="the best head", seed=0,
     )  # fmt: skip
     draw = torch.Generator().manual_seed(2)
     shuffled = [

@@ -34,17 +34,20 @@ def js_distance(
             raise ShapeError(f"attention must hold maps (L, H, T, T); got {tuple(maps.shape)}")
         rows = maps.flatten(0, 1).double()
         rows = (1 - smoothing) * rows + smoothing / rows.shape[-1]
-        found = torch.stack([_divergence(head, rows) for head in rows])
+        found = _divergences(rows)
         total = found if total is None else total + found
     if total is None:
         raise OptionError("attention must hold at least one map; got none")
     return total
 
 
-def _divergence(head: Float[Tensor, "t t"], others: Float[Tensor, "heads t t"]) -> Float[Tensor, " heads"]:
+def _divergences(rows: Float[Tensor, "heads t t"]) -> Float[Tensor, "heads heads"]:
     """Return the entropy of the mean of two rows less the mean of their entropies, summed over rows."""
-    mean, entr = (head + others) / 2, torch.special.entr
-    return (entr(mean) - (entr(head) + entr(others)) / 2).sum((-2, -1)).clamp_min(0.0)
+    own, found = torch.special.entr(rows), rows.new_zeros(len(rows), len(rows))
+    for head in range(len(rows)):
+        mean = (rows[head] + rows[head:]) / 2
+        found[head, head:] = (torch.special.entr(mean) - (own[head] + own[head:]) / 2).sum((-2, -1))
+    return (found + found.triu(0).mT).clamp_min(0.0)
 
 
 def embed_heads(distance: Float[Tensor, "heads heads"], dims: int = 2, steps: int = 300) -> Float[Tensor, "heads dims"]:

@@ -18,7 +18,7 @@ from foveate.host.entry import apply
 from foveate.host.fused_statistics import grouped
 from foveate.host.method import Method
 from foveate.host.site import Site
-from foveate.host.weight_tiles import weight_tile
+from foveate.lens.parts.maps import whole_map
 
 
 def weight_gradients(
@@ -65,7 +65,4 @@ class _Outputs(Method):
         return self.outputs[site.layer]
 
     def read(self, site: Site, out: Tensor) -> None:
-        tile = weight_tile(site, slice(0, site.q.shape[2]))
-        seen = torch.zeros(*tile.weights.shape[:3], site.k.shape[2], dtype=torch.bool, device=out.device)
-        seen[..., tile.keys] = tile.weights > 0
-        self.seen[site.layer], self.values[site.layer] = seen, site.v.detach().clone()
+        self.seen[site.layer], self.values[site.layer] = whole_map(site) > 0, site.v.detach().clone()
