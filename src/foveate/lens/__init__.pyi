@@ -12,6 +12,14 @@ from foveate.lens.heads.bert_attention_analysis import head_relation_accuracy as
 from foveate.lens.heads.bert_attention_analysis import offset_accuracy as offset_accuracy
 from foveate.lens.heads.bert_attention_analysis import relation_table as relation_table
 from foveate.lens.heads.bert_attention_analysis import surface_report as surface_report
+from foveate.lens.heads.indicwav2vec import HeadLocality as HeadLocality
+from foveate.lens.heads.indicwav2vec import code_histograms as code_histograms
+from foveate.lens.heads.indicwav2vec import code_similarity as code_similarity
+from foveate.lens.heads.indicwav2vec import frame_codes as frame_codes
+from foveate.lens.heads.indicwav2vec import head_locality as head_locality
+from foveate.lens.heads.indicwav2vec import layer_probe as layer_probe
+from foveate.lens.heads.indicwav2vec import resampling_ratios as resampling_ratios
+from foveate.lens.heads.indicwav2vec import sample_probs as sample_probs
 from foveate.lens.heads.retrieval_heads import retrieval_scores as retrieval_scores
 from foveate.lens.lens import Lens as Lens
 from foveate.lens.lens import Look as Look
@@ -33,6 +41,7 @@ from foveate.lens.parts.words import to_words as to_words
 __all__ = [
     "AttentionProbe",
     "Entropy",
+    "HeadLocality",
     "HeadOutputs",
     "Lens",
     "Look",
@@ -46,17 +55,24 @@ __all__ = [
     "StructuralProbe",
     "ablate",
     "attention_maps",
+    "code_histograms",
+    "code_similarity",
     "coreference_accuracy",
     "embed_heads",
+    "frame_codes",
     "gradient_report",
+    "head_locality",
     "head_means",
     "head_outputs",
     "head_relation_accuracy",
     "js_distance",
+    "layer_probe",
     "look",
     "offset_accuracy",
     "relation_table",
+    "resampling_ratios",
     "retrieval_scores",
+    "sample_probs",
     "surface_report",
     "to_words",
     "weight_gradients",
