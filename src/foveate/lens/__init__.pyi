@@ -6,6 +6,13 @@ from foveate.lens.circuits.interventions import Scale as Scale
 from foveate.lens.circuits.interventions import ablate as ablate
 from foveate.lens.circuits.interventions import head_means as head_means
 from foveate.lens.circuits.interventions import head_outputs as head_outputs
+from foveate.lens.heads.attention_sink_emergence import SinkReport as SinkReport
+from foveate.lens.heads.attention_sink_emergence import TokenNorms as TokenNorms
+from foveate.lens.heads.attention_sink_emergence import key_importance as key_importance
+from foveate.lens.heads.attention_sink_emergence import sink_profile as sink_profile
+from foveate.lens.heads.attention_sink_emergence import sink_rate as sink_rate
+from foveate.lens.heads.attention_sink_emergence import sink_report as sink_report
+from foveate.lens.heads.attention_sink_emergence import token_norms as token_norms
 from foveate.lens.heads.bert_attention_analysis import coreference_accuracy as coreference_accuracy
 from foveate.lens.heads.bert_attention_analysis import gradient_report as gradient_report
 from foveate.lens.heads.bert_attention_analysis import head_relation_accuracy as head_relation_accuracy
@@ -31,6 +38,7 @@ from foveate.lens.measures import ReceivedMass as ReceivedMass
 from foveate.lens.measures import SinkMass as SinkMass
 from foveate.lens.parts.head_distance import embed_heads as embed_heads
 from foveate.lens.parts.head_distance import js_distance as js_distance
+from foveate.lens.parts.kernel_attention import KernelAttention as KernelAttention
 from foveate.lens.parts.maps import attention_maps as attention_maps
 from foveate.lens.parts.parse_probes import AttentionProbe as AttentionProbe
 from foveate.lens.parts.parse_probes import StructuralProbe as StructuralProbe
@@ -43,6 +51,7 @@ __all__ = [
     "Entropy",
     "HeadLocality",
     "HeadOutputs",
+    "KernelAttention",
     "Lens",
     "Look",
     "MEASURES",
@@ -52,7 +61,9 @@ __all__ = [
     "ReceivedMass",
     "Scale",
     "SinkMass",
+    "SinkReport",
     "StructuralProbe",
+    "TokenNorms",
     "ablate",
     "attention_maps",
     "code_histograms",
@@ -66,6 +77,7 @@ __all__ = [
     "head_outputs",
     "head_relation_accuracy",
     "js_distance",
+    "key_importance",
     "layer_probe",
     "look",
     "offset_accuracy",
@@ -73,7 +85,11 @@ __all__ = [
     "resampling_ratios",
     "retrieval_scores",
     "sample_probs",
+    "sink_profile",
+    "sink_rate",
+    "sink_report",
     "surface_report",
     "to_words",
+    "token_norms",
     "weight_gradients",
 ]

@@ -103,15 +103,17 @@ def frame_codes(model: nn.Module, inputs: Mapping[str, Any]) -> Int[Tensor, "b t
     found = [m for m in model.modules() if hasattr(m, "weight_proj") and hasattr(m, "num_groups")]
     if len(found) != 1:
         raise UnsupportedModel(f"{type(model).__name__} must have one quantiser with weight_proj; it has {len(found)}")
+    projection, groups = found[0].weight_proj, found[0].num_groups
+    assert isinstance(projection, nn.Module)
     logits: list[Tensor] = []
-    hook = found[0].weight_proj.register_forward_hook(lambda _, given, out: logits.append(out))
+    hook = projection.register_forward_hook(lambda _, given, out: logits.append(out))
     try:
         model(**inputs)
     finally:
         hook.remove()
     if not logits:
         raise UnsupportedModel(f"{type(model).__name__} did not quantise these inputs")
-    return logits[0].unflatten(-1, (found[0].num_groups, -1)).argmax(-1)
+    return logits[0].unflatten(-1, (groups, -1)).argmax(-1)
 
 
 def code_histograms(
