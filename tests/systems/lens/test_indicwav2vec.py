@@ -88,6 +88,15 @@ def test_bands_are_found_and_random_rows_are_uniform(claim: ClaimFixture) -> Non
     )  # fmt: skip
 
 
+def test_lift_by_hand() -> None:
+    """All look at the first of four frames: frames 0 and 1 have it in their window, of 2 and 3 frames."""
+    maps = torch.zeros(1, 1, 4, 4)
+    maps[..., 0] = 1.0
+    found = head_locality(maps, 1)
+    assert float(found.window_mass) == 0.5 and float(found.mean_distance) == 1.5
+    assert float(found.lift) == pytest.approx((4 / 2 + 4 / 3) / 4)
+
+
 def test_padding_changes_nothing() -> None:
     draw, n = torch.Generator().manual_seed(0), 15
     maps = torch.rand(2, 3, 4, n, n, generator=draw).softmax(-1)
