@@ -6,6 +6,27 @@ from foveate.lens.circuits.interventions import Scale as Scale
 from foveate.lens.circuits.interventions import ablate as ablate
 from foveate.lens.circuits.interventions import head_means as head_means
 from foveate.lens.circuits.interventions import head_outputs as head_outputs
+from foveate.lens.heads.attention_sink_emergence import SinkReport as SinkReport
+from foveate.lens.heads.attention_sink_emergence import TokenNorms as TokenNorms
+from foveate.lens.heads.attention_sink_emergence import key_importance as key_importance
+from foveate.lens.heads.attention_sink_emergence import sink_profile as sink_profile
+from foveate.lens.heads.attention_sink_emergence import sink_rate as sink_rate
+from foveate.lens.heads.attention_sink_emergence import sink_report as sink_report
+from foveate.lens.heads.attention_sink_emergence import token_norms as token_norms
+from foveate.lens.heads.bert_attention_analysis import coreference_accuracy as coreference_accuracy
+from foveate.lens.heads.bert_attention_analysis import gradient_report as gradient_report
+from foveate.lens.heads.bert_attention_analysis import head_relation_accuracy as head_relation_accuracy
+from foveate.lens.heads.bert_attention_analysis import offset_accuracy as offset_accuracy
+from foveate.lens.heads.bert_attention_analysis import relation_table as relation_table
+from foveate.lens.heads.bert_attention_analysis import surface_report as surface_report
+from foveate.lens.heads.indicwav2vec import HeadLocality as HeadLocality
+from foveate.lens.heads.indicwav2vec import code_histograms as code_histograms
+from foveate.lens.heads.indicwav2vec import code_similarity as code_similarity
+from foveate.lens.heads.indicwav2vec import frame_codes as frame_codes
+from foveate.lens.heads.indicwav2vec import head_locality as head_locality
+from foveate.lens.heads.indicwav2vec import layer_probe as layer_probe
+from foveate.lens.heads.indicwav2vec import resampling_ratios as resampling_ratios
+from foveate.lens.heads.indicwav2vec import sample_probs as sample_probs
 from foveate.lens.heads.retrieval_heads import NeedleCase as NeedleCase
 from foveate.lens.heads.retrieval_heads import copying_scores as copying_scores
 from foveate.lens.heads.retrieval_heads import needle_span as needle_span
@@ -21,6 +42,15 @@ from foveate.lens.measures import Entropy as Entropy
 from foveate.lens.measures import Measure as Measure
 from foveate.lens.measures import ReceivedMass as ReceivedMass
 from foveate.lens.measures import SinkMass as SinkMass
+from foveate.lens.parts.head_distance import embed_heads as embed_heads
+from foveate.lens.parts.head_distance import js_distance as js_distance
+from foveate.lens.parts.kernel_attention import KernelAttention as KernelAttention
+from foveate.lens.parts.maps import attention_maps as attention_maps
+from foveate.lens.parts.parse_probes import AttentionProbe as AttentionProbe
+from foveate.lens.parts.parse_probes import StructuralProbe as StructuralProbe
+from foveate.lens.parts.parsed_sentence import ParsedSentence as ParsedSentence
+from foveate.lens.parts.weight_gradients import weight_gradients as weight_gradients
+from foveate.lens.parts.words import to_words as to_words
 from foveate.lens.position_measures import AtOffset as AtOffset
 from foveate.lens.position_measures import MeanDistance as MeanDistance
 from foveate.lens.position_measures import WindowMass as WindowMass
@@ -28,28 +58,58 @@ from foveate.lens.registry import MEASURES as MEASURES
 
 __all__ = [
     "AtOffset",
+    "AttentionProbe",
     "Entropy",
+    "HeadLocality",
     "HeadOutputs",
+    "KernelAttention",
     "Lens",
     "Look",
     "MEASURES",
     "MeanDistance",
     "Measure",
     "NeedleCase",
+    "ParsedSentence",
     "Patch",
     "ReceivedMass",
     "Role",
     "Scale",
     "SinkMass",
+    "SinkReport",
+    "StructuralProbe",
     "THRESHOLDS",
+    "TokenNorms",
     "WindowMass",
     "ablate",
+    "attention_maps",
+    "code_histograms",
+    "code_similarity",
     "copying_scores",
+    "coreference_accuracy",
+    "embed_heads",
+    "frame_codes",
+    "gradient_report",
+    "head_locality",
     "head_means",
     "head_outputs",
+    "head_relation_accuracy",
+    "js_distance",
+    "key_importance",
+    "layer_probe",
     "look",
     "needle_span",
+    "offset_accuracy",
+    "relation_table",
+    "resampling_ratios",
     "retrieval_scores",
     "roles",
+    "sample_probs",
+    "sink_profile",
+    "sink_rate",
+    "sink_report",
+    "surface_report",
+    "to_words",
+    "token_norms",
     "top_heads",
+    "weight_gradients",
 ]

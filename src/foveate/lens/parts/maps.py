@@ -1,0 +1,59 @@
+"""Whole attention maps of a model, for analyses of short texts: O(N²) memory for every head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.core.errors import UnsupportedModel
+from foveate.host.entry import apply
+from foveate.host.method import Method
+from foveate.host.site import Site
+from foveate.host.weight_tiles import weight_tile
+
+
+@torch.no_grad()
+def attention_maps(model: object, inputs: Tensor | Mapping[str, Any], **more: Any) -> Float[Tensor, "b l h n n"]:
+    """Run a model once and return the weights of all its heads; rows of padding are zero.
+
+    Use `foveate.look` for long texts: its measures need no maps.
+
+    Args:
+        model: a model with one stack of layers that reads a whole text at once.
+        inputs: the model's inputs: a tokenizer's mapping, or the main input alone; `more` adds keyword arguments.
+    """
+    record = _Maps()
+    with apply(model, record) as run:
+        given = {run.host.model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
+        run.host.model(**given, **more)
+    return torch.stack([record.found[layer] for layer in sorted(record.found)], 1)
+
+
+def whole_map(site: Site) -> Float[Tensor, "b h n n"]:
+    """Return all weights of a call; refuse calls that are no self-attention over a whole text."""
+    name = type(site.module).__name__
+    if site.replaced:
+        raise UnsupportedModel(f"{name} has no weights: another method replaced the attention of layer {site.layer}")
+    if site.q.shape[2] != site.k.shape[2]:
+        raise UnsupportedModel(f"{name} attends from {site.q.shape[2]} tokens to {site.k.shape[2]}; maps need one text")
+    tile = weight_tile(site, slice(0, site.q.shape[2]))
+    whole = tile.weights.new_zeros(*tile.weights.shape[:3], site.k.shape[2])
+    whole[..., tile.keys] = tile.weights
+    return whole
+
+
+@final
+class _Maps(Method):
+    """Record the maps of all layers."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, Tensor] = {}
+
+    def read(self, site: Site, out: Tensor) -> None:
+        if site.layer in self.found:
+            raise UnsupportedModel(f"layer {site.layer} attends more than once; maps need a single stack of layers")
+        self.found[site.layer] = whole_map(site)
