@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core import validate
@@ -17,7 +17,6 @@ from foveate.core.linear_systems import solve_positive
 from foveate.core.masks import NEG_INF
 from foveate.host import Host
 from foveate.host.site import Site
-from foveate.host.slots.ends import AtEnd
 from foveate.kv.base.scored import ScorePolicy, own_positions
 from foveate.kv.parts.query_statistics import Future, add_queries, futures
 from foveate.kv.parts.window_queries import per_kv_head
@@ -60,11 +59,10 @@ class CapKV(ScorePolicy):
         super().bind(host)
         self._futures = futures(host, self.future)
 
-    def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | AtEnd | None:
+    def read(self, site: Site, out: Tensor) -> None:
         if not self.is_off(site) and (site.phase == "prefill" or self.every is not None):
             future = self._futures[site.layer]
             add_queries(site.notes(self), site, None if future is None else future.rotation, self.sink)
-        return super().keep(site)
 
     def score(self, site: Site) -> Float[Tensor, "b hkv s"]:
         (own, count), future, heads = own_positions(site), self._futures[site.layer], site.k.shape[1]

@@ -15,7 +15,7 @@ from torch import Tensor
 from foveate.core import validate
 from foveate.host.received import received_mass
 from foveate.host.site import Site
-from foveate.kv.base.scored import ScorePolicy, own_positions
+from foveate.kv.base.scored import UNEVEN, ScorePolicy, own_positions
 from foveate.kv.parts import slot_notes
 from foveate.kv.parts.window_queries import per_kv_head
 
@@ -65,5 +65,8 @@ class H2O(ScorePolicy):
         return sums.masked_fill(own >= (count - newest.long())[:, None, None], torch.inf)
 
     def note_kept(self, site: Site, kept: Bool[Tensor, "b hkv s"]) -> None:
-        most = round(site.seen * self.layer_share(site)) + 1 if self.heads == "equal" else int(kept.sum(-1).max())
+        if self.heads == "equal" and self.threshold is None and (UNEVEN, site.layer) not in site.step:
+            most = round(site.seen * self.layer_share(site)) + 1  # known without a question to the device
+        else:
+            most = int(kept.sum(-1).max())
         slot_notes.trim(site.notes(self), site, kept, most)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, get_args
+from uuid import uuid4
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor
@@ -25,6 +26,9 @@ from foveate.host.method import Method
 
 #: The notes of a run's methods, by cache: `(id of the method, layer or None) -> notes`.
 Notes = WeakKeyDictionary[Cache, dict[Any, dict[str, Any]]]
+
+#: The attribute of a cache that holds its notes by run, so that a deep copy goes on with them.
+_HELD = "_foveate_notes"
 
 #: The notes of all open runs; beam search reorders every one of them.
 _OPEN_NOTES: list[Notes] = []
@@ -52,6 +56,7 @@ class Caches:
     def __init__(self, evicts: bool, in_place: bool) -> None:
         self.evicts, self.in_place, self.first, self.is_open = evicts, in_place, 0, False
         self.notes: Notes = WeakKeyDictionary()
+        self._name = uuid4().hex
 
     def open(self) -> None:
         self.is_open = True
@@ -62,7 +67,8 @@ class Caches:
     def track(self, cache: Cache) -> None:
         """Follow a cache's reorderings, and attach its layers to this run."""
         if cache not in self.notes:
-            self.notes[cache] = {}
+            held = vars(cache).setdefault(_HELD, {})
+            self.notes[cache] = held.setdefault(self._name, {})  # a deep copy of a cache has copies of its notes
             if cache not in _PROMPTS:
                 _PROMPTS[cache] = {None: cache.get_seq_length()} if _is_compressed(cache) else {}
             # the bound argument makes a copy of the cache, also a saved one, reorder itself
@@ -115,12 +121,29 @@ class Caches:
             sharing = [other for other in others if cache in other.notes]
             for other in sharing:  # it still works on this cache, which has our methods' notes
                 forget(other.notes[cache], lambda key: key[0] in mine)
+            held = vars(cache).get(_HELD, {})
+            held.pop(self._name, None)
+            if not held:
+                vars(cache).pop(_HELD, None)
             if not sharing:
                 cache.__dict__.pop("reorder_cache", None)
                 if cache.layer_class_to_replicate is SlotLayer:
                     cache.layer_class_to_replicate = DynamicLayer
-                cache.layers[:] = [x.released() if isinstance(x, SlotLayer) else x for x in cache.layers]
+                cache.layers[:] = _released(cache.layers)
         self.notes.clear()
+
+
+def _released(layers: list[CacheLayerMixin]) -> list[CacheLayerMixin]:
+    """Return the layers as they work without a run.
+
+    transformers makes one mask for all layers of a kind, so that layers which hold different numbers of tokens stay
+    with Foveate, and refuse to work outside a run.
+    """
+    found = [layer.released() if isinstance(layer, SlotLayer) else layer for layer in layers]
+    full = [layer for layer in found if type(layer) in (DynamicLayer, CompressedLayer) and layer.is_initialized]
+    if len({layer.keys.shape[2] for layer in full}) < 2:
+        return found
+    return [old if isinstance(new, CompressedLayer) else new for old, new in zip(layers, found, strict=True)]
 
 
 def cache_among(values: Iterable[Any]) -> Cache | None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import validate
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.host import Host
+from foveate.host.hf.layout import layout
 from foveate.host.method import overrides
 from foveate.host.padding import tokens
 from foveate.host.pass_end import PassEnd
@@ -27,6 +28,8 @@ from foveate.kv.base.policy import Policy, check_budget
 Heads = Literal["equal", "adaptive", "global"]
 
 _SCORES = "scores"
+#: The note of a pass that heads of a layer may keep different numbers of tokens, whatever a policy's own `heads` is.
+UNEVEN = "heads keep different numbers of tokens"
 
 
 @dataclass(eq=False)
@@ -99,19 +102,38 @@ class ScorePolicy(Policy):
 
     # -- what the base makes of it -------------------------------------------------------------------------------------
 
+    def bind(self, host: Host) -> None:
+        super().bind(host)
+        known = sorted(layer.layer for layer in layout(host).layers)
+        for layer in self.layers or ():
+            if layer not in known:
+                raise OptionError(f"layers={self.layers}: {layer} is not among this model's layers {known}")
+
     def at(self, site: Site) -> bool:
         return self.layers is None or site.layer in self.layers
 
     def keep(self, site: Site) -> Bool[Tensor, "b hkv s"] | AtEnd | None:
         if self.is_off(site) or not self.is_due(site):
             return None
-        scores = self.ranked(site, self.score(site))
+        scores = self.ranked(site, self._checked(site, self.score(site)))
         if self.heads == "global" and self.threshold is None:
             site.step[_SCORES, self, site.layer] = scores
             return AT_END
         kept = self.best(site, scores)
         self.note_kept(site, kept)
         return kept
+
+    def _checked(self, site: Site, scores: object) -> Float[Tensor, "b hk s"]:
+        """Refuse what is no score of each slot: a policy of one's own gets one line in place of a later error."""
+        wanted = tuple(site.k.shape[:3])
+        if not isinstance(scores, Tensor) or scores.ndim != 3 or tuple(scores.shape[:2]) != wanted[:2]:
+            raise ShapeError(
+                f"{type(self).__name__}.score must return a tensor (B, heads of the keys, slots)={wanted}; got "
+                f"{shown(scores)}"
+            )
+        if scores.device.type == "cpu" and bool(scores.isnan().any()):
+            raise OptionError(f"{type(self).__name__}.score returned NaN, which has no rank")
+        return scores
 
     def keep_all(self, end: PassEnd) -> list[Tensor | None]:
         return self.best_of_all(end.sites, [site.step.pop((_SCORES, self, site.layer)) for site in end.sites])

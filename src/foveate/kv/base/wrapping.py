@@ -12,7 +12,14 @@ from foveate.core.errors import OptionError
 from foveate.host import Host
 from foveate.host.site import Site
 from foveate.kv.base.policy import check_budget
-from foveate.kv.base.scored import Heads, ScorePolicy
+from foveate.kv.base.scored import UNEVEN, Heads, ScorePolicy
+
+#: Hooks of a base that a wrapper does not call.
+_OWN = ("select", "attend", "edit_logits", "edit_weights", "edit_output", "keep", "keep_all", "fold", "refit", "encode")
+
+
+def _defines(base: ScorePolicy, hook: str) -> bool:
+    return getattr(type(base), hook) is not getattr(ScorePolicy, hook)
 
 
 @dataclass(eq=False)
@@ -37,6 +44,11 @@ class Wrapper(ScorePolicy):
     def __post_init__(self) -> None:
         if not isinstance(self.base, ScorePolicy):
             raise OptionError(f"base must be a policy that scores, such as SnapKV(); got {type(self.base).__name__}")
+        if more := [hook for hook in _OWN if not isinstance(self.base, Wrapper) and _defines(self.base, hook)]:
+            raise OptionError(
+                f"base must be a policy that only scores; {type(self.base).__name__} also has a {more[0]} of its own, "
+                f'which {type(self).__name__} would leave out (for budgets over heads, it has heads="adaptive")'
+            )
         for option in fields(self):
             if not option.init:
                 setattr(self, option.name, getattr(self.base, option.name))
@@ -55,6 +67,7 @@ class Wrapper(ScorePolicy):
         self.base.read(site, out)
 
     def note_kept(self, site: Site, kept: Bool[Tensor, "b h s"]) -> None:
+        site.step[UNEVEN, site.layer] = True
         self.base.note_kept(site, kept)
 
     @classmethod
