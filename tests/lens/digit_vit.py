@@ -1,6 +1,6 @@
 """Small `ViT`s of transformers, trained on scikit-learn's digits (8 by 8 pixels) in a few seconds.
 
-model = classifier(layers=2, heads=4, patch=(2, 2), seed=0)
+model = classifier(layers=2, heads=4, patch=2, seed=0)
 accuracy(model, *heldout())
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling
 
 from foveate.tasks.training.digits import Digits
 
@@ -34,19 +34,22 @@ def heldout() -> tuple[Tensor, Tensor]:
     return Digits().heldout()
 
 
-def untrained(layers: int, heads: int, patch: tuple[int, int], seed: int, width: int = 64) -> ViTForImageClassification:
-    torch.manual_seed(seed)
-    config: Any = ViTConfig(
-        image_size=(8, 8), patch_size=patch, num_channels=1, hidden_size=width, num_hidden_layers=layers,
-        num_attention_heads=heads, intermediate_size=2 * width, num_labels=CLASSES,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+def config(layers: int, heads: int, patch: int | tuple[int, int], **more: Any) -> Any:
+    return ViTConfig(
+        image_size=8, patch_size=patch, num_channels=1, hidden_size=64, num_hidden_layers=layers,
+        num_attention_heads=heads, intermediate_size=128, num_labels=CLASSES,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **more,
     )  # fmt: skip
-    return ViTForImageClassification(config).eval()
+
+
+def untrained(layers: int, heads: int, patch: int | tuple[int, int] = 2, seed: int = 0) -> ViTForImageClassification:
+    torch.manual_seed(seed)
+    return ViTForImageClassification(config(layers, heads, patch)).eval()
 
 
 @cache
 def classifier(
-    layers: int, heads: int, patch: tuple[int, int] = (2, 2), seed: int = 0, steps: int = 400
+    layers: int, heads: int, patch: int | tuple[int, int] = 2, seed: int = 0, steps: int = 400
 ) -> ViTForImageClassification:
     """Return a ViT that was trained on the labels; it is shared: leave its weights as they are."""
     model, (images, labels) = untrained(layers, heads, patch, seed), train_set()
@@ -59,6 +62,29 @@ def classifier(
         loss.backward()
         optimiser.step()
     return model.requires_grad_(False)
+
+
+@cache
+def reconstructor(
+    layers: int, heads: int, patch: int = 2, seed: int = 0, steps: int = 400, hidden: float = 0.5
+) -> ViTForMaskedImageModeling:
+    """Return a ViT that was trained to fill in hidden patches; it is shared: leave its weights as they are.
+
+    Args:
+        hidden: share of the patches that are hidden in training.
+    """
+    torch.manual_seed(seed)
+    model = ViTForMaskedImageModeling(config(layers, heads, patch, encoder_stride=patch))
+    (images, _), draw = train_set(), torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        rows = torch.randint(len(images), (64,), generator=draw)
+        mask = torch.rand(64, (8 // patch) ** 2, generator=draw) < hidden
+        loss = model(pixel_values=images[rows], bool_masked_pos=mask).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return model.requires_grad_(False).eval()
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:

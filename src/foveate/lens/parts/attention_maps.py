@@ -1,0 +1,62 @@
+"""The whole attention maps of a model, for analyses of images: O(layers · heads · N²) memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.core.errors import ShapeError, UnsupportedModel, shown
+from foveate.lens.lens import look
+from foveate.lens.parts.head_table import one_stack
+
+
+def attention_maps(model: object, inputs: Tensor | Mapping[str, Any]) -> Float[Tensor, "b l h n n"]:
+    """Return the weights of all layers and heads for a batch, as the model used them.
+
+    The model runs once with its own kernel. Each row sums to 1; rows of padding are zero.
+
+    Args:
+        model: a model with one stack of attention layers, which all read the same tokens.
+        inputs: the model's inputs, or its main input alone, such as images.
+    """
+    host = one_stack(model)
+    every = {(layer, head): slice(None) for layer in range(host.layers) for head in range(host.heads)}
+    seen = look(model, inputs, measures=(), layers=(), keep_maps=every)
+    if seen.lens.unseen:
+        layer, reason = next(iter(seen.lens.unseen.items()))
+        raise UnsupportedModel(f"layer {layer} of {type(model).__name__} has no weights: {reason}")
+    maps = torch.stack([seen.map(layer, head) for layer, head in every], 1)
+    return maps.unflatten(1, (host.layers, host.heads))
+
+
+def checked_grid(attn: Tensor, grid: tuple[int, int] | None, prefix: int) -> tuple[int, int]:
+    """Return the rows and columns of patches of maps `(B, L, H, N, N)` whose first `prefix` tokens are no patches.
+
+    `grid=None` is a square. Refuses maps of another size.
+    """
+    if not isinstance(attn, Tensor) or attn.dim() != 5 or attn.shape[3] != attn.shape[4] or not len(attn):
+        raise ShapeError(f"attn must be weights (B, layers, heads, N, N) of at least one image; got {shown(attn)}")
+    patches = attn.shape[4] - prefix
+    rows, columns = (round(max(patches, 0) ** 0.5),) * 2 if grid is None else grid
+    if rows < 1 or columns < 1 or rows * columns != patches:
+        raise ShapeError(
+            f"grid={grid} must be (rows, columns) of the {patches} patches that {attn.shape[4]} tokens hold behind "
+            f"{prefix} others (prefix)"
+        )
+    return rows, columns
+
+
+def patch_attention(attn: Float[Tensor, "b l h n n"], prefix: int) -> Float[Tensor, "b l h p p"]:
+    """Return the weights from patches to patches, each row divided by its sum; rows without any stay zero."""
+    inner = attn[..., prefix:, prefix:].to(torch.promote_types(attn.dtype, torch.float32))
+    total = inner.sum(-1, keepdim=True)
+    return inner / total.masked_fill(total == 0, 1.0)
+
+
+def patch_places(grid: tuple[int, int]) -> Float[Tensor, "p 2"]:
+    """Return each patch's row and column, row by row."""
+    return torch.cartesian_prod(*(torch.arange(size) for size in grid)).float()
