@@ -11,8 +11,6 @@ from torch import Tensor
 
 from foveate.core.errors import FoveateError
 from foveate.lens import VitAttentionReport, attention_maps, linear_cka
-from tests.conftest import ClaimFixture
-from tests.lens.digit_vit import classifier, heldout, reconstructor, untrained
 from tests.lens.models import eager_maps, image, tiny
 from tests.support.tensors import assert_near
 
@@ -22,7 +20,7 @@ STEPS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
 
 
 def maps(*of_patches: Tensor, cls: float = 0.0) -> Tensor:
-    """Return one image's weights `(1, 1, heads, 65, 65)`; patches put `cls` on the CLS token, which attends to itself."""
+    """Return one image's weights `(1, 1, heads, 65, 65)`; patches put `cls` on CLS, which attends to itself."""
     found = torch.zeros(1, 1, len(of_patches), 65, 65)
     found[..., 0, 0] = 1.0
     for head, weights in enumerate(of_patches):
@@ -48,7 +46,7 @@ HEADS = {"self": torch.eye(64), **{name: shift(*step) for name, step in STEPS.it
 
 def test_heads_set_by_hand_are_named_rightly() -> None:
     peaks = VitAttentionReport(maps(*HEADS.values())).peaks()
-    found = {name: peak for name, peak in zip(HEADS, peaks, strict=True)}
+    found = dict(zip(HEADS, peaks, strict=True))
     assert [name for name in HEADS if found[name].is_offset_local] == list(STEPS)
     assert [name for name in HEADS if found[name].is_local] == ["self", *STEPS]
     for name, step in STEPS.items():
@@ -145,6 +143,26 @@ def test_cka() -> None:
     kernels = [each @ each.T for each in centred]
     expected = (kernels[0] * kernels[1]).sum() / (kernels[0].norm() * kernels[1].norm())
     assert linear_cka(y, mixed) == pytest.approx(expected.item(), abs=1e-9)
+
+
+@pytest.mark.slow
+def test_reconstruction_keeps_heads_more_local_than_labels(claim: ClaimFixture) -> None:
+    pictures = heldout()[0][:64]
+
+    def last_distance(model: Any) -> float:
+        return float(VitAttentionReport(attention_maps(model, pictures)).attention_distance()[:, -1].mean())
+
+    found = {
+        "reconstruction": sum(last_distance(reconstructor(3, 4, 2, seed, 400)) for seed in range(3)) / 3,
+        "labels": sum(last_distance(classifier(3, 4, 2, seed, 400)) for seed in range(3)) / 3,
+        "nothing": sum(last_distance(untrained(3, 4, 2, seed)) for seed in range(3)) / 3,
+    }
+    for name, words in (("labels", "trained on labels"), ("nothing", "untrained")):
+        claim(
+            "mean attention distance in the last layer of a ViT that learnt to fill in hidden patches of digits",
+            ours=found["reconstruction"], baseline=found[name], better="lower", margin=0.004,
+            baseline_name=f"the same ViT, {words}", seed=0,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
