@@ -11,6 +11,8 @@ from torch import Tensor
 
 from foveate.core.errors import FoveateError
 from foveate.lens import VitAttentionReport, attention_maps, linear_cka
+from tests.conftest import ClaimFixture
+from tests.lens.digit_vit import classifier, heldout, reconstructor, untrained
 from tests.lens.models import eager_maps, image, tiny
 from tests.support.tensors import assert_near
 

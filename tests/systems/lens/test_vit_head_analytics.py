@@ -191,7 +191,7 @@ def test_a_trained_vit_end_to_end(claim: ClaimFixture) -> None:
     assert attention_patterns(attn, clusters=3, steps=20).common().shape == (2, 4)
     claim(
         "accuracy lost on held-out digits without the two heads with the largest drop in probability",
-        ours=sum(ranked) / len(ranked), baseline=sum(random) / len(random), better="higher", margin=0.03,
+        ours=sum(ranked) / len(ranked), baseline=sum(random) / len(random), better="higher", margin=0.1,
         baseline_name="two random heads", seed=0,
     )  # fmt: skip
 
