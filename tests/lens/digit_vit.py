@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling
+from transformers import ViTConfig, ViTForImageClassification
 
 from foveate.tasks.training.digits import Digits
 
@@ -34,11 +34,11 @@ def heldout() -> tuple[Tensor, Tensor]:
     return Digits().heldout()
 
 
-def config(layers: int, heads: int, patch: int | tuple[int, int], **more: Any) -> Any:
+def config(layers: int, heads: int, patch: int | tuple[int, int]) -> Any:
     return ViTConfig(
         image_size=8, patch_size=patch, num_channels=1, hidden_size=64, num_hidden_layers=layers,
         num_attention_heads=heads, intermediate_size=128, num_labels=CLASSES,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **more,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
 
 
@@ -62,29 +62,6 @@ def classifier(
         loss.backward()
         optimiser.step()
     return model.requires_grad_(False)
-
-
-@cache
-def reconstructor(
-    layers: int, heads: int, patch: int = 2, seed: int = 0, steps: int = 400, hidden: float = 0.5
-) -> ViTForMaskedImageModeling:
-    """Return a ViT that was trained to fill in hidden patches; it is shared: leave its weights as they are.
-
-    Args:
-        hidden: share of the patches that are hidden in training.
-    """
-    torch.manual_seed(seed)
-    model = ViTForMaskedImageModeling(config(layers, heads, patch, encoder_stride=patch))
-    (images, _), draw = train_set(), torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(steps):
-        rows = torch.randint(len(images), (64,), generator=draw)
-        mask = torch.rand(64, (8 // patch) ** 2, generator=draw) < hidden
-        loss = model(pixel_values=images[rows], bool_masked_pos=mask).loss
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return model.requires_grad_(False).eval()
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
