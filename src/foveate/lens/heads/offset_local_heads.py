@@ -32,7 +32,7 @@ from foveate.lens.parts.attention_maps import checked_grid, patch_attention, pat
 @final
 @dataclass(frozen=True, eq=False)
 class HeadPeak:
-    """Where a head's aligned attention peaks, and whether that is the mark of a local head.
+    """The peak of a head's aligned attention, and whether it is the mark of a local head.
 
     Args:
         layer, head: the head.

@@ -1,4 +1,4 @@
-"""Which heads of a ViT matter, how far they look, and which patterns their maps have.
+"""Analytics of a ViT's heads: their importance, how far they look, and the patterns of their maps.
 
 How Does Attention Work in Vision Transformers? A Visual Analytics Attempt (2023), arXiv 2303.13731. Heads are pruned
 one at a time, and several metrics say what that changes. A head's attention is profiled by hops: rings of patches
@@ -63,7 +63,7 @@ METRICS: dict[str, Callable[[_Results, _Results, Tensor], Tensor]] = {
 @final
 @dataclass(frozen=True, eq=False)
 class HeadImportance:
-    """What pruning each head changes, image by image.
+    """The change that pruning each head makes, image by image.
 
     Args:
         values: a number for each image, head and metric.
