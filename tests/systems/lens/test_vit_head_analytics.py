@@ -211,6 +211,7 @@ ATTN = torch.rand(1, 1, 1, 17, 17)
         (lambda _: hop_profile(ATTN, (3, 4)), "grid=(3, 4)"),
         (lambda _: hop_profile(ATTN, per="pair"), "per="),
         (lambda _: attention_patterns(ATTN, latent=0), "latent="),
+        (lambda _: attention_patterns(ATTN[0]), "attn must be"),
         (lambda _: attention_patterns(ATTN, clusters=2, steps=0), "clusters=2 must be in 1..1"),
     ],
 )

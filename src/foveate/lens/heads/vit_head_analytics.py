@@ -30,7 +30,7 @@ from foveate.core.errors import OptionError, ShapeError, shown, unknown
 from foveate.host.entry import apply
 from foveate.host.hf.model import Host
 from foveate.lens.circuits.interventions import Head, Scale
-from foveate.lens.parts.attention_maps import checked_grid, patch_attention, patch_places
+from foveate.lens.parts.attention_maps import check_maps, checked_grid, patch_attention, patch_places
 from foveate.lens.parts.head_table import one_stack
 from foveate.lens.parts.k_means import k_means
 from foveate.lens.parts.map_autoencoder import MapAutoencoder
@@ -245,6 +245,7 @@ def attention_patterns(
     for name, value in (("latent", latent), ("clusters", clusters), ("size", size)):
         validate.count(name, value, 1)
     validate.count("steps", steps)
+    check_maps(attn)
     draw = torch.Generator().manual_seed(seed)
     maps = patch_attention(attn, prefix)
     side = min(size, maps.shape[-1])

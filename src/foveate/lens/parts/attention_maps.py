@@ -33,13 +33,18 @@ def attention_maps(model: object, inputs: Tensor | Mapping[str, Any]) -> Float[T
     return maps.unflatten(1, (host.layers, host.heads))
 
 
+def check_maps(attn: Tensor) -> None:
+    """Refuse what is no weights `(B, layers, heads, N, N)` of at least one image."""
+    if not isinstance(attn, Tensor) or attn.dim() != 5 or attn.shape[3] != attn.shape[4] or not len(attn):
+        raise ShapeError(f"attn must be weights (B, layers, heads, N, N) of at least one image; got {shown(attn)}")
+
+
 def checked_grid(attn: Tensor, grid: tuple[int, int] | None, prefix: int) -> tuple[int, int]:
     """Return the rows and columns of patches of maps `(B, L, H, N, N)` whose first `prefix` tokens are no patches.
 
     `grid=None` is a square. Refuses maps of another size.
     """
-    if not isinstance(attn, Tensor) or attn.dim() != 5 or attn.shape[3] != attn.shape[4] or not len(attn):
-        raise ShapeError(f"attn must be weights (B, layers, heads, N, N) of at least one image; got {shown(attn)}")
+    check_maps(attn)
     patches = attn.shape[4] - prefix
     rows, columns = (round(max(patches, 0) ** 0.5),) * 2 if grid is None else grid
     if rows < 1 or columns < 1 or rows * columns != patches:
