@@ -4,6 +4,7 @@ from foveate.host.cache_contents import Held as Held
 from foveate.host.cache_contents import held as held
 from foveate.host.context import Context as Context
 from foveate.host.entry import apply as apply
+from foveate.host.head_cuts import cut_heads as cut_heads
 from foveate.host.hf.layout import AttendingLayer as AttendingLayer
 from foveate.host.hf.layout import Layout as Layout
 from foveate.host.hf.layout import decoder_inputs as decoder_inputs
@@ -52,6 +53,7 @@ __all__ = [
     "Stats",
     "Uncoded",
     "apply",
+    "cut_heads",
     "decoder_inputs",
     "held",
     "host",

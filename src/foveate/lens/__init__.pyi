@@ -27,6 +27,9 @@ from foveate.lens.heads.indicwav2vec import head_locality as head_locality
 from foveate.lens.heads.indicwav2vec import layer_probe as layer_probe
 from foveate.lens.heads.indicwav2vec import resampling_ratios as resampling_ratios
 from foveate.lens.heads.indicwav2vec import sample_probs as sample_probs
+from foveate.lens.heads.offset_local_heads import HeadPeak as HeadPeak
+from foveate.lens.heads.offset_local_heads import VitAttentionReport as VitAttentionReport
+from foveate.lens.heads.offset_local_heads import linear_cka as linear_cka
 from foveate.lens.heads.retrieval_heads import NeedleCase as NeedleCase
 from foveate.lens.heads.retrieval_heads import copying_scores as copying_scores
 from foveate.lens.heads.retrieval_heads import needle_span as needle_span
@@ -35,6 +38,20 @@ from foveate.lens.heads.retrieval_heads import top_heads as top_heads
 from foveate.lens.heads.roles import Role as Role
 from foveate.lens.heads.roles import THRESHOLDS as THRESHOLDS
 from foveate.lens.heads.roles import roles as roles
+from foveate.lens.heads.sixteen_heads import PruningCurve as PruningCurve
+from foveate.lens.heads.sixteen_heads import ablate_each as ablate_each
+from foveate.lens.heads.sixteen_heads import example_losses as example_losses
+from foveate.lens.heads.sixteen_heads import gradient_importance as gradient_importance
+from foveate.lens.heads.sixteen_heads import keep_one as keep_one
+from foveate.lens.heads.sixteen_heads import prune_in_steps as prune_in_steps
+from foveate.lens.heads.sixteen_heads import pruning_order as pruning_order
+from foveate.lens.heads.vit_head_analytics import HeadImportance as HeadImportance
+from foveate.lens.heads.vit_head_analytics import PatternAtlas as PatternAtlas
+from foveate.lens.heads.vit_head_analytics import attention_patterns as attention_patterns
+from foveate.lens.heads.vit_head_analytics import expected_hop as expected_hop
+from foveate.lens.heads.vit_head_analytics import hop_profile as hop_profile
+from foveate.lens.heads.vit_head_analytics import pruning_importance as pruning_importance
+from foveate.lens.heads.vit_head_analytics import uniform_hops as uniform_hops
 from foveate.lens.lens import Lens as Lens
 from foveate.lens.lens import Look as Look
 from foveate.lens.lens import look as look
@@ -60,8 +77,10 @@ __all__ = [
     "AtOffset",
     "AttentionProbe",
     "Entropy",
+    "HeadImportance",
     "HeadLocality",
     "HeadOutputs",
+    "HeadPeak",
     "KernelAttention",
     "Lens",
     "Look",
@@ -71,6 +90,8 @@ __all__ = [
     "NeedleCase",
     "ParsedSentence",
     "Patch",
+    "PatternAtlas",
+    "PruningCurve",
     "ReceivedMass",
     "Role",
     "Scale",
@@ -79,26 +100,38 @@ __all__ = [
     "StructuralProbe",
     "THRESHOLDS",
     "TokenNorms",
+    "VitAttentionReport",
     "WindowMass",
     "ablate",
+    "ablate_each",
     "attention_maps",
+    "attention_patterns",
     "code_histograms",
     "code_similarity",
     "copying_scores",
     "coreference_accuracy",
     "embed_heads",
+    "example_losses",
+    "expected_hop",
     "frame_codes",
+    "gradient_importance",
     "gradient_report",
     "head_locality",
     "head_means",
     "head_outputs",
     "head_relation_accuracy",
+    "hop_profile",
     "js_distance",
+    "keep_one",
     "key_importance",
     "layer_probe",
+    "linear_cka",
     "look",
     "needle_span",
     "offset_accuracy",
+    "prune_in_steps",
+    "pruning_importance",
+    "pruning_order",
     "relation_table",
     "resampling_ratios",
     "retrieval_scores",
@@ -111,5 +144,6 @@ __all__ = [
     "to_words",
     "token_norms",
     "top_heads",
+    "uniform_hops",
     "weight_gradients",
 ]

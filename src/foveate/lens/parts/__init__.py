@@ -1,1 +1,1 @@
-"""Parts that several analyses of heads share."""
+"""Parts that several analyses share."""
