@@ -1,0 +1,1 @@
+"""Parts that several analyses of heads share."""
