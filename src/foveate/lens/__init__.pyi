@@ -1,5 +1,12 @@
 # The public names of foveate.lens; written by `make systems` from the catalogue.
 
+from foveate.lens.circuits.head_pursuit import Pursuit as Pursuit
+from foveate.lens.circuits.head_pursuit import concept_logits as concept_logits
+from foveate.lens.circuits.head_pursuit import control_heads as control_heads
+from foveate.lens.circuits.head_pursuit import head_pursuit as head_pursuit
+from foveate.lens.circuits.head_pursuit import scale_heads as scale_heads
+from foveate.lens.circuits.head_pursuit import somp as somp
+from foveate.lens.circuits.head_pursuit import top_heads as top_heads
 from foveate.lens.circuits.interventions import HeadOutputs as HeadOutputs
 from foveate.lens.circuits.interventions import Patch as Patch
 from foveate.lens.circuits.interventions import Scale as Scale
@@ -20,6 +27,7 @@ from foveate.lens.measures import MEASURES as MEASURES
 from foveate.lens.measures import Measure as Measure
 from foveate.lens.measures import ReceivedMass as ReceivedMass
 from foveate.lens.measures import SinkMass as SinkMass
+from foveate.lens.parts.head_writes import head_writes as head_writes
 from foveate.lens.parts.rhythm_credit import Coupling as Coupling
 from foveate.lens.parts.rhythm_credit import coupling as coupling
 from foveate.lens.parts.rhythm_credit import rhythm_credit as rhythm_credit
@@ -33,19 +41,27 @@ __all__ = [
     "MEASURES",
     "Measure",
     "Patch",
+    "Pursuit",
     "ReceivedMass",
     "Rhythm",
     "Scale",
     "SinkMass",
     "ablate",
+    "concept_logits",
+    "control_heads",
     "coupling",
     "fai",
     "head_means",
     "head_outputs",
+    "head_pursuit",
+    "head_writes",
     "look",
     "preplan_anchor",
     "retrieval_scores",
     "rhythm_credit",
+    "scale_heads",
+    "somp",
     "split_heads",
+    "top_heads",
     "waad",
 ]
