@@ -1,5 +1,11 @@
 # The public names of foveate.lens; written by `make systems` from the catalogue.
 
+from foveate.lens.circuits.discrete_sae_circuits import DiscreteSAE as DiscreteSAE
+from foveate.lens.circuits.discrete_sae_circuits import SAECircuit as SAECircuit
+from foveate.lens.circuits.discrete_sae_circuits import circuit_scores as circuit_scores
+from foveate.lens.circuits.discrete_sae_circuits import discrete_sae_circuits as discrete_sae_circuits
+from foveate.lens.circuits.discrete_sae_circuits import edge_heads as edge_heads
+from foveate.lens.circuits.discrete_sae_circuits import edge_scores as edge_scores
 from foveate.lens.circuits.head_pursuit import Pursuit as Pursuit
 from foveate.lens.circuits.head_pursuit import concept_logits as concept_logits
 from foveate.lens.circuits.head_pursuit import control_heads as control_heads
@@ -27,13 +33,17 @@ from foveate.lens.measures import MEASURES as MEASURES
 from foveate.lens.measures import Measure as Measure
 from foveate.lens.measures import ReceivedMass as ReceivedMass
 from foveate.lens.measures import SinkMass as SinkMass
+from foveate.lens.parts.circuit_metrics import CircuitMetrics as CircuitMetrics
+from foveate.lens.parts.circuit_metrics import circuit_metrics as circuit_metrics
 from foveate.lens.parts.head_writes import head_writes as head_writes
 from foveate.lens.parts.rhythm_credit import Coupling as Coupling
 from foveate.lens.parts.rhythm_credit import coupling as coupling
 from foveate.lens.parts.rhythm_credit import rhythm_credit as rhythm_credit
 
 __all__ = [
+    "CircuitMetrics",
     "Coupling",
+    "DiscreteSAE",
     "Entropy",
     "HeadOutputs",
     "Lens",
@@ -44,12 +54,18 @@ __all__ = [
     "Pursuit",
     "ReceivedMass",
     "Rhythm",
+    "SAECircuit",
     "Scale",
     "SinkMass",
     "ablate",
+    "circuit_metrics",
+    "circuit_scores",
     "concept_logits",
     "control_heads",
     "coupling",
+    "discrete_sae_circuits",
+    "edge_heads",
+    "edge_scores",
     "fai",
     "head_means",
     "head_outputs",
