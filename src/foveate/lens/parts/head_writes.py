@@ -1,4 +1,4 @@
-"""What heads write into the residual stream, averaged over tokens of a prompt."""
+"""The outputs of heads as they are added to the residual stream, averaged over tokens of a prompt."""
 
 from __future__ import annotations
 
