@@ -12,7 +12,7 @@ from foveate.core.errors import ShapeError, shown
 
 
 class CircuitMetrics(NamedTuple):
-    """How well scores find a known circuit: the area under the ROC, and the rest at the threshold with the best F1.
+    """Agreement of scores with a circuit: the area under the ROC, and the rest at the threshold with the best F1.
 
     `release_f1` is what the paper's code calls F1: the harmonic mean of recall and of the share of others left out.
     """
