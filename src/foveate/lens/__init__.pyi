@@ -1,5 +1,17 @@
 # The public names of foveate.lens; written by `make systems` from the catalogue.
 
+from foveate.lens.circuits.discrete_sae_circuits import DiscreteSAE as DiscreteSAE
+from foveate.lens.circuits.discrete_sae_circuits import SAECircuit as SAECircuit
+from foveate.lens.circuits.discrete_sae_circuits import circuit_scores as circuit_scores
+from foveate.lens.circuits.discrete_sae_circuits import discrete_sae_circuits as discrete_sae_circuits
+from foveate.lens.circuits.discrete_sae_circuits import edge_heads as edge_heads
+from foveate.lens.circuits.discrete_sae_circuits import edge_scores as edge_scores
+from foveate.lens.circuits.head_pursuit import Pursuit as Pursuit
+from foveate.lens.circuits.head_pursuit import concept_logits as concept_logits
+from foveate.lens.circuits.head_pursuit import control_heads as control_heads
+from foveate.lens.circuits.head_pursuit import head_pursuit as head_pursuit
+from foveate.lens.circuits.head_pursuit import scale_heads as scale_heads
+from foveate.lens.circuits.head_pursuit import somp as somp
 from foveate.lens.circuits.interventions import HeadOutputs as HeadOutputs
 from foveate.lens.circuits.interventions import Patch as Patch
 from foveate.lens.circuits.interventions import Scale as Scale
@@ -30,11 +42,15 @@ from foveate.lens.heads.indicwav2vec import sample_probs as sample_probs
 from foveate.lens.heads.offset_local_heads import HeadPeak as HeadPeak
 from foveate.lens.heads.offset_local_heads import VitAttentionReport as VitAttentionReport
 from foveate.lens.heads.offset_local_heads import linear_cka as linear_cka
+from foveate.lens.heads.preplan_anchor import Rhythm as Rhythm
+from foveate.lens.heads.preplan_anchor import fai as fai
+from foveate.lens.heads.preplan_anchor import preplan_anchor as preplan_anchor
+from foveate.lens.heads.preplan_anchor import split_heads as split_heads
+from foveate.lens.heads.preplan_anchor import waad as waad
 from foveate.lens.heads.retrieval_heads import NeedleCase as NeedleCase
 from foveate.lens.heads.retrieval_heads import copying_scores as copying_scores
 from foveate.lens.heads.retrieval_heads import needle_span as needle_span
 from foveate.lens.heads.retrieval_heads import retrieval_scores as retrieval_scores
-from foveate.lens.heads.retrieval_heads import top_heads as top_heads
 from foveate.lens.heads.roles import Role as Role
 from foveate.lens.heads.roles import THRESHOLDS as THRESHOLDS
 from foveate.lens.heads.roles import roles as roles
@@ -59,13 +75,20 @@ from foveate.lens.measures import Entropy as Entropy
 from foveate.lens.measures import Measure as Measure
 from foveate.lens.measures import ReceivedMass as ReceivedMass
 from foveate.lens.measures import SinkMass as SinkMass
+from foveate.lens.parts.circuit_metrics import CircuitMetrics as CircuitMetrics
+from foveate.lens.parts.circuit_metrics import circuit_metrics as circuit_metrics
 from foveate.lens.parts.head_distance import embed_heads as embed_heads
 from foveate.lens.parts.head_distance import js_distance as js_distance
+from foveate.lens.parts.head_writes import head_writes as head_writes
 from foveate.lens.parts.kernel_attention import KernelAttention as KernelAttention
 from foveate.lens.parts.maps import attention_maps as attention_maps
 from foveate.lens.parts.parse_probes import AttentionProbe as AttentionProbe
 from foveate.lens.parts.parse_probes import StructuralProbe as StructuralProbe
 from foveate.lens.parts.parsed_sentence import ParsedSentence as ParsedSentence
+from foveate.lens.parts.rhythm_credit import Coupling as Coupling
+from foveate.lens.parts.rhythm_credit import coupling as coupling
+from foveate.lens.parts.rhythm_credit import rhythm_credit as rhythm_credit
+from foveate.lens.parts.top_heads import top_heads as top_heads
 from foveate.lens.parts.weight_gradients import weight_gradients as weight_gradients
 from foveate.lens.parts.words import to_words as to_words
 from foveate.lens.position_measures import AtOffset as AtOffset
@@ -76,6 +99,9 @@ from foveate.lens.registry import MEASURES as MEASURES
 __all__ = [
     "AtOffset",
     "AttentionProbe",
+    "CircuitMetrics",
+    "Coupling",
+    "DiscreteSAE",
     "Entropy",
     "HeadImportance",
     "HeadLocality",
@@ -92,8 +118,11 @@ __all__ = [
     "Patch",
     "PatternAtlas",
     "PruningCurve",
+    "Pursuit",
     "ReceivedMass",
+    "Rhythm",
     "Role",
+    "SAECircuit",
     "Scale",
     "SinkMass",
     "SinkReport",
@@ -106,20 +135,31 @@ __all__ = [
     "ablate_each",
     "attention_maps",
     "attention_patterns",
+    "circuit_metrics",
+    "circuit_scores",
     "code_histograms",
     "code_similarity",
+    "concept_logits",
+    "control_heads",
     "copying_scores",
     "coreference_accuracy",
+    "coupling",
+    "discrete_sae_circuits",
+    "edge_heads",
+    "edge_scores",
     "embed_heads",
     "example_losses",
     "expected_hop",
+    "fai",
     "frame_codes",
     "gradient_importance",
     "gradient_report",
     "head_locality",
     "head_means",
     "head_outputs",
+    "head_pursuit",
     "head_relation_accuracy",
+    "head_writes",
     "hop_profile",
     "js_distance",
     "keep_one",
@@ -129,21 +169,27 @@ __all__ = [
     "look",
     "needle_span",
     "offset_accuracy",
+    "preplan_anchor",
     "prune_in_steps",
     "pruning_importance",
     "pruning_order",
     "relation_table",
     "resampling_ratios",
     "retrieval_scores",
+    "rhythm_credit",
     "roles",
     "sample_probs",
+    "scale_heads",
     "sink_profile",
     "sink_rate",
     "sink_report",
+    "somp",
+    "split_heads",
     "surface_report",
     "to_words",
     "token_norms",
     "top_heads",
     "uniform_hops",
+    "waad",
     "weight_gradients",
 ]

@@ -99,18 +99,6 @@ def retrieval_scores(
     return torch.stack(scores).mean(0)
 
 
-def top_heads(scores: Float[Tensor, "l h"], count: int | None = None, at_least: float = 0.1) -> list[tuple[int, int]]:
-    """Return the heads with the largest scores as pairs of layer and head, the largest first.
-
-    Args:
-        count: the number of heads; None for all whose score is `at_least`, the paper's bound of a retrieval head.
-        at_least: see `count`.
-    """
-    order = scores.flatten().argsort(descending=True, stable=True)
-    chosen = order[scores.flatten()[order] >= at_least] if count is None else order[:count]
-    return [(int(place) // scores.shape[1], int(place) % scores.shape[1]) for place in chosen]
-
-
 def needle_span(prompt: Int[Tensor, " n"], needle: Int[Tensor, " m"], match: float = 0.9) -> tuple[int, int]:
     """Return the first place in a prompt at which at least a share of a needle's tokens stands, each in its order.
 
