@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from foveate.core.errors import ShapeError, UnsupportedModel
 from foveate.lens import DirectEffects, direct_effects, head_outputs
-from foveate.lens.circuits.residual_stream import mlp_outputs, patched_mlps, trace
+from foveate.lens.circuits.mlp_outputs import mlp_outputs, patched_mlps
+from foveate.lens.circuits.residual_stream import trace
 from tests.support.host_models import VOCAB, model, padded, tokens
 
 _SMALL: dict[str, Any] = dict(

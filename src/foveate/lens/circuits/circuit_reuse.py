@@ -28,10 +28,10 @@ from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.host.entry import apply
 from foveate.host.hf.model import Host, host
 from foveate.host.method import Method
-from foveate.host.site import Site
 from foveate.lens.circuits.head_inputs import HeadInputs, replaced_inputs
 from foveate.lens.circuits.interventions import Head, Patch, check_in_model, checked_heads, head_outputs
-from foveate.lens.circuits.residual_stream import mlp_outputs, patched_mlps, trace
+from foveate.lens.circuits.mlp_outputs import mlp_outputs, patched_mlps
+from foveate.lens.circuits.residual_stream import trace
 
 #: The end of a path at a head: its queries, keys or values, or its output.
 Component = Literal["q", "k", "v", "z"]
@@ -143,7 +143,7 @@ class _Patching:
         sender: Head,
         value: Float[Tensor, "b n dv"],
         receivers: list[Head] | None,
-        component: Input | Literal["z"],
+        component: Component,
     ) -> float:
         """Return the logit difference if the path from a sender to the receivers carries another output of it."""
         later = [(layer, head) for layer, z in self.outputs.items() for head in range(z.shape[1]) if layer >= sender[0]]
@@ -186,64 +186,6 @@ def circuit_overlap(
     if not whole:
         raise OptionError("first and second must hold at least one head")
     return len(one & other) / len(whole)
-
-
-@final
-@dataclass(eq=False)
-class SetAttention(Method):
-    """Overwrite one row of attention weights of some heads; the rest of the forward pass takes its course.
-
-    In the paper's repair, inhibition heads attend from the last token of the prompt to the distractors alone, in equal
-    shares. Only the reading of a prompt is changed, not later tokens.
-
-    Args:
-        heads: the heads.
-        keys: positions of the tokens that they attend to, `(k,)` for all texts or `(B, k)` for each.
-        weights: the weights of the keys, in the same form, with sum 1; None is equal shares.
-        query: the position of the row; negative ones count from the end of the call.
-    """
-
-    heads: Iterable[Head]
-    keys: Int[Tensor, "*b k"]
-    weights: Float[Tensor, "*b k"] | None = None
-    query: int = -1
-
-    def __post_init__(self) -> None:
-        self.heads = tuple(checked_heads(self.heads))
-        if not isinstance(self.keys, Tensor) or self.keys.dtype != torch.long or self.keys.ndim not in (1, 2):
-            raise ShapeError(f"keys must be positions, (k,) or (B, k); got {shown(self.keys)}")
-        if self.weights is None:
-            self.weights = torch.full(self.keys.shape, 1 / self.keys.shape[-1])
-        total = self.weights.sum(-1)
-        if self.weights.shape[-1] != self.keys.shape[-1] or not torch.allclose(
-            total, torch.ones_like(total), atol=1e-4
-        ):
-            raise ShapeError(f"weights must be one for each key, with sum 1; got {shown(self.weights)}")
-
-    def bind(self, host: Host) -> None:
-        check_in_model(self.heads, host)
-
-    def at(self, site: Site) -> bool:
-        return site.phase == "prefill" and any(layer == site.layer for layer, _ in self.heads)
-
-    def edit_weights(self, site: Site, weights: Tensor) -> Tensor:
-        assert self.weights is not None
-        at = self.query + site.seen if self.query < 0 else self.query
-        row = at - int(site.query_positions[0])
-        if not 0 <= row < weights.shape[2]:
-            return weights
-        batch = weights.shape[0]
-        keys = self.keys.to(weights.device).expand(batch, -1)
-        if int(keys.max()) > at or int(keys.min()) < 0:
-            raise OptionError(f"keys must be positions in 0..{at}, which the query at {at} may see")
-        new = weights.new_zeros(batch, weights.shape[3]).scatter_add(
-            1, keys, self.weights.to(weights).expand(batch, -1)
-        )
-        changed = weights.clone()
-        for layer, head in self.heads:
-            if layer == site.layer:
-                changed[:, head, row] = new
-        return changed
 
 
 def _roles(circuit: Iterable[Head] | Mapping[str, Iterable[Head]]) -> list[tuple[str, list[Head]]]:

@@ -8,8 +8,8 @@ its own stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,55 +125,6 @@ def agree(ours: Tensor, own: Tensor) -> bool:
     return bool((gap <= tolerance * torch.linalg.vector_norm(wide(own), dim=-1)).all())
 
 
-@contextmanager
-def patched_mlps(
-    modules: Sequence[nn.Module], outputs: Mapping[int, Float[Tensor, "b n c"]], positions: Iterable[int] | None = None
-) -> Iterator[None]:
-    """Replace the outputs of some MLPs for the length of a block, at some positions or all.
-
-    Args:
-        modules: `Trace.mlps`.
-        outputs: the new outputs by layer, see `mlp_outputs`.
-        positions: the tokens whose outputs are replaced.
-    """
-    chosen = slice(None) if positions is None else list(positions)
-
-    def change(layer: int) -> Any:
-        def hook(_: nn.Module, given: object, made: Any) -> Any:
-            whole = _result(made)
-            new = whole.clone().view(outputs[layer].shape)
-            new[:, chosen] = outputs[layer][:, chosen].to(new)
-            new = new.view(whole.shape)
-            return new if isinstance(made, Tensor) else (new, *made[1:])
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer in outputs:
-            handle = modules[layer].register_forward_hook(change(layer))
-            stack.callback(handle.remove)
-        yield
-
-
-def mlp_outputs(model: object, modules: Sequence[nn.Module], inputs: Inputs) -> dict[int, Float[Tensor, "b n c"]]:
-    """Return the outputs of a decoder's MLPs for all tokens, by layer; `modules` is `Trace.mlps`."""
-    run, found = host(model), dict[int, Tensor]()
-    given = as_mapping(run, inputs)
-    shape = given[run.model.main_input_name].shape[:2]
-
-    def keep(layer: int) -> Any:
-        def hook(_: nn.Module, args: object, made: Any) -> None:
-            found[layer] = _result(made).detach().reshape(*shape, -1).clone()
-
-        return hook
-
-    with ExitStack() as stack, torch.no_grad():
-        for layer, module in enumerate(modules):
-            stack.callback(module.register_forward_hook(keep(layer)).remove)
-        run.model(**given)
-    return found
-
-
 class _Heads(Method):
     """A method that reads the outputs of the heads at one token of each text, by attention module."""
 
@@ -222,7 +173,7 @@ class _Tracer:
         calls = self.calls[owner] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
-            given, result = _first((*args, *kwargs.values())), _first(made)
+            given, result = first_tensor((*args, *kwargs.values())), first_tensor(made)
             if given is not None and result is not None and not _same(given, result):
                 calls.append((module, given, result))
 
@@ -231,7 +182,7 @@ class _Tracer:
 
     def _ended(self, attention: nn.Module) -> Any:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
-            entered, left = _first((*args, *kwargs.values())), _first(made)
+            entered, left = first_tensor((*args, *kwargs.values())), first_tensor(made)
             calls = self.calls[block]
             own = next((call for call in calls if call[0] is attention), None)
             if entered is None or left is None or own is None or attention not in self.heads.found:
@@ -254,7 +205,7 @@ class _Tracer:
         return hook
 
     def _unembedded(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: Tensor) -> None:
-        given = _first((*args, *kwargs.values()))
+        given = first_tensor((*args, *kwargs.values()))
         assert given is not None
         self.unembedded = Step(module, self._row(given), self._row(made))
 
@@ -296,13 +247,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
 
 
-def _result(made: Any) -> Tensor:
-    found = _first(made)
-    assert found is not None  # the traced run had one
-    return found
-
-
-def _first(values: Any) -> Tensor | None:
+def first_tensor(values: Any) -> Tensor | None:
     """Return the first tensor of floating point among a module's arguments or results."""
     if isinstance(values, Tensor):
         return values if values.is_floating_point() else None
