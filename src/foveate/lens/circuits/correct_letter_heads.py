@@ -46,7 +46,7 @@ Kind = Literal["correct letter", "single letter", "constant letter", "amplificat
 @final
 @dataclass(frozen=True, eq=False)
 class LetterReport:
-    """What heads and MLPs do at the last token of multiple-choice prompts.
+    """The work of heads and MLPs at the last token of multiple-choice prompts.
 
     Args:
         heads, mlps: the mean net direct effect: on the correct letter's logit, less the mean over the other letters.

@@ -97,7 +97,7 @@ def direct_effects(
 @final
 @dataclass(frozen=True, eq=False)
 class ResidualParts:
-    """What each part of a decoder adds to the residual stream in front of the final norm, at one token of each text."""
+    """The residual stream in front of the final norm, as the sum of its parts, at one token of each text."""
 
     heads: Float[Tensor, "b l h c"]
     mlps: Float[Tensor, "b l c"]

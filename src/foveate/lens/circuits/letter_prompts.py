@@ -70,7 +70,7 @@ class LetterPrompts:
 @final
 @dataclass(frozen=True, eq=False)
 class LetterInputs:
-    """What a head reads: the queries of the last token, and the keys and values of the labels."""
+    """The inputs of a head: the queries of the last token, and the keys and values of the labels."""
 
     q: Float[Tensor, "b d"]
     k: Float[Tensor, "b c d"]

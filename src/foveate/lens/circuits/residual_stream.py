@@ -38,7 +38,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """What one block read and wrote at the traced tokens.
+    """The reads and writes of one block at the traced tokens.
 
     Args:
         entered, left: the stream before and after the block.
