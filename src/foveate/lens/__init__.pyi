@@ -1,5 +1,20 @@
 # The public names of foveate.lens; written by `make systems` from the catalogue.
 
+from foveate.lens.circuits.circuit_reuse import PathEffects as PathEffects
+from foveate.lens.circuits.circuit_reuse import circuit_overlap as circuit_overlap
+from foveate.lens.circuits.circuit_reuse import path_patch as path_patch
+from foveate.lens.circuits.circuit_tasks import TaskPrompt as TaskPrompt
+from foveate.lens.circuits.circuit_tasks import coloured_object_prompts as coloured_object_prompts
+from foveate.lens.circuits.circuit_tasks import indirect_object_prompts as indirect_object_prompts
+from foveate.lens.circuits.correct_letter_heads import LetterReport as LetterReport
+from foveate.lens.circuits.correct_letter_heads import TotalEffects as TotalEffects
+from foveate.lens.circuits.correct_letter_heads import activation_patch as activation_patch
+from foveate.lens.circuits.correct_letter_heads import letter_head_report as letter_head_report
+from foveate.lens.circuits.direct_effects import DirectEffects as DirectEffects
+from foveate.lens.circuits.direct_effects import FrozenNorm as FrozenNorm
+from foveate.lens.circuits.direct_effects import ResidualParts as ResidualParts
+from foveate.lens.circuits.direct_effects import direct_effects as direct_effects
+from foveate.lens.circuits.direct_effects import residual_parts as residual_parts
 from foveate.lens.circuits.discrete_sae_circuits import DiscreteSAE as DiscreteSAE
 from foveate.lens.circuits.discrete_sae_circuits import SAECircuit as SAECircuit
 from foveate.lens.circuits.discrete_sae_circuits import circuit_scores as circuit_scores
@@ -18,6 +33,17 @@ from foveate.lens.circuits.interventions import Scale as Scale
 from foveate.lens.circuits.interventions import ablate as ablate
 from foveate.lens.circuits.interventions import head_means as head_means
 from foveate.lens.circuits.interventions import head_outputs as head_outputs
+from foveate.lens.circuits.letter_prompts import LetterInputs as LetterInputs
+from foveate.lens.circuits.letter_prompts import LetterPrompts as LetterPrompts
+from foveate.lens.circuits.letter_prompts import letter_inputs as letter_inputs
+from foveate.lens.circuits.letter_subspace import Subspace as Subspace
+from foveate.lens.circuits.letter_subspace import compress_head as compress_head
+from foveate.lens.circuits.letter_subspace import item_accuracy as item_accuracy
+from foveate.lens.circuits.mlp_outputs import mlp_outputs as mlp_outputs
+from foveate.lens.circuits.mlp_outputs import patched_mlps as patched_mlps
+from foveate.lens.circuits.residual_stream import Trace as Trace
+from foveate.lens.circuits.residual_stream import trace as trace
+from foveate.lens.circuits.set_attention import SetAttention as SetAttention
 from foveate.lens.heads.attention_sink_emergence import SinkReport as SinkReport
 from foveate.lens.heads.attention_sink_emergence import TokenNorms as TokenNorms
 from foveate.lens.heads.attention_sink_emergence import key_importance as key_importance
@@ -101,14 +127,19 @@ __all__ = [
     "AttentionProbe",
     "CircuitMetrics",
     "Coupling",
+    "DirectEffects",
     "DiscreteSAE",
     "Entropy",
+    "FrozenNorm",
     "HeadImportance",
     "HeadLocality",
     "HeadOutputs",
     "HeadPeak",
     "KernelAttention",
     "Lens",
+    "LetterInputs",
+    "LetterPrompts",
+    "LetterReport",
     "Look",
     "MEASURES",
     "MeanDistance",
@@ -116,34 +147,46 @@ __all__ = [
     "NeedleCase",
     "ParsedSentence",
     "Patch",
+    "PathEffects",
     "PatternAtlas",
     "PruningCurve",
     "Pursuit",
     "ReceivedMass",
+    "ResidualParts",
     "Rhythm",
     "Role",
     "SAECircuit",
     "Scale",
+    "SetAttention",
     "SinkMass",
     "SinkReport",
     "StructuralProbe",
+    "Subspace",
     "THRESHOLDS",
+    "TaskPrompt",
     "TokenNorms",
+    "TotalEffects",
+    "Trace",
     "VitAttentionReport",
     "WindowMass",
     "ablate",
     "ablate_each",
+    "activation_patch",
     "attention_maps",
     "attention_patterns",
     "circuit_metrics",
+    "circuit_overlap",
     "circuit_scores",
     "code_histograms",
     "code_similarity",
+    "coloured_object_prompts",
+    "compress_head",
     "concept_logits",
     "control_heads",
     "copying_scores",
     "coreference_accuracy",
     "coupling",
+    "direct_effects",
     "discrete_sae_circuits",
     "edge_heads",
     "edge_scores",
@@ -161,20 +204,28 @@ __all__ = [
     "head_relation_accuracy",
     "head_writes",
     "hop_profile",
+    "indirect_object_prompts",
+    "item_accuracy",
     "js_distance",
     "keep_one",
     "key_importance",
     "layer_probe",
+    "letter_head_report",
+    "letter_inputs",
     "linear_cka",
     "look",
+    "mlp_outputs",
     "needle_span",
     "offset_accuracy",
+    "patched_mlps",
+    "path_patch",
     "preplan_anchor",
     "prune_in_steps",
     "pruning_importance",
     "pruning_order",
     "relation_table",
     "resampling_ratios",
+    "residual_parts",
     "retrieval_scores",
     "rhythm_credit",
     "roles",
@@ -189,6 +240,7 @@ __all__ = [
     "to_words",
     "token_norms",
     "top_heads",
+    "trace",
     "uniform_hops",
     "waad",
     "weight_gradients",
