@@ -46,7 +46,7 @@ LEFT_OUT = (
 
 @dataclass
 class Block:
-    """What a block of decoded tokens took: seconds in attention per token, and what it kept, read and held."""
+    """A block of decoded tokens: its seconds in attention per token, and what was kept, read and held."""
 
     seconds: float
     kept: float = 1.0
