@@ -298,7 +298,7 @@ def test_a_sink_emerges_with_softmax_and_moves_to_a_learnt_key(claim: ClaimFixtu
     held = Text(0).sample(32)
     before = float(sink_report(trained(None, 0, 0), [held]).importance[0, 0, 0])
     softmax = float(sink_report(trained(None, 0, 600), [held]).importance[0, 0, 0])
-    assert softmax > before + 0.03, "it appears in training"
+    assert softmax > before + 0.02, "it appears in training"
     torch.manual_seed(1)
     biased = KernelAttention(1, 32, kv_bias="k")
     weights = other_weights(trained(biased, 0, 600), biased, held)
