@@ -125,7 +125,7 @@ def sink_report(model: object, texts: Iterable[Int[Tensor, "b t"]], eps: float =
 @final
 @dataclass(frozen=True, eq=False)
 class TokenNorms:
-    """What sets a sink apart from other tokens, a mean over texts; heads are averaged.
+    """The facts that set a sink apart from other tokens, means over texts and heads.
 
     Args:
         hidden: the length of each token's state before each layer and after the last, `(L + 1, T)`.
