@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from scipy.spatial.distance import jensenshannon
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, Wav2Vec2Config, Wav2Vec2ForPreTraining
@@ -203,6 +204,9 @@ def test_histograms_by_hand() -> None:
         assert_near(apart, torch.eye(2).double(), 1e-9)
     cosine = (2 / 3 * 0.5 + 1 / 3 * 0.5) / (5**0.5 / 3 * 0.5**0.5)
     assert float(code_similarity(found)[0, 2]) == pytest.approx(cosine / 2)  # the other codebook is disjoint
+    uneven = torch.tensor([[[0.7, 0.2, 0.1]], [[0.1, 0.1, 0.8]], [[0.0, 1.0, 0.0]]]).double()
+    squares = [[1 - jensenshannon(a, b, base=2) ** 2 for b in uneven[:, 0].numpy()] for a in uneven[:, 0].numpy()]
+    assert_near(code_similarity(uneven, "js"), torch.tensor(squares), 1e-6)
 
 
 def test_languages_share_codes_for_shared_sounds(claim: ClaimFixture) -> None:

@@ -2,8 +2,8 @@
 
 When Attention Sink Emerges in Language Models: An Empirical View (2024), arXiv 2410.10781. A key's importance is the
 mean attention that it receives from the queries that see it; it is a sink of a head if that is above a threshold. The
-paper finds that sinks appear during training, in all models with softmax, and that they vanish where weights need not
-sum to one; `KernelAttention` has its variants.
+paper finds that sinks appear during training, in all models with softmax, that a learnt key takes their part, and that
+there are none where weights need not sum to one; `KernelAttention` has its variants.
 
 The metric follows the release. The paper reports one rate for the first token; `SinkReport` also looks for the place
 and the layer, by rules of this project. The release reads whole matrices; here `foveate.look` measures importance in
@@ -125,7 +125,7 @@ def sink_report(model: object, texts: Iterable[Int[Tensor, "b t"]], eps: float =
 @final
 @dataclass(frozen=True, eq=False)
 class TokenNorms:
-    """What sets a sink apart from other tokens, a mean over texts; heads are averaged.
+    """The facts that set a sink apart from other tokens, means over texts and heads.
 
     Args:
         hidden: the length of each token's state before each layer and after the last, `(L + 1, T)`.

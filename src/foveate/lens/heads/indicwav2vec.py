@@ -27,7 +27,7 @@ from foveate.lens.parts.linear_probe import LinearProbe, folds
 @final
 @dataclass(frozen=True, eq=False)
 class HeadLocality:
-    """How near to a frame its attention stays, a mean over frames and texts.
+    """The nearness of a frame's attention to it, a mean over frames and texts.
 
     Args:
         window_mass: the mass within the window, `(L, H)`.
