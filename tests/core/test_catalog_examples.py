@@ -11,6 +11,7 @@ import foveate
 from foveate.core.catalog import systems
 from foveate.ops import GTA
 from tests.lens.models import text, tiny
+from tests.support.constructed import induction_lm, recall
 from tests.support.lab import lab
 
 EXAMPLES = {row.key: row.example for row in systems() if row.example}
@@ -27,6 +28,7 @@ def of_a_model() -> dict[str, Any]:
     return {"model": tiny("llama").eval(), "ids": ids[:, :8], "input_ids": ids}
 
 
+RECALL = recall(1, length=64, answer=3, away=8)
 DOCUMENTS = {"documents": ["Bees live in hives.", "Ants dig."], "question": "Who digs?"}
 #: The names in an example besides `torch` and `foveate`.
 GIVEN: dict[str, dict[str, Any]] = {
@@ -34,6 +36,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "act_calibration": {"examples": [text()["input_ids"][:1]], "score": lambda model, example: 0.0},
     "attention_sorting": DOCUMENTS,
     "attn_rank": DOCUMENTS,
+    "retrieval_heads": {"model": induction_lm(), "ids": RECALL[0], "needle": RECALL[1][0]},
     "gta": {
         "camera_to_world": GTA.example_input("poses", B, HEADS, N).float(),
         "places": GTA.example_input("coords", B, HEADS, N).float(),

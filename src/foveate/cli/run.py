@@ -21,7 +21,7 @@ Recipe = Annotated[
 Methods = Annotated[
     str | None, typer.Option(help="Keys of `foveate systems`, separated by commas, instead of a recipe.")
 ]
-Budget = Annotated[float, typer.Option(help="Share of the full cache that --methods may use, in (0, 1].")]
+Budget = Annotated[float, typer.Option(help="Share of the full cache that each of --methods may use, in (0, 1].")]
 File = Annotated[Path | None, typer.Option(help="A long text (UTF-8), which is put before the prompt.")]
 Before = Annotated[
     bool,

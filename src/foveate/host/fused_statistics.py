@@ -138,7 +138,7 @@ class Statistics:
 
     @property
     def _by_tiles(self) -> bool:
-        """Whether one pass over the logits is cheaper than the kernel with other values."""
+        """True where one pass over the logits is cheaper than the kernel with other values."""
         return self.q.device.type == "cpu" and self.q.shape[2] > FEW
 
     @cached_property

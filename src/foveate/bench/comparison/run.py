@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foveate._version import __version__
-from foveate.bench import known
+from foveate.bench import known, own_methods
 from foveate.bench.calibration import CalibrationStore
 from foveate.bench.comparison import history
 from foveate.bench.comparison.encoding import prompts, tokens_of
@@ -28,6 +28,8 @@ from foveate.bench.comparison.results import FORMAT, Comparison, Row
 from foveate.bench.comparison.task_choice import choose_task, with_fields
 from foveate.bench.known import DEFAULT, FULL
 from foveate.bench.loading import load, trained_on
+from foveate.bench.methods import Contender
+from foveate.bench.own_methods import OwnContender
 from foveate.bench.parts import digest, timing
 from foveate.bench.parts.folder import lock_folder
 from foveate.bench.parts.journal import Journal
@@ -36,6 +38,7 @@ from foveate.bench.recipes.contender import contender, write_recipes
 from foveate.core import validate
 from foveate.core.errors import Interrupted, OptionError, TaskError
 from foveate.host.hf.model import Host, host
+from foveate.host.method import Method
 from foveate.tasks.base import scores
 from foveate.tasks.base.scores import LOSS
 from foveate.tasks.base.task import Task
@@ -72,11 +75,12 @@ class Options:
     lost: bool
     fresh: bool
     query: str = QUERIES[0]
+    own: dict[str, Method] = field(default_factory=dict)
 
     def keys(self) -> list[str]:
         """Return the keys of the methods, the full cache first, after checking all that needs no model."""
         keys = [FULL, *(key for key in (self.methods or DEFAULT) if key != FULL)]
-        known.check(keys)
+        known.check([key for key in keys if key not in self.own])
         _check_budgets(self.budgets)
         validate.count("batch", self.batch, 1)
         validate.one_of("query", self.query, QUERIES)
@@ -89,7 +93,7 @@ def compare(
     *,
     model: str | None = None,
     task: str | None = None,
-    methods: list[str] | None = None,
+    methods: Sequence[str | Method] | None = None,
     budget: float = 0.35,
     budgets: Sequence[float] | None = None,
     examples: int | None = None,
@@ -121,7 +125,8 @@ def compare(
         task: a name of `foveate.tasks.registry.TASKS`, "mqar", "copy", or a file of prompts and answers (see
             `foveate.tasks.files.prompts`). None is the training task of a model of `foveate train`, else needle.
         methods: keys of the catalogue (cache policies, or operators to read the prompt with), and files of recipes
-            (`foveate.save`); the full cache always runs.
+            (`foveate.save`), or methods of your own as they are, such as `ValueNorm(share=0.25)`; the full cache always
+            runs.
         budget: the share of each prompt's full cache that a method may keep, or read, in (0, 1].
         budgets: several such shares, in place of `budget`: every method runs at each of them, in one run. Policies that
             read a prompt densely then read most prompts only once for all their budgets; see `MethodRun.shares`.
@@ -152,9 +157,10 @@ def compare(
         Interrupted: with the number of answers, and of all, after the results so far were saved.
     """
     shares = [budget] if budgets is None else sorted(budgets)
+    names, own = own_methods.named(methods)
     options = Options(
-        model, methods, shares, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, lost,
-        fresh, query,
+        model, names, shares, score, batch, seed, device, dtype, trust_remote_code, chat, new_tokens, renumber, lost,
+        fresh, query, own,
     )  # fmt: skip
     keys = options.keys()
     chosen = with_fields(
@@ -199,7 +205,8 @@ def _measure(
     result.save(folder / RESULTS)
     history.record(result, folder)
     longest = max(prompt.ids.shape[1] for prompt in encoded)
-    write_recipes([run.contender for run in runs if run.records], folder / RECIPES, longest)
+    catalogued = [run.contender for run in runs if run.records and run.contender.key not in options.own]
+    write_recipes(catalogued, folder / RECIPES, longest)
     return result
 
 
@@ -214,7 +221,10 @@ def _lost(losses: Losses, rows: list[Row], runs: list[MethodRun]) -> list[Row]:
 
 def _runs(key: str, host: Host, options: Options, store: CalibrationStore) -> list[MethodRun]:
     """Start a method's run at each budget, or one run if it takes none."""
-    each = [contender(key, host, budget, options.renumber) for budget in options.budgets]
+    if key in options.own:
+        each: list[Contender] = [OwnContender(key, host, options.own[key])]
+    else:
+        each = [contender(key, host, budget, options.renumber) for budget in options.budgets]
     each = each if each[0].takes_budget else each[:1]
     found = [MethodRun.of(contender, store, turn, len(each)) for turn, contender in enumerate(each)]
     for run in found:

@@ -1,4 +1,4 @@
-"""How much the choices of layers have in common: the share of their keys with the largest logits that both have."""
+"""Overlap of the choices of layers: the share of their keys with the largest logits that both have."""
 
 from __future__ import annotations
 
