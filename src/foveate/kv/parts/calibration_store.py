@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,14 @@ from foveate.core.errors import OptionError
 _MODEL = "model"  # the metadata's name for the digest of the model
 _SAMPLE = 4096  # numbers of each tensor that are hashed; the others enter an exact sum
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+#: What a configuration says of attention that the weights do not show.
+_ATTENDS = (
+    "rope_parameters", "partial_rotary_factor", "sliding_window", "max_window_layers", "use_sliding_window",
+    "layer_types", "attn_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier", "attention_chunk_size",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+)  # fmt: skip
 
 
 def digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
@@ -41,8 +50,15 @@ def digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> s
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return the digest of a model's weights; it is the same in every precision, since they are read as bfloat16."""
-    return digest(model.state_dict(), torch.bfloat16)
+    """Return the digest of a model's weights, and of how it attends with them: positions, windows, caps and scales.
+
+    It is the same in every precision, since the weights are read as bfloat16.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    attends = {name: getattr(text, name, None) for name in _ATTENDS}
+    own = json.dumps({name: value for name, value in attends.items() if value is not None}, sort_keys=True, default=str)
+    return hashlib.sha256(f"{digest(model.state_dict(), torch.bfloat16)} {own}".encode()).hexdigest()[:32]
 
 
 def save(learnt: Mapping[str, Tensor], file: Path, model: str) -> None:
