@@ -1,0 +1,6 @@
+"""One text under a lens: what `foveate look` measures, as plain results."""
+
+from foveate.bench.looking.results import HeadMap, Looked, Measured
+from foveate.bench.looking.run import look_at
+
+__all__ = ["HeadMap", "Looked", "Measured", "look_at"]
