@@ -55,12 +55,10 @@ function buildGrid() {
   const grid = byId("grid"), step = Math.max(1, Math.ceil(data.heads / 16));
   const top = element("div");
   top.setAttribute("role", "row");
-  top.append(element("span", "unseen", "layer"));
-  top.firstChild.setAttribute("role", "columnheader");
-  top.append(element("span")); // takes the place of the hidden heading
-  for (let head = 0; head < data.heads; head += 1) {
-    const name = element("span", "", head % step ? "" : String(head));
+  for (let head = -1; head < data.heads; head += 1) {
+    const name = element("span", "", head < 0 || head % step ? "" : String(head));
     name.setAttribute("role", "columnheader");
+    name.setAttribute("aria-label", head < 0 ? "layer" : `head ${head}`);
     top.append(name);
   }
   grid.append(top);
