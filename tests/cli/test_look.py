@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 from foveate.bench.comparison.encoding import encoded
@@ -17,6 +18,7 @@ from foveate.bench.loading import load
 from foveate.bench.looking import look_at
 from foveate.cli import app
 from foveate.lens.lens import look
+from foveate.models.base import byte_tokenizer
 from tests.lens.models import eager_maps
 from tests.support.tensors import assert_near
 
@@ -43,7 +45,9 @@ def test_files_and_tables_have_the_values_of_the_lens(lab, tmp_path: Path) -> No
     assert list(content["measures"]) == NAMES and content["roles"] is None
     for row in seen.measures():
         assert content["measures"][row["measure"]][row["layer"]][row["head"]] == pytest.approx(row["value"], rel=1e-6)
-    entropy = sorted((row["value"], row["layer"], row["head"]) for row in seen.measures() if row["measure"] == "entropy")
+    entropy = sorted(
+        (row["value"], row["layer"], row["head"]) for row in seen.measures() if row["measure"] == "entropy"
+    )
     line = next(line for line in found.stdout.splitlines() if line.startswith("entropy"))
     (small, layer, head), (large, top, best) = entropy[0], entropy[-1]
     assert f"{top}.{best}\N{NO-BREAK SPACE}({large:.3g})" in line.split(",")[0]
@@ -121,7 +125,7 @@ def test_a_config_file(tmp_path: Path) -> None:
         ([TEXT, "--heads", "0.8"], "0.8 must be in 0.0..3.7"),
         ([TEXT, "--heads", "3-1"], "must be layer.head with commas, such as 3.1,5.7"),
         ([TEXT, "--generate", "-1"], "generate=-1 must be"),
-        (["word " * 900], "the model's context holds 4096"),
+        (["word " * 1800], "the model's context holds 4096"),
         ([TEXT, "--generate", "4090"], "+ 4090 tokens to generate; the model's context holds 4096"),
         (["abc", "--roles"], "roles need a text of at least 8 tokens; this one has 4"),
         (["absent.txt"], "looks like a file, but there is none"),
@@ -130,8 +134,6 @@ def test_a_config_file(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(args: list[str], words: str, tmp_path: Path) -> None:
-    if args[0].startswith("word"):
-        args = [args[0] * 2]
     found = run(*args, "--out", tmp_path / "new")
     assert found.exit_code == 2
     line = found.stderr.strip().splitlines()[-1]
@@ -139,13 +141,27 @@ def test_bad_input_is_one_line_and_writes_nothing(args: list[str], words: str, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_and_encoders_are_refused(tmp_path: Path) -> None:
+def test_a_folder_is_no_text(tmp_path: Path) -> None:
     found = run(tmp_path)
     assert found.exit_code == 2 and "is a folder; give a file or a text" in found.stderr
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "config.json").write_text('{"model_type": "vit"}')
-    found = run(TEXT, "--model", tmp_path / "bert", "--out", tmp_path / "new")
-    assert found.exit_code == 2 and found.stderr.startswith("error: ") and not (tmp_path / "new").exists()
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+NO_DECODERS = {
+    "bert": lambda: BertLMHeadModel(BertConfig(vocab_size=byte_tokenizer.VOCAB, **SMALL)),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=byte_tokenizer.VOCAB, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_DECODERS)
+def test_a_model_that_is_no_decoder_is_refused(kind: str, tmp_path: Path) -> None:
+    NO_DECODERS[kind]().save_pretrained(tmp_path / kind)
+    byte_tokenizer.build(512).save_pretrained(tmp_path / kind)
+    found = run(TEXT, "--model", tmp_path / kind, "--out", tmp_path / "new")
+    assert found.exit_code == 2 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+    assert "decoder language model" in found.stderr and not (tmp_path / "new").exists()
 
 
 def test_help_needs_no_torch() -> None:

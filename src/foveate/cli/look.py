@@ -23,9 +23,7 @@ Measures = Annotated[
         "own_token, previous_token, within_4.",
     ),
 ]
-Heads = Annotated[
-    str | None, typer.Option(help="Heads whose maps the page shows, as layer.head with commas: 3.1,5.7.")
-]
+Heads = Annotated[str | None, typer.Option(help="Heads whose maps the page shows, as layer.head with commas: 3.1,5.7.")]
 Generate = Annotated[int, typer.Option(help="The most tokens to generate after the text, greedily.")]
 Roles = Annotated[
     bool, typer.Option("--roles", help="Name the heads that have a role: induction, sink, local, and so on.")

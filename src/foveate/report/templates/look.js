@@ -35,12 +35,12 @@ function element(name, className, text) {
 
 // Values: a head's numbers lie between its lowest and its highest one.
 
-const most = data.width === 1 ? 255 : 65535;
+const highest = (width) => (width === 1 ? 255 : 65535);
 const groups = Math.ceil(data.tokens.length / data.group);
 
 function shareOf(token) {
   const at = (state.layer * data.heads + state.head) * groups + Math.floor(token / data.group);
-  return numbersOf(data.measures[state.measure], "data", data.width)[at] / most;
+  return numbersOf(data.measures[state.measure], "data", data.width)[at] / highest(data.width);
 }
 
 function valueOf(token) {
@@ -232,14 +232,17 @@ function nextHit(event) {
 // Maps: tiles on a canvas, of which `view` is the visible square, and the strongest keys of each query.
 
 function strongest(map, query) {
-  const keys = numbersOf(map, "keys", map.wide ? 4 : 2), weights = numbersOf(map, "weights", 1);
+  const keys = numbersOf(map, "keys", map.wide ? 4 : 2), weights = numbersOf(map, "weights", 2);
   return Array.from({ length: map.count }, (_, i) => {
     const at = query * map.count + i;
-    return { query, key: keys[at], weight: (weights[at] / 255) ** 2 };
+    return { query, key: keys[at], weight: (weights[at] / highest(2)) ** 2 };
   }).filter(({ weight }) => weight > 0);
 }
 
-const tile = (map, row, column) => numbersOf(map, "tiles", 1)[row * map.size + column];
+// The square root of a tile's weight, which is also its colour's strength.
+function tile(map, row, column) {
+  return numbersOf(map, "tiles", map.width)[row * map.size + column] / highest(map.width);
+}
 
 function chooseMap(index) {
   if (!byId("canvas")) return;
@@ -264,11 +267,11 @@ function colour(name) {
 function drawMap() {
   const { map, view, cell } = state;
   if (!map) return;
-  const canvas = byId("canvas"), brush = canvas.getContext("2d");
+  const canvas = byId("canvas"), brush = canvas.getContext("2d", { willReadFrequently: true });
   const from = colour("paper"), to = colour("accent"), scale = canvas.width / view.size;
   for (let row = 0; row < view.size; row += 1) {
     for (let column = 0; column < view.size; column += 1) {
-      const share = tile(map, view.row + row, view.column + column) / 255;
+      const share = tile(map, view.row + row, view.column + column);
       brush.fillStyle = `rgb(${from.map((low, i) => Math.round(low + (to[i] - low) * share)).join(" ")})`;
       const [x, y] = [column, row].map((at) => Math.floor(at * scale));
       brush.fillRect(x, y, Math.ceil((column + 1) * scale) - x, Math.ceil((row + 1) * scale) - y);
@@ -293,7 +296,7 @@ function tokens(row, count = 1) {
 
 function readCell() {
   const { map, cell } = state, queries = bounds(cell.row), keys = bounds(cell.column);
-  const weight = show((tile(map, cell.row, cell.column) / 255) ** 2);
+  const weight = show(tile(map, cell.row, cell.column) ** 2);
   const on = map.span === 1 ? "puts" : "put, on average,";
   byId("cell").textContent = `Query ${tokens(cell.row)} ${quoted(...queries)} ${on} ${weight} of its attention on key `
     + `${tokens(cell.column)} ${quoted(...keys)}.`;
