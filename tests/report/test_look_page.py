@@ -137,7 +137,7 @@ def test_layers_that_are_not_seen_are_empty() -> None:
     assert data["measures"][0]["table"][1] == [None] * 3 and data["measures"][0]["low"][1] == [None] * 3
     assert_near(read(data, 0)[0], found.measures[0].values[0].double(), 2e-4)
     assert any("another method <b>replaced</b> it" in text for text in page.texts)
-    assert all("1." not in name for name in report.extremes(found.measures[0])[0].split(", "))
+    assert all(name.startswith("0.") for name in report.extremes(found.measures[0])[0].split(", "))
 
 
 def test_pooling_keeps_mass() -> None:
@@ -187,7 +187,7 @@ def test_texts_stay_texts() -> None:
 def test_the_page_names_no_other_address() -> None:
     text = report.render(made(roles=[]))
     page = Page(text)
-    assert not re.findall(r"https?:|//[a-z]", "".join(page.texts).replace("// ", ""))
+    assert not re.findall(r"https?:|url\(|@import|fetch\(|import\(", "".join(page.texts))
     assert not [attrs for _, attrs in page.tags if attrs.keys() & {"src", "action", "onclick"}]
     assert [attrs["href"] for _, attrs in page.tags if "href" in attrs] == ["data:,"]
     policy = next(attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs)

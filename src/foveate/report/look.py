@@ -106,7 +106,7 @@ def _words(measure: Measured) -> dict[str, str]:
 
 def _role(role: Any) -> dict[str, str]:
     return {
-        "head": f"{role.layer}.{role.head}", "name": role.name, "score": f"{role.score:.3f}",
+        "head": f"{role.layer}.{role.head}", "name": visible(role.name), "score": f"{role.score:.3f}",
         "threshold": f"{role.threshold:g}", "reason": visible(role.reason),
     }  # fmt: skip
 

@@ -81,7 +81,7 @@ def _roles(found: Looked) -> dict[str, list[str]]:
     """Return the names and scores of each head's roles, by `layer.head`."""
     named: dict[str, list[str]] = {}
     for role in found.roles or ():
-        named.setdefault(f"{role.layer}.{role.head}", []).append(f"{role.name} {role.score:.2f}")
+        named.setdefault(f"{role.layer}.{role.head}", []).append(f"{visible(role.name)} {role.score:.2f}")
     return named
 
 
