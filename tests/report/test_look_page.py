@@ -54,7 +54,12 @@ def read(data: dict[str, Any], index: int) -> Tensor:
     """Read a measure's values back, as the page's script does."""
     measure = data["measures"][index]
     share = numbers(measure["data"], data["width"]) / (255 if data["width"] == 1 else 65535)
-    low, high = (torch.tensor(measure[name], dtype=torch.float64)[..., None] for name in ("low", "high"))
+    low, high = (
+        torch.tensor([[torch.nan if each is None else each for each in row] for row in measure[name]]).double()[
+            ..., None
+        ]
+        for name in ("low", "high")
+    )
     return low + (high - low) * share.view(data["layers"], data["heads"], -1) ** measure["power"]
 
 

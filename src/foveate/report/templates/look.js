@@ -247,7 +247,9 @@ function tile(map, row, column) {
 function chooseMap(index) {
   if (!byId("canvas")) return;
   state.map = index < 0 ? null : data.maps[index];
-  for (const button of byId("mapped").children) button.setAttribute("aria-pressed", Number(button.dataset.index) === index);
+  for (const button of byId("mapped").children) {
+    button.setAttribute("aria-pressed", Number(button.dataset.index) === index);
+  }
   byId("mapbox").hidden = state.map === null;
   const map = state.map;
   byId("mapsaid").textContent = map === null
@@ -279,9 +281,10 @@ function drawMap() {
   }
   brush.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--ink");
   brush.lineWidth = 2;
-  brush.strokeRect((cell.column - view.column) * scale, (cell.row - view.row) * scale, Math.max(scale, 4), Math.max(scale, 4));
-  canvas.setAttribute("aria-label", `Map of layer ${map.layer}, head ${map.head}: queries ${tokens(view.row, view.size)}, `
-    + `keys ${tokens(view.column, view.size)}`);
+  const side = Math.max(scale, 4);
+  brush.strokeRect((cell.column - view.column) * scale, (cell.row - view.row) * scale, side, side);
+  const [queries, keys] = [view.row, view.column].map((first) => tokens(first, view.size));
+  canvas.setAttribute("aria-label", `Map of layer ${map.layer}, head ${map.head}: queries ${queries}, keys ${keys}`);
   readCell();
 }
 
