@@ -160,7 +160,7 @@ def test_a_pooled_map_lists_the_strongest_pairs(visit):
     view = visit(replace(made(n=n), maps=[pooled(0, 0, weights)]))
     assert "3 keys" in view.text("#mapsaid")
     view("state.cell = {row: 166, column: 2}, zoom(8)")
-    assert view.text("#cell").startswith("Query 498–500 ")
+    assert view.text("#cell").startswith("Queries 498–500 ")
     assert view.page.locator("#pairs li").first.inner_text() == "“word500 ” (500) → “word7 ” (7): 0.9"
     view("chooseToken(500)")
     assert "It looks most at “word7 ” (7) 0.9" in view.text("#readout")

@@ -140,11 +140,10 @@ function paintText() {
   const measure = data.measures[state.measure], table = measure.table[state.layer][state.head];
   const low = measure.low[state.layer][state.head], high = measure.high[state.layer][state.head];
   byId("head").textContent = `Layer ${state.layer}, head ${state.head}`;
-  const whose = { queries: "of each token as a query", keys: "of each token as a key" }[measure.over];
   const together = data.group > 1 ? ` A colour is the mean of ${data.group} tokens in a row.` : "";
   const own = table === null
     ? "This layer is not measured."
-    : `${measure.name} ${show(table)}; ${whose} it lies between ${show(low)} and ${show(high)}.${together}`;
+    : `${measure.name} ${show(table)}; ${show(low)} to ${show(high)} for single tokens as ${measure.over}.${together}`;
   const roles = data.roles[`${state.layer}.${state.head}`];
   const added = data.prompt < data.tokens.length ? " Underlined tokens were generated." : "";
   byId("said").textContent = own + (roles ? ` Roles: ${roles.join(", ")}.` : "") + added;
@@ -300,9 +299,10 @@ function tokens(row, count = 1) {
 function readCell() {
   const { map, cell } = state, queries = bounds(cell.row), keys = bounds(cell.column);
   const weight = show(tile(map, cell.row, cell.column) ** 2);
-  const on = map.span === 1 ? "puts" : "put, on average,";
-  byId("cell").textContent = `Query ${tokens(cell.row)} ${quoted(...queries)} ${on} ${weight} of its attention on key `
-    + `${tokens(cell.column)} ${quoted(...keys)}.`;
+  const from = `${tokens(cell.row)} ${quoted(...queries)}`, to = `${tokens(cell.column)} ${quoted(...keys)}`;
+  byId("cell").textContent = map.span === 1
+    ? `Query ${from} puts ${weight} of its attention on key ${to}.`
+    : `Queries ${from} put, on average, ${weight} of their attention on keys ${to}.`;
   const pairs = [];
   for (let query = queries[0]; map.span > 1 && query < queries[1]; query += 1) {
     pairs.push(...strongest(map, query).filter(({ key }) => key >= keys[0] && key < keys[1]));
