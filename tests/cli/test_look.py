@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 from foveate.bench.comparison.encoding import encoded
 from foveate.bench.loading import load
 from foveate.bench.looking import look_at
+from foveate.bench.looking.run import _read
 from foveate.cli import app
-from foveate.lens.lens import look
+from foveate.host.hf.model import host
+from foveate.lens.lens import Lens, look
 from foveate.models.base import byte_tokenizer
-from tests.lens.models import eager_maps
+from tests.lens.models import eager_maps, text, tiny
 from tests.support.tensors import assert_near
 
 TEXT = "The garbage collector frees objects.\nIt runs often, é."
@@ -89,6 +91,23 @@ def test_every_generated_token_has_a_row(lab) -> None:
     weights = eager_maps(model, {"input_ids": whole})[2][0, 1]
     assert found.maps[0].span == 1
     assert_near(found.maps[0].tiles, weights, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_generation_of_layers_with_windows(kind: str) -> None:
+    """Old keys leave the cache of a window, and their columns stay; progress counts layers and tokens."""
+    model, ids, steps = tiny(kind), text()["input_ids"][:1], []
+    lens = Lens(["entropy", "received_mass"], keep_maps={(1, 2): slice(None)}, phase="all")
+    whole = _read(host(model), lens, ids[0].tolist(), 7, lambda *step: steps.append(step))
+    assert whole[: ids.shape[1]] == ids[0].tolist() and len(whole) == ids.shape[1] + 7
+    assert [step for step, _, _ in steps] == list(range(1, 17)) and steps[-1][1] == 16
+    assert steps[0][2] == "reading 24 tokens" and steps[-1][2] == "generating"
+    seen = look(model, torch.tensor([whole]), measures=["entropy", "received_mass"], keep_maps={(1, 2): slice(None)})
+    for name in ("entropy", "received_mass"):
+        for layer, values in seen.values(name).items():
+            assert_near(lens.values(name)[layer], values, 1e-4, f"{name}, layer {layer}")
+    assert_near(lens.map(1, 2), seen.map(1, 2), 1e-4)
+    assert model(torch.tensor([whole[:-1]])).logits[0, -1].argmax() == whole[-1]
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def _names(measures: str) -> list[str]:
 
 
 def _heads(heads: str | None) -> list[tuple[int, int]]:
-    found = {}
+    found: dict[tuple[int, int], None] = {}  # a head that is named twice has one map
     for word in (heads or "").split(","):
         match = re.fullmatch(r"(\d{1,6})\.(\d{1,6})", word.strip(), re.ASCII)
         if match is not None:
