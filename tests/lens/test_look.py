@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from foveate.core import oracle
 from foveate.core.errors import FoveateError
 from foveate.host import Method, Site, Slots, apply, fused_statistics
 from foveate.kv.sink_recent import SinkRecent
-from foveate.lens import MEASURES, Lens, SinkMass
+from foveate.lens import MEASURES, Entropy, Lens, SinkMass, html_table
 from foveate.lens.lens import look
 from tests.lens.models import eager_maps, image, text, tiny
 from tests.support.tensors import assert_near
@@ -333,3 +336,30 @@ def test_a_model_with_two_stacks_is_refused() -> None:
                         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)  # fmt: skip
     with pytest.raises(FoveateError, match="a single stack"):
         look(BartModel(config).eval(), text())
+
+
+def test_a_notebook_shows_all_heads() -> None:
+    """The HTML has a cell with each head's value, escapes names, and shows colours alone for many heads."""
+
+    @dataclass(frozen=True)
+    class Named(Entropy):
+        name: str = field(default="<b>own</b>", init=False)
+
+    seen = look(tiny("llama"), text(), measures=["sink_mass", Named()])
+    shown = seen._repr_html_()
+    cells = re.findall(r'title="layer (\d+), head (\d+): (\S+)" style="background:rgba\(\S+,(\S+)\)">(.*?)</td>', shown)
+    rows = sorted(seen.measures(), key=lambda row: row["measure"] != "sink_mass")
+    assert len(cells) == len(rows) == 16
+    for (layer, head, value, _, written), row in zip(cells, rows, strict=True):
+        assert (int(layer), int(head)) == (row["layer"], row["head"])
+        assert float(value) == pytest.approx(row["value"], rel=1e-3) and written == f"{row['value']:.3g}"
+    for start in (0, 8):
+        values = torch.tensor([row["value"] for row in rows[start : start + 8]])
+        shares = torch.tensor([float(cell[3]) for cell in cells[start : start + 8]]) / 0.7
+        assert_near(shares, (values - values.min()) / (values.max() - values.min()), 0.01)
+    assert "<b>" not in shown and "&lt;b&gt;own" in shown
+    many = html_table.layer_head_tables(
+        {"layer": 3, "head": head, "measure": "entropy", "value": math.nan if head == 2 else 1.0} for head in range(20)
+    )
+    assert many.count("<td title=") == 19 and many.count("<td></td>") == 1 and "head 19: 1" in many
+    assert "nothing was measured" in html_table.layer_head_tables([])

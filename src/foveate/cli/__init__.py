@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import foveate
-from foveate.cli import bench, cite, compare, heads, labs, run, systems, train, tune
+from foveate.cli import bench, cite, compare, heads, labs, look, run, systems, train, tune
 from foveate.cli.console import CommandGroup
 from foveate.tasks.registry import TASKS as NAMED
 
@@ -26,6 +26,7 @@ app.command("compare")(compare.command)
 app.command("tune")(tune.command)
 app.command("run")(run.command)
 app.command("train", epilog=train.listing())(train.command)
+app.command("look")(look.command)
 app.command("heads")(heads.command)
 app.command("systems")(systems.command)
 app.command("cite")(cite.command)

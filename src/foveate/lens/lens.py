@@ -26,6 +26,7 @@ from foveate.host.site import Site
 from foveate.host.weight_tiles import weights_of
 from foveate.lens.capture.record import Record, by_position
 from foveate.lens.capture.tiles import measure_call
+from foveate.lens.html_table import layer_head_tables
 from foveate.lens.measures import KeyTokens, Measure
 from foveate.lens.registry import named
 
@@ -176,6 +177,10 @@ class Look:
     def map(self, layer: int, head: int) -> Tensor:
         """Return the weights kept by `keep_maps`; see `Lens.map`."""
         return self.lens.map(layer, head)
+
+    def _repr_html_(self) -> str:
+        """Return a coloured table of layers and heads for each measure, which notebooks show."""
+        return layer_head_tables(self.measures())
 
 
 def look(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 import os
@@ -11,7 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from foveate.bench.comparison.results import LOSS, Comparison, Row
@@ -21,6 +18,7 @@ from foveate.report import lost, significance
 from foveate.report.columns import cells, columns, megabytes, name_of, ordered, percent, visible
 from foveate.report.figures import COSTS, figures
 from foveate.report.headline import about, headline, headliner, notes, share_kept
+from foveate.report.page import asset, environment, policy
 from foveate.report.samples import by_example, choose, trim
 
 ARXIV = re.compile(r"(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v\d+)?")
@@ -37,18 +35,12 @@ def write(comparison: Comparison, path: str | os.PathLike) -> Path:
 
 def render(comparison: Comparison) -> str:
     """Return the page as text."""
-    environment = Environment(
-        loader=PackageLoader("foveate.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
-    scripts = [_plotly(), _asset(environment, "labels.js"), _asset(environment, "compare.js")]
-    return environment.get_template("compare.html.j2").render(
-        policy=_policy(scripts),
-        style=Markup(_asset(environment, "compare.css")),
+    templates = environment()
+    templates.filters["visible"] = visible
+    scripts = [_plotly(), asset(templates, "labels.js"), asset(templates, "compare.js")]
+    return templates.get_template("compare.html.j2").render(
+        policy=policy(scripts),
+        style=Markup(asset(templates, "compare.css")),
         scripts=[Markup(script) for script in scripts],
         **_content(comparison),
     )
@@ -140,24 +132,7 @@ def _option(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
 
 
-def _asset(environment: Environment, name: str) -> str:
-    """Return a file of the templates unchanged; it has no placeholders."""
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
-
-
 def _plotly() -> str:
     from plotly.offline import get_plotlyjs  # slow to import, and needed only here
 
     return get_plotlyjs().replace("\r\n", "\n")  # a browser hashes the parsed script, without carriage returns
-
-
-def _policy(scripts: list[str]) -> str:
-    """Return the content security policy: only these scripts, inline styles and images, and no network."""
-    hashes = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts
-    )
-    return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from foveate.bench.comparison.results import Answer, Comparison, Row
-from foveate.bench.parts.plaindata import write_atomic
+from foveate.bench.parts.table_file import write_table
 from foveate.core.errors import OptionError
 
 ENDINGS = (".csv", ".parquet")
@@ -38,6 +35,7 @@ COLUMNS = (
     *_RUN, "method", "title", "budget", "example", *_ANSWER, "memory_mb", "peak_mb", "dropped", "expected", "output",
     "agnostic_output", "error",
 )  # fmt: skip
+_KINDS = {name: str if name in _TEXTS else int if name in _WHOLE else float for name in COLUMNS}
 
 
 def check(path: Path) -> None:
@@ -61,7 +59,7 @@ def export(comparison: Comparison, path: str | os.PathLike) -> Path:
     target = Path(path)
     check(target)
     lines = [line for row in comparison.rows for line in _lines(comparison, row)]
-    return _write_parquet(lines, target) if target.suffix == ".parquet" else _write_csv(lines, target)
+    return write_table(lines, _KINDS, target)
 
 
 def _lines(comparison: Comparison, row: Row) -> list[dict[str, Any]]:
@@ -69,50 +67,12 @@ def _lines(comparison: Comparison, row: Row) -> list[dict[str, Any]]:
     method = {name: getattr(row, name) for name in ("method", "title", "budget", "memory_mb", "peak_mb")}
     dropped = {example.example: example.dropped for example in row.lost}
     if not row.answers:
-        return [_plain({**run, **method, "error": row.error})]
+        return [{**run, **method, "error": row.error}]
     return [
-        _plain({**run, **method, "example": index, "dropped": dropped.get(index), **_answer(answer)})
+        {**run, **method, "example": index, "dropped": dropped.get(index), **_answer(answer)}
         for index, answer in enumerate(row.answers)
     ]
 
 
 def _answer(answer: Answer) -> dict[str, Any]:
     return {name: getattr(answer, name) for name in (*_ANSWER, "expected", "output", "agnostic_output", "error")}
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Return all columns; numbers that are not finite become None, and lone surrogates question marks."""
-    found = {}
-    for name in COLUMNS:
-        value = values.get(name)
-        if isinstance(value, float) and not math.isfinite(value):
-            value = None
-        found[name] = value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-    return found
-
-
-def _write_csv(lines: list[dict[str, Any]], target: Path) -> Path:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return write_atomic(target, text.getvalue())
-
-
-def _write_parquet(lines: list[dict[str, Any]], target: Path) -> Path:
-    import pyarrow
-    from pyarrow import parquet
-
-    kinds = {**dict.fromkeys(_TEXTS, pyarrow.string()), **dict.fromkeys(_WHOLE, pyarrow.int64())}
-    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in COLUMNS])
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            parquet.write_table(pyarrow.Table.from_pylist(lines, schema), draft)
-            draft.replace(target)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise OptionError(f"cannot write {target}: {error.strerror or error}") from None
-    return target

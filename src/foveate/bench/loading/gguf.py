@@ -102,7 +102,7 @@ def _convert(name: str, file: Path, dtype: torch.dtype, note: Callable[[str], No
     with reading(name):
         config = AutoConfig.from_pretrained(**origin)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
-        raise refused(name, f"is a {config.model_type}; compare needs a decoder language model")
+        raise refused(name, f"is a {config.model_type}; it must be a decoder language model")
     with reading(name, "has a tokenizer that cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(**origin)
     check_words(name, tokenizer)

@@ -96,7 +96,7 @@ def _config(source: Source, trust: bool) -> Any:
     own_code = trust and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or own_code
     if not decoder or getattr(config, "is_encoder_decoder", False):
-        raise refused(source.name, f"is a {config.model_type}; compare needs a decoder language model")
+        raise refused(source.name, f"is a {config.model_type}; it must be a decoder language model")
     return config
 
 

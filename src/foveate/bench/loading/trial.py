@@ -30,7 +30,7 @@ def check_causal(name: str, model: PreTrainedModel) -> None:
         raise refused(name, f"gives logits that are NaN or infinite in {kind}; its weights are broken or too large")
     tolerance = _TOLERANCE.get(model.dtype, _TOLERANCE_HALF) * first.abs().max()
     if (first[:-1] - second[:-1]).abs().max() > tolerance:
-        raise refused(name, "sees the tokens that follow, as an encoder does; compare needs a decoder language model")
+        raise refused(name, "sees the tokens that follow, as an encoder does; it must be a decoder language model")
 
 
 def check_words(name: str, tokenizer: Any) -> None:

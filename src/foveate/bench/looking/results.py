@@ -1,0 +1,95 @@
+"""The results of one look: tokens, measures by head and by token, maps of chosen heads, and roles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.bench.looking.maps import HeadMap
+from foveate.bench.parts.plaindata import plain, write_atomic
+from foveate.bench.parts.table_file import write_table
+from foveate.lens.heads.roles import Role
+
+FORMAT = "foveate.look/1"
+_COLUMNS = {"model": str, "layer": int, "head": int, "measure": str, "value": float}
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A measure of all heads; NaN for layers and heads that a lens does not see.
+
+    Args:
+        name: the measure's name.
+        over: "queries" or "keys": the tokens that `values` belongs to.
+        table: one number for each head, `(layers, heads)`.
+        values: one number for each head and token, `(layers, heads, tokens)`.
+    """
+
+    name: str
+    over: str
+    table: Float[Tensor, "l h"]
+    values: Float[Tensor, "l h n"]
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """A text under a lens.
+
+    Args:
+        model: the model as the user named it.
+        tokens: the texts of all tokens; a part of a character is U+FFFD.
+        prompt: the number of tokens that were read; the others were generated.
+        measures: in the order in which they were asked for.
+        maps: the weights of chosen heads.
+        roles: the roles that heads have; None if they were not asked for.
+        unseen: reasons by layer, for layers that a lens cannot see.
+        settings: device, dtype and versions.
+    """
+
+    model: str
+    tokens: Sequence[str]
+    prompt: int
+    measures: Sequence[Measured]
+    maps: Sequence[HeadMap] = ()
+    roles: Sequence[Role] | None = None
+    unseen: dict[int, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return self.measures[0].table.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.measures[0].table.shape[1]
+
+    def to_json(self) -> str:
+        """Return tokens, tables and roles as JSON; values of single tokens and maps are left out."""
+        found: dict[str, Any] = {
+            "format": FORMAT, "model": self.model, **self.settings, "layers": self.layers, "heads": self.heads,
+            "prompt_tokens": self.prompt, "tokens": list(self.tokens),
+            "measures": {measure.name: measure.table.tolist() for measure in self.measures},
+            "roles": self.roles, "unseen": self.unseen,
+        }  # fmt: skip
+        return json.dumps(plain(found), ensure_ascii=False, allow_nan=False) + "\n"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each layer, head and measure."""
+        return [
+            {"model": self.model, "layer": layer, "head": head, "measure": measure.name, "value": value}
+            for measure in self.measures
+            for layer, line in enumerate(measure.table.tolist())
+            for head, value in enumerate(line)
+        ]
+
+    def save(self, folder: Path) -> tuple[Path, Path]:
+        """Write `look.json`, and the rows as `look.parquet`, or as `look.csv` without pyarrow; return both paths."""
+        table = folder / ("look.csv" if find_spec("pyarrow") is None else "look.parquet")
+        return write_atomic(folder / "look.json", self.to_json()), write_table(self.rows(), _COLUMNS, table)

@@ -1,0 +1,170 @@
+"""Run a model once under a lens: it reads a text, and may go on with its own."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from foveate._version import __version__
+from foveate.bench.comparison.encoding import encoded
+from foveate.bench.comparison.model_context import context_length
+from foveate.bench.loading import load
+from foveate.bench.looking.maps import pooled
+from foveate.bench.looking.pieces import pieces
+from foveate.bench.looking.results import Looked, Measured
+from foveate.core import validate
+from foveate.core.errors import OptionError
+from foveate.host import Host, Method, Site, apply
+from foveate.host.hf.model import host
+from foveate.host.probing import Progress
+from foveate.lens.heads.roles import Role, roles
+from foveate.lens.lens import Lens
+from foveate.lens.measures import Measure
+from foveate.lens.registry import named
+
+DEFAULT = ("entropy", "sink_mass", "received_mass")
+_REPEAT = 64  # random tokens that come twice, for roles
+_LEAST = 8  # tokens of a text for roles
+_DELIMITER = re.compile(r"\s*[.,;:!?)\]}\n]+\s*")
+
+
+def look_at(
+    model: str | None, text: str, *, measures: Sequence[str | Measure] = DEFAULT,
+    heads: Sequence[tuple[int, int]] = (), generate: int = 0, with_roles: bool = False, device: str = "cpu",
+    dtype: str = "float32", trust_remote_code: bool = False, progress: Progress = lambda step, steps, note: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Looked:  # fmt: skip
+    """Load a decoder, and measure its heads while it reads a text.
+
+    Args:
+        model: folder, GGUF file or hub id of a decoder; None is the lab model.
+        text: what it reads.
+        measures: names from `foveate.lens.MEASURES`, or `Measure` objects.
+        heads: the heads `(layer, head)` whose maps to keep.
+        generate: the most tokens to generate, greedily; each is read too, the last one included, so that every token
+            has its row.
+        with_roles: whether heads are named by `foveate.lens.roles`.
+        device, dtype, trust_remote_code: see `foveate.bench.loading.load`.
+        progress: called as `progress(step, steps, note)`.
+        say: called with messages between steps.
+    """
+    chosen = [named(measure) for measure in measures]
+    if not chosen:
+        raise OptionError("measures must name at least one measure")
+    if not text.strip():
+        raise OptionError("text must not be empty")
+    validate.count("generate", generate)
+    loaded, tokenizer, _ = load(model, device, dtype, trust_remote_code=trust_remote_code, note=say)
+    here, ids = host(loaded), encoded(tokenizer, text)
+    _check(here, ids, heads, generate, with_roles)
+    lens = Lens(chosen, keep_maps=dict.fromkeys(heads, slice(None)), phase="all")
+    whole = _read(here, lens, ids, generate, progress)
+    found = None
+    if with_roles:
+        say("roles of heads")
+        found = _roles(here, whole, tokenizer)
+    return Looked(
+        model or "lab lm",
+        pieces(tokenizer, whole),
+        len(ids),
+        [_measured(here, lens, measure, len(whole)) for measure in chosen],
+        [pooled(layer, head, lens.map(layer, head)[0]) for layer, head in heads if layer not in lens.unseen],
+        found,
+        dict(lens.unseen),
+        {"device": device, "dtype": dtype, **_versions()},
+    )
+
+
+def _check(here: Host, ids: Sequence[int], heads: Sequence[tuple[int, int]], new: int, with_roles: bool) -> None:
+    """Refuse heads that the model does not have, and a text that is too long or too short."""
+    for layer, head in heads:
+        if layer not in range(here.layers) or head not in range(here.heads):
+            last = f"{here.layers - 1}.{here.heads - 1}"
+            raise OptionError(f"heads: {layer}.{head} must be in 0.0..{last} (layer.head) for this model")
+    context = context_length(here.config)
+    if context is not None and len(ids) + new > context:
+        generated = f" + {new} tokens to generate" if new else ""
+        raise OptionError(
+            f"the text has {len(ids)} tokens{generated}; the model's context holds {context}: give a shorter text"
+        )
+    if with_roles and len(ids) < _LEAST:
+        raise OptionError(f"roles need a text of at least {_LEAST} tokens; this one has {len(ids)}")
+
+
+class _Layers(Method):
+    """Reports each layer's attention call, and changes nothing."""
+
+    def __init__(self, note: str, steps: int, progress: Progress) -> None:
+        self.note, self.steps, self.progress = note, steps, progress
+        self.done = 0
+
+    def at(self, site: Site) -> bool:
+        self.done += 1
+        self.progress(min(self.done, self.steps), self.steps, self.note)
+        return False
+
+
+@torch.no_grad()
+def _read(here: Host, lens: Lens, ids: Sequence[int], new: int, progress: Progress) -> list[int]:
+    """Read the text and up to `new` tokens more; return all tokens."""
+    whole, model = list(ids), here.model
+    watch = _Layers(f"reading {len(ids):,} tokens", here.layers * (1 + new), progress)
+    # without `logits_to_keep` a long text's logits may not fit into memory
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    last |= {"past_key_values": DynamicCache(config=model.config)} if new else {"use_cache": False}
+    ends = _ends(model)
+    with apply(model, lens, watch):
+        logits = model(_tensor(whole, model), **last).logits
+        watch.note = "generating"
+        for _ in range(new):
+            whole.append(int(logits[0, -1].argmax()))
+            logits = model(_tensor(whole[-1:], model), **last).logits
+            if whole[-1] in ends:
+                break
+    return whole
+
+
+def _tensor(ids: Sequence[int], model: PreTrainedModel) -> Int[Tensor, "1 n"]:
+    return torch.tensor([list(ids)], device=model.device)
+
+
+def _ends(model: PreTrainedModel) -> set[int]:
+    """Return the tokens at which the model's own generation ends."""
+    end = getattr(model.generation_config or model.config, "eos_token_id", None)
+    return set() if end is None else {end} if isinstance(end, int) else set(end)
+
+
+def _measured(here: Host, lens: Lens, measure: Measure, n: int) -> Measured:
+    table = torch.full((here.layers, here.heads), torch.nan)
+    values = torch.full((here.layers, here.heads, n), torch.nan)
+    for row in lens.table():
+        if row["measure"] == measure.name:
+            table[row["layer"], row["head"]] = row["value"]
+    for layer, found in lens.values(measure).items():
+        values[layer, : found.shape[1]] = found[0].float().cpu()
+    return Measured(measure.name, measure.over, table, values)
+
+
+def _roles(here: Host, ids: Sequence[int], tokenizer: Any) -> list[Role]:
+    """Name the heads that have a role, with the text's own punctuation and line ends as delimiters."""
+    context, special = context_length(here.config) or len(ids), set(tokenizer.all_special_ids)
+    words = [token for token in range(min(here.vocabulary, len(tokenizer))) if token not in special]
+    delimiters = [token for token in set(ids) - special if _DELIMITER.fullmatch(tokenizer.decode([token]))]
+    repeat = max(2, min(_REPEAT, (context - 1) // 2, len(words)))
+    return roles(here.model, _tensor(ids, here.model), delimiters=delimiters, repeat=repeat, vocabulary=words)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "foveate": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }  # fmt: skip

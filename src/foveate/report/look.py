@@ -1,0 +1,125 @@
+"""A look at a model's heads as one self-contained web page, and as lines for a terminal."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from foveate.bench.looking import Looked, Measured
+from foveate.bench.parts.plaindata import write_atomic
+from foveate.report.columns import NOTHING, visible
+from foveate.report.look_data import payload
+from foveate.report.page import asset, environment, policy
+
+#: The measures in a reader's words.
+MEANINGS = {
+    "entropy": "how widely a token’s attention spreads, in nats: 0 on one key, log n over n equal keys",
+    "sink_mass": "the share of a token’s attention that goes to the first token",
+    "received_mass": "the attention that a token gets from all others together; a head’s number is the share of the "
+    "token that gets the most",
+    "received_mean": "the attention that a token gets, averaged over the tokens that see it",
+    "mean_distance": "how far away the tokens lie that a token attends to, on average",
+    "own_token": "the share of a token’s attention that goes to the token itself",
+    "previous_token": "the share of a token’s attention that goes to the token before it",
+    "within_4": "the share of a token’s attention that goes to tokens at most 4 away",
+}
+_SHOWN = 4  # heads with the largest and the smallest values
+
+
+def write(found: Looked, path: str | os.PathLike) -> Path:
+    """Write the page to `path`, and return the path.
+
+    It makes no requests. All texts from prompts, models and users are escaped, and a content security policy forbids
+    network access and other scripts.
+    """
+    return write_atomic(path, render(found))
+
+
+def render(found: Looked) -> str:
+    """Return the page as text."""
+    templates = environment()
+    templates.filters["visible"] = visible
+    scripts = [asset(templates, "look.js")]
+    return templates.get_template("look.html.j2").render(
+        policy=policy(scripts),
+        style=Markup(asset(templates, "compare.css") + asset(templates, "look.css")),
+        scripts=[Markup(script) for script in scripts],
+        found=found,
+        data=payload(found),
+        about=_about(found),
+        measures=[_words(measure) for measure in found.measures],
+        maps=[f"{each.layer}.{each.head}" for each in found.maps],
+        roles=None if found.roles is None else [_role(role) for role in found.roles],
+    )  # fmt: skip
+
+
+def lines(found: Looked) -> list[Any]:
+    """Return the tables for a terminal: the extreme heads of each measure, and the roles if they were asked for."""
+    shown = _table("measure", "largest, layer.head", "smallest")
+    for measure in found.measures:
+        largest, smallest = extremes(measure)
+        shown.add_row(Text(measure.name), Text(largest), Text(smallest))
+    out: list[Any] = [Text(_about(found)), "", shown]
+    for layer, why in found.unseen.items():
+        out.append(Text(f"layer {layer} is not measured: {visible(why)}"))
+    if found.roles is not None:
+        out += ["", _roles(found)] if found.roles else ["", "no head has a role at the default thresholds"]
+    return out
+
+
+def extremes(measure: Measured) -> tuple[str, str]:
+    """Return the heads with the largest and the smallest values of a measure, each as `layer.head value`."""
+    heads = [
+        (value, f"{layer}.{head}")
+        for layer, row in enumerate(measure.table.tolist())
+        for head, value in enumerate(row)
+        if math.isfinite(value)
+    ]
+    heads.sort(key=lambda each: each[0], reverse=True)
+    return _listed(heads[:_SHOWN]), _listed(heads[::-1][:_SHOWN])
+
+
+def _listed(heads: Sequence[tuple[float, str]]) -> str:
+    return ", ".join(f"{name}\N{NO-BREAK SPACE}({value:.3g})" for value, name in heads) or NOTHING
+
+
+def _about(found: Looked) -> str:
+    new = len(found.tokens) - found.prompt
+    read = f"{found.prompt:,} tokens read" + (f", {new:,} generated" if new else "")
+    return f"{visible(found.model)}: {found.layers} layers of {found.heads} heads; {read}"
+
+
+def _words(measure: Measured) -> dict[str, str]:
+    largest, smallest = extremes(measure)
+    name = visible(measure.name)
+    meaning = MEANINGS.get(measure.name, f"a value for each of the {measure.over}")
+    return {"name": name, "meaning": meaning, "largest": largest, "smallest": smallest}
+
+
+def _role(role: Any) -> dict[str, str]:
+    return {
+        "head": f"{role.layer}.{role.head}", "name": visible(role.name), "score": f"{role.score:.3f}",
+        "threshold": f"{role.threshold:g}", "reason": visible(role.reason),
+    }  # fmt: skip
+
+
+def _roles(found: Looked) -> Table:
+    shown = _table("head", "role", "score", "threshold", "reason")
+    for role in found.roles or ():
+        shown.add_row(*map(Text, _role(role).values()))
+    return shown
+
+
+def _table(*headings: str) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading in headings:
+        shown.add_column(heading)
+    return shown

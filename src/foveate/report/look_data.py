@@ -1,0 +1,101 @@
+"""The numbers of a look in a form that fits into a page: values as bytes in base64, each head with its own range."""
+
+from __future__ import annotations
+
+import base64
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.bench.looking import HeadMap, Looked, Measured
+from foveate.report.columns import visible
+
+#: The most bytes of all heads' values and maps, before base64 makes them a third longer.
+BUDGET = 7_100_000
+_LEAST = 1_000_000  # bytes that values may always take, beside large maps
+_POWERS = {"queries": 1, "keys": 4}  # keys' values differ by orders of magnitude, and a power evens them out
+
+
+def payload(found: Looked) -> dict[str, Any]:
+    """Return all that the page's script needs, as JSON data.
+
+    Values of tokens take two bytes each, or one if they would not fit into `BUDGET`; if that is too much as well,
+    `group` consecutive tokens share their mean.
+    """
+    maps = [_map(each) for each in found.maps]
+    room = max(_LEAST, BUDGET - sum(3 * len(text) // 4 for each in maps for text in each.values() if _is_text(text)))
+    count = sum(measure.values.numel() for measure in found.measures)
+    width = 2 if 2 * count <= room else 1
+    group = 1 if width == 2 else max(1, math.ceil(count / room))
+    return {
+        "tokens": [visible(token, lines=True) for token in found.tokens],
+        "prompt": found.prompt, "layers": found.layers, "heads": found.heads, "width": width, "group": group,
+        "measures": [_measure(measure, width, group) for measure in found.measures],
+        "maps": maps,
+        "roles": _roles(found),
+    }  # fmt: skip
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _measure(measure: Measured, width: int, group: int) -> dict[str, Any]:
+    values = _grouped(measure.values, group)
+    power = _POWERS[measure.over]
+    low, high = (
+        torch.where(values.isfinite(), values, fill).flatten(2).aminmax(dim=-1)[index]
+        for index, fill in ((0, torch.inf), (1, -torch.inf))
+    )
+    share = ((values - low[..., None]) / (high - low).clamp_min(1e-30)[..., None]).nan_to_num(0.0).clamp(0.0, 1.0)
+    return {
+        "name": measure.name, "over": measure.over, "power": power, "table": _numbers(measure.table),
+        "low": _numbers(low), "high": _numbers(high), "data": _packed(share.pow(1 / power), width),
+    }  # fmt: skip
+
+
+def _grouped(values: Float[Tensor, "l h n"], group: int) -> Float[Tensor, "l h m"]:
+    """Return the mean of each `group` of consecutive tokens."""
+    if group == 1:
+        return values
+    room = -values.shape[-1] % group
+    return F.pad(values, (0, room), value=math.nan).unflatten(-1, (-1, group)).nanmean(-1)
+
+
+def _map(found: HeadMap) -> dict[str, Any]:
+    """Return a map with the square roots of its weights, so that small ones stay apart."""
+    wide, width = len(found.keys) > 1 << 16, 2 if found.span == 1 else 1
+    return {
+        "layer": found.layer, "head": found.head, "span": found.span, "size": len(found.tiles), "width": width,
+        "tiles": _packed(found.tiles.clamp(0.0, 1.0).sqrt(), width), "count": found.keys.shape[1], "wide": wide,
+        "keys": _text(found.keys.to(torch.uint32 if wide else torch.uint16)),
+        "weights": _packed(found.weights.clamp(0.0, 1.0).sqrt(), 2),
+    }  # fmt: skip
+
+
+def _roles(found: Looked) -> dict[str, list[str]]:
+    """Return the names and scores of each head's roles, by `layer.head`."""
+    named: dict[str, list[str]] = {}
+    for role in found.roles or ():
+        named.setdefault(f"{role.layer}.{role.head}", []).append(f"{visible(role.name)} {role.score:.2f}")
+    return named
+
+
+def _packed(share: Tensor, width: int) -> str:
+    """Return numbers in 0..1 as whole numbers of one or two bytes, low byte first."""
+    most, kind = (255, torch.uint8) if width == 1 else (65535, torch.uint16)
+    return _text((share * most).round().to(torch.int32).to(kind))
+
+
+def _text(numbers: Tensor) -> str:
+    plain = numbers.contiguous().numpy()
+    return base64.b64encode(plain.astype(plain.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def _numbers(table: Tensor) -> list[list[float | None]]:
+    """Return a table's numbers with seven digits; None for what is not finite."""
+    return [[float(f"{value:.7g}") if math.isfinite(value) else None for value in row] for row in table.tolist()]
