@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,7 +55,7 @@ def model_digest(model: nn.Module) -> str:
 
     It is the same in every precision, since the weights are read as bfloat16.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     attends = {name: getattr(text, name, None) for name in _ATTENDS}
     own = json.dumps({name: value for name, value in attends.items() if value is not None}, sort_keys=True, default=str)
