@@ -22,10 +22,7 @@ from foveate.report.table import markdown
 ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "docs" / "measured"
 #: The policies of the README's table: the plainest, the best known, and those that lose least.
-SHOWN = (
-    "full", "sink_recent", "duo_attention", "snapkv", "adakv", "expected_attention", "kvzip", "cur_dkv", "kivi",
-    "quest", "token_select", "recycled_attention",
-)  # fmt: skip
+SHOWN = ("full", "sink_recent", "duo_attention", "snapkv", "kvzip", "kivi", "quest", "token_select")
 DECODING = "decode_real.json"
 
 

@@ -11,7 +11,7 @@ _MISSING = "–"
 _INTRODUCTION = """\
 # Cache policies on real models
 
-Every cache policy of the catalogue on pretrained decoders, at several budgets, beside the full cache.
+Cache policies on pretrained decoders, beside the full cache.
 `make real` writes this page; [measured/real.json](measured/real.json) has its numbers.
 
 - **Retrieval**: tasks as in RULER on real text, {examples} prompts each. A score is the share of the requested items
@@ -27,8 +27,7 @@ themselves. {versions}, {machine}.
 
 
 _READ_AS = (
-    "Retrieval with its 95% interval. Kept and read are shares of a cache without windows, on the retrieval prompts; "
-    "ratios of time with the interval of their median."
+    "Retrieval with its 95% interval. Kept and read are shares of a cache without windows, on the retrieval prompts."
 )
 
 
@@ -81,7 +80,8 @@ def short(found: Record, budget: float | None = None, methods: Sequence[str] | N
                 ("decode / token", _at(str(tokens), lambda times: _timed(times, "decode"))),
             ]
         lines += [f"**{model['name']}**, budget {budget:.0%}:", "", *_table(columns, rows), ""]
-    lines.append(_READ_AS)
+    timed = any(model["rows"][0].get("times") for model in found["models"])
+    lines.append(_READ_AS + (" Ratios of time have the interval of their median." if timed else ""))
     return "\n".join(lines)
 
 
