@@ -117,7 +117,7 @@ def test_a_shared_prefill_changes_no_answer(key: str) -> None:
 @pytest.mark.parametrize(
     "key", ["snapkv", "knorm", "kivi", "r_kv", "task_kv", "simlayerkv", "finch", "rocketkv", "h2o"]
 )
-def test_a_policy_that_scores_by_the_prompt_reads_what_it_needs_itself(key: str, folder: Path, tmp_path: Path) -> None:
+def test_a_policy_that_scores_by_the_prompt_reads_what_it_needs_itself(key: str) -> None:
     """After a prefill up to the last token it would see one query alone, and keep everything or choose blindly."""
     assert own_tokens(key) == (None if key == "h2o" else LAST)
     model, _ = lab()
@@ -128,6 +128,10 @@ def test_a_policy_that_scores_by_the_prompt_reads_what_it_needs_itself(key: str,
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
     assert torch.equal(decoded.ids, whole[:, ids.shape[1] :])
     assert (decoded.kept, decoded.read) == pytest.approx((alone.stats.kept, alone.stats.read), abs=1e-3)
+
+
+@pytest.mark.parametrize("key", ["snapkv", "knorm", "h2o"])
+def test_a_row_of_a_policy_that_scores_by_the_prompt(key: str, folder: Path, tmp_path: Path) -> None:
     plan = replace(TINY, methods=(key,), examples=2, rounds=1)
     full, _, row = run([str(folder)], plan, tmp_path, Watch())["models"][0]["rows"]
     assert row["kept"] == pytest.approx(0.3, abs=0.02) and row["read"] == pytest.approx(0.3, abs=0.05)

@@ -100,7 +100,6 @@ def test_layers_of_different_length_stay_with_foveate() -> None:
         (lambda site: torch.zeros(3), ShapeError),
         (lambda site: site.k.norm(dim=-1)[:, :1], ShapeError),
         (lambda site: None, ShapeError),
-        (lambda site: site.k.norm(dim=-1) * torch.nan, OptionError),
     ],
 )
 def test_a_score_of_ones_own_that_is_none_is_refused_in_one_line(score: Any, error: type[FoveateError]) -> None:

@@ -72,8 +72,9 @@ class CapKV(ScorePolicy):
         cosine = (u[:, :, None] @ mean.mT)[..., 0] / (size * site.k.float().norm(dim=-1)[:, :, None]).clamp_min(1e-12)
         counts = (own >= self.sink).repeat_interleave(site.q.shape[1] // own.shape[1], 1).unflatten(1, (heads, -1))
         logits = (self.tau * cosine).masked_fill(~counts, NEG_INF)
-        weights = (logits - logits.amax(-1, keepdim=True)).exp() * counts
-        v = site.v.float()[:, :, None]
+        top = logits.amax(-1, keepdim=True)
+        weights = (logits - top.masked_fill(top.isinf(), 0.0)).exp() * counts
+        v = torch.where(counts[..., None], site.v.float()[:, :, None], 0.0)  # empty slots may hold NaN
         scaled = v * ((weights + self.epsilon) * counts).sqrt()[..., None]
         a = torch.eye(v.shape[-1], device=v.device) + scaled.mT @ scaled
         leverage = (solve_positive(a, v.mT) * v.mT).sum(-2)

@@ -131,8 +131,6 @@ class ScorePolicy(Policy):
                 f"{type(self).__name__}.score must return a tensor (B, heads of the keys, slots)={wanted}; got "
                 f"{shown(scores)}"
             )
-        if scores.device.type == "cpu" and bool(scores.isnan().any()):
-            raise OptionError(f"{type(self).__name__}.score returned NaN, which has no rank")
         return scores
 
     def keep_all(self, end: PassEnd) -> list[Tensor | None]:

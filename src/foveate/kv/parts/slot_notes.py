@@ -22,7 +22,7 @@ def add(notes: Notes, site: Site, numbers: Float[Tensor, "b hkv s"]) -> None:
     old = site.positions < site.seen - site.q.shape[2]
     added = torch.where(old, find(notes, site), 0.0) + numbers.float()
     _put(notes, site, added, site.positions >= 0, site.positions.shape[2])
-    site.step[_found(notes)] = added
+    site.step[_found(notes)] = added, site.positions
 
 
 def put(notes: Notes, site: Site, numbers: Float[Tensor, "b hkv s"], where: Bool[Tensor, "b hkv s"]) -> None:
@@ -32,8 +32,9 @@ def put(notes: Notes, site: Site, numbers: Float[Tensor, "b hkv s"], where: Bool
 
 def find(notes: Notes, site: Site) -> Float[Tensor, "b hkv s"]:
     """Return the number of each slot of the call; zero for tokens without one."""
-    if _found(notes) in site.step:  # added in this call
-        return site.step[_found(notes)]
+    numbers, positions = site.step.get(_found(notes), (None, None))
+    if positions is site.positions:  # added in this call, and no slot has moved since
+        return numbers
     positions = site.positions.to(torch.int32)
     if "positions" not in notes:
         return torch.zeros(positions.shape, device=positions.device)
