@@ -22,7 +22,7 @@ def encoder(base: Path, folder: Path) -> Made:
     return options(model, base / "prompts.jsonl")
 
 
-@case("t5; compare needs a decoder")
+@case("t5; it must be a decoder")
 def encoder_and_decoder(base: Path, folder: Path) -> Made:
     model = folder / "model"
     T5ForConditionalGeneration(
@@ -32,7 +32,7 @@ def encoder_and_decoder(base: Path, folder: Path) -> Made:
     return options(model, base / "prompts.jsonl")
 
 
-@case("llava; compare needs a decoder")
+@case("llava; it must be a decoder")
 def vision_language(base: Path, folder: Path) -> Made:
     model = copied(base, folder)
     inner = json.loads((model / "config.json").read_text())
@@ -40,7 +40,7 @@ def vision_language(base: Path, folder: Path) -> Made:
     return options(model)
 
 
-@case("vit; compare needs a decoder")
+@case("vit; it must be a decoder")
 def images(base: Path, folder: Path) -> Made:
     model = copied(base, folder)
     (model / "config.json").write_text('{"model_type": "vit", "hidden_size": 32}')
