@@ -14,13 +14,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from foveate.bench.known import FULL, LAST, PACKED, own_tokens
+from foveate.bench.known import FULL, LAST, PACKED, SHARING_ALL_BUT_LAST, own_tokens
 from foveate.bench.methods import Contender
 from foveate.bench.policies import answers, calibrate, losses, shared_prefill, times
 from foveate.bench.policies.plan import Plan, policies, quick, whole
 from foveate.bench.policies.run import JOURNAL, RESULTS, run
 from foveate.bench.policies.shared_prefill import copy_cache, decode, live_bytes, prefill
 from foveate.cli import app
+from foveate.core.catalog import system
 from foveate.core.errors import FoveateError
 from foveate.host import apply
 from foveate.labs import LABS
@@ -114,15 +115,14 @@ def test_a_shared_prefill_changes_no_answer(key: str) -> None:
     assert decoded.losses is None and len(decoded.seconds) == new
 
 
-@pytest.mark.parametrize(
-    "key", ["snapkv", "knorm", "kivi", "r_kv", "task_kv", "simlayerkv", "finch", "rocketkv", "h2o"]
-)
+@pytest.mark.parametrize("key", [*SHARING_ALL_BUT_LAST, "h2o"])
 def test_a_policy_that_scores_by_the_prompt_reads_what_it_needs_itself(key: str) -> None:
     """After a prefill up to the last token it would see one query alone, and keep everything or choose blindly."""
     assert own_tokens(key) == (None if key == "h2o" else LAST)
     model, _ = lab()
     ids, new = prompts(2), 5
-    contender = Contender(key, lab_host(), 0.3)
+    contender = Contender(key, lab_host(), max(0.3, system(key).load().least(lab_host(), ids.shape[1])))
+    contender.calibrate(lambda cls, key: cls.calibrate(lab_host(), iter([(ids, torch.zeros_like(ids).bool())])))
     decoded = decode(model, contender.at(ids.shape[1]), prefill(model, ids), new, own=own_tokens(key))
     with torch.no_grad(), apply(model, *contender.at(ids.shape[1])) as alone:
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)

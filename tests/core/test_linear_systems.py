@@ -36,4 +36,4 @@ def test_a_singular_matrix_gets_the_smallest_solution() -> None:
 
 
 def test_two_threads_return() -> None:
-    subprocess.run([sys.executable, "-c", THREADS], check=True, timeout=120)
+    assert subprocess.run([sys.executable, "-c", THREADS], check=False, timeout=120).returncode == 0

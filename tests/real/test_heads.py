@@ -47,7 +47,7 @@ def test_retrieval_heads_are_few_and_not_in_the_first_layers(real: Real) -> None
 def test_retrieval_heads_carry_retrieval(real: Real) -> None:
     """Without the twenty heads with the largest scores no needle is found; without twenty others some are."""
     if real.key != "qwen2.5-coder-0.5b-instruct":
-        pytest.skip("its needles are found with the full cache")
+        pytest.skip("this model misses needles with the full cache too, so that there is little to lose")
     examples = Needle(length=1800, count=8, seed=5).examples()
     ids = [real.tokenizer(example.prompt, return_tensors="pt", verbose=False).input_ids for example in examples]
     needles = [torch.tensor(real.tokenizer(e.answer, add_special_tokens=False).input_ids) for e in examples]

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from foveate.lens import LetterPrompts
-from tests.support.constructed import BASE, BOS, FAST, HEAD, LOCAL_GAIN, SLOW, VOCAB
+from tests.support.constructed import BASE, BOS, FAST, HEAD, LOCAL_GAIN, SLOW, VOCAB, blank_lm
 
 ASKS, LETTERS, OTHER_LETTERS, CONTENTS = 1, range(2, 6), range(6, 16), range(16, 47)
 TOKEN, PREVIOUS, PREDICTION, LETTER, ONE = 0, VOCAB, 2 * VOCAB, 3 * VOCAB, 3 * VOCAB + 4
@@ -25,19 +25,8 @@ SLOW_PLACES = torch.cat([torch.arange(SLOW, HALF), torch.arange(HALF + SLOW, HEA
 
 def choosing_lm(helpers: bool = True) -> LlamaForCausalLM:
     """The model, in evaluation mode."""
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=HEAD, rms_norm_eps=1e-12, bos_token_id=BOS, eos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": BASE}, pad_token_id=BOS, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = blank_lm(3, 4, 4, WIDTH, PREDICTION, ONE, units=5)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.model.embed_tokens.weight[:, TOKEN : TOKEN + VOCAB] = torch.eye(VOCAB)
-        model.model.embed_tokens.weight[:, ONE] = 1.0
-        model.lm_head.weight[:, PREDICTION : PREDICTION + VOCAB] = 20.0 * torch.eye(VOCAB)
-        model.model.norm.weight.fill_((5 / WIDTH) ** 0.5)
         for layer, units in zip(model.model.layers, (2, 3, 4), strict=True):
             layer.input_layernorm.weight.fill_((units / WIDTH) ** 0.5)
             for head in range(4):  # the first token, where nothing else is matched

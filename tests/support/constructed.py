@@ -42,20 +42,8 @@ def induction_lm(
         matching: (layer, query head) of the heads that match, each in another group of key/value heads; layers >= 1.
         silent: those of them that attend to the match but write nothing.
     """
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=HEAD, max_position_embeddings=8192, rms_norm_eps=1e-12,
-        rope_parameters={"rope_type": "default", "rope_theta": BASE}, bos_token_id=BOS, eos_token_id=None,
-        pad_token_id=BOS, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = blank_lm(layers, heads, kv_heads, WIDTH, PREDICTION, ONE, units=4)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.model.embed_tokens.weight[:, TOKEN : TOKEN + VOCAB] = torch.eye(VOCAB)
-        model.model.embed_tokens.weight[:, ONE] = 1.0
-        model.lm_head.weight[:, PREDICTION : PREDICTION + VOCAB] = 20.0 * torch.eye(VOCAB)
-        model.model.norm.weight.fill_((4 / WIDTH) ** 0.5)
         for index, layer in enumerate(model.model.layers):
             # a stream of two (later: three) unit vectors comes out of the norm as it went in
             layer.input_layernorm.weight.fill_(((2 if index == 0 else 3) / WIDTH) ** 0.5)
@@ -66,6 +54,33 @@ def induction_lm(
             _match(model.model.layers[index].self_attn, head, heads // kv_heads)
             gain = 0.0 if (index, head) in silent else 1.0
             _write(model.model.layers[index].self_attn, head, head // (heads // kv_heads), PREDICTION, gain)
+    return model
+
+
+def blank_lm(
+    layers: int, heads: int, kv_heads: int, width: int, prediction: int, one: int, units: int
+) -> LlamaForCausalLM:
+    """A decoder whose heads do nothing, with tokens at 0 of its stream and what it predicts at another place.
+
+    Args:
+        layers, heads, kv_heads, width: its size.
+        prediction, one: the places of the prediction and of a constant 1 in the stream.
+        units: the number of unit vectors in the last stream, which the final norm leaves as it is.
+    """
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=width, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=HEAD, max_position_embeddings=8192, rms_norm_eps=1e-12,
+        rope_parameters={"rope_type": "default", "rope_theta": BASE}, bos_token_id=BOS, eos_token_id=None,
+        pad_token_id=BOS, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.embed_tokens.weight[:, :VOCAB] = torch.eye(VOCAB)
+        model.model.embed_tokens.weight[:, one] = 1.0
+        model.lm_head.weight[:, prediction : prediction + VOCAB] = 20.0 * torch.eye(VOCAB)
+        model.model.norm.weight.fill_((units / width) ** 0.5)
     return model
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from tests.support.constructed import BASE, BOS, FAST, HEAD, KEYS, LOCAL_GAIN, SLOW, VALUES, VOCAB
+from tests.support.constructed import BASE, BOS, FAST, HEAD, KEYS, LOCAL_GAIN, SLOW, VALUES, VOCAB, blank_lm
 
 TASK_A, TASK_B, FILLER = 1, 2, range(3, 16)
 TOKEN, PREVIOUS, TARGET, PREDICTION, ONE = 0, VOCAB, 2 * VOCAB, 3 * VOCAB, 4 * VOCAB
@@ -22,19 +22,8 @@ PREVIOUS_HEAD, SELECT_A, SELECT_B, COPY = (0, 0), (0, 1), (0, 2), (1, 0)
 
 def selecting_lm(selects_b: bool = True) -> LlamaForCausalLM:
     """The model, in evaluation mode; with `selects_b=False` head (0, 2) looks at both keys in task B."""
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=HEAD, rms_norm_eps=1e-12, bos_token_id=BOS, eos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": BASE}, pad_token_id=BOS, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = blank_lm(2, 4, 4, WIDTH, PREDICTION, ONE, units=5)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.model.embed_tokens.weight[:, TOKEN : TOKEN + VOCAB] = torch.eye(VOCAB)
-        model.model.embed_tokens.weight[:, ONE] = 1.0
-        model.lm_head.weight[:, PREDICTION : PREDICTION + VOCAB] = 20.0 * torch.eye(VOCAB)
-        model.model.norm.weight.fill_((5 / WIDTH) ** 0.5)
         model.model.layers[0].input_layernorm.weight.fill_((2 / WIDTH) ** 0.5)
         model.model.layers[1].input_layernorm.weight.fill_((4 / WIDTH) ** 0.5)
         first, second = (layer.self_attn for layer in model.model.layers)

@@ -77,7 +77,7 @@ class Contender:
 
     def options(self, lengths: Iterable[int]) -> dict[str, Any]:
         """Return the methods' settings for prompts of these lengths; `a to b` if they differ."""
-        each = [_options(method) for length in sorted(set(lengths)) for method in self.at(length)[:1]]
+        each = [method_options(method) for length in sorted(set(lengths)) for method in self.at(length)[:1]]
         found = {name: _span([options[name] for options in each if name in options]) for name in (each or [{}])[0]}
         extra = {"positions": "of the kept tokens"} if self._renumbers else {}
         return {**found, **extra, **({"arxiv": self.arxiv} if self.arxiv else {})}
@@ -130,7 +130,7 @@ def head_dim(host: Host) -> int:
     return int(getattr(host.config, "head_dim", None) or host.config.hidden_size // host.heads)
 
 
-def _options(method: Method) -> dict[str, Any]:
+def method_options(method: Method) -> dict[str, Any]:
     swapped = isinstance(method, PrefillSwap)
     shown = vars(method.operator) if isinstance(method, PrefillSwap) else describe(method)
     plain = {name: value for name, value in shown.items() if isinstance(value, int | float | str | tuple)}

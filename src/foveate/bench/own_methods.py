@@ -10,7 +10,7 @@ from uuid import uuid4
 from torch import Tensor
 
 from foveate.bench.known import FULL
-from foveate.bench.methods import Calibrations, Contender, _options
+from foveate.bench.methods import Calibrations, Contender, method_options
 from foveate.bench.parts import digest
 from foveate.core.errors import OptionError, shown
 from foveate.host import Host, Method
@@ -43,7 +43,7 @@ class OwnContender(Contender):
         return (self.method,)
 
     def options(self, lengths: Iterable[int]) -> dict[str, Any]:
-        return _options(self.method)
+        return method_options(self.method)
 
 
 def named(methods: Sequence[str | Method] | None) -> tuple[list[str] | None, dict[str, Method]]:

@@ -1,4 +1,4 @@
-"""`foveate bench policies`: every cache policy on the user's own decoders, at several budgets."""
+"""`foveate bench policies`: every cache policy on the user's own decoders."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from foveate.core.errors import OptionError
 Model = Annotated[list[str], typer.Option(help="Folder, GGUF file or hub id of a decoder; repeat it for several.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Run for a few minutes: one budget, fewer and shorter prompts.")]
 Methods = Annotated[str | None, typer.Option(help="Keys of cache policies, with commas. Default: all.")]
-Budgets = Annotated[str | None, typer.Option(help="Shares of the full cache, with commas. Default: 0.1,0.25,0.5.")]
-Tasks = Annotated[str | None, typer.Option(help="Retrieval tasks, with commas. Default: RULER's without common words.")]
+Budgets = Annotated[str | None, typer.Option(help="Shares of the full cache, with commas. Default: 0.25.")]
+Tasks = Annotated[str | None, typer.Option(help="Retrieval tasks, with commas; NAME@CHARACTERS for another length.")]
 Examples = Annotated[int | None, typer.Option(help="Prompts per task.")]
 Characters = Annotated[int | None, typer.Option(help="Length of retrieval prompts in characters.")]
 Losses = Annotated[str | None, typer.Option(help="Context lengths in tokens for the loss, with commas.")]

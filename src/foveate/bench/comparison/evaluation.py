@@ -17,6 +17,7 @@ from foveate.bench.comparison.results import Answer, Row
 from foveate.bench.known import FULL
 from foveate.bench.parts import digest
 from foveate.core.errors import TaskError
+from foveate.host.hf.words import end_tokens
 from foveate.tasks.base import scores
 from foveate.tasks.base.scores import LOSS
 from foveate.tasks.base.task import Example, Task
@@ -178,10 +179,9 @@ def evaluation_of(
 
 def _special_ids(tokenizer: Any, model: PreTrainedModel) -> tuple[int, frozenset[int]]:
     """Return the padding id, and the ids that end an answer."""
-    named = [getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id]
-    stops = {token for ids in named for token in (ids if isinstance(ids, list | tuple) else [ids]) if token is not None}
+    stops = end_tokens(model) | ({tokenizer.eos_token_id} - {None})
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
-    return pad, frozenset(stops)
+    return pad, stops
 
 
 def _number(value: float | None) -> float:

@@ -25,6 +25,7 @@ from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.host import Host, Method, Site, apply
 from foveate.host.hf.model import host
+from foveate.host.hf.words import end_tokens
 from foveate.host.probing import Progress
 from foveate.lens.heads.roles import Role, roles
 from foveate.lens.lens import Lens
@@ -121,7 +122,7 @@ def _read(here: Host, lens: Lens, ids: Sequence[int], new: int, progress: Progre
     # without `logits_to_keep` a long text's logits may not fit into memory
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     last |= {"past_key_values": DynamicCache(config=model.config)} if new else {"use_cache": False}
-    ends = _ends(model)
+    ends = end_tokens(model)
     with apply(model, lens, watch):
         logits = model(_tensor(whole, model), **last).logits
         watch.note = "generating"
@@ -135,12 +136,6 @@ def _read(here: Host, lens: Lens, ids: Sequence[int], new: int, progress: Progre
 
 def _tensor(ids: Sequence[int], model: PreTrainedModel) -> Int[Tensor, "1 n"]:
     return torch.tensor([list(ids)], device=model.device)
-
-
-def _ends(model: PreTrainedModel) -> set[int]:
-    """Return the tokens at which the model's own generation ends."""
-    end = getattr(model.generation_config or model.config, "eos_token_id", None)
-    return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
 def _measured(here: Host, lens: Lens, measure: Measure, n: int) -> Measured:

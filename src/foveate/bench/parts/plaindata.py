@@ -16,13 +16,18 @@ from foveate.core.errors import OptionError
 
 def write_atomic(path: str | os.PathLike, text: str) -> Path:
     """Write `text` to a draft, then move it to `path` in one step; missing folders are created."""
+    # A byte-level model may emit lone surrogates, which UTF-8 cannot hold.
+    return draft_and_move(path, lambda draft: draft.write_text(text, encoding="utf-8", errors="replace", newline="\n"))
+
+
+def draft_and_move(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
+    """Let `write` make a draft, then move it to `path` in one step; missing folders are created."""
     target = Path(path)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # A byte-level model may emit lone surrogates, which UTF-8 cannot hold.
-            draft.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+            write(draft)
             draft.replace(target)
         finally:
             draft.unlink(missing_ok=True)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foveate.bench.parts.plaindata import write_atomic
-from foveate.core.errors import OptionError
+from foveate.bench.parts.plaindata import draft_and_move, write_atomic
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, type], target: Path) -> Path:
@@ -48,14 +46,5 @@ def _write_parquet(lines: list[dict[str, Any]], kinds: Mapping[str, type], targe
 
     types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
     schema = pyarrow.schema([(name, types[kind]) for name, kind in kinds.items()])
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            parquet.write_table(pyarrow.Table.from_pylist(lines, schema), draft)
-            draft.replace(target)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise OptionError(f"cannot write {target}: {error.strerror or error}") from None
-    return target
+    table = pyarrow.Table.from_pylist(lines, schema)
+    return draft_and_move(target, lambda draft: parquet.write_table(table, draft))

@@ -1,4 +1,4 @@
-"""The tokenizer of a pretrained model, for methods that put words of their own before it."""
+"""The words of a pretrained model: its tokenizer, and the tokens that end its texts."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ def tokenizer_of(model: PreTrainedModel) -> Any | None:
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Return the tokens at which the model's own generation ends."""
+    given = getattr(model.generation_config or model.config, "eos_token_id", None)
+    return frozenset(token for token in (given if isinstance(given, list | tuple) else [given]) if token is not None)

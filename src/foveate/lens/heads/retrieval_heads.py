@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +27,7 @@ from foveate.core.errors import OptionError, ShapeError, UnsupportedModel
 from foveate.host.entry import apply
 from foveate.host.hf.layout import layout
 from foveate.host.hf.model import Host, host
+from foveate.host.hf.words import end_tokens
 from foveate.host.method import Method
 from foveate.host.probing import Progress, logits_of
 from foveate.host.site import Site
@@ -150,7 +151,7 @@ class _Hits(Method):
 @torch.no_grad()
 def _written(found: Host, ids: Int[Tensor, " n"], new: int, watch: Method) -> list[int]:
     """Read a prompt up to its last token, write greedily from there, and return the tokens."""
-    model, ends, written = found.model, _ends(found), list[int]()
+    model, ends, written = found.model, end_tokens(found.model), list[int]()
     ids, cache = ids.to(model.device)[None], DynamicCache(config=found.config)
     if ids.shape[1] > 1:
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
@@ -163,11 +164,6 @@ def _written(found: Host, ids: Int[Tensor, " n"], new: int, watch: Method) -> li
             if written[-1] in ends:
                 break
     return written
-
-
-def _ends(found: Host) -> set[int]:
-    given: Any = getattr(found.model.generation_config, "eos_token_id", None)
-    return set() if given is None else {given} if isinstance(given, int) else set(given)
 
 
 def _recall(written: list[int], case: NeedleCase) -> float:
