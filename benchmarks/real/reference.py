@@ -1,7 +1,8 @@
 """The reference run of docs/real.md: two pretrained decoders under every cache policy. `make real` calls it.
 
 `--quick` takes a few minutes and only shows its table. Without it everything is measured, which takes most of an hour
-on two cores, and docs/real.md and docs/measured/real.json are written. Either takes up where it was interrupted.
+on two cores, and docs/real.md and docs/measured/real.json are written. Either takes up where it was interrupted. Parts
+that are measured apart, with `--page`, get a page of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.real.fetch import MODELS, fetch
 from foveate.bench.loading.gguf import cache
@@ -40,6 +42,7 @@ def main() -> None:
         "--losses", nargs="*", type=int, help="lengths of the texts of the next-token loss; none: no loss"
     )
     parser.add_argument("--times", nargs="*", type=int, help="lengths of the timed prompts; none: nothing is timed")
+    parser.add_argument("--page", default="real", help="the page under docs/, and its numbers under docs/measured/")
     chosen = parser.parse_args()
     sizes, begun = plan.quick() if chosen.quick else plan.whole(), time.perf_counter()
     given = {name: getattr(chosen, name) for name in ("tasks", "losses", "times")}
@@ -56,10 +59,18 @@ def main() -> None:
         raise SystemExit(1) from None
     print(policies.short(found))
     if not chosen.quick:
-        (DOCS / "measured" / "real.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        notes = DOCS / "measured" / "real_notes.md"
-        (DOCS / "real.md").write_text(policies.page(found, notes.read_text("utf-8")), "utf-8")
+        _write(chosen.page, found)
     print(f"\n{time.perf_counter() - begun:.0f} s; {'kept in ' + str(out()) if chosen.quick else 'written to docs/'}")
+
+
+def _write(name: str, found: dict[str, Any]) -> None:
+    """Write the numbers under docs/measured/, and the page, with its notes if there are any."""
+    (DOCS / "measured" / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    notes = DOCS / "measured" / f"{name}_notes.md"
+    command = " ".join(["python benchmarks/real/reference.py", *sys.argv[1:]])
+    made_by = f"`{command}` measured this; [measured/{name}.json](measured/{name}.json) has its numbers."
+    text = policies.page(found, notes.read_text("utf-8") if notes.is_file() else "", made_by)
+    (DOCS / f"{name}.md").write_text(text, "utf-8")
 
 
 def say(text: str) -> None:

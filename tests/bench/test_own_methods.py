@@ -28,7 +28,7 @@ def test_objects_run_beside_keys(tmp_path: Path) -> None:
     assert not any(row.error for row in found.rows)
     assert rows["ValueNorm"].cache_kept > 1.3 * rows["ValueNorm 2"].cache_kept
     assert rows["ValueNorm"].options["share"] == 0.35
-    assert sorted(path.stem for path in (tmp_path / "recipes").iterdir()) == ["full", "knorm"]
+    assert sorted(path.stem for path in (tmp_path / "recipes").iterdir()) == ["full", "knorm-0.35"]
 
 
 def test_a_changed_object_is_measured_again(tmp_path: Path) -> None:

@@ -294,8 +294,8 @@ def test_the_page_shows_the_results(found: tuple[dict[str, Any], Path]) -> None:
 
 def test_all_policies_of_the_catalogue_take_part() -> None:
     assert {"sink_recent", "duo_attention", "razor_attention", "token_select", "tidal_decode"} < set(policies())
-    assert whole().methods == quick().methods == policies()
-    assert len(whole().contenders) == 2 + len(policies()) and len(quick().contenders) == 2 + len(policies())
+    assert whole().methods == policies() and set(quick().methods) < set(policies())
+    assert len(whole().contenders) == 2 + len(policies()) and len(quick().contenders) == 2 + len(quick().methods)
     assert times.PREFILL_ROUNDS > 1
 
 

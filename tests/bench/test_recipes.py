@@ -198,15 +198,16 @@ def test_compare_writes_a_recipe_of_each_row_and_runs_it(decoder: Path, prompts:
     keys = ["snapkv", "duo_attention", "sliding_window", "packed"]
     first = compare(**given, methods=keys, out=tmp_path / "one")
     files = sorted(path.name for path in (tmp_path / "one" / "recipes").glob("*.json"))
-    assert files == sorted(f"{key}.json" for key in ["full", *keys])
-    recipes = [str(tmp_path / "one" / "recipes" / f"{key}.json") for key in keys]
+    names = ["snapkv-0.4", "duo_attention-0.4", "sliding_window-0.4", "packed"]
+    assert files == sorted(f"{name}.json" for name in ["full", *names])
+    recipes = [str(tmp_path / "one" / "recipes" / f"{name}.json") for name in names]
     second = compare(**given, methods=recipes, out=tmp_path / "two")
     assert [row.method for row in second.rows] == ["full", *recipes]
     for one, two in zip(first.rows, second.rows, strict=True):
         assert [a.output for a in one.answers] == [a.output for a in two.answers]
         assert (one.cache_kept, one.keys_read) == (two.cache_kept, two.keys_read)
     assert second.rows[1].title == "recipe: snapkv"
-    again = Recipe.read(tmp_path / "two" / "recipes" / "duo_attention.json")
+    again = Recipe.read(tmp_path / "two" / "recipes" / "duo_attention-0.4.json")
     assert again.identity == Recipe.read(recipes[1]).identity
 
 
@@ -223,8 +224,10 @@ def test_compare_refuses_recipes_that_it_cannot_use(decoder: Path, prompts: Path
 def test_rows_of_several_budgets_have_a_recipe_each(decoder: Path, prompts: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"model": str(decoder), "task": str(prompts)}
     first = compare(**given, methods=["snapkv"], budgets=[0.5, 0.25], out=tmp_path / "one")
+    compare(**given, methods=["snapkv"], budget=0.75, out=tmp_path / "one")
     folder = tmp_path / "one" / "recipes"
-    assert sorted(path.name for path in folder.iterdir()) == ["full.json", "snapkv-0.25.json", "snapkv-0.5.json"]
+    names = [f"snapkv-{budget}.json" for budget in (0.25, 0.5, 0.75)]  # those of the first run stay
+    assert sorted(path.name for path in folder.iterdir()) == ["full.json", *names]
     recipes = [str(folder / f"snapkv-{budget}.json") for budget in (0.25, 0.5)]
     second = compare(**given, methods=recipes, budgets=[0.5, 0.25], out=tmp_path / "two")
     assert [row.cache_kept for row in second.rows] == [row.cache_kept for row in first.rows]

@@ -66,7 +66,7 @@ def test_uneven_heads_forget_nothing_that_they_need() -> None:
 
 
 def test_a_threshold_takes_the_place_of_the_share() -> None:
-    found = [held(H2O(share=share, newest=0.0, threshold=0.8, every=1), 60) for share in (0.05, 0.9)]
+    found = [held(H2O(share=share, threshold=0.8, every=1), 60) for share in (0.05, 0.9)]
     assert found[0] == found[1]
 
 

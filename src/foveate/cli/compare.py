@@ -34,7 +34,8 @@ TaskName = Annotated[
 Methods = Annotated[
     str | None,
     typer.Option(
-        help=f"Keys and recipes (FILE.json), separated by commas. Policies: {', '.join(known.policies())}. "
+        help="Keys and recipes (FILE.json, with its own budget), separated by commas. "
+        f"Policies: {', '.join(known.policies())}. "
         f"Operators that read the prompt: {', '.join(known.readers())}. The full cache always runs; "
         f"{known.PACKED} keeps it and decodes faster. Default: {', '.join(known.DEFAULT[1:])}."
     ),

@@ -31,10 +31,12 @@ class H2O(ScorePolicy):
     queries, and have larger sums.
 
     The paper's cache has one size in tokens. Here the budget is the same share of all tokens so far, as in the release
-    for a prompt; a prompt in several pieces sums what each piece still sees.
+    for a prompt; a prompt in several pieces sums what each piece still sees. In assisted generation, drafts that the
+    model refuses have been counted as queries.
 
     Args:
-        newest: share of a head's budget for the newest tokens.
+        newest: share of a head's budget for the newest tokens. With a `threshold` there is no budget, and `recent`
+            says how many of them stay.
         every: while decoding, compress again after that many new tokens; None for never.
         variant: "paper", or "kvpress": the mean over the queries that could see the token, and no newest tokens;
             kvpress compresses once after the prompt (`every=None`).
@@ -61,6 +63,8 @@ class H2O(ScorePolicy):
         own, count = own_positions(site)
         if self.variant == "kvpress":
             return sums / (count[:, None, None] - own).clamp_min(1)
+        if self.threshold is not None:
+            return sums
         newest = (count * self.layer_share(site)).round() * self.newest
         return sums.masked_fill(own >= (count - newest.long())[:, None, None], torch.inf)
 

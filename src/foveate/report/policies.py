@@ -11,8 +11,7 @@ _MISSING = "–"
 _INTRODUCTION = """\
 # Cache policies on real models
 
-Cache policies on pretrained decoders, beside the full cache.
-`make real` writes this page; [measured/real.json](measured/real.json) has its numbers.
+Cache policies on pretrained decoders, beside the full cache.{made_by}
 
 - **Retrieval**: tasks as in RULER on real text, {examples} prompts each. A score is the share of the requested items
   that the greedy answer contains, with its 95 % interval (Wilson's if every answer is right or wrong, else a bootstrap
@@ -42,12 +41,20 @@ _TIMES = """\
 """
 
 
-def page(found: Record, notes: str = "") -> str:
-    """Return the whole result as Markdown, with notes behind the introduction; see `foveate.bench.policies.run`."""
+def page(found: Record, notes: str = "", made_by: str = "") -> str:
+    """Return the whole result as Markdown.
+
+    Args:
+        found: the result of `foveate.bench.policies.run`.
+        notes: Markdown behind the introduction.
+        made_by: a sentence about the command that measured.
+    """
     made, plan = found["made"], found["plan"]
     versions = ", ".join(f"{name} {made[name]}" for name in ("foveate", "torch", "transformers", "python"))
     more = (_LOSSES if plan["losses"] else "") + (_TIMES if plan["times"] else "")
-    text = _INTRODUCTION.format(versions=versions, more=more.format(**made, **plan), **made, **plan)
+    text = _INTRODUCTION.format(
+        versions=versions, more=more.format(**made, **plan), made_by=made_by and f"\n{made_by}", **made, **plan
+    )
     lines = [*text.splitlines(), *(["", *notes.splitlines()] if notes else [])]
     for model in found["models"]:
         lines += ["", *_model(model)]

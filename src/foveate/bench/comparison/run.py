@@ -125,8 +125,8 @@ def compare(
         task: a name of `foveate.tasks.registry.TASKS`, "mqar", "copy", or a file of prompts and answers (see
             `foveate.tasks.files.prompts`). None is the training task of a model of `foveate train`, else needle.
         methods: keys of the catalogue (cache policies, or operators to read the prompt with), and files of recipes
-            (`foveate.save`), or methods of your own as they are, such as `ValueNorm(share=0.25)`; the full cache always
-            runs.
+            (`foveate.save`), which keep their own budgets, or methods of your own as they are, such as
+            `ValueNorm(share=0.25)`; the full cache always runs.
         budget: the share of each prompt's full cache that a method may keep, or read, in (0, 1].
         budgets: several such shares, in place of `budget`: every method runs at each of them, in one run. Policies that
             read a prompt densely then read most prompts only once for all their budgets; see `MethodRun.shares`.

@@ -14,6 +14,8 @@ from foveate.tasks.text.ruler import KINDS
 
 #: One of RULER's needles, several keys, and the needle in longer texts.
 TASKS = ("niah_single", "niah_multikey", "niah_single@8192", "niah_single@16384")
+#: Policies of the quick plan: three that keep part of the cache, and three that read part of it.
+QUICK = ("sink_recent", "duo_attention", "razor_attention", "token_select", "tidal_decode", "recycled_attention")
 #: Prompts of a task with a length of its own.
 LONG = 3
 
@@ -99,11 +101,11 @@ def whole() -> Plan:
 
 
 def quick() -> Plan:
-    """Return a plan of a few minutes: one budget, fewer prompts, shorter texts.
+    """Return a plan of some minutes: six policies, one budget, shorter texts.
 
     Its texts fit into 4,096 tokens of one character, the context of the lab model.
     """
     return replace(
-        whole(), budgets=(0.25,), tasks=("niah_single", "niah_multikey", "niah_multivalue"), examples=8,
+        whole(), methods=QUICK, budgets=(0.25,), tasks=("niah_single", "niah_multikey", "niah_multivalue"), examples=8,
         characters=3072, batch=8, losses=(3072,), texts=1, times=(1024,), rounds=3, steps=8,
     )  # fmt: skip

@@ -77,12 +77,14 @@ def recipe_of(contender: Contender, length: int | None, about: dict[str, Any] | 
 
 
 def write_recipes(contenders: Iterable[Contender], folder: Path, length: int | None) -> list[Path]:
-    """Write the recipe of each contender into a folder, under the name of its method and, of several, its budget."""
-    some = list(contenders)
-    stems = [Path(each.key).stem if is_recipe(each.key) else each.key for each in some]
+    """Write the recipe of each contender into a folder, under the name of its method and its budget, if it takes one.
+
+    Recipes of other budgets from earlier runs stay.
+    """
     written: list[Path] = []
-    for stem, each in zip(stems, some, strict=True):
-        name = stem if stems.count(stem) == 1 else f"{stem}-{each.budget:g}"
+    for each in contenders:
+        name = Path(each.key).stem if is_recipe(each.key) else each.key
+        name += f"-{each.budget:g}" if each.takes_budget else ""
         taken = sum(path.stem == name for path in written)
         written.append(recipe_of(each, length).write(folder / f"{name}{f'-{taken}' if taken else ''}.json"))
     return written
