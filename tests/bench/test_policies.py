@@ -130,7 +130,7 @@ def test_a_policy_that_scores_by_the_prompt_reads_what_it_needs_itself(key: str)
     assert (decoded.kept, decoded.read) == pytest.approx((alone.stats.kept, alone.stats.read), abs=1e-3)
 
 
-@pytest.mark.parametrize("key", ["snapkv", "knorm", "h2o"])
+@pytest.mark.parametrize("key", ["snapkv", "h2o"])
 def test_a_row_of_a_policy_that_scores_by_the_prompt(key: str, folder: Path, tmp_path: Path) -> None:
     plan = replace(TINY, methods=(key,), examples=2, rounds=1)
     full, _, row = run([str(folder)], plan, tmp_path, Watch())["models"][0]["rows"]
@@ -272,7 +272,7 @@ def test_a_failed_policy_is_a_row(folder: Path, tmp_path: Path, monkeypatch: pyt
         return original(self, length)
 
     monkeypatch.setattr(Contender, "at", at)
-    result = run([str(folder)], replace(TINY, losses=(), rounds=1), tmp_path, Watch())
+    result = run([str(folder)], replace(TINY, losses=(), times=()), tmp_path, Watch())
     _, _, sink, razor = result["models"][0]["rows"]
     assert sink["error"] == "RuntimeError: out of order" and "error" not in razor
     page = report.page(result)
@@ -370,7 +370,7 @@ def test_the_command_runs_and_refuses(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_budget_that_a_policy_cannot_meet_is_a_reason_and_not_the_end(folder: Path, tmp_path: Path) -> None:
-    result = run([str(folder)], replace(TINY, methods=("think", "sink_recent")), tmp_path, Watch())
+    result = run([str(folder)], replace(TINY, methods=("think", "sink_recent"), losses=(), times=()), tmp_path, Watch())
     _, _, think, sink = result["models"][0]["rows"]
     assert think["error"].startswith("budget=0.3 is less than the") and "scores" not in think
     assert "error" not in sink and sink["kept"] == pytest.approx(0.3, abs=0.02)

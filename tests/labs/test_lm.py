@@ -17,7 +17,7 @@ from foveate.labs.lm.recipe import needle_accuracy
 from foveate.tasks.parts import corpus
 from tests.support.lab import lab, lab_gates, lab_host, needles
 
-BUDGET, LENGTH, COUNT = 0.35, 1024, 40
+BUDGET, LENGTH, COUNT = 0.35, 1024, 24
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,11 @@ def test_one_token_is_one_byte() -> None:
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
+def test_the_lab_finds_most_needles(full: float) -> None:
+    assert full >= 0.85, "the mean is higher; this is one seed"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "count", "seeds", "least"), [(1024, 150, (101, 102, 103, 104), 0.95), (2048, 50, (201, 202, 203), 0.90)]
 )
