@@ -35,7 +35,7 @@ def supcon_loss(
         raise OptionError(f"temperature={shown(temperature)} must be a number above 0")
     unit, same = F.normalize(z, dim=-1), torch.eye(len(z), dtype=torch.bool, device=z.device)
     similarity = unit @ unit.mT / temperature
-    total = (similarity if own else similarity.masked_fill(same, -torch.inf)).logsumexp(-1, keepdim=True)
+    total = (similarity if own else similarity.masked_fill(same, torch.finfo(z.dtype).min)).logsumexp(-1, keepdim=True)
     positive = (labels[:, None] == labels) & ~same
     counts = positive.sum(-1)
     each = torch.where(positive, total - similarity, 0.0).sum(-1) / counts.clamp_min(1)
