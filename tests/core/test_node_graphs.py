@@ -9,14 +9,7 @@ from torch import Tensor
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.node_graphs import UNREACHED, adjacency, check_edges, hop_distances, token_hops
-
-
-def random_graph(nodes: int, chance: float, seed: int) -> tuple[networkx.Graph, Tensor]:
-    """Return a graph, and its edges each in one direction, in random order."""
-    graph = networkx.gnp_random_graph(nodes, chance, seed=seed)
-    edges = torch.tensor(list(graph.edges), dtype=torch.int64).reshape(-1, 2).T
-    turned = torch.rand(edges.shape[1], generator=torch.Generator().manual_seed(seed)) < 0.5
-    return graph, torch.where(turned, edges.flip(0), edges)
+from tests.support.random_graphs import random_graph
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -23,7 +23,7 @@ from foveate.lens import (
 from foveate.nn import MultiHeadAttention
 from foveate.ops import Softmax
 from tests.conftest import ClaimFixture
-from tests.core.test_node_graphs import random_graph
+from tests.support.random_graphs import random_graph
 from tests.lens.models import eager_maps, tiny
 from tests.support import graph_lm
 from tests.support.tensors import assert_near, qkv

@@ -27,7 +27,7 @@ from foveate.models.graph import generation_graph
 from foveate.nn import GraphAttention
 from foveate.train import fit_levels, pretrain_embedder, supcon_loss
 from tests.conftest import ClaimFixture
-from tests.core.test_node_graphs import random_graph
+from tests.support.random_graphs import random_graph
 from tests.lens.models import tiny
 from tests.support.tensors import assert_near, gradients
 
