@@ -11,6 +11,7 @@ import foveate
 from foveate.core.catalog import systems
 from foveate.ops import GTA
 from tests.lens.models import text, tiny
+from tests.support.clip import clip_vision
 from tests.support.constructed import induction_lm, recall
 from tests.support.lab import lab
 
@@ -37,6 +38,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "attention_sorting": DOCUMENTS,
     "attn_rank": DOCUMENTS,
     "retrieval_heads": {"model": induction_lm(), "ids": RECALL[0], "needle": RECALL[1][0]},
+    "second_order_lens": {"clip": clip_vision(), "images": torch.randn(3, 3, 24, 24), "texts": torch.randn(6, 20)},
     "gta": {
         "camera_to_world": GTA.example_input("poses", B, HEADS, N).float(),
         "places": GTA.example_input("coords", B, HEADS, N).float(),

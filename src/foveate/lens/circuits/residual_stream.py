@@ -150,7 +150,7 @@ class _Tracer:
         decoder, head = self.host.decoder, self.host.model.get_output_embeddings()
         if decoder is None or head is None:
             raise UnsupportedModel(f"{self._name} must be a decoder with a language-model head")
-        blocks = _blocks(self.host, decoder)
+        blocks = blocks_of(decoder, self.host.scope("decoder"), self.host.layers)
         inside = {module for block in blocks for module in block.modules()}
         outer = [m for m in decoder.modules() if m not in inside and not list(m.children())]
         with ExitStack() as stack, torch.no_grad(), apply(self.host.model, self.heads, on="decoder"):
@@ -162,7 +162,7 @@ class _Tracer:
             self.host.model(**given)
         if self.last is None or self.unembedded is None or len(self.blocks) != len(blocks):
             raise UnsupportedModel(f"{self._name} does not run each of its blocks and its head once")
-        chain = _chain(self.calls[decoder], self.last)
+        chain = chained(self.calls[decoder], self.last)
         return Trace(tuple(self.blocks), tuple(self._step(call) for call in chain), self.unembedded)
 
     @property
@@ -174,7 +174,7 @@ class _Tracer:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
             given, result = first_tensor((*args, *kwargs.values())), first_tensor(made)
-            if given is not None and result is not None and not _same(given, result):
+            if given is not None and result is not None and not same_numbers(given, result):
                 calls.append((module, given, result))
 
         for module in dict.fromkeys(modules):
@@ -187,9 +187,9 @@ class _Tracer:
             own = next((call for call in calls if call[0] is attention), None)
             if entered is None or left is None or own is None or attention not in self.heads.found:
                 raise UnsupportedModel(f"{type(block).__name__} does not hand hidden states to its attention")
-            after = _chain(calls, own[2])
+            after = chained(calls, own[2])
             mine = [own, *after]
-            ends = [call for call in calls if not any(_same(call[2], other[1]) for other in calls)]
+            ends = [call for call in calls if not any(same_numbers(call[2], other[1]) for other in calls)]
             others = [call for call in ends if not any(call is each for each in mine)]
             branches = [(mine[-1])[2], *(call[2] for call in others)]
             if not agree(sum(map(self._row, branches), self._row(entered)), self._row(left)):
@@ -219,30 +219,34 @@ class _Tracer:
         return whole[torch.arange(len(whole), device=x.device), self.tokens.to(x.device)].clone()
 
 
-def _blocks(run: Host, decoder: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Return the blocks of a decoder in order, each with its attention module."""
-    attending = set(run.scope("decoder"))
-    for group in decoder.modules():
-        if isinstance(group, nn.ModuleList) and len(group) == run.layers:
-            own = [[module for module in block.modules() if module in attending] for block in group]
+def blocks_of(model: nn.Module, attending: Iterable[nn.Module], count: int) -> dict[nn.Module, nn.Module]:
+    """Return the blocks of a stack in order, each with its attention module.
+
+    Args:
+        model: holds the stack.
+        attending: the attention modules to look for; a block has exactly one.
+        count: the number of blocks.
+    """
+    wanted = set(attending)
+    for group in model.modules():
+        if isinstance(group, nn.ModuleList) and len(group) == count:
+            own = [[module for module in block.modules() if module in wanted] for block in group]
             if all(len(found) == 1 for found in own):
                 return {block: found[0] for block, found in zip(group, own, strict=True)}
-    raise UnsupportedModel(
-        f"{type(run.model).__name__} has no list of {run.layers} blocks with one attention module each"
-    )
+    raise UnsupportedModel(f"{type(model).__name__} has no list of {count} blocks with one attention module each")
 
 
-def _chain(calls: list[tuple[nn.Module, Tensor, Tensor]], start: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:
+def chained(calls: list[tuple[nn.Module, Tensor, Tensor]], start: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:
     """Return the calls that pass a tensor on, one after another."""
     found = []
     for call in calls:
-        if _same(call[1], start):
+        if same_numbers(call[1], start):
             found.append(call)
             start = call[2]
     return found
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_numbers(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are views of the same numbers."""
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
 
