@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foveate.bench.looking import Looked
-from foveate.bench.looking.maps import pooled
+from foveate.lens.views.head_map import pooled
 from foveate.report.look import write
 from tests.report.test_browser import SCHEMES, SIZES, browser  # noqa: F401  a fixture
 from tests.report.test_look_page import IMAGE, SCRIPT, hostile, made

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from foveate.bench.looking import Looked, Measured
-from foveate.bench.looking.maps import pooled
-from foveate.bench.looking.pieces import PART, pieces
+from foveate.lens.views.head_map import pooled
+from foveate.lens.parts.pieces import PART, pieces
 from foveate.lens import MEASURES, Role
 from foveate.report import look as report
 from foveate.report.look_data import payload

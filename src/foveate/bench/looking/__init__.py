@@ -1,6 +1,6 @@
 """One text under a lens: what `foveate look` measures, as plain results."""
 
-from foveate.bench.looking.maps import HeadMap
+from foveate.lens.views.head_map import HeadMap
 from foveate.bench.looking.results import Looked, Measured
 from foveate.bench.looking.run import look_at
 

@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.bench.looking.maps import HeadMap
+from foveate.lens.views.head_map import HeadMap
 from foveate.bench.parts.plaindata import plain, write_atomic
 from foveate.bench.parts.table_file import write_table
 from foveate.lens.heads.roles import Role

@@ -18,8 +18,8 @@ from foveate._version import __version__
 from foveate.bench.comparison.encoding import encoded
 from foveate.bench.comparison.model_context import context_length
 from foveate.bench.loading import load
-from foveate.bench.looking.maps import pooled
-from foveate.bench.looking.pieces import pieces
+from foveate.lens.views.head_map import pooled
+from foveate.lens.parts.pieces import pieces
 from foveate.bench.looking.results import Looked, Measured
 from foveate.core import validate
 from foveate.core.errors import OptionError
