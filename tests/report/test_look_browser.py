@@ -142,11 +142,11 @@ def test_a_map_of_single_tokens_shows_weights(visit):
     said = view.text("#cell")
     assert said.startswith(f"Query {row} “word{row} ” puts ") and said.endswith(f"on key {column} “word{column} ”.")
     assert float(said.split(" puts ")[1].split()[0]) == pytest.approx(wanted[row, column].item(), abs=0.01)
-    assert view("state.view.size") == 8 and view("state.view.row") <= row < view("state.view.row + 8")
+    assert view("mapped.view.size") == 8 and view("mapped.view.row") <= row < view("mapped.view.row + 8")
     view.page.keyboard.press("ArrowLeft")
     assert view.text("#cell").endswith(f"on key {column - 1} “word{column - 1} ”.")
     view.page.keyboard.press("Escape")
-    assert view("state.view.size") == 32
+    assert view("mapped.view.size") == 32
     view.page.locator(".cell[data-layer='1'][data-head='0']").click()
     assert "--heads 1.0 keeps it" in view.text("#mapsaid") and not view.page.locator("#canvas").is_visible()
     view.page.locator("#mapped button").first.click()
@@ -159,7 +159,7 @@ def test_a_pooled_map_lists_the_strongest_pairs(visit):
     weights[500, 7] = 0.9
     view = visit(replace(made(n=n), maps=[pooled(0, 0, weights)]))
     assert "3 keys" in view.text("#mapsaid")
-    view("state.cell = {row: 166, column: 2}, zoom(8)")
+    view("mapped.cell = {row: 166, column: 2}, zoom(8)")
     assert view.text("#cell").startswith("Queries 498–500 ")
     assert view.page.locator("#pairs li").first.inner_text() == "“word500 ” (500) → “word7 ” (7): 0.9"
     view("chooseToken(500)")

@@ -121,7 +121,7 @@ class AttentionView:
     def pattern_scores(self, pattern: Bool[Tensor, "n m"], part: str | None = None) -> Float[Tensor, "l h"]:
         """Return how much of its attention each head puts on a pattern: the mean over queries that have a key in it.
 
-        Heads without a map have NaN. `foveate.lens.top_heads` ranks them.
+        Heads without a map have NaN; `foveate.lens.top_heads` ranks the table of a whole model.
 
         Args:
             pattern: True for the pairs of query and key that belong to the pattern.

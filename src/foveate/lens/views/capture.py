@@ -28,7 +28,7 @@ MOST = 4 << 30
 def attention_view(
     model: object, inputs: Tensor | Mapping[str, Any], *, tokenizer: Any = None, tokens: Sequence[str] | None = None,
     decoder_tokens: Sequence[str] | None = None, item: int = 0, layers: Iterable[int] | None = None,
-    boundary: int | None = None, generate: int = 0, neurons: bool = True, **more: Any,
+    boundary: int | None = None, generate: int = 0, prompt: int | None = None, neurons: bool = True, **more: Any,
 ) -> AttentionView:  # fmt: skip
     """Run a model once over one text or image, and return a view of the attention of all its heads.
 
@@ -47,6 +47,7 @@ def attention_view(
         layers: the layers to show; None is all.
         boundary: the place of the first token of the second segment; None finds it from `token_type_ids`.
         generate: the most tokens to generate first, greedily; they are read like the others, and underlined.
+        prompt: the number of tokens that were read, if the others were generated before.
         neurons: whether queries and keys are kept, for the neuron view.
 
     Raises:
@@ -54,7 +55,6 @@ def attention_view(
     """
     here = host(model)
     given = _one_item(here, inputs, more, item)
-    prompt = None
     if generate:
         prompt, given = _generated(here, given, generate)
     record = _Capture(here, None if layers is None else set(layers), neurons)
