@@ -189,3 +189,19 @@ def test_the_map_follows_the_colour_scheme(visit):
     view.page.emulate_media(color_scheme="dark")
     view.page.wait_for_timeout(300)
     assert view.pixel(760, 8) != before and view.complaints == []
+
+
+def test_lines_of_a_kept_head(visit):
+    """BertViz's head view beside the map: a token's lines by click, linked with the text above."""
+    found = made(n=20)
+    view = visit(found)
+    lines = "[...document.querySelectorAll('.arcs line')].map(line => [line.dataset.query, line.dataset.key].map(Number))"
+    weights = found.maps[0].tiles
+    assert sorted(map(tuple, view(lines))) == [tuple(each) for each in (weights > 0.02).nonzero().tolist()]
+    view.page.locator(".arc-token[data-side='query'][data-at='7']").click()
+    assert view.text("#readout").startswith("Token 7 “word7 ”") and {row for row, _ in view(lines)} == {7}
+    view.page.locator(".token").nth(9).click()
+    assert {row for row, _ in view(lines)} == {9}
+    view.page.locator(".cell[data-layer='1'][data-head='0']").click()
+    assert not view.page.locator("#arcs").is_visible()
+    assert view.complaints == []
