@@ -20,7 +20,7 @@ from foveate.lens.views.joint_scaling import GRID, correlation, key_shift, norm_
 from foveate.lens.views.projections import principal_components, projected
 from tests.conftest import ClaimFixture
 from tests.lens.models import eager_maps, image, text, tiny
-from tests.support.lab import lab
+from tests.support.lab import lab, lab_ids
 from tests.support.tensors import assert_near
 
 
@@ -289,9 +289,9 @@ def test_images_and_encoder_decoders() -> None:
 @pytest.mark.slow
 def test_distance_tells_attention_in_a_trained_decoder(claim: ClaimFixture) -> None:
     """The lab's heads: means over all of them."""
-    model, tokenizer = lab()
+    model = lab()[0]
     texts = ["The garbage collector frees objects.", "It runs often, but never for long, and then it stops again."]
-    seen = attentionviz_matrix(model, [tokenizer(each, return_tensors="pt")["input_ids"] for each in texts])
+    seen = attentionviz_matrix(model, map(lab_ids, texts))
     mean = {
         name: torch.tensor([row["value"] for row in seen.measures() if row["measure"] == name]).mean().item()
         for name in ("correlation_before", "correlation_after", "separation_before", "separation_after")

@@ -20,7 +20,7 @@ from foveate.lens.views.stack import Products, Stack
 from tests.conftest import ClaimFixture
 from tests.lens.models import eager_maps, image, text, tiny
 from tests.support.constructed import VOCAB, induction_lm
-from tests.support.lab import lab
+from tests.support.lab import lab, lab_ids
 from tests.support.tensors import assert_near
 
 MARKUP = "<script>alert(1)</script>&amp;"
@@ -51,7 +51,7 @@ CASES: dict[str, Callable[[], tuple[Any, dict[str, Tensor]]]] = {
     "a window and a soft cap": lambda: (tiny("gemma2"), text()),
     "an encoder": lambda: (tiny("bert"), text()),
     "a ViT": lambda: (tiny("vit"), image()),
-    "a trained decoder": lambda: (lab()[0], {"input_ids": lab()[1]("The cat sat.", return_tensors="pt")["input_ids"]}),
+    "a trained decoder": lambda: (lab()[0], {"input_ids": lab_ids("The cat sat.")}),
 }
 
 
@@ -275,7 +275,7 @@ def test_a_vit_shows_patches() -> None:
 
 def test_generated_tokens_are_read_and_known() -> None:
     model, tokenizer = lab()
-    ids = tokenizer("The cat", return_tensors="pt")["input_ids"]
+    ids = lab_ids("The cat")
     view = attention_view(model, ids, tokenizer=tokenizer, generate=4)
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=4)
     stack = view.stack()

@@ -66,7 +66,8 @@ class AttentionView:
         maps = _by_head(attn)
         if queries is None and places is None:
             places = range(len(tokens))
-        texts = [tokens[place] for place in places or ()] if queries is None else queries
+        inside = range(len(tokens))  # `Stack` refuses other places
+        texts = [tokens[place] if place in inside else "" for place in places or ()] if queries is None else queries
         stack = Stack(maps, texts, tokens, places, boundary, _products(q, k, scale))
         self.stacks: dict[str, Stack] = {"": stack}
         self.name = name
