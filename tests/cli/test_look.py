@@ -130,7 +130,8 @@ def test_roles_are_listed_with_reasons(tmp_path: Path) -> None:
 def test_views_of_all_heads_are_written(tmp_path: Path) -> None:
     found = run(TEXT, "--out", tmp_path, "--views", "--generate", 2)
     assert found.exit_code == 0, found.output
-    assert f"view     {tmp_path / 'view.html'}" in found.stdout and f"view     {tmp_path / 'joint.html'}" in found.stdout
+    for name in ("view.html", "joint.html"):
+        assert f"view     {tmp_path / name}" in found.stdout
     page = (tmp_path / "view.html").read_text("utf-8")
     data = json.loads(page.split('id="view">')[1].split("</script>")[0])
     part, content = data["parts"][0], json.loads((tmp_path / "look.json").read_text("utf-8"))

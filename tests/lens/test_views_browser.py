@@ -171,7 +171,8 @@ def test_neurons_are_those_of_the_table(visit):
     view = visit(found.head(1, [3]).html())
     view.page.locator(".arc-token[data-side='query'][data-at='7']").click()
     table = found.neuron(1, 3, 7)
-    rows = view("[...document.querySelectorAll('.neurons tbody tr')].map(row => [...row.cells].map(c => c.textContent))")
+    lines = "[...document.querySelectorAll('.neurons tbody tr')]"
+    rows = view(f"{lines}.map(row => [...row.cells].map(cell => cell.textContent))")
     keys = [int(row[0].split()[0]) for row in rows]
     assert keys == [key for key, weight in zip(table.keys.tolist(), table.prob.tolist(), strict=True) if weight > 1e-10]
     assert len(keys) > 3 and [row[0] for row in rows] == [f"{key} {WORDS[key]}" for key in keys]
@@ -211,7 +212,8 @@ def test_parts_of_an_encoder_decoder(visit):
     view.head(1, 1)
     drawn = {line[:3]: line[3] for line in view.lines()}
     expected = {line[:3]: line.weight for line in three.head(1, [1], "cross").edges(0.02)}
-    assert drawn.keys() == expected.keys() and drawn[next(iter(drawn))] == pytest.approx(expected[next(iter(drawn))], abs=1e-3)
+    first = next(iter(drawn))
+    assert drawn.keys() == expected.keys() and drawn[first] == pytest.approx(expected[first], abs=1e-3)
     view("mapped.cell = {row: 6, column: 11}, zoom(8)")
     assert view.text("#cell").startswith("Query 6 “out6” puts ") and "key 11 “word11 ”" in view.text("#cell")
     view.check()
@@ -225,7 +227,8 @@ def test_a_vits_map_lies_over_its_image(visit):
     view.page.locator("#image").click(position={"x": 2.5 / 4 * box["width"], "y": 1.5 / 4 * box["height"]})
     assert "query 1,2:" in view.text("#patchsaid")
     row = found.stack().map(1, 2)[1 + 4 + 2]
-    assert float(view.text("#patchsaid").split("at most ")[1].split()[0]) == pytest.approx(float(row[1:].max()), abs=1e-3)
+    most = float(view.text("#patchsaid").split("at most ")[1].split()[0])
+    assert most == pytest.approx(float(row[1:].max()), abs=1e-3)
     view.page.locator("#image").focus()
     view.page.keyboard.press("ArrowDown")
     assert "query 2,2:" in view.text("#patchsaid")
@@ -254,7 +257,8 @@ def test_a_long_text_lists_one_query(visit):
     view = visit(AttentionView(maps, [f"t{at}" for at in range(500)]).html())
     assert view("document.querySelectorAll('.arc-token[data-side=\"query\"]').length") == 1
     view("pinRow(40)")
-    keys = view("[...document.querySelectorAll('.arc-token[data-side=\"key\"]')].map(token => Number(token.dataset.at))")
+    tokens = "[...document.querySelectorAll('.arc-token[data-side=\"key\"]')]"
+    keys = view(f"{tokens}.map(token => Number(token.dataset.at))")
     assert keys == sorted(maps[0, 0][40].topk(len(keys)).indices.tolist())
     view.check()
 

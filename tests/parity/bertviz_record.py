@@ -1,7 +1,7 @@
 """Records what BertViz's neuron view shows of a small BERT: `bertviz.json`, which `test_bertviz.py` reads.
 
-BertViz computes queries and keys with a copy of BERT of its own, of 2019. It has an environment of its own. By hand, from
-here:
+BertViz computes queries and keys with a copy of BERT of its own, of 2019. It needs an environment of its own. By hand,
+from here:
 
     python3 -m venv /tmp/bertviz && /tmp/bertviz/bin/pip install torch 'ipython<9' bertviz setuptools
     /tmp/bertviz/bin/python tests/parity/bertviz_record.py

@@ -1,1 +1,1 @@
-"""Web pages that stand alone: their skeleton, style and scripts, and texts and numbers in a form that fits into them."""
+"""Web pages that stand alone: their skeleton, style and scripts, and forms of texts and numbers that fit into them."""

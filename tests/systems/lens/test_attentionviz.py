@@ -193,7 +193,9 @@ def test_the_metric_is_heard() -> None:
     assert near == [1, 2]
 
 
-@pytest.mark.parametrize(("method", "module", "package"), [("tsne", "sklearn", "scikit-learn"), ("umap", "umap", "umap-learn")])
+@pytest.mark.parametrize(
+    ("method", "module", "package"), [("tsne", "sklearn", "scikit-learn"), ("umap", "umap", "umap-learn")]
+)
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, method: Any, module: str, package: str) -> None:
     real = builtins.__import__
 

@@ -265,7 +265,9 @@ def _by_head(attn: Maps) -> dict[tuple[int, int], Tensor]:
     maps = {}
     for layer, weights in enumerate(attn):
         if not isinstance(weights, Tensor) or weights.ndim not in (3, 4) or (weights.ndim == 4 and len(weights) != 1):
-            raise ShapeError(f"attn[{layer}] must be weights (H, T, S) or (1, H, T, S) of one text; got {shown(weights)}")
+            raise ShapeError(
+                f"attn[{layer}] must be weights (H, T, S) or (1, H, T, S) of one text; got {shown(weights)}"
+            )
         one = weights.detach().float().reshape(weights.shape[-3:])
         maps |= {(layer, head): each for head, each in enumerate(one)}
     return maps

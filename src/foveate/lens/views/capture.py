@@ -1,4 +1,4 @@
-"""Capture maps, queries and keys of a pretrained model for an `AttentionView`: one pass, with the model's own kernel."""
+"""Capture of maps, queries and keys of a pretrained model for an `AttentionView`, in one pass."""
 
 from __future__ import annotations
 

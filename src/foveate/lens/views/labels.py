@@ -1,4 +1,4 @@
-"""Texts of a model's tokens for its views: words, patches or numbers; which are no padding; and where a segment begins."""
+"""Texts of a model’s tokens for its views: words, patches or numbers, without padding, and where a segment begins."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def _tsne(points: Tensor, dim: int, metric: Metric) -> Tensor:
         raise OptionError('method="tsne" needs the package scikit-learn: pip install "foveate[views]"') from None
     numbers = points.double().cpu().numpy()
     perplexity = min(30.0, (len(points) - 1) / 3)
-    model = TSNE(dim, perplexity=perplexity, metric=metric, init=_start(points, dim, 1e-4).cpu().numpy(), random_state=0)
+    start = _start(points, dim, 1e-4).cpu().numpy()
+    model = TSNE(dim, perplexity=perplexity, metric=metric, init=start, random_state=0)
     return torch.from_numpy(model.fit_transform(numbers)).to(points)
 
 

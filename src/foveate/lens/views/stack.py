@@ -92,7 +92,8 @@ class Stack:
             raise OptionError(f"grid={self.grid} must have at most {size[1]} patches, the number of tokens")
 
     def _check_places(self, size: tuple[int, int]) -> None:
-        if self.places is not None and (len(self.places) != size[0] or not all(0 <= at < size[1] for at in self.places)):
+        places = self.places
+        if places is not None and (len(places) != size[0] or not all(0 <= at < size[1] for at in places)):
             raise OptionError(f"places must hold a place in 0..{size[1] - 1} for each of {size[0]} queries")
         if self.boundary is None:
             return

@@ -1,6 +1,6 @@
 "use strict";
 // The head view: queries on the left, keys on the right, and a line for each weight, in the colour of its head. The
-// texts are those of `mapped`; the page sets `arcs.boundary`, `arcs.prompt` and, to hear of a chosen query, `arcs.onRow`.
+// texts are those of `mapped`; the page sets `arcs.boundary`, `arcs.prompt` and `arcs.onRow`, called with a chosen query.
 
 const arcs = { maps: [], row: -1, hover: null, segments: "all", boundary: null, prompt: null, onRow: null };
 const ARCS = { full: 300, lines: 6000, faint: 0.02, row: 19, left: 236, right: 372, width: 640, longest: 28 };
@@ -70,9 +70,7 @@ function buildArcs() {
       const token = drawn("text", { x, y: arcPlace(row) + 4, "text-anchor": anchor, class: "arc-token" }, short);
       token.append(drawn("title", {}, `${place}: ${whole}`));
       Object.assign(token.dataset, { side, at });
-      if (arcs.prompt !== null && (side === "query" || mapped.queries.length === tokens.length) && place >= arcs.prompt) {
-        token.classList.add("new");
-      }
+      if (arcs.prompt !== null && place >= arcs.prompt) token.classList.add("new");
       svg.append(token);
     });
   }
@@ -103,7 +101,8 @@ function paintArcs(list = listed()) {
     }
   }
   svg.querySelector(".lines").replaceChildren(...parts);
-  const chosen = list.alone ? { side: "query", at: list.queries[0] } : hover ?? (row < 0 ? null : { side: "query", at: row });
+  const pinned = list.alone ? list.queries[0] : row;
+  const chosen = (list.alone ? null : hover) ?? (pinned < 0 ? null : { side: "query", at: pinned });
   for (const token of svg.querySelectorAll(".arc-token")) {
     const own = chosen && token.dataset.side === chosen.side && Number(token.dataset.at) === chosen.at;
     token.classList.toggle("chosen", Boolean(own));
@@ -121,7 +120,8 @@ function sayArcs(chosen) {
     const keys = best.map(({ key, weight }) => `${quoted(mapped.keys, key)} (${key}) ${show(weight)}`);
     return `head ${map.head}: ${keys.join(", ") || "no weight"}`;
   });
-  byId("arcsaid").textContent = `Query ${queryPlace(chosen.at)} ${quoted(mapped.queries, chosen.at)}. ${said.join("; ")}.`;
+  const query = `Query ${queryPlace(chosen.at)} ${quoted(mapped.queries, chosen.at)}`;
+  byId("arcsaid").textContent = `${query}. ${said.join("; ")}.`;
 }
 
 function pinRow(row, scroll = false) {

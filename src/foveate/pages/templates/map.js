@@ -1,6 +1,6 @@
 "use strict";
 // Maps: tiles on a canvas, of which `view` is the visible square, and the strongest keys of each query. The page sets
-// `mapped.queries` and `mapped.keys`, the texts of both sides, and `mapped.places`, the queries' places if they are some.
+// `mapped.queries` and `mapped.keys`, the texts of both sides, and `mapped.places`, the places of some queries alone.
 
 const mapped = { map: null, view: null, cell: null, queries: [], keys: [], places: null };
 const queryPlace = (row) => mapped.places?.[row] ?? row;
@@ -90,8 +90,8 @@ function readCell() {
   }
   pairs.sort((a, b) => b.weight - a.weight);
   byId("pairs").replaceChildren(...pairs.slice(0, 6).map(({ query, key, weight: share }) => (
-    element("li", "", `${quoted(mapped.queries, query)} (${queryPlace(query)}) → ${quoted(mapped.keys, key)} (${key}): `
-      + show(share))
+    element("li", "", `${quoted(mapped.queries, query)} (${queryPlace(query)}) → ${quoted(mapped.keys, key)} (${key})`
+      + `: ${show(share)}`)
   )));
 }
 
@@ -119,9 +119,10 @@ function moveCell(event) {
   else if (event.key === "Escape") zoom(view.size * 4);
   else if (event.key in steps) {
     const [down, right] = steps[event.key];
-    mapped.cell = { row: clamp(cell.row + down, 0, map.rows - 1), column: clamp(cell.column + right, 0, map.columns - 1) };
+    const row = clamp(cell.row + down, 0, map.rows - 1), column = clamp(cell.column + right, 0, map.columns - 1);
+    mapped.cell = { row, column };
     const follow = (start, at) => clamp(start, at - view.size + 1, at);
-    mapped.view = { ...view, row: follow(view.row, mapped.cell.row), column: follow(view.column, mapped.cell.column) };
+    mapped.view = { ...view, row: follow(view.row, row), column: follow(view.column, column) };
     drawMap();
   } else return;
   event.preventDefault();

@@ -100,7 +100,8 @@ function named(at) {
 function readOut() {
   const at = state.hover ?? (state.query < 0 ? null : state.query);
   byId("readout").textContent = at === null ? "No token is chosen." : `${named(at)}.`;
-  byId("nearest").replaceChildren(...(state.query < 0 ? [] : nearest(state.picture, state.query)).map(({ key, weight }) => (
+  const keys = state.query < 0 ? [] : nearest(state.picture, state.query);
+  byId("nearest").replaceChildren(...keys.map(({ key, weight }) => (
     element("li", "", `“${data.keys.tokens[key]}” (${data.keys.place[key]}): ${show(weight)}`)
   )));
 }
@@ -134,8 +135,9 @@ function chooseHead(layer, head, focus = false) {
   }
   const m = picture.measures;
   byId("said").textContent = `Correlation of distance and product ${show(m.correlation_after)} (before: `
-    + `${show(m.correlation_before)}); c = ${show(picture.c)}; keys’ mean norm over queries’ ${show(m.norm_ratio_after)} `
-    + `(before: ${show(m.norm_ratio_before)}); separation ${show(m.separation_after)} (before: ${show(m.separation_before)}).`;
+    + `${show(m.correlation_before)}); c = ${show(picture.c)}; keys’ mean norm over queries’ `
+    + `${show(m.norm_ratio_after)} (before: ${show(m.norm_ratio_before)}); separation ${show(m.separation_after)} `
+    + `(before: ${show(m.separation_before)}).`;
   state.picture = picture;
   drawPoints();
 }
@@ -194,7 +196,8 @@ byId("points").addEventListener("keydown", (event) => {
 byId("text").addEventListener("click", (event) => {
   const part = event.target.closest(".token"), text = data.queries.text[Math.max(0, state.query)];
   if (!part || !data.same) return;
-  const at = data.queries.place.findIndex((place, i) => place === Number(part.dataset.place) && data.queries.text[i] === text);
+  const wanted = Number(part.dataset.place), { place, text: texts } = data.queries;
+  const at = place.findIndex((each, i) => each === wanted && texts[i] === text);
   if (at >= 0) chooseQuery(at);
 });
 byId("colour").addEventListener("change", (event) => {

@@ -45,10 +45,11 @@ function drawPatches() {
   brush.imageSmoothingEnabled = false;
   brush.globalAlpha = 0.75;
   if (part.image) brush.drawImage(picture(part.image), 0, 0, canvas.width, canvas.height);
-  const found = entries(map, query), most = Math.max(...found.filter(({ key }) => key >= front).map((each) => each.weight));
+  const found = entries(map, query), inPatches = found.filter(({ key }) => key >= front);
+  const most = Math.max(...inPatches.map(({ weight }) => weight));
   const [wide, high] = [canvas.width / columns, canvas.height / rows], tint = colour("hit").join(" ");
   brush.globalAlpha = 1;
-  for (const { key, weight } of found.filter((each) => each.key >= front)) {
+  for (const { key, weight } of inPatches) {
     const [row, column] = [Math.floor((key - front) / columns), (key - front) % columns];
     brush.fillStyle = `rgb(${tint} / ${(0.85 * Math.sqrt(weight / (most || 1))).toFixed(3)})`;
     brush.fillRect(column * wide, row * high, wide, high);
@@ -58,7 +59,7 @@ function drawPatches() {
     brush.lineWidth = 3;
     brush.strokeRect(((query - front) % columns) * wide, Math.floor((query - front) / columns) * high, wide, high);
   }
-  const inside = found.filter(({ key }) => key >= front).reduce((sum, { weight }) => sum + weight, 0);
+  const inside = inPatches.reduce((sum, { weight }) => sum + weight, 0);
   canvas.setAttribute("aria-label", `Weights of query ${part.queries[query]} on ${rows} × ${columns} patches`);
   byId("patchsaid").textContent = `Layer ${map.layer}, head ${map.head}, query ${inLine(part.queries[query])}: `
     + `${show(inside)} of its attention is on patches, at most ${show(most)} on one.`;
