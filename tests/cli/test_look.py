@@ -127,6 +127,19 @@ def test_roles_are_listed_with_reasons(tmp_path: Path) -> None:
     assert page.count("mean weight on the last 5 tokens") == sum(role["name"] == "local" for role in roles)
 
 
+def test_views_of_all_heads_are_written(tmp_path: Path) -> None:
+    found = run(TEXT, "--out", tmp_path, "--views", "--generate", 2)
+    assert found.exit_code == 0, found.output
+    for name in ("view.html", "joint.html"):
+        assert f"view     {tmp_path / name}" in found.stdout
+    page = (tmp_path / "view.html").read_text("utf-8")
+    data = json.loads(page.split('id="view">')[1].split("</script>")[0])
+    part, content = data["parts"][0], json.loads((tmp_path / "look.json").read_text("utf-8"))
+    assert part["keys"] == content["tokens"] and part["prompt"] == content["prompt_tokens"] < len(part["keys"])
+    assert len(part["maps"]) == 4 * 8 and set(part["products"]) == {"0", "1", "2", "3"}
+    assert (tmp_path / "joint.html").read_text("utf-8").count('"correlation_after"') == 4 * 8
+
+
 def test_a_config_file(tmp_path: Path) -> None:
     config = tmp_path / "look.toml"
     config.write_text(f'measure = ["own_token"]\nheads = ["3.1"]\nout = "{tmp_path.as_posix()}/b"\njson = true\n')

@@ -27,4 +27,4 @@ def test_what_a_page_names_is_here(page: str) -> None:
 
 
 #: Options, attributes and other libraries' names in the right columns.
-OTHERS = {"keep_maps", "Method", "positions", "model", "generate", "read", "site"}
+OTHERS = {"keep_maps", "Method", "positions", "model", "generate", "read", "site", "token_type_ids"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foveate.bench.looking import Looked
-from foveate.bench.looking.maps import pooled
+from foveate.lens.views.head_map import pooled
 from foveate.report.look import write
 from tests.report.test_browser import SCHEMES, SIZES, browser  # noqa: F401  a fixture
 from tests.report.test_look_page import IMAGE, SCRIPT, hostile, made
@@ -142,11 +142,11 @@ def test_a_map_of_single_tokens_shows_weights(visit):
     said = view.text("#cell")
     assert said.startswith(f"Query {row} “word{row} ” puts ") and said.endswith(f"on key {column} “word{column} ”.")
     assert float(said.split(" puts ")[1].split()[0]) == pytest.approx(wanted[row, column].item(), abs=0.01)
-    assert view("state.view.size") == 8 and view("state.view.row") <= row < view("state.view.row + 8")
+    assert view("mapped.view.size") == 8 and view("mapped.view.row") <= row < view("mapped.view.row + 8")
     view.page.keyboard.press("ArrowLeft")
     assert view.text("#cell").endswith(f"on key {column - 1} “word{column - 1} ”.")
     view.page.keyboard.press("Escape")
-    assert view("state.view.size") == 32
+    assert view("mapped.view.size") == 32
     view.page.locator(".cell[data-layer='1'][data-head='0']").click()
     assert "--heads 1.0 keeps it" in view.text("#mapsaid") and not view.page.locator("#canvas").is_visible()
     view.page.locator("#mapped button").first.click()
@@ -159,7 +159,7 @@ def test_a_pooled_map_lists_the_strongest_pairs(visit):
     weights[500, 7] = 0.9
     view = visit(replace(made(n=n), maps=[pooled(0, 0, weights)]))
     assert "3 keys" in view.text("#mapsaid")
-    view("state.cell = {row: 166, column: 2}, zoom(8)")
+    view("mapped.cell = {row: 166, column: 2}, zoom(8)")
     assert view.text("#cell").startswith("Queries 498–500 ")
     assert view.page.locator("#pairs li").first.inner_text() == "“word500 ” (500) → “word7 ” (7): 0.9"
     view("chooseToken(500)")
@@ -189,3 +189,19 @@ def test_the_map_follows_the_colour_scheme(visit):
     view.page.emulate_media(color_scheme="dark")
     view.page.wait_for_timeout(300)
     assert view.pixel(760, 8) != before and view.complaints == []
+
+
+def test_lines_of_a_kept_head(visit):
+    """BertViz's head view beside the map: a token's lines by click, linked with the text above."""
+    found = made(n=20)
+    view = visit(found)
+    lines = "[...document.querySelectorAll('.arcs line')].map(({ dataset }) => [dataset.query, dataset.key].map(Number))"
+    weights = found.maps[0].tiles
+    assert sorted(map(tuple, view(lines))) == [tuple(each) for each in (weights > 0.02).nonzero().tolist()]
+    view.page.locator(".arc-token[data-side='query'][data-at='7']").click()
+    assert view.text("#readout").startswith("Token 7 “word7 ”") and {row for row, _ in view(lines)} == {7}
+    view.page.locator(".token").nth(9).click()
+    assert {row for row, _ in view(lines)} == {9}
+    view.page.locator(".cell[data-layer='1'][data-head='0']").click()
+    assert not view.page.locator("#arcs").is_visible()
+    assert view.complaints == []

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from foveate.bench.looking import Looked, Measured
-from foveate.bench.looking.maps import pooled
-from foveate.bench.looking.pieces import PART, pieces
+from foveate.lens.views.head_map import pooled
+from foveate.lens.parts.pieces import PART, pieces
 from foveate.lens import MEASURES, Role
 from foveate.report import look as report
 from foveate.report.look_data import payload
@@ -184,7 +184,7 @@ def test_texts_stay_texts() -> None:
     text = report.render(hostile())
     page = Page(text)
     assert SCRIPT not in text and IMAGE not in text
-    assert [tag for tag, _ in page.tags].count("script") == 3 and "img" not in {tag for tag, _ in page.tags}
+    assert [tag for tag, _ in page.tags].count("script") == 2 + 6 and "img" not in {tag for tag, _ in page.tags}
     assert "\x1b" not in text and "\u202e" not in text
     assert page.json("look")["tokens"][0].startswith(SCRIPT + IMAGE)
 

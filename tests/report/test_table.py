@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from foveate.bench.comparison.results import Comparison, Row
-from foveate.report.columns import VARIES, between, cells, number, percent, plain_number, times, visible
+from foveate.pages.text import visible
+from foveate.report.columns import VARIES, between, cells, number, percent, plain_number, times
 from foveate.report.headline import about, headline, notes
 from foveate.report.table import markdown, render
 

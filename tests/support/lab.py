@@ -6,10 +6,12 @@ from functools import cache
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from foveate.bench.comparison.encoding import encoded
 from foveate.bench.loading import load
 from foveate.host import Method, apply
 from foveate.host.hf.model import Host, host
@@ -22,6 +24,11 @@ def lab() -> tuple[LlamaForCausalLM, Any]:
     """Model and tokenizer."""
     model, tokenizer, _ = load(None)
     return model, tokenizer  # type: ignore[return-value]
+
+
+def lab_ids(text: str) -> Int[Tensor, "1 n"]:
+    """Return a text as the lab reads it."""
+    return torch.tensor([encoded(lab()[1], text)])
 
 
 def lab_host() -> Host:

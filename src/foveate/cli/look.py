@@ -28,6 +28,10 @@ Generate = Annotated[int, typer.Option(help="The most tokens to generate after t
 Roles = Annotated[
     bool, typer.Option("--roles", help="Name the heads that have a role: induction, sink, local, and so on.")
 ]
+Views = Annotated[
+    bool,
+    typer.Option("--views", help="Also write view.html, the lines, maps and neurons of all heads, and joint.html."),
+]
 Out = Annotated[Path, typer.Option(help="Folder for look.html, look.json and look.parquet (or look.csv).")]
 
 
@@ -38,6 +42,7 @@ def command(
     heads: Heads = None,
     generate: Generate = 0,
     roles: Roles = False,
+    views: Views = False,
     out: Out = Path("foveate-look"),
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -58,15 +63,16 @@ def command(
 
         with lock_folder(out):
             found = look_at(
-                model, content, measures=names, heads=chosen, generate=generate, with_roles=roles, device=device,
-                dtype=dtype, trust_remote_code=trust_remote_code, progress=bar.at, say=bar.say,
+                model, content, measures=names, heads=chosen, generate=generate, with_roles=roles, with_views=views,
+                device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=bar.at, say=bar.say,
             )  # fmt: skip
             data, table = found.save(out)
             page = report.write(found, out / "look.html")
+            more = [] if found.views is None else [f"view     {each}" for each in found.views.save(out)]
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:
-        show(*report.lines(found), "", f"page     {page}", f"results  {data}", f"table    {table}")
+        show(*report.lines(found), "", f"page     {page}", *more, f"results  {data}", f"table    {table}")
 
 
 def _text(source: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 from weakref import WeakSet
 
 import torch
@@ -29,6 +29,9 @@ from foveate.lens.capture.tiles import measure_call
 from foveate.lens.html_table import layer_head_tables
 from foveate.lens.measures import KeyTokens, Measure
 from foveate.lens.registry import named
+
+if TYPE_CHECKING:
+    from foveate.lens.views.attention_view import AttentionView
 
 #: Positions of the queries whose weights to keep; negative ones count from the current end of the sequence.
 Queries = slice | Iterable[int]
@@ -178,9 +181,39 @@ class Look:
         """Return the weights kept by `keep_maps`; see `Lens.map`."""
         return self.lens.map(layer, head)
 
+    def view(self, tokens: Sequence[str] | None = None, item: int = 0) -> AttentionView:
+        """Return the maps of `keep_maps` as a view: lines, maps and a page; `attention_view` shows all heads.
+
+        Args:
+            tokens: the texts of all tokens; None for numbers.
+            item: the item of the batch.
+        """
+        from foveate.lens.views.attention_view import AttentionView  # its page needs jinja2
+
+        kept = self._kept()
+        if not kept:
+            raise OptionError("keep_maps must name a head to view, such as {(3, 1): slice(None)}; no map was kept")
+        maps = {at: self.map(*at) for at in kept}
+        batch, _, n = next(iter(maps.values())).shape
+        if item not in range(batch):
+            raise OptionError(f"item={item} must be in 0..{batch - 1}, the items of the batch")
+        rows = {at: _positions(queries, n) for at, queries in kept.items()}
+        places = sorted(set().union(*rows.values()))
+        row_of = {place: row for row, place in enumerate(places)}
+        whole = {}
+        for at, weights in maps.items():
+            whole[at] = weights.new_zeros(len(places), n)
+            whole[at][[row_of[place] for place in rows[at]]] = weights[item]
+        texts = [str(place) for place in range(n)] if tokens is None else tokens
+        return AttentionView(whole, texts, places=places)
+
     def _repr_html_(self) -> str:
-        """Return a coloured table of layers and heads for each measure, which notebooks show."""
-        return layer_head_tables(self.measures())
+        """Return a coloured table of layers and heads for each measure, and the kept maps, for notebooks."""
+        tables = layer_head_tables(self.measures())
+        return tables + self.view()._repr_html_() if self._kept() else tables
+
+    def _kept(self) -> dict[tuple[int, int], Queries]:
+        return {at: queries for at, queries in self.lens.keep_maps.items() if at[0] not in self.lens.unseen}
 
 
 def look(
@@ -216,14 +249,17 @@ def _map(site: Site, rows: slice, head: int, tokens: KeyTokens) -> Tensor:
 def _slices(queries: Queries, site: Site) -> list[slice]:
     """Return the requested rows of this call as contiguous slices."""
     first, last = site.seen - site.q.shape[2], site.seen
-    if isinstance(queries, slice):
-        wanted = set(range(*queries.indices(last)))
-    else:
-        wanted = {position + last if position < 0 else position for position in queries}
-    rows = sorted(position - first for position in wanted if first <= position < last)
+    rows = [position - first for position in _positions(queries, last) if first <= position]
     ends = [i for i in range(len(rows)) if i + 1 == len(rows) or rows[i + 1] > rows[i] + 1]
     starts = [0, *(end + 1 for end in ends[:-1])] if rows else []
     return [slice(rows[start], rows[end] + 1) for start, end in zip(starts, ends, strict=True)]
+
+
+def _positions(queries: Queries, n: int) -> list[int]:
+    """Return the requested positions of a sequence of `n` tokens, in order."""
+    if isinstance(queries, slice):
+        return sorted(range(*queries.indices(n)))
+    return sorted({at for position in queries if 0 <= (at := position + n if position < 0 else position) < n})
 
 
 def _language_part(host: Host) -> list[nn.Module]:

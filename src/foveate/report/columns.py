@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import html
 import math
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from foveate.bench.comparison.results import LOSS, TIMES, Comparison, Row
+from foveate.pages.text import visible
 
 NOTHING = "–"
 VARIES = "varies"
@@ -166,28 +166,6 @@ def cells(comparison: Comparison) -> list[list[Cell]]:
     rows = ordered(comparison)
     found = [_column_cells(comparison, rows, column) for column in columns(comparison)]
     return [list(line) for line in zip(*found, strict=True)]
-
-
-def visible(text: str, lines: bool = False) -> str:
-    """Replace control characters by symbols, so that no output can control a terminal or a page.
-
-    With `lines`, line breaks and tabs stay.
-    """
-    return "".join(char if lines and char in "\n\t" else _symbol(char) for char in text)
-
-
-def _symbol(char: str) -> str:
-    if char < " ":
-        return chr(0x2400 + ord(char))
-    if char == "\x7f":
-        return "\N{SYMBOL FOR DELETE}"
-    # Cc: other controls; Cs: lone surrogates, which cannot be encoded; bidirectional overrides reorder a line.
-    if unicodedata.category(char) in ("Cc", "Cs") or unicodedata.bidirectional(char) in _OVERRIDES:
-        return "\N{REPLACEMENT CHARACTER}"
-    return char
-
-
-_OVERRIDES = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def _column_cells(comparison: Comparison, rows: list[Row], column: Column) -> list[Cell]:

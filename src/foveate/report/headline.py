@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from foveate.bench.comparison.results import LOSS, PAIRS, TIMES, Comparison, Row
-from foveate.report.columns import column, listed, name_of, percent, visible
+from foveate.pages.text import visible
+from foveate.report.columns import column, listed, name_of, percent
 
 KEEPS = 0.95  # the least share of the baseline's score that counts as kept
 WHOLE = 0.995  # shares from here on do not count as savings

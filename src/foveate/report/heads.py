@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.bench.parts.plaindata import write_atomic
-from foveate.report.columns import visible
+from foveate.pages.text import visible
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich import box
 from rich.table import Table
@@ -16,7 +15,9 @@ from rich.text import Text
 from foveate.bench.comparison.history import Past
 from foveate.bench.comparison.results import LOSS
 from foveate.bench.parts.plaindata import write_atomic
-from foveate.report.columns import NOTHING, between, listed, percent, plain_number, times, visible
+from foveate.pages.skeleton import asset, environment
+from foveate.pages.text import visible
+from foveate.report.columns import NOTHING, between, listed, percent, plain_number, times
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
@@ -28,14 +29,9 @@ def write(runs: Sequence[Past], folder: Path, path: str | os.PathLike) -> Path:
 
 def render(runs: Sequence[Past], folder: Path) -> str:
     """Return the page as text: a table for each model, task and score, with a row for each method and budget."""
-    environment = Environment(
-        loader=PackageLoader("foveate.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    assert environment.loader is not None
-    style = environment.loader.get_source(environment, "compare.css")[0]
-    return environment.get_template("history.html.j2").render(
-        policy=_POLICY, style=Markup(style), count=len(runs), folder=visible(str(folder)),
+    templates = environment("foveate.report")
+    return templates.get_template("history.html.j2").render(
+        policy=_POLICY, style=Markup(asset(templates, "page.css")), count=len(runs), folder=visible(str(folder)),
         groups=[_group(title, some, folder) for title, some in _grouped(runs).items()],
     )  # fmt: skip
 

@@ -15,10 +15,11 @@ from foveate.bench.comparison.results import LOSS, Comparison, Row
 from foveate.bench.comparison.significance import findings
 from foveate.bench.parts.plaindata import plain, write_atomic
 from foveate.report import lost, significance
-from foveate.report.columns import cells, columns, megabytes, name_of, ordered, percent, visible
+from foveate.pages.skeleton import asset, environment, policy
+from foveate.pages.text import visible
+from foveate.report.columns import cells, columns, megabytes, name_of, ordered, percent
 from foveate.report.figures import COSTS, figures
 from foveate.report.headline import about, headline, headliner, notes, share_kept
-from foveate.report.page import asset, environment, policy
 from foveate.report.samples import by_example, choose, trim
 
 ARXIV = re.compile(r"(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v\d+)?")
@@ -35,12 +36,11 @@ def write(comparison: Comparison, path: str | os.PathLike) -> Path:
 
 def render(comparison: Comparison) -> str:
     """Return the page as text."""
-    templates = environment()
-    templates.filters["visible"] = visible
+    templates = environment("foveate.report")
     scripts = [_plotly(), asset(templates, "labels.js"), asset(templates, "compare.js")]
     return templates.get_template("compare.html.j2").render(
         policy=policy(scripts),
-        style=Markup(asset(templates, "compare.css")),
+        style=Markup(asset(templates, "page.css")),
         scripts=[Markup(script) for script in scripts],
         **_content(comparison),
     )

@@ -15,9 +15,10 @@ from rich.text import Text
 
 from foveate.bench.looking import Looked, Measured
 from foveate.bench.parts.plaindata import write_atomic
-from foveate.report.columns import NOTHING, visible
+from foveate.pages.skeleton import asset, environment, policy
+from foveate.pages.text import visible
+from foveate.report.columns import NOTHING
 from foveate.report.look_data import payload
-from foveate.report.page import asset, environment, policy
 
 #: The measures in a reader's words.
 MEANINGS = {
@@ -45,12 +46,11 @@ def write(found: Looked, path: str | os.PathLike) -> Path:
 
 def render(found: Looked) -> str:
     """Return the page as text."""
-    templates = environment()
-    templates.filters["visible"] = visible
-    scripts = [asset(templates, "look.js")]
+    templates = environment("foveate.report")
+    scripts = [asset(templates, name) for name in ("values.js", "grid.js", "search.js", "map.js", "arcs.js", "look.js")]
     return templates.get_template("look.html.j2").render(
         policy=policy(scripts),
-        style=Markup(asset(templates, "compare.css") + asset(templates, "look.css")),
+        style=Markup(asset(templates, "page.css") + asset(templates, "heads.css")),
         scripts=[Markup(script) for script in scripts],
         found=found,
         data=payload(found),

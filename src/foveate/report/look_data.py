@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from typing import Any
 
@@ -11,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.bench.looking import HeadMap, Looked, Measured
-from foveate.report.columns import visible
+from foveate.bench.looking import Looked, Measured
+from foveate.lens.views.head_map import map_data
+from foveate.pages.packing import bytes_of, packed, plain_table
+from foveate.pages.text import visible
 
 #: The most bytes of all heads' values and maps, before base64 makes them a third longer.
 BUDGET = 7_100_000
@@ -26,8 +27,8 @@ def payload(found: Looked) -> dict[str, Any]:
     Values of tokens take two bytes each, or one if they would not fit into `BUDGET`; if that is too much as well,
     `group` consecutive tokens share their mean.
     """
-    maps = [_map(each) for each in found.maps]
-    room = max(_LEAST, BUDGET - sum(3 * len(text) // 4 for each in maps for text in each.values() if _is_text(text)))
+    maps = [map_data(each) for each in found.maps]
+    room = max(_LEAST, BUDGET - sum(map(bytes_of, maps)))
     count = sum(measure.values.numel() for measure in found.measures)
     width = 2 if 2 * count <= room else 1
     group = 1 if width == 2 else max(1, math.ceil(count / room))
@@ -40,10 +41,6 @@ def payload(found: Looked) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
 def _measure(measure: Measured, width: int, group: int) -> dict[str, Any]:
     values = _grouped(measure.values, group)
     power = _POWERS[measure.over]
@@ -53,8 +50,8 @@ def _measure(measure: Measured, width: int, group: int) -> dict[str, Any]:
     )
     share = ((values - low[..., None]) / (high - low).clamp_min(1e-30)[..., None]).nan_to_num(0.0).clamp(0.0, 1.0)
     return {
-        "name": measure.name, "over": measure.over, "power": power, "table": _numbers(measure.table),
-        "low": _numbers(low), "high": _numbers(high), "data": _packed(share.pow(1 / power), width),
+        "name": measure.name, "over": measure.over, "power": power, "table": plain_table(measure.table),
+        "low": plain_table(low), "high": plain_table(high), "data": packed(share.pow(1 / power), width),
     }  # fmt: skip
 
 
@@ -66,36 +63,9 @@ def _grouped(values: Float[Tensor, "l h n"], group: int) -> Float[Tensor, "l h m
     return F.pad(values, (0, room), value=math.nan).unflatten(-1, (-1, group)).nanmean(-1)
 
 
-def _map(found: HeadMap) -> dict[str, Any]:
-    """Return a map with the square roots of its weights, so that small ones stay apart."""
-    wide, width = len(found.keys) > 1 << 16, 2 if found.span == 1 else 1
-    return {
-        "layer": found.layer, "head": found.head, "span": found.span, "size": len(found.tiles), "width": width,
-        "tiles": _packed(found.tiles.clamp(0.0, 1.0).sqrt(), width), "count": found.keys.shape[1], "wide": wide,
-        "keys": _text(found.keys.to(torch.uint32 if wide else torch.uint16)),
-        "weights": _packed(found.weights.clamp(0.0, 1.0).sqrt(), 2),
-    }  # fmt: skip
-
-
 def _roles(found: Looked) -> dict[str, list[str]]:
     """Return the names and scores of each head's roles, by `layer.head`."""
     named: dict[str, list[str]] = {}
     for role in found.roles or ():
         named.setdefault(f"{role.layer}.{role.head}", []).append(f"{visible(role.name)} {role.score:.2f}")
     return named
-
-
-def _packed(share: Tensor, width: int) -> str:
-    """Return numbers in 0..1 as whole numbers of one or two bytes, low byte first."""
-    most, kind = (255, torch.uint8) if width == 1 else (65535, torch.uint16)
-    return _text((share * most).round().to(torch.int32).to(kind))
-
-
-def _text(numbers: Tensor) -> str:
-    plain = numbers.contiguous().numpy()
-    return base64.b64encode(plain.astype(plain.dtype.newbyteorder("<")).tobytes()).decode()
-
-
-def _numbers(table: Tensor) -> list[list[float | None]]:
-    """Return a table's numbers with seven digits; None for what is not finite."""
-    return [[float(f"{value:.7g}") if math.isfinite(value) else None for value in row] for row in table.tolist()]

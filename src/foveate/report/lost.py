@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.bench.comparison.results import Comparison, LookedUp, Row
-from foveate.report.columns import NOTHING, name_of, percent, visible
+from foveate.pages.text import visible
+from foveate.report.columns import NOTHING, name_of, percent
 
 DROPPED = 0.5  # from this share of the looked-up mass on, an example's slots count as dropped
 HEADS = 4  # heads that a table names

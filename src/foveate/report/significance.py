@@ -8,7 +8,8 @@ from typing import Any
 from foveate.bench.comparison.results import LOSS, Comparison, Row
 from foveate.bench.comparison.significance import Contrast, Findings, findings, goodness
 from foveate.bench.parts.paired_tests import fewest
-from foveate.report.columns import listed, percent, visible
+from foveate.pages.text import visible
+from foveate.report.columns import listed, percent
 
 
 def statements(comparison: Comparison, found: Findings | None = None) -> list[str]:

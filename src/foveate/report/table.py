@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.bench.comparison.results import Comparison
-from foveate.report.columns import Cell, cells, columns, ordered, percent, visible
+from foveate.pages.text import visible
+from foveate.report.columns import Cell, cells, columns, ordered, percent
 
 
 def render(comparison: Comparison) -> RenderableType:

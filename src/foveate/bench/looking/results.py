@@ -12,7 +12,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.bench.looking.maps import HeadMap
+from foveate.lens.views.attention_view import AttentionView
+from foveate.lens.views.head_map import HeadMap
+from foveate.lens.views.joint_matrix import JointMatrix
 from foveate.bench.parts.plaindata import plain, write_atomic
 from foveate.bench.parts.table_file import write_table
 from foveate.lens.heads.roles import Role
@@ -39,6 +41,20 @@ class Measured:
 
 
 @dataclass(frozen=True, eq=False)
+class Views:
+    """All heads of a text: the view of their maps, and the joint pictures of their queries and keys."""
+
+    view: AttentionView
+    joint: JointMatrix
+
+    def save(self, folder: Path) -> tuple[Path, Path]:
+        """Write `view.html` and `joint.html`; return both paths."""
+        pages = ("view.html", self.view.html()), ("joint.html", self.joint.html())
+        first, second = (write_atomic(folder / name, page) for name, page in pages)
+        return first, second
+
+
+@dataclass(frozen=True, eq=False)
 class Looked:
     """A text under a lens.
 
@@ -51,6 +67,7 @@ class Looked:
         roles: the roles that heads have; None if they were not asked for.
         unseen: reasons by layer, for layers that a lens cannot see.
         settings: device, dtype and versions.
+        views: all maps, queries and keys; None if they were not asked for.
     """
 
     model: str
@@ -61,6 +78,7 @@ class Looked:
     roles: Sequence[Role] | None = None
     unseen: dict[int, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
+    views: Views | None = None
 
     @property
     def layers(self) -> int:

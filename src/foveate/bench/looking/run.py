@@ -18,9 +18,7 @@ from foveate._version import __version__
 from foveate.bench.comparison.encoding import encoded
 from foveate.bench.comparison.model_context import context_length
 from foveate.bench.loading import load
-from foveate.bench.looking.maps import pooled
-from foveate.bench.looking.pieces import pieces
-from foveate.bench.looking.results import Looked, Measured
+from foveate.bench.looking.results import Looked, Measured, Views
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.host import Host, Method, Site, apply
@@ -30,7 +28,11 @@ from foveate.host.probing import Progress
 from foveate.lens.heads.roles import Role, roles
 from foveate.lens.lens import Lens
 from foveate.lens.measures import Measure
+from foveate.lens.parts.pieces import pieces
 from foveate.lens.registry import named
+from foveate.lens.views.capture import attention_view
+from foveate.lens.views.head_map import pooled
+from foveate.lens.views.joint_matrix import attentionviz_matrix
 
 DEFAULT = ("entropy", "sink_mass", "received_mass")
 _REPEAT = 64  # random tokens that come twice, for roles
@@ -40,9 +42,9 @@ _DELIMITER = re.compile(r"\s*[.,;:!?)\]}\n]+\s*")
 
 def look_at(
     model: str | None, text: str, *, measures: Sequence[str | Measure] = DEFAULT,
-    heads: Sequence[tuple[int, int]] = (), generate: int = 0, with_roles: bool = False, device: str = "cpu",
-    dtype: str = "float32", trust_remote_code: bool = False, progress: Progress = lambda step, steps, note: None,
-    say: Callable[[str], None] = lambda text: None,
+    heads: Sequence[tuple[int, int]] = (), generate: int = 0, with_roles: bool = False, with_views: bool = False,
+    device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False,
+    progress: Progress = lambda step, steps, note: None, say: Callable[[str], None] = lambda text: None,
 ) -> Looked:  # fmt: skip
     """Load a decoder, and measure its heads while it reads a text.
 
@@ -54,6 +56,7 @@ def look_at(
         generate: the most tokens to generate, greedily; each is read too, the last one included, so that every token
             has its row.
         with_roles: whether heads are named by `foveate.lens.roles`.
+        with_views: whether all maps, queries and keys are captured for views, O(N²) memory for each head.
         device, dtype, trust_remote_code: see `foveate.bench.loading.load`.
         progress: called as `progress(step, steps, note)`.
         say: called with messages between steps.
@@ -73,6 +76,10 @@ def look_at(
     if with_roles:
         say("roles of heads")
         found = _roles(here, whole, tokenizer)
+    views = None
+    if with_views:
+        say("views of all heads")
+        views = _views(here, whole, pieces(tokenizer, whole), len(ids), tokenizer)
     return Looked(
         model or "lab lm",
         pieces(tokenizer, whole),
@@ -82,6 +89,7 @@ def look_at(
         found,
         dict(lens.unseen),
         {"device": device, "dtype": dtype, **_versions()},
+        views,
     )
 
 
@@ -147,6 +155,13 @@ def _measured(here: Host, lens: Lens, measure: Measure, n: int) -> Measured:
     for layer, found in lens.values(measure).items():
         values[layer, : found.shape[1]] = found[0].float().cpu()
     return Measured(measure.name, measure.over, table, values)
+
+
+def _views(here: Host, ids: Sequence[int], tokens: Sequence[str], prompt: int, tokenizer: Any) -> Views:
+    """Capture all heads once more, and return the view of their maps and the joint pictures of their neurons."""
+    whole = _tensor(ids, here.model)
+    view = attention_view(here.model, whole, tokens=tokens, prompt=prompt)
+    return Views(view, attentionviz_matrix(here.model, whole, tokenizer=tokenizer))
 
 
 def _roles(here: Host, ids: Sequence[int], tokenizer: Any) -> list[Role]:

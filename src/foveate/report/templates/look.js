@@ -1,41 +1,14 @@
 "use strict";
-// Shows heads, tokens and maps from the JSON beside this script. Texts are set as text, never as markup.
+// Shows heads, tokens and maps from the JSON beside this script.
 
-const data = JSON.parse(document.getElementById("look").textContent);
-const meanings = JSON.parse(document.getElementById("meanings").textContent);
-const byId = (id) => document.getElementById(id);
-const state = { measure: 0, layer: 0, head: 0, token: -1, hits: [], map: null, view: null, cell: null };
-
-function unpack(text, width) {
-  const characters = atob(text), bytes = new Uint8Array(characters.length);
-  for (let i = 0; i < characters.length; i += 1) bytes[i] = characters.charCodeAt(i);
-  if (width === 1) return bytes;
-  const view = new DataView(bytes.buffer), read = width === 2 ? "getUint16" : "getUint32";
-  return Array.from({ length: bytes.length / width }, (_, i) => view[read](i * width, true));
-}
-
-const unpacked = new Map();
-function numbersOf(holder, name, width) {
-  if (!unpacked.has(holder)) unpacked.set(holder, {});
-  const found = unpacked.get(holder);
-  found[name] ??= unpack(holder[name], width);
-  return found[name];
-}
-
-function show(value) {
-  return value === null || !Number.isFinite(value) ? "–" : String(Number(value.toPrecision(4)));
-}
-
-function element(name, className, text) {
-  const found = document.createElement(name);
-  if (className) found.className = className;
-  if (text !== undefined) found.textContent = text;
-  return found;
-}
+const data = JSON.parse(byId("look").textContent);
+const meanings = JSON.parse(byId("meanings").textContent);
+const state = { measure: 0, layer: 0, head: 0, token: -1, hits: [] };
+Object.assign(mapped, { queries: data.tokens, keys: data.tokens });
+Object.assign(arcs, { prompt: data.prompt, onRow: (row) => row >= 0 && row !== state.token && chooseToken(row) });
 
 // Values: a head's numbers lie between its lowest and its highest one.
 
-const highest = (width) => (width === 1 ? 255 : 65535);
 const groups = Math.ceil(data.tokens.length / data.group);
 
 function shareOf(token) {
@@ -50,36 +23,6 @@ function valueOf(token) {
 }
 
 // The overview.
-
-function buildGrid() {
-  const grid = byId("grid"), step = Math.max(1, Math.ceil(data.heads / 16));
-  const top = element("div");
-  top.setAttribute("role", "row");
-  for (let head = -1; head < data.heads; head += 1) {
-    const name = element("span", "", head < 0 || head % step ? "" : String(head));
-    name.setAttribute("role", "columnheader");
-    name.setAttribute("aria-label", head < 0 ? "layer" : `head ${head}`);
-    top.append(name);
-  }
-  grid.append(top);
-  for (let layer = 0; layer < data.layers; layer += 1) {
-    const row = element("div");
-    row.setAttribute("role", "row");
-    const name = element("span", "", String(layer));
-    name.setAttribute("role", "rowheader");
-    row.append(name);
-    for (let head = 0; head < data.heads; head += 1) {
-      const cell = element("div", "cell");
-      cell.setAttribute("role", "gridcell");
-      Object.assign(cell.dataset, { layer, head });
-      row.append(cell);
-    }
-    grid.append(row);
-  }
-}
-
-const cells = () => byId("grid").querySelectorAll(".cell");
-const cellOf = (layer, head) => cells()[layer * data.heads + head];
 
 function paintGrid() {
   const measure = data.measures[state.measure], known = measure.table.flat().filter((value) => value !== null);
@@ -100,28 +43,9 @@ function paintGrid() {
 
 function chooseHead(layer, head, focus = false) {
   Object.assign(state, { layer, head });
-  for (const cell of cells()) {
-    const own = Number(cell.dataset.layer) === layer && Number(cell.dataset.head) === head;
-    cell.setAttribute("aria-selected", own);
-    cell.tabIndex = own ? 0 : -1;
-  }
-  if (focus) cellOf(layer, head).focus();
+  markHead(layer, head, focus);
   paintText();
-  chooseMap(data.maps.findIndex((map) => map.layer === layer && map.head === head));
-}
-
-function moveHead(event) {
-  const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
-  const clamp = (value, size) => Math.min(Math.max(value, 0), size - 1);
-  let { layer, head } = state;
-  if (event.key in steps) {
-    layer = clamp(layer + steps[event.key][0], data.layers);
-    head = clamp(head + steps[event.key][1], data.heads);
-  } else if (event.key === "Home") head = 0;
-  else if (event.key === "End") head = data.heads - 1;
-  else return;
-  event.preventDefault();
-  chooseHead(layer, head, true);
+  if (byId("canvas")) chooseMap(data.maps.findIndex((map) => map.layer === layer && map.head === head));
 }
 
 // The text.
@@ -155,18 +79,14 @@ function paintText() {
   readOut();
 }
 
-const quoted = (first, last = first + 1) => {
-  const text = data.tokens.slice(first, last).join("").replaceAll("\n", "↵");
-  return `“${text.length > 60 ? `${text.slice(0, 40)} … ${text.slice(-16)}` : text}”`;
-};
-
 function chooseToken(index, scroll = false) {
   const parts = byId("text").children;
   parts[state.token]?.classList.remove("current");
-  state.token = Math.min(Math.max(index, 0), parts.length - 1);
+  state.token = clamp(index, 0, parts.length - 1);
   parts[state.token].classList.add("current");
   if (scroll) parts[state.token].scrollIntoView({ block: "nearest" });
   readOut();
+  if (byId("arcs")) pinRow(state.token);
 }
 
 function readOut() {
@@ -175,10 +95,11 @@ function readOut() {
     byId("readout").textContent = "Choose a token with a click, or with the arrow keys, to read its number.";
     return;
   }
-  let text = `Token ${at} ${quoted(at)}: ${measure.name} ${show(valueOf(at))}.`;
+  let text = `Token ${at} ${quoted(data.tokens, at)}: ${measure.name} ${show(valueOf(at))}.`;
   const map = data.maps.find((each) => each.layer === state.layer && each.head === state.head);
   if (map) {
-    const keys = strongest(map, at).slice(0, 3).map(({ key, weight }) => `${quoted(key)} (${key}) ${show(weight)}`);
+    const best = strongest(map, at, 3);
+    const keys = best.map(({ key, weight }) => `${quoted(data.tokens, key)} (${key}) ${show(weight)}`);
     text += ` It looks most at ${keys.join(", ")}.`;
   }
   byId("readout").textContent = text;
@@ -191,35 +112,20 @@ function moveToken(event) {
   chooseToken(state.token + step, true);
 }
 
-// Search: in the joined text, so that a word of several tokens is found.
+// Search.
 
-const lowered = data.tokens.map((token) => token.toLowerCase());
-const starts = [0];
-for (const token of lowered) starts.push(starts.at(-1) + token.length);
-const joined = lowered.join("");
-
-function tokenAt(place) {
-  let low = 0, high = lowered.length - 1;
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (starts[middle + 1] > place) high = middle;
-    else low = middle + 1;
-  }
-  return low;
-}
+const placesOf = finder(data.tokens);
 
 function search() {
-  const wanted = byId("find").value.toLowerCase(), parts = byId("text").children;
+  const parts = byId("text").children, wanted = byId("find").value;
   for (const part of byId("text").querySelectorAll(".hit")) part.classList.remove("hit");
-  state.hits = [];
-  for (let at = wanted ? joined.indexOf(wanted) : -1; at >= 0; at = joined.indexOf(wanted, at + wanted.length)) {
-    const first = tokenAt(at), last = tokenAt(at + wanted.length - 1);
-    state.hits.push(first);
+  const found = placesOf(wanted);
+  state.hits = found.map(([first]) => first);
+  for (const [first, last] of found) {
     for (let index = first; index <= last; index += 1) parts[index].classList.add("hit");
   }
-  const count = state.hits.length;
-  byId("found").textContent = wanted ? `${count || "no"} place${count === 1 ? "" : "s"}; Enter goes to the next` : "";
-  if (count) parts[state.hits[0]].scrollIntoView({ block: "nearest" });
+  byId("found").textContent = placesFound(found.length, wanted);
+  if (found.length) parts[state.hits[0]].scrollIntoView({ block: "nearest" });
 }
 
 function nextHit(event) {
@@ -228,119 +134,16 @@ function nextHit(event) {
   chooseToken(state.hits.find((index) => index > state.token) ?? state.hits[0], true);
 }
 
-// Maps: tiles on a canvas, of which `view` is the visible square, and the strongest keys of each query.
-
-function strongest(map, query) {
-  const keys = numbersOf(map, "keys", map.wide ? 4 : 2), weights = numbersOf(map, "weights", 2);
-  return Array.from({ length: map.count }, (_, i) => {
-    const at = query * map.count + i;
-    return { query, key: keys[at], weight: (weights[at] / highest(2)) ** 2 };
-  }).filter(({ weight }) => weight > 0);
-}
-
-// The square root of a tile's weight, which is also its colour's strength.
-function tile(map, row, column) {
-  return numbersOf(map, "tiles", map.width)[row * map.size + column] / highest(map.width);
-}
+// Maps and arcs of the heads whose weights were kept.
 
 function chooseMap(index) {
-  if (!byId("canvas")) return;
-  state.map = index < 0 ? null : data.maps[index];
+  const map = data.maps[index], here = `layer ${state.layer}, head ${state.head}`;
   for (const button of byId("mapped").children) {
     button.setAttribute("aria-pressed", Number(button.dataset.index) === index);
   }
-  byId("mapbox").hidden = state.map === null;
-  const map = state.map;
-  byId("mapsaid").textContent = map === null
-    ? `No map of layer ${state.layer}, head ${state.head} was kept: --heads ${state.layer}.${state.head} keeps it.`
-    : `Layer ${map.layer}, head ${map.head}. ${map.span === 1 ? "A cell is the weight of one query on one key."
-      : `A cell is the weight that ${map.span} keys get together from ${map.span} queries, on average.`}`;
-  if (map === null) return;
-  Object.assign(state, { view: { row: 0, column: 0, size: map.size }, cell: { row: 0, column: 0 } });
-  drawMap();
-}
-
-function colour(name) {
-  const text = getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-  return [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16));
-}
-
-function drawMap() {
-  const { map, view, cell } = state;
-  if (!map) return;
-  const canvas = byId("canvas"), brush = canvas.getContext("2d", { willReadFrequently: true });
-  const from = colour("paper"), to = colour("accent"), scale = canvas.width / view.size;
-  for (let row = 0; row < view.size; row += 1) {
-    for (let column = 0; column < view.size; column += 1) {
-      const share = tile(map, view.row + row, view.column + column);
-      brush.fillStyle = `rgb(${from.map((low, i) => Math.round(low + (to[i] - low) * share)).join(" ")})`;
-      const [x, y] = [column, row].map((at) => Math.floor(at * scale));
-      brush.fillRect(x, y, Math.ceil((column + 1) * scale) - x, Math.ceil((row + 1) * scale) - y);
-    }
-  }
-  brush.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--ink");
-  brush.lineWidth = 2;
-  const side = Math.max(scale, 4);
-  brush.strokeRect((cell.column - view.column) * scale, (cell.row - view.row) * scale, side, side);
-  const [queries, keys] = [view.row, view.column].map((first) => tokens(first, view.size));
-  canvas.setAttribute("aria-label", `Map of layer ${map.layer}, head ${map.head}: queries ${queries}, keys ${keys}`);
-  readCell();
-}
-
-function bounds(row, count = 1) {
-  return [row * state.map.span, Math.min((row + count) * state.map.span, data.tokens.length)];
-}
-
-function tokens(row, count = 1) {
-  const [first, last] = bounds(row, count);
-  return last - first === 1 ? String(first) : `${first}–${last - 1}`;
-}
-
-function readCell() {
-  const { map, cell } = state, queries = bounds(cell.row), keys = bounds(cell.column);
-  const weight = show(tile(map, cell.row, cell.column) ** 2);
-  const from = `${tokens(cell.row)} ${quoted(...queries)}`, to = `${tokens(cell.column)} ${quoted(...keys)}`;
-  byId("cell").textContent = map.span === 1
-    ? `Query ${from} puts ${weight} of its attention on key ${to}.`
-    : `Queries ${from} put, on average, ${weight} of their attention on keys ${to}.`;
-  const pairs = [];
-  for (let query = queries[0]; map.span > 1 && query < queries[1]; query += 1) {
-    pairs.push(...strongest(map, query).filter(({ key }) => key >= keys[0] && key < keys[1]));
-  }
-  pairs.sort((a, b) => b.weight - a.weight);
-  byId("pairs").replaceChildren(...pairs.slice(0, 6).map(({ query, key, weight: share }) => (
-    element("li", "", `${quoted(query)} (${query}) → ${quoted(key)} (${key}): ${show(share)}`)
-  )));
-}
-
-function zoom(size) {
-  const { map, cell } = state, kept = Math.min(Math.max(size, Math.min(8, map.size)), map.size);
-  const place = (at) => Math.min(Math.max(at - Math.floor(kept / 2), 0), map.size - kept);
-  state.view = { row: place(cell.row), column: place(cell.column), size: kept };
-  drawMap();
-}
-
-function pointed(event) {
-  const box = byId("canvas").getBoundingClientRect(), { view } = state;
-  const at = (place, size) => Math.min(Math.max(Math.floor((place / size) * view.size), 0), view.size - 1);
-  const row = view.row + at(event.clientY - box.top, box.height);
-  state.cell = { row, column: view.column + at(event.clientX - box.left, box.width) };
-  zoom(Math.round(view.size / 4));
-}
-
-function moveCell(event) {
-  const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
-  const { map, cell, view } = state;
-  if (event.key === "Enter") zoom(Math.round(view.size / 4));
-  else if (event.key === "Escape") zoom(view.size * 4);
-  else if (event.key in steps) {
-    const inside = (at) => Math.min(Math.max(at, 0), map.size - 1);
-    state.cell = { row: inside(cell.row + steps[event.key][0]), column: inside(cell.column + steps[event.key][1]) };
-    const follow = (start, at) => Math.min(Math.max(start, at - view.size + 1), at);
-    state.view = { ...view, row: follow(view.row, state.cell.row), column: follow(view.column, state.cell.column) };
-    drawMap();
-  } else return;
-  event.preventDefault();
+  byId("arcbox").hidden = !map;
+  if (map) showArcs([map]);
+  showMap(map, `No map of ${here} was kept: --heads ${state.layer}.${state.head} keeps it.`);
 }
 
 // What happens when.
@@ -353,18 +156,13 @@ function largest() {
   return data.maps[0] ?? best;
 }
 
-buildGrid();
+buildGrid(data.layers, data.heads);
 buildText();
 byId("measure").addEventListener("change", (event) => {
   state.measure = Number(event.target.value);
   paintGrid();
   paintText();
 });
-byId("grid").addEventListener("click", (event) => {
-  const cell = event.target.closest(".cell");
-  if (cell) chooseHead(Number(cell.dataset.layer), Number(cell.dataset.head), true);
-});
-byId("grid").addEventListener("keydown", moveHead);
 byId("text").addEventListener("click", (event) => {
   const part = event.target.closest(".token");
   if (part) chooseToken(Number(part.dataset.index));
@@ -372,17 +170,10 @@ byId("text").addEventListener("click", (event) => {
 byId("text").addEventListener("keydown", moveToken);
 byId("find").addEventListener("input", search);
 byId("find").addEventListener("keydown", nextHit);
-if (byId("canvas")) {
-  byId("mapped").addEventListener("click", (event) => {
-    const map = data.maps[event.target.dataset.index];
-    if (map) chooseHead(map.layer, map.head);
-  });
-  byId("canvas").addEventListener("click", pointed);
-  byId("canvas").addEventListener("keydown", moveCell);
-  byId("out").addEventListener("click", () => zoom(state.view.size * 4));
-  byId("whole").addEventListener("click", () => zoom(state.map.size));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);
-}
+byId("mapped")?.addEventListener("click", (event) => {
+  const map = data.maps[event.target.dataset.index];
+  if (map) chooseHead(map.layer, map.head);
+});
 byId("measure").value = "0"; // a browser may remember another choice
 paintGrid();
 const first = largest();
