@@ -356,12 +356,12 @@ class Site:
         A method stores in this dictionary what it needs in later calls. Its tensors follow beam search's reordering. It
         is empty at the start of every sequence. Calls of one layer to its own sequence and to another have notes each.
         """
-        layer = crossing(self.layer) if self.crosses else self.layer
-        return self.all_notes.setdefault((id(method), None if all_layers else layer), {})
+        layer = None if all_layers else self.layer
+        return self.all_notes.setdefault((id(method), crossing(layer) if self.crosses else layer), {})
 
 
-def crossing(layer: int) -> str:
-    """Return the name of a layer's calls to another sequence, in notes."""
+def crossing(layer: int | None) -> str:
+    """Return the name of a layer's calls to another sequence, in notes; None for those of all layers."""
     return f"{layer}, to another sequence"
 
 

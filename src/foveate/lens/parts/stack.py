@@ -140,8 +140,8 @@ def _may_cross(module: nn.Module) -> bool:
 
 def _heads(host: Host, modules: list[nn.Module], part: Part) -> int:
     """Return the number of query heads that a part's configuration names."""
-    names = ("encoder_attention_heads" if part == "encoder" else "decoder_attention_heads", "num_attention_heads")
-    for name in names if modules else ():
+    encodes = part == "encoder" or host.decoder is None
+    for name in ("encoder_attention_heads" if encodes else "decoder_attention_heads", "num_attention_heads"):
         count = getattr(modules[0].config, name, None)
         if isinstance(count, int):
             return count
