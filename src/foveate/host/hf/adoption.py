@@ -102,7 +102,7 @@ class Caches:
                 cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
         layer = cache.layers[index] if index < len(cache.layers) else None
         if layer is None or not tokens_seen(layer):
-            mine = [index, crossing(index)] + [None, crossing(None)] * (index == self.first)
+            mine = (index, crossing(index), *[None, crossing(None)] * (index == self.first))
             forget(self.notes[cache], lambda key: key[1] in mine)
             for number in (index, *[None] * (index == self.first)):
                 _PROMPTS.setdefault(cache, {}).pop(number, None)
