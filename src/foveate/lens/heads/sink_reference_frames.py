@@ -220,8 +220,8 @@ class ModelFrame:
 
 
 def model_frame(
-    model: object, texts: Iterable[Tensor | Mapping[str, Any]], tau: float = 0.3, *, theta: float = 0.02, join: Join = "max",
-    rule: FrameRule = RULE, part: Part = "auto",
+    model: object, texts: Iterable[Tensor | Mapping[str, Any]], tau: float = 0.3, *, theta: float = 0.02,
+    join: Join = "max", rule: FrameRule = RULE, part: Part = "auto",
 ) -> ModelFrame:  # fmt: skip
     """Read texts once each, beside the model's own kernel, and return their reference frames.
 
@@ -258,7 +258,8 @@ def _layer(
     mass: Tensor, sinks: Tensor, graphs: GraphStatistics, layer: int, rule: FrameRule, sees: Tensor
 ) -> LayerFrame:
     hubs = rule.hubs(mass.mean(0), sees)
-    means = (x[layer].double().mean() for x in (graphs.centralisation, graphs.components, graphs.cycles, graphs.fiedler))
+    each = (graphs.centralisation, graphs.components, graphs.cycles, graphs.fiedler)
+    means = (x[layer].double().mean() for x in each)
     numbers = (mass.amax(-1).mean(), sinks.sum(-1).double().mean(), *means)
     return LayerFrame(rule.kind(hubs, mass.shape[-1]), hubs, *map(float, numbers))
 
