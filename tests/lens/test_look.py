@@ -1,4 +1,4 @@
-"""The lens on real model classes: it agrees with eager maps, in O(N) memory, and leaves outputs unchanged."""
+"""The lens beside other methods and over several texts, and what it shows. Its values are in the readers' contract."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BartConfig, BartModel, DynamicCache
 
 import foveate
 from foveate.core import oracle
@@ -20,67 +18,9 @@ from foveate.host import Method, Site, Slots, apply, fused_statistics
 from foveate.kv.sink_recent import SinkRecent
 from foveate.lens import MEASURES, Entropy, Lens, SinkMass, html_table
 from foveate.lens.lens import look
-from tests.lens.models import eager_maps, image, text, tiny
+from tests.contracts.readers import expected
+from tests.lens.models import eager_maps, text, tiny
 from tests.support.tensors import assert_near
-
-CASES = {
-    "llama": ("llama", text()),
-    "llama, padded left": ("llama", text("left")),
-    "llama, padded right": ("llama", text("right")),
-    "mistral, a window": ("mistral", text("left")),
-    "gemma2, soft cap": ("gemma2", text("left")),
-    "bert": ("bert", text()),
-    "bert, padded": ("bert", text("right")),
-    "vit": ("vit", image()),
-}
-
-
-def away(w: Tensor) -> Tensor:
-    """How far each key lies before each query."""
-    places = torch.arange(w.shape[-1])
-    return places[:, None] - places
-
-
-def expected(maps: list[Tensor], inputs: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    """Compute all measures from maps."""
-    begins = inputs["attention_mask"].argmax(-1) if "attention_mask" in inputs else torch.zeros(2, dtype=torch.long)
-    return {
-        "entropy": [torch.special.entr(w).sum(-1) for w in maps],
-        "sink_mass": [torch.stack([w[b, :, :, begins[b]] for b in range(2)]) for w in maps],
-        "received_mass": [w.sum(-2) for w in maps],
-        "received_mean": [w.sum(-2) / (w > 1e-12).sum(-2).clamp_min(1) for w in maps],
-        "mean_distance": [(w * away(w).abs()).sum(-1) for w in maps],
-        "own_token": [(w * (away(w) == 0)).sum(-1) for w in maps],
-        "previous_token": [(w * (away(w) == 1)).sum(-1) for w in maps],
-        "within_4": [(w * (away(w).abs() <= 4)).sum(-1) for w in maps],
-    }
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_measures_agree_with_eager_maps(case: str) -> None:
-    kind, inputs = CASES[case]
-    model = tiny(kind)
-    maps = eager_maps(model, inputs)
-    seen = look(model, inputs, measures=list(MEASURES), keep_maps={(1, 2): [3, 0, -1], (0, 1): slice(5, 9)})
-    for name, layers in expected(maps, inputs).items():
-        for layer, values in enumerate(layers):
-            assert_near(seen.values(name)[layer], values, 1e-4, f"{name}, layer {layer}")
-    last = maps[1].shape[2] - 1
-    assert_near(seen.map(1, 2), maps[1][:, 2, [0, 3, last]], 1e-4)
-    assert_near(seen.map(0, 1), maps[0][:, 1, 5:9], 1e-4)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_outputs_are_bit_identical(case: str) -> None:
-    kind, inputs = CASES[case]
-    model = tiny(kind)
-    with torch.no_grad():
-        before = model(**inputs)[0]
-        with apply(model, Lens(phase="all")):
-            during = model(**inputs)[0]
-        after = model(**inputs)[0]
-    assert torch.equal(before, during) and torch.equal(before, after)
-
 
 def test_the_table_averages_over_counted_queries() -> None:
     model, inputs = tiny("llama"), text("left")
@@ -93,69 +33,6 @@ def test_the_table_averages_over_counted_queries() -> None:
         for head in range(4):
             assert table[layer, head, "entropy"] == pytest.approx(entropy.mean(0)[head].item(), abs=1e-4)
             assert table[layer, head, "received_mass"] == pytest.approx(share.mean(0)[head].item(), abs=1e-4)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, Tensor):  # an expanded view takes no memory
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return out
-
-
-@pytest.mark.parametrize("case", ["llama", "llama, padded left", "bert", "bert, padded"])
-def test_memory_is_linear_on_the_fused_path(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind, padding = CASES[case][0], "left" if "padded" in case else "none"
-    n, largest, calls, read = 1024, LargestTensor(), [], Lens.read
-
-    def watched(self: Lens, site: Site, out: Tensor) -> None:
-        calls.append(site.layer)
-        with largest:
-            read(self, site, out)
-
-    monkeypatch.setattr(Lens, "read", watched)
-    model = tiny(kind) if kind == "llama" else tiny(kind, max_position_embeddings=n)
-    names = [name for name in MEASURES if kind != "bert" or name != "mean_distance"]  # needs weights in both directions
-    look(model, text(padding, n), measures=names)
-    assert calls == [0, 1]
-    assert largest.elements <= 2 * 4 * n * 16 < n * n  # batch · heads · length · a head's width, padded
-
-
-def test_memory_is_linear_with_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    n, largest, read = 1024, LargestTensor(), Lens.read
-
-    def watched(self: Lens, site: Site, out: Tensor) -> None:
-        with largest:
-            read(self, site, out)
-
-    monkeypatch.setattr(Lens, "read", watched)
-    monkeypatch.setattr("foveate.host.weight_tiles.TILE", 1 << 16)
-    inputs = text("none", n)
-    look(tiny("mistral"), {name: x[:1] for name, x in inputs.items()})
-    assert largest.elements < n * n / 8
-
-
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_a_prompt_in_two_calls_is_one_sequence(kind: str) -> None:
-    """A prompt in two calls gives the measures of one call, also with a sliding cache."""
-    model, inputs = tiny(kind), text("left")
-    whole = look(model, inputs, measures=list(MEASURES))
-    lens, cache = Lens(list(MEASURES), keep_maps={(0, 0): [2, 20]}), DynamicCache(config=model.config)
-    with torch.no_grad(), apply(model, lens):
-        for start, stop in ((0, 10), (10, 24)):
-            model(inputs["input_ids"][:, start:stop], attention_mask=inputs["attention_mask"][:, :stop],
-                  past_key_values=cache)  # fmt: skip
-    for name in MEASURES:
-        for layer, values in whole.values(name).items():
-            assert_near(lens.values(name)[layer], values, 1e-4, name)
-    assert lens.map(0, 0).shape == (2, 2, 24)
 
 
 @pytest.mark.parametrize(("phase", "rows"), [("prefill", 24), ("decode", 4), ("all", 28)])
@@ -285,10 +162,10 @@ def test_layers_limits_the_measured_layers() -> None:
 def test_half_precision_is_measured_in_float32() -> None:
     model, inputs = tiny("llama").to(torch.bfloat16), text("left")
     seen = look(model, inputs)
-    exact = expected(eager_maps(tiny("llama"), inputs), inputs)
+    w, real = eager_maps(tiny("llama"), inputs)[0], inputs["attention_mask"].bool()
     assert seen.values("entropy")[0].dtype == torch.float32
-    for name in ("entropy", "sink_mass"):
-        assert_near(seen.values(name)[0], exact[name][0], 0.05, name)
+    for measure in (Entropy(), SinkMass()):
+        assert_near(seen.values(measure)[0], expected(measure, w, real), 0.05, measure.name)
 
 
 def test_look_is_public() -> None:
@@ -329,13 +206,6 @@ def test_unmeasured_results_are_refused() -> None:
         seen.values("received_mean")
     with pytest.raises(FoveateError, match="phase='now'"):
         Lens(phase="now")
-
-
-def test_a_model_with_two_stacks_is_refused() -> None:
-    config = BartConfig(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)  # fmt: skip
-    with pytest.raises(FoveateError, match="a single stack"):
-        look(BartModel(config).eval(), text())
 
 
 def test_a_notebook_shows_all_heads() -> None:

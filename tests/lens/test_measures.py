@@ -1,36 +1,15 @@
-"""Each measure's two computations agree with each other and with the definition."""
+"""Measures of small maps by hand, their options, and the tokens that they count."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from foveate.core import oracle
 from foveate.core.errors import OptionError, UnknownKey
-from foveate.host.fused_statistics import Statistics
 from foveate.lens.measures import Entropy, KeyTokens, ReceivedMass, SinkMass
 from foveate.lens.position_measures import AtOffset, MeanDistance, WindowMass
-from foveate.lens.registry import MEASURES, named
-from tests.support.tensors import assert_near, qkv
-
-OTHERS = [SinkMass(first=3), SinkMass(positions=(2, 5)), AtOffset(3), AtOffset(-1), WindowMass(2), WindowMass(0)]
-
-
-@pytest.mark.parametrize("measure", [*MEASURES.values(), *OTHERS], ids=str)
-@pytest.mark.parametrize("left", [0, 4])
-@pytest.mark.parametrize("causal", [True, False])
-def test_both_computations_agree(measure, left: int, causal: bool) -> None:
-    q, k, _ = qkv(12, dtype=torch.float32)
-    real = torch.ones(2, 12, dtype=torch.bool)
-    real[0, :left] = False
-    w = oracle.weights(q, k, mask=real[:, None, None], causal=causal, scale=0.7) * real[:, None, :, None]
-    tokens = KeyTokens(torch.arange(12).expand(2, 1, 12), real, torch.arange(12))
-    call, found = Statistics(q, k, 0.7, causal, real, real), measure.from_weights(w, tokens)
-    fused = measure.fused(call, tokens)
-    assert fused is not None or not causal
-    if fused is not None:
-        assert_near(fused, found, 1e-4, measure.name)
-
+from foveate.lens.registry import named
+from tests.support.tensors import assert_near
 
 def test_measures_match_their_definitions() -> None:
     w = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.2, 0.6]])[None, None]

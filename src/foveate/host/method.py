@@ -41,6 +41,9 @@ class Method:
     #: `foveate.Packed`.
     packs: ClassVar[bool] = False
 
+    #: True if the method acts outside the decoder of its model, so that `apply` needs `on="all"`. `bind` may set it.
+    needs_all: bool = False
+
     #: True if the method only reads how a model is built. The model's layout then need not be known before.
     is_probe: ClassVar[bool] = False
 

@@ -93,6 +93,11 @@ class Run:
         excluded = self._check_cache()
         for method in self.methods:
             method.bind(self.host)
+            if method.needs_all and self.on != "all":
+                raise OptionError(
+                    f"on={self.on!r} covers the decoder alone, and {type(method).__name__} acts outside it: use "
+                    f'foveate.apply(model, ..., on="all")'
+                )
         with _ENTRY, ExitStack() as stack:  # a failure while entering is undone at once
             attach(self, excluded, stack)
             self._exit = stack.pop_all()

@@ -36,6 +36,19 @@ class Drops:
     at_end: tuple[Any, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class OwnSequence:
+    """The queries' own sequence, in a call that attends to another one.
+
+    Args:
+        past: its tokens before the call.
+        mask: the mask of its own attention.
+    """
+
+    past: int = 0
+    mask: MaskPlan | Tensor | None = None
+
+
 @dataclass(eq=False)
 class Site:
     """One call of one attention module.
@@ -52,6 +65,9 @@ class Site:
     tokens, or some of them, will be removed again (`drafts`: by assisted decoding). Its queries do not see the
     `hidden_keys`. After a call with drafts, `drops` is what methods chose after its last token that stays.
     `wants_weights` is true if the caller asked for weights (`output_attentions`).
+
+    In a call that attends to another sequence (cross attention), `own` describes the sequence of the queries: `seen`,
+    `positions` and `real` are those of the keys, `asked` and `query_positions` those of the queries.
 
     After attention, `weights` is set if they were computed, `selections` are those that were attended to, and
     `replaced` is true if a method replaced attention; it may set `read_share`, the share of keys that it read.
@@ -88,6 +104,12 @@ class Site:
     hidden_keys: Bool[Tensor, "b hkv s"] | None = None
     drops: Drops | None = None
     wants_weights: bool = False
+    own: OwnSequence | None = None
+
+    @property
+    def crosses(self) -> bool:
+        """Return whether the keys are another sequence's."""
+        return self.own is not None
 
     @cached_property
     def phase(self) -> Literal["prefill", "decode"]:
@@ -98,7 +120,7 @@ class Site:
         sequence's first decoding call. So the pieces of a prompt are "prefill", and so is a long later turn.
         """
         n = self.q.shape[2]
-        if self.seen <= n:
+        if self.asked <= n:
             return "prefill"
         if n == 1 or (self.drafts and self.tentative >= n - 1):
             return "decode"
@@ -116,6 +138,11 @@ class Site:
         if isinstance(self.attention_mask, MaskPlan):
             return self.attention_mask.first_key + self.attention_mask.n_keys
         return self.new_k.shape[2]
+
+    @property
+    def asked(self) -> int:
+        """Tokens of the queries' sequence so far, this call's included."""
+        return self.seen if self.own is None else self.own.past + self.q.shape[2]
 
     @property
     def groups(self) -> int:
@@ -162,7 +189,7 @@ class Site:
 
     @cached_property
     def query_positions(self) -> Int[Tensor, " nq"]:
-        return torch.arange(self.seen - self.q.shape[2], self.seen, device=self.q.device)
+        return torch.arange(self.asked - self.q.shape[2], self.asked, device=self.q.device)
 
     @cached_property
     def real(self) -> Bool[Tensor, "b n"] | None:
@@ -171,11 +198,15 @@ class Site:
 
     @property
     def real_queries(self) -> Bool[Tensor, "b nq"] | None:
-        """A mask of the queries that are no padding; None if none is, or if the keys are another sequence's."""
-        if self.real is None or not isinstance(self.attention_mask, MaskPlan):
+        """A mask of the queries that are no padding; None if none is, or if it is unknown."""
+        plan = self.attention_mask if self.own is None else self.own.mask
+        if not isinstance(plan, MaskPlan):
             return None
-        first, n = int(self.attention_mask.arguments.get("q_offset", 0)), self.q.shape[2]
-        real = self.real[:, first : first + n]
+        real = self.real if self.own is None else plan.real_tokens()
+        if real is None:
+            return None
+        first, n = int(plan.arguments.get("q_offset", 0)), self.q.shape[2]
+        real = real[:, first : first + n]
         return real if real.shape[1] == n else None
 
     @cached_property
@@ -323,9 +354,15 @@ class Site:
         """Return the notes of a method for this layer (or for all layers together) and this sequence.
 
         A method stores in this dictionary what it needs in later calls. Its tensors follow beam search's reordering. It
-        is empty at the start of every sequence.
+        is empty at the start of every sequence. Calls of one layer to its own sequence and to another have notes each.
         """
-        return self.all_notes.setdefault((id(method), None if all_layers else self.layer), {})
+        layer = None if all_layers else self.layer
+        return self.all_notes.setdefault((id(method), crossing(layer) if self.crosses else layer), {})
+
+
+def crossing(layer: int | None) -> str:
+    """Return the name of a layer's calls to another sequence, in notes; None for those of all layers."""
+    return f"{layer}, to another sequence"
 
 
 #: Names of the values that a site computes once.

@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, final
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel, unknown
@@ -28,6 +27,7 @@ from foveate.lens.capture.record import Record, by_position
 from foveate.lens.capture.tiles import measure_call
 from foveate.lens.html_table import layer_head_tables
 from foveate.lens.measures import KeyTokens, Measure
+from foveate.lens.parts.stack import Layers, Part, covering
 from foveate.lens.registry import named
 
 if TYPE_CHECKING:
@@ -46,13 +46,16 @@ class Lens(Method):
     keys, in O(N) memory; this adds twice the cost of attention. Windows, soft caps, evicted layers, selected keys and
     edited weights are measured from the weights, a few rows at a time, which is several times slower. Edits by other
     methods are included, in any order of the methods. A layer whose attention another method replaced has no weights;
-    `unseen` lists it with the reason. In a model of several parts, only the language part is measured.
+    `unseen` lists it with the reason.
 
     Args:
         measures: names from `foveate.lens.MEASURES`, or `Measure` objects.
         layers: the layers to measure; None is all.
         keep_maps: `{(layer, head): queries}`: also keep the weights of these queries, O(queries · N) each.
         phase: measure "prefill", "decode" or "all" calls.
+        part: the part of the model to measure. "auto" is its only stack of layers, or the language part beside a vision
+            tower. An encoder-decoder has three: "encoder", "decoder" and "cross", the attention of the decoder to what
+            was encoded. "encoder" beside a decoder needs `apply(..., on="all")`; `look` does that.
 
     Results cover every call under the lens: the table is a mean over all sequences; `values` and `map` show the latest
     one, which later calls on the same cache extend. With beam search, a row belongs to the beam that was at its index
@@ -63,57 +66,66 @@ class Lens(Method):
     layers: Iterable[int] | None = None
     keep_maps: Mapping[tuple[int, int], Queries] = field(default_factory=dict)
     phase: Literal["prefill", "decode", "all"] = "prefill"
+    part: Part = "auto"
     unseen: dict[int, str] = field(default_factory=dict, init=False)
     _measures: tuple[Measure, ...] = field(init=False, repr=False)
     _latest: dict[int, Record] = field(default_factory=dict, init=False, repr=False)
     _past: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
-    _modules: WeakSet[nn.Module] = field(default_factory=WeakSet, init=False, repr=False)
+    _stack: Layers = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         validate.one_of("phase", self.phase, ("prefill", "decode", "all"))
-        self._measures = tuple(named(measure) for measure in self.measures)
+        self._stack, self._measures = Layers(self.part), tuple(named(measure) for measure in self.measures)
         names = [measure.name for measure in self._measures]
         if len(set(names)) < len(names):
             raise OptionError(f"measures={names} must have different names")
+        if self.part == "cross" and (placed := [m.name for m in self._measures if m.compares_places]):
+            raise OptionError(
+                f"measures={placed} compare the places of a query and a key, which are in two sequences in "
+                f'part="cross"'
+            )
         self.layers = None if self.layers is None else tuple(self.layers)
         maps = {at: queries if isinstance(queries, slice) else tuple(queries) for at, queries in self.keep_maps.items()}
         self.keep_maps = maps
 
     def bind(self, host: Host) -> None:
+        stack = self._stack.bind(host, self)
         for layer in (*(self.layers or ()), *(layer for layer, _ in self.keep_maps)):
-            if layer not in range(host.layers):
-                raise OptionError(f"layers: {layer} must be in 0..{host.layers - 1} for this model")
+            if layer not in range(stack.layers):
+                raise OptionError(f"layers: {layer} must be in 0..{stack.layers - 1} for this model")
         for _, head in self.keep_maps:
-            if head not in range(host.heads):
-                raise OptionError(f"keep_maps: head {head} must be in 0..{host.heads - 1} for this model")
-        self._modules |= set(_language_part(host))
+            if head not in range(stack.heads):
+                raise OptionError(f"keep_maps: head {head} must be in 0..{stack.heads - 1} for this model")
 
     def at(self, site: Site) -> bool:
-        chosen = self.layers is None or site.layer in self.layers or any(at[0] == site.layer for at in self.keep_maps)
-        return chosen and self.phase in ("all", site.phase) and site.module in self._modules
+        layer = self._stack.number(site)
+        if layer is None or self.phase not in ("all", site.phase):
+            return False
+        return self.layers is None or layer in self.layers or any(at[0] == layer for at in self.keep_maps)
 
     @torch.no_grad()
     def read(self, site: Site, out: Tensor) -> None:
+        layer = self._stack.at(site)
         if site.replaced:
-            self.unseen[site.layer] = "another method replaced this layer's attention"
+            self.unseen[layer] = "another method replaced this layer's attention"
             return
-        record, tokens = self._record(site), KeyTokens.of(site)
-        if self.layers is None or site.layer in self.layers:
+        record, tokens = self._record(site, layer), KeyTokens.of(site)
+        if self.layers is None or layer in self.layers:
             record.add(measure_call(site, self._measures, tokens), self._measures, tokens, site.seen)
-        for (layer, head), queries in self.keep_maps.items():
-            if layer == site.layer:
+        for (at, head), queries in self.keep_maps.items():
+            if at == layer:
                 kept = [_map(site, rows, head, tokens) for rows in _slices(queries, site)]
                 record.maps.setdefault(head, []).extend(kept)
 
-    def _record(self, site: Site) -> Record:
+    def _record(self, site: Site, layer: int) -> Record:
         """Return the open record of this site's sequence; a new sequence closes the layer's previous record."""
         notes = site.notes(self)
         record = notes.get("record")
         if record is None or not record.is_open or record.batch != site.q.shape[0]:
             record = notes["record"] = Record(site.q.shape[0])
-            if (last := self._latest.get(site.layer)) is not None:
-                self._close(site.layer, last)
-            self._latest[site.layer] = record
+            if (last := self._latest.get(layer)) is not None:
+                self._close(layer, last)
+            self._latest[layer] = record
         return record
 
     def _close(self, layer: int, record: Record) -> None:
@@ -223,20 +235,25 @@ def look(
     measures: Sequence[str | Measure] = ("entropy", "sink_mass", "received_mass"),
     layers: Iterable[int] | None = None,
     keep_maps: Mapping[tuple[int, int], Queries] | None = None,
+    part: Part = "auto",
     **more: Any,
 ) -> Look:
     """Run a model once under a `Lens`, with its fast kernel.
 
     Args:
-        model: any transformers model that `foveate.apply` takes, with one stack of layers.
+        model: any transformers model that `foveate.apply` takes.
         inputs: the model's inputs: a tokenizer's mapping, or the main input alone; `more` adds keyword arguments.
-        measures, layers, keep_maps: see `Lens`.
+        measures, layers, keep_maps, part: see `Lens`.
     """
-    lens = Lens(measures, layers, keep_maps or {}, phase="all")
+    lens = Lens(measures, layers, keep_maps or {}, phase="all", part=part)
     if isinstance(inputs, Tensor):
         inputs = {host(model).model.main_input_name: inputs}
-    with torch.no_grad(), apply(model, lens) as run:
+    with torch.no_grad(), apply(model, lens, on=covering(part)) as run:
         output = run.host.model(**{**(inputs or {}), **more})
+    if part == "cross" and not lens._latest and not lens.unseen:
+        raise UnsupportedModel(
+            f"part={part!r}: {type(run.host.model).__name__} attended to no other sequence in this call"
+        )
     return Look(lens, output)
 
 
@@ -248,7 +265,7 @@ def _map(site: Site, rows: slice, head: int, tokens: KeyTokens) -> Tensor:
 
 def _slices(queries: Queries, site: Site) -> list[slice]:
     """Return the requested rows of this call as contiguous slices."""
-    first, last = site.seen - site.q.shape[2], site.seen
+    first, last = site.asked - site.q.shape[2], site.asked
     rows = [position - first for position in _positions(queries, last) if first <= position]
     ends = [i for i in range(len(rows)) if i + 1 == len(rows) or rows[i + 1] > rows[i] + 1]
     starts = [0, *(end + 1 for end in ends[:-1])] if rows else []
@@ -260,14 +277,3 @@ def _positions(queries: Queries, n: int) -> list[int]:
     if isinstance(queries, slice):
         return sorted(range(*queries.indices(n)))
     return sorted({at for position in queries if 0 <= (at := position + n if position < 0 else position) < n})
-
-
-def _language_part(host: Host) -> list[nn.Module]:
-    """Return the attention modules of the stack that `host.config` describes; each must have its own layer number."""
-    modules = host.attention_modules()
-    own = [module for module in modules if module.config is host.config] or modules
-    numbers = [number for module in own if isinstance(number := getattr(module, "layer_idx", None), int)]
-    if len(set(numbers)) < len(numbers):
-        name = type(host.model).__name__
-        raise UnsupportedModel(f"model={name} has several attention modules per layer; a lens needs a single stack")
-    return own

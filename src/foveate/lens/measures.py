@@ -28,7 +28,7 @@ class KeyTokens:
         positions: each key's position in the sequence, padding included; negative for a slot that is no single token.
             `h` is 1 if all heads hold the same keys.
         real: True for the tokens of the sequence that are not padding; None if there is no padding.
-        queries: each query's position in the sequence; None for queries that are the last tokens.
+        queries: each query's position in the sequence; None for queries of another sequence.
     """
 
     positions: Int[Tensor, "b h s"]
@@ -37,7 +37,8 @@ class KeyTokens:
 
     @classmethod
     def of(cls, site: Site) -> Self:
-        return cls(site.positions[:, :1] if site.is_whole else site.positions, site.real, site.query_positions)
+        positions = site.positions[:, :1] if site.is_whole else site.positions
+        return cls(positions, site.real, None if site.crosses else site.query_positions)
 
     @classmethod
     def plain(cls, weights: Tensor) -> Self:
@@ -78,6 +79,8 @@ class Measure(ABC):
     """
 
     over: ClassVar[Literal["queries", "keys"]]
+    #: True if the measure compares the places of queries and keys, which have to be in one sequence.
+    compares_places: ClassVar[bool] = False
 
     @property
     @abstractmethod

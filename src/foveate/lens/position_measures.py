@@ -23,6 +23,7 @@ class MeanDistance(Measure):
 
     name: str = field(default="mean_distance", init=False)
     over: ClassVar[Literal["queries", "keys"]] = "queries"
+    compares_places: ClassVar[bool] = True
 
     def fused(self, call: Statistics, tokens: KeyTokens) -> Tensor | None:
         if not call.causal or tokens.queries is None:
@@ -47,6 +48,7 @@ class AtOffset(Measure):
 
     offset: int = 1
     over: ClassVar[Literal["queries", "keys"]] = "queries"
+    compares_places: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         validate.count("offset", abs(self.offset))
@@ -74,6 +76,7 @@ class WindowMass(Measure):
 
     width: int = 4
     over: ClassVar[Literal["queries", "keys"]] = "queries"
+    compares_places: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         validate.count("width", self.width)

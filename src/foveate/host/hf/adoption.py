@@ -23,6 +23,7 @@ from foveate.host.hf.cache import SlotLayer, tokens_seen
 from foveate.host.hf.compressed import CompressedLayer
 from foveate.host.hf.hybrid import Hybrid, HybridSlotLayer
 from foveate.host.method import Method
+from foveate.host.site import crossing
 
 #: The notes of a run's methods, by cache: `(id of the method, layer or None) -> notes`.
 Notes = WeakKeyDictionary[Cache, dict[Any, dict[str, Any]]]
@@ -101,7 +102,8 @@ class Caches:
                 cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
         layer = cache.layers[index] if index < len(cache.layers) else None
         if layer is None or not tokens_seen(layer):
-            forget(self.notes[cache], lambda key: key[1] == index or (key[1] is None and index == self.first))
+            mine = (index, crossing(index), *[None, crossing(None)] * (index == self.first))
+            forget(self.notes[cache], lambda key: key[1] in mine)
             for number in (index, *[None] * (index == self.first)):
                 _PROMPTS.setdefault(cache, {}).pop(number, None)
         if not isinstance(layer, SlotLayer) and (self.evicts or (layer is not None and self._replaces(layer, cache))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,9 @@ from foveate.host.site import Site
 #: Arguments of an attention module that hold another sequence.
 CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
+#: The one among them of modules that only attend to another sequence. Once that is cached, it is not given again.
+_ALWAYS = "cross_attention_states"
+
 
 def takes_more(module: nn.Module) -> bool:
     """Return whether this module's own arguments, and not the model's, determine its cache and layer.
@@ -24,6 +27,16 @@ def takes_more(module: nn.Module) -> bool:
     Other modules need no hooks if no method has one. Hooks would double the host's cost there.
     """
     return not module.is_causal or bool({*CROSS, "layer_idx"} & set(parameters(type(module).forward)))
+
+
+def crosses_to(module: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Return whether a call of an attention module attends to another sequence.
+
+    Args:
+        module: the attention module.
+        given: its arguments by name.
+    """
+    return any(given.get(name) is not None for name in CROSS) or _ALWAYS in parameters(type(module).forward)
 
 
 def check_expanded(site: Site) -> None:

@@ -14,9 +14,9 @@ from transformers.cache_utils import Cache
 from foveate.core.errors import UnsupportedModel
 from foveate.host.hf.adoption import Caches, cache_among
 from foveate.host.hf.cache import LATEST, SlotLayer
-from foveate.host.hf.calls import CROSS, parameters
+from foveate.host.hf.calls import CROSS, crosses_to, parameters
 from foveate.host.method import Method
-from foveate.host.site import Site
+from foveate.host.site import OwnSequence, Site
 
 #: `at_end(calls with the methods that choose there, tokens of the pass)`.
 AtPassEnd = Callable[[list[tuple[Site, list[Method]]], Tensor | None], None]
@@ -27,15 +27,19 @@ class _Call:
     """The call of one attention module.
 
     Args:
-        cache: the cache among its arguments.
+        cache: the cache among its arguments, if its keys are the sequence's own.
         hidden: its hidden states.
         layer: its number in the cache.
+        crosses: whether its keys are another sequence's.
+        sequence: the cache of the queries' sequence.
         finish: called when it ends.
     """
 
     cache: Cache | None
     hidden: Tensor | None
     layer: int
+    crosses: bool = False
+    sequence: Cache | None = None
     finish: Callable[[], None] | None = None
 
 
@@ -51,6 +55,7 @@ class _Pass:
         call: the current attention call.
         outermost: the module whose call is the pass.
         ids: the tokens that the pass reads; None if they are unknown.
+        own: the queries of the latest call that attended to its own sequence.
         ended: calls at which methods choose what stays when the pass has ended, with these methods.
         reader: the only method, while tokens are read for a measurement.
     """
@@ -62,6 +67,7 @@ class _Pass:
     call: _Call | None = None
     outermost: nn.Module | None = None
     ids: Tensor | None = None
+    own: OwnSequence = field(default_factory=OwnSequence)
     ended: list[tuple[Site, list[Method]]] = field(default_factory=list)
     reader: Method | None = None
 
@@ -108,7 +114,7 @@ class Passes:
         """
         here = self.here
         if here.outermost is None:
-            here.outermost, here.step, here.ended, here.cache = module, {}, [], None
+            here.outermost, here.step, here.ended, here.cache, here.own = module, {}, [], None, OwnSequence()
             here.ids = _ids(args, kwargs)
         if is_whole:
             here.logits_to_keep = kwargs.get("logits_to_keep")
@@ -129,7 +135,7 @@ class Passes:
                 if ended and output is not None:
                     self._at_pass_end(ended, here.ids)
             finally:
-                here.step, here.cache, here.ids, here.ended = {}, None, None, []
+                here.step, here.cache, here.ids, here.ended, here.own = {}, None, None, [], OwnSequence()
         if (
             has_methods
             and torch.is_grad_enabled()
@@ -153,10 +159,11 @@ class Passes:
         cache, layer, index = cache_among(given.values()), self.layers[module][0], given.get("layer_idx")
         if isinstance(index, int):
             layer = index
-        for name in CROSS:  # the cache of another sequence's keys does not grow
-            if given.get(name) is not None:
-                cache = None
-        self.here.call = _Call(cache, given.get("hidden_states", args[0] if args else None), layer)
+        sequence, crosses = cache, crosses_to(module, given)
+        if any(given.get(name) is not None for name in CROSS):  # the cache of another sequence's keys does not grow
+            cache = None
+        hidden = given.get("hidden_states", args[0] if args else None)
+        self.here.call = _Call(cache, hidden, layer, crosses, sequence)
         LATEST.layer = None
         if cache is not None:
             self.caches.prepare(cache, layer)

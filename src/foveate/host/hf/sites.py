@@ -12,7 +12,7 @@ from foveate.host.hf.attach import runs_open_on
 from foveate.host.hf.cache import SlotLayer
 from foveate.host.hf.calls import check_expanded, number_of, sinks
 from foveate.host.hf.mask import MaskPlan
-from foveate.host.site import Site
+from foveate.host.site import OwnSequence, Site
 
 if TYPE_CHECKING:
     from foveate.host.run import Run
@@ -30,6 +30,8 @@ def site_of(
         slots: the layer that stores the call's tokens, if it does so in slots.
     """
     here, (cache, layer) = run.passes.here, run.passes.called(module)
+    crossing = here.call if here.call is not None and here.call.crosses else None
+    sequence = cache if crossing is None else crossing.sequence
     if slots is None and cache is not None and len(cache.layers) > layer:
         held = cache.layers[layer]
         slots = held if isinstance(held, SlotLayer) else None
@@ -48,7 +50,8 @@ def site_of(
         slots=slots if cache is not None else None,
         cache=cache, hidden=None if here.call is None else here.call.hidden, step=here.step,
         wants_weights=here.wants_weights,
-        all_notes={} if cache is None else run.caches.notes.get(cache, {}),
+        all_notes={} if sequence is None else run.caches.notes.get(sequence, {}),
+        own=None if crossing is None else here.own,
     )  # fmt: skip
     if site.slots is not None and not site.slots.handed_over(k, v):
         if site.slots.is_whole and not any(other.evicts and other.covers(module) for other in runs_open_on(module)):
@@ -63,6 +66,8 @@ def site_of(
         if site.slots is None and (surplus := first + k.shape[2] - site.seen) > 0:
             site.cut(surplus)
         _locate(run, site, cache)
+    if crossing is None:
+        here.own = OwnSequence(site.seen - q.shape[2], site.attention_mask)
     return site
 
 

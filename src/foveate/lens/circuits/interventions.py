@@ -7,7 +7,7 @@
         model.generate(ids)
 
 All act on a head's output before the output projection, so that the model's fused kernel stays. Layers are numbered as
-in `foveate.look`.
+in `foveate.look`, and `part` chooses one of the stacks of an encoder-decoder as there.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from foveate.host.entry import apply
 from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.site import Site
+from foveate.lens.parts.stack import Layers, Part, Stack, covering
 
 #: A head of a model: its layer and its number in the layer.
 Head = tuple[int, int]
@@ -39,25 +40,33 @@ class Scale(Method):
 
     Args:
         factors: `(layers, heads)`, in the order of the model's layers.
+        part: see `foveate.lens.Lens`.
     """
 
     factors: Float[Tensor, "l h"]
+    part: Part = "auto"
+    _stack: Layers = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._stack = Layers(self.part)
         if not isinstance(self.factors, Tensor) or self.factors.ndim != 2:
             raise ShapeError("factors must be a tensor (layers, heads)")
 
     def bind(self, host: Host) -> None:
-        if tuple(self.factors.shape) != (host.layers, host.heads):
-            raise ShapeError(f"factors must be (layers, heads)={(host.layers, host.heads)}; got "
+        stack = self._stack.bind(host, self)
+        if tuple(self.factors.shape) != (stack.layers, stack.heads):
+            raise ShapeError(f"factors must be (layers, heads)={(stack.layers, stack.heads)}; got "
                              f"{tuple(self.factors.shape)}")  # fmt: skip
 
     def at(self, site: Site) -> bool:
-        row = self.factors[site.layer]
+        layer = self._stack.number(site)
+        if layer is None:
+            return False
+        row = self.factors[layer]
         return row.requires_grad or bool((row != 1.0).any())
 
     def edit_output(self, site: Site, out: Tensor) -> Tensor:
-        return out * self.factors[site.layer, : out.shape[1]].to(out)[None, :, None, None]
+        return out * self.factors[self._stack.at(site), : out.shape[1]].to(out)[None, :, None, None]
 
 
 @final
@@ -69,13 +78,17 @@ class Patch(Method):
         outputs: for each head its new outputs: `(Dv,)` for all tokens, or `(B or 1, N, Dv)` for the tokens of a
             sequence by position, padding included; tokens past N keep their own.
         positions: the tokens whose outputs are replaced; negative ones count from the end of the call. None for all.
+        part: see `foveate.lens.Lens`.
     """
 
     outputs: Mapping[Head, Float[Tensor, "..."]]
     positions: Iterable[int] | None = None
+    part: Part = "auto"
     _layers: set[int] = field(init=False, repr=False)
+    _stack: Layers = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._stack = Layers(self.part)
         if not isinstance(self.outputs, Mapping):
             raise OptionError("outputs must be a mapping {(layer, head): tensor}")
         self._layers = {layer for layer, _ in checked_heads(self.outputs)}
@@ -85,15 +98,16 @@ class Patch(Method):
         self.positions = None if self.positions is None else tuple(self.positions)
 
     def bind(self, host: Host) -> None:
-        check_in_model(self.outputs, host)
+        stack = self._stack.bind(host, self)
+        check_in_stack(self.outputs, stack)
 
     def at(self, site: Site) -> bool:
-        return site.layer in self._layers
+        return self._stack.number(site) in self._layers
 
     def edit_output(self, site: Site, out: Tensor) -> Tensor:
-        changed, places = out.clone(), self._places(site)
+        changed, places, number = out.clone(), self._places(site), self._stack.at(site)
         for (layer, head), value in self.outputs.items():
-            if layer != site.layer:
+            if layer != number:
                 continue
             own = places if value.ndim == 1 else places[places < value.shape[1]]
             rows = own - int(site.query_positions[0])
@@ -104,7 +118,7 @@ class Patch(Method):
         places = site.query_positions
         if self.positions is None:
             return places
-        chosen = torch.tensor([p + site.seen if p < 0 else p for p in self.positions], device=places.device)
+        chosen = torch.tensor([p + site.asked if p < 0 else p for p in self.positions], device=places.device)
         return places[torch.isin(places, chosen)]
 
 
@@ -116,27 +130,34 @@ class HeadOutputs(Method):
     Args:
         layers: numbers of the layers; None for all.
         keep_graph: True keeps the outputs in autograd's graph, for gradients with respect to them.
+        part: see `foveate.lens.Lens`.
 
     `found` has the latest sequence's outputs `(B, heads, N, Dv)` by layer; calls on one cache are joined.
     """
 
     layers: Iterable[int] | None = None
     keep_graph: bool = False
+    part: Part = "auto"
     found: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _stack: Layers = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._stack = Layers(self.part)
         self.layers = None if self.layers is None else tuple(self.layers)
 
     def bind(self, host: Host) -> None:
-        check_in_model([(layer, 0) for layer in self.layers or ()], host)
+        stack = self._stack.bind(host, self)
+        check_in_stack([(layer, 0) for layer in self.layers or ()], stack)
 
     def at(self, site: Site) -> bool:
-        return self.layers is None or site.layer in self.layers
+        layer = self._stack.number(site)
+        return layer is not None and (self.layers is None or layer in self.layers)
 
     def read(self, site: Site, out: Tensor) -> None:
-        new = out if self.keep_graph else out.detach().clone()
-        begins = site.seen <= site.q.shape[2] or site.layer not in self.found
-        self.found[site.layer] = new if begins else torch.cat([self.found[site.layer], new], 2)
+        notes, new = site.notes(self), out if self.keep_graph else out.detach().clone()
+        past = notes.get("outputs")
+        notes["outputs"] = new if past is None else torch.cat([past, new], 2)
+        self.found[self._stack.at(site)] = notes["outputs"]
 
 
 def ablate(heads: Iterable[Head], means: Mapping[int, Float[Tensor, "h dv"]] | None = None, **options: Any) -> Patch:
@@ -152,22 +173,30 @@ def ablate(heads: Iterable[Head], means: Mapping[int, Float[Tensor, "h dv"]] | N
 
 
 def head_outputs(
-    model: object, inputs: Tensor | Mapping[str, Any], **more: Any
+    model: object, inputs: Tensor | Mapping[str, Any], *, part: Part = "auto", **more: Any
 ) -> dict[int, Float[Tensor, "b h n dv"]]:
-    """Run a model once and return its heads' outputs before the output projection, by layer."""
-    record = HeadOutputs()
-    with torch.no_grad(), apply(model, record) as run:
+    """Run a model once and return its heads' outputs before the output projection, by layer.
+
+    Args:
+        model: a model.
+        inputs: its inputs: a tokenizer's mapping, or the main input alone; `more` adds keyword arguments.
+        part: see `foveate.lens.Lens`.
+    """
+    record = HeadOutputs(part=part)
+    with torch.no_grad(), apply(model, record, on=covering(part)) as run:
         given = {run.host.model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
         run.host.model(**given, **more)
     return record.found
 
 
-def head_means(model: object, data: Iterable[Tensor | Mapping[str, Any]]) -> dict[int, Float[Tensor, "h dv"]]:
+def head_means(
+    model: object, data: Iterable[Tensor | Mapping[str, Any]], part: Part = "auto"
+) -> dict[int, Float[Tensor, "h dv"]]:
     """Return the mean output of each head over all tokens of a data set, by layer."""
     sums: dict[int, Tensor] = {}
     count = 0
     for inputs in data:
-        found = head_outputs(model, inputs)
+        found = head_outputs(model, inputs, part=part)
         count += next(iter(found.values())).shape[0] * next(iter(found.values())).shape[2]
         for layer, out in found.items():
             sums[layer] = sums.get(layer, 0.0) + out.double().sum((0, 2))
@@ -186,10 +215,15 @@ def checked_heads(heads: Iterable[Head]) -> list[Head]:
 
 
 def check_in_model(heads: Iterable[Head], host: Host) -> None:
-    """Refuse heads that a model does not have."""
+    """Refuse heads that a model with one stack of layers does not have."""
+    check_in_stack(heads, Stack.of(host))
+
+
+def check_in_stack(heads: Iterable[Head], stack: Stack) -> None:
+    """Refuse heads that a part of a model does not have."""
     for layer, head in heads:
-        if layer not in range(host.layers) or head not in range(host.heads):
+        if layer not in range(stack.layers) or head not in range(stack.heads):
             raise OptionError(
-                f"head {(layer, head)} is not in this model, which has layers 0..{host.layers - 1} and heads "
-                f"0..{host.heads - 1}"
+                f"head {(layer, head)} is not in this model, which has layers 0..{stack.layers - 1} and heads "
+                f"0..{stack.heads - 1}"
             )

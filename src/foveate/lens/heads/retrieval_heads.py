@@ -122,7 +122,7 @@ class _Hits(Method):
         self.looked: dict[int, list[Int[Tensor, "hq t"]]] = {}
 
     def at(self, site: Site) -> bool:
-        return site.is_causal or site.q.shape[2] == 1
+        return not site.crosses and (site.is_causal or site.q.shape[2] == 1)
 
     def read(self, site: Site, out: Tensor) -> None:
         if site.phase == "decode":

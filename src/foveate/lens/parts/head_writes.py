@@ -68,7 +68,7 @@ class _Writes(Method):
         self.found: dict[int, Tensor] = {}
 
     def at(self, site: Site) -> bool:
-        return site.is_causal or site.q.shape[2] == 1
+        return not site.crosses and (site.is_causal or site.q.shape[2] == 1)
 
     def read(self, site: Site, out: Tensor) -> None:
         if out.shape[0] != self.shares.shape[0] or out.shape[2] != self.shares.shape[1]:

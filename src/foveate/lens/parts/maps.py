@@ -11,34 +11,41 @@ from torch import Tensor
 
 from foveate.core.errors import UnsupportedModel
 from foveate.host.entry import apply
+from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.site import Site
 from foveate.host.weight_tiles import weight_tile
+from foveate.lens.parts.stack import Layers, Part, covering
 
 
 @torch.no_grad()
-def attention_maps(model: object, inputs: Tensor | Mapping[str, Any], **more: Any) -> Float[Tensor, "b l h n n"]:
+def attention_maps(
+    model: object, inputs: Tensor | Mapping[str, Any], *, part: Part = "auto", **more: Any
+) -> Float[Tensor, "b l h n s"]:
     """Run a model once and return the weights of all its heads; rows of padding are zero.
 
     Use `foveate.look` for long texts: its measures need no maps.
 
     Args:
-        model: a model with one stack of layers that reads a whole text at once.
+        model: a model that reads a whole text at once.
         inputs: the model's inputs: a tokenizer's mapping, or the main input alone; `more` adds keyword arguments.
+        part: see `foveate.lens.Lens`; "cross" gives rows of the decoder's tokens over those of the encoder.
     """
-    record = _Maps()
-    with apply(model, record) as run:
+    record = _Maps(part)
+    with apply(model, record, on=covering(part)) as run:
         given = {run.host.model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
         run.host.model(**given, **more)
+    if not record.found:
+        raise UnsupportedModel(f"part={part!r}: {type(run.host.model).__name__} made no such call")
     return torch.stack([record.found[layer] for layer in sorted(record.found)], 1)
 
 
-def whole_map(site: Site) -> Float[Tensor, "b h n n"]:
-    """Return all weights of a call; refuse calls that are no self-attention over a whole text."""
+def whole_map(site: Site) -> Float[Tensor, "b h n s"]:
+    """Return all weights of a call; refuse self-attention that is not over a whole text."""
     name = type(site.module).__name__
     if site.replaced:
         raise UnsupportedModel(f"{name} has no weights: another method replaced the attention of layer {site.layer}")
-    if site.q.shape[2] != site.k.shape[2]:
+    if not site.crosses and site.q.shape[2] != site.k.shape[2]:
         raise UnsupportedModel(f"{name} attends from {site.q.shape[2]} tokens to {site.k.shape[2]}; maps need one text")
     tile = weight_tile(site, slice(0, site.q.shape[2]))
     whole = tile.weights.new_zeros(*tile.weights.shape[:3], site.k.shape[2])
@@ -48,12 +55,19 @@ def whole_map(site: Site) -> Float[Tensor, "b h n n"]:
 
 @final
 class _Maps(Method):
-    """Record the maps of all layers."""
+    """Record the maps of all layers of a part."""
 
-    def __init__(self) -> None:
-        self.found: dict[int, Tensor] = {}
+    def __init__(self, part: Part) -> None:
+        self.stack, self.found = Layers(part), dict[int, Tensor]()
+
+    def bind(self, host: Host) -> None:
+        self.stack.bind(host, self)
+
+    def at(self, site: Site) -> bool:
+        return self.stack.number(site) is not None
 
     def read(self, site: Site, out: Tensor) -> None:
-        if site.layer in self.found:
-            raise UnsupportedModel(f"layer {site.layer} attends more than once; maps need a single stack of layers")
-        self.found[site.layer] = whole_map(site)
+        layer = self.stack.at(site)
+        if layer in self.found:
+            raise UnsupportedModel(f"layer {layer} attends more than once; maps need a single stack of layers")
+        self.found[layer] = whole_map(site)

@@ -16,14 +16,17 @@ from torch import Tensor
 from foveate.core.errors import OptionError
 from foveate.host.entry import apply
 from foveate.host.fused_statistics import grouped
+from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.site import Site
 from foveate.lens.parts.maps import whole_map
+from foveate.lens.parts.stack import Layers, Part, covering
 
 
 def weight_gradients(
-    model: object, inputs: Tensor | Mapping[str, Any], loss: Callable[[Any], Tensor], **more: Any
-) -> Float[Tensor, "b l h n n"]:
+    model: object, inputs: Tensor | Mapping[str, Any], loss: Callable[[Any], Tensor], *, part: Part = "auto",
+    **more: Any,
+) -> Float[Tensor, "b l h n s"]:  # fmt: skip
     """Run a model once and return the gradient of a loss with respect to all its attention weights.
 
     It is zero for pairs that the model does not see, and in rows of padding.
@@ -32,9 +35,10 @@ def weight_gradients(
         model: a model in evaluation mode that reads a whole text at once.
         inputs: the model's inputs: a tokenizer's mapping, or the main input alone; `more` adds keyword arguments.
         loss: makes a number of the model's output.
+        part: see `foveate.lens.Lens`.
     """
-    record = _Outputs()
-    with torch.enable_grad(), apply(model, record) as run:
+    record = _Outputs(part)
+    with torch.enable_grad(), apply(model, record, on=covering(part)) as run:
         given = {run.host.model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
         value = loss(run.host.model(**given, **more))
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
@@ -55,14 +59,23 @@ def weight_gradients(
 class _Outputs(Method):
     """Record each layer's outputs in autograd's graph, its values, and the pairs that it sees."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: Part) -> None:
+        self.stack = Layers(part)
         self.outputs: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.seen: dict[int, Tensor] = {}
 
+    def bind(self, host: Host) -> None:
+        self.stack.bind(host, self)
+
+    def at(self, site: Site) -> bool:
+        return self.stack.number(site) is not None
+
     def edit_output(self, site: Site, out: Tensor) -> Tensor:
-        self.outputs[site.layer] = out if out.requires_grad else out.detach().requires_grad_()
-        return self.outputs[site.layer]
+        out = out if out.requires_grad else out.detach().requires_grad_()
+        self.outputs[self.stack.at(site)] = out
+        return out
 
     def read(self, site: Site, out: Tensor) -> None:
-        self.seen[site.layer], self.values[site.layer] = whole_map(site) > 0, site.v.detach().clone()
+        layer = self.stack.at(site)
+        self.seen[layer], self.values[layer] = whole_map(site) > 0, site.v.detach().clone()
