@@ -162,11 +162,11 @@ def test_interventions_compose_with_a_policy() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ablate([(7, 0)]), "is not in this model"),
+        (lambda: ablate([(7, 0)]), "must be in 0.0..1.3"),
         (lambda: ablate([3]), "pairs (layer, head)"),
         (lambda: Patch({(0, 0): torch.zeros(2, 2)}), "outputs"),
         (lambda: Scale(torch.ones(3, 3)), "factors"),
-        (lambda: HeadOutputs([9]), "is not in this model"),
+        (lambda: HeadOutputs([9]), "must be in 0.0..1.3"),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Callable[[], Any], message: str) -> None:

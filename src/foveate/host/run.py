@@ -95,6 +95,9 @@ class Run:
             method.bind(self.host)
         with _ENTRY, ExitStack() as stack:  # a failure while entering is undone at once
             attach(self, excluded, stack)
+            for method in self.methods:
+                for handle in method.hooks(self.host):
+                    stack.callback(handle.remove)
             self._exit = stack.pop_all()
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foveate.core.errors import UnsupportedModel
+from foveate.core.errors import OptionError, UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,14 @@ class Host:
             and isinstance(getattr(module, "is_causal", None), bool)
             and not isinstance(module, PreTrainedModel)
         ]
+
+    def check_heads(self, heads: Iterable[tuple[int, int]]) -> None:
+        """Refuse a pair of layer and query head that the model does not have."""
+        for layer, head in heads:
+            if layer not in range(self.layers) or head not in range(self.heads):
+                raise OptionError(
+                    f"head {layer}.{head} must be in 0.0..{self.layers - 1}.{self.heads - 1} (layer.head) for this model"
+                )
 
     def configs(self) -> Iterator[PreTrainedConfig]:
         """Yield every configuration object from which a part of the model reads its attention implementation."""

@@ -21,7 +21,7 @@ from foveate.host.entry import apply
 from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.site import Site
-from foveate.lens.circuits.interventions import Head, check_in_model, checked_heads
+from foveate.lens.circuits.interventions import Head, checked_heads
 from foveate.lens.circuits.residual_stream import Inputs, as_mapping
 
 #: A query, a key or a value.
@@ -55,7 +55,7 @@ class EditInputs(Method):
                 validate.one_of("inputs", name, ("q", "k", "v"))
 
     def bind(self, host: Host) -> None:
-        check_in_model(self._names, host)
+        host.check_heads(self._names)
 
     def at(self, site: Site) -> bool:
         return any(layer == site.layer for layer, _ in self._names)
@@ -106,7 +106,7 @@ class HeadInputs(Method):
         self.heads = tuple(checked_heads(self.heads))
 
     def bind(self, host: Host) -> None:
-        check_in_model(self.heads, host)
+        host.check_heads(self.heads)
 
     def at(self, site: Site) -> bool:
         return any(layer == site.layer for layer, _ in self.heads)
