@@ -33,7 +33,7 @@ from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.site import Site
 from foveate.host.weight_tiles import weights_of
-from foveate.lens.circuits.head_inputs import EditInputs, Input
+from foveate.lens.circuits.head_inputs import EditInputs, Input, key_places
 from foveate.lens.circuits.interventions import Head, check_outputs, checked_heads, replaced, substitute
 from foveate.lens.circuits.residual_stream import first_tensor
 from foveate.lens.circuits.stream_reads import StreamReads
@@ -196,7 +196,7 @@ class EdgePatch(Method):
         gap = (weights_of(own, slice(None), head) - weights_of(site, slice(None), head)).abs().amax()
         if bool(gap > max(16 * torch.finfo(site.q.dtype).eps, 1e-3)):
             raise UnsupportedModel(f"another method changes the attention of head {site.layer}.{head}, which a path uses")
-        places, names = site.positions[0, group], {name for at, name in self._into[site.layer] if at[1] == head}
+        places, names = key_places(site, head), {name for at, name in self._into[site.layer] if at[1] == head}
         read = {"q": site.q[:, head], "k": site.k[:, group], "v": site.v[:, group]}
         q, k, v = (
             self._change((site.layer, head), name, read[name], places) if name in names else read[name]

@@ -83,8 +83,16 @@ class EditInputs(Method):
     def _changed(self, site: Site, head: int, name: Input, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         if name not in self._names[site.layer, head]:
             return x
-        places = site.query_positions if name == "q" else site.positions[0, head // site.groups]
+        places = site.query_positions if name == "q" else key_places(site, head)
         return self.change((site.layer, head), name, x, places).to(x)
+
+
+def key_places(site: Site, head: int) -> Int[Tensor, " s"]:
+    """Return the positions of the keys that a query head reads; refuse texts of a batch that kept different tokens."""
+    places = site.positions[:, head // site.groups]
+    if bool((places != places[:1]).any()):
+        raise UnsupportedModel("a policy kept different tokens of the texts of a batch; give the texts one at a time")
+    return places[0]
 
 
 @final
