@@ -3,7 +3,8 @@
 Each section has one file and lies there between `<!-- name -->` and `<!-- /name -->`. The comparison's table comes from
 the results file (the one of the last demo where none is named), the real models' from docs/measured/real.json, which
 `make real FULL=1` writes, the recall figure from docs/measured/recall, and the speed ratios from the last lines that
-`make bench` left in docs/measured/; those of benchmarks/decode_real.py have a table of their own. A section whose
+`make bench` left in docs/measured/; those of benchmarks/decode_real.py have a table of their own. The circuits come
+from docs/measured/circuits, which benchmarks/real/circuits.py writes. A section whose
 measurement is missing stays what it is.
 """
 
@@ -13,6 +14,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from foveate.bench.comparison.results import Comparison
 from foveate.bench.recall_figure import Recall
@@ -92,6 +94,54 @@ def recall() -> str:
     return "\n".join([*lines, "", made])
 
 
+def circuits(results: Path) -> str:
+    """One model's circuit: heads and edges with their estimates and true patches, and what ablation does."""
+    found = json.loads(results.read_text("utf-8"))
+    tokens, of_edges = found["tokens"], found["edge rank"]
+    length = f"{tokens[0]}" if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
+    lines = [
+        f"{found['pairs']} pairs of texts of {length} tokens; the right digit's logit less the wrong one's is "
+        f"{found['clean']:.2f}, and {found['corrupt']:.2f} on the other texts.",
+        "", "| head | roles | estimate | patch |", "|---|---|---:|---:|",
+    ]  # fmt: skip
+    for row in found["heads"][:10]:
+        named = ", ".join(found["roles"].get(row["head"], [])) or "–"
+        lines.append(f"| {row['head']} | {named} | {row['estimate']:.2f} | {row['patch']:.2f} |")
+    lines += ["", f"Rank correlation with true patches: {found['head rank']:.2f}.", "",
+              "| edge | from gradients | heads exact | patch |", "|---|---:|---:|---:|"]  # fmt: skip
+    for row in found["edges"]:
+        lines.append(f"| {row['edge']} | {row['linear']:.2f} | {row['exact']:.2f} | {row['patch']:.2f} |")
+    joint, score = found["joint"], found["score"]
+    lines += [
+        "",
+        f"Rank correlation with true patches: {of_edges['linear']:.2f} from gradients, {of_edges['exact']:.2f} with "
+        f"exact heads. Together the {joint['edges']} largest of {joint['of']:,} edges carry {joint['share']:.0%} of the "
+        f"whole change; as many others carry {_range(joint['random'], '.0%')}.",
+        "",
+        f"Head {score['head']} gives {score['weight']:.0%} of the last token's weight to `{score['key']}` in "
+        f"`{' '.join(score['text'].split())}`. The largest terms of that score, {score['score']:.2f}: "
+        + "; ".join(f"{one} × {other} {value:.2f}" for one, other, value in score["terms"][:5]) + ".",
+        "", *_ablated(found["ablation"]),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _ablated(found: dict[str, Any]) -> list[str]:
+    """What is left without the circuit, and without as many random heads or edges."""
+    lines = [f"The circuit's heads: {', '.join(found['heads'])}.", "",
+             f"| removed | needles found, of {found['needles']} | loss on plain text, nats |", "|---|---:|---:|"]  # fmt: skip
+    for name in ("whole", "circuit heads", "random heads", "circuit edges", "random edges"):
+        counts, losses = ([each[key] for each in found[name]] for key in ("found", "loss"))
+        shown = "nothing" if name == "whole" else name
+        lines.append(f"| {shown} | {_range(counts, 'd')} | {_range(losses, '.2f')} |")
+    return lines
+
+
+def _range(values: list[Any], form: str) -> str:
+    low, high = (format(each(values), form) for each in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
 def fill(file: Path, name: str, content: str) -> None:
     """Replace the section `name` of a file; the marks stay."""
     text, mark = file.read_text("utf-8"), re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
@@ -105,6 +155,8 @@ def main() -> None:
     readme = ROOT / "README.md"
     fill(ROOT / "docs" / "recall.md", "recall", recall())
     fill(ROOT / "docs" / "benchmarks.md", "bench", speed())
+    for results_of in sorted((MEASURED / "circuits").glob("*.json")):
+        fill(ROOT / "docs" / "circuits.md", f"circuits {results_of.stem}", circuits(results_of))
     if (MEASURED / DECODING).is_file():
         fill(ROOT / "docs" / "benchmarks.md", "decoding", decoding())
     if results.is_file():

@@ -13,8 +13,18 @@ from transformers import DynamicCache, PreTrainedModel
 
 import foveate
 from foveate.core.errors import FoveateError
+from foveate.host import cut_heads, host
 from foveate.kv.sink_recent import SinkRecent
-from foveate.lens import HeadOutputs, Patch, Scale, ablate, head_means, head_outputs
+from foveate.lens import (
+    HeadOutputs,
+    Patch,
+    Scale,
+    SetAttention,
+    ablate,
+    head_means,
+    head_outputs,
+    path_patch,
+)
 from tests.lens.models import image, text, tiny
 from tests.support.tensors import assert_near
 
@@ -143,11 +153,11 @@ def test_interventions_compose_with_a_policy() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ablate([(7, 0)]), "is not in this model"),
+        (lambda: ablate([(7, 0)]), "must be in 0.0..1.3"),
         (lambda: ablate([3]), "pairs (layer, head)"),
         (lambda: Patch({(0, 0): torch.zeros(2, 2)}), "outputs"),
         (lambda: Scale(torch.ones(3, 3)), "factors"),
-        (lambda: HeadOutputs([9]), "is not in this model"),
+        (lambda: HeadOutputs([9]), "must be in 0.0..1.3"),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Callable[[], Any], message: str) -> None:
@@ -155,3 +165,29 @@ def test_what_does_not_fit_is_refused(make: Callable[[], Any], message: str) -> 
     with pytest.raises(FoveateError) as caught, foveate.apply(model, make()):
         pass
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_head_that_the_model_lacks_has_one_message_everywhere() -> None:
+    model, messages = tiny("llama"), set()
+    for call in (
+        lambda: cut_heads(model, [(1, 4)]),
+        lambda: foveate.apply(model, ablate([(1, 4)])).__enter__(),
+        lambda: foveate.apply(model, SetAttention([(1, 4)], torch.tensor([0]))).__enter__(),
+        lambda: path_patch(model, *torch.ones(2, 2, 6, dtype=torch.long), torch.ones(2, 2, dtype=torch.long),
+                           receivers=[(1, 4)]),
+        lambda: host(model).check_heads([(0, 3), (1, 4)]),
+    ):  # fmt: skip
+        with pytest.raises(FoveateError) as caught:
+            call()
+        messages.add(str(caught.value))
+    assert messages == {"head 1.4 must be in 0.0..1.3 (layer.head) for this model"}
+
+
+def test_resample_ablation_is_a_patch_with_other_outputs() -> None:
+    model, inputs = tiny("llama"), text()
+    other = head_outputs(model, inputs["input_ids"].flip(0))
+    with foveate.apply(model, Patch({(0, 3): other[0][:, 3], (1, 1): other[1][:, 1]})):
+        expected = states(model, inputs)
+    with foveate.apply(model, ablate([(0, 3), (1, 1)], outputs=other)):
+        assert torch.equal(states(model, inputs), expected)
+    assert (states(model, inputs) - expected).abs().max() > 1e-3

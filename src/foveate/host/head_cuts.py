@@ -35,10 +35,9 @@ def cut_heads(model: object, heads: Iterable[tuple[int, int]]) -> PreTrainedMode
     """
     found = host(model)
     gone: dict[int, set[int]] = {}
-    for layer, head in heads:
-        if layer not in range(found.layers) or head not in range(found.heads):
-            raise OptionError(f"heads: {(layer, head)} must be in layers 0..{found.layers - 1} and heads 0.."
-                              f"{found.heads - 1}")  # fmt: skip
+    listed = list(heads)
+    found.check_heads(listed)
+    for layer, head in listed:
         gone.setdefault(layer, set()).add(head)
     small = copy.deepcopy(found.model)
     for order, module in enumerate(Host(small).scope()):

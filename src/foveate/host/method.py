@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from foveate.core import validate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from foveate.core.selection import Selection
     from foveate.host.hf.model import Host
@@ -57,6 +60,14 @@ class Method:
         Raises:
             OptionError: the method does not fit the model.
         """
+
+    def hooks(self, host: Host) -> Iterator[RemovableHandle]:
+        """Register hooks on modules of the model, for what attention calls do not show, and yield their handles.
+
+        Called once, after `bind`, which has to do what needs the model to run. The run removes the hooks at its end.
+        What they find is for `self`, by thread.
+        """
+        yield from ()
 
     def at(self, site: Site) -> bool:
         """Return whether the method acts at this call. Has to be cheap: False leaves the fast path available."""

@@ -41,15 +41,21 @@ def _parts(site: Site) -> Float[Tensor, "c hq dv"]:
     return weight.unflatten(1, (heads, -1))
 
 
+def output_projection(module: nn.Module) -> nn.Linear | Conv1D:
+    """Return the output projection of an attention module, which may have any of the names that models give it."""
+    found = [getattr(module, name, None) for name in ("o_proj", "out_proj", "c_proj", "dense")]
+    linear = next((each for each in found if isinstance(each, nn.Linear | Conv1D)), None)
+    if linear is None:
+        raise UnsupportedModel(f"{type(module).__name__} has no linear o_proj, out_proj, c_proj or dense")
+    return linear
+
+
 def projection_parts(module: nn.Module, heads: int) -> tuple[Float[Tensor, "hq dv c"], Float[Tensor, " c"] | None]:
     """Return each head's part of an attention module's output projection, and the bias that all heads share, if any.
 
     The projection may have any of the names that models give it, and may be GPT-2's `Conv1D`.
     """
-    found = [getattr(module, name, None) for name in ("o_proj", "out_proj", "c_proj", "dense")]
-    linear = next((each for each in found if isinstance(each, nn.Linear | Conv1D)), None)
-    if linear is None:
-        raise UnsupportedModel(f"{type(module).__name__} has no linear o_proj, out_proj, c_proj or dense")
+    linear = output_projection(module)
     weight = linear.weight.detach() if isinstance(linear, Conv1D) else linear.weight.detach().mT
     if weight.shape[0] % heads:
         raise UnsupportedModel(f"the output projection of {type(module).__name__} cannot be cut into {heads} heads")

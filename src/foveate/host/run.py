@@ -100,6 +100,9 @@ class Run:
                 )
         with _ENTRY, ExitStack() as stack:  # a failure while entering is undone at once
             attach(self, excluded, stack)
+            for method in self.methods:
+                for handle in method.hooks(self.host):
+                    stack.callback(handle.remove)
             self._exit = stack.pop_all()
         return self
 

@@ -295,7 +295,7 @@ def bad_calls() -> Iterable[tuple[str, Callable[[], Any]]]:
     yield "position", lambda: path_patch(lm, clean, corrupt, answers, position=2)
     yield "component", lambda: path_patch(lm, clean, corrupt, answers, component="o")  # type: ignore[arg-type]
     yield "receivers", lambda: path_patch(lm, clean, corrupt, answers, receivers=[])
-    yield "is not in this model", lambda: path_patch(lm, clean, corrupt, answers, receivers=[(9, 0)])
+    yield "head 9.0 must be in", lambda: path_patch(lm, clean, corrupt, answers, receivers=[(9, 0)])
     yield "clean and corrupt", lambda: path_patch(lm, clean, corrupt[:, 1:], answers)
     yield "answers", lambda: path_patch(lm, clean, corrupt, answers[:, :1])
     yield "weights", lambda: SetAttention([(0, 0)], torch.tensor([1, 2]), torch.tensor([0.2, 0.2]))

@@ -95,10 +95,7 @@ def look_at(
 
 def _check(here: Host, ids: Sequence[int], heads: Sequence[tuple[int, int]], new: int, with_roles: bool) -> None:
     """Refuse heads that the model does not have, and a text that is too long or too short."""
-    for layer, head in heads:
-        if layer not in range(here.layers) or head not in range(here.heads):
-            last = f"{here.layers - 1}.{here.heads - 1}"
-            raise OptionError(f"heads: {layer}.{head} must be in 0.0..{last} (layer.head) for this model")
+    here.check_heads(heads)
     context = context_length(here.config)
     if context is not None and len(ids) + new > context:
         generated = f" + {new} tokens to generate" if new else ""

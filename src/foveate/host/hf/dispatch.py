@@ -24,6 +24,7 @@ from foveate.host.hf.cache import SlotLayer
 from foveate.host.hf.mask import MaskPlan, describe
 from foveate.host.hf.model import native_attention
 from foveate.host.hf.sites import site_of
+from foveate.host.hf.taking import hand_over
 from foveate.host.method import Method
 from foveate.host.run import Run
 from foveate.host.site import Site
@@ -46,6 +47,7 @@ def attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Return the function that Foveate registers with transformers: `(B, N, H, D)` output and weights or None."""
+    hand_over(query, key, value)
     call, runs = Call(module, query, key, value, attention_mask, options), OPEN.get(module)
     if runs is None:
         name = _implementation_outside(module)

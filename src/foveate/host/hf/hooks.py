@@ -11,11 +11,11 @@ from foveate.core.errors import OptionError
 class Hook:
     """A hook of a run on one model. It does nothing in a copy of that model, so that the copy is a plain model."""
 
-    def __init__(self, call: Callable[..., None]) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.call(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _nothing

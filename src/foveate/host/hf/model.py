@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foveate.core.errors import UnsupportedModel
+from foveate.core.errors import OptionError, UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ class Host:
             and not isinstance(module, PreTrainedModel)
         ]
 
+    def check_heads(self, heads: Iterable[tuple[int, int]]) -> None:
+        """Refuse a pair of layer and query head that the model does not have."""
+        check_heads(heads, self.layers, self.heads)
+
     def configs(self) -> Iterator[PreTrainedConfig]:
         """Yield every configuration object from which a part of the model reads its attention implementation."""
         seen = set()
@@ -105,6 +109,15 @@ def host(model: object) -> Host:
             f"model {name} does not go through transformers' attention interface, which apply() needs"
         )
     return found
+
+
+def check_heads(heads: Iterable[tuple[int, int]], layers: int, count: int) -> None:
+    """Refuse a pair of layer and query head that a stack of `layers` layers with `count` heads each does not have."""
+    for layer, head in heads:
+        if layer not in range(layers) or head not in range(count):
+            raise OptionError(
+                f"head {layer}.{head} must be in 0.0..{layers - 1}.{count - 1} (layer.head) for this model"
+            )
 
 
 def native_attention(module: nn.Module, implementation: str) -> Callable[..., Any]:

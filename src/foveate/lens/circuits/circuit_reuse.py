@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, shown
-from foveate.host.entry import apply
 from foveate.host.hf.model import Host, host
 from foveate.host.method import Method
 from foveate.lens.circuits.head_inputs import HeadInputs, replaced_inputs
-from foveate.lens.circuits.interventions import Head, Patch, check_in_model, checked_heads, head_outputs
+from foveate.lens.circuits.interventions import Head, Patch, checked_heads, head_outputs
 from foveate.lens.circuits.mlp_outputs import mlp_outputs, patched_mlps
+from foveate.lens.circuits.patching import LogitDifference, measured
 from foveate.lens.circuits.residual_stream import trace
 
 #: The end of a path at a head: its queries, keys or values, or its output.
@@ -128,7 +128,7 @@ class _Patching:
     """
 
     def __init__(self, run: Host, clean: dict[str, Tensor], answers: Tensor, places: list[int] | None) -> None:
-        self.host, self.clean, self.answers, self.places = run, clean, answers, places
+        self.host, self.clean, self.metric, self.places = run, clean, LogitDifference(answers), places
         self.outputs = head_outputs(run.model, clean)
         self.modules: list[nn.Module] = []
         self.mlps: dict[int, Tensor] = {}
@@ -161,10 +161,7 @@ class _Patching:
 
     def difference(self, *methods: Method, inputs: dict[str, Tensor] | None = None) -> float:
         """Return the mean logit difference of answers and distractors at the last token."""
-        with torch.no_grad(), apply(self.host.model, *methods):
-            logits = self.host.model(**(inputs or self.clean), use_cache=False).logits[:, -1].double()
-        both = logits.gather(1, self.answers.to(logits.device))
-        return float((both[:, 0] - both[:, 1]).mean())
+        return measured(self.host, inputs or self.clean, self.metric, *methods)
 
 
 def circuit_overlap(
@@ -214,5 +211,5 @@ def _checked(
     else:
         if not heads:
             raise OptionError("receivers must hold at least one head, or be None")
-        check_in_model(heads, run)
+        run.check_heads(heads)
     return position % n

@@ -1,8 +1,8 @@
-"""Prompts of two tasks that share a circuit: indirect objects and coloured objects.
+"""Prompts of tasks with counterfactuals: indirect objects and coloured objects, which share a circuit, and retrieval.
 
-Each prompt has a counterfactual of the same form, whose answer is the prompt's distractor. The forms are those of
-Circuit Component Reuse Across Tasks in Transformer Language Models (2023), arXiv 2310.08744; wording and word lists are
-this project's own. Answers begin with a space.
+Each prompt has a counterfactual of the same form, whose answer is the prompt's distractor. The first two forms are those
+of Circuit Component Reuse Across Tasks in Transformer Language Models (2023), arXiv 2310.08744; wording and word lists
+are this project's own, and their answers begin with a space.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import final
 
 from foveate.core import validate
+from foveate.tasks.parts.haystack import NAMES, hidden
+from foveate.tasks.text.needle import fact, question
 
 _NAMES = ("Mary", "John", "Anna", "Tom", "Lisa", "Paul", "Sarah", "Mark", "Laura", "James", "Alice", "Peter")
 _PLACES = ("store", "park", "school", "office", "station", "beach")
@@ -68,6 +70,33 @@ def coloured_object_prompts(count: int, seed: int = 0) -> list[TaskPrompt]:
         clean, corrupt = (example + _question(asked, surface, number) for number in (wanted, other))
         colours = [f" {colour.capitalize()}" for _, colour in asked]
         prompts.append(TaskPrompt(clean, corrupt, colours[wanted], colours[other]))
+    return prompts
+
+
+def retrieval_prompts(count: int, length: int = 384, seed: int = 0) -> list[TaskPrompt]:
+    """Return texts with two facts about pass keys, and the question for one of them: its first digit is the answer.
+
+    The counterfactual exchanges the two names in the facts. Names have equally many letters, and keys other first
+    digits, so that the texts differ in the letters of the names alone. They end in a blank.
+
+    Args:
+        count: how many.
+        length: characters of a prompt, most of them of real text, see `foveate.tasks.Needle`.
+        seed: of names, digits, places and text.
+    """
+    validate.count("count", count, 1)
+    validate.count("length", length, 192)
+    draw, prompts = random.Random(seed), []
+    names = [[name for name in NAMES if len(name) == letters] for letters in (5, 6)]
+    for _ in range(count):
+        asked, other = draw.sample(draw.choice(names), 2)
+        keys = [first + "".join(draw.choices("0123456789", k=4)) for first in draw.sample("0123456789", 2)]
+        facts, end = [fact(asked, keys[0]), fact(other, keys[1])], f"{question(asked)} "
+        body, spans = hidden(draw, facts, length - sum(map(len, facts)) - len(end))
+        exchanged = body
+        for (start, stop), new in zip(spans, (fact(other, keys[0]), fact(asked, keys[1])), strict=True):
+            exchanged = exchanged[:start] + new + exchanged[stop:]
+        prompts.append(TaskPrompt(body + end, exchanged + end, keys[0][0], keys[1][0]))
     return prompts
 
 

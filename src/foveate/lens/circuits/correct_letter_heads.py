@@ -18,7 +18,6 @@ examples alone.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -37,6 +36,7 @@ from foveate.lens.circuits.direct_effects import direct_effects
 from foveate.lens.circuits.interventions import Head, Patch, head_outputs
 from foveate.lens.circuits.letter_prompts import LetterPrompts
 from foveate.lens.circuits.mlp_outputs import mlp_outputs, patched_mlps
+from foveate.lens.circuits.patching import measured
 from foveate.lens.circuits.residual_stream import trace
 
 #: Kinds of heads; see `LetterReport.kinds`.
@@ -174,20 +174,19 @@ def activation_patch(
     modules = trace(model, prompts.inputs).mlps
     heads, mlps = head_outputs(model, corrupt.inputs), mlp_outputs(model, modules, corrupt.inputs)
 
-    def statistic(given: LetterPrompts, *methods: Method) -> float:
-        with torch.no_grad(), apply(model, *methods) if methods else nullcontext():
-            logits = run.model(**given.inputs, use_cache=False).logits[:, -1]
-        return float(prompts.lead(logits.double().gather(1, prompts.letters.to(logits.device))).mean())
+    def statistic(logits: Tensor) -> Tensor:
+        last = logits[:, -1].double()
+        return prompts.lead(last.gather(1, prompts.letters.to(last.device))).mean()
 
-    clean = statistic(prompts)
+    clean = measured(run, prompts.inputs, statistic)
     by_head, by_mlp = torch.zeros(run.layers, run.heads), torch.zeros(run.layers)
     for layer in range(run.layers):
         for head in range(heads[layer].shape[1]):
             patch = Patch({(layer, head): heads[layer][:, head]}, chosen)
-            by_head[layer, head] = statistic(prompts, patch) - clean
+            by_head[layer, head] = measured(run, prompts.inputs, statistic, patch) - clean
         with patched_mlps(modules, {layer: mlps[layer]}, chosen):
-            by_mlp[layer] = statistic(prompts) - clean
-    return TotalEffects(by_head, by_mlp, clean, statistic(corrupt))
+            by_mlp[layer] = measured(run, prompts.inputs, statistic) - clean
+    return TotalEffects(by_head, by_mlp, clean, measured(run, corrupt.inputs, statistic))
 
 
 class _LastRow(Method):

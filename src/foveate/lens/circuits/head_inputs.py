@@ -21,7 +21,7 @@ from foveate.host.entry import apply
 from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.site import Site
-from foveate.lens.circuits.interventions import Head, check_in_model, checked_heads
+from foveate.lens.circuits.interventions import Head, checked_heads
 from foveate.lens.circuits.residual_stream import Inputs, as_mapping
 
 #: A query, a key or a value.
@@ -55,7 +55,7 @@ class EditInputs(Method):
                 validate.one_of("inputs", name, ("q", "k", "v"))
 
     def bind(self, host: Host) -> None:
-        check_in_model(self._names, host)
+        host.check_heads(self._names)
 
     def at(self, site: Site) -> bool:
         return any(layer == site.layer for layer, _ in self._names)
@@ -83,8 +83,16 @@ class EditInputs(Method):
     def _changed(self, site: Site, head: int, name: Input, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         if name not in self._names[site.layer, head]:
             return x
-        places = site.query_positions if name == "q" else site.positions[0, head // site.groups]
+        places = site.query_positions if name == "q" else key_places(site, head)
         return self.change((site.layer, head), name, x, places).to(x)
+
+
+def key_places(site: Site, head: int) -> Int[Tensor, " s"]:
+    """Return the positions of the keys that a query head reads; refuse texts of a batch that kept different tokens."""
+    places = site.positions[:, head // site.groups]
+    if bool((places != places[:1]).any()):
+        raise UnsupportedModel("a policy kept different tokens of the texts of a batch; give the texts one at a time")
+    return places[0]
 
 
 @final
@@ -106,7 +114,7 @@ class HeadInputs(Method):
         self.heads = tuple(checked_heads(self.heads))
 
     def bind(self, host: Host) -> None:
-        check_in_model(self.heads, host)
+        host.check_heads(self.heads)
 
     def at(self, site: Site) -> bool:
         return any(layer == site.layer for layer, _ in self.heads)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.core.errors import OptionError, ShapeError
@@ -25,7 +25,7 @@ from foveate.host.entry import apply
 from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.site import Site
-from foveate.lens.parts.stack import Layers, Part, Stack, covering
+from foveate.lens.parts.stack import Layers, Part, covering
 
 #: A head of a model: its layer and its number in the layer.
 Head = tuple[int, int]
@@ -92,34 +92,21 @@ class Patch(Method):
         if not isinstance(self.outputs, Mapping):
             raise OptionError("outputs must be a mapping {(layer, head): tensor}")
         self._layers = {layer for layer, _ in checked_heads(self.outputs)}
-        for head, value in self.outputs.items():
-            if value.ndim not in (1, 3):
-                raise ShapeError(f"outputs: that of head {head} must be (Dv,) or (B, N, Dv); got {tuple(value.shape)}")
+        check_outputs(self.outputs)
         self.positions = None if self.positions is None else tuple(self.positions)
 
     def bind(self, host: Host) -> None:
-        stack = self._stack.bind(host, self)
-        check_in_stack(self.outputs, stack)
+        self._stack.bind(host, self).check_heads(self.outputs)
 
     def at(self, site: Site) -> bool:
         return self._stack.number(site) in self._layers
 
     def edit_output(self, site: Site, out: Tensor) -> Tensor:
-        changed, places, number = out.clone(), self._places(site), self._stack.at(site)
+        changed, number = out.clone(), self._stack.at(site)
         for (layer, head), value in self.outputs.items():
-            if layer != number:
-                continue
-            own = places if value.ndim == 1 else places[places < value.shape[1]]
-            rows = own - int(site.query_positions[0])
-            changed[:, head, rows] = (value if value.ndim == 1 else value[:, own]).to(out)
+            if layer == number:
+                changed[:, head] = replaced(out[:, head], value, site.query_positions, site.asked, self.positions)
         return changed
-
-    def _places(self, site: Site) -> Tensor:
-        places = site.query_positions
-        if self.positions is None:
-            return places
-        chosen = torch.tensor([p + site.asked if p < 0 else p for p in self.positions], device=places.device)
-        return places[torch.isin(places, chosen)]
 
 
 @final
@@ -146,8 +133,7 @@ class HeadOutputs(Method):
         self.layers = None if self.layers is None else tuple(self.layers)
 
     def bind(self, host: Host) -> None:
-        stack = self._stack.bind(host, self)
-        check_in_stack([(layer, 0) for layer in self.layers or ()], stack)
+        self._stack.bind(host, self).check_heads([(layer, 0) for layer in self.layers or ()])
 
     def at(self, site: Site) -> bool:
         layer = self._stack.number(site)
@@ -160,16 +146,65 @@ class HeadOutputs(Method):
         self.found[self._stack.at(site)] = notes["outputs"]
 
 
-def ablate(heads: Iterable[Head], means: Mapping[int, Float[Tensor, "h dv"]] | None = None, **options: Any) -> Patch:
-    """Return the patch that removes heads: their outputs become zero, or their mean over a data set.
+def ablate(
+    heads: Iterable[Head], means: Mapping[int, Float[Tensor, "h dv"]] | None = None,
+    outputs: Mapping[int, Float[Tensor, "b h n dv"]] | None = None, **options: Any,
+) -> Patch:  # fmt: skip
+    """Return the patch that removes heads: their outputs become zero, their mean over a data set, or another text's.
 
     Args:
         heads: pairs of layer and head.
-        means: the mean outputs by layer, see `head_means`; None for zero.
+        means: the mean outputs by layer, see `head_means`.
+        outputs: the outputs on another text by layer, see `head_outputs` (resample ablation). None, as `means` is, for
+            zero.
         options: arguments of `Patch`.
     """
-    zero = torch.zeros(1)
-    return Patch({(l, h): zero if means is None else means[l][h] for l, h in checked_heads(heads)}, **options)  # noqa: E741
+    return Patch({head: substitute(head, means, outputs) for head in checked_heads(heads)}, **options)
+
+
+def substitute(
+    head: Head, means: Mapping[int, Float[Tensor, "h dv"]] | None, outputs: Mapping[int, Float[Tensor, "b h n dv"]] | None
+) -> Float[Tensor, "..."]:
+    """Return what stands for a removed head's output: zero, its mean, or its output on another text."""
+    if means is not None and outputs is not None:
+        raise OptionError("means and outputs are both given; give one of them, or none for zero")
+    (layer, number), given = head, outputs if means is None else means
+    if given is None:
+        return torch.zeros(1)
+    if layer not in given:
+        raise OptionError(f"head {layer}.{number} must be in a layer whose outputs are given: {sorted(given)}")
+    return given[layer][number] if outputs is None else given[layer][:, number]
+
+
+def check_outputs(outputs: Mapping[Any, Tensor]) -> None:
+    """Refuse new outputs of heads that are of neither form: one for all tokens, or one for each."""
+    for head, value in outputs.items():
+        if value.ndim not in (1, 3):
+            raise ShapeError(f"outputs: that of head {head} must be (Dv,) or (B, N, Dv); got {tuple(value.shape)}")
+
+
+def replaced(
+    own: Float[Tensor, "b n dv"], value: Float[Tensor, "..."], places: Int[Tensor, " n"], seen: int,
+    positions: Iterable[int] | None,
+) -> Float[Tensor, "b n dv"]:  # fmt: skip
+    """Return a head's output with new values at some tokens.
+
+    Args:
+        own: the outputs of the tokens of a call.
+        value: the new ones, see `Patch`.
+        places: the positions of these tokens in the sequence.
+        seen: tokens of the sequence so far.
+        positions: the tokens that change, see `Patch`.
+    """
+    changes = torch.ones_like(places, dtype=torch.bool)
+    if positions is not None:
+        chosen = [place + seen if place < 0 else place for place in positions]
+        changes = torch.isin(places, torch.tensor(chosen, dtype=places.dtype, device=places.device))
+    if value.ndim == 3:
+        changes = changes & (places < value.shape[1])
+    new = own.clone()
+    new[:, changes] = (value if value.ndim == 1 else value[:, places[changes]]).to(own)
+    return new
 
 
 def head_outputs(
@@ -212,18 +247,3 @@ def checked_heads(heads: Iterable[Head]) -> list[Head]:
         if not (isinstance(head, tuple) and len(head) == 2 and all(type(number) is int for number in head)):
             raise OptionError(f"heads must be pairs (layer, head); got {head!r}")
     return listed
-
-
-def check_in_model(heads: Iterable[Head], host: Host) -> None:
-    """Refuse heads that a model with one stack of layers does not have."""
-    check_in_stack(heads, Stack.of(host))
-
-
-def check_in_stack(heads: Iterable[Head], stack: Stack) -> None:
-    """Refuse heads that a part of a model does not have."""
-    for layer, head in heads:
-        if layer not in range(stack.layers) or head not in range(stack.heads):
-            raise OptionError(
-                f"head {(layer, head)} is not in this model, which has layers 0..{stack.layers - 1} and heads "
-                f"0..{stack.heads - 1}"
-            )

@@ -41,17 +41,21 @@ class Block:
     """The reads and writes of one block at the traced tokens.
 
     Args:
+        module: the block.
         entered, left: the stream before and after the block.
         heads: outputs of the heads, before the output projection.
         attention: the call of the attention module.
+        before: the norms between the stream and attention, in order; None if something else stands there.
         after: the norms between attention and the stream, in order; mostly none.
         others: the last calls of the other branches: the MLP, or its own norm.
     """
 
+    module: nn.Module
     entered: Float[Tensor, "b c"]
     left: Float[Tensor, "b c"]
     heads: Float[Tensor, "b h dv"]
     attention: Step
+    before: tuple[Step, ...] | None
     after: tuple[Step, ...]
     others: tuple[Step, ...]
 
@@ -196,9 +200,10 @@ class _Tracer:
                 raise UnsupportedModel(
                     f"{type(block).__name__}: attention and the other branches do not sum to the residual stream"
                 )
-            steps = (tuple(self._step(call) for call in some) for some in (after, others))
+            before = _back(calls, own[1], entered)
             rows = self._row(entered), self._row(left), self.heads.found.pop(attention)
-            self.blocks.append(Block(*rows, self._step(own), *steps))
+            front = None if before is None else self._steps(before)
+            self.blocks.append(Block(block, *rows, self._step(own), front, self._steps(after), self._steps(others)))
             self.last = left
             calls.clear()
 
@@ -211,6 +216,9 @@ class _Tracer:
 
     def _step(self, call: tuple[nn.Module, Tensor, Tensor]) -> Step:
         return Step(call[0], self._row(call[1]), self._row(call[2]))
+
+    def _steps(self, calls: list[tuple[nn.Module, Tensor, Tensor]]) -> tuple[Step, ...]:
+        return tuple(self._step(call) for call in calls)
 
     def _row(self, x: Tensor) -> Float[Tensor, "b c"]:
         whole = x.detach().reshape(len(self.tokens), -1, x.shape[-1])
@@ -243,6 +251,20 @@ def chained(calls: list[tuple[nn.Module, Tensor, Tensor]], start: Tensor) -> lis
         if same_numbers(call[1], start):
             found.append(call)
             start = call[2]
+    return found
+
+
+def _back(
+    calls: list[tuple[nn.Module, Tensor, Tensor]], end: Tensor, start: Tensor
+) -> list[tuple[nn.Module, Tensor, Tensor]] | None:
+    """Return the calls that make a tensor of another, in order; None if they do not lead there."""
+    found = list[tuple[nn.Module, Tensor, Tensor]]()
+    while not same_numbers(end, start):
+        call = next((call for call in calls if same_numbers(call[2], end)), None)
+        if call is None or len(found) == len(calls):
+            return None
+        found.insert(0, call)
+        end = call[1]
     return found
 
 

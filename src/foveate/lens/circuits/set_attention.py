@@ -14,7 +14,7 @@ from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.site import Site
-from foveate.lens.circuits.interventions import Head, check_in_model, checked_heads
+from foveate.lens.circuits.interventions import Head, checked_heads
 
 
 @final
@@ -50,7 +50,7 @@ class SetAttention(Method):
             raise ShapeError(f"weights must be one for each key, with sum 1; got {shown(self.weights)}")
 
     def bind(self, host: Host) -> None:
-        check_in_model(self.heads, host)
+        host.check_heads(self.heads)
 
     def at(self, site: Site) -> bool:
         return site.phase == "prefill" and any(layer == site.layer for layer, _ in self.heads)

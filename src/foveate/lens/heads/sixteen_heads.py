@@ -28,7 +28,8 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.host.entry import apply
 from foveate.host.hf.model import Host
-from foveate.lens.circuits.interventions import Head, HeadOutputs, Scale
+from foveate.lens.circuits.interventions import Head, Scale
+from foveate.lens.circuits.output_gradients import output_gradients
 from foveate.lens.parts.head_table import one_stack
 
 #: `(inputs, targets)`: the model's inputs, or its main input alone, and what `loss` compares the output with.
@@ -80,21 +81,12 @@ def gradient_importance(
 
 
 def _contributions(host: Host, inputs: Any, targets: Any, loss: Loss) -> dict[int, Float[Tensor, "b h n"]]:
-    """Return output times gradient of each head and position, by layer: their sum is the gradient of the head's gate.
-
-    The gates give outputs a graph, also in a model whose weights want no gradient.
-    """
-    gates = torch.ones(host.layers, host.heads, requires_grad=True)
-    record = HeadOutputs(keep_graph=True)
-    given = {host.model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    with torch.enable_grad(), apply(host.model, Scale(gates), record):
-        losses = loss(host.model(**given), targets)
-    outputs = list(record.found.values())
-    if losses.shape != outputs[0].shape[:1]:
-        raise ShapeError(f"loss must return a number for each of {len(outputs[0])} examples; got {shown(losses)}")
-    gradients = torch.autograd.grad(losses.sum(), outputs, allow_unused=True, materialize_grads=True)
-    pairs = zip(record.found, outputs, gradients, strict=True)
-    return {layer: (out * gradient).detach().sum(-1) for layer, out, gradient in pairs}
+    """Return output times gradient of each head and position, by layer: their sum is the gradient of the head's gate."""
+    found = output_gradients(host, inputs, lambda output: loss(output, targets))
+    batch = len(next(iter(found.outputs.values())))
+    if found.value.shape != (batch,):
+        raise ShapeError(f"loss must return a number for each of {batch} examples; got {shown(found.value)}")
+    return {layer: (out * found.gradients[layer]).sum(-1) for layer, out in found.outputs.items()}
 
 
 def example_losses(output: Any, targets: Tensor) -> Float[Tensor, " b"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Self, final
 from weakref import WeakKeyDictionary
@@ -11,7 +12,7 @@ from torch import nn
 from foveate.core import validate
 from foveate.core.errors import UnsupportedModel
 from foveate.host.hf.calls import CROSS, parameters
-from foveate.host.hf.model import Host
+from foveate.host.hf.model import Host, check_heads
 from foveate.host.method import Method
 from foveate.host.site import Site
 
@@ -60,6 +61,10 @@ class Stack:
         is_text = modules[0].config is host.config and not both
         outside = part == "encoder" and decoder is not None
         return cls(numbers, max(count, host.layers) if is_text else count, _heads(host, modules, part), outside)
+
+    def check_heads(self, heads: Iterable[tuple[int, int]]) -> None:
+        """Refuse a pair of layer and query head that the part does not have."""
+        check_heads(heads, self.layers, self.heads)
 
 
 @final
