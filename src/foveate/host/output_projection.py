@@ -41,13 +41,29 @@ def _parts(site: Site) -> Float[Tensor, "c hq dv"]:
     return weight.unflatten(1, (heads, -1))
 
 
+def projection_holders(host: Host) -> dict[nn.Module, nn.Module]:
+    """Return, by attention module, the module that has its output projection: itself, or BERT's `output` beside it."""
+    parents = {child: parent for parent in host.model.modules() for child in parent.children()}
+    found = {}
+    for module in host.attention_modules():
+        beside = getattr(parents.get(module), "output", None)
+        own = _linear(module) is not None or not isinstance(beside, nn.Module)
+        found[module] = module if own else beside
+    return found
+
+
+def _linear(module: nn.Module) -> nn.Linear | Conv1D | None:
+    """Return a module's output projection, by any of the names that models give it; None if it has none."""
+    found = [getattr(module, name, None) for name in ("o_proj", "out_proj", "c_proj", "dense")]
+    return next((each for each in found if isinstance(each, nn.Linear | Conv1D)), None)
+
+
 def projection_parts(module: nn.Module, heads: int) -> tuple[Float[Tensor, "hq dv c"], Float[Tensor, " c"] | None]:
     """Return each head's part of an attention module's output projection, and the bias that all heads share, if any.
 
     The projection may have any of the names that models give it, and may be GPT-2's `Conv1D`.
     """
-    found = [getattr(module, name, None) for name in ("o_proj", "out_proj", "c_proj", "dense")]
-    linear = next((each for each in found if isinstance(each, nn.Linear | Conv1D)), None)
+    linear = _linear(module)
     if linear is None:
         raise UnsupportedModel(f"{type(module).__name__} has no linear o_proj, out_proj, c_proj or dense")
     weight = linear.weight.detach() if isinstance(linear, Conv1D) else linear.weight.detach().mT

@@ -34,7 +34,10 @@ def payload(found: Looked) -> dict[str, Any]:
     return {
         "tokens": [visible(token, lines=True) for token in found.tokens],
         "prompt": found.prompt, "layers": found.layers, "heads": found.heads, "width": width, "group": group,
-        "measures": [_measure(measure, width, group) for measure in found.measures],
+        "measures": [
+            _measure(measure, width, group) | spread
+            for measure, spread in zip(found.measures, _spreads(found), strict=True)
+        ],
         "maps": maps,
         "roles": _roles(found),
     }  # fmt: skip
@@ -56,6 +59,13 @@ def _measure(measure: Measured, width: int, group: int) -> dict[str, Any]:
         "name": measure.name, "over": measure.over, "power": power, "table": _numbers(measure.table),
         "low": _numbers(low), "high": _numbers(high), "data": _packed(share.pow(1 / power), width),
     }  # fmt: skip
+
+
+def _spreads(found: Looked) -> list[dict[str, Any]]:
+    """Return the spread of each measure over texts, if they are many."""
+    if found.over is None:
+        return [{}] * len(found.measures)
+    return [{"spread": _numbers(table)} for table in found.over.survey.spread]
 
 
 def _grouped(values: Float[Tensor, "l h n"], group: int) -> Float[Tensor, "l h m"]:

@@ -16,9 +16,11 @@ from foveate.bench.looking.maps import HeadMap
 from foveate.bench.parts.plaindata import plain, write_atomic
 from foveate.bench.parts.table_file import write_table
 from foveate.lens.heads.roles import Role
+from foveate.lens.survey import Survey
 
 FORMAT = "foveate.look/1"
 _COLUMNS = {"model": str, "layer": int, "head": int, "measure": str, "value": float}
+_OF_TEXTS = {"spread": float, "low": float, "high": float, "texts": int}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +41,36 @@ class Measured:
 
 
 @dataclass(frozen=True, eq=False)
+class Over:
+    """The texts of a file that measures are means over.
+
+    Args:
+        data: the file as the user named it.
+        survey: the measures of its texts.
+        tokens: the number of their tokens.
+        notes: what was left out.
+    """
+
+    data: str
+    survey: Survey
+    tokens: int
+    notes: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data: spreads and intervals by measure, as the means are."""
+        low, high = self.survey.interval()
+        parts = {"spread": self.survey.spread, "low": low, "high": high, "counted": self.survey.count}
+        tables = {
+            name: dict(zip(self.survey.names, part.tolist(), strict=True)) for name, part in parts.items()
+        }
+        return {
+            "data": self.data, "texts": self.survey.texts, "data_tokens": self.tokens, "notes": list(self.notes), **tables,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
 class Looked:
-    """A text under a lens.
+    """A text under a lens, or many texts of which one is shown.
 
     Args:
         model: the model as the user named it.
@@ -51,6 +81,8 @@ class Looked:
         roles: the roles that heads have; None if they were not asked for.
         unseen: reasons by layer, for layers that a lens cannot see.
         settings: device, dtype and versions.
+        ids: the tokens.
+        over: the texts that the tables of `measures` are means over, if they are many; `values` are those of the first.
     """
 
     model: str
@@ -61,6 +93,8 @@ class Looked:
     roles: Sequence[Role] | None = None
     unseen: dict[int, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
+    ids: Sequence[int] = ()
+    over: Over | None = None
 
     @property
     def layers(self) -> int:
@@ -77,11 +111,13 @@ class Looked:
             "prompt_tokens": self.prompt, "tokens": list(self.tokens),
             "measures": {measure.name: measure.table.tolist() for measure in self.measures},
             "roles": self.roles, "unseen": self.unseen,
-        }  # fmt: skip
+        } | ({} if self.over is None else self.over.to_json())  # fmt: skip
         return json.dumps(plain(found), ensure_ascii=False, allow_nan=False) + "\n"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each layer, head and measure."""
+        if self.over is not None:
+            return [{"model": self.model, **row} for row in self.over.survey.table()]
         return [
             {"model": self.model, "layer": layer, "head": head, "measure": measure.name, "value": value}
             for measure in self.measures
@@ -91,5 +127,6 @@ class Looked:
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """Write `look.json`, and the rows as `look.parquet`, or as `look.csv` without pyarrow; return both paths."""
+        columns = _COLUMNS if self.over is None else _COLUMNS | _OF_TEXTS
         table = folder / ("look.csv" if find_spec("pyarrow") is None else "look.parquet")
-        return write_atomic(folder / "look.json", self.to_json()), write_table(self.rows(), _COLUMNS, table)
+        return write_atomic(folder / "look.json", self.to_json()), write_table(self.rows(), columns, table)

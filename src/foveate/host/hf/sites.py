@@ -48,6 +48,7 @@ def site_of(
         slots=slots if cache is not None else None,
         cache=cache, hidden=None if here.call is None else here.call.hidden, step=here.step,
         wants_weights=here.wants_weights,
+        ids=_ids(run, q),
         all_notes={} if cache is None else run.caches.notes.get(cache, {}),
     )  # fmt: skip
     if site.slots is not None and not site.slots.handed_over(k, v):
@@ -64,6 +65,14 @@ def site_of(
             site.cut(surplus)
         _locate(run, site, cache)
     return site
+
+
+def _ids(run: Run, q: Tensor) -> Tensor | None:
+    """Return the tokens of the queries; None if the pass has others, as in a model with an encoder."""
+    ids = run.passes.here.ids
+    if ids is None or run.host.config.is_encoder_decoder or ids.shape != (q.shape[0], q.shape[2]):
+        return None
+    return ids
 
 
 def _locate(run: Run, site: Site, cache: Cache) -> None:
