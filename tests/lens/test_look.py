@@ -41,6 +41,16 @@ def away(w: Tensor) -> Tensor:
     return places[:, None] - places
 
 
+def later(w: Tensor) -> Tensor:
+    """Whether each query is 10 to 100 tokens after each key."""
+    return (away(w) >= 10) & (away(w) <= 100)
+
+
+def names(kind: str) -> list[str]:
+    """The measures that a model can have: those of tokens need their ids."""
+    return [name for name, measure in MEASURES.items() if kind != "vit" or not measure.needs_ids]
+
+
 def expected(maps: list[Tensor], inputs: dict[str, Tensor]) -> dict[str, list[Tensor]]:
     """Compute all measures from maps."""
     begins = inputs["attention_mask"].argmax(-1) if "attention_mask" in inputs else torch.zeros(2, dtype=torch.long)
@@ -53,6 +63,10 @@ def expected(maps: list[Tensor], inputs: dict[str, Tensor]) -> dict[str, list[Te
         "own_token": [(w * (away(w) == 0)).sum(-1) for w in maps],
         "previous_token": [(w * (away(w) == 1)).sum(-1) for w in maps],
         "within_4": [(w * (away(w).abs() <= 4)).sum(-1) for w in maps],
+        "windowed_distance": [(w * away(w).abs().clamp_max(10)).sum(-1) for w in maps],
+        "future_influence": [
+            (w * later(w)).sum(-2) / ((w.sum(-1) > 0)[..., None] & later(w)).sum(-2).clamp_min(1) for w in maps
+        ],
     }
 
 
@@ -61,7 +75,7 @@ def test_measures_agree_with_eager_maps(case: str) -> None:
     kind, inputs = CASES[case]
     model = tiny(kind)
     maps = eager_maps(model, inputs)
-    seen = look(model, inputs, measures=list(MEASURES), keep_maps={(1, 2): [3, 0, -1], (0, 1): slice(5, 9)})
+    seen = look(model, inputs, measures=names(kind), keep_maps={(1, 2): [3, 0, -1], (0, 1): slice(5, 9)})
     for name, layers in expected(maps, inputs).items():
         for layer, values in enumerate(layers):
             assert_near(seen.values(name)[layer], values, 1e-4, f"{name}, layer {layer}")
@@ -122,8 +136,8 @@ def test_memory_is_linear_on_the_fused_path(case: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Lens, "read", watched)
     model = tiny(kind) if kind == "llama" else tiny(kind, max_position_embeddings=n)
-    names = [name for name in MEASURES if kind != "bert" or name != "mean_distance"]  # needs weights in both directions
-    look(model, text(padding, n), measures=names)
+    some = [name for name in MEASURES if kind != "bert" or name != "mean_distance"]  # needs weights in both directions
+    look(model, text(padding, n), measures=some)
     assert calls == [0, 1]
     assert largest.elements <= 2 * 4 * n * 16 < n * n  # batch · heads · length · a head's width, padded
 

@@ -11,23 +11,32 @@ from foveate.host.fused_statistics import Statistics
 from foveate.lens.measures import Entropy, KeyTokens, ReceivedMass, SinkMass
 from foveate.lens.position_measures import AtOffset, MeanDistance, WindowMass
 from foveate.lens.registry import MEASURES, named
+from foveate.lens.span_measures import span_masses
+from foveate.lens.window_measures import FutureInfluence, WindowedDistance
 from tests.support.tensors import assert_near, qkv
 
-OTHERS = [SinkMass(first=3), SinkMass(positions=(2, 5)), AtOffset(3), AtOffset(-1), WindowMass(2), WindowMass(0)]
+OTHERS = [
+    SinkMass(first=3), SinkMass(positions=(2, 5)), AtOffset(3), AtOffset(-1), WindowMass(2), WindowMass(0),
+    WindowedDistance(3), FutureInfluence(1, 4), FutureInfluence(2, None), *span_masses({"a": (1, 5), "b": (5, 23)}),
+    *span_masses({"a": (1, 5), "b": [(6, 90), (7, 110)]})[:2],
+]  # fmt: skip
+WEIGHED = [measure for measure in (*MEASURES.values(), *OTHERS) if not measure.reads_output]
+N = 120
 
 
-@pytest.mark.parametrize("measure", [*MEASURES.values(), *OTHERS], ids=str)
+@pytest.mark.parametrize("measure", WEIGHED, ids=str)
 @pytest.mark.parametrize("left", [0, 4])
 @pytest.mark.parametrize("causal", [True, False])
 def test_both_computations_agree(measure, left: int, causal: bool) -> None:
-    q, k, _ = qkv(12, dtype=torch.float32)
-    real = torch.ones(2, 12, dtype=torch.bool)
+    q, k, _ = qkv(N, dtype=torch.float32)
+    real = torch.ones(2, N, dtype=torch.bool)
     real[0, :left] = False
     w = oracle.weights(q, k, mask=real[:, None, None], causal=causal, scale=0.7) * real[:, None, :, None]
-    tokens = KeyTokens(torch.arange(12).expand(2, 1, 12), real, torch.arange(12))
+    ids = torch.randint(0, 9, (2, N), generator=torch.Generator().manual_seed(3))
+    tokens = KeyTokens(torch.arange(N).expand(2, 1, N), real, torch.arange(N), ids)
     call, found = Statistics(q, k, 0.7, causal, real, real), measure.from_weights(w, tokens)
     fused = measure.fused(call, tokens)
-    assert fused is not None or not causal
+    assert fused is not None or (not causal and measure.name in ("mean_distance", "future_influence_2_end"))
     if fused is not None:
         assert_near(fused, found, 1e-4, measure.name)
 

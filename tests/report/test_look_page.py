@@ -18,6 +18,7 @@ from foveate.bench.looking import Looked, Measured
 from foveate.bench.looking.maps import pooled
 from foveate.bench.looking.pieces import PART, pieces
 from foveate.lens import MEASURES, Role
+from foveate.lens.survey import NEXT_LOGIT, Survey
 from foveate.report import look as report
 from foveate.report.look_data import payload
 from tests.report.conftest import ATTACK, IMAGE, SCRIPT
@@ -170,7 +171,7 @@ def test_extremes_are_in_order() -> None:
 
 
 def test_every_measure_has_a_meaning() -> None:
-    assert set(report.MEANINGS) == set(MEASURES)
+    assert set(report.MEANINGS) == {*MEASURES, NEXT_LOGIT}
 
 
 def hostile() -> Looked:

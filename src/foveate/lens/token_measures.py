@@ -94,7 +94,7 @@ class TokenMeasure(Measure):
 
 @final
 @dataclass(frozen=True)
-class DuplicateToken(TokenMeasure):
+class DuplicateMass(TokenMeasure):
     """The mass on other places with the query's own token: on the earlier ones, where only those are seen."""
 
     name: str = field(default="duplicate_token", init=False)
@@ -102,7 +102,7 @@ class DuplicateToken(TokenMeasure):
 
 @final
 @dataclass(frozen=True)
-class Induction(TokenMeasure):
+class InductionMass(TokenMeasure):
     """The mass on what followed the query's token where it stood before: that of an induction head.
 
     In-context Learning and Induction Heads (2022), arXiv 2209.11895, calls it prefix matching.
@@ -114,7 +114,7 @@ class Induction(TokenMeasure):
 
 @final
 @dataclass(frozen=True)
-class Copying(TokenMeasure):
+class CopyMass(TokenMeasure):
     """The mass on the token that comes next, where it stood before: the one that a head would have to copy.
 
     The last query of the text does not count, since nothing comes after it.

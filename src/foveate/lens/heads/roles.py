@@ -30,7 +30,7 @@ from foveate.host.hf.model import Host, host
 from foveate.lens.lens import look
 from foveate.lens.measures import Entropy, Measure, SinkMass
 from foveate.lens.position_measures import AtOffset, WindowMass
-from foveate.lens.token_measures import DuplicateToken, Induction
+from foveate.lens.token_measures import DuplicateMass, InductionMass
 
 #: Thresholds by role, each a share: of a head's weight, of uniform attention's entropy, or of two heads' common weight.
 THRESHOLDS: Mapping[str, float] = {
@@ -113,7 +113,7 @@ def _repeated(
     first = torch.tensor([own] if begin is None and isinstance(own, int) else list(begin or ()), dtype=torch.long)
     ids = torch.cat([first, tokens, tokens])[None]
     measures: dict[str, Measure] = {
-        "previous token": AtOffset(1), "induction": Induction(), "duplicate": DuplicateToken(),
+        "previous token": AtOffset(1), "induction": InductionMass(), "duplicate": DuplicateMass(),
     }  # fmt: skip
     seen = _measured(found, ids, list(measures.values()))
     second = slice(len(first) + size, len(first) + 2 * size - 1)  # of the last token nothing comes after
