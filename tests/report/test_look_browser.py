@@ -12,7 +12,7 @@ from foveate.bench.looking import Looked
 from foveate.bench.looking.maps import pooled
 from foveate.report.look import write
 from tests.report.test_browser import SCHEMES, SIZES, browser  # noqa: F401  a fixture
-from tests.report.test_look_page import IMAGE, SCRIPT, hostile, made
+from tests.report.test_look_page import IMAGE, SCRIPT, hostile, made, surveyed
 
 pytestmark = pytest.mark.browser
 
@@ -189,3 +189,15 @@ def test_the_map_follows_the_colour_scheme(visit):
     view.page.emulate_media(color_scheme="dark")
     view.page.wait_for_timeout(300)
     assert view.pixel(760, 8) != before and view.complaints == []
+
+
+def test_many_texts_show_means_with_their_spread(visit):
+    found = surveyed()
+    view = visit(found)
+    survey = found.over.survey
+    view.page.locator(".cell[data-layer='1'][data-head='2']").click()
+    said = view.text("#said")
+    assert said.startswith(f"entropy {survey.value[0, 1, 2]:.4g}"[:12]) and "of the first text" in said
+    assert f"standard deviation over texts {survey.spread[0, 1, 2].item():.4g}"[:34] in said
+    label = view.page.locator(".cell[data-layer='1'][data-head='2']").get_attribute("aria-label")
+    assert "standard deviation over texts" in label

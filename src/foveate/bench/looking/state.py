@@ -46,6 +46,8 @@ class State:
             if noted.get("format") != _FORMAT:
                 raise ValueError(noted.get("format"))
             identity, done = json.loads(noted["identity"]), json.loads(noted["progress"])
+            if not isinstance(identity, dict):
+                raise TypeError(type(identity))
             unseen = {int(layer): why for layer, why in done["unseen"].items()} or None
             survey = Survey(tuple(done["names"]), **tensors, texts=int(done["texts"]), unseen=unseen)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):

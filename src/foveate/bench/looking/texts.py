@@ -51,10 +51,14 @@ class Texts:
         """Return what was left out, in words."""
         notes = []
         if self.empty:
-            notes.append(f"{self.empty:,} rows without a text were left out")
+            notes.append(f"{_counted(self.empty, 'row')} without a text left out")
         if self.cut:
-            notes.append(f"{self.cut:,} texts were cut to {self.longest:,} tokens")
+            notes.append(f"{_counted(self.cut, 'text')} cut to {self.longest:,} tokens")
         return notes
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def read_texts(
