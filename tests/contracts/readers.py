@@ -7,6 +7,8 @@ reader its values in `READERS`, both written from the definitions alone.
 from __future__ import annotations
 
 import importlib
+import inspect
+import itertools
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,9 +28,13 @@ from foveate.lens import MEASURES, Entropy, HeadOutputs, Measure, ReceivedMass, 
 from foveate.lens.circuits import correct_letter_heads, head_inputs, interventions, residual_stream, set_attention
 from foveate.lens.heads import attention_sink_emergence, frame_geometry, preplan_anchor, retrieval_heads
 from foveate.lens.heads.preplan_anchor import fai, waad
+from foveate.lens.output_measures import OutputNorm
 from foveate.lens.parts import head_writes, maps, weight_gradients
 from foveate.lens.parts.stack import Part, covering
 from foveate.lens.position_measures import AtOffset, MeanDistance, WindowMass
+from foveate.lens.span_measures import SpanMass, span_masses
+from foveate.lens.token_measures import CopyMass, DuplicateMass, InductionMass, TokenMeasure
+from foveate.lens.window_measures import FutureInfluence, WindowedDistance
 from tests.lens.models import BOTH, PARTS, eager_maps, image, pair, text, tiny
 
 # -- subjects ----------------------------------------------------------------------------------------------------------
@@ -140,18 +146,49 @@ CAUSAL = [name for name, case in CASES.items() if case.kind not in ("bert", "vit
 
 #: Measures with options, beside those of the registry; those of one tuple have different names.
 OPTIONS: tuple[tuple[Measure, ...], ...] = (
-    (SinkMass(first=3), AtOffset(3), AtOffset(-1), WindowMass(2), WindowMass(0)),
-    (SinkMass(positions=(2, 5)),),
-)
+    (
+        SinkMass(first=3), AtOffset(3), AtOffset(-1), WindowMass(2), WindowMass(0), WindowedDistance(3),
+        FutureInfluence(1, 4), FutureInfluence(2, None), *span_masses({"a": (1, 3), "b": (3, 9)}),
+    ),
+    (SinkMass(positions=(2, 5)), *span_masses({"a": (1, 3), "b": [(6, 9), (7, 10)]})[:2]),
+)  # fmt: skip
 GROUPS: tuple[tuple[Measure, ...], ...] = (tuple(MEASURES.values()), *OPTIONS)
 
 
-def groups(part: Part) -> Iterator[list[Measure]]:
-    """Yield the measures that a part has, in groups that a lens takes together."""
+def groups(kind: str, part: Part = "auto") -> Iterator[list[Measure]]:
+    """Yield the measures that a part of a model has, in groups that a lens takes together."""
+    knows_ids = kind != "vit" and part == "auto"
     for group in GROUPS:
         some = [measure for measure in group if part != "cross" or not measure.compares_places]
+        some = [measure for measure in some if knows_ids or not measure.needs_ids]
         if some:
             yield some
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A layer of the eager model, from which every measure can be computed.
+
+    Args:
+        w: the map `(B, heads, N, S)`; rows of padding are zero.
+        keys: the keys that are no padding.
+        ids: the tokens; None if they are unknown.
+        written: the norm of what each head adds to the residual stream, `(B, heads, N)`; zero for padding.
+    """
+
+    w: Tensor
+    keys: Tensor
+    ids: Tensor | None = None
+    written: Tensor | None = None
+
+
+def whole(case: Case, layer: int) -> Whole:
+    """Return a layer of a case."""
+    w, module = case.maps[layer], projections(case)[layer]
+    parts = module.weight.detach().mT.unflatten(0, (w.shape[1], -1))
+    written = (case.outputs[layer] @ parts).norm(dim=-1).masked_fill(~case.queries[:, None], 0.0)
+    ids = case.inputs.get("input_ids") if case.part == "auto" else None
+    return Whole(w, case.keys, ids, written)
 
 
 def _away(w: Tensor) -> Tensor:
@@ -160,34 +197,68 @@ def _away(w: Tensor) -> Tensor:
     return places[:, None] - places
 
 
-def _on_sinks(measure: SinkMass, w: Tensor, keys: Tensor) -> Tensor:
+def _on_sinks(measure: SinkMass, seen: Whole) -> Tensor:
     if measure.positions is None:
-        sinks = keys & (keys.cumsum(-1) <= measure.first)
+        sinks = seen.keys & (seen.keys.cumsum(-1) <= measure.first)
     else:
-        sinks = torch.zeros_like(keys)
+        sinks = torch.zeros_like(seen.keys)
         sinks[:, list(measure.positions)] = True
-    return (w * sinks[:, None, None]).sum(-1)
+    return (seen.w * sinks[:, None, None]).sum(-1)
 
 
-def _received(measure: ReceivedMass, w: Tensor, keys: Tensor) -> Tensor:
-    total = w.sum(-2)
-    return total / (w > 0).sum(-2).clamp_min(1) if measure.per_row else total
+def _received(measure: ReceivedMass, seen: Whole) -> Tensor:
+    total = seen.w.sum(-2)
+    return total / (seen.w > 0).sum(-2).clamp_min(1) if measure.per_row else total
 
 
-#: Each kind of measure from a whole map `(B, heads, N, S)`, of which rows of padding are zero, and the real keys.
-DEFINITIONS: dict[type[Measure], Callable[[Any, Tensor, Tensor], Tensor]] = {
-    Entropy: lambda m, w, keys: torch.special.entr(w).sum(-1),
+def _influence(measure: FutureInfluence, seen: Whole) -> Tensor:
+    away = _away(seen.w)
+    later = (away >= measure.low) & (away <= (1 << 30 if measure.high is None else measure.high))
+    askers = ((seen.w.sum(-1) > 0)[..., None] & later).sum(-2)
+    return (seen.w * later).sum(-2) / askers.clamp_min(1)
+
+
+def _on_span(measure: SpanMass, seen: Whole) -> Tensor:
+    inside = torch.zeros_like(seen.keys)
+    places = dict(measure.spans)[measure.target]
+    for row, (start, stop) in enumerate(places if len(places) > 1 else places * len(inside)):
+        inside[row, start:stop] = True
+    return (seen.w * inside[:, None, None]).sum(-1)
+
+
+def _on_tokens(measure: TokenMeasure, seen: Whole) -> Tensor:
+    """Count pairs of a text one by one: of equal tokens, of a token and what followed it, of the next one."""
+    assert seen.ids is not None
+    ids, real, n = seen.ids, seen.keys, seen.ids.shape[1]
+    same = torch.zeros(len(ids), n, n, dtype=torch.bool)
+    for row, i, j in itertools.product(range(len(ids)), range(n), range(n)):
+        asked, told = i + (type(measure) is CopyMass), j - (type(measure) is InductionMass)
+        if asked < n and told >= 0 and asked != told and real[row, asked] and real[row, told]:
+            same[row, i, j] = ids[row, asked] == ids[row, told]
+    return (seen.w * same[:, None]).sum(-1)
+
+
+#: Each kind of measure, from a layer of the eager model.
+DEFINITIONS: dict[type[Measure], Callable[[Any, Whole], Tensor]] = {
+    Entropy: lambda m, seen: torch.special.entr(seen.w).sum(-1),
     SinkMass: _on_sinks,
     ReceivedMass: _received,
-    MeanDistance: lambda m, w, keys: (w * _away(w).abs()).sum(-1),
-    AtOffset: lambda m, w, keys: (w * (_away(w) == m.offset)).sum(-1),
-    WindowMass: lambda m, w, keys: (w * (_away(w).abs() <= m.width)).sum(-1),
+    MeanDistance: lambda m, seen: (seen.w * _away(seen.w).abs()).sum(-1),
+    AtOffset: lambda m, seen: (seen.w * (_away(seen.w) == m.offset)).sum(-1),
+    WindowMass: lambda m, seen: (seen.w * (_away(seen.w).abs() <= m.width)).sum(-1),
+    WindowedDistance: lambda m, seen: (seen.w * _away(seen.w).abs().clamp_max(m.window)).sum(-1),
+    FutureInfluence: _influence,
+    SpanMass: _on_span,
+    DuplicateMass: _on_tokens,
+    InductionMass: _on_tokens,
+    CopyMass: _on_tokens,
+    OutputNorm: lambda m, seen: seen.written,
 }
 
 
-def expected(measure: Measure, w: Tensor, keys: Tensor) -> Tensor:
-    """Return a measure of a whole map, by its definition."""
-    return DEFINITIONS[type(measure)](measure, w, keys)
+def expected(measure: Measure, seen: Whole) -> Tensor:
+    """Return a measure of a layer, by its definition."""
+    return DEFINITIONS[type(measure)](measure, seen)
 
 
 # -- other readers -----------------------------------------------------------------------------------------------------
@@ -434,8 +505,9 @@ def every_measure() -> set[type[Measure]]:
     while left:
         for kind in left.pop().__subclasses__():
             if kind.__module__.startswith("foveate.lens"):
-                found.add(kind)
                 left.append(kind)
+                if not inspect.isabstract(kind) and kind is not TokenMeasure:
+                    found.add(kind)
     return found
 
 

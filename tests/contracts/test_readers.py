@@ -39,6 +39,7 @@ from tests.contracts.readers import (
     groups,
     read,
     run,
+    whole,
 )
 from tests.lens.models import PARTS, pair, text, tiny
 from tests.support.tensors import assert_near, qkv
@@ -73,15 +74,15 @@ def test_every_reader_and_every_system_of_the_room_is_here() -> None:
 
 @EVERY
 def test_measures_equal_those_of_eager_maps(case: Case) -> None:
-    for group in groups(case.part):
+    for group in groups(case.kind, case.part):
         kept = {(1, 1): [3, 0, -1], (0, 0): slice(5, 9)}
         seen = look(case.model, case.inputs, measures=group, keep_maps=kept, part=case.part)
         assert not seen.lens.unseen
         for measure in group:
             assert seen.values(measure).keys() == set(range(len(case.maps)))
-            for layer, w in enumerate(case.maps):
-                found = seen.values(measure)[layer]
-                assert_near(found, expected(measure, w, case.keys), 1e-4, f"{measure}, layer {layer}")
+            for layer in range(len(case.maps)):
+                found, wanted = seen.values(measure)[layer], expected(measure, whole(case, layer))
+                assert_near(found, wanted, 1e-4, f"{measure}, layer {layer}")
         last = case.maps[1].shape[2] - 1
         assert_near(seen.map(1, 1), case.maps[1][:, 1, [0, 3, last]], 1e-4)
         assert_near(seen.map(0, 0), case.maps[0][:, 0, 5:9], 1e-4)
@@ -90,22 +91,24 @@ def test_measures_equal_those_of_eager_maps(case: Case) -> None:
 @EVERY
 def test_a_lens_changes_nothing(case: Case) -> None:
     before = run(case)
-    during = read(case, Lens(list(next(groups(case.part))), keep_maps={(1, 0): slice(None)}, part=case.part))
+    during = read(case, Lens(list(next(groups(case.kind, case.part))), keep_maps={(1, 0): slice(None)}, part=case.part))
     assert torch.equal(before[0], during[0]) and torch.equal(before[0], run(case)[0])
 
 
-@pytest.mark.parametrize("measure", [measure for group in GROUPS for measure in group], ids=str)
+@pytest.mark.parametrize("measure", [m for group in GROUPS for m in group if not m.reads_output], ids=str)
 @pytest.mark.parametrize("left", [0, 4])
 @pytest.mark.parametrize("causal", [True, False])
 def test_both_computations_of_a_measure_agree(measure: Any, left: int, causal: bool) -> None:
-    q, k, _ = qkv(12, dtype=torch.float32)
-    real = torch.ones(2, 12, dtype=torch.bool)
+    n = 120
+    q, k, _ = qkv(n, dtype=torch.float32)
+    real = torch.ones(2, n, dtype=torch.bool)
     real[0, :left] = False
     w = oracle.weights(q, k, mask=real[:, None, None], causal=causal, scale=0.7) * real[:, None, :, None]
-    tokens = KeyTokens(torch.arange(12).expand(2, 1, 12), real, torch.arange(12))
+    ids = torch.randint(0, 9, (2, n), generator=torch.Generator().manual_seed(3))
+    tokens = KeyTokens(torch.arange(n).expand(2, 1, n), real, torch.arange(n), ids)
     call, found = Statistics(q, k, 0.7, causal, real, real), measure.from_weights(w, tokens)
     fused = measure.fused(call, tokens)
-    assert fused is not None or not causal
+    assert fused is not None or (not causal and measure.name in ("mean_distance", "future_influence_2_end"))
     if fused is not None:
         assert_near(fused, found, 1e-4, measure.name)
 
@@ -122,13 +125,13 @@ def test_generated_tokens_are_measured_as_one_text(case: Case) -> None:
     """A prompt in two calls and tokens one by one give the measures of one call over all of them."""
     pieces = PIECES[case.maps[0].shape[2]]
     for cache in ("dynamic", "static") if case.kind in ("llama", "qwen3") else ("dynamic",):
-        for group in groups(case.part):
+        for group in groups(case.kind, case.part):
             lens = Lens(group, phase="all", keep_maps={(0, 1): [2, 8, -1]}, part=case.part)
             with torch.no_grad(), foveate.apply(case.model, lens):
                 feed(case.model, case.inputs, pieces, cache)
             for measure in group:
-                for layer, w in enumerate(case.maps):
-                    wanted = expected(measure, w, case.keys)
+                for layer in range(len(case.maps)):
+                    wanted = expected(measure, whole(case, layer))
                     assert_near(lens.values(measure)[layer], wanted, 1e-4, f"{measure}, layer {layer}, {cache}")
             row = lens.map(0, 1)[:, -1]
             assert_near(row, case.maps[0][:, 1, -1], 1e-4)
@@ -250,7 +253,7 @@ def test_measures_take_linear_memory(kind: str, padding: str, part: Any, monkeyp
     name, changes = LONG_MODELS[kind]
     model = tiny(name, **changes)
     inputs = pair(padding, LONG, LONG) if kind == "bart" else text(padding, LONG)
-    for group in groups(part):
+    for group in groups(kind, part):
         with monkeypatch.context() as patch:
             # batch · heads · length · a head's width, padded for the kernel
             assert largest(Lens(group, part=part), model, inputs, part, patch) <= 2 * 4 * LONG * 16 < LONG * LONG
@@ -339,7 +342,10 @@ def test_interventions_act_on_one_part() -> None:
         (lambda: look(readers.subject("bart"), pair(), part="both"), "part='both' must be one of"),  # type: ignore[arg-type]
         (lambda: look(readers.subject("bart"), pair(), part="cross", measures=["mean_distance"]), "two sequences"),
         (lambda: look(readers.subject("bart"), pair(), part="encoder", layers=[2]), "layers: 2 must be in 0..1"),
-        (lambda: look(readers.subject("bart"), pair(), part="decoder", keep_maps={(0, 2): [0]}), "head 2 must be in 0..1"),
+        (
+            lambda: look(readers.subject("bart"), pair(), part="decoder", keep_maps={(0, 2): [0]}),
+            "head 2 must be in 0..1",
+        ),
         (lambda: foveate.apply(readers.subject("bart"), Lens(part="encoder")).__enter__(), 'on="all"'),
         (lambda: attention_maps(readers.subject("bart"), pair()), "more than a single stack"),
         (lambda: head_outputs(readers.subject("t5"), pair()), "more than a single stack"),
@@ -352,6 +358,8 @@ def test_a_part_that_does_not_fit_is_refused(make: Any, message: str) -> None:
 
 
 def test_a_look_at_several_parts_shows_the_outputs_of_each() -> None:
-    found: list[Look] = [look(readers.subject("t5"), pair("right"), part=part) for part in ("encoder", "decoder", "cross")]
+    found: list[Look] = [
+        look(readers.subject("t5"), pair("right"), part=part) for part in ("encoder", "decoder", "cross")
+    ]
     assert [len({row["layer"] for row in seen.measures()}) for seen in found] == [2, 3, 3]
     assert all(torch.equal(found[0].output.logits, seen.output.logits) for seen in found)

@@ -18,9 +18,10 @@ from foveate.host import Method, Site, Slots, apply, fused_statistics
 from foveate.kv.sink_recent import SinkRecent
 from foveate.lens import MEASURES, Entropy, Lens, SinkMass, html_table
 from foveate.lens.lens import look
-from tests.contracts.readers import expected
+from tests.contracts.readers import Whole, expected
 from tests.lens.models import eager_maps, text, tiny
 from tests.support.tensors import assert_near
+
 
 def test_the_table_averages_over_counted_queries() -> None:
     model, inputs = tiny("llama"), text("left")
@@ -165,7 +166,7 @@ def test_half_precision_is_measured_in_float32() -> None:
     w, real = eager_maps(tiny("llama"), inputs)[0], inputs["attention_mask"].bool()
     assert seen.values("entropy")[0].dtype == torch.float32
     for measure in (Entropy(), SinkMass()):
-        assert_near(seen.values(measure)[0], expected(measure, w, real), 0.05, measure.name)
+        assert_near(seen.values(measure)[0], expected(measure, Whole(w, real)), 0.05, measure.name)
 
 
 def test_look_is_public() -> None:

@@ -18,6 +18,9 @@ from foveate.lens.measures import KeyTokens
 from tests.support.tensors import assert_near, qkv
 
 
+IDS = torch.randint(0, 3, (2, 16), generator=torch.Generator().manual_seed(5))
+
+
 def site(q: Tensor, k: Tensor, **fields: Any) -> Site:
     """Build a call as the host would describe it."""
     return Site(nn.Identity(), 0, q, k, k, **{"scale": 0.6, "attention_mask": None, "is_causal": True, **fields})
@@ -25,7 +28,8 @@ def site(q: Tensor, k: Tensor, **fields: Any) -> Site:
 
 def measure(call: Site) -> tiles.Measurements:
     assert Statistics.of(call) is None
-    return tiles.measure_call(call, list(MEASURES.values()), KeyTokens.of(call))
+    weighed = [measure for measure in MEASURES.values() if not measure.reads_output]
+    return tiles.measure_call(call, weighed, KeyTokens.of(call, IDS[:, : call.seen]))
 
 
 def check(found: tiles.Measurements, w: Tensor, seen: Tensor) -> None:
@@ -38,6 +42,11 @@ def check(found: tiles.Measurements, w: Tensor, seen: Tensor) -> None:
     assert_near(found.values["mean_distance"], (w * away.abs()).sum(-1), 1e-4)
     assert_near(found.values["previous_token"], (w * (away == 1)).sum(-1), 1e-4)
     assert_near(found.values["within_4"], (w * (away.abs() <= 4)).sum(-1), 1e-4)
+    assert_near(found.values["windowed_distance"], (w * away.abs().clamp_max(10)).sum(-1), 1e-4)
+    assert_near(found.values["future_influence"], (w * (away >= 10)).sum(-2), 1e-4)
+    ids = IDS[:, :keys]
+    same = (ids[:, -rows:, None] == ids[:, None]) & (away != 0)
+    assert_near(found.values["duplicate_token"], (w * same[:, None]).sum(-1), 1e-4)
     assert torch.equal(found.counted, w.sum(-1) > 0)
     assert_near(found.visible, seen.expand_as(w).sum(-2), 1e-6)
 

@@ -12,7 +12,7 @@ from foveate.bench.looking import Looked
 from foveate.lens.views.head_map import pooled
 from foveate.report.look import write
 from tests.report.test_browser import SCHEMES, SIZES, browser  # noqa: F401  a fixture
-from tests.report.test_look_page import IMAGE, SCRIPT, hostile, made
+from tests.report.test_look_page import IMAGE, SCRIPT, hostile, made, surveyed
 
 pytestmark = pytest.mark.browser
 
@@ -195,7 +195,9 @@ def test_lines_of_a_kept_head(visit):
     """BertViz's head view beside the map: a token's lines by click, linked with the text above."""
     found = made(n=20)
     view = visit(found)
-    lines = "[...document.querySelectorAll('.arcs line')].map(({ dataset }) => [dataset.query, dataset.key].map(Number))"
+    lines = (
+        "[...document.querySelectorAll('.arcs line')].map(({ dataset }) => [dataset.query, dataset.key].map(Number))"
+    )
     weights = found.maps[0].tiles
     assert sorted(map(tuple, view(lines))) == [tuple(each) for each in (weights > 0.02).nonzero().tolist()]
     view.page.locator(".arc-token[data-side='query'][data-at='7']").click()
@@ -205,3 +207,15 @@ def test_lines_of_a_kept_head(visit):
     view.page.locator(".cell[data-layer='1'][data-head='0']").click()
     assert not view.page.locator("#arcs").is_visible()
     assert view.complaints == []
+
+
+def test_many_texts_show_means_with_their_spread(visit):
+    found = surveyed()
+    view = visit(found)
+    survey = found.over.survey
+    view.page.locator(".cell[data-layer='1'][data-head='2']").click()
+    said = view.text("#said")
+    assert said.startswith(f"entropy {survey.value[0, 1, 2]:.4g}"[:12]) and "of the first text" in said
+    assert f"standard deviation over texts {survey.spread[0, 1, 2].item():.4g}"[:34] in said
+    label = view.page.locator(".cell[data-layer='1'][data-head='2']").get_attribute("aria-label")
+    assert "standard deviation over texts" in label

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.bench.looking import Looked, Measured
-from foveate.lens.views.head_map import pooled
-from foveate.lens.parts.pieces import PART, pieces
+from foveate.bench.looking import Looked, Measured, Over
 from foveate.lens import MEASURES, Role
+from foveate.lens.parts.pieces import PART, pieces
+from foveate.lens.survey import NEXT_LOGIT, Survey
+from foveate.lens.views.head_map import pooled
 from foveate.report import look as report
 from foveate.report.look_data import payload
 from tests.report.conftest import ATTACK, IMAGE, SCRIPT
@@ -170,7 +171,7 @@ def test_extremes_are_in_order() -> None:
 
 
 def test_every_measure_has_a_meaning() -> None:
-    assert set(report.MEANINGS) == set(MEASURES)
+    assert set(report.MEANINGS) == {*MEASURES, NEXT_LOGIT}
 
 
 def hostile() -> Looked:
@@ -211,3 +212,31 @@ def test_tokens_keep_their_spaces_and_characters_come_whole() -> None:
     found = pieces(Bytes(), list("a bé €\n".encode()))
     assert found == ["a", " ", "b", PART, "é", " ", PART, PART, "€", "\n"]
     assert pieces(Bytes(), list("aé".encode())[:2]) == ["a", PART]
+
+
+def surveyed() -> Looked:
+    """A look at many texts, of which one is shown."""
+    found = made()
+    survey = Survey.empty([measure.name for measure in found.measures], 2, 3)
+    survey = survey.with_texts(torch.rand(3, 9, 2, 3, generator=torch.Generator().manual_seed(2)))
+    measures = [replace(measure, table=table) for measure, table in zip(found.measures, survey.value, strict=True)]
+    return replace(found, measures=measures, over=Over(ATTACK, survey, 1234, [ATTACK]))
+
+
+def test_a_page_of_many_texts_has_means_and_spreads() -> None:
+    found = surveyed()
+    assert found.over is not None
+    page = Page(report.render(found))
+    data, survey = page.json("look"), found.over.survey
+    for number in range(3):
+        assert_near(torch.tensor(data["measures"][number]["table"]), survey.value[number].float(), 1e-6)
+        assert_near(torch.tensor(data["measures"][number]["spread"]), survey.spread[number].float(), 1e-6)
+        assert_near(read(data, number), found.measures[number].values.double(), 2e-4)
+    words = "".join(page.texts)
+    assert "6 heads over 9 texts." in words and "9 texts of" in words and "1,234 tokens" in words
+    assert "img" not in {tag for tag, _ in page.tags} and SCRIPT not in report.render(found)
+    best = survey.value[0].argmax()
+    half = (survey.interval()[1] - survey.value)[0].flatten()[best]
+    gap = "\N{NO-BREAK SPACE}"
+    first = f"{int(best) // 3}.{int(best) % 3}{gap}({survey.value[0].flatten()[best]:.3g}{gap}±{gap}{half:.2g})"
+    assert first in words

@@ -8,6 +8,7 @@ sequences are reversed, because a key is seen by later queries only.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -157,10 +158,8 @@ class Statistics:
         """Each query's mean key index under its weights."""
         if self._by_tiles:
             return self._all.mean_key
-        index = torch.arange(self.k.shape[2], device=self.k.device, dtype=self.k.dtype)[:, None]
-        columns = index.expand(*self.k.shape[:2], -1, 1)
-        _, mean = statistics(self.q, self.k, columns, scale=self.scale, causal=self.causal, key_mask=self.key_mask)
-        return mean[..., 0]
+        index = torch.arange(self.k.shape[2], device=self.k.device, dtype=self.k.dtype)
+        return self.mean_of("place", lambda: index[None, None, :, None])[..., 0]
 
     @cached_property
     def counted(self) -> Bool[Tensor, "b 1 nq"]:
@@ -189,6 +188,20 @@ class Statistics:
         else:
             seen = counted.sum(-1, keepdim=True).expand(-1, -1, n)
         return seen if self.key_mask is None else seen.masked_fill(~self.key_mask[:, None], 0.0)
+
+    @cached_property
+    def _means(self) -> dict[Hashable, Tensor]:
+        return {}
+
+    def mean_of(
+        self, name: Hashable, columns: Callable[[], Float[Tensor, "#b #hkv nk c"]]
+    ) -> Float[Tensor, "b hq nq c"]:
+        """Return each query's mean of some columns of the keys, in one pass of the kernel; the same name shares it."""
+        if name not in self._means:
+            made = columns().expand(*self.k.shape[:3], -1)
+            _, mean = statistics(self.q, self.k, made, scale=self.scale, causal=self.causal, key_mask=self.key_mask)
+            self._means[name] = mean
+        return self._means[name]
 
     def mass_on(self, chosen: Bool[Tensor, "b nk"]) -> Float[Tensor, "b hq nq"]:
         """Return the mass that each query puts on some chosen keys together, from their logits and the log-sum-exp."""

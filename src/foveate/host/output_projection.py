@@ -41,13 +41,28 @@ def _parts(site: Site) -> Float[Tensor, "c hq dv"]:
     return weight.unflatten(1, (heads, -1))
 
 
+def projection_holders(host: Host) -> dict[nn.Module, nn.Module]:
+    """Return, by attention module, the module that has its output projection: itself, or BERT's `output` beside it."""
+    parents = {child: parent for parent in host.model.modules() for child in parent.children()}
+    found = {}
+    for module in host.attention_modules():
+        beside = getattr(parents.get(module), "output", None)
+        own = _linear(module) is not None or not isinstance(beside, nn.Module)
+        found[module] = module if own else beside
+    return found
+
+
 def output_projection(module: nn.Module) -> nn.Linear | Conv1D:
     """Return the output projection of an attention module, which may have any of the names that models give it."""
-    found = [getattr(module, name, None) for name in ("o_proj", "out_proj", "c_proj", "dense")]
-    linear = next((each for each in found if isinstance(each, nn.Linear | Conv1D)), None)
+    linear = _linear(module)
     if linear is None:
-        raise UnsupportedModel(f"{type(module).__name__} has no linear o_proj, out_proj, c_proj or dense")
+        raise UnsupportedModel(f"{type(module).__name__} has no linear o_proj, out_proj, c_proj, dense or o")
     return linear
+
+
+def _linear(module: nn.Module) -> nn.Linear | Conv1D | None:
+    found = [getattr(module, name, None) for name in ("o_proj", "out_proj", "c_proj", "dense", "o")]
+    return next((each for each in found if isinstance(each, nn.Linear | Conv1D)), None)
 
 
 def projection_parts(module: nn.Module, heads: int) -> tuple[Float[Tensor, "hq dv c"], Float[Tensor, " c"] | None]:

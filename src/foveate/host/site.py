@@ -65,6 +65,7 @@ class Site:
     tokens, or some of them, will be removed again (`drafts`: by assisted decoding). Its queries do not see the
     `hidden_keys`. After a call with drafts, `drops` is what methods chose after its last token that stays.
     `wants_weights` is true if the caller asked for weights (`output_attentions`).
+    `ids` are the tokens of its queries; None if they are unknown.
 
     In a call that attends to another sequence (cross attention), `own` describes the sequence of the queries: `seen`,
     `positions` and `real` are those of the keys, `asked` and `query_positions` those of the queries.
@@ -104,6 +105,7 @@ class Site:
     hidden_keys: Bool[Tensor, "b hkv s"] | None = None
     drops: Drops | None = None
     wants_weights: bool = False
+    ids: Int[Tensor, "b nq"] | None = None
     own: OwnSequence | None = None
 
     @property
@@ -328,6 +330,7 @@ class Site:
         other.q = self.q[:, :, start:stop]
         other.new_k, other.new_v = self.new_k[:, :, :end], self.new_v[:, :, :end]
         other.hidden = None if self.hidden is None else self.hidden[:, start:stop]
+        other.ids = None if self.ids is None else self.ids[:, start:stop]
         other.attention_mask = masked_part(self.attention_mask, start, stop, later)
         if self.sinks is not None and self.sinks.shape[2] > 1:
             other.sinks = self.sinks[:, :, start:stop]

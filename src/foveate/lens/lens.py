@@ -12,17 +12,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, final
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel, unknown
 from foveate.host.entry import apply
 from foveate.host.hf.model import Host, host
 from foveate.host.method import Method
+from foveate.host.output_projection import projection_holders
 from foveate.host.site import Site
 from foveate.host.weight_tiles import weights_of
+from foveate.lens.capture.ahead import ids_so_far, settle
 from foveate.lens.capture.record import Record, by_position
 from foveate.lens.capture.tiles import measure_call
 from foveate.lens.html_table import layer_head_tables
@@ -72,6 +76,7 @@ class Lens(Method):
     _latest: dict[int, Record] = field(default_factory=dict, init=False, repr=False)
     _past: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
     _stack: Layers = field(init=False, repr=False)
+    _holders: WeakKeyDictionary[nn.Module, nn.Module] = field(default_factory=WeakKeyDictionary, init=False, repr=False)
 
     def __post_init__(self) -> None:
         validate.one_of("phase", self.phase, ("prefill", "decode", "all"))
@@ -81,8 +86,7 @@ class Lens(Method):
             raise OptionError(f"measures={names} must have different names")
         if self.part == "cross" and (placed := [m.name for m in self._measures if m.compares_places]):
             raise OptionError(
-                f"measures={placed} compare the places of a query and a key, which are in two sequences in "
-                f'part="cross"'
+                f'measures={placed} compare the places of a query and a key, which are in two sequences in part="cross"'
             )
         self.layers = None if self.layers is None else tuple(self.layers)
         maps = {at: queries if isinstance(queries, slice) else tuple(queries) for at, queries in self.keep_maps.items()}
@@ -96,10 +100,12 @@ class Lens(Method):
         for _, head in self.keep_maps:
             if head not in range(stack.heads):
                 raise OptionError(f"keep_maps: head {head} must be in 0..{stack.heads - 1} for this model")
+        self._holders.update(projection_holders(host))
 
     def at(self, site: Site) -> bool:
         layer = self._stack.number(site)
-        if layer is None or self.phase not in ("all", site.phase):
+        wanted = self._token_measures or self.phase in ("all", site.phase)  # tokens are noted in all calls
+        if layer is None or not wanted:
             return False
         return self.layers is None or layer in self.layers or any(at[0] == layer for at in self.keep_maps)
 
@@ -109,13 +115,24 @@ class Lens(Method):
         if site.replaced:
             self.unseen[layer] = "another method replaced this layer's attention"
             return
-        record, tokens = self._record(site, layer), KeyTokens.of(site)
+        names = self._token_measures
+        ids = ids_so_far(site, site.notes(self), names) if names else None
+        if self.phase not in ("all", site.phase):
+            return
+        record, tokens = self._record(site, layer), KeyTokens.of(site, ids)
         if self.layers is None or layer in self.layers:
-            record.add(measure_call(site, self._measures, tokens), self._measures, tokens, site.seen)
+            settle(site, site.notes(self), record, self._measures, tokens)
+            found = measure_call(site, self._measures, tokens, out, self._holders.get(site.module, site.module))
+            record.add(found, self._measures, tokens, site.seen)
         for (at, head), queries in self.keep_maps.items():
             if at == layer:
                 kept = [_map(site, rows, head, tokens) for rows in _slices(queries, site)]
                 record.maps.setdefault(head, []).extend(kept)
+
+    @property
+    def _token_measures(self) -> list[str]:
+        """The measures that need the ids of the tokens."""
+        return [measure.name for measure in self._measures if measure.needs_ids]
 
     def _record(self, site: Site, layer: int) -> Record:
         """Return the open record of this site's sequence; a new sequence closes the layer's previous record."""
@@ -152,10 +169,19 @@ class Lens(Method):
 
         A measure over queries is `(B, heads, queries)`, one over keys `(B, heads, positions)`; padding gives zeros.
         """
+        wanted = self._own(measure)
+        return {layer: record.values(wanted) for layer, record in sorted(self._latest.items()) if record.counted}
+
+    def _own(self, measure: str | Measure) -> Measure:
         wanted = named(measure)
         if wanted not in self._measures:
             raise unknown("measure of this lens", wanted.name, [m.name for m in self._measures])
-        return {layer: record.values(wanted) for layer, record in sorted(self._latest.items()) if record.counted}
+        return wanted
+
+    def reduced(self, measure: str | Measure) -> dict[int, Float[Tensor, "b h"]]:
+        """Return one number for each text and head of the latest call or sequence, by layer; NaN if no query counted."""
+        wanted = self._own(measure)
+        return {layer: record.reduced(wanted) for layer, record in sorted(self._latest.items()) if record.counted}
 
     def map(self, layer: int, head: int) -> Tensor:
         """Return the weights `(B, queries, positions)` kept by `keep_maps`, queries in order of position."""
@@ -163,6 +189,12 @@ class Lens(Method):
         if record is None or not record.maps.get(head):
             raise OptionError(f"layer={layer}, head={head} must be in keep_maps; no map of it was kept")
         return record.map(head)
+
+    def check(self) -> None:
+        """Refuse a measure that names tokens which the latest sequence does not have."""
+        for record in self._latest.values():
+            for measure in self._measures:
+                measure.check(record.seen)
 
     def clear(self) -> None:
         """Delete all results."""
@@ -254,6 +286,7 @@ def look(
         raise UnsupportedModel(
             f"part={part!r}: {type(run.host.model).__name__} attended to no other sequence in this call"
         )
+    lens.check()
     return Look(lens, output)
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Self, final
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
@@ -29,16 +29,23 @@ class KeyTokens:
             `h` is 1 if all heads hold the same keys.
         real: True for the tokens of the sequence that are not padding; None if there is no padding.
         queries: each query's position in the sequence; None for queries of another sequence.
+        ids: the tokens of the sequence so far, negative where they are unknown; None if all are.
     """
 
     positions: Int[Tensor, "b h s"]
     real: Bool[Tensor, "b n"] | None = None
     queries: Int[Tensor, " r"] | None = None
+    ids: Int[Tensor, "b n"] | None = None
 
     @classmethod
-    def of(cls, site: Site) -> Self:
+    def of(cls, site: Site, ids: Int[Tensor, "b n"] | None = None) -> Self:
+        """Return the tokens of a call; `ids` are those of the sequence so far, if the call is not its first."""
         positions = site.positions[:, :1] if site.is_whole else site.positions
-        return cls(positions, site.real, None if site.crosses else site.query_positions)
+        if site.crosses:
+            return cls(positions, site.real)
+        if ids is None and site.seen == site.q.shape[2]:
+            ids = site.ids
+        return cls(positions, site.real, site.query_positions, ids)
 
     @classmethod
     def plain(cls, weights: Tensor) -> Self:
@@ -48,7 +55,8 @@ class KeyTokens:
         return cls(places.expand(weights.shape[0], 1, n), None, places[n - weights.shape[-2] :])
 
     def narrow(self, keys: slice, rows: slice = slice(None)) -> KeyTokens:
-        return KeyTokens(self.positions[..., keys], self.real, None if self.queries is None else self.queries[rows])
+        queries = None if self.queries is None else self.queries[rows]
+        return KeyTokens(self.positions[..., keys], self.real, queries, self.ids)
 
     def distances(self, heads: int) -> Int[Tensor, "b hq r s"]:
         """Return how far each key lies before each query; keys that are no single token are far away."""
@@ -73,14 +81,21 @@ class KeyTokens:
 class Measure(ABC):
     """A named measure: a value for each query, `(B, Hq, Nq)`, or for each key, `(B, Hq, Nk)`.
 
-    A new measure is one function, `from_weights`. With `fused` it costs no weights where the model's own softmax runs.
-    Both return values that can be joined over calls: a measure over queries its values, one over keys the sum over
-    rows, from which `finish` computes the values.
+    A new measure is one function: `from_weights`, or `from_output` for one of what heads give. With `fused` a measure
+    of weights needs none where the model's own softmax runs. All return values that can be joined over calls: a measure
+    over queries its values, one over keys the sum over rows, from which `finish` computes the values.
     """
 
     over: ClassVar[Literal["queries", "keys"]]
     #: True if the measure compares the places of queries and keys, which have to be in one sequence.
     compares_places: ClassVar[bool] = False
+
+    #: True for a measure that compares tokens, and so has to know their ids.
+    needs_ids: ClassVar[bool] = False
+    #: True for a measure of weights whose rows need the token that comes next: the last row of a call waits for it.
+    looks_ahead: ClassVar[bool] = False
+    #: True for a measure of heads' outputs.
+    reads_output: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -94,11 +109,36 @@ class Measure(ABC):
         """
         return None
 
-    @abstractmethod
     def from_weights(self, weights: Float[Tensor, "b h r k"], tokens: KeyTokens | None = None) -> Tensor:
         """Compute the measure from weights of some rows.
 
         With `tokens=None`, key j is token j, the rows are the last tokens, and there is no padding.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no from_weights")
+
+    def from_output(self, out: Float[Tensor, "b h r dv"], holder: nn.Module) -> Tensor:
+        """Compute the measure from the heads' outputs; `holder` is the module that has the output projection."""
+        raise NotImplementedError(f"{type(self).__name__} defines no from_output")
+
+    def applies(self, tokens: KeyTokens, causal: bool) -> Bool[Tensor, "#b 1 r"] | None:
+        """Return the queries whose values count, of those that are no padding; None, the default, for all.
+
+        `causal` is False if a query sees later keys.
+        """
+        return None
+
+    def askers(self, counted: Bool[Tensor, "b #h r"], tokens: KeyTokens) -> Float[Tensor, "b #h s"] | None:
+        """Return, for a measure over keys, how many counted queries may add to each key's sum.
+
+        None, the default, for all that see it.
+        """
+        return None
+
+    def check(self, length: int) -> None:
+        """Refuse a text of this many tokens, padding included, if the measure names tokens that it does not have.
+
+        Raises:
+            OptionError: as a message of one line.
         """
 
     def finish(self, total: Tensor, visible: Tensor) -> Tensor:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from foveate.core.errors import unknown
 from foveate.lens.measures import Entropy, Measure, ReceivedMass, SinkMass
+from foveate.lens.output_measures import OutputNorm
 from foveate.lens.position_measures import AtOffset, MeanDistance, WindowMass
+from foveate.lens.token_measures import CopyMass, DuplicateMass, InductionMass
+from foveate.lens.window_measures import FutureInfluence, WindowedDistance
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (
         Entropy(), SinkMass(), ReceivedMass(), ReceivedMass(per_row=True), MeanDistance(), AtOffset(0), AtOffset(1),
-        WindowMass(),
+        WindowMass(), WindowedDistance(), FutureInfluence(), DuplicateMass(), InductionMass(), CopyMass(), OutputNorm(),
     )
 }  # fmt: skip
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
 from markupsafe import Markup
 from rich import box
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from foveate.bench.looking import Looked, Measured
 from foveate.bench.parts.plaindata import write_atomic
@@ -31,6 +33,14 @@ MEANINGS = {
     "own_token": "the share of a token’s attention that goes to the token itself",
     "previous_token": "the share of a token’s attention that goes to the token before it",
     "within_4": "the share of a token’s attention that goes to tokens at most 4 away",
+    "windowed_distance": "how far away the tokens lie that a token attends to, where none counts as more than 10 away",
+    "future_influence": "the attention that a token gets from the tokens 10 to 100 after it, on average",
+    "duplicate_token": "the share of a token’s attention that goes to other places with the same token; a head’s number "
+    "is the mean over tokens that have one",
+    "induction": "the share of a token’s attention that goes to what followed the same token before",
+    "copying": "the share of a token’s attention that goes to earlier places of the token that comes next",
+    "output_norm": "the size of what the head adds to the residual stream",
+    "next_logit": "what the head by itself adds to the logit of the token that comes next, less the mean over all tokens",
 }
 _SHOWN = 4  # heads with the largest and the smallest values
 
@@ -55,7 +65,7 @@ def render(found: Looked) -> str:
         found=found,
         data=payload(found),
         about=_about(found),
-        measures=[_words(measure) for measure in found.measures],
+        measures=[_words(*each) for each in _extremes(found)],
         maps=[f"{each.layer}.{each.head}" for each in found.maps],
         roles=None if found.roles is None else [_role(role) for role in found.roles],
     )  # fmt: skip
@@ -63,11 +73,12 @@ def render(found: Looked) -> str:
 
 def lines(found: Looked) -> list[Any]:
     """Return the tables for a terminal: the extreme heads of each measure, and the roles if they were asked for."""
-    shown = _table("measure", "largest, layer.head", "smallest")
-    for measure in found.measures:
-        largest, smallest = extremes(measure)
+    means = "" if found.over is None else ", mean over texts ± its 95 % interval"
+    shown = _table("measure", f"largest, layer.head{means}", "smallest")
+    for measure, largest, smallest in _extremes(found):
         shown.add_row(Text(measure.name), Text(largest), Text(smallest))
     out: list[Any] = [Text(_about(found)), "", shown]
+    out += [] if found.over is None else [Text(note) for note in found.over.notes]
     for layer, why in found.unseen.items():
         out.append(Text(f"layer {layer} is not measured: {visible(why)}"))
     if found.roles is not None:
@@ -75,10 +86,20 @@ def lines(found: Looked) -> list[Any]:
     return out
 
 
-def extremes(measure: Measured) -> tuple[str, str]:
+def _extremes(found: Looked) -> Iterator[tuple[Measured, str, str]]:
+    """Yield each measure with its extreme heads, for many texts with the half width of the mean's interval."""
+    if found.over is None:
+        halves: list[Any] = [None] * len(found.measures)
+    else:
+        halves = list((found.over.survey.interval()[1] - found.over.survey.value).unbind(0))
+    for measure, half in zip(found.measures, halves, strict=True):
+        yield measure, *extremes(measure, half)
+
+
+def extremes(measure: Measured, half: Float[Tensor, "l h"] | None = None) -> tuple[str, str]:
     """Return the heads with the largest and the smallest values of a measure, each as `layer.head value`."""
     heads = [
-        (value, f"{layer}.{head}")
+        (value, f"{layer}.{head}", math.nan if half is None else float(half[layer, head]))
         for layer, row in enumerate(measure.table.tolist())
         for head, value in enumerate(row)
         if math.isfinite(value)
@@ -87,18 +108,25 @@ def extremes(measure: Measured) -> tuple[str, str]:
     return _listed(heads[:_SHOWN]), _listed(heads[::-1][:_SHOWN])
 
 
-def _listed(heads: Sequence[tuple[float, str]]) -> str:
-    return ", ".join(f"{name}\N{NO-BREAK SPACE}({value:.3g})" for value, name in heads) or NOTHING
+def _listed(heads: Sequence[tuple[float, str, float]]) -> str:
+    parts = []
+    for value, name, half in heads:
+        around = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{half:.2g}" if math.isfinite(half) else ""
+        parts.append(f"{name}\N{NO-BREAK SPACE}({value:.3g}{around})")
+    return ", ".join(parts) or NOTHING
 
 
 def _about(found: Looked) -> str:
+    if found.over is not None:
+        texts, tokens = found.over.survey.texts, found.over.tokens
+        heads = f"{visible(found.model)}: {found.layers} layers of {found.heads} heads"
+        return f"{heads}; {texts:,} texts of {visible(found.over.data)}, {tokens:,} tokens"
     new = len(found.tokens) - found.prompt
     read = f"{found.prompt:,} tokens read" + (f", {new:,} generated" if new else "")
     return f"{visible(found.model)}: {found.layers} layers of {found.heads} heads; {read}"
 
 
-def _words(measure: Measured) -> dict[str, str]:
-    largest, smallest = extremes(measure)
+def _words(measure: Measured, largest: str, smallest: str) -> dict[str, str]:
     name = visible(measure.name)
     meaning = MEANINGS.get(measure.name, f"a value for each of the {measure.over}")
     return {"name": name, "meaning": meaning, "largest": largest, "smallest": smallest}

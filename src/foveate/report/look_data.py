@@ -35,7 +35,10 @@ def payload(found: Looked) -> dict[str, Any]:
     return {
         "tokens": [visible(token, lines=True) for token in found.tokens],
         "prompt": found.prompt, "layers": found.layers, "heads": found.heads, "width": width, "group": group,
-        "measures": [_measure(measure, width, group) for measure in found.measures],
+        "measures": [
+            _measure(measure, width, group) | spread
+            for measure, spread in zip(found.measures, _spreads(found), strict=True)
+        ],
         "maps": maps,
         "roles": _roles(found),
     }  # fmt: skip
@@ -53,6 +56,13 @@ def _measure(measure: Measured, width: int, group: int) -> dict[str, Any]:
         "name": measure.name, "over": measure.over, "power": power, "table": plain_table(measure.table),
         "low": plain_table(low), "high": plain_table(high), "data": packed(share.pow(1 / power), width),
     }  # fmt: skip
+
+
+def _spreads(found: Looked) -> list[dict[str, Any]]:
+    """Return the spread of each measure over texts, if they are many."""
+    if found.over is None:
+        return [{}] * len(found.measures)
+    return [{"spread": _numbers(table)} for table in found.over.survey.spread]
 
 
 def _grouped(values: Float[Tensor, "l h n"], group: int) -> Float[Tensor, "l h m"]:

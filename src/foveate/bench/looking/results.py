@@ -12,15 +12,17 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.lens.views.attention_view import AttentionView
-from foveate.lens.views.head_map import HeadMap
-from foveate.lens.views.joint_matrix import JointMatrix
 from foveate.bench.parts.plaindata import plain, write_atomic
 from foveate.bench.parts.table_file import write_table
 from foveate.lens.heads.roles import Role
+from foveate.lens.survey import Survey
+from foveate.lens.views.attention_view import AttentionView
+from foveate.lens.views.head_map import HeadMap
+from foveate.lens.views.joint_matrix import JointMatrix
 
 FORMAT = "foveate.look/1"
 _COLUMNS = {"model": str, "layer": int, "head": int, "measure": str, "value": float}
+_OF_TEXTS = {"spread": float, "low": float, "high": float, "texts": int}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +49,46 @@ class Views:
     view: AttentionView
     joint: JointMatrix
 
-    def save(self, folder: Path) -> tuple[Path, Path]:
-        """Write `view.html` and `joint.html`; return both paths."""
-        pages = ("view.html", self.view.html()), ("joint.html", self.joint.html())
-        first, second = (write_atomic(folder / name, page) for name, page in pages)
-        return first, second
+    def save(self, folder: Path) -> None:
+        """Write `view.html` and `joint.html`."""
+        for path, page in zip(self.paths(folder), (self.view.html(), self.joint.html()), strict=True):
+            write_atomic(path, page)
+
+    @staticmethod
+    def paths(folder: Path) -> tuple[Path, Path]:
+        """Return the paths of both pages."""
+        return folder / "view.html", folder / "joint.html"
+
+
+@dataclass(frozen=True, eq=False)
+class Over:
+    """The texts of a file that measures are means over.
+
+    Args:
+        data: the file as the user named it.
+        survey: the measures of its texts.
+        tokens: the number of their tokens.
+        notes: what was left out.
+    """
+
+    data: str
+    survey: Survey
+    tokens: int
+    notes: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data: spreads and intervals by measure, as the means are."""
+        low, high = self.survey.interval()
+        parts = {"spread": self.survey.spread, "low": low, "high": high, "counted": self.survey.count}
+        tables = {name: dict(zip(self.survey.names, part.tolist(), strict=True)) for name, part in parts.items()}
+        return {
+            "data": self.data, "texts": self.survey.texts, "data_tokens": self.tokens, "notes": list(self.notes), **tables,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Looked:
-    """A text under a lens.
+    """A text under a lens, or many texts of which one is shown.
 
     Args:
         model: the model as the user named it.
@@ -68,6 +100,8 @@ class Looked:
         unseen: reasons by layer, for layers that a lens cannot see.
         settings: device, dtype and versions.
         views: all maps, queries and keys; None if they were not asked for.
+        ids: the tokens.
+        over: the texts that the tables of `measures` are means over, if they are many; `values` are those of the first.
     """
 
     model: str
@@ -79,6 +113,8 @@ class Looked:
     unseen: dict[int, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
     views: Views | None = None
+    ids: Sequence[int] = ()
+    over: Over | None = None
 
     @property
     def layers(self) -> int:
@@ -95,11 +131,13 @@ class Looked:
             "prompt_tokens": self.prompt, "tokens": list(self.tokens),
             "measures": {measure.name: measure.table.tolist() for measure in self.measures},
             "roles": self.roles, "unseen": self.unseen,
-        }  # fmt: skip
+        } | ({} if self.over is None else self.over.to_json())  # fmt: skip
         return json.dumps(plain(found), ensure_ascii=False, allow_nan=False) + "\n"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each layer, head and measure."""
+        if self.over is not None:
+            return [{"model": self.model, **row} for row in self.over.survey.table()]
         return [
             {"model": self.model, "layer": layer, "head": head, "measure": measure.name, "value": value}
             for measure in self.measures
@@ -109,5 +147,6 @@ class Looked:
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """Write `look.json`, and the rows as `look.parquet`, or as `look.csv` without pyarrow; return both paths."""
+        columns = _COLUMNS if self.over is None else _COLUMNS | _OF_TEXTS
         table = folder / ("look.csv" if find_spec("pyarrow") is None else "look.parquet")
-        return write_atomic(folder / "look.json", self.to_json()), write_table(self.rows(), _COLUMNS, table)
+        return write_atomic(folder / "look.json", self.to_json()), write_table(self.rows(), columns, table)

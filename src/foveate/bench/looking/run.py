@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import platform
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,14 +22,16 @@ from foveate.bench.looking.results import Looked, Measured, Views
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.host import Host, Method, Site, apply
-from foveate.host.hf.model import host
+from foveate.host.hf.model import host, plain_call
 from foveate.host.hf.words import end_tokens
 from foveate.host.probing import Progress
+from foveate.lens.circuits.next_logits import next_logits
 from foveate.lens.heads.roles import Role, roles
 from foveate.lens.lens import Lens
 from foveate.lens.measures import Measure
 from foveate.lens.parts.pieces import pieces
 from foveate.lens.registry import named
+from foveate.lens.survey import NEXT_LOGIT
 from foveate.lens.views.capture import attention_view
 from foveate.lens.views.head_map import pooled
 from foveate.lens.views.joint_matrix import attentionviz_matrix
@@ -51,7 +53,7 @@ def look_at(
     Args:
         model: folder, GGUF file or hub id of a decoder; None is the lab model.
         text: what it reads.
-        measures: names from `foveate.lens.MEASURES`, or `Measure` objects.
+        measures: names from `foveate.lens.MEASURES`, `Measure` objects, or "next_logit" (`foveate.lens.next_logits`).
         heads: the heads `(layer, head)` whose maps to keep.
         generate: the most tokens to generate, greedily; each is read too, the last one included, so that every token
             has its row.
@@ -61,41 +63,61 @@ def look_at(
         progress: called as `progress(step, steps, note)`.
         say: called with messages between steps.
     """
-    chosen = [named(measure) for measure in measures]
-    if not chosen:
-        raise OptionError("measures must name at least one measure")
+    chosen = chosen_measures(measures)
     if not text.strip():
         raise OptionError("text must not be empty")
     validate.count("generate", generate)
     loaded, tokenizer, _ = load(model, device, dtype, trust_remote_code=trust_remote_code, note=say)
     here, ids = host(loaded), encoded(tokenizer, text)
-    _check(here, ids, heads, generate, with_roles)
-    lens = Lens(chosen, keep_maps=dict.fromkeys(heads, slice(None)), phase="all")
-    whole = _read(here, lens, ids, generate, progress)
-    found = None
+    here.check_heads(heads)
+    _check(here, ids, generate, with_roles)
+    found = look_at_tokens(here, tokenizer, ids, chosen, heads, generate, progress)
+    named_roles = None
     if with_roles:
         say("roles of heads")
-        found = _roles(here, whole, tokenizer)
+        named_roles = _roles(here, found.ids, tokenizer)
     views = None
     if with_views:
         say("views of all heads")
-        views = _views(here, whole, pieces(tokenizer, whole), len(ids), tokenizer)
+        views = _views(here, found, tokenizer)
+    settings = {"device": device, "dtype": dtype, **versions()}
+    return replace(found, model=model or "lab lm", roles=named_roles, settings=settings, views=views)
+
+
+def chosen_measures(measures: Sequence[str | Measure]) -> list[str | Measure]:
+    """Return the measures with names looked up; "next_logit", which no lens takes, stays a name."""
+    found = [measure if measure == NEXT_LOGIT else named(measure) for measure in measures]
+    if not found:
+        raise OptionError("measures must name at least one measure")
+    return found
+
+
+def look_at_tokens(
+    here: Host, tokenizer: Any, ids: Sequence[int], measures: Sequence[str | Measure],
+    heads: Sequence[tuple[int, int]], generate: int = 0, progress: Progress = lambda step, steps, note: None,
+) -> Looked:  # fmt: skip
+    """Measure the heads of a loaded decoder while it reads tokens, and others that it generates."""
+    lens = Lens(
+        [m for m in measures if isinstance(m, Measure)], keep_maps=dict.fromkeys(heads, slice(None)), phase="all"
+    )
+    whole = _read(here, lens, ids, generate, progress)
+    lens.check()
+    found = [
+        _measured(here, lens, m, len(whole)) if isinstance(m, Measure) else _next_logit(here, whole) for m in measures
+    ]
     return Looked(
-        model or "lab lm",
-        pieces(tokenizer, whole),
-        len(ids),
-        [_measured(here, lens, measure, len(whole)) for measure in chosen],
-        [pooled(layer, head, lens.map(layer, head)[0]) for layer, head in heads if layer not in lens.unseen],
-        found,
-        dict(lens.unseen),
-        {"device": device, "dtype": dtype, **_versions()},
-        views,
+        model="",
+        tokens=pieces(tokenizer, whole),
+        prompt=len(ids),
+        measures=found,
+        maps=[pooled(layer, head, lens.map(layer, head)[0]) for layer, head in heads if layer not in lens.unseen],
+        unseen=dict(lens.unseen),
+        ids=whole,
     )
 
 
-def _check(here: Host, ids: Sequence[int], heads: Sequence[tuple[int, int]], new: int, with_roles: bool) -> None:
-    """Refuse heads that the model does not have, and a text that is too long or too short."""
-    here.check_heads(heads)
+def _check(here: Host, ids: Sequence[int], new: int, with_roles: bool) -> None:
+    """Refuse a text that is too long or too short."""
     context = context_length(here.config)
     if context is not None and len(ids) + new > context:
         generated = f" + {new} tokens to generate" if new else ""
@@ -124,9 +146,8 @@ def _read(here: Host, lens: Lens, ids: Sequence[int], new: int, progress: Progre
     """Read the text and up to `new` tokens more; return all tokens."""
     whole, model = list(ids), here.model
     watch = _Layers(f"reading {len(ids):,} tokens", here.layers * (1 + new), progress)
-    # without `logits_to_keep` a long text's logits may not fit into memory
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    last |= {"past_key_values": DynamicCache(config=model.config)} if new else {"use_cache": False}
+    cache = {"past_key_values": DynamicCache(config=model.config), "use_cache": True} if new else {}
+    last = plain_call(model) | cache
     ends = end_tokens(model)
     with apply(model, lens, watch):
         logits = model(_tensor(whole, model), **last).logits
@@ -154,11 +175,17 @@ def _measured(here: Host, lens: Lens, measure: Measure, n: int) -> Measured:
     return Measured(measure.name, measure.over, table, values)
 
 
-def _views(here: Host, ids: Sequence[int], tokens: Sequence[str], prompt: int, tokenizer: Any) -> Views:
+def _views(here: Host, found: Looked, tokenizer: Any) -> Views:
     """Capture all heads once more, and return the view of their maps and the joint pictures of their neurons."""
-    whole = _tensor(ids, here.model)
-    view = attention_view(here.model, whole, tokens=tokens, prompt=prompt)
+    whole = _tensor(found.ids, here.model)
+    view = attention_view(here.model, whole, tokens=found.tokens, prompt=found.prompt)
     return Views(view, attentionviz_matrix(here.model, whole, tokenizer=tokenizer))
+
+
+def _next_logit(here: Host, ids: Sequence[int]) -> Measured:
+    found = next_logits(here.model, _tensor(ids, here.model))
+    values = torch.where(found.counted[:, None, None], found.heads, torch.nan)
+    return Measured(NEXT_LOGIT, "queries", found.reduced()[0].float().cpu(), values[0].float().cpu())
 
 
 def _roles(here: Host, ids: Sequence[int], tokenizer: Any) -> list[Role]:
@@ -170,7 +197,8 @@ def _roles(here: Host, ids: Sequence[int], tokenizer: Any) -> list[Role]:
     return roles(here.model, _tensor(ids, here.model), delimiters=delimiters, repeat=repeat, vocabulary=words)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on."""
     return {
         "foveate": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -129,3 +130,13 @@ def native_attention(module: nn.Module, implementation: str) -> Callable[..., An
             f'no attention function for implementation "{implementation}" of {type(module).__name__}'
         )
     return function
+
+
+def plain_call(model: PreTrainedModel) -> dict[str, Any]:
+    """Return arguments under which a model keeps no cache and, where it can, computes the logits of one token only.
+
+    The logits of all tokens of a long text may not fit into memory.
+    """
+    known = inspect.signature(model.forward).parameters
+    wanted = {"use_cache": False, "logits_to_keep": 1}
+    return {name: value for name, value in wanted.items() if name in known}

@@ -50,6 +50,7 @@ def site_of(
         slots=slots if cache is not None else None,
         cache=cache, hidden=None if here.call is None else here.call.hidden, step=here.step,
         wants_weights=here.wants_weights,
+        ids=_ids(run, q),
         all_notes={} if sequence is None else run.caches.notes.get(sequence, {}),
         own=None if crossing is None else here.own,
     )  # fmt: skip
@@ -69,6 +70,14 @@ def site_of(
     if crossing is None:
         here.own = OwnSequence(site.seen - q.shape[2], site.attention_mask)
     return site
+
+
+def _ids(run: Run, q: Tensor) -> Tensor | None:
+    """Return the tokens of the queries; None if the pass has others, as in a model with an encoder."""
+    ids = run.passes.here.ids
+    if ids is None or run.host.config.is_encoder_decoder or ids.shape != (q.shape[0], q.shape[2]):
+        return None
+    return ids
 
 
 def _locate(run: Run, site: Site, cache: Cache) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.host.fused_statistics import Statistics
 from foveate.host.site import Site
@@ -18,15 +18,52 @@ from foveate.lens.position_measures import MeanDistance
 
 @dataclass(frozen=True, eq=False)
 class Measurements:
-    """The measures of one call by name, the queries whose rows count, and the number of them that see each key."""
+    """The measures of one call by name, the queries whose rows count, and the number of them that see each key.
+
+    `applies` and `askers` are those of single measures, if they differ; see `Measure`.
+    """
 
     values: dict[str, Tensor]
     counted: Bool[Tensor, "b h nq"]
     visible: Float[Tensor, "b h nk"]
+    applies: dict[str, Tensor] = field(default_factory=dict)
+    askers: dict[str, Tensor] = field(default_factory=dict)
 
 
-def measure_call(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> Measurements:
-    """Compute all measures of a call, from fused statistics if they are exact there, else from weights."""
+def measure_call(
+    site: Site, measures: Sequence[Measure], tokens: KeyTokens, out: Tensor | None = None,
+    holder: nn.Module | None = None,
+) -> Measurements:  # fmt: skip
+    """Compute all measures of a call, from fused statistics if they are exact there, else from weights.
+
+    Args:
+        site: the call.
+        measures: the measures; those of outputs need `out`, and `holder`, the module that has the output projection.
+        tokens: the tokens of the keys.
+        out: the heads' outputs.
+    """
+    weighed = [m for m in measures if not m.reads_output]
+    found = _weighed(site, weighed, tokens)
+    for measure in measures:
+        if measure.reads_output:
+            assert out is not None and holder is not None
+            found.values[measure.name] = torch.where(found.counted, measure.from_output(out, holder), 0.0)
+    causal = site.is_causal or site.q.shape[2] == 1
+    for measure in measures:
+        if measure.over == "queries":
+            _note(found.applies, measure.name, measure.applies(tokens, causal))
+        else:
+            _note(found.askers, measure.name, measure.askers(found.counted, tokens))
+    return found
+
+
+def _note(noted: dict[str, Tensor], name: str, value: Tensor | None) -> None:
+    if value is not None:
+        noted[name] = value
+
+
+def _weighed(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> Measurements:
+    """Compute the measures of weights."""
     call = Statistics.of(site)
     if call is None:
         return from_tiles(site, measures, tokens)
@@ -40,7 +77,7 @@ def measure_call(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> 
 
 
 def from_tiles(site: Site, measures: Sequence[Measure], tokens: KeyTokens) -> Measurements:
-    """Compute all measures of a call from its weights, a few rows at a time."""
+    """Compute measures of a call's weights from the weights, a few rows at a time."""
     b, h, size = *site.q.shape[:2], site.k.shape[2]
     dtype = torch.promote_types(site.q.dtype, torch.float32)
     visible, counted = site.q.new_zeros(b, h, size, dtype=dtype), []

@@ -15,7 +15,7 @@ that the model applies to them afterwards is left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -151,15 +151,20 @@ class FrozenNorm:
             zero, ones, own = (wide(step.module(x))[0, 0] for x in (probe * 0, torch.ones_like(probe), probe))
         weight = (own - zero) / wide(probe)[0, 0]
         centres = bool((ones - zero).norm() < 1e-2 * weight.norm())
+        return cls(weight, zero, centres, torch.empty(0)).at(step)
+
+    def at(self, step: Step) -> FrozenNorm:
+        """Return the norm with its scale in another run of the module."""
         given, made = wide(step.given), wide(step.made)
-        line = weight * (given - given.mean(-1, keepdim=True) if centres else given)
-        scale = ((made - zero) * line).sum(-1) / line.square().sum(-1).clamp_min(torch.finfo(line.dtype).tiny)
-        if not agree(scale[:, None] * line + zero, step.made):
+        line = self.weight * (given - given.mean(-1, keepdim=True) if self.centres else given)
+        size = line.square().sum(-1).clamp_min(torch.finfo(line.dtype).tiny)
+        scale = ((made - self.bias) * line).sum(-1) / size
+        if not agree(scale[:, None] * line + self.bias, step.made):
             raise UnsupportedModel(
                 f"{type(step.module).__name__} between the residual stream and the logits is neither RMSNorm nor "
                 f"LayerNorm"
             )
-        return cls(weight, zero, centres, scale)
+        return replace(self, scale=scale)
 
     def linear(self, x: Float[Tensor, "b ... c"]) -> Float[Tensor, "b ... c"]:
         """Return a part of the input as it leaves the norm, without the bias."""

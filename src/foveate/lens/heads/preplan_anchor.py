@@ -31,6 +31,7 @@ from foveate.host.hf.layout import decoder_inputs, layout
 from foveate.host.site import Site
 from foveate.host.weight_tiles import tiles
 from foveate.lens.circuits.interventions import Head
+from foveate.lens.parts.gaps import mass_from_later, windowed_distance
 from foveate.lens.parts.rhythm_credit import Rounding, share_of
 
 
@@ -129,7 +130,7 @@ def waad(weights: Float[Tensor, "... r n"], window: int | None = 10, first: int 
     Args:
         weights: rows of attention; row i is that of token `first + i`.
     """
-    return _distance(weights, _gaps(first, weights.shape[-2], slice(0, weights.shape[-1]), weights), window)
+    return windowed_distance(weights, _gaps(first, weights.shape[-2], slice(0, weights.shape[-1]), weights), window)
 
 
 def fai(
@@ -149,7 +150,7 @@ def fai(
     asks = weights.new_ones(weights.shape[-1], dtype=torch.bool) if response is None else response
     span = (low, math.inf if high is None else high, closed)
     gaps = _gaps(0, weights.shape[-2], slice(0, weights.shape[-1]), weights)
-    return _mean(_influence(weights, gaps, asks, *span), _askers(asks, *span), empty)
+    return _mean(mass_from_later(weights, gaps, asks, *span), _askers(asks, *span), empty)
 
 
 @final
@@ -167,14 +168,14 @@ class _RhythmProbe(Method):
 
     def read(self, site: Site, out: Tensor) -> None:
         response, (batch, heads, n) = self.response.to(site.q.device), site.q.shape[:3]
-        rows: list[tuple[Tensor, Tensor]] = []
+        rows: list[tuple[Tensor, ...]] = []
         influence = torch.zeros(batch, heads, n, device=site.q.device)
         start = 0
         for tile in tiles(site):
             stop = start + tile.weights.shape[2]
             gaps = _gaps(start, stop - start, tile.keys, tile.weights)
-            rows.append((_distance(tile.weights, gaps, None), _distance(tile.weights, gaps, self.window)))
-            influence[..., tile.keys] += _influence(tile.weights, gaps, response[:, None, start:stop], *self.span)
+            rows.append(tuple(windowed_distance(tile.weights, gaps, limit) for limit in (None, self.window)))
+            influence[..., tile.keys] += mass_from_later(tile.weights, gaps, response[:, None, start:stop], *self.span)
             start = stop
         whole, windowed = (torch.cat(parts, 2) for parts in zip(*rows, strict=True))
         total = (whole.double() * response[:, None]).sum((0, 2)) / response.sum()
@@ -199,17 +200,6 @@ def _gaps(first: int, rows: int, keys: slice, like: Tensor) -> Int[Tensor, "r k"
     """Return how far before each row's token each key is; 0 for later keys, which causal rows do not see."""
     ends = torch.arange(first, first + rows, device=like.device)
     return (ends[:, None] - torch.arange(keys.start, keys.stop, device=like.device)).clamp_min(0)
-
-
-def _distance(weights: Tensor, gaps: Tensor, window: int | None) -> Float[Tensor, "... r"]:
-    return (weights * (gaps if window is None else gaps.clamp_max(window))).sum(-1)
-
-
-def _influence(
-    weights: Tensor, gaps: Tensor, asks: Tensor, low: int, high: float, closed: bool
-) -> Float[Tensor, "... k"]:
-    inside = (gaps >= low) & (gaps <= high if closed else gaps < high)
-    return (weights * (inside & asks[..., None])).sum(-2)
 
 
 def _askers(asks: Bool[Tensor, "... n"], low: int, high: float, closed: bool) -> Int[Tensor, "... n"]:

@@ -33,7 +33,8 @@ function paintGrid() {
   for (const cell of cells()) {
     const { layer, head } = cell.dataset, value = measure.table[layer][head];
     const roles = data.roles[`${layer}.${head}`] ?? [];
-    const label = [`layer ${layer}, head ${head}: ${measure.name} ${show(value)}`, ...roles].join("; ");
+    const spread = measure.spread ? [`standard deviation over texts ${show(measure.spread[layer][head])}`] : [];
+    const label = [`layer ${layer}, head ${head}: ${measure.name} ${show(value)}`, ...spread, ...roles].join("; ");
     cell.classList.toggle("blank", value === null);
     cell.style.setProperty("--share", `${value === null ? 0 : (100 * (value - low)) / (high - low || 1)}%`);
     cell.title = label;
@@ -65,9 +66,11 @@ function paintText() {
   const low = measure.low[state.layer][state.head], high = measure.high[state.layer][state.head];
   byId("head").textContent = `Layer ${state.layer}, head ${state.head}`;
   const together = data.group > 1 ? ` A colour is the mean of ${data.group} tokens in a row.` : "";
+  const spread = measure.spread ? `, standard deviation over texts ${show(measure.spread[state.layer][state.head])}` : "";
+  const of = measure.spread ? " of the first text" : "";
   const own = table === null
     ? "This layer is not measured."
-    : `${measure.name} ${show(table)}; ${show(low)} to ${show(high)} for single tokens as ${measure.over}.${together}`;
+    : `${measure.name} ${show(table)}${spread}; ${show(low)} to ${show(high)} for single tokens${of} as ${measure.over}.${together}`;
   const roles = data.roles[`${state.layer}.${state.head}`];
   const added = data.prompt < data.tokens.length ? " Underlined tokens were generated." : "";
   byId("said").textContent = own + (roles ? ` Roles: ${roles.join(", ")}.` : "") + added;

@@ -45,7 +45,7 @@ def examples(
     found = []
     for item in items:
         if prompt_field is not None:
-            item = replace(item, text=Text(_fill(row, where, prompt_field)))
+            item = replace(item, text=Text(filled(row, where, prompt_field)))
         if answer_field is not None:
             item = replace(item, answer=listed(_lookup(row, where, answer_field)))
         found.append(_example(item, where, prompt_field or "prompt", answer_field or "answer"))
@@ -91,7 +91,7 @@ def _format(row: Row, where: str, prompt_field: str | None, answer_field: str | 
     return found
 
 
-def _fill(row: Row, where: str, pattern: str) -> str:
+def filled(row: Row, where: str, pattern: str) -> str:
     """Return a field's text, or fill a template; `\\n` in a template, as a shell passes it, is a new line."""
     if not _FIELD.search(pattern):
         return text(_lookup(row, where, pattern), pattern)
