@@ -127,10 +127,11 @@ class Measure(ABC):
         """
         return None
 
-    def askers(self, counted: Bool[Tensor, "b #h r"], tokens: KeyTokens) -> Float[Tensor, "b #h s"] | None:
-        """Return, for a measure over keys, how many counted queries may add to each key's sum.
+    def askers(self, counted: Bool[Tensor, "b #h r"], tokens: KeyTokens, seen: int) -> Float[Tensor, "b #h n"] | None:
+        """Return, for a measure over keys, over how many counted queries each token's sum is a mean.
 
-        None, the default, for all that see it.
+        They count also if the token has left the cache. `seen` is the number of tokens so far. None, the default, for
+        the queries that see the key.
         """
         return None
 

@@ -96,15 +96,14 @@ class FutureInfluence(Measure):
         tokens = KeyTokens.plain(weights) if tokens is None else tokens
         return mass_from_later(weights, tokens.distances(weights.shape[1]), None, self.low, self._last)
 
-    def askers(self, counted: Bool[Tensor, "b #h r"], tokens: KeyTokens) -> Float[Tensor, "b #h s"] | None:
+    def askers(self, counted: Bool[Tensor, "b #h r"], tokens: KeyTokens, seen: int) -> Float[Tensor, "b #h n"] | None:
         assert tokens.queries is not None
-        heads, rows = max(counted.shape[1], tokens.positions.shape[1]), counted.shape[2]
-        before = F.pad(counted.expand(-1, heads, -1).long().cumsum(-1), (1, 0))
-        places = tokens.positions.repeat_interleave(heads // tokens.positions.shape[1], 1) - tokens.queries[0]
+        before, rows = F.pad(counted.long().cumsum(-1), (1, 0)), counted.shape[2]
+        places = torch.arange(seen, device=counted.device) - tokens.queries[0]
         last = 1 << 40 if self.high is None else self.high
-        ends = (places + last + 1).clamp(0, rows), (places + self.low).clamp(0, rows)
-        more, fewer = (before.gather(2, end) for end in ends)
-        return (more - fewer).clamp_min(0).float()
+        more, fewer = (before[..., (places + end).clamp(0, rows)] for end in (last + 1, self.low))
+        found = (more - fewer).clamp_min(0).float()
+        return found if tokens.real is None else found * tokens.real[:, None, :seen]
 
     def finish(self, total: Tensor, visible: Tensor) -> Tensor:
         return total / visible.clamp_min(1.0)

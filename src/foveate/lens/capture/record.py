@@ -45,8 +45,7 @@ class Record:
         for name, applies in new.applies.items():
             self.applies.setdefault(name, []).append(applies.expand(self.batch, heads, -1).clone())
         for name, askers in new.askers.items():
-            whole = askers.repeat_interleave(heads // askers.shape[1], 1)
-            _sum(self.askers, name, by_position(whole, tokens, seen))
+            _sum(self.askers, name, askers.expand(-1, heads, -1))
         _sum(self.totals, "visible", by_position(new.visible.expand(-1, heads, -1), tokens, seen))
 
     def complete(self, name: str, value: Float[Tensor, "b h 1"], applies: Bool[Tensor, "b 1 1"] | None) -> None:

@@ -53,7 +53,7 @@ def measure_call(
         if measure.over == "queries":
             _note(found.applies, measure.name, measure.applies(tokens, causal))
         else:
-            _note(found.askers, measure.name, measure.askers(found.counted, tokens))
+            _note(found.askers, measure.name, measure.askers(found.counted, tokens, site.seen))
     return found
 
 
