@@ -25,7 +25,20 @@ from foveate.core.catalog import systems
 from foveate.host import Method
 from foveate.host.hf.model import host
 from foveate.lens import MEASURES, Entropy, HeadOutputs, Measure, ReceivedMass, SinkMass
-from foveate.lens.circuits import correct_letter_heads, head_inputs, interventions, residual_stream, set_attention
+from foveate.lens.circuits import (
+    attribution_patching,
+    correct_letter_heads,
+    edge_attribution,
+    edges,
+    head_inputs,
+    image_stream,
+    interventions,
+    next_logits,
+    qk_attribution,
+    residual_stream,
+    set_attention,
+    stream_reads,
+)
 from foveate.lens.heads import attention_sink_emergence, frame_geometry, preplan_anchor, retrieval_heads
 from foveate.lens.heads.preplan_anchor import fai, waad
 from foveate.lens.output_measures import OutputNorm
@@ -34,6 +47,7 @@ from foveate.lens.parts.stack import Part, covering
 from foveate.lens.position_measures import AtOffset, MeanDistance, WindowMass
 from foveate.lens.span_measures import SpanMass, span_masses
 from foveate.lens.token_measures import CopyMass, DuplicateMass, InductionMass, TokenMeasure
+from foveate.lens.views import capture
 from foveate.lens.window_measures import FutureInfluence, WindowedDistance
 from tests.lens.models import BOTH, PARTS, eager_maps, image, pair, text, tiny
 
@@ -457,26 +471,51 @@ READERS = {
             lambda case: head_writes._Writes(case.queries / case.queries.sum(1, keepdim=True)),
             lambda m, case: by_layer(m.found), _writes_expected, tuple(CAUSAL),
         ),
+        Reader(
+            capture._Capture, lambda case: capture._Capture(host(case.model), None, False),
+            lambda m, case: {f"{layer}.{head}": w for (layer, head), w in m.maps[""].items()},
+            lambda case: {f"{layer}.{head}": row for layer, w in enumerate(case.maps) for head, row in enumerate(w[0])},
+            tuple(name for name, case in CASES.items() if case.part == "auto"), is_linear=False,
+        ),
+        Reader(
+            image_stream._ClassRows, lambda case: image_stream._ClassRows(host(case.model).attention_modules()),
+            lambda m, case: by_layer([(rows[:, :, None] @ values)[:, :, 0] for rows, values in m.found.values()]),
+            lambda case: by_layer([x[:, :, 0] for x in case.outputs]), ("bert right", "vit"),
+        ),
     )
 }  # fmt: skip
 
+#: Readers that work on a trace of the same run: the tests of their functions compare them with the eager model.
+APART: dict[type[Method], str] = {
+    edge_attribution._Record: "tests/lens/test_attribution_patching.py",
+    next_logits._Reader: "tests/lens/test_next_logits.py",
+    qk_attribution._ScoreRead: "tests/lens/test_qk_attribution.py",
+    stream_reads.StreamReads: "tests/lens/test_edges.py",
+}
+
 #: Methods of the room that change what a model does; their tests are their own.
 EDITS: set[type[Method]] = {
-    interventions.Scale, interventions.Patch, set_attention.SetAttention, head_inputs.EditInputs,
+    interventions.Scale, interventions.Patch, set_attention.SetAttention, head_inputs.EditInputs, edges.EdgePatch,
+    attribution_patching._LayerDrop,
 }  # fmt: skip
 
 #: The readers through which each catalogued system of the room reads a model.
 ROWS: dict[str, tuple[str, ...]] = {
     "attention_sink_emergence": ("Lens", "_Norms"),
+    "attention_vs_posthoc": ("_Maps",),
+    "attentionviz": ("_Capture",),
     "bert_attention_analysis": ("_Maps", "_Outputs"),
+    "bertviz": ("_Capture",),
     "circuit_reuse": ("HeadOutputs", "HeadInputs", "_Heads"),
     "correct_letter_heads": ("_LastRow", "HeadOutputs", "_Heads"),
     "discrete_sae_circuits": ("HeadOutputs",),
+    "graph_attention_window": ("_Maps",),
     "head_pursuit": ("_Writes",),
     "indicwav2vec": ("_Maps",),
     "offset_local_heads": ("_Maps",),
     "preplan_anchor": ("_RhythmProbe",),
     "retrieval_heads": ("_Hits", "_Looks"),
+    "second_order_lens": ("_ClassRows",),
     "sink_reference_frames": ("_Maps", "_Anchored"),
     "sixteen_heads": ("HeadOutputs",),
     "vit_head_analytics": ("_Maps",),

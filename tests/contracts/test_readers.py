@@ -6,6 +6,7 @@ what they are for.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +17,14 @@ import foveate
 from foveate.core import oracle
 from foveate.core.errors import FoveateError
 from foveate.host import Site
+from foveate.host.hf.model import host
 from foveate.host.fused_statistics import Statistics
 from foveate.lens import HeadOutputs, Lens, Look, attention_maps, head_outputs, look, weight_gradients
 from foveate.lens.measures import KeyTokens
 from foveate.lens.parts.stack import covering
 from tests.contracts import readers
 from tests.contracts.readers import (
+    APART,
     CASES,
     DEFINITIONS,
     EDITS,
@@ -64,7 +67,8 @@ def test_every_measure_has_a_definition_and_is_tried() -> None:
 
 
 def test_every_reader_and_every_system_of_the_room_is_here() -> None:
-    assert {reader.method for reader in READERS.values()} | {Lens} == readers.methods() - EDITS
+    assert {reader.method for reader in READERS.values()} | {Lens, *APART} == readers.methods() - EDITS
+    assert all(Path(file).is_file() for file in APART.values())
     assert set(ROWS) == readers.catalogued()
     assert {name for names in ROWS.values() for name in names} == {*READERS, "Lens"}
 
@@ -267,7 +271,8 @@ def test_readers_take_linear_memory(name: str, kind: str, monkeypatch: pytest.Mo
     """A text of 1,024 tokens is read after the same reader was made for a short one; it keeps no map."""
     reader, case = READERS[name], CASES[kind]
     method = _lengthened(reader, case)
-    model = tiny(case.kind)
+    model = tiny(case.kind, **({"max_position_embeddings": LONG} if case.kind == "bert" else {}))
+    method.modules = set(host(model).attention_modules()) if hasattr(method, "modules") else None
     assert largest(method, model, {name: x[:2] for name, x in text("none", LONG).items()}, "auto", monkeypatch) <= (
         2 * 4 * LONG * 16
     )
