@@ -558,7 +558,7 @@ PIECES = {24: (10, 9, 1, 1, 1, 1, 1), 11: (4, 3, 1, 1, 1, 1)}
 
 def new_cache(model: PreTrainedModel, kind: str = "dynamic") -> Any:
     if model.config.is_encoder_decoder:
-        return EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
     return StaticCache(config=model.config, max_cache_len=32) if kind == "static" else DynamicCache(config=model.config)
 
 
@@ -612,7 +612,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 #: A text for which whole maps would show, and models that can read it.
-LONG = 1024
+LONG = 512
 LONG_MODELS = {
     "llama": ("llama", {}), "mistral": ("mistral", {}), "bert": ("bert", {"max_position_embeddings": LONG}),
     "bart": ("bart", {"max_position_embeddings": LONG}),

@@ -205,8 +205,8 @@ def test_gradients_of_weights_are_those_of_the_eager_model(name: str) -> None:
     mask = case.inputs["decoder_attention_mask"] if case.part == "encoder" else mask
 
     def loss(output: Any) -> Tensor:
-        whole = output[0]
-        return (whole if mask is None else whole * mask[..., None]).square().mean()
+        some = output[0][..., :5]  # the squares of all channels behind a norm have a constant sum
+        return (some if mask is None else some * mask[..., None]).square().mean()
 
     found = weight_gradients(case.model, case.inputs, loss, part=case.part)
     before = case.model.config._attn_implementation
@@ -239,7 +239,7 @@ def largest(method: Any, model: Any, inputs: dict[str, Tensor], part: Any, patch
     if "edit_output" in vars(kind):
         patch.setattr(kind, "edit_output", watched(kind.edit_output))
     for place in ("foveate.host.weight_tiles.TILE", "foveate.host.one_pass.TILE"):
-        patch.setattr(place, 1 << 16)
+        patch.setattr(place, 1 << 15)
     with torch.no_grad(), foveate.apply(model, method, on=covering(part)):
         model(**inputs)
     assert len(set(calls)) >= 1
@@ -252,12 +252,12 @@ LONG_CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind, padding, part", LONG_CASES, ids=" ".join)
+@pytest.mark.parametrize("kind, padding, part", LONG_CASES, ids=[" ".join(each) for each in LONG_CASES])
 def test_measures_take_linear_memory(kind: str, padding: str, part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name, changes = LONG_MODELS[kind]
     model = tiny(name, **changes)
     inputs = pair(padding, LONG, LONG) if kind == "bart" else text(padding, LONG)
-    for group in groups(kind, part):
+    for group in groups(kind, part) if kind == "llama" else [next(groups(kind, part))]:
         with monkeypatch.context() as patch:
             # batch · heads · length · a head's width, padded for the kernel
             assert largest(Lens(group, part=part), model, inputs, part, patch) <= 2 * 4 * LONG * 16 < LONG * LONG
@@ -268,7 +268,7 @@ LINEAR = [(name, case) for name, reader in READERS.items() if reader.is_linear f
 
 @pytest.mark.parametrize("name, kind", LINEAR)
 def test_readers_take_linear_memory(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text of 1,024 tokens is read after the same reader was made for a short one; it keeps no map."""
+    """A reader that was made for a short text reads a long one, and keeps no map."""
     reader, case = READERS[name], CASES[kind]
     method = _lengthened(reader, case)
     model = tiny(case.kind, **({"max_position_embeddings": LONG} if case.kind == "bert" else {}))
