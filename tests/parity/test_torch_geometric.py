@@ -27,7 +27,13 @@ def test_graph_attention_is_gat_conv(name: str) -> None:
     out = layer(x, record.graph())
     assert_near(out, torch.tensor(expected["out"], dtype=torch.float64), 1e-12)
     (out * given["direction"]).sum().backward()
-    found = {"x": x, "lin": layer.lin_src.weight, "att_src": layer.att_src, "att_dst": layer.att_dst, "bias": layer.bias}
+    found = {
+        "x": x,
+        "lin": layer.lin_src.weight,
+        "att_src": layer.att_src,
+        "att_dst": layer.att_dst,
+        "bias": layer.bias,
+    }
     assert found.keys() == expected["gradients"].keys()
     for leaf, parameter in found.items():
         assert parameter is not None and parameter.grad is not None

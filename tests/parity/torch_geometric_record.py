@@ -52,7 +52,11 @@ def attention(concat: bool) -> dict[str, Any]:
     x = given["x"].requires_grad_()
     out, (edges, weights) = layer(x, graph(), return_attention_weights=True)
     (out * given["direction"]).sum().backward()
-    grads = {"x": x.grad, "lin": layer.lin.weight.grad, **{n: getattr(layer, n).grad for n in ("att_src", "att_dst", "bias")}}
+    grads = {
+        "x": x.grad,
+        "lin": layer.lin.weight.grad,
+        **{n: getattr(layer, n).grad for n in ("att_src", "att_dst", "bias")},
+    }
     return {
         "out": out.tolist(), "edges": edges.tolist(), "weights": weights.tolist(),
         "gradients": {name: grad.tolist() for name, grad in grads.items()},

@@ -123,7 +123,7 @@ def train(
         torch.manual_seed(seed)
         mixers = [MultiHeadAttention(dim, 4, position=Rotary()) for _ in range(layers)]
         lm = Decoder(FEATURES + 3, mixers)
-    trees, masks, plain = _pool(512, window, bidirectional)
+    trees, masks, plain = _pool(256, window, bidirectional)
     draw, optimiser = torch.Generator().manual_seed(seed), torch.optim.AdamW(lm.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
     for _ in range(steps):

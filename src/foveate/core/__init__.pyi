@@ -20,12 +20,15 @@ from foveate.core.errors import UnknownKey as UnknownKey
 from foveate.core.errors import UnsupportedEngine as UnsupportedEngine
 from foveate.core.errors import UnsupportedModel as UnsupportedModel
 from foveate.core.errors import UnsupportedPattern as UnsupportedPattern
+from foveate.core.graph_window import graph_window_mask as graph_window_mask
 from foveate.core.masks import NEG_INF as NEG_INF
 from foveate.core.masks import as_bias as as_bias
 from foveate.core.masks import causal as causal
 from foveate.core.masks import combine as combine
 from foveate.core.masks import padding as padding
 from foveate.core.masks import window as window
+from foveate.core.node_graphs import adjacency as adjacency
+from foveate.core.node_graphs import hop_distances as hop_distances
 from foveate.core.readable import trusted as trusted
 from foveate.core.scoring import SOFTMAX as SOFTMAX
 from foveate.core.scoring import Scoring as Scoring
@@ -60,11 +63,14 @@ __all__ = [
     "UnsupportedEngine",
     "UnsupportedModel",
     "UnsupportedPattern",
+    "adjacency",
     "as_bias",
     "capabilities",
     "causal",
     "combine",
+    "graph_window_mask",
     "grouped",
+    "hop_distances",
     "padding",
     "system",
     "systems",

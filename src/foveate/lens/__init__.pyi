@@ -57,6 +57,8 @@ from foveate.lens.heads.bert_attention_analysis import head_relation_accuracy as
 from foveate.lens.heads.bert_attention_analysis import offset_accuracy as offset_accuracy
 from foveate.lens.heads.bert_attention_analysis import relation_table as relation_table
 from foveate.lens.heads.bert_attention_analysis import surface_report as surface_report
+from foveate.lens.heads.graph_attention_window import GraphAttentionReport as GraphAttentionReport
+from foveate.lens.heads.graph_attention_window import graph_attention_report as graph_attention_report
 from foveate.lens.heads.indicwav2vec import HeadLocality as HeadLocality
 from foveate.lens.heads.indicwav2vec import code_histograms as code_histograms
 from foveate.lens.heads.indicwav2vec import code_similarity as code_similarity
@@ -108,12 +110,15 @@ from foveate.lens.parts.head_distance import js_distance as js_distance
 from foveate.lens.parts.head_writes import head_writes as head_writes
 from foveate.lens.parts.kernel_attention import KernelAttention as KernelAttention
 from foveate.lens.parts.maps import attention_maps as attention_maps
+from foveate.lens.parts.node_tree import NodeTree as NodeTree
 from foveate.lens.parts.parse_probes import AttentionProbe as AttentionProbe
 from foveate.lens.parts.parse_probes import StructuralProbe as StructuralProbe
 from foveate.lens.parts.parsed_sentence import ParsedSentence as ParsedSentence
 from foveate.lens.parts.rhythm_credit import Coupling as Coupling
 from foveate.lens.parts.rhythm_credit import coupling as coupling
 from foveate.lens.parts.rhythm_credit import rhythm_credit as rhythm_credit
+from foveate.lens.parts.shuffled_links import link_use as link_use
+from foveate.lens.parts.shuffled_links import shuffle_links as shuffle_links
 from foveate.lens.parts.top_heads import top_heads as top_heads
 from foveate.lens.parts.weight_gradients import weight_gradients as weight_gradients
 from foveate.lens.parts.words import to_words as to_words
@@ -131,6 +136,7 @@ __all__ = [
     "DiscreteSAE",
     "Entropy",
     "FrozenNorm",
+    "GraphAttentionReport",
     "HeadImportance",
     "HeadLocality",
     "HeadOutputs",
@@ -145,6 +151,7 @@ __all__ = [
     "MeanDistance",
     "Measure",
     "NeedleCase",
+    "NodeTree",
     "ParsedSentence",
     "Patch",
     "PathEffects",
@@ -197,6 +204,7 @@ __all__ = [
     "frame_codes",
     "gradient_importance",
     "gradient_report",
+    "graph_attention_report",
     "head_locality",
     "head_means",
     "head_outputs",
@@ -213,6 +221,7 @@ __all__ = [
     "letter_head_report",
     "letter_inputs",
     "linear_cka",
+    "link_use",
     "look",
     "mlp_outputs",
     "needle_span",
@@ -231,6 +240,7 @@ __all__ = [
     "roles",
     "sample_probs",
     "scale_heads",
+    "shuffle_links",
     "sink_profile",
     "sink_rate",
     "sink_report",

@@ -7,6 +7,15 @@ from foveate.models.base.hf_checkpoint import FoveatePreTrainedModel as FoveateP
 from foveate.models.base.image_encoder import ImageEncoder as ImageEncoder
 from foveate.models.base.spec import Mixer as Mixer
 from foveate.models.base.spec import Spec as Spec
+from foveate.models.graph.generation_graph import GenerationGraph as GenerationGraph
+from foveate.models.graph.generation_graph import Split as Split
+from foveate.models.graph.generation_graph import generation_embeddings as generation_embeddings
+from foveate.models.graph.generation_graph import split_nodes as split_nodes
+from foveate.models.graph.hallucination_gat import HallucinationGAT as HallucinationGAT
+from foveate.models.graph.ordinal_levels import LevelScores as LevelScores
+from foveate.models.graph.ordinal_levels import level_scores as level_scores
+from foveate.models.graph.ordinal_levels import ordinal_bits as ordinal_bits
+from foveate.models.graph.ordinal_levels import ordinal_levels as ordinal_levels
 from foveate.models.language.based import Based as Based
 from foveate.models.language.based import GatedConv as GatedConv
 from foveate.models.language.transnormer import GatedLightning as GatedLightning
@@ -33,15 +42,24 @@ __all__ = [
     "GatedCNNBlock",
     "GatedConv",
     "GatedLightning",
+    "GenerationGraph",
+    "HallucinationGAT",
     "ImageEncoder",
     "L2ViT",
     "LRPE",
+    "LevelScores",
     "MambaOut",
     "Mixer",
     "SimpleRMSNorm",
     "Spec",
+    "Split",
     "TransNormerLLM",
     "block_flops",
+    "generation_embeddings",
     "is_long_sequence",
+    "level_scores",
+    "ordinal_bits",
+    "ordinal_levels",
+    "split_nodes",
     "with_token_mixer",
 ]

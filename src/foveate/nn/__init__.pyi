@@ -12,6 +12,7 @@ from foveate.nn.parts.blocks import Block as Block
 from foveate.nn.parts.blocks import GatedMLP as GatedMLP
 from foveate.nn.parts.build import create as create
 from foveate.nn.parts.ema import DampedEMA as DampedEMA
+from foveate.nn.parts.graph_attention import GraphAttention as GraphAttention
 from foveate.nn.parts.grid import DepthwiseConv as DepthwiseConv
 from foveate.nn.parts.grid import local_mass as local_mass
 from foveate.nn.parts.heads import HeadScheme as HeadScheme
@@ -111,6 +112,7 @@ __all__ = [
     "GatedMLP",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "GraphAttention",
     "HeadScheme",
     "HeadState",
     "HierarchicalAttention",

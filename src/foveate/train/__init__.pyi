@@ -16,6 +16,7 @@ from foveate.train.loop.checkpoint import load as load
 from foveate.train.loop.checkpoint import save as save
 from foveate.train.loop.job import Job as Job
 from foveate.train.loop.job import Outcome as Outcome
+from foveate.train.loop.levels import fit_levels as fit_levels
 from foveate.train.loop.loop import History as History
 from foveate.train.loop.loop import Schedule as Schedule
 from foveate.train.loop.loop import Training as Training
@@ -29,6 +30,8 @@ from foveate.train.objectives.latent_alignment import kl as kl
 from foveate.train.objectives.latent_alignment import latent_attention_loss as latent_attention_loss
 from foveate.train.objectives.latent_alignment import marginal_decode as marginal_decode
 from foveate.train.objectives.latent_alignment import relaxed as relaxed
+from foveate.train.objectives.supervised_contrastive import pretrain_embedder as pretrain_embedder
+from foveate.train.objectives.supervised_contrastive import supcon_loss as supcon_loss
 from foveate.train.objectives.variational_attention import InferenceNetwork as InferenceNetwork
 from foveate.train.objectives.variational_attention import VariationalAttention as VariationalAttention
 
@@ -49,6 +52,7 @@ __all__ = [
     "distillation_loss",
     "evaluate",
     "fit",
+    "fit_levels",
     "kl",
     "latent_attention_loss",
     "load",
@@ -58,10 +62,12 @@ __all__ = [
     "mimetic_init_ssm",
     "mimetic_products",
     "monotonicity",
+    "pretrain_embedder",
     "projections",
     "relaxed",
     "save",
     "spec",
     "state_spaces",
+    "supcon_loss",
     "training_task",
 ]
