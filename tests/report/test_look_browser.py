@@ -195,7 +195,9 @@ def test_lines_of_a_kept_head(visit):
     """BertViz's head view beside the map: a token's lines by click, linked with the text above."""
     found = made(n=20)
     view = visit(found)
-    lines = "[...document.querySelectorAll('.arcs line')].map(({ dataset }) => [dataset.query, dataset.key].map(Number))"
+    lines = (
+        "[...document.querySelectorAll('.arcs line')].map(({ dataset }) => [dataset.query, dataset.key].map(Number))"
+    )
     weights = found.maps[0].tiles
     assert sorted(map(tuple, view(lines))) == [tuple(each) for each in (weights > 0.02).nonzero().tolist()]
     view.page.locator(".arc-token[data-side='query'][data-at='7']").click()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from foveate.bench.looking import Looked, Measured
-from foveate.lens.views.head_map import pooled
-from foveate.lens.parts.pieces import PART, pieces
 from foveate.lens import MEASURES, Role
+from foveate.lens.parts.pieces import PART, pieces
+from foveate.lens.views.head_map import pooled
 from foveate.report import look as report
 from foveate.report.look_data import payload
 from tests.report.conftest import ATTACK, IMAGE, SCRIPT

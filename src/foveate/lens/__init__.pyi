@@ -121,10 +121,20 @@ from foveate.lens.position_measures import AtOffset as AtOffset
 from foveate.lens.position_measures import MeanDistance as MeanDistance
 from foveate.lens.position_measures import WindowMass as WindowMass
 from foveate.lens.registry import MEASURES as MEASURES
+from foveate.lens.views.attention_view import AttentionView as AttentionView
+from foveate.lens.views.attention_view import HeadView as HeadView
+from foveate.lens.views.attention_view import ModelView as ModelView
+from foveate.lens.views.capture import attention_view as attention_view
+from foveate.lens.views.joint_matrix import JointMatrix as JointMatrix
+from foveate.lens.views.joint_matrix import attentionviz_matrix as attentionviz_matrix
+from foveate.lens.views.joint_qk import JointEmbedding as JointEmbedding
+from foveate.lens.views.joint_qk import joint_qk as joint_qk
+from foveate.lens.views.neurons import NeuronTable as NeuronTable
 
 __all__ = [
     "AtOffset",
     "AttentionProbe",
+    "AttentionView",
     "CircuitMetrics",
     "Coupling",
     "DirectEffects",
@@ -135,6 +145,9 @@ __all__ = [
     "HeadLocality",
     "HeadOutputs",
     "HeadPeak",
+    "HeadView",
+    "JointEmbedding",
+    "JointMatrix",
     "KernelAttention",
     "Lens",
     "LetterInputs",
@@ -144,7 +157,9 @@ __all__ = [
     "MEASURES",
     "MeanDistance",
     "Measure",
+    "ModelView",
     "NeedleCase",
+    "NeuronTable",
     "ParsedSentence",
     "Patch",
     "PathEffects",
@@ -174,6 +189,8 @@ __all__ = [
     "activation_patch",
     "attention_maps",
     "attention_patterns",
+    "attention_view",
+    "attentionviz_matrix",
     "circuit_metrics",
     "circuit_overlap",
     "circuit_scores",
@@ -206,6 +223,7 @@ __all__ = [
     "hop_profile",
     "indirect_object_prompts",
     "item_accuracy",
+    "joint_qk",
     "js_distance",
     "keep_one",
     "key_importance",

@@ -12,12 +12,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.lens.views.attention_view import AttentionView
-from foveate.lens.views.head_map import HeadMap
-from foveate.lens.views.joint_matrix import JointMatrix
 from foveate.bench.parts.plaindata import plain, write_atomic
 from foveate.bench.parts.table_file import write_table
 from foveate.lens.heads.roles import Role
+from foveate.lens.views.attention_view import AttentionView
+from foveate.lens.views.head_map import HeadMap
+from foveate.lens.views.joint_matrix import JointMatrix
 
 FORMAT = "foveate.look/1"
 _COLUMNS = {"model": str, "layer": int, "head": int, "measure": str, "value": float}
