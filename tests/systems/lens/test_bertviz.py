@@ -114,10 +114,13 @@ def test_a_map_that_is_no_softmax_of_its_products_is_refused() -> None:
 
 
 def decaying(n: int = 60, d: int = 8, order: Tensor | None = None) -> AttentionView:
-    """A causal head whose neuron 0 carries position, so that near keys weigh more; `order` shuffles its tokens."""
+    """A causal head whose neuron 0 carries position, so that near keys weigh more; `order` shuffles its tokens.
+
+    The keys' other neurons have the same numbers in other orders, so that only their order tells neuron 0 apart.
+    """
     draw = torch.Generator().manual_seed(0)
-    q, k = 0.5 * torch.randn(2, n, d, generator=draw)
-    q[:, 0], k[:, 0] = 2.0, torch.arange(n) / 6
+    places = torch.stack([torch.arange(n), *(torch.randperm(n, generator=draw) for _ in range(d - 1))], 1)
+    q, k = 1 + 0.1 * torch.randn(n, d, generator=draw), places / 12
     if order is not None:
         q, k = q[order], k[order]
     scores = (q @ k.T * d**-0.5).masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), float("-inf"))
@@ -129,7 +132,7 @@ def test_a_planted_distance_neuron_is_found(claim: ClaimFixture) -> None:
     assert int(found.abs().argmax()) == 0 and float(found[0]) < -0.4
     draw = torch.Generator().manual_seed(1)
     shuffled = torch.stack([decaying(order=torch.randperm(60, generator=draw)).neuron_distance(0, 0) for _ in range(8)])
-    assert float((shuffled.abs().argmax(1) == 0).double().mean()) < 0.6
+    assert float((shuffled.abs().argmax(1) == 0).double().mean()) < 0.4
     claim(
         "size of the correlation between distance and the product of the neuron that carries position",
         ours=float(found[0].abs()), baseline=float(shuffled[:, 0].abs().mean()), better="higher", margin=0.25,
@@ -290,7 +293,8 @@ def test_generated_tokens_are_read_and_known() -> None:
 
 def test_outputs_of_other_methods_are_what_is_shown() -> None:
     model = induction_lm(matching=[(1, 0)])
-    ids = 1 + torch.randperm(VOCAB - 1, generator=torch.Generator().manual_seed(0))[None, :20]
+    half = 1 + torch.randperm(VOCAB - 1, generator=torch.Generator().manual_seed(0))[:10]
+    ids = torch.cat([torch.zeros(1).long(), half, half])[None]
     with apply(model, ablate([(0, 0)])):
         view = attention_view(model, ids)
     assert (view.stack().map(1, 0) - attention_view(model, ids).stack().map(1, 0)).abs().max() > 0.1
@@ -352,7 +356,7 @@ def test_attention_of_one_token_in_two_texts() -> None:
         for a, b in zip(eager_maps(model, {"input_ids": ids}), eager_maps(model, {"input_ids": other}), strict=True)
     ]
     assert_near(found, torch.stack(expected), 1e-5)
-    assert float(found.abs().max()) > 0.01
+    assert float(found.abs().max()) > 0.005
     some = AttentionView({(1, 2): torch.eye(3)}, list("abc")).pair_weights(0, 0)
     assert some.shape == (2, 3) and float(some[1, 2]) == 1.0 and int(some.isnan().sum()) == 5
 
@@ -380,7 +384,7 @@ EYE = torch.eye(3)[None]
         (lambda: AttentionView([EYE], list("abc")).head(0).edges(2.0), "threshold="),
         (lambda: AttentionView([EYE], list("abc")).head(0).edges(query=3), "query=3 must be in 0..2"),
         (lambda: AttentionView([EYE], list("abc")).head(0).edges(segments="A->B"), "needs a second segment"),
-        (lambda: AttentionView([EYE], list("abc")).head(0).edges(segments="A"), "segments='A' must be"),  # type: ignore
+        (lambda: AttentionView([EYE], list("abc")).head(0).edges(segments="A"), "segments='A' must be"),  # type: ignore[arg-type]
         (lambda: AttentionView([EYE], list("abc")).neuron(0, 0, 0), "neurons need q and k"),
         (lambda: AttentionView([EYE], list("abc"), q=[EYE], k=[EYE]).neuron(0, 0, 3), "query=3 must be in 0..2"),
         (lambda: AttentionView([EYE], list("abc")).pattern_scores(torch.eye(2).bool()), "pattern must be bool (3, 3)"),

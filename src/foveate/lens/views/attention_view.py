@@ -262,7 +262,7 @@ def _by_head(attn: Maps) -> dict[tuple[int, int], Tensor]:
     """Return the maps by layer and head."""
     if isinstance(attn, Mapping):
         return {at: weights.detach().float() for at, weights in attn.items()}
-    maps = {}
+    maps: dict[tuple[int, int], Tensor] = {}
     for layer, weights in enumerate(attn):
         if not isinstance(weights, Tensor) or weights.ndim not in (3, 4) or (weights.ndim == 4 and len(weights) != 1):
             raise ShapeError(

@@ -91,7 +91,7 @@ def attentionviz_matrix(
     model: object, inputs: Inputs | Iterable[Inputs], *, tokenizer: Any = None, part: str | None = None,
     layers: Iterable[int] | None = None, points: int = 400, generator: torch.Generator | None = None,
     method: Method = "pca", metric: Metric = "cosine", scale: Literal["search", "norms"] | float = "search",
-    shift: bool = True, criterion: Criterion = "weighted", quantile: float = 0.005,
+    shift: bool = True, criterion: Criterion = "weighted", quantile: float = 0.5,
 ) -> JointMatrix:  # fmt: skip
     """Collect queries and keys of many texts or images, and return the joint picture of each head.
 

@@ -8,7 +8,8 @@ and keys are projected together.
     found.q_xy, found.k_xy, found.c, found.measures()
 
 c is searched on the grid {0.2, 0.4, 0.8, 1, 1.25, 2.5, 5} by a weighted correlation of distance and product over close
-pairs, as a co-author's description of the study has it; the released viewer holds no normalisation. That text words
+pairs, as a co-author's description of the study has it; the released viewer holds no normalisation. Pairs are close up
+to the "0.5 percentile" of all distances, which is read as the median (`quantile`). That text words
 the closed form as c² = median |q| / median |k|. For equal norms of q c and k / c it has to be the inverse, which is
 what `scale="norms"` computes.
 """
@@ -69,7 +70,7 @@ class JointEmbedding:
 def joint_qk(
     Q: Float[Tensor, "n d"], K: Float[Tensor, "m d"], method: Method = "pca", dim: int = 2, metric: Metric = "cosine",
     scale: Literal["search", "norms"] | float = "search", shift: bool = True, *, criterion: Criterion = "weighted",
-    quantile: float = 0.005,
+    quantile: float = 0.5,
 ) -> JointEmbedding:  # fmt: skip
     """Bring a head's queries and keys together, and project them.
 
@@ -77,7 +78,7 @@ def joint_qk(
         Q, K: queries and keys of one head, from one text or many.
         method: "pca", which needs no package, or the study's "tsne" (scikit-learn) and "umap" (umap-learn).
         dim: the dimensions of the picture, 2 or 3.
-        metric: the distance that the projection keeps.
+        metric: the distance that t-SNE and UMAP keep.
         scale: the factor on the queries; "search" tries the study's grid, "norms" makes median norms equal, and 1.0
             leaves them as they are.
         shift: whether keys are moved to the queries' mean.

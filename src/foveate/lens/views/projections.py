@@ -23,7 +23,7 @@ def projected(points: Float[Tensor, "n d"], method: Method, dim: int, metric: Me
         points: at least four.
         method: "pca" needs no package, "tsne" scikit-learn, "umap" umap-learn.
         dim: 2 or 3.
-        metric: the distance that t-SNE and UMAP keep. PCA of "cosine" takes the points' directions.
+        metric: the distance that t-SNE and UMAP keep; principal components have none.
     """
     validate.one_of("method", method, ("pca", "tsne", "umap"))
     validate.one_of("dim", dim, (2, 3))
@@ -31,7 +31,7 @@ def projected(points: Float[Tensor, "n d"], method: Method, dim: int, metric: Me
     if len(points) < 4:
         raise OptionError(f"a projection needs at least 4 queries and keys together; got {len(points)}")
     if method == "pca":
-        return principal_components(F.normalize(points, dim=-1) if metric == "cosine" else points, dim)
+        return principal_components(points, dim)
     return (_tsne if method == "tsne" else _umap)(points, dim, metric)
 
 
