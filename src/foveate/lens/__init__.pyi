@@ -1,11 +1,14 @@
 # The public names of foveate.lens; written by `make systems` from the catalogue.
 
+from foveate.lens.circuits.attribution_patching import HeadAttributions as HeadAttributions
+from foveate.lens.circuits.attribution_patching import attribute_heads as attribute_heads
 from foveate.lens.circuits.circuit_reuse import PathEffects as PathEffects
 from foveate.lens.circuits.circuit_reuse import circuit_overlap as circuit_overlap
 from foveate.lens.circuits.circuit_reuse import path_patch as path_patch
 from foveate.lens.circuits.circuit_tasks import TaskPrompt as TaskPrompt
 from foveate.lens.circuits.circuit_tasks import coloured_object_prompts as coloured_object_prompts
 from foveate.lens.circuits.circuit_tasks import indirect_object_prompts as indirect_object_prompts
+from foveate.lens.circuits.circuit_tasks import retrieval_prompts as retrieval_prompts
 from foveate.lens.circuits.correct_letter_heads import LetterReport as LetterReport
 from foveate.lens.circuits.correct_letter_heads import TotalEffects as TotalEffects
 from foveate.lens.circuits.correct_letter_heads import activation_patch as activation_patch
@@ -21,6 +24,13 @@ from foveate.lens.circuits.discrete_sae_circuits import circuit_scores as circui
 from foveate.lens.circuits.discrete_sae_circuits import discrete_sae_circuits as discrete_sae_circuits
 from foveate.lens.circuits.discrete_sae_circuits import edge_heads as edge_heads
 from foveate.lens.circuits.discrete_sae_circuits import edge_scores as edge_scores
+from foveate.lens.circuits.edge_attribution import EdgeAttributions as EdgeAttributions
+from foveate.lens.circuits.edge_attribution import attribute_edges as attribute_edges
+from foveate.lens.circuits.edges import EdgePatch as EdgePatch
+from foveate.lens.circuits.edges import HeadEdge as HeadEdge
+from foveate.lens.circuits.edges import ablate_edges as ablate_edges
+from foveate.lens.circuits.edges import patch_along as patch_along
+from foveate.lens.circuits.edges import path_edges as path_edges
 from foveate.lens.circuits.head_pursuit import Pursuit as Pursuit
 from foveate.lens.circuits.head_pursuit import concept_logits as concept_logits
 from foveate.lens.circuits.head_pursuit import control_heads as control_heads
@@ -41,6 +51,10 @@ from foveate.lens.circuits.letter_subspace import compress_head as compress_head
 from foveate.lens.circuits.letter_subspace import item_accuracy as item_accuracy
 from foveate.lens.circuits.mlp_outputs import mlp_outputs as mlp_outputs
 from foveate.lens.circuits.mlp_outputs import patched_mlps as patched_mlps
+from foveate.lens.circuits.patching import LogitDifference as LogitDifference
+from foveate.lens.circuits.patching import method_effects as method_effects
+from foveate.lens.circuits.qk_attribution import QKAttribution as QKAttribution
+from foveate.lens.circuits.qk_attribution import qk_attribution as qk_attribution
 from foveate.lens.circuits.residual_stream import Trace as Trace
 from foveate.lens.circuits.residual_stream import trace as trace
 from foveate.lens.circuits.set_attention import SetAttention as SetAttention
@@ -129,8 +143,12 @@ __all__ = [
     "Coupling",
     "DirectEffects",
     "DiscreteSAE",
+    "EdgeAttributions",
+    "EdgePatch",
     "Entropy",
     "FrozenNorm",
+    "HeadAttributions",
+    "HeadEdge",
     "HeadImportance",
     "HeadLocality",
     "HeadOutputs",
@@ -140,6 +158,7 @@ __all__ = [
     "LetterInputs",
     "LetterPrompts",
     "LetterReport",
+    "LogitDifference",
     "Look",
     "MEASURES",
     "MeanDistance",
@@ -151,6 +170,7 @@ __all__ = [
     "PatternAtlas",
     "PruningCurve",
     "Pursuit",
+    "QKAttribution",
     "ReceivedMass",
     "ResidualParts",
     "Rhythm",
@@ -171,9 +191,12 @@ __all__ = [
     "WindowMass",
     "ablate",
     "ablate_each",
+    "ablate_edges",
     "activation_patch",
     "attention_maps",
     "attention_patterns",
+    "attribute_edges",
+    "attribute_heads",
     "circuit_metrics",
     "circuit_overlap",
     "circuit_scores",
@@ -214,18 +237,23 @@ __all__ = [
     "letter_inputs",
     "linear_cka",
     "look",
+    "method_effects",
     "mlp_outputs",
     "needle_span",
     "offset_accuracy",
+    "patch_along",
     "patched_mlps",
+    "path_edges",
     "path_patch",
     "preplan_anchor",
     "prune_in_steps",
     "pruning_importance",
     "pruning_order",
+    "qk_attribution",
     "relation_table",
     "resampling_ratios",
     "residual_parts",
+    "retrieval_prompts",
     "retrieval_scores",
     "rhythm_credit",
     "roles",
