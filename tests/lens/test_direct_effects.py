@@ -22,7 +22,8 @@ _SMALL: dict[str, Any] = dict(
 )  # fmt: skip
 OTHERS = {
     "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+        hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2,
+                      initializer_range=0.3)
     ),
     "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_SMALL)),
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**_SMALL)),
