@@ -1,11 +1,14 @@
 # The public names of foveate.lens; written by `make systems` from the catalogue.
 
+from foveate.lens.circuits.attribution_patching import HeadAttributions as HeadAttributions
+from foveate.lens.circuits.attribution_patching import attribute_heads as attribute_heads
 from foveate.lens.circuits.circuit_reuse import PathEffects as PathEffects
 from foveate.lens.circuits.circuit_reuse import circuit_overlap as circuit_overlap
 from foveate.lens.circuits.circuit_reuse import path_patch as path_patch
 from foveate.lens.circuits.circuit_tasks import TaskPrompt as TaskPrompt
 from foveate.lens.circuits.circuit_tasks import coloured_object_prompts as coloured_object_prompts
 from foveate.lens.circuits.circuit_tasks import indirect_object_prompts as indirect_object_prompts
+from foveate.lens.circuits.circuit_tasks import retrieval_prompts as retrieval_prompts
 from foveate.lens.circuits.correct_letter_heads import LetterReport as LetterReport
 from foveate.lens.circuits.correct_letter_heads import TotalEffects as TotalEffects
 from foveate.lens.circuits.correct_letter_heads import activation_patch as activation_patch
@@ -21,12 +24,20 @@ from foveate.lens.circuits.discrete_sae_circuits import circuit_scores as circui
 from foveate.lens.circuits.discrete_sae_circuits import discrete_sae_circuits as discrete_sae_circuits
 from foveate.lens.circuits.discrete_sae_circuits import edge_heads as edge_heads
 from foveate.lens.circuits.discrete_sae_circuits import edge_scores as edge_scores
+from foveate.lens.circuits.edge_attribution import EdgeAttributions as EdgeAttributions
+from foveate.lens.circuits.edge_attribution import attribute_edges as attribute_edges
+from foveate.lens.circuits.edges import EdgePatch as EdgePatch
+from foveate.lens.circuits.edges import HeadEdge as HeadEdge
+from foveate.lens.circuits.edges import ablate_edges as ablate_edges
+from foveate.lens.circuits.edges import patch_along as patch_along
+from foveate.lens.circuits.edges import path_edges as path_edges
 from foveate.lens.circuits.head_pursuit import Pursuit as Pursuit
 from foveate.lens.circuits.head_pursuit import concept_logits as concept_logits
 from foveate.lens.circuits.head_pursuit import control_heads as control_heads
 from foveate.lens.circuits.head_pursuit import head_pursuit as head_pursuit
 from foveate.lens.circuits.head_pursuit import scale_heads as scale_heads
 from foveate.lens.circuits.head_pursuit import somp as somp
+from foveate.lens.circuits.image_stream import neuron_paths as neuron_paths
 from foveate.lens.circuits.interventions import HeadOutputs as HeadOutputs
 from foveate.lens.circuits.interventions import Patch as Patch
 from foveate.lens.circuits.interventions import Scale as Scale
@@ -41,9 +52,32 @@ from foveate.lens.circuits.letter_subspace import compress_head as compress_head
 from foveate.lens.circuits.letter_subspace import item_accuracy as item_accuracy
 from foveate.lens.circuits.mlp_outputs import mlp_outputs as mlp_outputs
 from foveate.lens.circuits.mlp_outputs import patched_mlps as patched_mlps
+from foveate.lens.circuits.neuron_directions import NeuronDirections as NeuronDirections
+from foveate.lens.circuits.neuron_directions import contrast_texts as contrast_texts
+from foveate.lens.circuits.neuron_directions import describe as describe
+from foveate.lens.circuits.neuron_directions import image_texts as image_texts
+from foveate.lens.circuits.neuron_directions import mean_ablated as mean_ablated
+from foveate.lens.circuits.neuron_directions import neuron_directions as neuron_directions
+from foveate.lens.circuits.neuron_paths import NeuronPaths as NeuronPaths
+from foveate.lens.circuits.next_logits import NextLogits as NextLogits
+from foveate.lens.circuits.next_logits import next_logits as next_logits
+from foveate.lens.circuits.patching import LogitDifference as LogitDifference
+from foveate.lens.circuits.patching import method_effects as method_effects
+from foveate.lens.circuits.qk_attribution import QKAttribution as QKAttribution
+from foveate.lens.circuits.qk_attribution import qk_attribution as qk_attribution
 from foveate.lens.circuits.residual_stream import Trace as Trace
 from foveate.lens.circuits.residual_stream import trace as trace
+from foveate.lens.circuits.second_order_lens import SecondOrderLens as SecondOrderLens
+from foveate.lens.circuits.second_order_lens import neuron_segmentation as neuron_segmentation
 from foveate.lens.circuits.set_attention import SetAttention as SetAttention
+from foveate.lens.explanations.attention_vs_posthoc import Agreement as Agreement
+from foveate.lens.explanations.attention_vs_posthoc import agreement as agreement
+from foveate.lens.explanations.attention_vs_posthoc import attention_gradient as attention_gradient
+from foveate.lens.explanations.attention_vs_posthoc import deletion_drop as deletion_drop
+from foveate.lens.explanations.attention_vs_posthoc import explain as explain
+from foveate.lens.explanations.attention_vs_posthoc import explain_all as explain_all
+from foveate.lens.explanations.attention_vs_posthoc import lime_limit as lime_limit
+from foveate.lens.explanations.text_lime import text_lime as text_lime
 from foveate.lens.heads.attention_sink_emergence import SinkReport as SinkReport
 from foveate.lens.heads.attention_sink_emergence import TokenNorms as TokenNorms
 from foveate.lens.heads.attention_sink_emergence import key_importance as key_importance
@@ -57,6 +91,10 @@ from foveate.lens.heads.bert_attention_analysis import head_relation_accuracy as
 from foveate.lens.heads.bert_attention_analysis import offset_accuracy as offset_accuracy
 from foveate.lens.heads.bert_attention_analysis import relation_table as relation_table
 from foveate.lens.heads.bert_attention_analysis import surface_report as surface_report
+from foveate.lens.heads.frame_geometry import FrameGeometry as FrameGeometry
+from foveate.lens.heads.frame_geometry import effective_rank as effective_rank
+from foveate.lens.heads.frame_geometry import frame_geometry as frame_geometry
+from foveate.lens.heads.frame_geometry import sink_divergence as sink_divergence
 from foveate.lens.heads.graph_attention_window import GraphAttentionReport as GraphAttentionReport
 from foveate.lens.heads.graph_attention_window import graph_attention_report as graph_attention_report
 from foveate.lens.heads.indicwav2vec import HeadLocality as HeadLocality
@@ -82,6 +120,13 @@ from foveate.lens.heads.retrieval_heads import retrieval_scores as retrieval_sco
 from foveate.lens.heads.roles import Role as Role
 from foveate.lens.heads.roles import THRESHOLDS as THRESHOLDS
 from foveate.lens.heads.roles import roles as roles
+from foveate.lens.heads.sink_reference_frames import FrameReport as FrameReport
+from foveate.lens.heads.sink_reference_frames import FrameRule as FrameRule
+from foveate.lens.heads.sink_reference_frames import LayerFrame as LayerFrame
+from foveate.lens.heads.sink_reference_frames import ModelFrame as ModelFrame
+from foveate.lens.heads.sink_reference_frames import anchor_mass as anchor_mass
+from foveate.lens.heads.sink_reference_frames import model_frame as model_frame
+from foveate.lens.heads.sink_reference_frames import reference_frame as reference_frame
 from foveate.lens.heads.sixteen_heads import PruningCurve as PruningCurve
 from foveate.lens.heads.sixteen_heads import ablate_each as ablate_each
 from foveate.lens.heads.sixteen_heads import example_losses as example_losses
@@ -103,6 +148,10 @@ from foveate.lens.measures import Entropy as Entropy
 from foveate.lens.measures import Measure as Measure
 from foveate.lens.measures import ReceivedMass as ReceivedMass
 from foveate.lens.measures import SinkMass as SinkMass
+from foveate.lens.output_measures import OutputNorm as OutputNorm
+from foveate.lens.parts.attention_graph import GraphStatistics as GraphStatistics
+from foveate.lens.parts.attention_graph import attention_graph as attention_graph
+from foveate.lens.parts.attention_graph import graph_statistics as graph_statistics
 from foveate.lens.parts.circuit_metrics import CircuitMetrics as CircuitMetrics
 from foveate.lens.parts.circuit_metrics import circuit_metrics as circuit_metrics
 from foveate.lens.parts.head_distance import embed_heads as embed_heads
@@ -126,49 +175,97 @@ from foveate.lens.position_measures import AtOffset as AtOffset
 from foveate.lens.position_measures import MeanDistance as MeanDistance
 from foveate.lens.position_measures import WindowMass as WindowMass
 from foveate.lens.registry import MEASURES as MEASURES
+from foveate.lens.span_measures import SpanMass as SpanMass
+from foveate.lens.span_measures import span_masses as span_masses
+from foveate.lens.survey import Survey as Survey
+from foveate.lens.survey import look_over as look_over
+from foveate.lens.token_measures import CopyMass as CopyMass
+from foveate.lens.token_measures import DuplicateMass as DuplicateMass
+from foveate.lens.token_measures import InductionMass as InductionMass
+from foveate.lens.views.attention_view import AttentionView as AttentionView
+from foveate.lens.views.attention_view import HeadView as HeadView
+from foveate.lens.views.attention_view import ModelView as ModelView
+from foveate.lens.views.capture import attention_view as attention_view
+from foveate.lens.views.joint_matrix import JointMatrix as JointMatrix
+from foveate.lens.views.joint_matrix import attentionviz_matrix as attentionviz_matrix
+from foveate.lens.views.joint_qk import JointEmbedding as JointEmbedding
+from foveate.lens.views.joint_qk import joint_qk as joint_qk
+from foveate.lens.views.neurons import NeuronTable as NeuronTable
+from foveate.lens.window_measures import FutureInfluence as FutureInfluence
+from foveate.lens.window_measures import WindowedDistance as WindowedDistance
 
 __all__ = [
+    "Agreement",
     "AtOffset",
     "AttentionProbe",
+    "AttentionView",
     "CircuitMetrics",
+    "CopyMass",
     "Coupling",
     "DirectEffects",
     "DiscreteSAE",
+    "DuplicateMass",
+    "EdgeAttributions",
+    "EdgePatch",
     "Entropy",
+    "FrameGeometry",
+    "FrameReport",
+    "FrameRule",
     "FrozenNorm",
+    "FutureInfluence",
     "GraphAttentionReport",
+    "GraphStatistics",
+    "HeadAttributions",
+    "HeadEdge",
     "HeadImportance",
     "HeadLocality",
     "HeadOutputs",
     "HeadPeak",
+    "HeadView",
+    "InductionMass",
+    "JointEmbedding",
+    "JointMatrix",
     "KernelAttention",
+    "LayerFrame",
     "Lens",
     "LetterInputs",
     "LetterPrompts",
     "LetterReport",
+    "LogitDifference",
     "Look",
     "MEASURES",
     "MeanDistance",
     "Measure",
+    "ModelFrame",
+    "ModelView",
     "NeedleCase",
+    "NeuronDirections",
+    "NeuronPaths",
+    "NeuronTable",
+    "NextLogits",
     "NodeTree",
+    "OutputNorm",
     "ParsedSentence",
     "Patch",
     "PathEffects",
     "PatternAtlas",
     "PruningCurve",
     "Pursuit",
+    "QKAttribution",
     "ReceivedMass",
     "ResidualParts",
     "Rhythm",
     "Role",
     "SAECircuit",
     "Scale",
+    "SecondOrderLens",
     "SetAttention",
     "SinkMass",
     "SinkReport",
+    "SpanMass",
     "StructuralProbe",
     "Subspace",
+    "Survey",
     "THRESHOLDS",
     "TaskPrompt",
     "TokenNorms",
@@ -176,11 +273,21 @@ __all__ = [
     "Trace",
     "VitAttentionReport",
     "WindowMass",
+    "WindowedDistance",
     "ablate",
     "ablate_each",
+    "ablate_edges",
     "activation_patch",
+    "agreement",
+    "anchor_mass",
+    "attention_gradient",
+    "attention_graph",
     "attention_maps",
     "attention_patterns",
+    "attention_view",
+    "attentionviz_matrix",
+    "attribute_edges",
+    "attribute_heads",
     "circuit_metrics",
     "circuit_overlap",
     "circuit_scores",
@@ -189,22 +296,30 @@ __all__ = [
     "coloured_object_prompts",
     "compress_head",
     "concept_logits",
+    "contrast_texts",
     "control_heads",
     "copying_scores",
     "coreference_accuracy",
     "coupling",
+    "deletion_drop",
+    "describe",
     "direct_effects",
     "discrete_sae_circuits",
     "edge_heads",
     "edge_scores",
+    "effective_rank",
     "embed_heads",
     "example_losses",
     "expected_hop",
+    "explain",
+    "explain_all",
     "fai",
     "frame_codes",
+    "frame_geometry",
     "gradient_importance",
     "gradient_report",
     "graph_attention_report",
+    "graph_statistics",
     "head_locality",
     "head_means",
     "head_outputs",
@@ -212,41 +327,60 @@ __all__ = [
     "head_relation_accuracy",
     "head_writes",
     "hop_profile",
+    "image_texts",
     "indirect_object_prompts",
     "item_accuracy",
+    "joint_qk",
     "js_distance",
     "keep_one",
     "key_importance",
     "layer_probe",
     "letter_head_report",
     "letter_inputs",
+    "lime_limit",
     "linear_cka",
     "link_use",
     "look",
+    "look_over",
+    "mean_ablated",
+    "method_effects",
     "mlp_outputs",
+    "model_frame",
     "needle_span",
+    "neuron_directions",
+    "neuron_paths",
+    "neuron_segmentation",
+    "next_logits",
     "offset_accuracy",
+    "patch_along",
     "patched_mlps",
+    "path_edges",
     "path_patch",
     "preplan_anchor",
     "prune_in_steps",
     "pruning_importance",
     "pruning_order",
+    "qk_attribution",
+    "reference_frame",
     "relation_table",
     "resampling_ratios",
     "residual_parts",
+    "retrieval_prompts",
     "retrieval_scores",
     "rhythm_credit",
     "roles",
     "sample_probs",
     "scale_heads",
     "shuffle_links",
+    "sink_divergence",
     "sink_profile",
     "sink_rate",
     "sink_report",
     "somp",
+    "span_masses",
     "split_heads",
     "surface_report",
+    "text_lime",
     "to_words",
     "token_norms",
     "top_heads",
