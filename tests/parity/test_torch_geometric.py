@@ -1,4 +1,4 @@
-"""Graph attention and windows against PyTorch Geometric, whose side is a record: `torch_geometric_record.py` says how."""
+"""Graph attention and windows against PyTorch Geometric, whose side is a record: see `torch_geometric_record.py`."""
 
 from __future__ import annotations
 

@@ -52,11 +52,8 @@ def attention(concat: bool) -> dict[str, Any]:
     x = given["x"].requires_grad_()
     out, (edges, weights) = layer(x, graph(), return_attention_weights=True)
     (out * given["direction"]).sum().backward()
-    grads = {
-        "x": x.grad,
-        "lin": layer.lin.weight.grad,
-        **{n: getattr(layer, n).grad for n in ("att_src", "att_dst", "bias")},
-    }
+    grads = {n: getattr(layer, n).grad for n in ("att_src", "att_dst", "bias")}
+    grads |= {"x": x.grad, "lin": layer.lin.weight.grad}
     return {
         "out": out.tolist(), "edges": edges.tolist(), "weights": weights.tolist(),
         "gradients": {name: grad.tolist() for name, grad in grads.items()},
@@ -67,7 +64,9 @@ def neighbourhoods() -> dict[str, list[list[int]]]:
     """Return the nodes around each node, for each number of hops, by `k_hop_subgraph`."""
     from torch_geometric.utils import k_hop_subgraph
 
-    around = lambda node, k: sorted(k_hop_subgraph(node, k, graph(), num_nodes=NODES)[0].tolist())  # noqa: E731
+    def around(node: int, k: int) -> list[int]:
+        return sorted(k_hop_subgraph(node, k, graph(), num_nodes=NODES)[0].tolist())
+
     return {str(k): [around(node, k) for node in range(NODES)] for k in HOPS}
 
 

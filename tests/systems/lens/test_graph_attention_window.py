@@ -1,4 +1,4 @@
-"""The graph window equals its definitions, reports equal means by hand, and a window teaches a toy decoder the links."""
+"""The graph window equals its definitions, reports equal means by hand, and a window teaches a toy decoder links."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from foveate.models import Decoder
 from foveate.nn import MultiHeadAttention
 from foveate.ops import Softmax
 from tests.conftest import ClaimFixture
-from tests.support.random_graphs import random_graph
 from tests.lens.models import tiny
 from tests.support import graph_lm
+from tests.support.random_graphs import random_graph
 from tests.support.tensors import assert_near, qkv
 
 TREE = NodeTree(7, ((3, (4, 5)), (9, ()), (2, (3,))))

@@ -27,8 +27,8 @@ from foveate.models.graph import generation_graph
 from foveate.nn import GraphAttention
 from foveate.train import fit_levels, pretrain_embedder, supcon_loss
 from tests.conftest import ClaimFixture
-from tests.support.random_graphs import random_graph
 from tests.lens.models import tiny
+from tests.support.random_graphs import random_graph
 from tests.support.tensors import assert_near, gradients
 
 NO_EDGES = torch.empty(2, 0, dtype=torch.int64)
@@ -66,9 +66,7 @@ def dense(made: GraphAttention, x: Tensor, edges: Tensor) -> tuple[Tensor, Tenso
 # -- the layer ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"concat": True}, {"bias": False}, {"slope": 0.5}, {"heads": 3}], ids=lambda given: str(given)
-)
+@pytest.mark.parametrize("options", [{}, {"concat": True}, {"bias": False}, {"slope": 0.5}, {"heads": 3}], ids=str)
 def test_the_layer_is_a_masked_softmax(options: dict[str, Any]) -> None:
     _, edges = random_graph(12, 0.3, 0)  # one direction of each
     edges = torch.cat([edges, torch.tensor([[4], [4]])], 1)  # a loop is given once more
@@ -349,7 +347,8 @@ def test_it_generalises_to_generations_without_an_edge_in_training(claim: ClaimF
     ours = accuracy_of(data, data.graph.edge_index, 0, train_edges=data.graph.within(seen))
     claim(
         "accuracy on generations that no edge of the training touches", ours=ours,
-        baseline=accuracy_of(data, NO_EDGES, 0), better="higher", margin=0.05, baseline_name="without edges, an MLP", seed=0,
+        baseline=accuracy_of(data, NO_EDGES, 0), better="higher", margin=0.05, baseline_name="without edges, an MLP",
+        seed=0,
     )  # fmt: skip
 
 

@@ -42,9 +42,10 @@ class GraphAttentionReport:
         by_hop: the mean weight between nodes 0, 1, 2 ... links apart. Attention that follows the graph falls from 1 on.
         node_received, text_received: the mean weight on each node's token, of nodes and of text. A first node far above
             the others is a sink; ends above the middle are the paper's U shape.
-        by_offset: the mean weight between nodes that stand 0, 1, 2 ... apart in the list. A peak beyond 0 is a skewed line.
+        by_offset: the mean weight between nodes that stand 0, 1, 2 ... apart in the list. A peak beyond 0 is a skewed
+            line.
         link_auc: the chance that a node gives a linked node more weight than an unlinked one, ties by half: 0.5 for
-            attention without regard to links. Queries are compared with themselves, since rows differ in length.
+            attention without regard to links. Keys are compared within a query's row, since rows differ in length.
     """
 
     node_node: Float[Tensor, "*maps"]
@@ -100,8 +101,9 @@ def graph_attention_report(
     rows, visible = attn[..., at[:, None], at], seen[at[:, None], at]
     order = torch.arange(len(at), device=attn.device)
     offset = order[:, None] - order
+    kinds = [_mean(attn, seen & query[:, None] & key) for query in (is_node, ~is_node) for key in (is_node, ~is_node)]
     return GraphAttentionReport(
-        *(_mean(attn, seen & query[:, None] & key) for query in (is_node, ~is_node) for key in (is_node, ~is_node)),
+        kinds[0], kinds[1], kinds[2], kinds[3],
         torch.stack([_mean(rows, visible & (distance == hop)) for hop in range(hops + 1)], -1),
         _received(attn, seen & is_node[:, None])[..., at], _received(attn, seen & ~is_node[:, None])[..., at],
         torch.stack([_mean(rows, visible & (offset == step)) for step in range(len(at))], -1),
