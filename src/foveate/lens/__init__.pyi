@@ -27,6 +27,7 @@ from foveate.lens.circuits.head_pursuit import control_heads as control_heads
 from foveate.lens.circuits.head_pursuit import head_pursuit as head_pursuit
 from foveate.lens.circuits.head_pursuit import scale_heads as scale_heads
 from foveate.lens.circuits.head_pursuit import somp as somp
+from foveate.lens.circuits.image_stream import neuron_paths as neuron_paths
 from foveate.lens.circuits.interventions import HeadOutputs as HeadOutputs
 from foveate.lens.circuits.interventions import Patch as Patch
 from foveate.lens.circuits.interventions import Scale as Scale
@@ -41,9 +42,26 @@ from foveate.lens.circuits.letter_subspace import compress_head as compress_head
 from foveate.lens.circuits.letter_subspace import item_accuracy as item_accuracy
 from foveate.lens.circuits.mlp_outputs import mlp_outputs as mlp_outputs
 from foveate.lens.circuits.mlp_outputs import patched_mlps as patched_mlps
+from foveate.lens.circuits.neuron_directions import NeuronDirections as NeuronDirections
+from foveate.lens.circuits.neuron_directions import contrast_texts as contrast_texts
+from foveate.lens.circuits.neuron_directions import describe as describe
+from foveate.lens.circuits.neuron_directions import image_texts as image_texts
+from foveate.lens.circuits.neuron_directions import mean_ablated as mean_ablated
+from foveate.lens.circuits.neuron_directions import neuron_directions as neuron_directions
+from foveate.lens.circuits.neuron_paths import NeuronPaths as NeuronPaths
 from foveate.lens.circuits.residual_stream import Trace as Trace
 from foveate.lens.circuits.residual_stream import trace as trace
+from foveate.lens.circuits.second_order_lens import SecondOrderLens as SecondOrderLens
+from foveate.lens.circuits.second_order_lens import neuron_segmentation as neuron_segmentation
 from foveate.lens.circuits.set_attention import SetAttention as SetAttention
+from foveate.lens.explanations.attention_vs_posthoc import Agreement as Agreement
+from foveate.lens.explanations.attention_vs_posthoc import agreement as agreement
+from foveate.lens.explanations.attention_vs_posthoc import attention_gradient as attention_gradient
+from foveate.lens.explanations.attention_vs_posthoc import deletion_drop as deletion_drop
+from foveate.lens.explanations.attention_vs_posthoc import explain as explain
+from foveate.lens.explanations.attention_vs_posthoc import explain_all as explain_all
+from foveate.lens.explanations.attention_vs_posthoc import lime_limit as lime_limit
+from foveate.lens.explanations.text_lime import text_lime as text_lime
 from foveate.lens.heads.attention_sink_emergence import SinkReport as SinkReport
 from foveate.lens.heads.attention_sink_emergence import TokenNorms as TokenNorms
 from foveate.lens.heads.attention_sink_emergence import key_importance as key_importance
@@ -123,6 +141,7 @@ from foveate.lens.position_measures import WindowMass as WindowMass
 from foveate.lens.registry import MEASURES as MEASURES
 
 __all__ = [
+    "Agreement",
     "AtOffset",
     "AttentionProbe",
     "CircuitMetrics",
@@ -145,6 +164,8 @@ __all__ = [
     "MeanDistance",
     "Measure",
     "NeedleCase",
+    "NeuronDirections",
+    "NeuronPaths",
     "ParsedSentence",
     "Patch",
     "PathEffects",
@@ -157,6 +178,7 @@ __all__ = [
     "Role",
     "SAECircuit",
     "Scale",
+    "SecondOrderLens",
     "SetAttention",
     "SinkMass",
     "SinkReport",
@@ -172,6 +194,8 @@ __all__ = [
     "ablate",
     "ablate_each",
     "activation_patch",
+    "agreement",
+    "attention_gradient",
     "attention_maps",
     "attention_patterns",
     "circuit_metrics",
@@ -182,10 +206,13 @@ __all__ = [
     "coloured_object_prompts",
     "compress_head",
     "concept_logits",
+    "contrast_texts",
     "control_heads",
     "copying_scores",
     "coreference_accuracy",
     "coupling",
+    "deletion_drop",
+    "describe",
     "direct_effects",
     "discrete_sae_circuits",
     "edge_heads",
@@ -193,6 +220,8 @@ __all__ = [
     "embed_heads",
     "example_losses",
     "expected_hop",
+    "explain",
+    "explain_all",
     "fai",
     "frame_codes",
     "gradient_importance",
@@ -204,6 +233,7 @@ __all__ = [
     "head_relation_accuracy",
     "head_writes",
     "hop_profile",
+    "image_texts",
     "indirect_object_prompts",
     "item_accuracy",
     "js_distance",
@@ -212,10 +242,15 @@ __all__ = [
     "layer_probe",
     "letter_head_report",
     "letter_inputs",
+    "lime_limit",
     "linear_cka",
     "look",
+    "mean_ablated",
     "mlp_outputs",
     "needle_span",
+    "neuron_directions",
+    "neuron_paths",
+    "neuron_segmentation",
     "offset_accuracy",
     "patched_mlps",
     "path_patch",
@@ -237,6 +272,7 @@ __all__ = [
     "somp",
     "split_heads",
     "surface_report",
+    "text_lime",
     "to_words",
     "token_norms",
     "top_heads",

@@ -9,6 +9,8 @@ from foveate.models.base.spec import Mixer as Mixer
 from foveate.models.base.spec import Spec as Spec
 from foveate.models.language.based import Based as Based
 from foveate.models.language.based import GatedConv as GatedConv
+from foveate.models.language.cls_attention_classifier import ClsAttentionClassifier as ClsAttentionClassifier
+from foveate.models.language.cls_attention_classifier import ClsHeads as ClsHeads
 from foveate.models.language.transnormer import GatedLightning as GatedLightning
 from foveate.models.language.transnormer import LRPE as LRPE
 from foveate.models.language.transnormer import SimpleRMSNorm as SimpleRMSNorm
@@ -24,6 +26,8 @@ from foveate.models.vision.mambaout import with_token_mixer as with_token_mixer
 
 __all__ = [
     "Based",
+    "ClsAttentionClassifier",
+    "ClsHeads",
     "Decoder",
     "DependencyBlock",
     "DependencyViT",
