@@ -144,13 +144,17 @@ def test_lime_is_scikit_learns_ridge_with_the_packages_kernel() -> None:
         seen.append(texts.clone())
         return model(texts)[:, 1].exp()
 
-    found = text_lime(score, ids, UNKNOWN, kept=[CLS], samples=500, batch=77, generator=torch.Generator().manual_seed(0))
+    found = text_lime(
+        score, ids, UNKNOWN, kept=[CLS], samples=500, batch=77, generator=torch.Generator().manual_seed(0)
+    )
     texts = torch.cat(seen)
     words = sorted(set(ids.tolist()) - {CLS, UNKNOWN})
     present = torch.stack([(texts == word).any(1) for word in words], 1)
     assert torch.equal(texts[0], ids) and len(texts) == 500
     for column, word in enumerate(words):  # a word is masked at all of its places
-        assert torch.equal(texts[:, ids == word], torch.where(present[:, [column]], word, UNKNOWN).expand(-1, (ids == word).sum()))
+        assert torch.equal(
+            texts[:, ids == word], torch.where(present[:, [column]], word, UNKNOWN).expand(-1, (ids == word).sum())
+        )
     data = present.double().numpy()
     distances = pairwise_distances(data, data[:1], metric="cosine").ravel() * 100
     weights = np.sqrt(np.exp(-(distances**2) / 25**2))
@@ -170,8 +174,22 @@ def test_copies_mask_any_number_of_any_words_alike() -> None:
     counts = torch.bincount(gone.sum(1), minlength=9) / 8000
     assert counts[0] == 0.0 and (counts[1:] - 1 / 8).abs().max() < 0.015
     assert (gone.double().mean(0) - 9 / 16).abs().max() < 0.02
-    again = text_lime(lambda texts: texts.double().sum(1), ids, UNKNOWN, kept=[CLS], samples=50, generator=torch.Generator().manual_seed(3))
-    same = text_lime(lambda texts: texts.double().sum(1), ids, UNKNOWN, kept=[CLS], samples=50, generator=torch.Generator().manual_seed(3))
+    again = text_lime(
+        lambda texts: texts.double().sum(1),
+        ids,
+        UNKNOWN,
+        kept=[CLS],
+        samples=50,
+        generator=torch.Generator().manual_seed(3),
+    )
+    same = text_lime(
+        lambda texts: texts.double().sum(1),
+        ids,
+        UNKNOWN,
+        kept=[CLS],
+        samples=50,
+        generator=torch.Generator().manual_seed(3),
+    )
     assert torch.equal(again, same)
 
 
@@ -180,32 +198,29 @@ def documents(count: int) -> list[Tensor]:
     return [torch.cat([torch.tensor([CLS]), 2 + torch.randperm(88, generator=draw)[:60]]) for _ in range(count)]
 
 
-def correlations(how: Any, count: int = 10) -> list[float]:
-    """Pearson's correlation of an explanation with LIME by 5,000 samples, for some texts of 60 words."""
-    model = classifier()
-    return [float(pearsonr(explain(model, ids, how)[1:], sampled(place)[1:]).statistic)
-            for place, ids in enumerate(documents(count))]  # fmt: skip
-
-
-@cache
-def sampled(place: int) -> Tensor:
-    draw = torch.Generator().manual_seed(place)
-    return explain(classifier().float(), documents(10)[place], "lime", generator=draw).double()
+def correlations(hows: list[Any], count: int, **options: Any) -> list[list[float]]:
+    """Pearson's correlation of explanations with LIME by 5,000 samples, for some texts of 60 words."""
+    model, found = classifier(**options).float(), list[list[float]]()
+    for place, ids in enumerate(documents(count)):
+        sampled = explain(model, ids, "lime", generator=torch.Generator().manual_seed(place))[1:]
+        found.append([float(pearsonr(explain(model, ids, how)[1:], sampled).statistic) for how in hows])
+    return found
 
 
 def test_the_limit_is_near_lime_and_attention_is_not(claim: ClaimFixture) -> None:
-    ours, attention = correlations("lime_limit", 3), correlations("attn_mean", 3)
-    assert min(ours) > 0.9
+    found = correlations(["lime_limit", "attn_mean"], 3, dim=64, heads=3, head_dim=32)
+    ours, attention = min(each[0] for each in found), max(abs(each[1]) for each in found)
+    assert ours > 0.9
     claim(
         "correlation with LIME by 5,000 samples of the limit in closed form, least of 3 random texts of 60 words",
-        ours=min(ours), baseline=max(map(abs, attention)), better="higher", margin=0.4,
+        ours=ours, baseline=attention, better="higher", margin=0.4,
         baseline_name="the mean attention weight, best of the texts", seed=0,
     )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_the_limit_is_near_lime_on_ten_texts() -> None:
-    assert min(correlations("lime_limit")) > 0.9
+def test_the_limit_is_near_lime_on_ten_texts_of_the_papers_model() -> None:
+    assert min(each[0] for each in correlations(["lime_limit"], 10)) > 0.9
 
 
 # -- a model that is trained on sentiment ------------------------------------------------------------------------------
@@ -281,7 +296,9 @@ def bert() -> BertForSequenceClassification:
 
 def test_an_encoder_is_explained_too() -> None:
     model, ids = bert(), text()
-    found = explain_all(model, ids, 2, unknown=UNKNOWN, kept=[CLS], samples=300, generator=torch.Generator().manual_seed(0))
+    found = explain_all(
+        model, ids, 2, unknown=UNKNOWN, kept=[CLS], samples=300, generator=torch.Generator().manual_seed(0)
+    )
     assert list(found) == ["attn_mean", "attn_max", "grad_mean", "grad_l1", "grad_l2", "grad_input", "lime"]
     caught: list[Tensor] = []
     words = model.bert.embeddings.word_embeddings
@@ -289,14 +306,14 @@ def test_an_encoder_is_explained_too() -> None:
     model(ids[None]).logits[0, 2].backward()
     handle.remove()
     slope = caught[0].grad[0]
-    assert_near(found["grad_mean"], slope.mean(1), 1e-6)
+    assert_near(found["grad_mean"], slope.mean(1), 1e-5)
     assert_near(found["grad_l2"], slope.norm(dim=1), 1e-5)
     assert_near(found["grad_input"], (slope * words.weight[ids]).sum(1).detach(), 1e-5)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = model(ids[None], output_attentions=True).attentions[-1][0, :, 0]
-    assert_near(found["attn_mean"], weights.mean(0), 1e-6)
-    assert_near(found["attn_max"], weights.amax(0), 1e-6)
+    assert_near(found["attn_mean"], weights.mean(0), 1e-5)
+    assert_near(found["attn_max"], weights.amax(0), 1e-5)
     with torch.no_grad():
         again = text_lime(
             lambda texts: model(texts).logits[:, 2], ids, UNKNOWN, kept=[CLS], samples=300,
@@ -311,7 +328,11 @@ def test_an_encoder_is_explained_too() -> None:
 
 def test_agreement_by_hand() -> None:
     ids, draw = text(), torch.Generator().manual_seed(0)
-    given = {"a": torch.randn(20, generator=draw), "b": torch.rand(20, generator=draw), "c": torch.randn(20, generator=draw)}
+    given = {
+        "a": torch.randn(20, generator=draw),
+        "b": torch.rand(20, generator=draw),
+        "c": torch.randn(20, generator=draw),
+    }
     found = agreement(given, ids)
     free = ids > 1
     table = np.stack([each[free].numpy() for each in given.values()])

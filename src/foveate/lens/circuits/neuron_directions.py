@@ -2,7 +2,7 @@
 
     directions = neuron_directions(effects)                    # of many images, (images, neurons, channels)
     codes = describe(directions, texts, 128)                   # the texts of each neuron
-    mean_ablated(outputs, effects, directions, "rank one")     # the model's outputs with effects along the directions only
+    mean_ablated(outputs, effects, directions, "rank one")     # outputs, if effects lay along their directions
 
 Interpreting the Second-Order Effects of Neurons in CLIP (2024), arXiv 2406.04341.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.core import validate

@@ -11,10 +11,10 @@ text embeddings.
     describe(directions, text_embeddings, 8)                               # the texts of each neuron
     lens.segment(images, text_embeddings[0], directions)                   # where the text's neurons are active
 
-The paper's formula has neither biases nor norms; its appendix and the authors' code share the constants among all parts
-equally. `share_constants` adds these shares, which are the same for all neurons. The code leaves the mean that a
-LayerNorm subtracts to these constants (`means="shared"`); `means="own"` takes each part's own mean from it, as
-`direct_effects` does. The two differ by a constant for each neuron and image, and their sums over all parts agree.
+The formula in `neuron_paths` leaves out constants. The authors' code adds to each effect its equal share of them, which
+is the same for all neurons: `share_constants`. It counts the means that LayerNorms subtract as constants too
+(`means="shared"`); `means="own"` takes from each part its own mean, as `direct_effects` does. Summed over all parts of
+the stream, with the constants, both give the same.
 """
 
 from __future__ import annotations
@@ -76,14 +76,16 @@ class SecondOrderLens:
         paths = self._paths(images)
         chosen = None if neurons is None else torch.tensor(list(neurons), device=paths.rows.device)
         if chosen is not None and (not len(chosen) or int(chosen.min()) < 0 or int(chosen.max()) >= len(paths.rows)):
-            raise OptionError(f"neurons must be numbers in 0..{len(paths.rows) - 1}, at least one; got {shown(neurons)}")
+            raise OptionError(
+                f"neurons must be numbers in 0..{len(paths.rows) - 1}, at least one; got {shown(neurons)}"
+            )
         found = paths.of_neurons(self.own_mean, chosen)
         if self.share_constants:
             found = found + paths.shared_constants(self.own_mean)[:, None]
         return found * self._unit(paths)[:, None, None]
 
     def layer_effect(self, images: Inputs) -> Float[Tensor, "b e"]:
-        """Return the second-order effect of the layer: the sum over its neurons, at the cost of a single one."""
+        """Return the second-order effect of the layer: the sum over its neurons, at about the cost of one."""
         paths = self._paths(images)
         found = paths.of_all_neurons(self.own_mean)
         if self.share_constants:
@@ -119,7 +121,7 @@ def neuron_segmentation(
     lenses: Sequence[SecondOrderLens], images: Inputs, text: Float[Tensor, " e"],
     directions: Sequence[NeuronDirections], neurons: int = 200, grid: tuple[int, int] | None = None,
 ) -> Float[Tensor, "b rows columns"]:  # fmt: skip
-    """Return a map of where a text is in each image: 1 is the place with the most active neurons, 0 that with the least.
+    """Return a map of where a text is in each image: 1 where its neurons are most active, 0 where they are least.
 
     The neurons are those whose directions have the largest product with the text, of either sign, over all layers. The
     map is the mean of their activations. The paper enlarges it to the image and cuts it at 0.5.

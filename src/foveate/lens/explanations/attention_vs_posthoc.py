@@ -165,12 +165,12 @@ def agreement(
     free = maskable(ids, set(kept))
     for name, each in explanations.items():
         if each.shape != ids.shape:
-            raise ShapeError(f"explanations[{name!r}] must be {tuple(ids.shape)}, one for each token; got {shown(each)}")
+            raise ShapeError(
+                f"explanations[{name!r}] must be {tuple(ids.shape)}, one for each token; got {shown(each)}"
+            )
     table = torch.stack([each.detach()[free].double() for each in explanations.values()])
     signs = table.sign()
-    return Agreement(
-        tuple(explanations), rank_correlation(table), (signs[:, None] == signs[None]).double().mean(-1)
-    )
+    return Agreement(tuple(explanations), rank_correlation(table), (signs[:, None] == signs[None]).double().mean(-1))
 
 
 @torch.no_grad()
