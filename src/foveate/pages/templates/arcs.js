@@ -3,7 +3,7 @@
 // texts are those of `mapped`; the page sets `arcs.boundary`, `arcs.prompt` and `arcs.onRow`, called with a chosen query.
 
 const arcs = { maps: [], row: -1, hover: null, segments: "all", boundary: null, prompt: null, onRow: null };
-const ARCS = { full: 300, lines: 6000, faint: 0.02, row: 19, left: 236, right: 372, width: 640, longest: 28 };
+const ARCS = { full: 300, lines: 6000, faint: 0.02, row: 19, between: 140, longest: 28, left: 0, right: 0 };
 const svgSpace = byId("arcs")?.firstElementChild.namespaceURI;
 const headColour = (head) => `hsl(${(head * 137.5) % 360} 70% var(--line))`;
 
@@ -58,7 +58,12 @@ const arcPlace = (at) => ARCS.row * (at + 0.5) + 4;
 
 function buildArcs() {
   const list = listed(), bars = Math.min(arcs.maps.length, 12) * 7, height = arcHeight(list);
-  const svg = drawn("svg", { viewBox: `0 0 ${ARCS.width + bars} ${height}`, width: ARCS.width + bars, height });
+  const longest = (numbers, tokens) => Math.max(1, ...numbers.map((at) => tokens[at].length));
+  const wide = (numbers, tokens) => 24 + 7.5 * Math.min(ARCS.longest, longest(numbers, tokens));
+  ARCS.left = wide(list.queries, mapped.queries);
+  ARCS.right = ARCS.left + ARCS.between;
+  const width = ARCS.right + bars + wide(list.keys, mapped.keys);
+  const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, width, height });
   svg.append(drawn("g", { class: "lines" }));
   for (const [side, numbers, tokens, x, anchor] of [
     ["query", list.queries, mapped.queries, ARCS.left - 8, "end"],

@@ -68,8 +68,8 @@ function showNeurons(part, map, row) {
   body.append(...rows.map(({ key, weight, k, qk }) => {
     const bar = element("span", "bar");
     bar.style.setProperty("--share", `${(100 * weight).toFixed(1)}%`);
-    const both = element("span", "", `${show(weight)} `);
-    both.append(bar);
+    const both = element("span");
+    both.append(element("span", "weight", show(weight)), bar);
     const sum = qk.reduce((total, value) => total + value, 0) * layer.scale;
     return neuronLine(`${key} ${inLine(part.keys[key])}`, [
       strip(k, mostK, `neurons of key ${key}`), strip(qk, mostQk, `products of key ${key}`), show(sum), both,
