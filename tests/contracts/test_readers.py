@@ -339,7 +339,10 @@ def test_interventions_act_on_one_part() -> None:
         (lambda: look(readers.subject("bart"), pair(), part="both"), "part='both' must be one of"),  # type: ignore[arg-type]
         (lambda: look(readers.subject("bart"), pair(), part="cross", measures=["mean_distance"]), "two sequences"),
         (lambda: look(readers.subject("bart"), pair(), part="encoder", layers=[2]), "layers: 2 must be in 0..1"),
-        (lambda: look(readers.subject("bart"), pair(), part="decoder", keep_maps={(0, 2): [0]}), "head 2 must be in 0..1"),
+        (
+            lambda: look(readers.subject("bart"), pair(), part="decoder", keep_maps={(0, 2): [0]}),
+            "head 2 must be in 0..1",
+        ),
         (lambda: foveate.apply(readers.subject("bart"), Lens(part="encoder")).__enter__(), 'on="all"'),
         (lambda: attention_maps(readers.subject("bart"), pair()), "more than a single stack"),
         (lambda: head_outputs(readers.subject("t5"), pair()), "more than a single stack"),
@@ -352,6 +355,8 @@ def test_a_part_that_does_not_fit_is_refused(make: Any, message: str) -> None:
 
 
 def test_a_look_at_several_parts_shows_the_outputs_of_each() -> None:
-    found: list[Look] = [look(readers.subject("t5"), pair("right"), part=part) for part in ("encoder", "decoder", "cross")]
+    found: list[Look] = [
+        look(readers.subject("t5"), pair("right"), part=part) for part in ("encoder", "decoder", "cross")
+    ]
     assert [len({row["layer"] for row in seen.measures()}) for seen in found] == [2, 3, 3]
     assert all(torch.equal(found[0].output.logits, seen.output.logits) for seen in found)

@@ -22,6 +22,7 @@ from tests.contracts.readers import expected
 from tests.lens.models import eager_maps, text, tiny
 from tests.support.tensors import assert_near
 
+
 def test_the_table_averages_over_counted_queries() -> None:
     model, inputs = tiny("llama"), text("left")
     maps, real = eager_maps(model, inputs), inputs["attention_mask"].bool()

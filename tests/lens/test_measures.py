@@ -11,6 +11,7 @@ from foveate.lens.position_measures import AtOffset, MeanDistance, WindowMass
 from foveate.lens.registry import named
 from tests.support.tensors import assert_near
 
+
 def test_measures_match_their_definitions() -> None:
     w = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.2, 0.6]])[None, None]
     log = torch.log

@@ -78,8 +78,7 @@ class Lens(Method):
             raise OptionError(f"measures={names} must have different names")
         if self.part == "cross" and (placed := [m.name for m in self._measures if m.compares_places]):
             raise OptionError(
-                f"measures={placed} compare the places of a query and a key, which are in two sequences in "
-                f'part="cross"'
+                f'measures={placed} compare the places of a query and a key, which are in two sequences in part="cross"'
             )
         self.layers = None if self.layers is None else tuple(self.layers)
         maps = {at: queries if isinstance(queries, slice) else tuple(queries) for at, queries in self.keep_maps.items()}
