@@ -57,6 +57,10 @@ from foveate.lens.heads.bert_attention_analysis import head_relation_accuracy as
 from foveate.lens.heads.bert_attention_analysis import offset_accuracy as offset_accuracy
 from foveate.lens.heads.bert_attention_analysis import relation_table as relation_table
 from foveate.lens.heads.bert_attention_analysis import surface_report as surface_report
+from foveate.lens.heads.frame_geometry import FrameGeometry as FrameGeometry
+from foveate.lens.heads.frame_geometry import effective_rank as effective_rank
+from foveate.lens.heads.frame_geometry import frame_geometry as frame_geometry
+from foveate.lens.heads.frame_geometry import sink_divergence as sink_divergence
 from foveate.lens.heads.indicwav2vec import HeadLocality as HeadLocality
 from foveate.lens.heads.indicwav2vec import code_histograms as code_histograms
 from foveate.lens.heads.indicwav2vec import code_similarity as code_similarity
@@ -80,6 +84,13 @@ from foveate.lens.heads.retrieval_heads import retrieval_scores as retrieval_sco
 from foveate.lens.heads.roles import Role as Role
 from foveate.lens.heads.roles import THRESHOLDS as THRESHOLDS
 from foveate.lens.heads.roles import roles as roles
+from foveate.lens.heads.sink_reference_frames import FrameReport as FrameReport
+from foveate.lens.heads.sink_reference_frames import FrameRule as FrameRule
+from foveate.lens.heads.sink_reference_frames import LayerFrame as LayerFrame
+from foveate.lens.heads.sink_reference_frames import ModelFrame as ModelFrame
+from foveate.lens.heads.sink_reference_frames import anchor_mass as anchor_mass
+from foveate.lens.heads.sink_reference_frames import model_frame as model_frame
+from foveate.lens.heads.sink_reference_frames import reference_frame as reference_frame
 from foveate.lens.heads.sixteen_heads import PruningCurve as PruningCurve
 from foveate.lens.heads.sixteen_heads import ablate_each as ablate_each
 from foveate.lens.heads.sixteen_heads import example_losses as example_losses
@@ -101,6 +112,9 @@ from foveate.lens.measures import Entropy as Entropy
 from foveate.lens.measures import Measure as Measure
 from foveate.lens.measures import ReceivedMass as ReceivedMass
 from foveate.lens.measures import SinkMass as SinkMass
+from foveate.lens.parts.attention_graph import GraphStatistics as GraphStatistics
+from foveate.lens.parts.attention_graph import attention_graph as attention_graph
+from foveate.lens.parts.attention_graph import graph_statistics as graph_statistics
 from foveate.lens.parts.circuit_metrics import CircuitMetrics as CircuitMetrics
 from foveate.lens.parts.circuit_metrics import circuit_metrics as circuit_metrics
 from foveate.lens.parts.head_distance import embed_heads as embed_heads
@@ -130,12 +144,17 @@ __all__ = [
     "DirectEffects",
     "DiscreteSAE",
     "Entropy",
+    "FrameGeometry",
+    "FrameReport",
+    "FrameRule",
     "FrozenNorm",
+    "GraphStatistics",
     "HeadImportance",
     "HeadLocality",
     "HeadOutputs",
     "HeadPeak",
     "KernelAttention",
+    "LayerFrame",
     "Lens",
     "LetterInputs",
     "LetterPrompts",
@@ -144,6 +163,7 @@ __all__ = [
     "MEASURES",
     "MeanDistance",
     "Measure",
+    "ModelFrame",
     "NeedleCase",
     "ParsedSentence",
     "Patch",
@@ -172,6 +192,8 @@ __all__ = [
     "ablate",
     "ablate_each",
     "activation_patch",
+    "anchor_mass",
+    "attention_graph",
     "attention_maps",
     "attention_patterns",
     "circuit_metrics",
@@ -190,13 +212,16 @@ __all__ = [
     "discrete_sae_circuits",
     "edge_heads",
     "edge_scores",
+    "effective_rank",
     "embed_heads",
     "example_losses",
     "expected_hop",
     "fai",
     "frame_codes",
+    "frame_geometry",
     "gradient_importance",
     "gradient_report",
+    "graph_statistics",
     "head_locality",
     "head_means",
     "head_outputs",
@@ -215,6 +240,7 @@ __all__ = [
     "linear_cka",
     "look",
     "mlp_outputs",
+    "model_frame",
     "needle_span",
     "offset_accuracy",
     "patched_mlps",
@@ -223,6 +249,7 @@ __all__ = [
     "prune_in_steps",
     "pruning_importance",
     "pruning_order",
+    "reference_frame",
     "relation_table",
     "resampling_ratios",
     "residual_parts",
@@ -231,6 +258,7 @@ __all__ = [
     "roles",
     "sample_probs",
     "scale_heads",
+    "sink_divergence",
     "sink_profile",
     "sink_rate",
     "sink_report",
