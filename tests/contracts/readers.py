@@ -144,8 +144,8 @@ def projected(case: Case) -> list[Tensor]:
     return [x.reshape(len(x), -1, heads, x.shape[-1] // heads).transpose(1, 2) for x in found]
 
 
-#: Every kind of attention: grouped heads, padding on both sides, windows, soft caps, learnt sinks, encoders, images, and
-#: encoder-decoders, one of them with a bias by position.
+#: Every kind of attention: grouped heads, padding on both sides, windows, soft caps, learnt sinks, encoders, images,
+#: and encoder-decoders, one of them with a bias by position.
 CASES = {
     case.name: case
     for case in (

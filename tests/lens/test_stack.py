@@ -73,9 +73,8 @@ def test_a_vision_tower_is_the_encoder_of_its_language_model() -> None:
     for layer, w in enumerate(maps):
         assert_near(images.values("entropy")[layer], torch.special.entr(w).sum(-1), 1e-4)
         assert_near(images.values("received_mass")[layer], w.sum(-2), 1e-4)
-    assert {layer: out.shape for layer, out in head_outputs(model, inputs, part="encoder").items()} == {
-        layer: (1, 2, 5, 16) for layer in range(3)
-    }
+    outputs = head_outputs(model, inputs, part="encoder")
+    assert {layer: out.shape for layer, out in outputs.items()} == dict.fromkeys(range(3), (1, 2, 5, 16))
     with torch.no_grad(), apply(model, Lens(part="encoder"), Lens(), on="all"):
         assert torch.equal(model(**inputs).logits, images.output.logits)
 

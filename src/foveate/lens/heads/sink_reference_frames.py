@@ -1,7 +1,7 @@
 """Reference frames: the tokens that a model's attention is anchored to, and the kind of frame that they make.
 
-What are you sinking? A geometric approach on attention sink (2025), arXiv 2508.02546. Attention sinks are the anchors of
-a coordinate system. One anchor at the start is a *centralised* frame, several weaker ones a *distributed* one, and
+What are you sinking? A geometric approach on attention sink (2025), arXiv 2508.02546. Attention sinks are the anchors
+of a coordinate system. One anchor at the start is a *centralised* frame, several weaker ones a *distributed* one, and
 anchors at both ends a *bidirectional* one. The paper finds that the kind follows from the position encoding, and that
 frames appear early in training.
 
