@@ -80,7 +80,8 @@ class Host:
         for layer, head in heads:
             if layer not in range(self.layers) or head not in range(self.heads):
                 raise OptionError(
-                    f"head {layer}.{head} must be in 0.0..{self.layers - 1}.{self.heads - 1} (layer.head) for this model"
+                    f"head {layer}.{head} must be in 0.0..{self.layers - 1}.{self.heads - 1} (layer.head) "
+                    f"for this model"
                 )
 
     def configs(self) -> Iterator[PreTrainedConfig]:
