@@ -111,8 +111,8 @@ def circuits(results: Path) -> str:
         lines.append(f"| {row['head']} | {named} | {row['estimate']:.2f} | {row['patch']:.2f} |")
     lines.append(f"\nRank correlation with true patches: {found['head rank']:.2f}.\n")
     lines.append("| edge | from gradients | heads exact | patch |\n|---|---:|---:|---:|")
-    for row in found["edges"]:
-        lines.append(f"| {row['edge']} | {row['linear']:.2f} | {row['exact']:.2f} | {row['patch']:.2f} |")
+    numbers = "| {edge} | {linear:.2f} | {exact:.2f} | {patch:.2f} |"
+    lines.extend(numbers.format(**row) for row in found["edges"])
     lines.append(
         f"\nRank correlation with true patches: {of_edges['linear']:.2f} from gradients, {of_edges['exact']:.2f} with "
         f"exact heads. Together the {joint['edges']} largest of {joint['of']:,} edges carry {joint['share']:.0%} of "
@@ -136,8 +136,8 @@ def _ablated(found: dict[str, Any]) -> list[str]:
     """What is left without the circuit, and without as many random heads or edges."""
     lines = [
         (
-            f"Without {', '.join(found['heads'])}, the heads of the largest edges, or as many heads that are not in the "
-            f"circuit; without the circuit's edges, or as many others:\n"
+            f"Without {', '.join(found['heads'])}, the heads of the largest edges, or as many heads that are not in "
+            f"the circuit; without the circuit's edges, or as many others:\n"
         ),
         f"| removed | needles found, of {found['needles']} | loss on plain text, nats |\n|---|---:|---:|",
     ]

@@ -99,8 +99,8 @@ class EdgePatch(Method):
         for layer in self._into.values():
             for head, name in layer:
                 ends.setdefault(head, []).append(name)
-        for layer, number in sorted(self._inner - ends.keys()):
-            raise OptionError(f"outputs: head {layer}.{number} has None, which needs an edge into that head")
+        for at, number in sorted(self._inner - ends.keys()):
+            raise OptionError(f"outputs: head {at}.{number} has None, which needs an edge into that head")
         self._edit = EditInputs({head: names for head, names in ends.items() if head not in self._inner}, self._change)
         self._reads = StreamReads(sorted(self._into), sorted({edge.sender[0] for edge in edges}))
         self._pass = _Arrivals()
