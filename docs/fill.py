@@ -97,49 +97,59 @@ def recall() -> str:
 def circuits(results: Path) -> str:
     """One model's circuit: heads and edges with their estimates and true patches, and what ablation does."""
     found = json.loads(results.read_text("utf-8"))
-    tokens, of_edges = found["tokens"], found["edge rank"]
-    length = f"{tokens[0]}" if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
+    tokens, of_edges, joint = found["tokens"], found["edge rank"], found["joint"]
+    length = " to ".join(dict.fromkeys(str(each(tokens)) for each in (min, max)))
     lines = [
-        f"{found['pairs']} pairs of texts of {length} tokens; the right digit's logit less the wrong one's is "
-        f"{found['clean']:.2f}, and {found['corrupt']:.2f} on the other texts.",
-        "", "| head | roles | estimate | patch |", "|---|---|---:|---:|",
-    ]  # fmt: skip
+        (
+            f"{found['pairs']} pairs of texts of {length} tokens. The right digit's logit less the wrong one's is "
+            f"{found['clean']:.2f}, and {found['corrupt']:.2f} on the other texts.\n"
+        ),
+        "| head | roles | estimate | patch |\n|---|---|---:|---:|",
+    ]
     for row in found["heads"][:10]:
         named = ", ".join(found["roles"].get(row["head"], [])) or "–"
         lines.append(f"| {row['head']} | {named} | {row['estimate']:.2f} | {row['patch']:.2f} |")
-    lines += ["", f"Rank correlation with true patches: {found['head rank']:.2f}.", "",
-              "| edge | from gradients | heads exact | patch |", "|---|---:|---:|---:|"]  # fmt: skip
-    for row in found["edges"]:
-        lines.append(f"| {row['edge']} | {row['linear']:.2f} | {row['exact']:.2f} | {row['patch']:.2f} |")
-    joint, score = found["joint"], found["score"]
-    lines += [
-        "",
-        f"Rank correlation with true patches: {of_edges['linear']:.2f} from gradients, {of_edges['exact']:.2f} with "
-        f"exact heads. Together the {joint['edges']} largest of {joint['of']:,} edges carry {joint['share']:.0%} of the "
-        f"whole change; as many others carry {_range(joint['random'], '.0%')}.",
-        "",
-        f"Head {score['head']} gives {score['weight']:.0%} of the last token's weight to `{score['key']}` in "
-        f"`{' '.join(score['text'].split())}`. The largest terms of that score, {score['score']:.2f}: "
-        + "; ".join(f"{one} × {other} {value:.2f}" for one, other, value in score["terms"][:5]) + ".",
-        "", *_ablated(found["ablation"]),
-    ]  # fmt: skip
-    return "\n".join(lines)
+    lines.append(f"\nRank correlation with true patches: {found['head rank']:.2f}.\n")
+    lines.append("| edge | from gradients | heads exact | patch |\n|---|---:|---:|---:|")
+    numbers = "| {edge} | {linear:.2f} | {exact:.2f} | {patch:.2f} |"
+    lines.extend(numbers.format(**row) for row in found["edges"])
+    lines.append(
+        f"\nRank correlation with true patches: {of_edges['linear']:.2f} from gradients, {of_edges['exact']:.2f} with "
+        f"exact heads. Together the {joint['edges']} largest of {joint['of']:,} edges carry {joint['share']:.0%} of "
+        f"the whole change; as many others carry {_range(joint['random'], '.1%')}. The heads at their ends: "
+        f"{', '.join(found['circuit'])}.\n"
+    )
+    return "\n".join([*lines, _score(found["score"]), *_ablated(found["ablation"])])
+
+
+def _score(found: dict[str, Any]) -> str:
+    """The largest terms of one head's score."""
+    terms = "; ".join(f"{one} × {other} {value:.2f}" for one, other, value in found["terms"][:5])
+    return (
+        f"Head {found['head']} gives {found['weight']:.0%} of the last token's weight to `{found['key'].strip()}` in "
+        f"`{' '.join(found['text'].split())}`. Its score there is {found['score']:.2f}; the largest terms, query × "
+        f"key: {terms}.\n"
+    )
 
 
 def _ablated(found: dict[str, Any]) -> list[str]:
     """What is left without the circuit, and without as many random heads or edges."""
-    lines = [f"The circuit's heads: {', '.join(found['heads'])}.", "",
-             f"| removed | needles found, of {found['needles']} | loss on plain text, nats |", "|---|---:|---:|"]  # fmt: skip
+    lines = [
+        (
+            f"Without {', '.join(found['heads'])}, the heads of the largest edges, or as many heads that are not in "
+            f"the circuit; without the circuit's edges, or as many others:\n"
+        ),
+        f"| removed | needles found, of {found['needles']} | loss on plain text, nats |\n|---|---:|---:|",
+    ]
     for name in ("whole", "circuit heads", "random heads", "circuit edges", "random edges"):
         counts, losses = ([each[key] for each in found[name]] for key in ("found", "loss"))
         shown = "nothing" if name == "whole" else name
-        lines.append(f"| {shown} | {_range(counts, 'd')} | {_range(losses, '.2f')} |")
+        lines.append(f"| {shown} | {', '.join(map(str, counts))} | {_range(losses, '.2f')} |")
     return lines
 
 
 def _range(values: list[Any], form: str) -> str:
-    low, high = (format(each(values), form) for each in (min, max))
-    return low if low == high else f"{low} to {high}"
+    return " to ".join(dict.fromkeys(format(each(values), form) for each in (min, max)))
 
 
 def fill(file: Path, name: str, content: str) -> None:

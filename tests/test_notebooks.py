@@ -28,8 +28,8 @@ def shown(book: nbformat.NotebookNode) -> list[list[str]]:
     return [[name for name, _ in groupby(names)] for names in outputs]
 
 
-def test_there_are_three() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["compress", "look", "train"]
+def test_there_are_four() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["circuits", "compress", "look", "train"]
 
 
 @pytest.mark.slow

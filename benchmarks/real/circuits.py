@@ -103,7 +103,9 @@ class Study:
         """The same for sets of edges, each patched as a whole."""
 
         def effects(clean: Tensor, sent: dict[int, Tensor], metric: LogitDifference) -> list[float]:
-            patches = {n: EdgePatch({e: sent[e.sender[0]][:, e.sender[1]] for e in edges}) for n, edges in enumerate(sets)}
+            patches = {
+                n: EdgePatch({e: sent[e.sender[0]][:, e.sender[1]] for e in edges}) for n, edges in enumerate(sets)
+            }
             return list(method_effects(self.model, clean, patches, metric).values())
 
         return self.mean(effects)
@@ -128,7 +130,9 @@ def main() -> None:
         "model": options.model, "pairs": len(study.pairs), "tried": study.tried,
         "tokens": sorted({ids.shape[1] for ids, _, _ in study.pairs}), "clean": clean, "corrupt": corrupt,
     }  # fmt: skip
-    _say(begun, f"{len(study.pairs)} of {study.tried} pairs answered right; logit difference {clean:.2f}, {corrupt:.2f}")
+    _say(
+        begun, f"{len(study.pairs)} of {study.tried} pairs answered right; logit difference {clean:.2f}, {corrupt:.2f}"
+    )
     found["heads"], found["head rank"] = _heads(study, options.check, draw)
     _say(begun, f"heads: rank correlation {found['head rank']:.2f}")
     plain, exact = study.edges(False), study.edges(True)
@@ -138,6 +142,7 @@ def main() -> None:
     found["joint"] = _joint(study, circuit, exact.edges(), clean - corrupt, options.draws, draw)
     _say(begun, f"edges together: {found['joint']}")
     heads = list(dict.fromkeys(h for edge in circuit for h in (edge.sender, edge.receiver) if h is not None))
+    found["circuit"] = [_name(head) for head in heads]
     found["ablation"] = _ablations(model, tokenizer, heads, circuit, exact.edges(), options, draw)
     _say(begun, f"ablation: {found['ablation']}")
     best = exact.logits.abs().flatten().argmax()
@@ -152,13 +157,18 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", choices=["lab", *MODELS], default="qwen2.5-coder-0.5b-instruct")
-    parser.add_argument("--pairs", type=int, default=4, help="pairs of texts")
-    parser.add_argument("--length", type=int, default=320, help="characters of a text")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs of texts")
+    parser.add_argument("--length", type=int, default=256, help="characters of a text")
     parser.add_argument("--edges", type=int, default=30, help="edges of the circuit")
-    parser.add_argument("--check", type=int, default=16, help="heads and edges with true patches, and as many random ones")
-    parser.add_argument("--needles", type=int, default=20, help="prompts for the ablation")
-    parser.add_argument("--needle-length", type=int, default=500, help="their characters")
-    parser.add_argument("--draws", type=int, default=5, help="random sets of heads and of edges")
+    parser.add_argument(
+        "--remove", type=int, default=8, help="heads of the circuit to remove, those of the largest edges"
+    )
+    parser.add_argument(
+        "--check", type=int, default=8, help="heads and edges with true patches, and as many random ones"
+    )
+    parser.add_argument("--needles", type=int, default=6, help="prompts for the ablation")
+    parser.add_argument("--needle-length", type=int, default=400, help="their characters")
+    parser.add_argument("--draws", type=int, default=2, help="random sets of heads and of edges")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -170,7 +180,8 @@ def _heads(study: Study, count: int, draw: random.Random) -> tuple[list[dict[str
     some = order[:count] + draw.sample(order[count:], min(count, len(order) - count))
     true, estimates = study.true_heads(some), torch.stack([table[head] for head in some])
     rows = [
-        {"head": _name(head), "estimate": float(estimates[n]), "patch": float(true[n])} for n, head in enumerate(some[:count])
+        {"head": _name(head), "estimate": float(estimates[n]), "patch": float(true[n])}
+        for n, head in enumerate(some[:count])
     ]
     return rows, _spearman(estimates, true)
 
@@ -182,7 +193,9 @@ def _edges(
     best = [edge for edge, _ in exact.top(count)]
     some = best + draw.sample([edge for edge in exact.edges() if edge not in best], count)
     true = study.true_edges([[edge] for edge in some])
-    estimates = {name: torch.tensor([each.of(edge) for edge in some]) for name, each in (("linear", plain), ("exact", exact))}
+    estimates = {
+        name: torch.tensor([each.of(edge) for edge in some]) for name, each in (("linear", plain), ("exact", exact))
+    }
     rows = [
         {"edge": str(edge), "patch": float(true[n])} | {name: float(each[n]) for name, each in estimates.items()}
         for n, edge in enumerate(best)
@@ -208,20 +221,21 @@ def _ablations(
     ids = tokenizer(text("heldout")[4000:8000], return_tensors="pt", verbose=False).input_ids[:, :384]
     means = head_means(model, [ids[:, :256]])
     rest = [(la, h) for la in range(model.config.num_hidden_layers) for h in range(model.config.num_attention_heads)]
-    rest = [head for head in rest if head not in heads]
+    rest, gone = [head for head in rest if head not in heads], heads[: options.remove]
     plain = [edge for edge in every if edge not in circuit]
     methods: dict[str, list[Method]] = {
         "whole": [ablate([])],
-        "circuit heads": [ablate(heads, means)],
-        "random heads": [ablate(draw.sample(rest, min(len(heads), len(rest))), means) for _ in range(options.draws)],
+        "circuit heads": [ablate(gone, means)],
+        "random heads": [ablate(draw.sample(rest, len(gone)), means) for _ in range(options.draws)],
         "circuit edges": [ablate_edges(circuit, means)],
         "random edges": [ablate_edges(draw.sample(plain, len(circuit)), means) for _ in range(options.draws)],
     }
     examples = Needle(length=options.needle_length, count=options.needles, seed=options.seed + 100).examples()
-    result: dict[str, Any] = {"heads": [_name(head) for head in heads], "needles": len(examples)}
+    result: dict[str, Any] = {"heads": [_name(head) for head in gone], "needles": len(examples)}
     for name, several in methods.items():
         result[name] = [
-            {"found": _found(model, tokenizer, examples, method), "loss": _loss(model, ids, method)} for method in several
+            {"found": _found(model, tokenizer, examples, method), "loss": _loss(model, ids, method)}
+            for method in several
         ]
     return result
 

@@ -57,7 +57,9 @@ def plain(name: str = "llama") -> LlamaForCausalLM:
 def true_heads(lm: Any, clean: Any, sent: dict[int, Tensor], metric: Any) -> Tensor:
     layers, heads = len(sent), sent[0].shape[1]
     patches = {(la, h): Patch({(la, h): sent[la][:, h]}) for la in range(layers) for h in range(heads)}
-    return torch.tensor(list(method_effects(lm, clean, patches, metric).values()), dtype=torch.float64).view(layers, heads)
+    return torch.tensor(list(method_effects(lm, clean, patches, metric).values()), dtype=torch.float64).view(
+        layers, heads
+    )
 
 
 def true_edges(lm: Any, clean: Any, sent: dict[int, Tensor], metric: Any, edges: list[HeadEdge]) -> Tensor:
@@ -130,7 +132,9 @@ def test_padding_is_no_part_of_it() -> None:
 def on_the_lab() -> tuple[Any, Tensor, dict[int, Tensor], LogitDifference]:
     lm, tokenizer = lab()
     prompts = retrieval_prompts(3, 256, seed=3)
-    clean, corrupt = (tokenizer([getattr(p, k) for p in prompts], return_tensors="pt").input_ids for k in ("clean", "corrupt"))
+    clean, corrupt = (
+        tokenizer([getattr(p, k) for p in prompts], return_tensors="pt").input_ids for k in ("clean", "corrupt")
+    )
     answers = torch.tensor([[tokenizer.encode(text)[-1] for text in (p.answer, p.distractor)] for p in prompts])
     return lm, clean, head_outputs(lm, corrupt), LogitDifference(answers)
 
@@ -232,15 +236,18 @@ def test_prompts_differ_in_their_names_alone() -> None:
 def bad_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     lm, (clean, corrupt, metric) = random("llama"), texts()
     sent = head_outputs(lm, corrupt)
-    yield "outputs must hold all layers; [2] are missing", lambda: attribute_heads(
-        lm, clean, {layer: sent[layer] for layer in (0, 1)}, metric
+    yield (
+        "outputs must hold all layers; [2] are missing",
+        lambda: attribute_heads(lm, clean, {layer: sent[layer] for layer in (0, 1)}, metric),
     )
-    yield "those of layer 0 must be (4, 4, 10, 8)", lambda: attribute_heads(
-        lm, clean, {layer: z[:, :, :5] for layer, z in sent.items()}, metric
+    yield (
+        "those of layer 0 must be (4, 4, 10, 8)",
+        lambda: attribute_heads(lm, clean, {layer: z[:, :, :5] for layer, z in sent.items()}, metric),
     )
     yield "answers must be token ids (4, 2)", lambda: attribute_edges(lm, clean, sent, LogitDifference(clean[:2, :2]))
-    yield "decoder with a language-model head", lambda: attribute_edges(
-        model("bert"), tokens(), head_outputs(model("bert"), tokens()), metric
+    yield (
+        "decoder with a language-model head",
+        lambda: attribute_edges(model("bert"), tokens(), head_outputs(model("bert"), tokens()), metric),
     )
     yield "count=0", lambda: EdgeAttributions(torch.zeros(1, 1, 1, 1, 3), torch.zeros(1, 1), 0.0).top(0)
 

@@ -135,7 +135,7 @@ class Measure(ABC):
         """
         return None
 
-    def check(self, length: int) -> None:
+    def check(self, length: int) -> None:  # noqa: B027  most measures name no tokens
         """Refuse a text of this many tokens, padding included, if the measure names tokens that it does not have.
 
         Raises:

@@ -8,6 +8,7 @@ Each text counts once, whatever its length. Only sums are kept, so that memory d
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -141,9 +142,8 @@ def look_over(
         survey: an earlier survey of the same measures, to go on with.
         more: keyword arguments for every call of the model.
     """
-    found = survey
-    for found in surveys(model, inputs, measures=measures, layers=layers, survey=survey, **more):
-        pass
+    every = surveys(model, inputs, measures=measures, layers=layers, survey=survey, **more)
+    found = functools.reduce(lambda _, latest: latest, every, survey)
     if found is None or not found.texts:
         raise OptionError("inputs must hold at least one text; got none")
     return found

@@ -62,7 +62,7 @@ def _spreads(found: Looked) -> list[dict[str, Any]]:
     """Return the spread of each measure over texts, if they are many."""
     if found.over is None:
         return [{}] * len(found.measures)
-    return [{"spread": _numbers(table)} for table in found.over.survey.spread]
+    return [{"spread": plain_table(table)} for table in found.over.survey.spread]
 
 
 def _grouped(values: Float[Tensor, "l h n"], group: int) -> Float[Tensor, "l h m"]:

@@ -1,8 +1,8 @@
-"""Prompts of tasks with counterfactuals: indirect objects and coloured objects, which share a circuit, and retrieval.
+"""Prompts of tasks with counterfactuals: indirect objects, coloured objects, and retrieval.
 
-Each prompt has a counterfactual of the same form, whose answer is the prompt's distractor. The first two forms are those
-of Circuit Component Reuse Across Tasks in Transformer Language Models (2023), arXiv 2310.08744; wording and word lists
-are this project's own, and their answers begin with a space.
+Each prompt has a counterfactual of the same form, whose answer is the prompt's distractor. The forms of
+the first two are those of Circuit Component Reuse Across Tasks in Transformer Language Models (2023), arXiv 2310.08744;
+wording and word lists are this project's own, and their answers begin with a space.
 """
 
 from __future__ import annotations

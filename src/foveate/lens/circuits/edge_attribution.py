@@ -198,8 +198,7 @@ class _Heads:
     def exact(self, change: Float[Tensor, "b n s c"]) -> Float[Tensor, "s h 3"]:
         """Return the same with each head computed anew, and only the rest taken as linear."""
         found = self.inputs(self.reading.stream + change.permute(2, 0, 1, 3))
-        estimates = [
-            [((self.attend(**{name: x[number]}) - self.out) * self.gradient).double().sum((0, 2, 3)) for number in range(len(x))]
-            for name, x in found.items()
-        ]  # fmt: skip
-        return torch.stack([torch.stack(each) for each in estimates], -1)
+        return torch.stack([torch.stack([self._estimate(name, each) for each in x]) for name, x in found.items()], -1)
+
+    def _estimate(self, name: Input, changed: Float[Tensor, "b h n d"]) -> Float[Tensor, " h"]:
+        return ((self.attend(**{name: changed}) - self.out) * self.gradient).double().sum((0, 2, 3))

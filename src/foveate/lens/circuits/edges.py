@@ -99,8 +99,8 @@ class EdgePatch(Method):
         for layer in self._into.values():
             for head, name in layer:
                 ends.setdefault(head, []).append(name)
-        for layer, number in sorted(self._inner - ends.keys()):
-            raise OptionError(f"outputs: head {layer}.{number} has None, which needs an edge into that head")
+        for at, number in sorted(self._inner - ends.keys()):
+            raise OptionError(f"outputs: head {at}.{number} has None, which needs an edge into that head")
         self._edit = EditInputs({head: names for head, names in ends.items() if head not in self._inner}, self._change)
         self._reads = StreamReads(sorted(self._into), sorted({edge.sender[0] for edge in edges}))
         self._pass = _Arrivals()
@@ -195,7 +195,9 @@ class EdgePatch(Method):
         own.weights = None
         gap = (weights_of(own, slice(None), head) - weights_of(site, slice(None), head)).abs().amax()
         if bool(gap > max(16 * torch.finfo(site.q.dtype).eps, 1e-3)):
-            raise UnsupportedModel(f"another method changes the attention of head {site.layer}.{head}, which a path uses")
+            raise UnsupportedModel(
+                f"another method changes the attention of head {site.layer}.{head}, which a path uses"
+            )
         places, names = key_places(site, head), {name for at, name in self._into[site.layer] if at[1] == head}
         read = {"q": site.q[:, head], "k": site.k[:, group], "v": site.v[:, group]}
         q, k, v = (
@@ -209,8 +211,8 @@ class EdgePatch(Method):
 
     def _before_logits(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stream = first_tensor((*args, *kwargs.values()))
-        if stream is None or self._pass.site is None:  # no call of this pass was under methods, as when a policy rereads
-            return None
+        if stream is None or self._pass.site is None:
+            return None  # no call of this pass was under methods, as when a policy rereads
         changed = stream + self._difference(self._last, stream.shape[1]).to(stream)
         self._pass.site = None
         args = tuple(changed if x is stream else x for x in args)
@@ -249,7 +251,9 @@ def patch_along(
 def path_edges(path: Sequence[tuple[Any, ...] | None]) -> list[HeadEdge]:
     """Return the edges of a path in order; see `patch_along`."""
     if len(path) < 2 or any(stop is None or len(stop) != 3 for stop in path[1:-1]):
-        raise OptionError(f"path={path!r} must be a sender, receivers (layer, head, input), and perhaps None at its end")
+        raise OptionError(
+            f"path={path!r} must be a sender, receivers (layer, head, input), and perhaps None at its end"
+        )
     sender, edges = path[0], list[HeadEdge]()
     for stop in path[1:]:
         (start,) = checked_heads([sender[:2] if isinstance(sender, tuple) else sender])  # type: ignore[list-item]

@@ -163,7 +163,9 @@ def ablate(
 
 
 def substitute(
-    head: Head, means: Mapping[int, Float[Tensor, "h dv"]] | None, outputs: Mapping[int, Float[Tensor, "b h n dv"]] | None
+    head: Head,
+    means: Mapping[int, Float[Tensor, "h dv"]] | None,
+    outputs: Mapping[int, Float[Tensor, "b h n dv"]] | None,
 ) -> Float[Tensor, "..."]:
     """Return what stands for a removed head's output: zero, its mean, or its output on another text."""
     if means is not None and outputs is not None:

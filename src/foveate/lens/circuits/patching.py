@@ -64,9 +64,7 @@ def measured(run: Host, inputs: Inputs, metric: Metric, *methods: Method) -> flo
         return float(metric(run.model(**{**as_mapping(run, inputs), "use_cache": False}).logits))
 
 
-def method_effects(
-    model: object, inputs: Inputs, methods: Mapping[Key, Method], metric: Metric
-) -> dict[Key, float]:
+def method_effects(model: object, inputs: Inputs, methods: Mapping[Key, Method], metric: Metric) -> dict[Key, float]:
     """Return the change of a metric under each of some methods, one at a time, by its key.
 
     Args:

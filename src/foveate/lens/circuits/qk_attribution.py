@@ -157,7 +157,9 @@ def _frozen_norms(reading: Reading, hidden: Float[Tensor, " c"]) -> Iterator[Non
 
     def replace(module: nn.Module, args: tuple[Tensor, ...], made: Tensor) -> Tensor:
         norm, x = frozen[module], wide(args[0])
-        rows = x.reshape(len(x), -1, x.shape[-1]).transpose(0, 1)  # one scale for each head, the parts beside each other
+        rows = x.reshape(len(x), -1, x.shape[-1]).transpose(
+            0, 1
+        )  # one scale for each head, the parts beside each other
         return (norm.linear(rows) + norm.bias).transpose(0, 1).reshape(x.shape).to(made.dtype)
 
     with ExitStack() as stack:

@@ -81,7 +81,7 @@ def gradient_importance(
 
 
 def _contributions(host: Host, inputs: Any, targets: Any, loss: Loss) -> dict[int, Float[Tensor, "b h n"]]:
-    """Return output times gradient of each head and position, by layer: their sum is the gradient of the head's gate."""
+    """Return output times gradient of each head and position, by layer: their sum is the gradient of a head's gate."""
     found = output_gradients(host, inputs, lambda output: loss(output, targets))
     batch = len(next(iter(found.outputs.values())))
     if found.value.shape != (batch,):
