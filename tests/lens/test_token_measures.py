@@ -51,7 +51,7 @@ def test_masses_and_means_are_those_of_pairs(kind: str, padding: str) -> None:
         for name, pair in pairs(inputs["input_ids"][row], real[row]).items():
             possible = pair.tril() if kind == "llama" else pair
             asks = possible.any(-1)
-            assert asks.any() and not asks[real[row]].all()
+            assert asks.any() and (kind == "bert" or not asks[real[row]].all()), "some queries have nothing to look at"
             for layer, w in enumerate(maps):
                 expected = (w[row] * pair).sum(-1)
                 assert_near(seen.values(name)[layer][row], expected, 1e-4, f"{name}, layer {layer}")

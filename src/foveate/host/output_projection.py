@@ -47,8 +47,7 @@ def projection_holders(host: Host) -> dict[nn.Module, nn.Module]:
     found = {}
     for module in host.attention_modules():
         beside = getattr(parents.get(module), "output", None)
-        own = _linear(module) is not None or not isinstance(beside, nn.Module)
-        found[module] = module if own else beside
+        found[module] = beside if _linear(module) is None and isinstance(beside, nn.Module) else module
     return found
 
 

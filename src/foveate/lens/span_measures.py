@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Bool, Int
@@ -112,6 +112,7 @@ def span_masses(spans: Mapping[str, Span]) -> list[Measure]:
     Args:
         spans: see `SpanMass`.
     """
+    _checked(spans)  # also where there is no pair
     return [SpanMass(spans, target, source) for source, target in product(spans, repeat=2)]
 
 
@@ -130,7 +131,7 @@ def _checked(spans: Mapping[str, Span]) -> _Places:
     return tuple(width.items())
 
 
-def _places_of(name: object, span: Span) -> tuple[tuple[int, int], ...]:
+def _places_of(name: object, span: Any) -> tuple[tuple[int, int], ...]:
     single = isinstance(span, tuple) and len(span) == 2 and all(type(end) is int for end in span)
     places = (span,) if single else tuple(tuple(place) if isinstance(place, list) else place for place in span)
     for place in places:
