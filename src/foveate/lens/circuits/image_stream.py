@@ -123,8 +123,9 @@ class _Tracer:
             run()
         if self.last is None or self.neurons is None or len(self.later) != len(self.blocks) - 1 - self.layer:
             raise UnsupportedModel(f"{type(self.model).__name__} does not run each of its blocks once")
-        read_out = _read_out(self.calls[self.model], self.last[:, 0])
-        return NeuronPaths(*self.neurons, tuple(self.later), *read_out, len(self.blocks))
+        final, projection, bias, output = _read_out(self.calls[self.model], self.last[:, 0])
+        later, depth = tuple(self.later), len(self.blocks)
+        return NeuronPaths(*self.neurons, later, final, projection, bias, output, depth)
 
     def _watch(self, stack: ExitStack, owner: nn.Module, modules: Iterable[nn.Module]) -> None:
         calls = self.calls[owner] = []

@@ -230,7 +230,7 @@ def _score(model: Any, target: int) -> Score:
 
 def _one_layer_weights(model: Any, ids: Tensor) -> Float[Tensor, "h t"]:
     with torch.no_grad():
-        return model.attend(model.embed(_one(ids))).weights[0]  # type: ignore[no-any-return]
+        return model.attend(model.embed(_one(ids))).weights[0]
 
 
 def _one_layer_slope(model: Any, ids: Tensor, target: int) -> tuple[Tensor, Tensor]:
