@@ -133,7 +133,7 @@ def _score(found: dict[str, Any]) -> str:
 
 
 def _ablated(found: dict[str, Any]) -> list[str]:
-    """What is left without the circuit, and without as many random heads or edges."""
+    """A table of the results without the circuit, and without as many random heads or edges."""
     lines = [
         (
             f"Without {', '.join(found['heads'])}, the heads of the largest edges, or as many heads that are not in "
