@@ -126,7 +126,7 @@ def _score(found: dict[str, Any]) -> str:
     """The largest terms of one head's score."""
     terms = "; ".join(f"{one} × {other} {value:.2f}" for one, other, value in found["terms"][:5])
     return (
-        f"Head {found['head']} gives {found['weight']:.0%} of the last token's weight to `{found['key'].strip()}` in "
+        f"Head {found['head']} gives {found['weight']:.0%} of the last token's weight to `{found['key']!r}` in "
         f"`{' '.join(found['text'].split())}`. Its score there is {found['score']:.2f}; the largest terms, query × "
         f"key: {terms}.\n"
     )
@@ -166,6 +166,8 @@ def main() -> None:
     fill(ROOT / "docs" / "recall.md", "recall", recall())
     fill(ROOT / "docs" / "benchmarks.md", "bench", speed())
     for results_of in sorted((MEASURED / "circuits").glob("*.json")):
+        if "seconds" not in json.loads(results_of.read_text("utf-8")):
+            continue  # the run is not finished
         fill(ROOT / "docs" / "circuits.md", f"circuits {results_of.stem}", circuits(results_of))
     if (MEASURED / DECODING).is_file():
         fill(ROOT / "docs" / "benchmarks.md", "decoding", decoding())

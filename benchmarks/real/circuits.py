@@ -139,18 +139,20 @@ def main() -> None:
     found["edges"], found["edge rank"] = _edges(study, plain, exact, options.check, draw)
     _say(begun, f"edges: rank correlation {found['edge rank']}")
     circuit = [edge for edge, _ in exact.top(options.edges)]
+    _save(found)
     found["joint"] = _joint(study, circuit, exact.edges(), clean - corrupt, options.draws, draw)
     _say(begun, f"edges together: {found['joint']}")
     heads = list(dict.fromkeys(h for edge in circuit for h in (edge.sender, edge.receiver) if h is not None))
     found["circuit"] = [_name(head) for head in heads]
+    _save(found)
     found["ablation"] = _ablations(model, tokenizer, heads, circuit, exact.edges(), options, draw)
     _say(begun, f"ablation: {found['ablation']}")
+    _save(found)
     best = exact.logits.abs().flatten().argmax()
     found["score"] = _score(study, divmod(int(best), exact.logits.shape[1]))
     found["roles"] = _roles(study, heads)
     found["seconds"] = round(time.perf_counter() - begun)
-    MEASURED.mkdir(parents=True, exist_ok=True)
-    (MEASURED / f"{options.model}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    _save(found)
     print(json.dumps(found))
 
 
@@ -286,6 +288,12 @@ def _spearman(one: Tensor, other: Tensor) -> float:
 
 def _name(head: Head) -> str:
     return f"{head[0]}.{head[1]}"
+
+
+def _save(found: dict[str, Any]) -> None:
+    """Write what is measured so far; a finished run has its `seconds`."""
+    MEASURED.mkdir(parents=True, exist_ok=True)
+    (MEASURED / f"{found['model']}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 def _say(begun: float, words: str) -> None:
