@@ -55,7 +55,9 @@ def tiny(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**DECODER | changes)),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**DECODER | {"sliding_window": 6} | changes)),
         "gemma2": lambda: Gemma2ForCausalLM(
-            Gemma2Config(**DECODER | {"sliding_window": 6, "attn_logit_softcapping": 0.5} | changes)
+            Gemma2Config(
+                **DECODER | {"sliding_window": 6, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 1} | changes
+            )
         ),
         "gpt_oss": lambda: GptOssForCausalLM(
             GptOssConfig(**DECODER | {"sliding_window": 6, "num_local_experts": 2, "num_experts_per_tok": 2} | changes)
