@@ -131,9 +131,7 @@ def _data(data: dict[str, Any], options: dict[str, Any], out: Path, fresh: bool)
 
             source = Data(**data)
             with lock_folder(out):
-                found = look_at_data(
-                    data=source, folder=out, fresh=fresh, progress=bar.at, say=bar.say, **options
-                )
+                found = look_at_data(data=source, folder=out, fresh=fresh, progress=bar.at, say=bar.say, **options)
                 page = report.write(found, out / "look.html")
                 return found, finish(found, out), page
     except Interrupted as stopped:

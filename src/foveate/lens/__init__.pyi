@@ -41,6 +41,8 @@ from foveate.lens.circuits.letter_subspace import compress_head as compress_head
 from foveate.lens.circuits.letter_subspace import item_accuracy as item_accuracy
 from foveate.lens.circuits.mlp_outputs import mlp_outputs as mlp_outputs
 from foveate.lens.circuits.mlp_outputs import patched_mlps as patched_mlps
+from foveate.lens.circuits.next_logits import NextLogits as NextLogits
+from foveate.lens.circuits.next_logits import next_logits as next_logits
 from foveate.lens.circuits.residual_stream import Trace as Trace
 from foveate.lens.circuits.residual_stream import trace as trace
 from foveate.lens.circuits.set_attention import SetAttention as SetAttention
@@ -101,6 +103,7 @@ from foveate.lens.measures import Entropy as Entropy
 from foveate.lens.measures import Measure as Measure
 from foveate.lens.measures import ReceivedMass as ReceivedMass
 from foveate.lens.measures import SinkMass as SinkMass
+from foveate.lens.output_measures import OutputNorm as OutputNorm
 from foveate.lens.parts.circuit_metrics import CircuitMetrics as CircuitMetrics
 from foveate.lens.parts.circuit_metrics import circuit_metrics as circuit_metrics
 from foveate.lens.parts.head_distance import embed_heads as embed_heads
@@ -121,20 +124,33 @@ from foveate.lens.position_measures import AtOffset as AtOffset
 from foveate.lens.position_measures import MeanDistance as MeanDistance
 from foveate.lens.position_measures import WindowMass as WindowMass
 from foveate.lens.registry import MEASURES as MEASURES
+from foveate.lens.span_measures import SpanMass as SpanMass
+from foveate.lens.span_measures import span_masses as span_masses
+from foveate.lens.survey import Survey as Survey
+from foveate.lens.survey import look_over as look_over
+from foveate.lens.token_measures import CopyMass as CopyMass
+from foveate.lens.token_measures import DuplicateMass as DuplicateMass
+from foveate.lens.token_measures import InductionMass as InductionMass
+from foveate.lens.window_measures import FutureInfluence as FutureInfluence
+from foveate.lens.window_measures import WindowedDistance as WindowedDistance
 
 __all__ = [
     "AtOffset",
     "AttentionProbe",
     "CircuitMetrics",
+    "CopyMass",
     "Coupling",
     "DirectEffects",
     "DiscreteSAE",
+    "DuplicateMass",
     "Entropy",
     "FrozenNorm",
+    "FutureInfluence",
     "HeadImportance",
     "HeadLocality",
     "HeadOutputs",
     "HeadPeak",
+    "InductionMass",
     "KernelAttention",
     "Lens",
     "LetterInputs",
@@ -145,6 +161,8 @@ __all__ = [
     "MeanDistance",
     "Measure",
     "NeedleCase",
+    "NextLogits",
+    "OutputNorm",
     "ParsedSentence",
     "Patch",
     "PathEffects",
@@ -160,8 +178,10 @@ __all__ = [
     "SetAttention",
     "SinkMass",
     "SinkReport",
+    "SpanMass",
     "StructuralProbe",
     "Subspace",
+    "Survey",
     "THRESHOLDS",
     "TaskPrompt",
     "TokenNorms",
@@ -169,6 +189,7 @@ __all__ = [
     "Trace",
     "VitAttentionReport",
     "WindowMass",
+    "WindowedDistance",
     "ablate",
     "ablate_each",
     "activation_patch",
@@ -214,8 +235,10 @@ __all__ = [
     "letter_inputs",
     "linear_cka",
     "look",
+    "look_over",
     "mlp_outputs",
     "needle_span",
+    "next_logits",
     "offset_accuracy",
     "patched_mlps",
     "path_patch",
@@ -235,6 +258,7 @@ __all__ = [
     "sink_rate",
     "sink_report",
     "somp",
+    "span_masses",
     "split_heads",
     "surface_report",
     "to_words",

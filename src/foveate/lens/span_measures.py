@@ -1,8 +1,8 @@
 """Measures between named spans of a text: the mass that the queries of one span put on the keys of another.
 
-    spans = {"question": (3, 9), "context": (9, 200)}
-    seen = foveate.look(model, ids, measures=span_masses(spans))
-    seen.measures()                     # "question->context" and the other pairs, for every layer and head
+spans = {"question": (3, 9), "context": (9, 200)}
+seen = foveate.look(model, ids, measures=span_masses(spans))
+seen.measures()                     # "question->context" and the other pairs, for every layer and head
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class SpanMass(Measure):
 
     def from_weights(self, weights: Tensor, tokens: KeyTokens | None = None) -> Tensor:
         tokens = KeyTokens.plain(weights) if tokens is None else tokens
-        inside = torch.stack([self._inside(head)[..., self._number(self.target)] for head in tokens.positions.unbind(1)], 1)
+        inside = torch.stack(
+            [self._inside(head)[..., self._number(self.target)] for head in tokens.positions.unbind(1)], 1
+        )
         return (weights * inside.repeat_interleave(weights.shape[1] // inside.shape[1], 1)[:, :, None]).sum(-1)
 
     @property
@@ -109,6 +111,7 @@ def span_masses(spans: Mapping[str, Span]) -> list[Measure]:
     Args:
         spans: see `SpanMass`.
     """
+    _checked(spans)
     return [SpanMass(spans, target, source) for source, target in product(spans, repeat=2)]
 
 

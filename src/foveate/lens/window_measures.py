@@ -102,7 +102,12 @@ class FutureInfluence(Measure):
         last = 1 << 40 if self.high is None else self.high
         ends = (places + last + 1).clamp(0, rows), (places + self.low).clamp(0, rows)
         more, fewer = (before.gather(2, end) for end in ends)
-        return (more - fewer).clamp_min(0).float()
+        asked = (more - fewer).clamp_min(0).float()
+        if tokens.real is None:
+            return asked
+        own = tokens.positions.repeat_interleave(heads // tokens.positions.shape[1], 1)
+        real = tokens.real[:, None].expand(-1, heads, -1).gather(2, own.clamp_min(0))  # nobody asks padding
+        return asked * real
 
     def finish(self, total: Tensor, visible: Tensor) -> Tensor:
         return total / visible.clamp_min(1.0)
