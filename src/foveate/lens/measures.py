@@ -123,14 +123,14 @@ class Measure(ABC):
         """
         return None
 
-    def askers(self, counted: Bool[Tensor, "b #h r"], tokens: KeyTokens) -> Float[Tensor, "b #h s"] | None:
+    def askers(self, counted: Bool[Tensor, "b _ r"], tokens: KeyTokens) -> Float[Tensor, "b _ s"] | None:
         """Return, for a measure over keys, how many counted queries may add to each key's sum.
 
         None, the default, for all that see it.
         """
         return None
 
-    def check(self, length: int) -> None:
+    def check(self, length: int) -> None:  # noqa: B027  most measures fit every text
         """Refuse a text of this many tokens, padding included, if the measure names tokens that it does not have.
 
         Raises:

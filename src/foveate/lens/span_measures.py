@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Bool, Int
@@ -131,8 +131,9 @@ def _checked(spans: Mapping[str, Span]) -> _Places:
 
 
 def _places_of(name: object, span: Span) -> tuple[tuple[int, int], ...]:
-    single = isinstance(span, tuple) and len(span) == 2 and all(type(end) is int for end in span)
-    places = (span,) if single else tuple(tuple(place) if isinstance(place, list) else place for place in span)
+    given: Any = span
+    single = isinstance(given, tuple) and len(given) == 2 and all(type(end) is int for end in given)
+    places = (given,) if single else tuple(tuple(place) if isinstance(place, list) else place for place in given)
     for place in places:
         whole = isinstance(place, tuple) and len(place) == 2 and all(type(end) is int for end in place)
         if not isinstance(name, str) or not name or not whole or not 0 <= place[0] < place[1]:

@@ -105,7 +105,7 @@ class Survey:
         return self.value - half, self.value + half
 
     def table(self) -> list[dict[str, Any]]:
-        """Return a row for each layer, head and measure: `value` is the mean over `texts`, `low` and `high` its 95 %."""
+        """Return a row for each layer, head and measure: `value` is the mean, `low` and `high` its 95 %."""
         low, high = self.interval()
         columns = {"value": self.value, "spread": self.spread, "low": low, "high": high, "texts": self.count.long()}
         lists = {name: column.tolist() for name, column in columns.items()}
@@ -142,8 +142,8 @@ def look_over(
         more: keyword arguments for every call of the model.
     """
     found = survey
-    for found in surveys(model, inputs, measures=measures, layers=layers, survey=survey, **more):
-        pass
+    for each in surveys(model, inputs, measures=measures, layers=layers, survey=survey, **more):
+        found = each
     if found is None or not found.texts:
         raise OptionError("inputs must hold at least one text; got none")
     return found

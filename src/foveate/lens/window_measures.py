@@ -94,7 +94,7 @@ class FutureInfluence(Measure):
         tokens = KeyTokens.plain(weights) if tokens is None else tokens
         return mass_from_later(weights, tokens.distances(weights.shape[1]), None, self.low, self._last)
 
-    def askers(self, counted: Bool[Tensor, "b #h r"], tokens: KeyTokens) -> Float[Tensor, "b #h s"] | None:
+    def askers(self, counted: Bool[Tensor, "b _ r"], tokens: KeyTokens) -> Float[Tensor, "b _ s"] | None:
         assert tokens.queries is not None
         heads, rows = max(counted.shape[1], tokens.positions.shape[1]), counted.shape[2]
         before = F.pad(counted.expand(-1, heads, -1).long().cumsum(-1), (1, 0))
