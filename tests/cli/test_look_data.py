@@ -84,7 +84,9 @@ def test_files_hold_means_over_texts(batch: int, survey: Survey, tmp_path: Path)
 
 
 def test_the_first_text_is_shown_with_its_own_values(tmp_path: Path) -> None:
-    found = look_at_data(None, Data(str(written(tmp_path))), tmp_path, measures=["entropy", "next_logit"], heads=[(0, 1)])
+    found = look_at_data(
+        None, Data(str(written(tmp_path))), tmp_path, measures=["entropy", "next_logit"], heads=[(0, 1)]
+    )
     model, tokenizer, _ = load(None)
     ids = torch.tensor([encoded(tokenizer, TEXTS[0])])
     seen = look(model, ids, measures=["entropy"], keep_maps={(0, 1): slice(None)})
@@ -205,7 +207,10 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and state.exists()
-    assert [path.name for path in state.parent.iterdir() if path.suffix == ".tmp"] in ([], [f".{FILE}.{process.pid}.tmp"])
+    assert [path.name for path in state.parent.iterdir() if path.suffix == ".tmp"] in (
+        [],
+        [f".{FILE}.{process.pid}.tmp"],
+    )
     done = int(json.loads(_metadata(state)["progress"])["texts"])
     assert 0 < done < 2800
     found = run("--data", file, "--measure", "entropy", "--batch", "1", "--out", tmp_path / "out", "--json")

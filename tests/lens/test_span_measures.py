@@ -24,7 +24,9 @@ def expected(w: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Ten
 
 
 @pytest.mark.parametrize("few", [0, 64])
-@pytest.mark.parametrize(("kind", "padding"), [("llama", "none"), ("llama", "left"), ("mistral", "none"), ("bert", "none")])
+@pytest.mark.parametrize(
+    ("kind", "padding"), [("llama", "none"), ("llama", "left"), ("mistral", "none"), ("bert", "none")]
+)
 def test_they_are_sums_of_maps(kind: str, padding: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foveate.lens.span_measures._FEW", few)
     model, inputs = tiny(kind), text(padding)

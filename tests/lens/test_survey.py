@@ -31,9 +31,7 @@ def batches() -> list[dict[str, Tensor]]:
 def singles() -> list[dict[str, Tensor]]:
     """The same texts one by one, without padding."""
     each = [(inputs, row) for inputs in batches() for row in range(2)]
-    return [
-        {"input_ids": inputs["input_ids"][row, inputs["attention_mask"][row].bool()][None]} for inputs, row in each
-    ]
+    return [{"input_ids": inputs["input_ids"][row, inputs["attention_mask"][row].bool()][None]} for inputs, row in each]
 
 
 def by_text(model: object) -> numpy.ndarray:

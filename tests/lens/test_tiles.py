@@ -17,7 +17,6 @@ from foveate.lens.capture import tiles
 from foveate.lens.measures import KeyTokens
 from tests.support.tensors import assert_near, qkv
 
-
 IDS = torch.randint(0, 3, (2, 16), generator=torch.Generator().manual_seed(5))
 
 

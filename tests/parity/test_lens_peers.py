@@ -21,7 +21,11 @@ from tests.parity.lens_record import HEADS, LAYERS, PAIR
 from tests.support.tensors import assert_near
 
 RECORD = json.loads(record.RECORD.read_text())
-OURS = {"previous_token_head": "previous_token", "duplicate_token_head": "duplicate_token", "induction_head": "induction"}
+OURS = {
+    "previous_token_head": "previous_token",
+    "duplicate_token_head": "duplicate_token",
+    "induction_head": "induction",
+}
 
 
 @cache

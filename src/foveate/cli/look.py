@@ -143,7 +143,8 @@ def _data(data: dict[str, Any], options: dict[str, Any], out: Path, fresh: bool)
                 page = report.write(found, out / "look.html")
                 return found, finish(found, out), page
     except Interrupted as stopped:
-        kept = f"{stopped.done:,} of {stopped.total:,} texts are measured and kept in {out}; run the same command to resume"
+        kept = f"{stopped.done:,} of {stopped.total:,} texts are measured and kept in {out}; run the same "
+        kept += "command to resume"
         typer.echo(f"interrupted: {kept}" if stopped.done else "interrupted before any text was measured", err=True)
         raise typer.Exit(1) from None
 

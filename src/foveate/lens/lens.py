@@ -179,7 +179,7 @@ class Lens(Method):
         return wanted
 
     def reduced(self, measure: str | Measure) -> dict[int, Float[Tensor, "b h"]]:
-        """Return one number for each text and head of the latest call or sequence, by layer; NaN if no query counted."""
+        """Return one number for each text and head of the latest call or sequence, by layer; NaN without a query."""
         wanted = self._own(measure)
         return {layer: record.reduced(wanted) for layer, record in sorted(self._latest.items()) if record.counted}
 

@@ -127,7 +127,7 @@ class Measure(ABC):
         """
         return None
 
-    def askers(self, counted: Bool[Tensor, "b h r"], tokens: KeyTokens, seen: int) -> Float[Tensor, "b h n"] | None:
+    def askers(self, counted: Bool[Tensor, "b _ r"], tokens: KeyTokens, seen: int) -> Float[Tensor, "b _ n"] | None:
         """Return, for a measure over keys, over how many counted queries each token's sum is a mean.
 
         They count also if the token has left the cache. `seen` is the number of tokens so far. None, the default, for

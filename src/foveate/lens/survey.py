@@ -8,7 +8,6 @@ Each text counts once, whatever its length. Only sums are kept, so that memory d
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -106,7 +105,7 @@ class Survey:
         return self.value - half, self.value + half
 
     def table(self) -> list[dict[str, Any]]:
-        """Return a row for each layer, head and measure: `value` is the mean over `texts`, `low` and `high` its 95 %."""
+        """Return a row for each layer, head and measure: `value` is the mean, `low` and `high` its 95 %."""
         low, high = self.interval()
         columns = {"value": self.value, "spread": self.spread, "low": low, "high": high, "texts": self.count.long()}
         lists = {name: column.tolist() for name, column in columns.items()}
@@ -142,8 +141,9 @@ def look_over(
         survey: an earlier survey of the same measures, to go on with.
         more: keyword arguments for every call of the model.
     """
-    every = surveys(model, inputs, measures=measures, layers=layers, survey=survey, **more)
-    found = functools.reduce(lambda _, latest: latest, every, survey)
+    found = survey
+    for each in surveys(model, inputs, measures=measures, layers=layers, survey=survey, **more):
+        found = each
     if found is None or not found.texts:
         raise OptionError("inputs must hold at least one text; got none")
     return found

@@ -96,7 +96,7 @@ class FutureInfluence(Measure):
         tokens = KeyTokens.plain(weights) if tokens is None else tokens
         return mass_from_later(weights, tokens.distances(weights.shape[1]), None, self.low, self._last)
 
-    def askers(self, counted: Bool[Tensor, "b h r"], tokens: KeyTokens, seen: int) -> Float[Tensor, "b h n"] | None:
+    def askers(self, counted: Bool[Tensor, "b _ r"], tokens: KeyTokens, seen: int) -> Float[Tensor, "b _ n"] | None:
         assert tokens.queries is not None
         before, rows = F.pad(counted.long().cumsum(-1), (1, 0)), counted.shape[2]
         places = torch.arange(seen, device=counted.device) - tokens.queries[0]

@@ -35,12 +35,12 @@ MEANINGS = {
     "within_4": "the share of a token’s attention that goes to tokens at most 4 away",
     "windowed_distance": "how far away the tokens lie that a token attends to, where none counts as more than 10 away",
     "future_influence": "the attention that a token gets from the tokens 10 to 100 after it, on average",
-    "duplicate_token": "the share of a token’s attention that goes to other places with the same token; a head’s number "
-    "is the mean over tokens that have one",
+    "duplicate_token": "the share of a token’s attention that goes to other places with the same token; a head has "
+    "the mean over tokens that have one",
     "induction": "the share of a token’s attention that goes to what followed the same token before",
     "copying": "the share of a token’s attention that goes to earlier places of the token that comes next",
     "output_norm": "the size of what the head adds to the residual stream",
-    "next_logit": "what the head by itself adds to the logit of the token that comes next, less the mean over all tokens",
+    "next_logit": "what the head by itself adds to the logit of the token that comes next, less the mean over all",
 }
 _SHOWN = 4  # heads with the largest and the smallest values
 

@@ -83,7 +83,8 @@ def look_at_data(
     say("encoding texts")
     texts = read_texts(Path(data.file), tokenizer, field=data.field, most=data.texts, longest=longest, note=say)
     identity = {
-        "model": digest.of_model(loaded), "file, field or number of texts": texts.digest(), "list of measures": ", ".join(map(repr, chosen)),
+        "model": digest.of_model(loaded), "file, field or number of texts": texts.digest(),
+        "list of measures": ", ".join(map(repr, chosen)),
         "batch size": str(data.batch), "device": device, "dtype": dtype,
         "version of Foveate, torch or transformers": digest.of(versions(), digest.of_code()),
     }  # fmt: skip

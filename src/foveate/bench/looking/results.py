@@ -82,7 +82,8 @@ class Over:
         parts = {"spread": self.survey.spread, "low": low, "high": high, "counted": self.survey.count}
         tables = {name: dict(zip(self.survey.names, part.tolist(), strict=True)) for name, part in parts.items()}
         return {
-            "data": self.data, "texts": self.survey.texts, "data_tokens": self.tokens, "notes": list(self.notes), **tables,
+            "data": self.data, "texts": self.survey.texts, "data_tokens": self.tokens,
+            "notes": list(self.notes), **tables,
         }  # fmt: skip
 
 

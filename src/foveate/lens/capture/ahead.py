@@ -38,9 +38,7 @@ def ids_so_far(site: Site, notes: dict[str, Any], names: Sequence[str]) -> Int[T
     return notes["ids"]
 
 
-def settle(
-    site: Site, notes: dict[str, Any], record: Record, measures: Sequence[Measure], tokens: KeyTokens
-) -> None:
+def settle(site: Site, notes: dict[str, Any], record: Record, measures: Sequence[Measure], tokens: KeyTokens) -> None:
     """Complete the last row of the call before this one, and keep the last row of this one.
 
     Call it before the record gets this call.

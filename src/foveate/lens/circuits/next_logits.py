@@ -35,7 +35,7 @@ _PROBE = 8  # tokens of the run that finds the norms between heads and logits
 @final
 @dataclass(frozen=True, eq=False)
 class NextLogits:
-    """What heads add to logits, at each token.
+    """The summands of heads in logits, at each token.
 
     Args:
         heads: the summand of each head in the logit of the target; zero where `counted` is False.

@@ -3,10 +3,10 @@
     for role in foveate.lens.roles(model, ids, delimiters=ids_of(".,\\n")):
         print(role.layer, role.head, role.name, role.score, role.threshold, role.reason)
 
-Two probes, each one pass with the model's own kernel and in linear memory: random tokens that come twice, for the
-previous token, an earlier copy and the token behind it (as in In-context Learning and Induction Heads, 2022, arXiv
-2209.11895), and a text, for sinks, local, delimiter, broad and redundant heads. Retrieval heads come from
-`retrieval_scores` or `copying_scores`, which need texts with answers.
+Two probes, each one pass with the model's own kernel and in linear memory: random tokens that come twice, where the
+previous token, an earlier copy and the token behind it lie at fixed offsets (as in In-context Learning and Induction
+Heads, 2022, arXiv 2209.11895), and a text, for sinks, local, delimiter, broad and redundant heads. Retrieval heads come
+from `retrieval_scores` or `copying_scores`, which need texts with answers.
 
 A role holds if the score is at least the threshold. By default that is half of a head's weight, so that a head has at
 most one of the roles that share out its weight between disjoint keys. What uniform attention would give is in the
@@ -30,7 +30,6 @@ from foveate.host.hf.model import Host, host
 from foveate.lens.lens import look
 from foveate.lens.measures import Entropy, Measure, SinkMass
 from foveate.lens.position_measures import AtOffset, WindowMass
-from foveate.lens.token_measures import DuplicateMass, InductionMass
 
 #: Thresholds by role, each a share: of a head's weight, of uniform attention's entropy, or of two heads' common weight.
 THRESHOLDS: Mapping[str, float] = {
@@ -112,9 +111,8 @@ def _repeated(
     own = found.config.bos_token_id
     first = torch.tensor([own] if begin is None and isinstance(own, int) else list(begin or ()), dtype=torch.long)
     ids = torch.cat([first, tokens, tokens])[None]
-    measures: dict[str, Measure] = {
-        "previous token": AtOffset(1), "induction": InductionMass(), "duplicate": DuplicateMass(),
-    }  # fmt: skip
+    offsets = {"previous token": 1, "induction": size - 1, "duplicate": size}
+    measures = {name: AtOffset(offset) for name, offset in offsets.items()}
     seen = _measured(found, ids, list(measures.values()))
     second = slice(len(first) + size, len(first) + 2 * size - 1)  # of the last token nothing comes after
     even = (1.0 / torch.arange(1, ids.shape[1] + 1))[second].mean().item()

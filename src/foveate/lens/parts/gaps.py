@@ -53,7 +53,9 @@ def bands(
     """
     (batch, heads, n), total = call.q.shape[:3], call.k.shape[2]
     width, room = high - low + 1, TILE / (batch * heads)
-    step = max(8, min(4 * width, int((math.sqrt(width * width + 4 * room) - width) / 2)))  # step * (step + width) = room
+    step = max(
+        8, min(4 * width, int((math.sqrt(width * width + 4 * room) - width) / 2))
+    )  # step * (step + width) = room
     for start in range(0, n, step):
         stop = min(n, start + step)
         first, last = max(0, start + past - high), min(total, stop + past - low)
