@@ -17,8 +17,8 @@ import foveate
 from foveate.core import oracle
 from foveate.core.errors import FoveateError
 from foveate.host import Site
-from foveate.host.hf.model import host
 from foveate.host.fused_statistics import Statistics
+from foveate.host.hf.model import host
 from foveate.lens import HeadOutputs, Lens, Look, attention_maps, head_outputs, look, weight_gradients
 from foveate.lens.measures import KeyTokens
 from foveate.lens.parts.stack import covering
