@@ -149,7 +149,7 @@ def nearest_share(q_xy: Tensor, k_xy: Tensor, group: Tensor) -> float:
     return (group[torch.cdist(q_xy, k_xy).argmin(1)] == group).double().mean().item()
 
 
-@pytest.mark.parametrize("method", ["pca", "tsne"])
+@pytest.mark.parametrize("method", ["pca", pytest.param("tsne", marks=pytest.mark.slow)])
 def test_planted_clusters_meet(claim: ClaimFixture, method: Any) -> None:
     if method == "tsne":
         pytest.importorskip("sklearn")
