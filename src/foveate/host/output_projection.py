@@ -44,7 +44,7 @@ def _parts(site: Site) -> Float[Tensor, "c hq dv"]:
 def projection_holders(host: Host) -> dict[nn.Module, nn.Module]:
     """Return, by attention module, the module that has its output projection: itself, or BERT's `output` beside it."""
     parents = {child: parent for parent in host.model.modules() for child in parent.children()}
-    found = {}
+    found: dict[nn.Module, nn.Module] = {}
     for module in host.attention_modules():
         beside = getattr(parents.get(module), "output", None)
         found[module] = beside if _linear(module) is None and isinstance(beside, nn.Module) else module

@@ -11,9 +11,8 @@ from foveate.core import validate
 def t_quantile(p: float, freedom: int) -> float:
     """Return the quantile of Student's t: exact for 1 and 2 degrees of freedom, and within 0.5 % from 3 on.
 
-    The expansion around the normal quantile is 26.7.5 of Abramowitz and Stegun, Handbook of Mathematical Functions
-    (1964).
-    The error is that of the 97.5 % quantile, and falls with the degrees of freedom.
+    The expansion around the normal quantile is 26.7.5 of Abramowitz and Stegun, Handbook of Mathematical Functions. The
+    error is that of the 97.5 % quantile, and falls with the degrees of freedom.
     """
     validate.count("freedom", freedom, 1)
     if freedom == 1:
