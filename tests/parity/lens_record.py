@@ -6,8 +6,10 @@ from here:
     python3 -m venv /tmp/lens && /tmp/lens/bin/pip install torch==2.13.0 "transformer-lens<4" bertviz
     /tmp/lens/bin/python tests/parity/lens_record.py
 
-Either alone is recorded as well, `pip install --no-deps bertviz` beside transformers and IPython for one; what is known of
-the other stays. Both sides make the same models, from one generator. TransformerLens gets the GPT-2-like one in its own format, with the
+Either alone is recorded as well: `pip install --no-deps bertviz` beside transformers and IPython. What is known of the
+other stays. Both sides make the same models, from one generator.
+
+TransformerLens gets the GPT-2-like one in its own format, with the
 final norm folded into the unembedding, which its logit attribution needs; the biases of values stay where they are,
 since folding moves them out of `z`. bertviz gets the maps that transformers computes, and the page's data is recorded.
 """
