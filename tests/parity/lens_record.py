@@ -6,7 +6,10 @@ from here:
     python3 -m venv /tmp/lens && /tmp/lens/bin/pip install torch==2.13.0 "transformer-lens<4" bertviz
     /tmp/lens/bin/python tests/parity/lens_record.py
 
-Both sides make the same models, from one generator. TransformerLens gets the GPT-2-like one in its own format, with the
+Either alone is recorded as well: `pip install --no-deps bertviz` beside transformers and IPython. What is known of the
+other stays. Both sides make the same models, from one generator.
+
+TransformerLens gets the GPT-2-like one in its own format, with the
 final norm folded into the unembedding, which its logit attribution needs; the biases of values stay where they are,
 since folding moves them out of `z`. bertviz gets the maps that transformers computes, and the page's data is recorded.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +144,13 @@ def bertviz() -> dict[str, Any]:
 
 
 def main() -> None:
-    names = ("transformer-lens", "bertviz", "transformers", "torch")
-    made = {
-        "versions": {name: version(name) for name in names},
-        "gpt2": sample(gpt2()),
-        "bert": sample(bert()),
-        "transformer_lens": transformer_lens(),
-        "bertviz": bertviz(),
-    }
+    """Record the peers that are installed here, and keep what is recorded of the others."""
+    made = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    made |= {"gpt2": sample(gpt2()), "bert": sample(bert())}
+    for name, peer in {"transformer_lens": transformer_lens, "bertviz": bertviz}.items():
+        if find_spec(name) is not None:
+            versions = {each: version(each) for each in (name.replace("_", "-"), "transformers", "torch")}
+            made[name] = {"versions": versions, **peer()}
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in made.items())
     RECORD.write_text("{\n" + lines + "\n}\n")
 

@@ -20,10 +20,10 @@ from tests.parity import lens_record as record
 from tests.parity.lens_record import HEADS, LAYERS, PAIR
 from tests.support.tensors import assert_near
 
-if not record.RECORD.exists():
-    pytest.skip("no record yet: tests/parity/lens_record.py says how to make it", allow_module_level=True)
-
 RECORD = json.loads(record.RECORD.read_text())
+needs_transformer_lens = pytest.mark.skipif(
+    "transformer_lens" not in RECORD, reason="not recorded yet: tests/parity/lens_record.py says how"
+)
 OURS = {
     "previous_token_head": "previous_token",
     "duplicate_token_head": "duplicate_token",
@@ -55,6 +55,7 @@ def test_both_sides_have_the_same_model(name: str) -> None:
 # -- TransformerLens ---------------------------------------------------------------------------------------------------
 
 
+@needs_transformer_lens
 def test_maps_are_its_patterns() -> None:
     found = attention_maps(model("gpt2"), record.ids())[0]
     assert_near(found, theirs("transformer_lens", "pattern"), 1e-5)
@@ -62,11 +63,13 @@ def test_maps_are_its_patterns() -> None:
     assert_near(kept, theirs("transformer_lens", "pattern")[1, 2], 1e-5)
 
 
+@needs_transformer_lens
 def test_outputs_of_heads_are_its_z() -> None:
     found = head_outputs(model("gpt2"), record.ids())
     assert_near(torch.cat([found[layer] for layer in range(LAYERS)]), theirs("transformer_lens", "z"), 1e-5)
 
 
+@needs_transformer_lens
 def test_direct_effects_are_its_logit_attribution() -> None:
     """Of the next token's logit, at every token; ours centres logits over the vocabulary, as its folding does."""
     ids, wanted = record.ids(), theirs("transformer_lens", "effects")
@@ -76,6 +79,7 @@ def test_direct_effects_are_its_logit_attribution() -> None:
         assert_near(effects.heads[0, ..., 0], wanted[..., place], 1e-4)
 
 
+@needs_transformer_lens
 @pytest.mark.parametrize("name", OURS)
 def test_scores_of_heads_are_its_detectors(name: str) -> None:
     """Its score is the mean mass over all queries. Ours counts those that have a token to look at."""
