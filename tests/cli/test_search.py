@@ -51,7 +51,7 @@ CORPUS = [
     ("good initialisation for little data", 2, "mimetic_init", "initial weights"),
     ("convert a trained softmax model to linear attention", 1, "hedgehog", "conversion"),
     ("fewer key value heads from a multi-head checkpoint", 1, "key_driven_gqa", "fewer key/value heads"),
-    ("attention sinks", 4, "act_calibration sink_recent", "attention sinks"),
+    ("attention sinks", 5, "act_calibration sink_recent", "attention sinks"),
     ("exact attention with less memory", 1, "memory_efficient_attention", "exactness"),
     ("music", 1, "music_transformer", '"music"'),
     ("irregular time series with noise", 1, "adaptive_filter_attention", "irregular time series"),
