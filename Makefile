@@ -112,6 +112,9 @@ picture: $(INSTALLED)
 	$(BIN)/python benchmarks/recall.py
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=960,600 --screenshot=docs/recall.png \
 		file://$(CURDIR)/foveate-recall.html
+	$(BIN)/python docs/view.py
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1000 --screenshot=docs/view.png \
+		file://$(CURDIR)/build/view.html
 
 # the tutorials, with the outputs of this run
 notebooks: $(INSTALLED_DEV)
