@@ -139,8 +139,11 @@ class Statistics:
 
     @property
     def _by_tiles(self) -> bool:
-        """True where one pass over the logits is cheaper than the kernel with other values."""
-        return self.q.device.type == "cpu" and self.q.shape[2] > FEW
+        """True where one pass over the logits is cheaper than the kernel with other values.
+
+        Its many small operations gain nothing from more threads, and the kernel does.
+        """
+        return self.q.device.type == "cpu" and self.q.shape[2] > FEW and torch.get_num_threads() == 1
 
     @cached_property
     def lse(self) -> Float[Tensor, "b hq nq"]:
