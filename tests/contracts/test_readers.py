@@ -167,9 +167,9 @@ def test_readers_find_what_the_eager_model_has(name: str, case: str) -> None:
 
 @pytest.mark.parametrize("case", SEQUENCES, ids=lambda case: case.name)
 def test_outputs_of_generated_tokens_are_joined(case: Case) -> None:
-    record = HeadOutputs(part=case.part)
+    record, pieces = HeadOutputs(part=case.part), PIECES[case.maps[0].shape[2]]
     with torch.no_grad(), foveate.apply(case.model, record):
-        feed(case.model, case.inputs, PIECES[case.maps[0].shape[2]])
+        feed(case.model, case.inputs, pieces)
     reader = READERS["HeadOutputs"]
     check(reader.found(record, case), reader.expected(case))
 
