@@ -25,6 +25,7 @@ from foveate.lens import (
 from tests.conftest import ClaimFixture
 from tests.lens.models import eager_maps, tiny
 from tests.support.constructed import VOCAB, induction_lm
+from tests.support.sink_text import VOCABULARY, SinkText
 from tests.support.tensors import assert_near, qkv
 
 T = 64
@@ -220,25 +221,7 @@ def _logits(q: Tensor, k: Tensor) -> Tensor:
 
 # -- emergence ---------------------------------------------------------------------------------------------------------
 
-VOCABULARY, LENGTH, TRIGGERS = 24, 24, 6
-
-
-class Text:
-    """Markov text behind a begin token 0. After one of the first few tokens, the token before it comes again."""
-
-    def __init__(self, seed: int) -> None:
-        self.draw = torch.Generator().manual_seed(seed)
-        self.next = torch.randn(VOCABULARY, VOCABULARY, generator=self.draw).mul(3).softmax(-1)
-        self.next[:, 0] = 0.0
-
-    def sample(self, batch: int) -> Tensor:
-        ids = torch.zeros(batch, LENGTH, dtype=torch.long)
-        for at in range(1, LENGTH):
-            last = ids[:, at - 1]
-            drawn = torch.multinomial(self.next[last], 1, generator=self.draw)[:, 0]
-            copies = (last >= 1) & (last <= TRIGGERS) & (at > 1)
-            ids[:, at] = torch.where(copies, ids[:, at - 2], drawn)
-        return ids
+TRIGGERS = 6
 
 
 class Instead(Method):
@@ -270,7 +253,10 @@ def trained(attention: KernelAttention | None, seed: int, steps: int) -> LlamaFo
         tie_word_embeddings=False,
     ))  # fmt: skip
     own = [] if attention is None else list(attention.parameters())
-    optimizer, text = torch.optim.AdamW([*model.parameters(), *own], lr=1e-2, weight_decay=0.1), Text(seed)
+    optimizer, text = (
+        torch.optim.AdamW([*model.parameters(), *own], lr=1e-2, weight_decay=0.1),
+        SinkText(seed, TRIGGERS),
+    )
     text.sample(32)
     for _ in range(steps):
         ids = text.sample(16)
@@ -295,7 +281,7 @@ def test_a_sink_emerges_with_softmax_and_moves_to_a_learnt_key(claim: ClaimFixtu
 
     Divided by their sum, they put 0.08 of a row on the first token for one seed, and 0.62 for another.
     """
-    held = Text(0).sample(32)
+    held = SinkText(0, TRIGGERS).sample(32)
     before = float(sink_report(trained(None, 0, 0), [held]).importance[0, 0, 0])
     softmax = float(sink_report(trained(None, 0, 600), [held]).importance[0, 0, 0])
     assert softmax > before + 0.02, "it appears in training"

@@ -31,6 +31,7 @@ from foveate.lens import (
 )
 from tests.conftest import ClaimFixture
 from tests.lens.models import eager_maps, image, text, tiny
+from tests.support.sink_text import LENGTH, VOCABULARY, SinkText
 from tests.support.tensors import assert_near
 
 T = 32
@@ -236,28 +237,7 @@ def test_effective_rank() -> None:
 
 # -- emergence ---------------------------------------------------------------------------------------------------------
 
-VOCABULARY, LENGTH, TRIGGERS = 24, 24, 7
-
-
-class Text:
-    """Markov text behind a begin token 0. After one of the first tokens, three tenths of them, an earlier one returns.
-
-    Elsewhere the next token follows from the last one alone, so that attention has nothing to add.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.draw = torch.Generator().manual_seed(seed)
-        self.next = torch.randn(VOCABULARY, VOCABULARY, generator=self.draw).mul(3).softmax(-1)
-        self.next[:, 0] = 0.0
-
-    def sample(self, batch: int) -> Tensor:
-        ids = torch.zeros(batch, LENGTH, dtype=torch.long)
-        for at in range(1, LENGTH):
-            last = ids[:, at - 1]
-            drawn = torch.multinomial(self.next[last], 1, generator=self.draw)[:, 0]
-            copies = (last >= 1) & (last <= TRIGGERS) & (at > 1)
-            ids[:, at] = torch.where(copies, ids[:, at - 2], drawn)
-        return ids
+TRIGGERS = 7
 
 
 class OffByOne(Method):
@@ -294,7 +274,11 @@ def begin_mass(off_by_one: bool, checkpoints: tuple[int, ...], seed: int) -> tup
     ))  # fmt: skip
     model.model.layers[0].mlp.down_proj.weight.data.zero_().requires_grad_(False)
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, source, draw = torch.optim.Adam(learnt, lr=1e-2), Text(seed), torch.Generator().manual_seed(seed)
+    optimizer, source, draw = (
+        torch.optim.Adam(learnt, lr=1e-2),
+        SinkText(seed, TRIGGERS),
+        torch.Generator().manual_seed(seed),
+    )
     held, pool, found, record = source.sample(32), source.sample(2048), list[float](), Weights()
     sees = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     with apply(model, OffByOne(), record) if off_by_one else nullcontext():
