@@ -76,7 +76,7 @@ def test_policies_that_act_together_on_all_layers_are_not_the_best_single_policy
     search = searched(World(loses), [Arm("duo_attention"), Arm("knorm")])
     assert all(len(one.parts) == 1 for one in search.uniform)
     path = search.candidates()
-    assert [len(one.parts) for one in path[:3]] == [1, 1, 1] and path[2] == search.best
+    assert [len(one.parts) for one in path[:2]] == [1, 1] and path[1] == search.best
 
 
 # -- budgets by layer --------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_one_layer_needs_everything_and_the_others_nothing() -> None:
     path = search.candidates()
     assert path[-1] == best and path[0] == search.best
     shares = [{**search.uniform, **search.layered}[one].share for one in path]
-    assert len(path) > 3 and shares == sorted(shares, reverse=True)
+    assert len(path) == 2 and shares == sorted(shares, reverse=True)
 
 
 def test_layers_that_need_different_budgets() -> None:

@@ -64,7 +64,7 @@ def test_the_table_the_claim_and_the_files(tune: Fake, tmp_path: Path) -> None:
     assert "recipe out/recipe.json" in text and "4 settings were tried" in text
     assert tune.given["keep"] == 0.9 and tune.given["methods"] == ["snapkv", "knorm"]
     assert tune.given["budgets"] == (0.1, 0.5) and tune.given["held_out"] is None
-    assert run().exit_code == 0 and tune.given["budgets"] == BUDGETS and tune.given["search"] == 32
+    assert run().exit_code == 0 and tune.given["budgets"] == BUDGETS and tune.given["search"] == 16
 
 
 def test_json(tune: Fake) -> None:

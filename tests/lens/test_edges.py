@@ -31,6 +31,7 @@ from foveate.lens import (
     path_edges,
     path_patch,
 )
+from foveate.lens.circuits.stream_reads import StreamReads
 from foveate.steer import ActCalibration
 from tests.lens.test_direct_effects import random
 from tests.support.constructed import accuracy, induction_lm, recall
@@ -72,6 +73,27 @@ def test_own_outputs_change_nothing_and_others_do(name: str, side: str) -> None:
     for edge in edges:
         other = logits(lm, given["input_ids"], ablate_edges([edge]), attention_mask=given["attention_mask"])[real]
         assert (other - before).abs().max() > 1e-4, edge
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "olmo2"])
+def test_what_heads_write_adds_up_to_what_the_stream_gets(name: str) -> None:
+    """Also where a norm stands between the output projection and the stream."""
+    lm, ids, added = random(name), tokens(), list[Tensor]()
+    reads = StreamReads(writers=range(len(lm.model.layers)))
+    # Llama's norm of this name stands in front of the MLP
+    behind = [b.self_attn.o_proj if name == "llama" else b.post_attention_layernorm for b in lm.model.layers]
+
+    def note(module: nn.Module, given: Any, made: Tensor) -> None:
+        if made.shape[:2] == ids.shape:  # norms are also called with other inputs, to learn their linear part
+            added.append(made)
+
+    with torch.no_grad(), foveate.apply(lm, reads), ExitStack() as stack:
+        for module in behind:
+            stack.callback(module.register_forward_hook(note).remove)
+        lm(ids, use_cache=False)
+        written = [reads.written(layer).sum(2) for layer in range(len(lm.model.layers))]
+    for made, expected in zip(written, added, strict=True):
+        assert_near(made, expected, 1e-5)
 
 
 # -- by hand -----------------------------------------------------------------------------------------------------------

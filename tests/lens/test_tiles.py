@@ -100,7 +100,7 @@ def test_given_weights_are_measured() -> None:
 
 def test_nan_in_hidden_keys_does_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden keys may hold NaN, also on devices without a fused kernel."""
-    monkeypatch.setattr("foveate.host.fused_statistics._has_kernel", lambda q: False)
+    monkeypatch.setattr("foveate.host.fused_statistics.has_kernel", lambda q: False)
     q, k, _ = qkv(9, 9, dtype=torch.float32)
     seen = masks.causal(9, 9)[None, None] & (torch.arange(9) != 4)
     w = oracle.weights(q, k, mask=seen, scale=0.6)

@@ -13,37 +13,21 @@ from foveate.lens import AttentionView, attention_view, attentionviz_matrix
 from tests.lens.models import image, text, tiny
 from tests.lens.test_view_pages import HOSTILE, random_maps
 from tests.report.conftest import IMAGE, SCRIPT
-from tests.report.test_browser import SCHEMES, SIZES, browser  # noqa: F401  a fixture
+from tests.support.browser import SCHEMES, SIZES, Visit, browser, visits  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.browser
 
 WORDS = [f"word{at} " for at in range(24)]
 
 
-class Visit:
-    """A page opened from disk, with its requests and console messages."""
+class View(Visit):
+    """The page of a view."""
 
-    def __init__(self, browser: Any, page: str, folder: Path, width: int, height: int, scheme: str):  # noqa: F811
+    def __init__(self, browser: Any, page: str, folder: Path, *screen: Any, **named: Any) -> None:  # noqa: F811
         path = folder / "page.html"
         path.write_text(page, "utf-8")
-        self.address = path.as_uri()
-        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(self.address)
+        super().__init__(browser, path, *screen, **named)
         self.check()
-
-    def check(self) -> None:
-        assert self.complaints == [] and self.requests == [self.address]
-
-    def __call__(self, script: str) -> Any:
-        return self.page.evaluate(script)
-
-    def text(self, name: str) -> str:
-        return self.page.locator(name).inner_text()
 
     def head(self, layer: int, head: int) -> None:
         self.page.locator(f".cell[data-layer='{layer}'][data-head='{head}']").click()
@@ -69,15 +53,7 @@ class Visit:
 
 @pytest.fixture
 def visit(browser, tmp_path):  # noqa: F811
-    visits: list[Visit] = []
-
-    def open_page(page: str, width: int = 1280, height: int = 900, scheme: str = "light") -> Visit:
-        visits.append(Visit(browser, page, tmp_path, width, height, scheme))
-        return visits[-1]
-
-    yield open_page
-    for one in visits:
-        one.page.close()
+    yield from visits(lambda page, *screen, **named: View(browser, page, tmp_path, *screen, **named))
 
 
 def decoder() -> AttentionView:

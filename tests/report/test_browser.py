@@ -2,82 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from foveate.bench.comparison.results import Comparison, Row
 from foveate.report.html import write
+from tests.support.browser import SCHEMES, SIZES, Visit, browser, visits  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.browser
 
 SCRIPT = "<script>window.pwned=1</script>"
 IMAGE = "<img src=x onerror=window.pwned=2>"
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-SIZES = pytest.mark.parametrize("width, height", [(1280, 900), (390, 844)], ids=["desktop", "phone"])
-SCHEMES = pytest.mark.parametrize("scheme", ["light", "dark"])
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    executable = shutil.which("chromium") or shutil.which("chromium-browser")
-    if executable is None:
-        message = "no Chromium on this machine (Debian: apt-get install chromium)"
-        if "CI" in os.environ:
-            pytest.fail(message)
-        pytest.skip(message)
-    from playwright.sync_api import sync_playwright
+class Report(Visit):
+    """A comparison's page, whose plots are drawn."""
 
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=executable, args=FLAGS)
-        yield running
-        running.close()
-
-
-class Visit:
-    """A page opened from disk, with its requests and console messages."""
-
-    def __init__(self, browser, comparison: Comparison, folder: Path, width: int, height: int, scheme: str = "light"):
-        self.address = write(comparison, folder / "report.html").as_uri()
-        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(self.address)
+    def __init__(self, browser: Any, comparison: Comparison, folder: Path, *screen: Any) -> None:  # noqa: F811
+        super().__init__(browser, write(comparison, folder / "report.html"), *screen)
         self.wait("[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.main-svg'))")
-
-    def __call__(self, script: str):
-        return self.page.evaluate(script)
-
-    def wait(self, script: str) -> None:
-        """Wait until `script` is true; Playwright's own waiting evaluates strings in the page, which the policy
-        forbids."""
-        for _ in range(400):
-            if self(script):
-                return
-            self.page.wait_for_timeout(50)
-        pytest.fail(f"never true: {script}; {self.complaints}")
 
 
 @pytest.fixture
-def visit(browser, tmp_path):
-    visits = []
-
-    def open_page(comparison: Comparison, width: int = 1280, height: int = 900, scheme: str = "light") -> Visit:
-        visits.append(Visit(browser, comparison, tmp_path, width, height, scheme))
-        return visits[-1]
-
-    yield open_page
-    for made in visits:
-        made.page.close()
+def visit(browser, tmp_path):  # noqa: F811
+    yield from visits(lambda page, *screen: Report(browser, page, tmp_path, *screen))
 
 
 @SIZES

@@ -10,7 +10,7 @@ import pytest
 from foveate.bench.recall_figure import Point
 from foveate.report import curves
 from foveate.train.loop.loop import History
-from tests.report.test_browser import browser  # noqa: F401  a fixture
+from tests.support.browser import browser  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.browser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,31 +12,18 @@ import torch
 from foveate.bench.looking import Looked
 from foveate.lens.views.head_map import pooled
 from foveate.report.look import write
-from tests.report.test_browser import SCHEMES, SIZES, browser  # noqa: F401  a fixture
 from tests.report.test_look_page import IMAGE, SCRIPT, hostile, made, surveyed
+from tests.support.browser import SCHEMES, SIZES, Visit, browser, visits  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.browser
 
 
-class Visit:
-    """A page opened from disk, with its requests and console messages."""
+class Look(Visit):
+    """The page of what was looked at."""
 
-    def __init__(self, browser, found: Looked, folder: Path, width: int, height: int, scheme: str):  # noqa: F811
-        self.address = write(found, folder / "look.html").as_uri()
-        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(self.address)
-        assert self.complaints == [] and self.requests == [self.address]
-
-    def __call__(self, script: str):
-        return self.page.evaluate(script)
-
-    def text(self, name: str) -> str:
-        return self.page.locator(name).inner_text()
+    def __init__(self, browser: Any, found: Looked, folder: Path, *screen: Any) -> None:  # noqa: F811
+        super().__init__(browser, write(found, folder / "look.html"), *screen)
+        self.check()
 
     def tokens(self) -> list[float]:
         """The numbers that the tokens show, in order."""
@@ -47,15 +35,7 @@ class Visit:
 
 @pytest.fixture
 def visit(browser, tmp_path):  # noqa: F811
-    visits = []
-
-    def open_page(found: Looked, width: int = 1280, height: int = 900, scheme: str = "light") -> Visit:
-        visits.append(Visit(browser, found, tmp_path, width, height, scheme))
-        return visits[-1]
-
-    yield open_page
-    for one in visits:
-        one.page.close()
+    yield from visits(lambda found, *screen: Look(browser, found, tmp_path, *screen))
 
 
 @SIZES

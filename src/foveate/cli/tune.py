@@ -45,7 +45,7 @@ def command(
     keep: Keep = 0.98,
     methods: Methods = None,
     budgets: Budgets = None,
-    search: Search = 32,
+    search: Search = 16,
     held_out: HeldOut = None,
     level: Level = 0.95,
     length: Length = None,

@@ -107,7 +107,7 @@ class Statistics:
             or site.is_biased
             or site.hidden_keys is not None
         )
-        if edited or not site.is_whole or not _has_kernel(site.q):
+        if edited or not site.is_whole or not has_kernel(site.q):
             return None
         plan, real, n = site.attention_mask, site.real, site.k.shape[2]
         if is_given(plan):
@@ -240,7 +240,7 @@ def _spans(n_queries: int, n_keys: int, causal: bool) -> list[tuple[slice, bool]
     return [(keys, square) for keys, square in spans if keys.stop > keys.start]
 
 
-def _has_kernel(q: Tensor) -> bool:
+def has_kernel(q: Tensor) -> bool:
     """Return True if the device has a fused kernel that returns its log-sum-exp."""
     return q.device.type == "cpu" or (q.device.type == "cuda" and q.dtype != torch.float64)
 

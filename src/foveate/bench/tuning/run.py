@@ -37,7 +37,7 @@ from foveate.core.errors import Interrupted, OptionError
 from foveate.host.hf.model import host
 
 JOURNAL, RECIPE, RESULTS = "trials.jsonl", "recipe.json", "tuning.json"
-SEARCH = 32
+SEARCH = 16
 
 
 @dataclass(frozen=True)

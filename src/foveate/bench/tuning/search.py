@@ -14,12 +14,14 @@ from foveate.bench.tuning.trials import FULL, Measured
 from foveate.core.errors import OptionError
 
 #: Examples of the first rung, the fewest that tell policies apart, and those that measure a layer's damage.
-FIRST, DAMAGE = 5, 8
+FIRST, DAMAGE = 5, 4
 #: Arms that reach the last rung, and whose options are tried.
-LAST = 3
+LAST = 2
 #: The most settings of each descent from an allocation; and which settings by layer are tested in the end, by their
 #: bytes over the fewest.
-REFINED, SAFER = 16, (1.6, 1.25, 1.0)
+REFINED, SAFER = 8, (1.25, 1.0)
+#: The largest budget of a layer, over the best budget for all layers.
+WIDEST = 6
 #: Steps of the bisection between the cheapest budget that holds and the next smaller one.
 _FINER = 2
 
@@ -113,9 +115,9 @@ class Search:
 
     def _by_layer(self, arm: Arm, base: Setting) -> None:
         """Give the arm a budget for each layer, beside a base."""
-        top = self.uniform[self.best].share
+        top, levels = self.uniform[self.best].share, self._levels(base)
         known = by_layer.sensitivities(
-            self.trials, arm, base, self.layers, self.budgets, self.examples[:DAMAGE], "layers alone"
+            self.trials, arm, base, self.layers, levels, self.examples[:DAMAGE], "layers alone"
         )
         if known is None:
             self.notes.append(f"{arm.label} cannot act on single layers beside {base.label}")
@@ -129,7 +131,16 @@ class Search:
         even, *measured = found
         best = min(measured, key=lambda each: sum(each.values()), default={})
         for start in (best, even):
-            by_layer.refine(arm, base, start, self.budgets, self._hold, REFINED)
+            by_layer.refine(arm, base, start, levels, self._hold, REFINED)
+
+    def _levels(self, base: Setting) -> list[float]:
+        """Return the budgets that a layer may get: those of the search, and smaller ones where all hold, up to `WIDEST`
+        times the best budget for all layers."""
+        if base.parts:
+            return list(self.budgets)
+        best = self.best.parts[0].budget
+        smaller = [low for low in (best / 4, best / 2) if low < self.budgets[0]]
+        return sorted({*(round(low, 4) for low in smaller), best, *(b for b in self.budgets if b <= WIDEST * best)})
 
     def _greedy(self, known: Sensitivities, top: float) -> list[dict[int, int]]:
         return [chosen for chosen in by_layer.greedy(known) if known.total(chosen) < top]
@@ -151,14 +162,14 @@ class Search:
     def candidates(self) -> list[Setting]:
         """Return what to test on held-out examples, from safe to cheap.
 
-        First comes the best policy at two larger budgets, then at its cheapest one that holds, then settings with a
-        budget for each layer, the last of them with the fewest bytes.
+        First comes the best policy at the next larger budget, then at its cheapest one that holds, then settings with a
+        budget for each layer, the last of them with the fewest bytes. Each of them takes all held-out examples.
         """
         if not self.uniform:
             return []
         arm, budget = self.best.parts[0].arm, self.best.parts[0].budget
-        larger = [Setting.of(arm, one) for one in self.budgets if one > budget * 1.05][:2]
-        chosen = [*larger[::-1], self.best]
+        larger = [Setting.of(arm, one) for one in self.budgets if one > budget * 1.05][:1]
+        chosen = [*larger, self.best]
         top = self.uniform[self.best].share
         cheaper = {one: found.share for one, found in self.layered.items() if found.share < top}
         for factor in SAFER if cheaper else ():

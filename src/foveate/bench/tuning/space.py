@@ -77,10 +77,17 @@ def _values(cls: type[Any]) -> Iterator[tuple[str, Any]]:
             tried: tuple[Any, ...] = get_args(annotation)
         else:
             tried = (True, False) if annotation is bool else numbers.get(option.name, ())
-        yield from ((option.name, value) for value in tried if value != option.default)
+        yield from ((option.name, value) for value in tried if value != option.default and _near(value, option.default))
     if issubclass(cls, Wrapper):
         own |= {"heads", "safeguard"}  # a wrapper sets them, or the base has nothing to choose
         yield from ((name, value) for name, value in _values(type(cls().base)) if name not in own)  # type: ignore[call-arg]
+
+
+def _near(value: Any, default: Any) -> bool:
+    """Return whether a number is of the default's size: a name may mean tokens of a text in one policy, and of a block
+    in another."""
+    sized = type(value) is int and type(default) is int and value and default
+    return not sized or (default <= 16 * value and value <= 16 * default)
 
 
 def _learns(cls: type[Any]) -> bool:

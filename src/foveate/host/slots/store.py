@@ -37,6 +37,11 @@ class Store:
             group.append(k[:, group.index], v[:, group.index], first)
 
     @property
+    def layout(self) -> tuple[int, ...] | None:
+        """Numbers that change whenever a slot of `padded` moves; None if that cannot be told."""
+        return None if self.codes is not None else tuple(group.serial for group in self.groups)
+
+    @property
     def rows(self) -> int:
         """Number of sequences times number of heads."""
         return sum(group.rows for group in self.groups)

@@ -146,8 +146,11 @@ class ScorePolicy(Policy):
             real = site.real_queries if tokens(site) is not None else None
             waits = False if real is None else ~real.any(-1).to(scores.device)[:, None, None]  # nothing new was read
             return ((scores >= self.threshold) | waits) & ~scores.isneginf()
-        size = self.size(site)
-        kept = self._best_of_layer(scores, size) if self.heads == "adaptive" else ranks(scores) < size[:, None, None]
+        if self.heads == "adaptive":
+            kept = self._best_of_layer(scores, self.size(site))
+        else:
+            known = self._known_size(site)
+            kept = ranks(scores) < self.size(site)[:, None, None] if known is None else top(scores, known)
         return kept & ~scores.isneginf()
 
     def best_of_all(self, sites: list[Site], scores: list[Float[Tensor, "b h s"]]) -> list[Tensor | None]:
@@ -171,6 +174,13 @@ class ScorePolicy(Policy):
         _, count = own_positions(site)
         size = (count * self.layer_share(site)).round().long().clamp_min(1)
         return size if self.limit is None else size.clamp_max(self.limit)
+
+    def _known_size(self, site: Site) -> int | None:
+        """Return `size` as a number without asking the device; None if sequences differ, or a subclass sets it."""
+        if tokens(site) is not None or type(self).size is not ScorePolicy.size:
+            return None
+        size = max(1, int((torch.tensor(site.seen) * self.layer_share(site)).round()))
+        return size if self.limit is None else min(size, self.limit)
 
     def stays(self, site: Site) -> Bool[Tensor, "b h s"]:
         """Return the slots of the tokens that stay in any case: sinks, and the newest where not all of both fit."""
@@ -239,6 +249,16 @@ def own_positions(site: Site) -> tuple[Int[Tensor, "b hkv s"], Int[Tensor, " b"]
     if found is not None:
         return found.own(positions), found.count
     return positions, torch.full((positions.shape[0],), site.seen, device=positions.device)
+
+
+def top(scores: Float[Tensor, "*b n"], size: int) -> Bool[Tensor, "*b n"]:
+    """Return the `size` largest scores along the last axis, and of equal ones the first: `ranks(scores) < size`."""
+    n = scores.shape[-1]
+    if size >= n:
+        return torch.ones_like(scores, dtype=torch.bool)
+    least = scores.kthvalue(n - size + 1, dim=-1, keepdim=True).values
+    above, level = scores > least, scores == least
+    return above | (level & (level.cumsum(-1) <= size - above.sum(-1, keepdim=True)))
 
 
 def ranks(scores: Float[Tensor, "*b n"]) -> Int[Tensor, "*b n"]:

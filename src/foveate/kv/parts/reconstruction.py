@@ -6,26 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from foveate.core.errors import OptionError, UnsupportedModel
-from foveate.core.masks import NEG_INF
-from foveate.core.scoring import dot_product
+from foveate.core.errors import UnsupportedModel
 from foveate.host import Method
-from foveate.host.attention import soft_capped, softmax
 from foveate.host.hf.chat_template import ChatTemplate
-from foveate.host.output_projection import projected_norms
 from foveate.host.padding import tokens
 from foveate.host.pass_end import PassEnd
 from foveate.host.site import Site
 from foveate.kv.parts import slot_notes
+from foveate.kv.parts.largest_weights import can_use_kernel, of_slots, of_whole_cache
 
 #: What the model is asked: to repeat the text, or the part of it that begins with some tokens.
 _ALL, _PART = "Repeat the previous context exactly.", "Repeat the part of the previous context exactly, starting with"
-#: The largest number of weights that are held at a time.
-_TILE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -133,40 +129,16 @@ class _Reader(Method):
         old = (positions >= 0) & (positions < past) & (own >= 0)
         starts, stops = (x.to(own.device)[:, None, None] for x in (self.starts, self.stops))
         mine = old & (own >= starts) & (own < stops)
-        seen = mine | (old & (own < self.how.sink)) | ((positions >= past) & (own >= 0))
-        most = min(seen.shape[2], self.how.sink + int((stops - starts).max()) + site.q.shape[2])
-        index = (~seen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
-        scores = self._scores(site, index, seen.gather(2, index))
-        new = torch.zeros(own.shape, device=own.device).scatter_(2, index, scores)
+        if can_use_kernel(site):
+            part = slice(int(self.starts[0]), int(self.stops[0]))
+            new = F.pad(
+                of_whole_cache(site, self.how.sink, part, self.how.outputs), (part.start, own.shape[2] - part.stop)
+            )
+        else:
+            seen = mine | (old & (own < self.how.sink)) | ((positions >= past) & (own >= 0))
+            most = min(seen.shape[2], self.how.sink + int((stops - starts).max()) + site.q.shape[2])
+            index = (~seen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
+            scores = of_slots(site, index, seen.gather(2, index), self.how.outputs)
+            new = torch.zeros(own.shape, device=own.device).scatter_(2, index, scores)
         notes = site.notes(self.owner)
         slot_notes.put(notes, site, torch.where(mine, new, slot_notes.find(notes, site)), old)
-
-    def _scores(self, site: Site, index: Int[Tensor, "b h m"], seen: Bool[Tensor, "b h m"]) -> Float[Tensor, "b h m"]:
-        """Return the largest weight on each of some slots, a few queries at a time."""
-        heads, groups = index.shape[1], site.q.shape[1] // index.shape[1]
-        keys = site.k if site.k.shape[1] == heads else site.k.unflatten(1, (heads, -1)).flatten(1, 2)
-        wide = index.repeat_interleave(keys.shape[1] // heads, 1)
-        k = keys.gather(2, wide[..., None].expand(*wide.shape, keys.shape[-1]))
-        at = site.positions.gather(2, index).masked_fill(~seen, torch.iinfo(torch.int32).max)
-        at, best = at.repeat_interleave(groups, 1)[:, :, None], seen.new_zeros(seen.shape, dtype=torch.float32)
-        size = self._sizes(site).gather(2, index.repeat_interleave(groups, 1)) if self.how.outputs else None
-        step = max(1, _TILE // (site.q.shape[0] * site.q.shape[1] * index.shape[2]))
-        for first in range(0, site.q.shape[2], step):
-            rows = slice(first, min(first + step, site.q.shape[2]))
-            q = site.q[:, :, rows].unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-            logits = soft_capped(dot_product(q, k, site.scale).float(), site.softcap)
-            logits = logits.unflatten(2, (-1, rows.stop - rows.start)).flatten(1, 2)
-            hidden = at > site.query_positions[rows, None]
-            weights = softmax(site, logits.masked_fill(hidden, NEG_INF), rows)
-            if size is not None and site.hidden is not None:
-                norm = site.hidden[:, rows].float().norm(dim=-1).clamp_min(1e-12)
-                weights = weights * size[:, :, None] / norm[:, None, :, None]
-            if site.real_queries is not None:
-                weights = weights.masked_fill(~site.real_queries[:, None, rows, None], 0.0)
-            best = torch.maximum(best, weights.amax(2).unflatten(1, (heads, -1)).amax(2))
-        return best
-
-    def _sizes(self, site: Site) -> Float[Tensor, "b hq s"]:
-        if site.hidden is None:
-            raise OptionError("KVzip+ needs the layers' hidden states, and this model's attention does not get them")
-        return projected_norms(site, order=2)

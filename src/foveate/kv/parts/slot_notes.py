@@ -1,7 +1,8 @@
 """Numbers that a policy keeps of each stored token from call to call, through eviction, reordering and new tokens.
 
-They stand in `site.notes`, beside the tokens' positions: slots move when tokens are dropped, positions do not. Beam
-search reorders both. What was noted of a token that is gone is forgotten at the next call.
+They stand in `site.notes`, beside the tokens' positions: slots may move when tokens are dropped, positions do not.
+While no slot has moved, each number stands at its slot. After a move they are found by their positions. Beam search
+reorders both. What was noted of a token that is gone is forgotten at the next call.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from foveate.host.site import Site
 
@@ -39,6 +41,12 @@ def find(notes: Notes, site: Site) -> Float[Tensor, "b hkv s"]:
     if "positions" not in notes:
         return torch.zeros(positions.shape, device=positions.device)
     known, numbers = notes["positions"], notes["numbers"]
+    if notes["layout"] is not None:
+        if notes["layout"] == _layout(site):  # new tokens took empty slots, or stand at the end
+            still = torch.where(known == positions[..., : known.shape[-1]], numbers, 0.0)
+            return F.pad(still, (0, positions.shape[-1] - known.shape[-1]))
+        known, order = known.sort(dim=-1)
+        numbers = numbers.gather(-1, order)
     index = torch.searchsorted(known, positions.contiguous()).clamp_max(known.shape[-1] - 1)
     return numbers.gather(-1, index).masked_fill(known.gather(-1, index) != positions, 0.0)
 
@@ -52,10 +60,17 @@ def _found(notes: Notes) -> tuple[str, int]:
     return "numbers of the slots", id(notes)
 
 
+def _layout(site: Site) -> tuple[int, ...] | None:
+    store = None if site.slots is None else site.slots.store
+    return None if store is None else store.layout
+
+
 def _put(notes: Notes, site: Site, numbers: Tensor, where: Tensor, most: int) -> None:
-    """Store numbers in the order of their positions, empty slots last."""
+    """Store numbers at their slots, or, if few slots stay, in the order of their positions, empty slots last."""
     site.step.pop(_found(notes), None)
     positions = site.positions.to(torch.int32).masked_fill(~where, torch.iinfo(torch.int32).max)
-    positions, order = positions.sort(dim=-1)
-    notes["positions"] = positions[..., :most].clone()
-    notes["numbers"] = numbers.gather(-1, order[..., :most])
+    notes["layout"] = _layout(site) if 2 * most >= positions.shape[-1] else None
+    if notes["layout"] is None:
+        positions, order = positions.sort(dim=-1)
+        positions, numbers = positions[..., :most].clone(), numbers.gather(-1, order[..., :most])
+    notes["positions"], notes["numbers"] = positions, numbers
