@@ -1,4 +1,4 @@
-"""The catalogue's examples run unchanged, with only public names."""
+"""The catalogue's examples run unchanged, with only public names, and make something without a NaN."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import foveate
 from foveate.core.catalog import systems
@@ -51,4 +52,10 @@ def test_it_runs(key: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"torch": torch, "foveate": foveate, **tensors(), **of_a_model(), **GIVEN.get(key, {})}
     if "tokenizer" in EXAMPLES[key]:
         names["model"], names["tokenizer"] = lab()
+    given = set(names)
     exec(compile(EXAMPLES[key], key, "exec"), names)
+    made = {name: value for name, value in names.items() if name not in given and name != "__builtins__"}
+    assert made or capsys.readouterr().out or "with " in EXAMPLES[key], "the example shows nothing"
+    for name, value in made.items():
+        for x in pytree.tree_leaves(value):
+            assert not (isinstance(x, torch.Tensor) and x.is_floating_point() and x.isnan().any()), name

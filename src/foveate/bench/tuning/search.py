@@ -19,7 +19,7 @@ FIRST, DAMAGE = 5, 4
 LAST = 2
 #: The most settings of each descent from an allocation; and which settings by layer are tested in the end, by their
 #: bytes over the fewest.
-REFINED, SAFER = 8, (1.25, 1.0)
+REFINED, SAFER = 8, (1.15, 1.0)
 #: The largest budget of a layer, over the best budget for all layers.
 WIDEST = 6
 #: Steps of the bisection between the cheapest budget that holds and the next smaller one.
@@ -115,7 +115,7 @@ class Search:
 
     def _by_layer(self, arm: Arm, base: Setting) -> None:
         """Give the arm a budget for each layer, beside a base."""
-        top, levels = self.uniform[self.best].share, self._levels(base)
+        top, levels = self._safe_share, self._levels(base)
         known = by_layer.sensitivities(
             self.trials, arm, base, self.layers, levels, self.examples[:DAMAGE], "layers alone"
         )
@@ -162,20 +162,38 @@ class Search:
     def candidates(self) -> list[Setting]:
         """Return what to test on held-out examples, from safe to cheap.
 
-        First comes the best policy at the next larger budget, then at its cheapest one that holds, then settings with a
-        budget for each layer, the last of them with the fewest bytes. Each of them takes all held-out examples.
+        First comes the best policy at the next larger budget. Then come settings with a budget for each layer, which
+        lose less at equal bytes, the last of them with the fewest bytes; or, if none of them has fewer bytes, the best
+        policy at its cheapest budget that holds. Each takes all held-out examples.
         """
         if not self.uniform:
             return []
+        first = [] if self._safer is None else [self._safer]
+        layered = {one: found.share for one, found in self.layered.items() if found.share < self._safe_share}
+        least = min(layered.values(), default=1.0)
+        if least >= self.uniform[self.best].share:
+            return [*first, self.best]
+        first = first or [self.best]
+        chosen = [min(layered, key=lambda one: abs(layered[one] - factor * least)) for factor in SAFER]
+        return list(dict.fromkeys([*first, *chosen]))
+
+    @property
+    def _safer(self) -> Setting | None:
+        """The best policy at the next larger budget; None if there is none."""
         arm, budget = self.best.parts[0].arm, self.best.parts[0].budget
-        larger = [Setting.of(arm, one) for one in self.budgets if one > budget * 1.05][:1]
-        chosen = [*larger, self.best]
-        top = self.uniform[self.best].share
-        cheaper = {one: found.share for one, found in self.layered.items() if found.share < top}
-        for factor in SAFER if cheaper else ():
-            wanted = factor * min(cheaper.values())
-            chosen.append(min(cheaper, key=lambda one: abs(cheaper[one] - wanted)))
-        return list(dict.fromkeys(chosen))
+        return next((Setting.of(arm, one) for one in self.budgets if one > budget * 1.05), None)
+
+    @property
+    def _safe_share(self) -> float:
+        """The bytes of `_safer`, measured or in proportion to its budget; those of the best if there is none."""
+        share, safer = self.uniform[self.best].share, self._safer
+        if safer is None:
+            return share
+        return (
+            self.uniform[safer].share
+            if safer in self.uniform
+            else (share * safer.parts[0].budget / self.best.parts[0].budget)
+        )
 
     @property
     def best(self) -> Setting:

@@ -8,6 +8,7 @@ not.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
@@ -16,13 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError, UnsupportedModel, shown
+from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.host.entry import apply
-from foveate.host.hf.model import Host
-from foveate.host.method import Method
 from foveate.host.site import Site
 from foveate.lens.parts.maps import whole_map
-from foveate.lens.parts.stack import Layers
+from foveate.lens.parts.stack import ByLayer
 
 
 @final
@@ -60,7 +59,7 @@ def frame_geometry(model: object, ids: Int[Tensor, "1 t"], sink: int = 0) -> Fra
     validate.count("sink", sink)
     if sink >= ids.shape[1]:
         raise OptionError(f"sink={sink} must be a position in 0..{ids.shape[1] - 1}")
-    record = _Anchored(sink)
+    record = ByLayer("auto", partial(_anchored, sink=sink))
     with apply(model, record) as run:
         cached = {"use_cache": False} if run.host.decoder is not None else {}
         out = run.host.model(ids, output_hidden_states=True, **cached)
@@ -107,22 +106,7 @@ def sink_divergence(attention: Float[Tensor, "*g t t"], sink: int = 0) -> Float[
 
 
 @final
-class _Anchored(Method):
-    """Record the variance of key norms and the divergence of rows from an anchor, by layer."""
-
-    def __init__(self, sink: int) -> None:
-        self.sink, self.stack = sink, Layers("auto")
-        self.found: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def bind(self, host: Host) -> None:
-        self.stack.bind(host, self)
-
-    def at(self, site: Site) -> bool:
-        return self.stack.number(site) is not None
-
-    def read(self, site: Site, out: Tensor) -> None:
-        layer = self.stack.at(site)
-        if layer in self.found:
-            raise UnsupportedModel(f"layer {layer} attends more than once; a frame needs a single stack of layers")
-        norms = site.k[0].double().norm(dim=-1)
-        self.found[layer] = norms.var(-1), sink_divergence(whole_map(site)[0].double(), self.sink)
+def _anchored(site: Site, sink: int) -> tuple[Float[Tensor, " hkv"], Float[Tensor, " h"]]:
+    """Return the variance of key norms and the divergence of rows from an anchor."""
+    norms = site.k[0].double().norm(dim=-1)
+    return norms.var(-1), sink_divergence(whole_map(site)[0].double(), sink)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,11 +11,9 @@ from torch import Tensor
 
 from foveate.core.errors import UnsupportedModel
 from foveate.host.entry import apply
-from foveate.host.hf.model import Host
-from foveate.host.method import Method
 from foveate.host.site import Site
 from foveate.host.weight_tiles import weight_tile
-from foveate.lens.parts.stack import Layers, Part, covering
+from foveate.lens.parts.stack import ByLayer, Part, covering
 
 
 @torch.no_grad()
@@ -31,7 +29,7 @@ def attention_maps(
         inputs: the model's inputs: a tokenizer's mapping, or the main input alone; `more` adds keyword arguments.
         part: see `foveate.lens.Lens`; "cross" gives rows of the decoder's tokens over those of the encoder.
     """
-    record = _Maps(part)
+    record = ByLayer(part, whole_map)
     with apply(model, record, on=covering(part)) as run:
         given = {run.host.model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
         run.host.model(**given, **more)
@@ -51,23 +49,3 @@ def whole_map(site: Site) -> Float[Tensor, "b h n s"]:
     whole = tile.weights.new_zeros(*tile.weights.shape[:3], site.k.shape[2])
     whole[..., tile.keys] = tile.weights
     return whole
-
-
-@final
-class _Maps(Method):
-    """Record the maps of all layers of a part."""
-
-    def __init__(self, part: Part) -> None:
-        self.stack, self.found = Layers(part), dict[int, Tensor]()
-
-    def bind(self, host: Host) -> None:
-        self.stack.bind(host, self)
-
-    def at(self, site: Site) -> bool:
-        return self.stack.number(site) is not None
-
-    def read(self, site: Site, out: Tensor) -> None:
-        layer = self.stack.at(site)
-        if layer in self.found:
-            raise UnsupportedModel(f"layer {layer} attends more than once; maps need a single stack of layers")
-        self.found[layer] = whole_map(site)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, Self, final
+from typing import Generic, Literal, Self, TypeVar, final
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import UnsupportedModel
@@ -15,6 +15,8 @@ from foveate.host.hf.calls import CROSS, parameters
 from foveate.host.hf.model import Host, check_heads
 from foveate.host.method import Method
 from foveate.host.site import Site
+
+T = TypeVar("T")
 
 #: A part of a model: "decoder" and "encoder" are self-attention, "cross" is the decoder's attention to another
 #: sequence. "auto" is the language part of a model that has one stack, and is refused for an encoder-decoder.
@@ -94,6 +96,34 @@ class Layers:
     def at(self, site: Site) -> int:
         """Return the layer number of a call that belongs to the part."""
         return self._numbers[site.module]
+
+
+@final
+class ByLayer(Method, Generic[T]):
+    """A method that records something of each layer of a part, once.
+
+    Args:
+        part: the part of the model.
+        read_one: what to record of a layer's call.
+
+    Attributes:
+        found: what was recorded, by layer number.
+    """
+
+    def __init__(self, part: Part, read_one: Callable[[Site], T]) -> None:
+        self.layers, self.found, self._read_one = Layers(part), dict[int, T](), read_one
+
+    def bind(self, host: Host) -> None:
+        self.layers.bind(host, self)
+
+    def at(self, site: Site) -> bool:
+        return self.layers.number(site) is not None
+
+    def read(self, site: Site, out: Tensor) -> None:
+        layer = self.layers.at(site)
+        if layer in self.found:
+            raise UnsupportedModel(f"layer {layer} attends more than once in a pass, which cannot be read as one map")
+        self.found[layer] = self._read_one(site)
 
 
 def covering(part: Part) -> Literal["auto", "all"]:
