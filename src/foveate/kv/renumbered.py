@@ -21,6 +21,7 @@ from foveate.core.call import AttentionCall
 from foveate.core.errors import UnsupportedModel
 from foveate.host import Host, Method, apply, decoder_inputs
 from foveate.host.attention import softmax_over
+from foveate.host.fused_statistics import statistics
 from foveate.host.hf.layout import layout
 from foveate.host.padding import tokens
 from foveate.host.probing import cached
@@ -73,6 +74,22 @@ class Renumbered(Method):
             return softmax_over(moved)
         call = AttentionCall(site.q, moved.k, site.v, site.scale, site.mask, dropout=site.dropout)
         return engines.run(call, "fused")
+
+    def attend_over_gap(self, site: Site, front: int, gap: int) -> Float[Tensor, "b hq 1 dv"]:
+        """Return the attention of one query over the first `front` slots, moved by `gap`, and all others as they are.
+
+        Only the first keys are rotated and copied. Both parts are merged by their log-sum-exps. Every slot has to hold
+        a token that the query sees.
+        """
+        rotation, heads = self._rotations.get(site.layer), site.k.shape[1]
+        q = site.q.unflatten(1, (heads, -1)).squeeze(3)  # a group's query heads, as queries of one head
+        k = site.k[:, :, :front]
+        if rotation is not None:
+            k = rotation(k, torch.full(k.shape[:3], gap, device=k.device))
+        parts = [(k, site.v[:, :, :front]), (site.k[:, :, front:], site.v[:, :, front:])]
+        (lse, out), (other, rest) = (statistics(q, *part, scale=site.scale) for part in parts)
+        weight = torch.sigmoid(other - lse)[..., None]
+        return torch.lerp(out, rest, weight).flatten(1, 2).unsqueeze(2)
 
 
 def shifts(positions: Int[Tensor, "b h s"], seen: int | Tensor) -> Int[Tensor, "b h s"]:

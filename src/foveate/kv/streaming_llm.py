@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Self, final
 
+import torch
 from torch import Tensor
 
 from foveate.core.errors import OptionError
 from foveate.host import Ends, Host
+from foveate.host.fused_statistics import has_kernel
+from foveate.host.padding import tokens
 from foveate.host.site import Site
 from foveate.kv.base.policy import Policy
 from foveate.kv.renumbered import Renumbered
@@ -25,9 +28,9 @@ class StreamingLLM(Policy):
 
     This is `SinkRecent` and `Renumbered` in one. No distance is longer than `sink + recent` and a call's tokens. So a
     text may be longer than the model's trained length: read it in pieces (`foveate.Context(..., chunk=)`) that
-    fit beside the kept tokens. Memory and time per token are constant; each call copies the kept keys to rotate them.
-    What lies between the sinks and the window is lost: the wrong choice for retrieval. Where text fits the trained
-    length, `SinkRecent` alone is faster.
+    fit beside the kept tokens. Memory and time per token are constant; a call of several tokens, or with padding,
+    copies the kept keys to rotate them. What lies between the sinks and the window is lost: the wrong choice for
+    retrieval. Where text fits the trained length, `SinkRecent` alone is faster.
 
     Args:
         sink: first tokens kept (the paper's 4).
@@ -59,7 +62,20 @@ class StreamingLLM(Policy):
         return self._window.keep(site)
 
     def attend(self, site: Site) -> Tensor | None:
-        return self._positions.attend(site) if self._positions.at(site) else None
+        if not self._positions.at(site):
+            return None
+        gap = self._gap(site)
+        return self._positions.attend(site) if gap is None else self._positions.attend_over_gap(site, self.sink, gap)
+
+    def _gap(self, site: Site) -> int | None:
+        """Return how many tokens were dropped behind the sinks; None unless a single query sees every slot."""
+        if site.slots is None or site.slots.store is None or site.slots.window is not None:
+            return None
+        held = site.slots.store.groups[0].length
+        plain = site.softcap is None and not site.is_biased and not site.dropout and site.hidden_keys is None
+        one = site.q.shape[2] == 1 and tokens(site) is None and site.slots.store.holds(held) and 0 < self.sink < held
+        kernel = site.q.dtype in (torch.float32, torch.float64) and has_kernel(site.q)
+        return site.seen - held if plain and one and kernel else None
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:

@@ -35,7 +35,8 @@ def test_a_window_that_holds_everything_is_the_model() -> None:
 def test_it_is_sinks_a_window_and_renumbered_positions() -> None:
     llama, ids = model("llama"), tokens(2, 60)
     both = steps(llama, ids, SinkRecent(3, 12), Renumbered())
-    assert torch.equal(steps(llama, ids, StreamingLLM(3, 12)), both)
+    ours = steps(llama, ids, StreamingLLM(3, 12))  # it rotates the sinks alone, which rounds in another way
+    torch.testing.assert_close(ours, both, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(steps(llama, ids, SinkRecent(3, 12)), both, atol=1e-2)
 
 
