@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from foveate.core import validate
+from foveate.core.checked import Checked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from foveate.host.slots.slots import Slots
 
 
-class Method:
+class Method(Checked):
     """An intervention on a model's attention, applied with `foveate.apply(model, method, ...)`.
 
     A method overrides only the hooks that it needs, and the host takes the cheapest path that these allow: if none is
@@ -49,10 +49,6 @@ class Method:
 
     #: True if the method only reads how a model is built. The model's layout then need not be known before.
     is_probe: ClassVar[bool] = False
-
-    def __new__(cls, *args: Any, **options: Any) -> Self:
-        validate.options(cls, args, options)
-        return super().__new__(cls)
 
     def bind(self, host: Host) -> None:
         """Prepare for a model: read its sizes, calibrate. Called once, when the method is applied.

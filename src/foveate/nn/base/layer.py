@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
+from foveate.core.checked import Checked
 from foveate.core.errors import OptionError, ShapeError, UnsupportedPattern, shown
 from foveate.ops.operator import (
     ALL_MASKS,
@@ -53,7 +54,7 @@ class LayerCapabilities:
     transforms: frozenset[Transform] = ALL_TRANSFORMS
 
 
-class Layer(nn.Module, ABC):
+class Layer(Checked, nn.Module, ABC):
     """A layer that mixes tokens.
 
     Attributes:
@@ -67,11 +68,6 @@ class Layer(nn.Module, ABC):
         super().__init_subclass__(**options)
         if astray := sorted({each.name for each in fields(LayerCapabilities)} & vars(cls).keys()):
             raise TypeError(f"{cls.__name__} declares {', '.join(astray)}: that belongs into its `capabilities`")
-
-    def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Refuse an option of the wrong type before anything is built."""
-        validate.options(cls, args, options)
-        return super().__new__(cls)
 
     def __init__(self, dim: int, heads: int = 1) -> None:
         """Set `dim`, C, the width of tokens in and out; it is a multiple of `heads` in most layers."""

@@ -1,0 +1,92 @@
+"""The base class of whole networks: their published sizes, their costs, and the names of a release's parameters."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from foveate.core.checked import Checked
+from foveate.core.errors import OptionError, unknown
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of a network that its paper, or its release, states.
+
+    Args:
+        options: the options that make it.
+        parameters: number of trained parameters.
+        macs: multiply-adds of a forward pass for one example of the shapes `inputs`; None if nothing is stated.
+        inputs: shapes of one example's inputs, without the batch.
+        source: where the numbers stand, such as "Table 3".
+        tolerance: largest relative difference from the stated numbers, which papers round.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    parameters: float | None = None
+    macs: float | None = None
+    inputs: tuple[tuple[int, ...], ...] = ()
+    source: str = ""
+    tolerance: float = 0.01
+
+
+class Network(Checked, nn.Module, ABC):
+    """A whole network of a paper.
+
+    Attributes:
+        sizes: the published sizes by name.
+        released_names: pairs of a regular expression and its replacement, which turn the names of the parameters of the
+            paper's release into ours, applied in order; empty if there is no release, or if it has our names.
+    """
+
+    sizes: ClassVar[Mapping[str, Size]] = {}
+    released_names: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    @classmethod
+    def of_size(cls, name: str, **options: Any) -> Self:
+        """Build a published size; `options` replace some of its own, such as the number of classes.
+
+        Raises:
+            UnknownKey: no published size has this name.
+        """
+        if name not in cls.sizes:
+            raise unknown("size", name, cls.sizes)
+        return cls(**{**cls.sizes[name].options, **options})
+
+    @classmethod
+    def renamed(cls, released: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters of the paper's release under our names.
+
+        Raises:
+            OptionError: two parameters would get one name.
+        """
+        out: dict[str, Tensor] = {}
+        for name, x in released.items():
+            ours = name
+            for pattern, replacement in cls.released_names:
+                ours = re.sub(pattern, replacement, ours)
+            if ours in out:
+                raise OptionError(f"the released parameters have two that would be called {ours!r}")
+            out[ours] = x
+        return out
+
+    def load_released(self, released: Mapping[str, Tensor]) -> None:
+        """Load the state dict of the paper's release."""
+        self.load_state_dict(self.renamed(released))
+
+    # -- for tests -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def example(cls) -> Self:
+        """Make a small instance in which the mechanism has an effect; tests run it."""
+        return cls()
+
+    @classmethod
+    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
+        """Make inputs for the example."""
+        raise NotImplementedError(f"{cls.__name__} has to define example_inputs")
