@@ -24,7 +24,7 @@ class Size:
         macs: multiply-adds of a forward pass for one example of the shapes `inputs`; None if nothing is stated.
         inputs: shapes of one example's inputs, without the batch.
         source: where the numbers stand, such as "Table 3".
-        tolerance: largest relative difference from the stated numbers, which papers round.
+        tolerance, macs_tolerance: largest relative differences from the stated numbers, which papers round.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +33,7 @@ class Size:
     inputs: tuple[tuple[int, ...], ...] = ()
     source: str = ""
     tolerance: float = 0.01
+    macs_tolerance: float = 0.01
 
 
 class Network(Checked, nn.Module, ABC):
