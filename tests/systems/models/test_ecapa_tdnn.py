@@ -267,3 +267,57 @@ def test_gradients_are_finite_at_both_ends() -> None:
     loss(x, torch.tensor([0, 1])).backward()
     assert x.grad is not None and loss.weight.grad is not None
     assert x.grad.isfinite().all() and loss.weight.grad.isfinite().all()
+
+
+# -- what the paper claims ---------------------------------------------------------------------------------------------
+
+SPEAKERS, FRAMES, FEATURES, VOICED, NOISE = 20, 60, 8, 0.2, 1.5
+
+
+def speech(seed: int, speakers: int, each: int) -> tuple[Tensor, Tensor]:
+    """Return frames `(B, T, F)` and speakers: a fifth of the frames is voiced, the others are noise.
+
+    Voiced frames lie around a mean of the speaker, and their first feature is high, whoever speaks.
+    """
+    means = torch.randn(SPEAKERS, FEATURES, generator=torch.Generator().manual_seed(1000 + speakers))
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(SPEAKERS).repeat_interleave(each)
+    shape = (len(labels), FRAMES, FEATURES)
+    noise, own = NOISE * torch.randn(shape, generator=draw), 0.5 * torch.randn(shape, generator=draw)
+    said = torch.cat([2 + own[..., :1], means[labels][:, None, 1:] + own[..., 1:]], -1)
+    voiced = torch.rand(shape[:2], generator=draw) < VOICED
+    return torch.where(voiced[..., None], said, noise), labels
+
+
+def equal_error_rate(embeddings: Tensor, labels: Tensor) -> float:
+    """Return the rate at which as many equal pairs are taken for different ones as the other way round."""
+    unit = F.normalize(embeddings, dim=-1)
+    first, second = torch.triu_indices(len(labels), len(labels), 1)
+    same = (labels[first] == labels[second])[(unit @ unit.mT)[first, second].argsort(descending=True)]
+    accepted, missed = (~same).cumsum(0) / (~same).sum(), 1 - same.cumsum(0) / same.sum()
+    crossing = (accepted - missed).abs().argmin()
+    return float((accepted + missed)[crossing] / 2)
+
+
+def trained(seed: int, steps: int, *, attentive: bool = True, **options: Any) -> ECAPATDNN:
+    """Train a small network; without attention all frames have the same weight, as in plain statistics pooling."""
+    torch.manual_seed(seed)
+    sizes = {"dilations": (2,), "scale": 4, "se": 8, "aggregate": 32, "attention_channels": 16}
+    net = ECAPATDNN(FEATURES, 16, 16, **{**sizes, **options})
+    if not attentive:
+        nn.init.zeros_(net.asp.conv.weight)
+        net.asp.conv.weight.requires_grad_(False)
+    loss = AAMSoftmax(16, SPEAKERS)
+    optimiser = torch.optim.Adam([p for p in (*net.parameters(), *loss.parameters()) if p.requires_grad], lr=3e-3)
+    for step in range(steps):
+        optimiser.zero_grad()
+        x, labels = speech(10_000 * (seed + 1) + step, seed, 2)
+        loss(net(x), labels).backward()
+        optimiser.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def error(net: ECAPATDNN, seed: int) -> float:
+    x, labels = speech(77 + seed, seed, 10)
+    return equal_error_rate(net(x), labels)
