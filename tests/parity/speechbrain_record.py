@@ -58,7 +58,11 @@ class _Anything(ModuleType):
 
     __path__: list[str] = []
 
+    __version__ = "2.0"
+
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return type(name, (), {})
 
 

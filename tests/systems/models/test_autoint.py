@@ -215,3 +215,41 @@ def test_refusals(make: Any, message: str) -> None:
     with pytest.raises(FoveateError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+# -- what the paper claims ---------------------------------------------------------------------------------------------
+
+PLANTED = (1, 4, 6)
+EIGHT = [TabularField(str(place), 4) for place in range(8)]
+
+
+def rows(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return rows of eight fields with four categories, and labels: the product of three fields' signs.
+
+    Half of the categories of a field count as -1. No field, and no pair of fields, says anything about the label.
+    """
+    ids = torch.randint(0, 4, (count, 8), generator=torch.Generator().manual_seed(seed))
+    signs = torch.where(ids[:, PLANTED] < 2, 1, -1)
+    return ids, (signs.prod(1) > 0).float()
+
+
+def trained(layers: int, seed: int, epochs: int, **options: Any) -> AutoInt:
+    torch.manual_seed(seed)
+    net = AutoInt(EIGHT, 16, layers=layers, units=8, **options)
+    (ids, labels), order = rows(20_000, seed), torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(ids), generator=order).split(500):
+            optimiser.zero_grad()
+            F.binary_cross_entropy_with_logits(net(ids[chosen]), labels[chosen]).backward()
+            optimiser.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def auc(net: AutoInt, seed: int) -> float:
+    """Return the chance that a positive row of held-out ones gets a higher logit than a negative one."""
+    ids, labels = rows(4000, 1000 + seed)
+    ranks = net(ids).argsort().argsort().double() + 1
+    positive = labels.sum()
+    return float((ranks[labels == 1].sum() - positive * (positive + 1) / 2) / (positive * (len(labels) - positive)))

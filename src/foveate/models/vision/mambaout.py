@@ -112,7 +112,7 @@ class MambaOut(Network):
     sizes: ClassVar = {
         name: Size(
             {"name": name}, 1e6 * parameters, 1e9 * macs, ((3, 224, 224),), "the release's table of models",
-            macs_tolerance=0.05 / macs,
+            macs_tolerance=0.01 + 0.05 / macs,  # their counter adds norms
         )
         for name, (parameters, macs) in _COSTS.items()
     }  # fmt: skip
