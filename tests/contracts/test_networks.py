@@ -257,4 +257,3 @@ def test_malformed_inputs_are_refused_in_one_line(name: str) -> None:
 def test_unknown_options_are_refused(name: str) -> None:
     with pytest.raises(OptionError, match=f'{CLASSES[name].__name__} has no option "surprising"'):
         CLASSES[name](surprising=1)
-

@@ -13,12 +13,13 @@ Both sides make the same frames and the same parameters, from one generator.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ OPTIONS = {
     "lin_neurons": 5, "channels": [16, 16, 16, 16, 12], "attention_channels": 4, "res2net_scale": 4, "se_channels": 4,
 }  # fmt: skip
 LENGTHS = (1.0, 0.6, 0.2)  # shares of the frames, for the pooling alone
+#: What SpeechBrain imports and these parts of it never call.
+MISSING = ("torchaudio", "hyperpyyaml", "sentencepiece", "huggingface_hub", "yaml", "soundfile")
+PACKAGES = (
+    "speechbrain", "speechbrain.lobes", "speechbrain.lobes.models", "speechbrain.dataio", "speechbrain.nnet",
+)  # fmt: skip
 
 
 def frames() -> Tensor:
@@ -56,7 +62,7 @@ def parameters(shapes: Mapping[str, Any]) -> dict[str, Tensor]:
 class _Anything(ModuleType):
     """A module that has every name, in place of one that is not installed and not called."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     __version__ = "2.0"
 
@@ -70,7 +76,7 @@ class _Absent:
     """A finder of modules that nothing else finds."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.partition(".")[0] in ("torchaudio", "hyperpyyaml", "sentencepiece", "huggingface_hub", "yaml", "soundfile"):
+        if name.partition(".")[0] in MISSING:
             return importlib.util.spec_from_loader(name, self)  # type: ignore[arg-type]
         return None
 
@@ -83,7 +89,13 @@ class _Absent:
 def record(folder: str) -> dict[str, Any]:
     sys.path.insert(0, folder)
     sys.meta_path.append(_Absent())  # type: ignore[arg-type]
-    for name in ("speechbrain", "speechbrain.lobes", "speechbrain.lobes.models", "speechbrain.dataio", "speechbrain.nnet"):
+    for name in (
+        "speechbrain",
+        "speechbrain.lobes",
+        "speechbrain.lobes.models",
+        "speechbrain.dataio",
+        "speechbrain.nnet",
+    ):
         package = ModuleType(name)  # without running its `__init__`
         package.__path__ = [str(Path(folder, *name.split(".")))]
         sys.modules[name] = package

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import pytest
@@ -226,18 +227,19 @@ EIGHT = [TabularField(str(place), 4) for place in range(8)]
 def rows(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return rows of eight fields with four categories, and labels: the product of three fields' signs.
 
-    Half of the categories of a field count as -1. No field, and no pair of fields, says anything about the label.
+    Half of the categories of a field count as -1. Neither a field nor two of them say anything about the label.
     """
     ids = torch.randint(0, 4, (count, 8), generator=torch.Generator().manual_seed(seed))
     signs = torch.where(ids[:, PLANTED] < 2, 1, -1)
     return ids, (signs.prod(1) > 0).float()
 
 
-def trained(layers: int, seed: int, epochs: int, **options: Any) -> AutoInt:
+@cache
+def trained(layers: int, seed: int, epochs: int) -> AutoInt:
     torch.manual_seed(seed)
-    net = AutoInt(EIGHT, 16, layers=layers, units=8, **options)
+    net = AutoInt(EIGHT, 16, layers=layers, units=8, spread=0.3)
     (ids, labels), order = rows(20_000, seed), torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
+    optimiser = torch.optim.Adam(net.parameters(), lr=4e-3)
     for _ in range(epochs):
         for chosen in torch.randperm(len(ids), generator=order).split(500):
             optimiser.zero_grad()
@@ -253,3 +255,42 @@ def auc(net: AutoInt, seed: int) -> float:
     ranks = net(ids).argsort().argsort().double() + 1
     positive = labels.sum()
     return float((ranks[labels == 1].sum() - positive * (positive + 1) / 2) / (positive * (len(labels) - positive)))
+
+
+def test_products_of_three_fields_are_learned(claim: ClaimFixture) -> None:
+    claim(
+        "interacting layers learn a product of three fields: area under the ROC curve of held-out rows",
+        ours=auc(trained(3, 0, 3), 0), baseline=auc(trained(0, 0, 3), 0), better="higher", margin=0.3,
+        baseline_name="a logistic regression on the fields' vectors", seed=0,
+    )  # fmt: skip
+
+
+def test_maps_show_the_fields_that_are_combined() -> None:
+    """Of 28 pairs, the three of the planted fields have the largest mean weights, both ways, layers and heads."""
+    ids, _ = rows(2000, 5)
+    found = trained(3, 0, 3).correlations([(part,) for part in ids.split(700)]).mean((0, 1))
+    pairs = (found + found.mT).triu(1).flatten().topk(3).indices
+    assert {(int(pair) // 8, int(pair) % 8) for pair in pairs} == {(1, 4), (1, 6), (4, 6)}
+
+
+def depths(seeds: range) -> list[float]:
+    return [sum(auc(trained(layers, seed, 2), seed) for seed in seeds) / len(seeds) for layers in (3, 1)]
+
+
+def test_more_layers_learn_a_product_of_three_sooner(claim: ClaimFixture) -> None:
+    three, one = depths(range(1, 2))
+    claim(
+        "three interacting layers learn a product of three fields sooner than one: area under the ROC curve after 80"
+        " steps",
+        ours=three, baseline=one, better="higher", margin=0.05, baseline_name="one layer", seed=1,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_more_layers_learn_sooner_over_seeds(claim: ClaimFixture) -> None:
+    three, one = depths(range(3))
+    claim(
+        "three interacting layers learn a product of three fields sooner than one: area under the ROC curve after 80"
+        " steps, mean of 3 seeds",
+        ours=three, baseline=one, better="higher", margin=0.05, baseline_name="one layer", seed=0,
+    )  # fmt: skip

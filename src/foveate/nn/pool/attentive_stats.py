@@ -83,7 +83,7 @@ class AttentiveStatsPool(Checked, nn.Module):
 
 
 def statistics(
-    x: Float[Tensor, "b c t"], weights: Float[Tensor, "b #c t"]
+    x: Float[Tensor, "b c t"], weights: Float[Tensor, "b _ t"]
 ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b c"]]:
     """Return mean and standard deviation of each channel over time, under weights that add up to 1."""
     mean = (weights * x).sum(-1)
