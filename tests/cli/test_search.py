@@ -58,6 +58,8 @@ CORPUS = [
     ("relational reasoning", 1, "dual_attention_transformer", "relations"),
     ("a benchmark of associative recall", 1, "zoology_mqar", "benchmarks"),
     ("better answers without training", 1, "act_calibration", "better answers"),
+    ("recognize a speaker by the voice", 1, "ecapa_tdnn", "speakers"),
+    ("click through rate prediction", 1, "autoint", "tables"),
     ("block sparse attention", 5, "s2_attention hip", "sparse patterns"),
     ("linear-time language model, cheaper than softmax", 8, "lightning_attention", "linear time"),
     ("sharper temperature", 1, "selective_self_attention", '"temperature"'),

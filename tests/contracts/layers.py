@@ -16,6 +16,7 @@ from foveate.nn.base.layer import Layer
 from foveate.nn.sequence.aaren import AarenLayer
 from foveate.nn.sequence.base_conv import BaseConv
 from foveate.nn.sequence.chosen_attention import ChosenAttention
+from foveate.nn.sequence.interacting import InteractingLayer
 from foveate.nn.sequence.neural_memory import NeuralMemory
 from foveate.nn.sequence.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from foveate.ops.operator import MaskKind, Pattern
@@ -31,7 +32,7 @@ SYSTEMS: dict[str, type[Layer]] = {
 #: Layers whose row in the catalogue is an operator's, a network's or a task's.
 EXTRA: dict[str, type[Layer]] = {
     "titans-memory": NeuralMemory, "titans-gate": MemoryAsGate, "titans-layer": MemoryAsLayer,
-    "titans-context": MemoryAsContext, "aaren": AarenLayer, "based-conv": GatedConv,
+    "titans-context": MemoryAsContext, "aaren": AarenLayer, "autoint": InteractingLayer, "based-conv": GatedConv,
     "based-window": CausalWindowAttention, "zoology-conv": BaseConv, "zoology-chosen": ChosenAttention,
 }  # fmt: skip
 SYSTEMS |= EXTRA

@@ -1,10 +1,13 @@
 # The public names of foveate.models; written by `make systems` from the catalogue.
 
+from foveate.models.audio.ecapa_tdnn import ECAPATDNN as ECAPATDNN
 from foveate.models.base.decoder import Decoder as Decoder
 from foveate.models.base.hf_checkpoint import FoveateConfig as FoveateConfig
 from foveate.models.base.hf_checkpoint import FoveateForCausalLM as FoveateForCausalLM
 from foveate.models.base.hf_checkpoint import FoveatePreTrainedModel as FoveatePreTrainedModel
 from foveate.models.base.image_encoder import ImageEncoder as ImageEncoder
+from foveate.models.base.network import Network as Network
+from foveate.models.base.network import Size as Size
 from foveate.models.base.spec import Mixer as Mixer
 from foveate.models.base.spec import Spec as Spec
 from foveate.models.graph.generation_graph import GenerationGraph as GenerationGraph
@@ -24,6 +27,9 @@ from foveate.models.language.transnormer import GatedLightning as GatedLightning
 from foveate.models.language.transnormer import LRPE as LRPE
 from foveate.models.language.transnormer import SimpleRMSNorm as SimpleRMSNorm
 from foveate.models.language.transnormer import TransNormerLLM as TransNormerLLM
+from foveate.models.recommendation.autoint import AutoInt as AutoInt
+from foveate.models.recommendation.fields import FieldEmbedding as FieldEmbedding
+from foveate.models.recommendation.fields import TabularField as TabularField
 from foveate.models.vision.dependency_vit import DependencyBlock as DependencyBlock
 from foveate.models.vision.dependency_vit import DependencyViT as DependencyViT
 from foveate.models.vision.l2vit import L2ViT as L2ViT
@@ -34,12 +40,15 @@ from foveate.models.vision.mambaout import is_long_sequence as is_long_sequence
 from foveate.models.vision.mambaout import with_token_mixer as with_token_mixer
 
 __all__ = [
+    "AutoInt",
     "Based",
     "ClsAttentionClassifier",
     "ClsHeads",
     "Decoder",
     "DependencyBlock",
     "DependencyViT",
+    "ECAPATDNN",
+    "FieldEmbedding",
     "FoveateConfig",
     "FoveateForCausalLM",
     "FoveatePreTrainedModel",
@@ -54,9 +63,12 @@ __all__ = [
     "LevelScores",
     "MambaOut",
     "Mixer",
+    "Network",
     "SimpleRMSNorm",
+    "Size",
     "Spec",
     "Split",
+    "TabularField",
     "TransNormerLLM",
     "block_flops",
     "generation_embeddings",

@@ -1,8 +1,17 @@
 # The public names of foveate.nn; written by `make systems` from the catalogue.
 
+from foveate.nn.base.feature_gate import FeatureGate as FeatureGate
+from foveate.nn.base.fusion import Fusion as Fusion
+from foveate.nn.base.fusion import Stream as Stream
 from foveate.nn.base.layer import Layer as Layer
 from foveate.nn.base.layer import LayerCapabilities as LayerCapabilities
 from foveate.nn.base.layer import StreamingLayer as StreamingLayer
+from foveate.nn.base.pool import Pool as Pool
+from foveate.nn.base.pool import Pooled as Pooled
+from foveate.nn.base.seq2seq import Decoded as Decoded
+from foveate.nn.base.seq2seq import Generated as Generated
+from foveate.nn.base.seq2seq import Made as Made
+from foveate.nn.base.seq2seq import Seq2Seq as Seq2Seq
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention as GaussianAdaptiveAttention
 from foveate.nn.channel.gaam import GaussianBlock as GaussianBlock
 from foveate.nn.channel.gaam import importance_factor as importance_factor
@@ -27,8 +36,10 @@ from foveate.nn.parts.symbols import PositionalSymbols as PositionalSymbols
 from foveate.nn.parts.symbols import RelativeSymbols as RelativeSymbols
 from foveate.nn.parts.symbols import SymbolicAttention as SymbolicAttention
 from foveate.nn.parts.symbols import Symbols as Symbols
+from foveate.nn.parts.tdnn import SERes2Block1d as SERes2Block1d
 from foveate.nn.parts.window import WindowAttention as WindowAttention
 from foveate.nn.parts.window import Windows as Windows
+from foveate.nn.pool.attentive_stats import AttentiveStatsPool as AttentiveStatsPool
 from foveate.nn.pool.hierarchical_attention import AttentionPool as AttentionPool
 from foveate.nn.pool.hierarchical_attention import HierarchicalAttention as HierarchicalAttention
 from foveate.nn.seq2seq.luong_decoder import LuongDecoder as LuongDecoder
@@ -43,6 +54,7 @@ from foveate.nn.sequence.base_conv import BaseConv as BaseConv
 from foveate.nn.sequence.chosen_attention import ChosenAttention as ChosenAttention
 from foveate.nn.sequence.dual_attention_transformer import DualAttention as DualAttention
 from foveate.nn.sequence.dual_attention_transformer import SensoryHeads as SensoryHeads
+from foveate.nn.sequence.interacting import InteractingLayer as InteractingLayer
 from foveate.nn.sequence.key_driven_gqa import KeyDrivenGQA as KeyDrivenGQA
 from foveate.nn.sequence.key_driven_gqa import allocate_queries as allocate_queries
 from foveate.nn.sequence.key_driven_gqa import mha_to_gqa as mha_to_gqa
@@ -98,26 +110,32 @@ __all__ = [
     "AarenLayer",
     "Alibi",
     "AttentionPool",
+    "AttentiveStatsPool",
     "BaseConv",
     "Block",
     "ChosenAttention",
     "CoAttention",
     "Concentration",
     "DampedEMA",
+    "Decoded",
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
     "EfficientAttention2d",
     "EncodedSource",
+    "FeatureGate",
+    "Fusion",
     "GatedMLP",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "Generated",
     "GraphAttention",
     "HeadScheme",
     "HeadState",
     "HierarchicalAttention",
     "ISAB",
     "InLineAttention",
+    "InteractingLayer",
     "KeyDrivenGQA",
     "Layer",
     "LayerCapabilities",
@@ -132,6 +150,7 @@ __all__ = [
     "MAB",
     "MDLRPE",
     "MDTPE",
+    "Made",
     "Mega",
     "MegaBlock",
     "MemoryAsContext",
@@ -148,6 +167,8 @@ __all__ = [
     "PMA",
     "Pointed",
     "PointerNetwork",
+    "Pool",
+    "Pooled",
     "Position",
     "PositionalSymbols",
     "RelationalAttention",
@@ -156,13 +177,16 @@ __all__ = [
     "Rotary",
     "RotaryBias",
     "SAB",
+    "SERes2Block1d",
     "SensoryHeads",
+    "Seq2Seq",
     "SetTransformer",
     "ShortConv",
     "SkimAttention",
     "SkimLayer",
     "Skimformer",
     "SlimAttention",
+    "Stream",
     "StreamingLayer",
     "SuperAttention",
     "SymbolicAttention",

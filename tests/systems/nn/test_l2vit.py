@@ -390,7 +390,7 @@ def test_the_paper_s_stem_and_sizes() -> None:
 @pytest.mark.parametrize(("name", "millions"), [("tiny", 29), ("small", 50), ("base", 89)])
 def test_the_paper_s_networks(name: str, millions: int) -> None:
     with torch.device("meta"):
-        net = L2ViT.of(name)
+        net = L2ViT.of_size(name)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
     assert len(net.stages) == 4
 
@@ -407,7 +407,7 @@ def test_bad_networks() -> None:
         with pytest.raises(OptionError, match=message):
             L2ViT(**{"depths": (1, 1), "dims": (8, 8), "heads": (2, 2), **options})
     with pytest.raises(UnknownKey, match='unknown size of L2ViT "tinny"; did you mean "tiny"'):
-        L2ViT.of("tinny")
+        L2ViT.of_size("tinny")
     with pytest.raises(ShapeError, match=r"images must be \(B, 2, H, W\); got \(1, 3, 8, 8\)"):
         small()(torch.zeros(1, 3, 8, 8))
 

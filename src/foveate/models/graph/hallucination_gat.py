@@ -14,18 +14,20 @@ Leveraging Graph Structures to Detect Hallucinations in Large Language Models (2
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, Self, final
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import ShapeError, shown
+from foveate.models.base.network import Network
 from foveate.nn.parts.graph_attention import GraphAttention
 
 
 @final
-class HallucinationGAT(nn.Module):
+class HallucinationGAT(Network):
     """A classifier of nodes into ordered levels: an embedder, a linear map, and one layer of graph attention.
 
     Cost O(N C² + E H) for N generations and E edges. The wrong choice where similar texts are not alike in truth: with
@@ -44,6 +46,9 @@ class HallucinationGAT(nn.Module):
 
     Parts are named as in the release's weights; there `conv.lin_dst` is `conv.lin_src` once more.
     """
+
+    released_names: ClassVar = ((r"^conv\.lin_dst\.weight$", ""),)
+    batched: ClassVar = False
 
     def __init__(
         self, dim: int = 768, embed: int = 128, hidden: int = 32, heads: int = 2, levels: int = 4, *,
@@ -72,6 +77,21 @@ class HallucinationGAT(nn.Module):
     ) -> tuple[Int[Tensor, "2 f"], Float[Tensor, "f h"]]:
         """Return the edges with a loop for each node behind them, and each head's weight on them."""
         return self.conv.weights(self._nodes(x), edges)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(6, 8, 4)
+
+    @classmethod
+    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
+        random, nodes = torch.Generator().manual_seed(0), 3 * batch
+        edges = torch.randint(0, nodes, (2, 2 * nodes), generator=random)
+        return torch.randn(nodes, 6, generator=random), torch.cat([edges, edges.flip(0)], 1)
+
+    @classmethod
+    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
+        x, edges = cls.example_inputs(batch)
+        return (x, edges[:, :0]), (x[:1], edges[:, :0])
 
     def _nodes(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or x.shape[1] != self.dim:

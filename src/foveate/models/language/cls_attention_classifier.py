@@ -6,7 +6,7 @@ Attention Meets Post-hoc Interpretability: A Mathematical Perspective (2024), ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Self, final
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.core.scoring import dot_product
+from foveate.models.base.network import Network
 
 
 @final
@@ -35,7 +36,7 @@ class ClsHeads:
 
 
 @final
-class ClsAttentionClassifier(nn.Module):
+class ClsAttentionClassifier(Network):
     """`f(x) = 1/H sum_h w_h sum_t a_ht v_ht`: the class token attends to a text, and a linear map reads each head.
 
     Only the class token queries, so that a text costs O(T). There are no biases, norms or residual connections. As a
@@ -112,6 +113,21 @@ class ClsAttentionClassifier(nn.Module):
         whole[0] = self.cls
         whole[1 : len(ids) + 1] = ids[: self.length - 1]
         return whole
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(11, 3, dim=8, heads=2, head_dim=4, length=16)
+
+    @classmethod
+    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
+        ids = torch.randint(1, 11, (batch, 12), generator=torch.Generator().manual_seed(0))
+        ids[:, 0] = 0
+        return (ids,)
+
+    @classmethod
+    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
+        (ids,) = cls.example_inputs(batch)
+        return (ids[:, :7],), (ids[:, :1],)
 
     def _split(self, x: Float[Tensor, "b t hd"]) -> Float[Tensor, "b h t d"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
+from foveate.models.base.network import Network
 from foveate.nn import Block, Layer, StreamingLayer
 from foveate.nn.parts.blocks import GatedMLP, stacked
 from foveate.ops.base.fixed_decay import Variant
@@ -115,7 +116,7 @@ class GatedLightning(StreamingLayer):
 
 
 @final
-class TransNormerLLM(nn.Module):
+class TransNormerLLM(Network):
     """A decoder from tokens `(B, N)` to logits `(B, N, vocabulary)`. Trains in O(N), decodes with a constant state.
 
     Blocks are `x + GLA(SRMSNorm(x))`, then `x + SGLU(SRMSNorm(x))` with `SGLU(x) = (x W_1 * x W_2) W_3`. The first
@@ -172,3 +173,16 @@ class TransNormerLLM(nn.Module):
             x, now = block.step(x, before)
             after.append(now)
         return self.head(self.norm(x)), after
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(11, 8, 3, 2, block=4)
+
+    @classmethod
+    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
+        return (torch.randint(0, 11, (batch, 12), generator=torch.Generator().manual_seed(0)),)
+
+    @classmethod
+    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
+        (tokens,) = cls.example_inputs(batch)
+        return (tokens[:, :7],), (tokens[:, :1],)

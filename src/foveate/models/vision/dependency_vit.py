@@ -6,7 +6,7 @@ Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, cast, final
+from typing import ClassVar, Literal, Self, cast, final
 
 import torch
 from jaxtyping import Float
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, shown
+from foveate.models.base.network import Network, Size
 from foveate.nn.parts.grid import to_tokens
 from foveate.nn.vision.dependency_vit import DependencyAttention, Sent, Tree, dependency_tree, prune
 
 
 @final
-class DependencyViT(nn.Module):
+class DependencyViT(Network):
     """A classifier from `(B, channels, side, side)` to `(B, classes)`: `DependencyAttention` blocks on patches.
 
     The class is read from the mean over tokens, each weighted by its message.
@@ -27,7 +28,7 @@ class DependencyViT(nn.Module):
     Args:
         side, patch: side of the image and of a patch, in pixels.
         channels, classes: number of channels and of classes.
-        dim, depth, heads: width, blocks and heads; the paper's "tiny" has 192, 12, 12 and its "small" 384, 12, 12.
+        dim, depth, heads: width, blocks and heads.
         mlp_ratio: hidden width of the MLPs, as a multiple of `dim`.
         layer_scale: initial value of the learned factor on a block's output. 1e-6 follows the port named in
             `DependencyAttention`; small networks need 1.
@@ -36,6 +37,8 @@ class DependencyViT(nn.Module):
         score: the tokens that are pruned: those with the smallest "message", as in the abstract, or those that
             "received" least, as in the port.
     """
+
+    sizes: ClassVar = {"tiny": Size({"dim": 192}), "small": Size({"dim": 384})}
 
     def __init__(
         self, side: int = 224, patch: int = 16, *, channels: int = 3, classes: int = 1000, dim: int = 192,
@@ -70,6 +73,14 @@ class DependencyViT(nn.Module):
                 x, message = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])), message.gather(1, kept)
             x = block.channels(x)
         return self.head((self.norm(x) * message[..., None]).mean(1))
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(6, 2, channels=2, classes=5, dim=12, depth=3, heads=3, layer_scale=0.7, prune_after=(1,), ratio=0.3)
+
+    @classmethod
+    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, 2, 6, 6, generator=torch.Generator().manual_seed(0)),)
 
     @torch.no_grad()
     def tree(self, images: Float[Tensor, "b c h w"]) -> Tree:

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, Self, final
+from typing import ClassVar, Literal, Self, final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError, unknown
+from foveate.core.errors import OptionError, ShapeError
+from foveate.models.base import network
 from foveate.nn.base.layer import Layer
 from foveate.nn.parts.grid import Size, to_map, to_tokens
 from foveate.nn.vision.l2vit import LinearGlobalBlock, LocalWindowBlock
 
-SIZES = {
-    "tiny": ((2, 2, 6, 2), (96, 192, 384, 768), (3, 6, 12, 24)),
-    "small": ((2, 2, 18, 2), (96, 192, 384, 768), (3, 6, 12, 24)),
-    "base": ((2, 2, 18, 2), (128, 256, 512, 1024), (4, 8, 16, 32)),
-}
+_SOURCE = "the paper's table of ImageNet results, in millions"
 
 
 @final
-class L2ViT(nn.Module):
+class L2ViT(network.Network):
     """A classifier from `(B, channels, H, W)` to `(B, classes)`, at a cost linear in the number of pixels.
 
     In each stage, blocks with even numbers attend in windows, and blocks with odd numbers attend to the whole image.
@@ -35,7 +33,7 @@ class L2ViT(nn.Module):
     multiple of `patch`, and an odd side between stages to an even one, as in the release.
 
     Args:
-        depths, dims, heads: blocks, width and heads of each stage; `L2ViT.of("tiny")` has the paper's.
+        depths, dims, heads: blocks, width and heads of each stage; `L2ViT.of_size("tiny")` has the paper's.
         window: side of the windows.
         channels, classes: number of channels and of classes.
         patch: side of the first stage's tokens in pixels. 4 gives the paper's stem of two convolutions, another number
@@ -45,6 +43,15 @@ class L2ViT(nn.Module):
         mlp_ratio: hidden width of the MLPs over that of the tokens: one number for all stages, or one for each, as in
             the release.
     """
+
+    sizes: ClassVar = {
+        name: network.Size({"depths": depths, "dims": dims, "heads": heads}, millions, source=_SOURCE, tolerance=0.02)
+        for name, millions, depths, dims, heads in (
+            ("tiny", 29e6, (2, 2, 6, 2), (96, 192, 384, 768), (3, 6, 12, 24)),
+            ("small", 50e6, (2, 2, 18, 2), (96, 192, 384, 768), (3, 6, 12, 24)),
+            ("base", 89e6, (2, 2, 18, 2), (128, 256, 512, 1024), (4, 8, 16, 32)),
+        )
+    }
 
     def __init__(
         self, depths: Sequence[int] = (2, 2, 6, 2), dims: Sequence[int] = (96, 192, 384, 768),
@@ -82,13 +89,6 @@ class L2ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(dims[-1]), nn.Linear(dims[-1], classes)
         self.apply(_initialise)
 
-    @classmethod
-    def of(cls, name: str, **options: Any) -> Self:
-        """Make the paper's "tiny", "small" or "base"."""
-        if name not in SIZES:
-            raise unknown("size of L2ViT", name, SIZES)
-        return cls(*SIZES[name], **options)
-
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         if images.dim() != 4 or images.shape[1] != self.channels:
             raise ShapeError(f"images must be (B, {self.channels}, H, W); got {tuple(images.shape)}")
@@ -99,6 +99,19 @@ class L2ViT(nn.Module):
                 x, size = self.downs[index - 1](x, size)
             x = stage(x, size)
         return self.head(self.norm(x).mean(1))
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls((1, 3), (8, 12), (2, 3), window=2, channels=2, classes=5, clamp=1.0, kernel=3)
+
+    @classmethod
+    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, 2, 24, 24, generator=torch.Generator().manual_seed(0)),)
+
+    @classmethod
+    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
+        (images,) = cls.example_inputs(batch)
+        return (images[..., :13, :21],), (images[..., :3, :],)
 
 
 def _stem(channels: int, dim: int, patch: int) -> nn.Module:

@@ -6,7 +6,7 @@ MambaOut: Do We Really Need Mamba for Vision? (2024), arXiv 2405.07992.
 from __future__ import annotations
 
 import copy
-from typing import Literal, NamedTuple, final
+from typing import ClassVar, NamedTuple, Self, final
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, unknown
+from foveate.models.base.network import Network, Size
 from foveate.nn.base.layer import Layer
 
 #: Number of blocks and width of each stage.
@@ -26,7 +27,8 @@ SIZES = {
     "base": ((3, 4, 27, 3), (128, 256, 512, 768)),
 }
 
-Size = Literal["femto", "kobe", "tiny", "small", "base"]
+#: Millions of parameters, and billions of multiply-adds for an image of 224 x 224; both with one decimal.
+_COSTS = {"femto": (7.3, 1.2), "kobe": (9.1, 1.5), "tiny": (26.5, 4.5), "small": (48.5, 9.0), "base": (84.8, 15.8)}
 
 
 @final
@@ -94,7 +96,7 @@ def with_token_mixer(block: GatedCNNBlock, mixer: Layer | None, *, causal: bool 
 
 
 @final
-class MambaOut(nn.Module):
+class MambaOut(Network):
     """A classifier from `(B, channels, H, W)` to `(B, classes)`: stages of gated CNN blocks.
 
     The four stages of the paper's sizes work at 1/4, 1/8, 1/16 and 1/32 of the image's side. Parts have timm's names,
@@ -107,8 +109,16 @@ class MambaOut(nn.Module):
         depths, dims: number of blocks and width of each stage; they replace those of the named size.
     """
 
+    sizes: ClassVar = {
+        name: Size(
+            {"name": name}, 1e6 * parameters, 1e9 * macs, ((3, 224, 224),), "the release's table of models",
+            macs_tolerance=0.01 + 0.05 / macs,  # their counter adds norms
+        )
+        for name, (parameters, macs) in _COSTS.items()
+    }  # fmt: skip
+
     def __init__(
-        self, name: Size = "tiny", *, channels: int = 3, classes: int = 1000, expansion: float = 8 / 3,
+        self, name: str = "tiny", *, channels: int = 3, classes: int = 1000, expansion: float = 8 / 3,
         kernel: int = 7, conv_ratio: float = 1.0, depths: tuple[int, ...] | None = None,
         dims: tuple[int, ...] | None = None,
     ) -> None:  # fmt: skip
@@ -135,6 +145,19 @@ class MambaOut(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return self.head(x)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(depths=(1, 2), dims=(6, 10), channels=2, classes=5)
+
+    @classmethod
+    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, 2, 16, 16, generator=torch.Generator().manual_seed(0)),)
+
+    @classmethod
+    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
+        (images,) = cls.example_inputs(batch)
+        return (images[..., :13, :9],), (images[..., :5, :],)
 
 
 @final

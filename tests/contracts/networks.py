@@ -1,0 +1,116 @@
+"""The networks of the catalogue, with their variants, for the contract.
+
+A network is in it by being the object or a part of a row. `Decoder` and `ImageEncoder`, which are no paper's, are out:
+tests/models has their tests, and the contract of layers has those of what one builds them from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foveate.core.catalog import systems
+from foveate.models import Network
+from foveate.models.audio.ecapa_tdnn import ECAPATDNN
+from foveate.models.graph.hallucination_gat import HallucinationGAT
+from foveate.models.recommendation.autoint import AutoInt
+from foveate.models.recommendation.fields import TabularField
+
+BATCH = 3
+PARITY = Path(__file__).parents[1] / "parity"
+
+
+def _catalogued() -> Iterator[type[Network]]:
+    for row in systems():
+        for target in (row.object, *row.parts):
+            if target.startswith("foveate.models."):
+                module, _, name = target.partition(":")
+                found = getattr(import_module(module), name)
+                if isinstance(found, type) and issubclass(found, Network):
+                    yield found
+
+
+NETWORKS: dict[str, type[Network]] = {each.__name__: each for each in _catalogued()}
+
+#: Further ways through a network: its class, and a function that makes an instance for the class's example inputs.
+EXTRA: dict[str, tuple[type[Network], Callable[[], Network]]] = {
+    "ECAPATDNN-release": (
+        ECAPATDNN,
+        lambda: ECAPATDNN(6, 16, 5, scale=4, se=4, aggregate=12, attention_channels=4, variant="release"),
+    ),
+    "ECAPATDNN-without context": (
+        ECAPATDNN,
+        lambda: ECAPATDNN(6, 8, 5, dilations=(2, 1), scale=2, se=4, aggregate=12, global_context=False),
+    ),
+    "AutoInt-release": (
+        AutoInt,
+        lambda: AutoInt(
+            (TabularField("a", 5), TabularField("x"), TabularField("tags", 4, 3), TabularField("y")),
+            6, layers=3, heads=3, units=2, dropout=(0.1, 0.2, 0.3), variant="release",
+        ),
+    ),
+}  # fmt: skip
+
+MAKE: dict[str, Callable[[], Network]] = {
+    **{name: cls.example for name, cls in NETWORKS.items()},
+    **{name: make for name, (_, make) in EXTRA.items()},
+}
+CLASSES: dict[str, type[Network]] = NETWORKS | {name: cls for name, (cls, _) in EXTRA.items()}
+SIZES = [(name, size) for name, cls in NETWORKS.items() for size in cls.sizes]
+
+
+def _recorded(name: str) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a release's parameters, from the record of a parity test."""
+    found = json.loads((PARITY / name).read_text("utf-8"))["parameters"]
+    return {each: tuple(shape) for each, shape in found.items()}
+
+
+#: The names and shapes of parameters in releases, and the network that takes them.
+RELEASED: dict[str, tuple[Callable[[], Network], Callable[[], dict[str, tuple[int, ...]]]]] = {
+    "ECAPATDNN": (MAKE["ECAPATDNN-release"], lambda: _recorded("speechbrain.json")),
+    "HallucinationGAT": (
+        HallucinationGAT,
+        lambda: {
+            "embedder.0.weight": (768, 768), "embedder.0.bias": (768,), "embedder.2.weight": (128, 768),
+            "embedder.2.bias": (128,), "linear.weight": (32, 128), "linear.bias": (32,), "conv.att_src": (1, 2, 3),
+            "conv.att_dst": (1, 2, 3), "conv.bias": (3,), "conv.lin_src.weight": (6, 32),
+            "conv.lin_dst.weight": (6, 32),
+        },
+    ),
+}  # fmt: skip
+
+
+def networks(where: Callable[[type[Network]], Any] = lambda cls: True) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [name for name, cls in CLASSES.items() if where(cls)])
+
+
+def example(name: str) -> Network:
+    """Make the network with the same parameters each time, in float64 and eval mode, none where it has no effect."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = MAKE[name]().double().eval()
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+        for part in net.modules():
+            if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+                assert part.running_mean is not None and part.running_var is not None
+                part.running_mean += 0.1 * torch.randn(part.num_features, generator=draw, dtype=torch.float64)
+                part.running_var += 0.2 * torch.rand(part.num_features, generator=draw, dtype=torch.float64)
+    return net
+
+
+def inputs(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    return converted(CLASSES[name].example_inputs(BATCH), dtype)
+
+
+def converted(given: tuple[Tensor, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in given)
