@@ -18,9 +18,10 @@ MEASURED = Path(__file__).parent / "measured" / "studies"
 HEAD = """\
 # Studies
 
-A study is a paper's theorem or prediction as an experiment. Each line is one of the paper's statements in our words, what it
-predicts for the experiment, what was measured here, and what would have to be measured for it to hold. `foveate study KEY`
-runs one in under two minutes on two cores, and draws its curves. Written by `make studies`; do not edit.
+A study is a paper's theorem or prediction as an experiment. Each line is one of the paper's statements in our words,
+what it predicts for the experiment, what was measured here, and what would have to be measured for it to hold.
+`foveate study KEY` runs one in under two minutes on two cores, and draws its curves. Written by `make studies`; do not
+edit.
 
 Numbers are those of one run on one machine, at small sizes.
 """

@@ -50,7 +50,8 @@ def render(row: System, report: StudyReport, *, quick: bool = False) -> str:
 
 def to_json(row: System, report: StudyReport, *, quick: bool = False) -> str:
     """Return the report with the system's key and paper, and the command that repeats it."""
-    return json.dumps({**_about(row, report, quick), **json.loads(report.to_json())}, indent=1, ensure_ascii=False) + "\n"
+    found = {**_about(row, report, quick), **json.loads(report.to_json())}
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
 def from_json(text: str) -> StudyReport:
@@ -75,8 +76,9 @@ def lines(row: System, report: StudyReport) -> list[Any]:
 def ledger(row: System, report: StudyReport) -> list[str]:
     """Return the study's part of docs/studies.md: a heading, the run, and a table of its statements."""
     name = f"[{row.title}]({row.url})" if row.url else row.title
+    made = f"Seed {report.seed}, {report.seconds:.0f} s: `{command(row, report)}`."
     out = [
-        f"## {row.key}", "", f"{name}, {row.year}. Seed {report.seed}, {report.seconds:.0f} s: `{command(row, report)}`.",
+        f"## {row.key}", "", f"{name}, {row.year}. {made}",
         "", "| statement | prediction | measured | needed | holds |", "|---|---|--:|--:|---|",
     ]  # fmt: skip
     for finding in report.findings:

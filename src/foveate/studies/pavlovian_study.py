@@ -112,7 +112,7 @@ class PavlovianAttention(Study):
         )
 
     def _accumulated(self, heads: int, generator: torch.Generator) -> list[float]:
-        """Return the noise over the signal of one value after each layer, which all heads retrieve from own memories."""
+        """Return noise over signal after each layer, for a value that each head retrieves from a memory of its own."""
         d, n = 64, 17  # an error of sqrt(16 / 64) for each head
         noise, errors = torch.zeros(self.trials, d, dtype=torch.float64), []
         for _ in range(self.depth):

@@ -86,8 +86,8 @@ def test_one_head_of_full_rank_is_exact(claim: ClaimFixture) -> None:
     assert near < 0.01
     low = RankAttention.of_vectors(*draw_vectors(16, 16, seeded()), torch.full((16,), 1 / 16))
     claim(
-        "one head of full rank finds the nearest of 8 points in 16 dimensions: squared error on 1000 draws, softmax at a "
-        "temperature of 0.001",
+        "one head of full rank finds the nearest of 8 points in 16 dimensions: squared error, softmax at a temperature "
+        "of 0.001",
         ours=near, baseline=mean_error(low, task, 1000, seeded()), better="lower", margin=0.3,
         baseline_name="16 random hard heads of rank 1", seed=0,
     )  # fmt: skip
@@ -220,7 +220,7 @@ def test_trained_layers_err_less_at_a_higher_rank(claim: ClaimFixture) -> None:
     low, full = rank_curve(NearestPointTask(8, 4), (1, 8), 8, steps=400, batch=128, generator=seeded())
     assert (low.heads, full.heads) == (8, 1)
     claim(
-        "at equal rank times heads a trained layer errs less with a higher rank: squared error in 8 dimensions, 4 points",
+        "at equal rank times heads a trained layer errs less with a higher rank: squared error, 4 points, d = 8",
         ours=full.error, baseline=0.8 * low.error, better="lower", baseline_name="8 heads of rank 1, less a fifth",
         seed=0,
     )  # fmt: skip

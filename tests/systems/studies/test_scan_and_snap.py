@@ -180,7 +180,7 @@ def test_attention_snaps_and_its_speed_decides_how_sparse_it_is(claim: ClaimFixt
     speed = found.speed()
     assert speed[snap - 1] == speed.max() and speed[-1] < 0.05 * speed.max()
     claim(
-        "attention that learns as fast as the decoder ends sparser than attention a hundred times slower: entropy, nats",
+        "attention that learns as fast as the decoder ends sparser than one a hundred times slower: entropy, nats",
         ours=found.entropy()[-1].item(), baseline=trained(eta_z=0.01).entropy()[-1].item(), better="lower", margin=0.15,
         baseline_name="a hundredth of the learning rate", seed=0,
     )  # fmt: skip

@@ -94,7 +94,7 @@ class AttentionRank(Study):
         counts = {level: _heads_needed(curves, level) for level in self.levels}
         exponents = [slope(list(count), list(count.values())) for count in counts.values() if len(count) > 1]
         yield Finding(
-            "The number of heads for a given error is a power of the dimension, and the power grows as the error falls.",
+            "The number of heads for an error is a power of the dimension, and the power grows as the error falls.",
             f"exponent for an error of {self.levels[-1]:g}, less that for {self.levels[0]:g}: above 0",
             exponents[-1] - exponents[0] if len(exponents) > 1 else float("nan"), 0.3, "higher", unit="exponent",
         )  # fmt: skip
@@ -125,7 +125,7 @@ class AttentionRank(Study):
         found = rank_curve(NearestPointTask(8, 4), (1, 2, 4, 8), 8, steps=self.steps, generator=generator)
         yield Finding(
             "Trained layers show it too: at equal rank times heads, the error falls with the rank.",
-            "squared error of one head of rank 8, over that of 8 heads of rank 1, in 8 dimensions with 4 points: below 1",
+            "squared error of one head of rank 8, over that of 8 heads of rank 1, with 4 points in 8 dimensions: < 1",
             found[-1].error / found[0].error, 0.8, "lower", unit="ratio",
         )  # fmt: skip
         curve = Curve("rank times heads = 8", [each.rank for each in found], [each.error for each in found])

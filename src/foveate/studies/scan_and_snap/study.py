@@ -124,7 +124,8 @@ def _scan(seen: Dynamics) -> Iterator[Finding | Plot]:
         torch.cat([rising, falling.flatten()]).mean().item(), 1.0, "higher", unit="share of scores",
     )  # fmt: skip
     steps = _steps(len(distinct))
-    curves = [Curve(name, steps, values[steps].tolist()) for name, values in (("distinct", distinct), ("common", common))]
+    masses = {"distinct tokens": distinct, "common tokens": common}
+    curves = [Curve(name, steps, mass[steps].tolist()) for name, mass in masses.items()]
     yield Plot("Where attention goes", "step", "share of attention", curves)
 
 
@@ -140,20 +141,18 @@ def _order(seen: Dynamics) -> Iterator[Finding]:
 
 def _growth(slow: Dynamics) -> Iterator[Finding | Plot]:
     """Compare scores with their law of growth, where the decoder is much faster."""
-    own = slow.data.distinct
-    predicted, found, p = slow.predicted_scores()[own], slow.distinct_scores(), slow.data.p[own]
+    own, predicted, found = slow.data.distinct, slow.predicted_scores(), slow.distinct_scores()
     yield Finding(
         "With a decoder that is much faster, a distinct token's score grows as the square of its share of attention.",
-        "scores are -1/2 ln(1 - 2 P² B), with one B for each class: largest deviation, relative to the largest score, 0",
-        ((predicted - found).abs().max() / found.max()).item(), 0.02, "lower", unit="of the largest score",
+        "scores are -1/2 ln(1 - 2 P² B), with one B for each class: largest deviation, over the largest score, 0",
+        ((predicted[own] - found).abs().max() / found.max()).item(), 0.02, "lower", unit="of the largest score",
     )  # fmt: skip
     curves = []
     for number, tokens in enumerate(own):
-        order = slow.data.p[number, tokens].argsort()
-        share = slow.data.p[number, tokens][order].tolist()
-        scores = slow.z[-1][slow.data.query[number], tokens][order].tolist()
-        curves.append(Curve(f"next token {number}", share, scores, slow.predicted_scores()[number, tokens][order].tolist()))
-    assert len(p) == sum(len(curve.x) for curve in curves)
+        z, p = slow.z[-1][slow.data.query[number], tokens], slow.data.p[number, tokens]
+        order = p.argsort()
+        lists = [values[order].tolist() for values in (p, z, predicted[number, tokens])]
+        curves.append(Curve(f"next token {number}", *lists))
     yield Plot("Scores of distinct tokens, attention's learning rate 0.01", "P(l | m, n)", "final score", curves)
 
 
@@ -170,7 +169,7 @@ def _freezing(seen: Dynamics) -> Finding:
 def _without_length(seen: Dynamics) -> Finding:
     rising, falling = (seen.distinct_scores() > 0).double(), (seen.common_scores() < 0).double()
     return Finding(
-        "Without the division by the length of the attended sum, attention does not tell the two kinds of tokens apart.",
+        "Without the division by the length of the attended sum, attention does not tell these tokens apart.",
         "share of scores with the sign above: clearly below 1",
         torch.cat([rising, falling.flatten()]).mean().item(), 0.9, "lower", unit="share of scores",
     )  # fmt: skip

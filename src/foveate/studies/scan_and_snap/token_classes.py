@@ -69,8 +69,11 @@ class TokenClasses:
         occurring = classes * distinct + common + queries + classes
         vocabulary = occurring if vocabulary is None else vocabulary
         validate.count("vocabulary", vocabulary, occurring)
-        share = torch.linspace(0, 1, distinct).double() if spaced else torch.rand(classes, distinct, generator=generator)
-        own = (low + (high - low) * share.double()).expand(classes, distinct)
+        if spaced:
+            share = torch.linspace(0, 1, distinct, dtype=torch.float64).expand(classes, distinct)
+        else:
+            share = torch.rand(classes, distinct, generator=generator, dtype=torch.float64)
+        own = low + (high - low) * share
         p = torch.zeros(classes, classes * distinct + common, dtype=torch.float64)
         p[:, classes * distinct :] = common_weight
         for number in range(classes):
@@ -97,5 +100,5 @@ class TokenClasses:
         """Draw sequences: a class each, and `context` tokens of it."""
         classes = torch.randint(len(self.p), (batch,), generator=generator)
         tokens = torch.multinomial(self.p[classes], context, replacement=True, generator=generator)
-        counts = torch.zeros(batch, self.p.shape[1], dtype=torch.float64)
-        return Sequences(counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.float64)) / context, classes)
+        each = torch.full(tokens.shape, 1 / context, dtype=torch.float64)
+        return Sequences(torch.zeros(batch, self.p.shape[1]).double().scatter_add_(1, tokens, each), classes)
