@@ -77,14 +77,13 @@ class RankAttention(Checked, nn.Module):
             farthest: find the farthest point instead, by `Q = -I`.
         """
         validate.at_least("temperature", temperature, 0)
-        made = cls(dim, dim, 1, hard=not temperature, scale=1 / temperature if temperature else 1.0)
-        one = torch.eye(dim)[None]
-        return made._filled(-one if farthest else one, one, torch.ones(1))
+        one, scale = torch.eye(dim)[None], 1 / temperature if temperature else 1.0
+        return cls._filled(-one if farthest else one, one, torch.ones(1), not temperature, scale)
 
     @classmethod
     def of_vectors(cls, q: Float[Tensor, "h d"], k: Float[Tensor, "h d"], a: Float[Tensor, " h"]) -> Self:
         """Make hard heads of rank 1 with given queries and keys, whose outputs are the chosen points times `a`."""
-        return cls(q.shape[1], 1, len(q), hard=True, scale=1.0)._filled(q[:, None], k[:, None], a)
+        return cls._filled(q[:, None], k[:, None], a, True, 1.0)
 
     @classmethod
     def spaced(cls, heads: int) -> Self:
@@ -93,11 +92,13 @@ class RankAttention(Checked, nn.Module):
         q = torch.stack([angles.cos(), angles.sin()], 1)
         return cls.of_vectors(q, q, q.new_full((heads,), 1 / heads))
 
+    @classmethod
     @torch.no_grad()
-    def _filled(self, q: Tensor, k: Tensor, a: Tensor) -> Self:
-        """Set the weights, with `VO_h = a_h I`, and take over the dtype of q."""
-        made = self.to(q.dtype)
+    def _filled(cls, q: Tensor, k: Tensor, a: Tensor, hard: bool, scale: float) -> Self:
+        """Make heads of given q and k, `(H, r, d)`, with `VO_h = a_h I`, in the dtype of q."""
+        heads, rank, dim = q.shape
+        made = cls(dim, rank, heads, hard, scale=scale, generator=torch.Generator()).to(q.dtype)
         made.q.copy_(q)
         made.k.copy_(k)
-        made.vo.copy_(a.to(q.dtype)[:, None, None] * torch.eye(self.dim, dtype=q.dtype))
+        made.vo.copy_(a.to(q.dtype)[:, None, None] * torch.eye(dim, dtype=q.dtype))
         return made
