@@ -49,7 +49,10 @@ def test_a_run_prints_each_statement_and_writes_both_files(coins: None, tmp_path
     assert {path.name for path in (tmp_path / "new").iterdir()} == {".lock", "scan_and_snap.html", "scan_and_snap.json"}
     content = json.loads((tmp_path / "new" / "scan_and_snap.json").read_text("utf-8"))
     assert content["seed"] == 2 and content["study"] == "Coins" and content["options"] == {"throws": 1000}
-    assert json.loads(run("scan_and_snap", "--seed", 2, "--out", tmp_path, "--json").stdout)["findings"] == content["findings"]
+    assert (
+        json.loads(run("scan_and_snap", "--seed", 2, "--out", tmp_path, "--json").stdout)["findings"]
+        == content["findings"]
+    )
 
 
 def test_a_statement_that_fails_exits_with_3(coins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def report(key: str, seed: int = 0) -> StudyReport:
 
 
 def generators() -> list[object]:
-    name, words, *rest = numpy.random.get_state()
+    name, words, *rest = numpy.random.get_state()  # noqa: NPY002  the global generator is meant
     return [torch.get_rng_state().tolist(), (name, words.tolist(), *rest), random.getstate()]
 
 

@@ -35,7 +35,9 @@ def test_the_files_are_of_the_studies_own_sizes_and_all_hold(script: ModuleType,
     assert found.holds and found.seconds < 120
 
 
-def test_a_run_writes_its_file_and_the_page(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_writes_its_file_and_the_page(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(script, "MEASURED", tmp_path / "measured")
     monkeypatch.setattr(script, "PAGE", tmp_path / "studies.md")
     monkeypatch.setattr(script, "study_of", lambda key: Coins)

@@ -52,7 +52,9 @@ def test_curves_are_drawn_through_their_points_and_predictions_dashed() -> None:
     solid = re.findall(r"[\d.]+ [\d.]+", strokes(svg)[0]["d"])
     x = [float(point.split()[0]) for point in solid]
     y = [float(point.split()[1]) for point in solid]
-    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2) and y[0] - y[2] == pytest.approx(4 * (y[0] - y[1]), abs=0.3)
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2) and y[0] - y[2] == pytest.approx(
+        4 * (y[0] - y[1]), abs=0.3
+    )
     for name in ("time", "size", "a", "b", "predicted"):
         assert name in texts(svg)
     assert ElementTree.fromstring(svg).get("aria-label") == "Title"

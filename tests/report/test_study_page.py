@@ -61,7 +61,14 @@ def test_the_page_has_the_numbers_and_loads_nothing() -> None:
     page = render(ROW, REPORT)
     assert "1 of 2 statements hold." in page and ROW.url in page and "default-src 'none'" in page
     assert re.findall(r'<tr class="(right|wrong)">', page) == ["right", "wrong"]
-    for text in ("It holds.", "above 1", "1.25 ratio", "at least 1", "0.5 ± 0.1", "foveate study scan_and_snap --seed 7"):
+    for text in (
+        "It holds.",
+        "above 1",
+        "1.25 ratio",
+        "at least 1",
+        "0.5 ± 0.1",
+        "foveate study scan_and_snap --seed 7",
+    ):
         assert text in page
     assert page.count("<svg") == 1 and "<script" not in page and " src=" not in page
     assert "--quick" not in page and "--quick" in render(ROW, REPORT, quick=True)

@@ -107,9 +107,7 @@ class PavlovianAttention(Study):
     def _errors(
         self, d_k: int, lengths: list[int], case: Literal["average", "worst"], generator: torch.Generator | None
     ) -> list[float]:
-        return list(
-            capacity_curve(d_k, lengths, _LIMIT, case=case, trials=self.trials, generator=generator).errors
-        )
+        return list(capacity_curve(d_k, lengths, _LIMIT, case=case, trials=self.trials, generator=generator).errors)
 
     def _accumulated(self, heads: int, generator: torch.Generator) -> list[float]:
         """Return noise over signal after each layer, for a value that each head retrieves from a memory of its own."""

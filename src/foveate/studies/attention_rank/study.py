@@ -33,21 +33,23 @@ class AttentionRank(Study):
 
     Args:
         draws: sets of points on which layers are measured.
-        dims: the dimensions of the random heads, ascending, with 2 first.
+        dims: the dimensions of the random heads.
         heads: the largest number of random heads.
+        repeats: the draws of random heads that a curve is the mean of.
         levels: the errors for which heads are counted, descending.
         steps: the number of training steps for each rank.
     """
 
     draws: int = 1000
-    dims: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 16)
+    dims: tuple[int, ...] = (2, 4, 6, 8, 12, 16)
     heads: int = 1024
-    levels: tuple[float, ...] = (0.48, 0.45, 0.42)
-    steps: int = 1500
+    repeats: int = 5
+    levels: tuple[float, ...] = (0.48, 0.42, 0.35, 0.3)
+    steps: int = 800
 
     def __post_init__(self) -> None:
-        for name, value, least in (("draws", self.draws, 1), ("heads", self.heads, 64), ("steps", self.steps, 1)):
-            validate.count(name, value, least)
+        for name, least in (("draws", 1), ("heads", 64), ("repeats", 1), ("steps", 1)):
+            validate.count(name, getattr(self, name), least)
 
     def measure(self, generator: torch.Generator) -> Iterator[Finding | Plot]:
         yield from self._full_rank(generator)
@@ -58,7 +60,7 @@ class AttentionRank(Study):
 
     @classmethod
     def example(cls) -> Self:
-        return cls(draws=200, dims=(2, 4, 8), heads=64, steps=20)
+        return cls(draws=200, dims=(2, 4, 8), heads=128, repeats=2, levels=(0.48, 0.42), steps=20)
 
     def _full_rank(self, generator: torch.Generator) -> Iterator[Finding]:
         tasks = [NearestPointTask(16, n, queries=4) for n in (2, 8, 64)]
@@ -90,19 +92,24 @@ class AttentionRank(Study):
         )  # fmt: skip
 
     def _curse(self, generator: torch.Generator) -> Iterator[Finding | Plot]:
-        curves = {dim: error_curve(*draw_vectors(dim, self.heads, generator)) for dim in self.dims}
+        curves = {dim: self._curve(dim, generator) for dim in self.dims}
         counts = {level: _heads_needed(curves, level) for level in self.levels}
-        exponents = [slope(list(count), list(count.values())) for count in counts.values() if len(count) > 1]
+        exponents = [slope(list(count), list(count.values())) for count in counts.values()]
         yield Finding(
             "The number of heads for an error is a power of the dimension, and the power grows as the error falls.",
             f"exponent for an error of {self.levels[-1]:g}, less that for {self.levels[0]:g}: above 0",
-            exponents[-1] - exponents[0] if len(exponents) > 1 else float("nan"), 0.3, "higher", unit="exponent",
+            exponents[-1] - exponents[0], 0.4, "higher", unit="exponent",
         )  # fmt: skip
         shown = [2**power for power in range(self.heads.bit_length())]
         lines = [Curve(f"d = {dim}", shown, [curve[n - 1].item() for n in shown]) for dim, curve in curves.items()]
         yield Plot("Random heads of rank 1 with the best weights", "heads", "squared error", lines, log_x=True)
         lines = [Curve(f"error {level:g}", list(count), list(count.values())) for level, count in counts.items()]
         yield Plot("Heads that an error needs", "dimension", "heads", lines, log_x=True, log_y=True)
+
+    def _curve(self, dim: int, generator: torch.Generator) -> Tensor:
+        """Return the least error for each number of heads, mean over draws."""
+        drawn = [error_curve(*draw_vectors(dim, self.heads, generator)) for _ in range(self.repeats)]
+        return torch.stack(drawn).mean(0)
 
     def _plane(self, generator: torch.Generator) -> Iterator[Finding | Plot]:
         numbers, task = (1, 2, 4, 8, 16), NearestPointTask(2, 2, queries=1)
@@ -122,7 +129,7 @@ class AttentionRank(Study):
         yield Plot("Two points in the plane", "heads", "squared error", [curve], log_x=True)
 
     def _trained(self, generator: torch.Generator) -> Iterator[Finding | Plot]:
-        found = rank_curve(NearestPointTask(8, 4), (1, 2, 4, 8), 8, steps=self.steps, generator=generator)
+        found = rank_curve(NearestPointTask(8, 4), (1, 2, 4, 8), 8, steps=self.steps, batch=128, generator=generator)
         yield Finding(
             "Trained layers show it too: at equal rank times heads, the error falls with the rank.",
             "squared error of one head of rank 8, over that of 8 heads of rank 1, with 4 points in 8 dimensions: < 1",
@@ -133,6 +140,6 @@ class AttentionRank(Study):
 
 
 def _heads_needed(curves: dict[int, Tensor], level: float) -> dict[int, int]:
-    """Return, by dimension, the smallest number of heads with an error of at most `level`, where there is one."""
-    reached = {dim: (curve <= level).nonzero() for dim, curve in curves.items()}
+    """Return the smallest number of heads with an error of at most `level`, by dimension above 2, if there is one."""
+    reached = {dim: (curve <= level).nonzero() for dim, curve in curves.items() if dim > 2}
     return {dim: int(where[0]) + 1 for dim, where in reached.items() if len(where)}

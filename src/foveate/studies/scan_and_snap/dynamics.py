@@ -14,6 +14,7 @@ from foveate.studies.scan_and_snap.token_classes import TokenClasses
 
 def attended(p: Float[Tensor, "*k l"], z: Float[Tensor, "*b l"]) -> Float[Tensor, "*b l"]:
     """Return the shares c of context tokens under attention: p times `exp(z)`, divided by the sum."""
+    z = z.masked_fill(p == 0, -torch.inf)  # the largest score that counts is that of a token that occurs
     weights = p * (z - z.amax(-1, keepdim=True)).exp()
     return weights / weights.sum(-1, keepdim=True)
 

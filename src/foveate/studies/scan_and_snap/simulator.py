@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.checked import Checked
-from foveate.core.errors import DivergedError
 from foveate.studies.scan_and_snap.dynamics import Dynamics, attended
 from foveate.studies.scan_and_snap.token_classes import Sequences, TokenClasses
 
@@ -60,8 +59,8 @@ class ScanAndSnap(Checked):
             batch: the number of sampled sequences in a step.
             generator: draws the sequences.
         """
-        validate.at_least("eta_y", eta_y, 0)
-        validate.at_least("eta_z", eta_z, 0)
+        validate.between("eta_y", eta_y, 0, 1e6)
+        validate.between("eta_z", eta_z, 0, 1e6)
         for name, value in (("steps", steps), ("context", 1 if context is None else context), ("batch", batch)):
             validate.count(name, value, 1)
         data = self.data
@@ -69,12 +68,10 @@ class ScanAndSnap(Checked):
         y = data.p.new_zeros(data.p.shape[1], data.vocabulary)
         z = data.p.new_zeros(data.queries, data.p.shape[1])
         scores, losses = [z], list[float]()
-        for step in range(steps):
+        for _ in range(steps):
             seen = expected if context is None else data.sample(batch, context, generator)
             found = gradients(seen, data.query[seen.classes], y, z, self.normalize)
             y, z = y + eta_y * found.y, z + eta_z * found.z
-            if not bool(z.isfinite().all()):
-                raise DivergedError(f"the scores are not finite after step {step}; eta_y={eta_y}, eta_z={eta_z}")
             scores.append(z)
             losses.append(found.loss)
         return Dynamics(data, eta_y, eta_z, torch.stack(scores), torch.tensor(losses, dtype=torch.float64))

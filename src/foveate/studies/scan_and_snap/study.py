@@ -45,7 +45,7 @@ class ScanAndSnapStudy(Study):
     distinct: int = 10
     common: int = 20
     steps: int = 2000
-    rates: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    rates: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0)
     many: tuple[int, ...] = (2, 4, 8, 16)
     ratios: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -67,14 +67,14 @@ class ScanAndSnapStudy(Study):
 
     @classmethod
     def example(cls) -> Self:
-        return cls(steps=200, rates=(1.0, 4.0), many=(2, 4), ratios=(0.01, 1.0))
+        return cls(steps=200, rates=(0.5, 1.0), many=(2, 4), ratios=(0.01, 1.0))
 
     def _data(self, classes: int, generator: torch.Generator) -> TokenClasses:
         queries = max(1, classes * self.queries // self.classes)
         return TokenClasses.drawn(classes, queries, self.distinct, self.common, generator=generator)
 
     def _snap_over_rates(self, data: TokenClasses) -> Iterator[Finding | Plot]:
-        times = [_snap(data, rate, self.steps) for rate in self.rates]
+        times = [_snap(data, rate) for rate in self.rates]
         yield Finding(
             "Attention stops growing after a time of the order of K ln M over the decoder's learning rate.",
             "the snap's step is in inverse proportion to the decoder's rate, at a fixed rate of attention: exponent -1",
@@ -88,13 +88,13 @@ class ScanAndSnapStudy(Study):
     def _snap_over_classes(self, generator: torch.Generator) -> Iterator[Finding | Plot]:
         data = [self._data(number, generator) for number in self.many]
         scales = [len(each.p) * math.log(each.vocabulary) for each in data]
-        times = [_snap(each, 1.0, self.steps) for each in data]
+        times = [_snap(each, 0.5) for each in data]
         yield Finding(
             "The time grows with the number K of next tokens and the vocabulary M as K ln M.",
             "the snap's step is in proportion to K ln M: exponent 1",
             slope(scales, times), 1.0, "equal", 0.2, "exponent",
         )  # fmt: skip
-        curve = Curve("learning rate 1", scales, times, _through(times, scales))
+        curve = Curve("learning rate 0.5", scales, times, _through(times, scales))
         yield Plot("The snap and the number of next tokens", "K ln M", "step of the snap", [curve], True, True)
 
     def _sparsity(self, data: TokenClasses) -> Iterator[Finding | Plot]:
@@ -103,7 +103,7 @@ class ScanAndSnapStudy(Study):
             "The faster attention learns beside the decoder, the sparser it is in the end.",
             f"entropy of the token composition at a ratio of {self.ratios[-1]:g}, less that at {self.ratios[0]:g}: "
             "below 0",
-            found[-1] - found[0], -0.15, "lower", unit="nats",
+            found[-1] - found[0], -0.08, "lower", unit="nats",
         )  # fmt: skip
         curve = Curve("after training", self.ratios, found)
         labels = "learning rate of attention, that of the decoder 1", "entropy of the token composition, nats"
@@ -115,7 +115,7 @@ def _scan(seen: Dynamics) -> Iterator[Finding | Plot]:
     yield Finding(
         "Attention moves from common tokens to distinct ones.",
         "the share of attention on distinct tokens at the end, over that at the start: above 1",
-        (distinct[-1] / distinct[0]).item(), 1.5, "higher", unit="ratio",
+        (distinct[-1] / distinct[0]).item(), 1.3, "higher", unit="ratio",
     )  # fmt: skip
     rising, falling = (seen.distinct_scores() > 0).double(), (seen.common_scores() < 0).double()
     yield Finding(
@@ -175,8 +175,10 @@ def _without_length(seen: Dynamics) -> Finding:
     )  # fmt: skip
 
 
-def _snap(data: TokenClasses, rate: float, steps: int) -> int:
-    found = ScanAndSnap(data).run(rate, 0.1, steps).snap_time()
+def _snap(data: TokenClasses, rate: float) -> int:
+    """Return the step of the snap, in a training that lasts well beyond it, with a decoder that is much faster."""
+    steps = math.ceil(6 * len(data.p) * math.log(data.vocabulary) / rate)
+    found = ScanAndSnap(data).run(rate, 0.01, steps).snap_time()
     assert found is not None
     return found
 
