@@ -24,6 +24,7 @@ class Coins(Study):
         thrown = torch.randint(2, (self.throws,), generator=generator).double()
         shares = thrown.cumsum(0) / torch.arange(1, self.throws + 1)
         yield Finding("Coins are fair.", "share of heads: 0.5", shares[-1].item(), 0.5, "equal", 0.05, "of the throws")
-        curve = Curve("heads", range(1, 11), shares[:10].tolist(), [0.5] * 10)
+        shown = shares[:10].tolist()
+        curve = Curve("heads", range(1, len(shown) + 1), shown, [0.5] * len(shown))
         yield Plot("Heads", "throws", "share", [curve])
         yield Finding("Coins fall.", "all of them", 1.0, 1.0, "higher")

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from foveate.core.catalog import system
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, ShapeError
 from foveate.report.study import command, from_json, ledger, lines, render, to_json
 from foveate.studies import Curve, Finding, Plot, StudyReport
 from tests.report.conftest import ATTACK, IMAGE, SCRIPT
@@ -43,6 +43,12 @@ def test_a_finding_says_what_it_needs() -> None:
         replace(HELD, tolerance=-1)
 
 
+def test_a_curve_has_as_many_values_as_places() -> None:
+    for lists in (((1, 2), (1,)), ((1, 2), (1, 2), (1, 2, 3))):
+        with pytest.raises(ShapeError, match="curve 'a' must have as many values as places: 2; got"):
+            Curve("a", *lists)
+
+
 def test_a_report_is_plain_data() -> None:
     assert not REPORT.holds and replace(REPORT, findings=[HELD]).holds
     assert StudyReport.from_json(REPORT.to_json()) == REPORT
@@ -59,7 +65,7 @@ def test_a_report_is_plain_data() -> None:
 
 def test_the_page_has_the_numbers_and_loads_nothing() -> None:
     page = render(ROW, REPORT)
-    assert "1 of 2 statements hold." in page and ROW.url in page and "default-src 'none'" in page
+    assert "1 of 2 statements hold." in page and ROW.url in page and "default-src &#39;none&#39;" in page
     assert re.findall(r'<tr class="(right|wrong)">', page) == ["right", "wrong"]
     for text in (
         "It holds.",

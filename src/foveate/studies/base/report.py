@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from foveate.core import validate
+from foveate.core.errors import ShapeError
 from foveate.pages.plot import Line, drawn
 from foveate.pages.text import visible
 
@@ -70,6 +71,11 @@ class Curve:
             values = getattr(self, name)
             if values is not None:
                 object.__setattr__(self, name, tuple(map(float, values)))
+        counts = {len(values) for values in (self.y, self.predicted) if values is not None}
+        if counts != {len(self.x)}:
+            raise ShapeError(
+                f"curve {self.name!r} must have as many values as places: {len(self.x)}; got {sorted(counts)}"
+            )
 
 
 @dataclass(frozen=True)
