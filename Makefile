@@ -4,7 +4,7 @@
 # make parity compares with implementations by others: installs all of these, also those that `make test` skips
 # make real   fetches two pretrained models (740 MB, once), compares six cache policies on them and runs the tests marked
 #             `real`; FULL=1 measures all policies for docs/real.md
-# make bench  every benchmark; make claims / systems / docs rewrite what is generated under docs/
+# make bench  every benchmark; make claims / studies / systems / docs rewrite what is generated under docs/
 # make docs-site  the documentation as a site that needs no network: build/site/index.html
 #
 # PYTHON=python3.12 chooses the interpreter. On a machine without a GPU, PyPI's torch for Linux brings CUDA along;
@@ -23,7 +23,7 @@ INSTALLED_DEV := $(VENV)/installed-dev-$(KEY)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo install install-dev test test-all typecheck real parity lint format bench claims systems models mutants picture notebooks docs docs-site clean
+.PHONY: demo install install-dev test test-all typecheck real parity lint format bench claims studies systems models mutants picture notebooks docs docs-site clean
 
 demo: $(INSTALLED)
 	$(BIN)/foveate compare
@@ -93,6 +93,10 @@ claims: $(INSTALLED_DEV)
 	FOVEATE_CLAIMS=.claims $(PYTEST) tests/systems
 	$(BIN)/python -m tests.support.claims .claims
 
+# every study's statements, predictions and measurements: docs/studies.md. KEYS="scan_and_snap" runs only these again
+studies: $(INSTALLED_DEV)
+	$(ONE_THREAD) $(BIN)/python docs/studies.py $(KEYS)
+
 # what the classes say of themselves, for `foveate systems` and docs/systems.md
 systems: $(INSTALLED_DEV)
 	$(BIN)/python docs/systems.py
@@ -120,7 +124,7 @@ picture: $(INSTALLED)
 notebooks: $(INSTALLED_DEV)
 	$(ONE_THREAD) $(BIN)/python docs/notebooks/run.py
 
-docs: claims systems picture notebooks
+docs: claims studies systems picture notebooks
 	$(BIN)/foveate compare
 	$(BIN)/python docs/fill.py
 

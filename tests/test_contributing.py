@@ -25,6 +25,9 @@ SOURCES = [
     "src/foveate/kv/sink_recent.py",
     "src/foveate/catalog/kv.toml",
     "tests/systems/kv/test_sink_recent.py",
+    "src/foveate/studies/attention_rank/study.py",
+    "src/foveate/catalog/studies.toml",
+    "tests/systems/studies/test_attention_rank.py",
 ]
 BLOCKS = re.findall(r"```(?:python|toml)\n(.*?)```", TEXT, re.DOTALL)
 ROWS = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)

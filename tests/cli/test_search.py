@@ -32,7 +32,7 @@ CORPUS = [
     ("a set of unordered elements", 1, "set_transformer", "sets"),
     ("point at positions of the input", 1, "pointer_network", "pointing at inputs"),
     ("sorting numbers", 1, "pointer_network", "pointing at inputs"),
-    ("interpretability", 3, "pavlovian_attention dependency_vit", "interpretability"),
+    ("interpretability", 5, "pavlovian_attention scan_and_snap dependency_vit", "interpretability"),
     ("interpretabilty", 3, "pavlovian_attention", "interpretability"),
     ("recall facts with a small state", 2, "based", "recall"),
     ("machine translation", 1, "luong_attention", "translation"),

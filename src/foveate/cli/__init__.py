@@ -1,6 +1,7 @@
 """The `foveate` command. Its modules import heavy packages inside the commands, so that `--help` does not load torch.
 
-Exit codes: 0 success; 1 interrupted, or a bug (with its traceback); 2 unusable input, explained in one line.
+Exit codes: 0 success; 1 interrupted, or a bug (with its traceback); 2 unusable input, explained in one line; 3 a
+statement of a study does not hold.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 import foveate
-from foveate.cli import bench, cite, compare, heads, labs, look, run, systems, train, tune
+from foveate.cli import bench, cite, compare, heads, labs, look, run, study, systems, train, tune
 from foveate.cli.console import CommandGroup
 from foveate.tasks.registry import TASKS as NAMED
 
@@ -28,6 +29,7 @@ app.command("run")(run.command)
 app.command("train", epilog=train.listing())(train.command)
 app.command("look")(look.command)
 app.command("heads")(heads.command)
+app.command("study")(study.command)
 app.command("systems")(systems.command)
 app.command("cite")(cite.command)
 app.add_typer(bench.app, name="bench")
