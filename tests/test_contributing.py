@@ -19,6 +19,8 @@ SOURCES = [
     "src/foveate/nn/sequence/mhe_attention.py",
     "src/foveate/catalog/nn.toml",
     "tests/systems/nn/test_mhe_attention.py",
+    "src/foveate/nn/seq2seq/show_attend_tell.py",
+    "tests/systems/nn/test_show_attend_tell.py",
     "src/foveate/kv/sink_recent.py",
     "src/foveate/catalog/kv.toml",
     "tests/systems/kv/test_sink_recent.py",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.checked import Checked
-from foveate.core.errors import OptionError, ShapeError, shown
+from foveate.core.errors import ShapeError, shown
 from foveate.nn.seq2seq.show_attend_tell import VisualAttentionLSTM
 from foveate.ops.functional.normalizers import sample
 from foveate.train.base.objective import Loss
@@ -50,8 +50,6 @@ class HardAttentionLoss(Checked, nn.Module):
         decay: float = 0.9,
     ) -> None:  # fmt: skip
         super().__init__()
-        if not isinstance(generator, torch.Generator):
-            raise OptionError(f"generator={shown(generator)} must be a torch.Generator")
         validate.at_least("reward", reward, 0)
         validate.at_least("entropy", entropy, 0)
         validate.between("expectation", expectation, 0, 1)
