@@ -29,7 +29,8 @@ def _found() -> dict[str, type[Seq2Seq]]:
     found: dict[str, type[Seq2Seq]] = {}
     for row in systems():
         for module, _, name in (target.partition(":") for target in (row.object, *row.parts)):
-            cls = getattr(import_module(module), name) if module.startswith(("foveate.nn.", "foveate.models.")) else None
+            here = module.startswith(("foveate.nn.", "foveate.models."))
+            cls = getattr(import_module(module), name) if here else None
             if isinstance(cls, type) and issubclass(cls, Seq2Seq):
                 found[row.key if row.key not in found else f"{row.key}-{name}"] = cls
     return found

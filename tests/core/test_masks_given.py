@@ -128,7 +128,7 @@ CASES: dict[str, Case] = {
     "plan": Case(lambda mask: calls.plan(heads(2), heads(M), heads(M), mask=mask), KEYS),
 }  # fmt: skip
 
-#: Checked before they are called, by `Layer.forward`, `Seq2Seq.forward` and `Operator.forward`; what a system overrides.
+#: Checked before they are called, by `Layer`, `Seq2Seq` and `Operator`; what a system overrides.
 HOOKS = {"project", "attend", "context", "encode", "encode_keys", "step"}
 #: The two doors that check, for all layers and operators; the interface of another library; a layout of blocks.
 CHECKED = {

@@ -111,9 +111,10 @@ class Seq2Seq(Checked, nn.Module, ABC):
         source, state = self._begin(memory, mask, state)
         if first is None and self.has_start:
             first = torch.full((len(memory),), -1, device=memory.device)
-        self._check_tokens("first", first, (len(memory),), memory)
+        first = self._check_tokens("first", first, (len(memory),), memory)
         if stop is not None:
-            validate.one_of("stop", stop, tuple(range(self.vocab_of(memory))))
+            validate.count("stop", stop, 0)
+            validate.between("stop", stop, 0, self.vocab_of(memory) - 1)
         return self._search(first, state, source, BeamSearch(len(memory), beams, memory.device, stop), steps)
 
     def _search(self, token: Tensor, state: State, source: Source, search: BeamSearch, steps: int) -> Generated:
@@ -185,11 +186,12 @@ class Seq2Seq(Checked, nn.Module, ABC):
         source = self.encode(memory.masked_fill(~mask[..., None], 0.0), mask)
         return source, self.begin(source, state)
 
-    def _check_tokens(self, name: str, tokens: Any, shape: tuple[int | None, ...], memory: Tensor) -> None:
+    def _check_tokens(self, name: str, tokens: Tensor | None, shape: tuple[int | None, ...], memory: Tensor) -> Tensor:
         axes = "(B={}, T) with T > 0" if len(shape) == 2 else "(B={},)"
-        fits = isinstance(tokens, Tensor) and tokens.dtype in (torch.long, torch.int) and tokens.dim() == len(shape)
-        if not fits or len(tokens) != shape[0] or not tokens.shape[-1]:
+        whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.long, torch.int)
+        if tokens is None or not whole or tokens.dim() != len(shape) or len(tokens) != shape[0] or not tokens.shape[-1]:
             raise ShapeError(f"{name} must be whole numbers {axes.format(shape[0])}; got {shown(tokens)}")
         low, high = -int(self.has_start), self.vocab_of(memory) - 1
         if bool(((tokens < low) | (tokens > high)).any()):
             raise ShapeError(f"{name} must be in {low}..{high}; got {int(tokens.min())}..{int(tokens.max())}")
+        return tokens

@@ -39,8 +39,8 @@ class HardAttentionLoss(Checked, nn.Module):
             lowers the variance too. The release draws once a batch, the paper once an image, as here.
         decay: of the average.
 
-    b starts at 0. A call in training mode updates it after use; `state_dict` holds it. By default the release weighs each
-    location by the word of its own step alone, over 10 and without b; this is the rule of the paper.
+    b starts at 0. A call in training mode updates it after use; `state_dict` holds it. By default the release weighs
+    each location by the word of its own step alone, over 10 and without b; this is the rule of the paper.
     """
 
     baseline: Tensor
