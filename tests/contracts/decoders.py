@@ -77,10 +77,15 @@ def memories(seed: int = 0, batch: int = BATCH) -> Tensor:
     return torch.randn(batch, PLACES, DIM, generator=random, dtype=torch.float64)
 
 
+def drawable(decoder: Seq2Seq, memory: Tensor) -> int:
+    """Return the number of tokens that tests draw from: all but a stop slot behind the memory."""
+    return min(decoder.vocab_of(memory), memory.shape[1])
+
+
 def given(decoder: Seq2Seq, memory: Tensor, seed: int = 1, steps: int = STEPS) -> Tensor:
     """Return tokens that begin with a start token: the decoder's own, where it has one."""
     random = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(decoder.vocab_of(memory), (len(memory), steps), generator=random)
+    tokens = torch.randint(drawable(decoder, memory), (len(memory), steps), generator=random)
     if decoder.has_start:
         tokens[:, 0] = -1
     return tokens

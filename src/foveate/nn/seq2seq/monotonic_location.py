@@ -108,7 +108,8 @@ class MonotonicLocationDecoder(Seq2Seq):
         made = cls(dim, vocab, 6, step="controlled_relu", mix=True)
         assert made.attention.step_bias is not None  # learned by "controlled_relu"
         nn.init.zeros_(made.attention.step_bias)
-        nn.init.normal_(made.out_bias)
+        for weight in (made.cell.weight_hh, made.narrow.weight):
+            nn.init.normal_(weight)
         return made
 
 

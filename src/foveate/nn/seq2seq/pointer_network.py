@@ -150,7 +150,7 @@ class PointerNetwork(Seq2Seq):
 
     def encode(self, memory: Tensor, mask: Tensor) -> Slots:
         """Run the encoder over the real inputs, in their order."""
-        order = mask.logical_not().argsort(-1, stable=True)[..., None]  # the real ones in front
+        order = mask.logical_not().argsort(dim=-1, stable=True)[..., None]  # the real ones in front
         lengths = mask.sum(-1).clamp(min=1)
         in_front = memory.gather(1, order.expand_as(memory))
         packed = pack_padded_sequence(in_front, lengths.cpu(), batch_first=True, enforce_sorted=False)
