@@ -252,7 +252,9 @@ def test_gradients_reach_every_parameter(key: str) -> None:
     out = decoder(memory, given(decoder, memory)).logits.softmax(-1)
     names, parameters = zip(*decoder.named_parameters(), strict=True)
     grads = gradients(out, parameters)
-    assert {name for name, grad in zip(names, grads, strict=True) if not grad.any()} == TRAINED_ELSEWHERE.get(key, set())
+    assert {name for name, grad in zip(names, grads, strict=True) if not grad.any()} == TRAINED_ELSEWHERE.get(
+        key, set()
+    )
     assert all(grad.isfinite().all() for grad in grads)
 
 

@@ -271,7 +271,9 @@ def test_the_decoder_by_hand(mode: str, input_feeding: bool) -> None:
         given = {"t": torch.tensor([t])} if mode == "local_m" else {}
         keys = source[:, None]
         weights = decoder.attention.weights(
-            F.pad(out[:, None], (0, 0, 0, 6)), keys, mask=mask[:, None, None],
+            F.pad(out[:, None], (0, 0, 0, 6)),
+            keys,
+            mask=mask[:, None, None],
             **{name: torch.full((7,), t) for name in given},
         )[:, 0, 0]
         context = (weights[..., None] * source).sum(1)
