@@ -1,13 +1,24 @@
 # The public names of foveate.nn; written by `make systems` from the catalogue.
 
+from foveate.nn.base.feature_gate import FeatureGate as FeatureGate
+from foveate.nn.base.fusion import Fusion as Fusion
+from foveate.nn.base.fusion import Stream as Stream
 from foveate.nn.base.layer import Layer as Layer
 from foveate.nn.base.layer import LayerCapabilities as LayerCapabilities
 from foveate.nn.base.layer import StreamingLayer as StreamingLayer
+from foveate.nn.base.pool import Pool as Pool
+from foveate.nn.base.pool import Pooled as Pooled
+from foveate.nn.base.seq2seq import Decoded as Decoded
+from foveate.nn.base.seq2seq import Encoded as Encoded
+from foveate.nn.base.seq2seq import Generated as Generated
+from foveate.nn.base.seq2seq import Made as Made
+from foveate.nn.base.seq2seq import Seq2Seq as Seq2Seq
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention as GaussianAdaptiveAttention
 from foveate.nn.channel.gaam import GaussianBlock as GaussianBlock
 from foveate.nn.channel.gaam import importance_factor as importance_factor
 from foveate.nn.channel.multi_dim_attention import MultiDimAttention as MultiDimAttention
 from foveate.nn.fusion.co_attention import CoAttention as CoAttention
+from foveate.nn.parts.beam_search import BeamSearch as BeamSearch
 from foveate.nn.parts.blocks import Block as Block
 from foveate.nn.parts.blocks import GatedMLP as GatedMLP
 from foveate.nn.parts.build import create as create
@@ -33,11 +44,15 @@ from foveate.nn.pool.hierarchical_attention import AttentionPool as AttentionPoo
 from foveate.nn.pool.hierarchical_attention import HierarchicalAttention as HierarchicalAttention
 from foveate.nn.seq2seq.luong_decoder import LuongDecoder as LuongDecoder
 from foveate.nn.seq2seq.monotonic_location import EncodedSource as EncodedSource
+from foveate.nn.seq2seq.monotonic_location import MonotonicLocationDecoder as MonotonicLocationDecoder
 from foveate.nn.seq2seq.monotonic_location import MonotonicLocationSeq2Seq as MonotonicLocationSeq2Seq
 from foveate.nn.seq2seq.pointer_network import Pointed as Pointed
 from foveate.nn.seq2seq.pointer_network import PointerNetwork as PointerNetwork
 from foveate.nn.seq2seq.pointer_network import pointer_loss as pointer_loss
 from foveate.nn.seq2seq.pointer_network import pointer_scores as pointer_scores
+from foveate.nn.seq2seq.show_attend_tell import Looked as Looked
+from foveate.nn.seq2seq.show_attend_tell import VisualAttentionLSTM as VisualAttentionLSTM
+from foveate.nn.seq2seq.show_attend_tell import doubly_stochastic_penalty as doubly_stochastic_penalty
 from foveate.nn.sequence.aaren import AarenLayer as AarenLayer
 from foveate.nn.sequence.base_conv import BaseConv as BaseConv
 from foveate.nn.sequence.chosen_attention import ChosenAttention as ChosenAttention
@@ -99,19 +114,25 @@ __all__ = [
     "Alibi",
     "AttentionPool",
     "BaseConv",
+    "BeamSearch",
     "Block",
     "ChosenAttention",
     "CoAttention",
     "Concentration",
     "DampedEMA",
+    "Decoded",
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
     "EfficientAttention2d",
+    "Encoded",
     "EncodedSource",
+    "FeatureGate",
+    "Fusion",
     "GatedMLP",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "Generated",
     "GraphAttention",
     "HeadScheme",
     "HeadState",
@@ -128,16 +149,19 @@ __all__ = [
     "LocalConcentration",
     "LocalKernels",
     "LocalWindowBlock",
+    "Looked",
     "LuongDecoder",
     "MAB",
     "MDLRPE",
     "MDTPE",
+    "Made",
     "Mega",
     "MegaBlock",
     "MemoryAsContext",
     "MemoryAsGate",
     "MemoryAsLayer",
     "MixtureOfHeadAttention",
+    "MonotonicLocationDecoder",
     "MonotonicLocationSeq2Seq",
     "MultiDimAttention",
     "MultiHeadAttention",
@@ -148,6 +172,8 @@ __all__ = [
     "PMA",
     "Pointed",
     "PointerNetwork",
+    "Pool",
+    "Pooled",
     "Position",
     "PositionalSymbols",
     "RelationalAttention",
@@ -157,17 +183,20 @@ __all__ = [
     "RotaryBias",
     "SAB",
     "SensoryHeads",
+    "Seq2Seq",
     "SetTransformer",
     "ShortConv",
     "SkimAttention",
     "SkimLayer",
     "Skimformer",
     "SlimAttention",
+    "Stream",
     "StreamingLayer",
     "SuperAttention",
     "SymbolicAttention",
     "Symbols",
     "Tree",
+    "VisualAttentionLSTM",
     "WindowAttention",
     "Windows",
     "allocate_queries",
@@ -175,6 +204,7 @@ __all__ = [
     "concentration",
     "create",
     "dependency_tree",
+    "doubly_stochastic_penalty",
     "importance_factor",
     "influence",
     "injectivity_probe",

@@ -1,5 +1,8 @@
 # The public names of foveate.train; written by `make systems` from the catalogue.
 
+from foveate.train.base.initialiser import Initialiser as Initialiser
+from foveate.train.base.objective import Loss as Loss
+from foveate.train.base.objective import Objective as Objective
 from foveate.train.distillation.attention_mimicry import attention_entropy as attention_entropy
 from foveate.train.distillation.attention_mimicry import distill as distill
 from foveate.train.distillation.attention_mimicry import distillation_loss as distillation_loss
@@ -26,6 +29,7 @@ from foveate.train.loop.network import spec as spec
 from foveate.train.loop.network import training_task as training_task
 from foveate.train.loop.seeds import Spread as Spread
 from foveate.train.loop.seeds import Trainings as Trainings
+from foveate.train.objectives.hard_attention import HardAttentionLoss as HardAttentionLoss
 from foveate.train.objectives.latent_alignment import kl as kl
 from foveate.train.objectives.latent_alignment import latent_attention_loss as latent_attention_loss
 from foveate.train.objectives.latent_alignment import marginal_decode as marginal_decode
@@ -36,9 +40,13 @@ from foveate.train.objectives.variational_attention import InferenceNetwork as I
 from foveate.train.objectives.variational_attention import VariationalAttention as VariationalAttention
 
 __all__ = [
+    "HardAttentionLoss",
     "History",
     "InferenceNetwork",
+    "Initialiser",
     "Job",
+    "Loss",
+    "Objective",
     "Outcome",
     "Projections",
     "Schedule",

@@ -95,7 +95,7 @@ class LuongDecoder(Seq2Seq):
         given = torch.cat([x, state.fed[:, None]], -1) if self.input_feeding else x
         h, (last_h, last_c) = self.lstm(given, tuple(part.transpose(0, 1).contiguous() for part in state[:2]))
         t = torch.arange(tokens.shape[1], device=tokens.device)
-        own = {"t": state.t[:1] + t} if "t" in self.attention.capabilities.inputs else {}
+        own: dict[str, Any] = {"t": state.t[:1] + t} if "t" in self.attention.capabilities.inputs else {}
         seen = source.mask[:, None, None]
         weights = self.attention.weights(h[:, None], source.memory[:, None], mask=seen, **own)[:, 0]
         fed = torch.tanh(self.combine(torch.cat([weights @ source.memory, h], -1)))
