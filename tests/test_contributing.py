@@ -22,6 +22,8 @@ SOURCES = [
     "src/foveate/models/audio/ecapa_tdnn.py",
     "src/foveate/catalog/models.toml",
     "tests/systems/models/test_ecapa_tdnn.py",
+    "src/foveate/nn/seq2seq/show_attend_tell.py",
+    "tests/systems/nn/test_show_attend_tell.py",
     "src/foveate/kv/sink_recent.py",
     "src/foveate/catalog/kv.toml",
     "tests/systems/kv/test_sink_recent.py",

@@ -39,6 +39,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "attention_sorting": DOCUMENTS,
     "attn_rank": DOCUMENTS,
     "retrieval_heads": {"model": induction_lm(), "ids": RECALL[0], "needle": RECALL[1][0]},
+    "show_attend_tell": {"annotations": torch.randn(2, 9, 512), "captions": torch.tensor([[-1, 3, 5], [-1, 2, 2]])},
     "second_order_lens": {"clip": clip_vision(), "images": torch.randn(3, 3, 24, 24), "texts": torch.randn(6, 20)},
     "gta": {
         "camera_to_world": GTA.example_input("poses", B, HEADS, N).float(),

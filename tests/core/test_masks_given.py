@@ -19,6 +19,7 @@ from foveate.nn.parts.ema import DampedEMA
 from foveate.nn.pool.hierarchical_attention import AttentionPool
 from foveate.nn.seq2seq.luong_decoder import LuongDecoder
 from foveate.nn.seq2seq.pointer_network import pointer_scores
+from foveate.nn.seq2seq.show_attend_tell import VisualAttentionLSTM, doubly_stochastic_penalty
 from foveate.nn.sequence.neural_memory import NeuralMemory
 from foveate.nn.sequence.relational_attention import RelationalAttention
 from foveate.nn.sequence.set_transformer import MAB, PMA, SetTransformer
@@ -51,11 +52,11 @@ class Case:
     shape: tuple[int, ...]
 
 
-def luong(method: str) -> Callable[[Tensor], object]:
-    decoder, source, tokens = LuongDecoder(DIM, 7), drawn(B, M, DIM), torch.zeros(B, N, dtype=torch.long)
+def seq2seq(method: str) -> Callable[[Tensor], object]:
+    decoder, memory, tokens = LuongDecoder(DIM, 7), drawn(B, M, DIM), torch.zeros(B, N, dtype=torch.long)
     if method == "generate":
-        return lambda mask: decoder.generate(source, tokens[:, 0], 2, mask=mask)
-    return lambda mask: getattr(decoder, method)(source, tokens, mask=mask)
+        return lambda mask: decoder.generate(memory, tokens[:, 0], 2, mask=mask)
+    return lambda mask: decoder(memory, tokens, mask)
 
 
 def heads(length: int) -> Tensor:
@@ -92,9 +93,16 @@ CASES: dict[str, Case] = {
             drawn(B, M, DIM), drawn(B, N, DIM), drawn(6, DIM), drawn(6, DIM), drawn(6), mask=mask
         ), PAIRS,
     ),
-    "LuongDecoder.forward": Case(luong("forward"), KEYS),
-    "LuongDecoder.align": Case(luong("align"), KEYS),
-    "LuongDecoder.generate": Case(luong("generate"), KEYS),
+    "Seq2Seq.forward": Case(seq2seq("forward"), TOKENS),
+    "Seq2Seq.generate": Case(seq2seq("generate"), TOKENS),
+    "VisualAttentionLSTM.look": Case(
+        lambda mask: VisualAttentionLSTM(DIM, DIM, 7).look(
+            drawn(B, M, DIM), torch.zeros(B, N, dtype=torch.long), lambda weights: weights, mask
+        ), TOKENS,
+    ),
+    "doubly_stochastic_penalty": Case(
+        lambda mask: doubly_stochastic_penalty(drawn(B, N, M).softmax(-1), mask=mask), TOKENS
+    ),
     "RelationalAttention.forward": Case(relational(), KEYS),
     "MAB.forward": Case(lambda mask: MAB(DIM, DIM, DIM, 2)(drawn(B, N, DIM), drawn(B, M, DIM), mask), KEYS),
     "PMA.forward": Case(lambda mask: PMA(DIM, 2, N)(drawn(B, M, DIM), mask), KEYS),
@@ -120,8 +128,8 @@ CASES: dict[str, Case] = {
     "plan": Case(lambda mask: calls.plan(heads(2), heads(M), heads(M), mask=mask), KEYS),
 }  # fmt: skip
 
-#: Checked before they are called, by `Layer.forward` and `Operator.forward`; what a system overrides.
-HOOKS = {"project", "attend", "context", "encode_keys", "step"}
+#: Checked before they are called, by `Layer`, `Seq2Seq` and `Operator`; what a system overrides.
+HOOKS = {"project", "attend", "context", "encode", "encode_keys", "step"}
 #: The two doors that check, for all layers and operators; the interface of another library; a layout of blocks.
 CHECKED = {
     "Layer.forward", "Operator.forward", "Operator.weights", "Operator.plan", "FoveateForCausalLM.forward",
@@ -165,7 +173,7 @@ def test_a_mask_of_its_shape_is_taken(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_mask_that_would_broadcast_to_something_else_is_refused(case: Case) -> None:
     shape = KEYS if case.shape == TOKENS else TOKENS
-    axes = {KEYS: r"\(B, 1, 1, Nk\)", TOKENS: r"\(B, N\)", PAIRS: r"\(B, 1, N\)"}[case.shape]
+    axes = {KEYS: r"\(B, 1, 1, Nk\)", TOKENS: r"\(B, [NS]\)", PAIRS: r"\(B, 1, N\)"}[case.shape]
     with pytest.raises((ShapeError, UnsupportedPattern), match=f"a mask of keys is {axes}"):
         case.call(real(shape))
     with pytest.raises(ShapeError, match="must"):

@@ -80,7 +80,7 @@ def test_following_targets(stop: bool, visit_once: bool) -> None:
     garbage[1, 3:], garbage[2, 4:] = float("nan"), 1e9
     found = []
     for given in (inputs, garbage):
-        log_probs = net(given, targets, lengths=lengths, mask_visited=visit_once).log_probs
+        log_probs = net.point(given, targets, lengths=lengths, mask_visited=visit_once).log_probs
         found.append((log_probs, *gradients(log_probs.exp(), list(net.parameters()))))
     for one, other in zip(*found, strict=True):
         assert_near(one.nan_to_num(neginf=-99.0), other.nan_to_num(neginf=-99.0), 1e-12)
@@ -99,7 +99,7 @@ def test_greedy_with_a_stop(visit_once: bool) -> None:
     stopped = 0
     for seed in range(12):
         net, inputs = built(seed, 2.0), points(4, 5, seed)
-        ours = net(inputs, mask_visited=visit_once)
+        ours = net.point(inputs, mask_visited=visit_once)
         assert ours.log_probs.shape == (4, 6, 6)
         assert ours.indices.shape == (4, 6)
         for b in range(4):
@@ -116,9 +116,9 @@ def test_greedy_with_a_stop(visit_once: bool) -> None:
 def test_it_runs_on_more_inputs_than_before() -> None:
     net = built()
     for n in (1, 2, 9):
-        assert net(points(n=n)).log_probs.shape == (3, n + 1, n + 1)
-        assert net(points(n=n), steps=4).indices.shape == (3, 4)
-    assert built(stop=False)(points(n=4)).indices.shape == (3, 4)
+        assert net.point(points(n=n)).log_probs.shape == (3, n + 1, n + 1)
+        assert net.point(points(n=n), steps=4).indices.shape == (3, 4)
+    assert built(stop=False).point(points(n=4)).indices.shape == (3, 4)
 
 
 # -- permutations and beams --------------------------------------------------------------------------------------------
@@ -126,14 +126,14 @@ def test_it_runs_on_more_inputs_than_before() -> None:
 
 def test_masking_visited_inputs_gives_permutations() -> None:
     net, inputs = built(stop=False), points(200, 6)
-    masked, free = (net(inputs, mask_visited=visited).indices.sort(-1).values for visited in (True, False))
+    masked, free = (net.point(inputs, mask_visited=visited).indices.sort(-1).values for visited in (True, False))
     assert torch.equal(masked, torch.arange(6).expand(200, -1))
     assert not torch.equal(free, masked)
     beamed, _ = net.beam(inputs[:20], 3, mask_visited=True)
     assert torch.equal(beamed.sort(-1).values, torch.arange(6).expand(20, -1))
     lengths = torch.tensor([6, 2, 4])
     for indices in (
-        net(inputs[:3], lengths=lengths, mask_visited=True).indices,
+        net.point(inputs[:3], lengths=lengths, mask_visited=True).indices,
         net.beam(inputs[:3], 3, lengths=lengths, mask_visited=True)[0],
     ):
         for row, n in zip(indices.tolist(), lengths.tolist(), strict=True):
@@ -146,7 +146,7 @@ def test_masking_visited_inputs_gives_permutations() -> None:
 def test_a_beam_of_one_is_greedy(stop: bool, visit_once: bool) -> None:
     for seed in range(5):
         net, inputs = built(seed, stop=stop), points(6, 4, seed)
-        greedy = net(inputs, mask_visited=visit_once)
+        greedy = net.point(inputs, mask_visited=visit_once)
         indices, total = net.beam(inputs, 1, mask_visited=visit_once)
         assert torch.equal(indices, greedy.indices)
         taken = greedy.log_probs.gather(-1, greedy.indices[..., None]).sum((1, 2))
@@ -170,8 +170,9 @@ def test_a_wide_beam_finds_the_best_of_all(stop: bool) -> None:
         for b, n in enumerate(lengths.tolist()):
             every = torch.tensor(orders(n, 4, stop))
             follow = every.masked_fill((every == 3).cumsum(-1) > 1, -1)
-            log_probs = net(inputs[b : b + 1].expand(len(every), -1, -1), follow, lengths=torch.full((len(every),), n))
-            each = log_probs.log_probs.gather(-1, follow.clamp(min=0)[..., None])[..., 0].masked_fill(follow < 0, 0.0)
+            beside = inputs[b : b + 1].expand(len(every), -1, -1)
+            found = net.point(beside, follow, lengths=torch.full((len(every),), n)).log_probs
+            each = found.gather(-1, follow.clamp(min=0)[..., None])[..., 0].masked_fill(follow < 0, 0.0)
             best = each.sum(-1).max(0)
             assert abs(total[b].item() - best.values.item()) < 1e-10
             assert indices[b].tolist() == every[best.indices].tolist()
@@ -183,7 +184,7 @@ def test_a_wide_beam_finds_the_best_of_all(stop: bool) -> None:
 
 def test_the_loss() -> None:
     net, inputs, targets = built(), points(), torch.tensor([[1, 5, -1], [0, 2, 5], [3, 1, 2]])
-    found = net(inputs, targets)
+    found = net.point(inputs, targets)
     expected = [-found.log_probs[b, i, targets[b, i]] for b in range(3) for i in range(3) if targets[b, i] >= 0]
     assert abs(pointer_loss(found, targets) - sum(expected) / 8) < 1e-12
     assert all(grad.isfinite().all() for grad in gradients(pointer_loss(found, targets), list(net.parameters())))
@@ -192,11 +193,9 @@ def test_the_loss() -> None:
 def test_rows_with_nothing_left_have_no_gradient() -> None:
     net, inputs, targets = built(stop=False), points(2, 4), torch.tensor([[1, 3, 0, 2], [1, 0, -1, -1]])
     lengths = torch.tensor([4, 2])
-    loss = pointer_loss(net(inputs, targets, lengths=lengths, mask_visited=True), targets)
-    apart = [
-        pointer_loss(net(inputs[i : i + 1, :n], targets[i : i + 1, :n], mask_visited=True), targets[i : i + 1, :n])
-        for i, n in enumerate((4, 2))
-    ]
+    loss = pointer_loss(net.point(inputs, targets, lengths=lengths, mask_visited=True), targets)
+    alone = [(inputs[i : i + 1, :n], targets[i : i + 1, :n]) for i, n in enumerate((4, 2))]
+    apart = [pointer_loss(net.point(one, target, mask_visited=True), target) for one, target in alone]
     expected = gradients((4 * apart[0] + 2 * apart[1]) / 6, list(net.parameters()))
     for one, other in zip(gradients(loss, list(net.parameters())), expected, strict=True):
         assert_near(one, other, 1e-10)
@@ -213,7 +212,7 @@ def test_weights_start_as_in_the_paper() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"in_dim": 0}, "in_dim=0"), ({"hidden": 0}, "hidden=0"), ({"stop": "yes"}, "stop='yes' must be one of")],
+    [({"in_dim": 0}, "in_dim=0"), ({"hidden": 0}, "hidden=0"), ({"stop": "yes"}, "stop='yes' must be True or False")],
 )
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
@@ -240,12 +239,12 @@ def test_bad_options(options: dict, message: str) -> None:
 )
 def test_bad_calls(call: dict, message: str) -> None:
     with pytest.raises((ShapeError, OptionError), match=message):
-        built()(**{"inputs": points(), **call})
+        built().point(**{"inputs": points(), **call})
 
 
 def test_bad_calls_elsewhere() -> None:
     with pytest.raises(ShapeError, match="slots in 0..4, or -1"):
-        built(stop=False)(points(), torch.full((3, 2), 5))
+        built(stop=False).point(points(), torch.full((3, 2), 5))
     with pytest.raises(OptionError, match="width=0"):
         built().beam(points(), 0)
     with pytest.raises(ShapeError, match="inputs must be"):
@@ -284,12 +283,10 @@ def trained(net: nn.Module, lengths: tuple[int, ...], steps: int, seed: int) -> 
     optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
     for step in range(steps):
         inputs, targets = planar_batch("sort", 128, lengths[step % len(lengths)], random)
-        log_probs = net(inputs, targets)
-        loss = (
-            pointer_loss(log_probs, targets)
-            if isinstance(net, PointerNetwork)
-            else F.nll_loss(log_probs.flatten(0, 1), targets.flatten())
-        )
+        if isinstance(net, PointerNetwork):
+            loss = pointer_loss(net.point(inputs, targets), targets)
+        else:
+            loss = F.nll_loss(net(inputs, targets).flatten(0, 1), targets.flatten())
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 2.0)
@@ -301,8 +298,7 @@ def trained(net: nn.Module, lengths: tuple[int, ...], steps: int, seed: int) -> 
 def accuracy(net: nn.Module, n: int) -> float:
     """Return the share of right positions under teacher forcing."""
     inputs, targets = planar_batch("sort", 1000, n, torch.Generator().manual_seed(99))
-    found = net(inputs, targets)
-    log_probs = found.log_probs if isinstance(net, PointerNetwork) else found
+    log_probs = net.point(inputs, targets).log_probs if isinstance(net, PointerNetwork) else net(inputs, targets)
     return (log_probs.argmax(-1) == targets).double().mean().item()
 
 
@@ -346,5 +342,5 @@ def test_it_learns_to_sort() -> None:
     net = trained(a_net("pointer", 3), (3,), 60, 0)
     assert accuracy(net, 3) > 0.75
     inputs, targets = planar_batch("sort", 300, 3, torch.Generator().manual_seed(5))
-    for found in (net(inputs, mask_visited=True).indices, net.beam(inputs, 3, mask_visited=True)[0]):
+    for found in (net.point(inputs, mask_visited=True).indices, net.beam(inputs, 3, mask_visited=True)[0]):
         assert (found == targets).all(-1).double().mean() > 0.7

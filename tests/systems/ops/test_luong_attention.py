@@ -263,7 +263,7 @@ def test_the_decoder_by_hand(mode: str, input_feeding: bool) -> None:
     random = torch.Generator().manual_seed(0)
     source, tokens = torch.randn(2, 7, 6, generator=random).double(), torch.randint(9, (2, 4), generator=random)
     state = tuple(torch.randn(2, 2, 6, generator=random).double() for _ in range(2))
-    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2]).bool()[:, None, None]
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2]).bool()
     expected, rows, inner, fed = [], [], state, torch.zeros(2, 6).double()
     for t in range(4):
         x = decoder.embed(tokens[:, t])
@@ -271,14 +271,18 @@ def test_the_decoder_by_hand(mode: str, input_feeding: bool) -> None:
         given = {"t": torch.tensor([t])} if mode == "local_m" else {}
         keys = source[:, None]
         weights = decoder.attention.weights(
-            F.pad(out[:, None], (0, 0, 0, 6)), keys, mask=mask, **{name: torch.full((7,), t) for name in given}
+            F.pad(out[:, None], (0, 0, 0, 6)),
+            keys,
+            mask=mask[:, None, None],
+            **{name: torch.full((7,), t) for name in given},
         )[:, 0, 0]
         context = (weights[..., None] * source).sum(1)
         fed = torch.tanh(decoder.combine(torch.cat([context, out[:, 0]], -1)))
         expected.append(decoder.out(fed))
         rows.append(weights)
-    assert_near(decoder(source, tokens, state, mask), torch.stack(expected, 1), 1e-12)
-    assert_near(decoder.align(source, tokens, state, mask), torch.stack(rows, 1), 1e-12)
+    found = decoder(source, tokens, mask, state)
+    assert_near(found.logits, torch.stack(expected, 1), 1e-12)
+    assert_near(found.weights, torch.stack(rows, 1), 1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -292,9 +296,9 @@ def test_generated_tokens_are_the_most_probable(mode: str, input_feeding: bool) 
             parameter.mul_(10)
     source = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(0))
     start = torch.tensor([1, 2, 3])
-    generated = decoder.generate(source, start, 5)
+    generated = decoder.generate(source, start, 5).tokens
     given = torch.cat([start[:, None], generated[:, :-1]], 1)
-    assert torch.equal(decoder(source, given).argmax(-1), generated)
+    assert torch.equal(decoder(source, given).logits.argmax(-1), generated)
     assert len(generated.unique()) > 2
 
 
@@ -306,9 +310,15 @@ def test_bad_decoders() -> None:
         with pytest.raises(OptionError, match=message):
             LuongDecoder(**{"dim": 6, "vocab": 9, **options})
     decoder = LuongDecoder(6, 9)
-    for source in (torch.zeros(2, 7, 5), torch.zeros(3, 7, 6), torch.zeros(2, 7)):
-        with pytest.raises(ShapeError, match=r"source must be \(B, S, C\) with B=2, C=6; got"):
-            decoder(source, torch.zeros(2, 4, dtype=torch.long))
+    tokens = torch.zeros(2, 4, dtype=torch.long)
+    for source in (torch.zeros(2, 7, 5), torch.zeros(2, 7), torch.zeros(2, 0, 6)):
+        with pytest.raises(ShapeError, match=r"memory must be \(B, S, D=6\) with S > 0; got"):
+            decoder(source, tokens)
+    with pytest.raises(ShapeError, match=r"tokens must be whole numbers \(B=3, T\) with T > 0; got"):
+        decoder(torch.zeros(3, 7, 6), tokens)
+    for state in (torch.zeros(1, 2, 6), (torch.zeros(1, 2, 6),), (torch.zeros(2, 1, 6),) * 2):
+        with pytest.raises(ShapeError, match=r"state must be \(h, c\), each \(layers, B, D\)=\(1, 2, 6\); got"):
+            decoder(torch.zeros(2, 7, 6), tokens, state=state)
     with pytest.raises(OptionError, match="steps=0"):
         decoder.generate(torch.zeros(2, 7, 6), torch.zeros(2, dtype=torch.long), 0)
 
@@ -330,26 +340,27 @@ class Translator(nn.Module):
         packed = nn.utils.rnn.pack_padded_sequence(self.embed(source), length, batch_first=True, enforce_sorted=False)
         states, last = self.encoder(packed)
         states, _ = nn.utils.rnn.pad_packed_sequence(states, batch_first=True, total_length=source.shape[1])
-        return states, last, (torch.arange(source.shape[1]) < length[:, None])[:, None, None]
+        return states, last, torch.arange(source.shape[1]) < length[:, None]
 
     def loss(self, source: torch.Tensor, target: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         states, last, mask = self.read(source, length)
         given = torch.cat([torch.ones_like(target[:, :1]), target[:, :-1]], 1)
-        logits = self.decoder(states, given, last, mask)
+        logits = self.decoder(states, given, mask, last).logits
         return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=0)
 
     def accuracy(self, source: torch.Tensor, target: torch.Tensor, length: torch.Tensor) -> float:
         """Return the share of sentences that are right as a whole."""
         states, last, mask = self.read(source, length)
-        generated = self.decoder.generate(states, torch.ones_like(length), target.shape[1], last, mask)
+        start = torch.ones_like(length)
+        generated = self.decoder.generate(states, start, target.shape[1], mask=mask, state=last).tokens
         return ((generated == target) | (target == 0)).all(1).double().mean().item()
 
 
 class Nothing(nn.Module):
     capabilities = Capabilities()
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(q)
+    def weights(self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return q.new_zeros(*q.shape[:3], k.shape[2])
 
 
 def reversals(count: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -393,9 +404,9 @@ def test_attention_reverses_sentences(claim, seeing: Translator) -> None:
     assert ours >= 0.8
     states, last, mask = seeing.read(*tests[::2])
     given = torch.cat([torch.ones_like(tests[1][:, :1]), tests[1][:, :-1]], 1)
-    weights = seeing.decoder.align(states, given, last, mask) * (tests[1] > 0)[..., None]
+    weights = seeing.decoder(states, given, mask, last).weights * (tests[1] > 0)[..., None]
     truth = (torch.arange(12) == tests[2][:, None, None] - 1 - torch.arange(12)[:, None]).expand_as(weights)
-    assert alignment_error_rate(weights, truth) < alignment_error_rate(weights.flip(-1) * mask[:, 0], truth)
+    assert alignment_error_rate(weights, truth) < alignment_error_rate(weights.flip(-1) * mask[:, None], truth)
 
 
 @pytest.mark.slow

@@ -245,7 +245,7 @@ def network(seed: int = 0, **options) -> MonotonicLocationSeq2Seq:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MonotonicLocationSeq2Seq(**{"vocab": 11, "hidden": 8, "embed": 6, "dropout": 0.0, **options}).double()
-        nn.init.normal_(model.out_bias)
+        nn.init.normal_(model.decoder.out_bias)
         return model
 
 
@@ -260,30 +260,31 @@ def copies(count: int, low: int, high: int, random: torch.Generator) -> tuple[to
 def test_the_network_by_hand(options: dict) -> None:
     """The network equals plain loops over one unpadded example."""
     model = network(**options)
+    inner = model.decoder
     tokens, lengths = copies(3, 2, 7, torch.Generator().manual_seed(2))
     targets, logits = tokens.flip(1), model(tokens, lengths, tokens.flip(1))
     for row, n in enumerate(lengths.tolist()):
-        x = torch.cat([model.first[None], model.embed(tokens[row, :n]), model.last[None]])
+        x = torch.cat([model.first[None], inner.embed(tokens[row, :n]), model.last[None]])
         states, final_state = model.encoder(x)
         h = final_state.flatten()
         if model.direction is not None:
             beta = torch.sigmoid(5 * model.direction(h))
             states = beta * states + (1 - beta) * states.flip(0)
-        keys, values = model.keys(states), F.leaky_relu(model.values(states))
-        past, word = None, model.start
+        keys, values = inner.keys(states), F.leaky_relu(inner.values(states))
+        past, word = None, inner.start
         for t in range(targets.shape[1]):
-            found, past = model.attention.walk(h[None, None, None], keys[None, None], values[None, None], past)
-            h = model.cell(torch.cat([word, model.compose(found.flatten())]), h)
-            assert_near(logits[row, t], model.narrow(h) @ model.embed.weight.T + model.out_bias, 1e-12)
-            word = model.embed(targets[row, t])
+            found, past = inner.attention.walk(h[None, None, None], keys[None, None], values[None, None], past)
+            h = inner.cell(torch.cat([word, inner.compose(found.flatten())]), h)
+            assert_near(logits[row, t], inner.narrow(h) @ inner.embed.weight.T + inner.out_bias, 1e-12)
+            word = inner.embed(targets[row, t])
 
 
 def test_the_networks_defaults() -> None:
     model = MonotonicLocationSeq2Seq(5)
-    assert model.keys.weight.shape == (128, 128)
-    assert model.embed.weight.shape == (5, 64)
-    assert (model.dropout.p, model.direction, model.attention.w_gate) == (0.5, None, None)
-    assert (model.attention.step_kind, model.attention.past) == ("onestep", "mixed")
+    assert model.decoder.keys.weight.shape == (128, 128)
+    assert model.decoder.embed.weight.shape == (5, 64)
+    assert (model.dropout.p, model.direction, model.decoder.attention.w_gate) == (0.5, None, None)
+    assert (model.decoder.attention.step_kind, model.decoder.attention.past) == ("onestep", "mixed")
 
 
 def test_directions() -> None:
@@ -293,11 +294,11 @@ def test_directions() -> None:
     ahead, turning = network(), network(mix_direction=True)
     turning.load_state_dict(ahead.state_dict(), strict=False)
     nn.init.zeros_(turning.direction.weight)
-    plain = ahead.read(tokens, lengths).keys[:, 0]
+    plain = ahead.read(tokens, lengths).memory
     for bias, expected in ((1e4, plain), (-1e4, backwards(plain, lengths + 2))):
         nn.init.constant_(turning.direction.bias, bias)
         source = turning.read(tokens, lengths)
-        assert_near(*(x * source.mask[:, 0, 0, :, None] for x in (source.keys[:, 0], expected)), 1e-12)
+        assert_near(*(x * source.mask[..., None] for x in (source.memory, expected)), 1e-12)
 
 
 def test_generated_tokens_are_the_most_probable() -> None:
@@ -362,8 +363,8 @@ def trained_to_copy(content: bool, steps: int = 400, lr: float = 5e-3) -> Monoto
             torch.Generator().manual_seed(0),
         )
     if content:
-        model.attention.w_gate.requires_grad_(False).zero_()
-        model.attention.gate_bias.requires_grad_(False).fill_(-1e4)
+        model.decoder.attention.w_gate.requires_grad_(False).zero_()
+        model.decoder.attention.gate_bias.requires_grad_(False).fill_(-1e4)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.Adam(learned, lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)

@@ -5,28 +5,36 @@ Effective Approaches to Attention-based Neural Machine Translation (2015), arXiv
 
 from __future__ import annotations
 
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, Self, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.core.errors import ShapeError
+from foveate.core.errors import ShapeError, shown
+from foveate.nn.base.seq2seq import Decoded, Encoded, Made, Seq2Seq
 from foveate.ops.dense.luong_attention import LuongAttention
 
-State = tuple[Tensor, Tensor]
+
+class LuongState(NamedTuple):
+    """The state of the LSTM's layers, the last h~, and the number of the step."""
+
+    h: Float[Tensor, "b l d"]
+    c: Float[Tensor, "b l d"]
+    fed: Float[Tensor, "b d"]
+    t: Int[Tensor, " b"]
 
 
 @final
-class LuongDecoder(nn.Module):
+class LuongDecoder(Seq2Seq):
     """`h_t = LSTM(y_{t-1}, h~_{t-1})`, `c_t` its attention over the source, `h~_t = tanh(W [c_t; h_t])`, then a token.
 
     With input feeding, steps run one by one, in training too; without it, a teacher-forced call is one call of the LSTM
     and one of the attention. The wrong choice for long sequences: O(T) sequential steps.
 
     Args:
-        dim: width of the source's states, the embeddings and the LSTM (the paper: 1000).
+        dim: width of the source's states (the memory), the embeddings and the LSTM (the paper: 1000).
         vocab: target tokens.
         score, mode: see `LuongAttention`.
         input_feeding: True feeds h~ of a step into the next one beside the token.
@@ -34,8 +42,11 @@ class LuongDecoder(nn.Module):
         dropout: dropout between these layers (the paper: 0.2).
         options: further options of `LuongAttention` (`window`).
 
+    A call's `state` is that of an encoder, `(h, c)`, each `(layers, B, dim)` as `nn.LSTM` returns them; None for zeros.
     All weights start uniformly in ±0.1, as in the paper.
     """
+
+    takes_state = True
 
     def __init__(
         self,
@@ -49,12 +60,11 @@ class LuongDecoder(nn.Module):
         dropout: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__()
-        for name, value in {"dim": dim, "vocab": vocab, "layers": layers}.items():
-            validate.count(name, value, 1)
+        super().__init__(dim, vocab)
+        validate.count("layers", layers, 1)
         validate.one_of("input_feeding", input_feeding, (True, False))
         validate.between("dropout", dropout, 0, 1)
-        self.dim, self.input_feeding = dim, input_feeding
+        self.input_feeding = input_feeding
         self.embed = nn.Embedding(vocab, dim)
         self.lstm = nn.LSTM((1 + input_feeding) * dim, dim, layers, batch_first=True, dropout=dropout)
         self.attention = LuongAttention(dim, score, mode, **options)
@@ -63,69 +73,51 @@ class LuongDecoder(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -0.1, 0.1)
 
-    def forward(
-        self,
-        source: Float[Tensor, "b s c"],
-        tokens: Int[Tensor, "b t"],
-        state: State | None = None,
-        mask: Tensor | None = None,
-    ) -> Float[Tensor, "b t v"]:
-        """Return the logits of the token after each of `tokens`, which are all given.
+    def begin(self, source: Encoded, state: Any) -> LuongState:
+        batch, zeros = len(source.memory), source.memory.new_zeros
+        h, c = self._given(state, batch) or (zeros(batch, self.lstm.num_layers, self.dim) for _ in range(2))
+        return LuongState(h, c, zeros(batch, self.dim), torch.zeros_like(source.mask[:, 0], dtype=torch.long))
 
-        Args:
-            source: the states of the source sentence.
-            tokens: target tokens, beginning with a start mark.
-            state: the LSTM's state, `(layers, B, dim)` twice, from the encoder; None for zeros.
-            mask: bool `(B, 1, 1, S)`, True for the real source tokens.
-        """
-        return self.out(self._run(source, tokens, state, mask)[1])
+    def step(self, token: Int[Tensor, " b"], state: LuongState, source: Encoded) -> Made:
+        logits, weights, state = self._advance(token[:, None], state, source)
+        return Made(logits[:, 0], weights[:, 0], state)
 
-    def align(
-        self, source: Tensor, tokens: Tensor, state: State | None = None, mask: Tensor | None = None
-    ) -> Float[Tensor, "b t s"]:
-        """Return each step's weights over the source, with `tokens` as in a call."""
-        h, _ = self._run(source, tokens, state, mask)
-        return self.attention.weights(h[:, None], source[:, None], mask=mask)[:, 0]
+    def decode(self, tokens: Int[Tensor, "b t"], state: LuongState, source: Encoded) -> Decoded:
+        """Without input feeding, compute all steps at once."""
+        if self.input_feeding:
+            return super().decode(tokens, state, source)
+        logits, weights, _ = self._advance(tokens, state, source)
+        return Decoded(logits, weights)
 
-    @torch.no_grad()
-    def generate(
-        self, source: Tensor, start: Int[Tensor, " b"], steps: int, state: State | None = None,
-        mask: Tensor | None = None,
-    ) -> Int[Tensor, "b t"]:  # fmt: skip
-        """Return the most probable token of each of `steps` steps after `start`."""
-        validate.count("steps", steps, 1)
-        fed, token, generated = source.new_zeros(len(source), 1, self.dim), start[:, None], []
-        for t in range(steps):
-            _, fed, state = self._step(self.embed(token), fed, source, state, mask, t)
-            token = self.out(fed).argmax(-1)
-            generated.append(token)
-        return torch.cat(generated, 1)
+    def _advance(self, tokens: Tensor, state: LuongState, source: Encoded) -> tuple[Tensor, Tensor, LuongState]:
+        """Take some steps: one with input feeding, any number without."""
+        x = self.embed(tokens)
+        given = torch.cat([x, state.fed[:, None]], -1) if self.input_feeding else x
+        h, (last_h, last_c) = self.lstm(given, tuple(part.transpose(0, 1).contiguous() for part in state[:2]))
+        t = torch.arange(tokens.shape[1], device=tokens.device)
+        own: dict[str, Any] = {"t": state.t[:1] + t} if "t" in self.attention.capabilities.inputs else {}
+        seen = source.mask[:, None, None]
+        weights = self.attention.weights(h[:, None], source.memory[:, None], mask=seen, **own)[:, 0]
+        fed = torch.tanh(self.combine(torch.cat([weights @ source.memory, h], -1)))
+        after = LuongState(last_h.transpose(0, 1), last_c.transpose(0, 1), fed[:, -1], state.t + len(t))
+        return self.out(fed), weights, after
 
-    def _run(self, source: Tensor, tokens: Tensor, state: State | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return h and h~ of every step, `(B, T, C)`."""
-        if source.dim() != 3 or source.shape[::2] != (len(tokens), self.dim):
-            raise ShapeError(f"source must be (B, S, C) with B={len(tokens)}, C={self.dim}; got {tuple(source.shape)}")
-        x, fed, steps = self.embed(tokens), source.new_zeros(len(source), 1, self.dim), []
-        if not self.input_feeding:
-            return self._step(x, fed, source, state, mask, 0)[:2]
-        for t in range(tokens.shape[1]):
-            h, fed, state = self._step(x[:, t : t + 1], fed, source, state, mask, t)
-            steps.append((h, fed))
-        h, attentional = (torch.cat(parts, 1) for parts in zip(*steps, strict=True))
-        return h, attentional
+    def _given(self, state: Any, batch: int) -> tuple[Tensor, Tensor] | None:
+        """Check an encoder's state, and put the batch first."""
+        if state is None:
+            return None
+        shape = (self.lstm.num_layers, batch, self.dim)
+        if not isinstance(state, tuple) or [getattr(x, "shape", None) for x in state] != [shape, shape]:
+            raise ShapeError(f"state must be (h, c), each (layers, B, D)={shape}; got {shown(state)}")
+        return state[0].transpose(0, 1), state[1].transpose(0, 1)
 
-    def _step(
-        self, x: Tensor, fed: Tensor, source: Tensor, state: State | None, mask: Tensor | None, first: int
-    ) -> tuple[Tensor, Tensor, State]:
-        """Run some steps from number `first` on: one with input feeding, any number without."""
-        h, state = self.lstm(torch.cat([x, fed], -1) if self.input_feeding else x, state)
-        own = (
-            {"t": torch.arange(first, first + x.shape[1], device=x.device)}
-            if self.attention.capabilities.inputs
-            else {}
-        )
-        if mask is not None:
-            validate.key_mask(mask, source.shape[0], source.shape[1], source.device)
-        keys = source[:, None]
-        context = self.attention(h[:, None], keys, keys, mask=mask, **own)[:, 0]
-        return h, torch.tanh(self.combine(torch.cat([context, h], -1))), state
+    def example_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        h, c = torch.randn(2, self.lstm.num_layers, batch, self.dim, generator=torch.Generator().manual_seed(0))
+        return h, c
+
+    @classmethod
+    def example(cls, dim: int, vocab: int) -> Self:
+        made = cls(dim, vocab, "general", layers=2)
+        for parameter in made.parameters():
+            nn.init.uniform_(parameter, -0.8, 0.8)
+        return made

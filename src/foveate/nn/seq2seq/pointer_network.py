@@ -5,7 +5,7 @@ Pointer Networks (2015), arXiv 1506.03134.
 
 from __future__ import annotations
 
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, Self, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
+from foveate.nn.base.seq2seq import Made, Seq2Seq
+from foveate.nn.parts.beam_search import BeamSearch
 from foveate.ops.functional.additive_score import pair_score
-
-State = tuple[Tensor, Tensor]  # of an LSTM cell
 
 
 class Pointed(NamedTuple):
@@ -44,8 +44,27 @@ def pointer_scores(
     return _log_softmax(pair_score(d @ w2.mT, e @ w1.mT, v), mask)
 
 
+class Slots(NamedTuple):
+    """The slots of a call: the inputs, and one more that ends the output where the network has it."""
+
+    keys: Float[Tensor, "b m h"]  # their representations
+    fed: Float[Tensor, "b m c"]  # the decoder's input after the choice of each slot; the start symbol is the last one
+    real: Bool[Tensor, "b m"]
+    h: Float[Tensor, "b h"]  # the decoder's first state
+    c: Float[Tensor, "b h"]
+    once: Bool[Tensor, " b"]  # whether an input may be chosen only once
+
+
+class PointerState(NamedTuple):
+    """The state of the decoder's cell, and the slots that may still be chosen."""
+
+    h: Float[Tensor, "b h"]
+    c: Float[Tensor, "b h"]
+    allowed: Bool[Tensor, "b m"]
+
+
 @final
-class PointerNetwork(nn.Module):
+class PointerNetwork(Seq2Seq):
     """An LSTM reads the inputs, and another LSTM points at them, one after the other.
 
     It suits outputs that are orders, subsets or positions of any number of inputs: hulls, tours, sorting, spans.
@@ -58,16 +77,21 @@ class PointerNetwork(nn.Module):
         stop: True adds a slot, number N, that ends the output. Without it there are as many outputs as inputs, unless a
             call gives `steps`.
 
+    The memory of `forward` and `generate` is the inputs, the tokens are slots, -1 starts, and the logits are
+    log-probabilities of slots; nothing but the stop slot follows a stop. `point` and `beam` take lengths and targets,
+    and can choose each input once.
+
     The decoder starts from the encoder's last state and a learned symbol; its next input is the chosen one. Weights
     start uniform in ±0.08 as in the paper, which trains with plain SGD (rate 1, batches of 128, gradients clipped to a
     norm of 2). The representation of the stop slot (a learned vector) is reconstructed.
     """
 
+    has_start = True
+
     def __init__(self, in_dim: int = 2, hidden: int = 256, *, stop: bool = True) -> None:
-        super().__init__()
         validate.count("in_dim", in_dim, 1)
+        super().__init__(in_dim, None)
         validate.count("hidden", hidden, 1)
-        validate.one_of("stop", stop, (True, False))
         self.in_dim, self.hidden = in_dim, hidden
         self.encoder = nn.LSTM(in_dim, hidden, batch_first=True)
         self.decoder = nn.LSTMCell(in_dim, hidden)
@@ -77,7 +101,7 @@ class PointerNetwork(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -0.08, 0.08)
 
-    def forward(
+    def point(
         self, inputs: Float[Tensor, "b n c"], targets: Int[Tensor, "b s"] | None = None, *,
         lengths: Int[Tensor, " b"] | None = None, mask_visited: bool = False, steps: int | None = None,
     ) -> Pointed:  # fmt: skip
@@ -90,17 +114,17 @@ class PointerNetwork(nn.Module):
             mask_visited: True never chooses an input twice. With targets, it masks those that a target has visited.
             steps: number of outputs S without targets; None for N, and one more to stop.
         """
-        lengths = self._check(inputs, targets, lengths, steps)
+        slots = self._slots(inputs, targets, lengths, steps, mask_visited)
         steps = inputs.shape[1] + self._extra if steps is None else steps
-        encoded, state, fed, allowed = self._read(inputs, lengths)
-        given, log_probs, indices = self.start.expand(len(inputs), -1), [], []
+        state, taken = self.begin(slots, None), torch.full_like(slots.once, -1, dtype=torch.long)
+        log_probs, indices = [], []
         for step in range(steps if targets is None else targets.shape[1]):
-            scores, state = self._point(encoded, given, state, allowed)
-            best = scores.argmax(-1).masked_fill(~allowed.any(-1), -1)
-            log_probs.append(scores)
+            made = self._advance(taken, state, slots, stopping=targets is None)
+            state = made.state
+            best = made.logits.argmax(-1).masked_fill(~state.allowed.any(-1), -1)
+            log_probs.append(made.logits)
             indices.append(best)
             taken = best if targets is None else targets[:, step]
-            given, allowed = _at(fed, taken), self._after(allowed, taken, mask_visited, targets is None)
         return Pointed(torch.stack(log_probs, 1), torch.stack(indices, 1))
 
     @torch.no_grad()
@@ -110,52 +134,49 @@ class PointerNetwork(nn.Module):
     ) -> tuple[Int[Tensor, "b s"], Float[Tensor, " b"]]:  # fmt: skip
         """Return the best outputs that a beam of `width` finds, and their log-probability. A width of 1 is greedy."""
         validate.count("width", width, 1)
-        lengths = self._check(inputs, None, lengths, steps)
+        slots = self._slots(inputs, None, lengths, steps, mask_visited)
+        search = BeamSearch(len(inputs), width, inputs.device)
+        first = torch.full_like(slots.once, -1, dtype=torch.long)
         steps = inputs.shape[1] + self._extra if steps is None else steps
-        batch = len(inputs)
-        encoded, (h, c), fed, allowed = self._read(inputs, lengths)
-        encoded, h, c, fed, allowed = (x.repeat_interleave(width, 0) for x in (encoded, h, c, fed, allowed))
-        state: State = h, c
-        given = self.start.expand(batch * width, -1)
-        total = inputs.new_full((batch, width), masks.NEG_INF)
-        total[:, 0] = 0.0  # beams start equal: all but one have probability 0 until they differ
-        found = torch.empty(batch, width, 0, dtype=torch.long, device=inputs.device)
-        first = torch.arange(batch, device=inputs.device)[:, None] * width
-        for _ in range(steps):
-            scores, state = self._point(encoded, given, state, allowed)
-            over = ~allowed.any(-1)
-            reached = (total.flatten()[:, None] + scores.masked_fill(over[:, None], 0.0)).view(batch, width, -1)
-            total, best = reached.flatten(1).topk(width, -1)
-            origin, slot = best // scores.shape[-1], best % scores.shape[-1]
-            row = (first + origin).flatten()
-            slot = slot.masked_fill(over[row].view_as(slot), -1)
-            found = torch.cat([found.gather(1, origin[..., None].expand(-1, -1, found.shape[2])), slot[..., None]], -1)
-            state, taken = (state[0][row], state[1][row]), slot.flatten()
-            given, allowed = _at(fed, taken), self._after(allowed[row], taken, mask_visited, True)
-        return found[:, 0], total[:, 0]
+        found = self._search(first, self.begin(slots, None), slots, search, steps)
+        return found.tokens, found.log_prob
 
     @property
     def _extra(self) -> int:
         return 0 if self.stop is None else 1
 
-    def _read(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, State, Tensor, Tensor]:
-        """Return the slots as keys, the decoder's state, its input for each slot, and a mask of valid slots."""
-        packed = pack_padded_sequence(inputs, lengths.cpu(), batch_first=True, enforce_sorted=False)
+    def vocab_of(self, memory: Tensor) -> int:
+        return memory.shape[1] + self._extra
+
+    def encode(self, memory: Tensor, mask: Tensor) -> Slots:
+        """Run the encoder over the real inputs, in their order."""
+        order = mask.logical_not().argsort(dim=-1, stable=True)[..., None]  # the real ones in front
+        lengths = mask.sum(-1).clamp(min=1)
+        in_front = memory.gather(1, order.expand_as(memory))
+        packed = pack_padded_sequence(in_front, lengths.cpu(), batch_first=True, enforce_sorted=False)
         read, (h, c) = self.encoder(packed)
-        slots = pad_packed_sequence(read, batch_first=True, total_length=inputs.shape[1])[0]
-        real = torch.arange(inputs.shape[1], device=inputs.device) < lengths[:, None]
-        fed = torch.cat([inputs.masked_fill(~real[..., None], 0.0), self.start.expand(len(inputs), 1, -1)], 1)
+        keys = pad_packed_sequence(read, batch_first=True, total_length=memory.shape[1])[0]
+        keys = torch.zeros_like(keys).scatter(1, order.expand_as(keys), keys)
+        fed = torch.cat([memory, self.start.expand(len(memory), 1, -1)], 1)
         if self.stop is not None:
-            slots = torch.cat([slots, self.stop.expand(len(inputs), 1, -1)], 1)
-            real = torch.cat([real, real.new_ones(len(inputs), 1)], 1)
-        return slots, (h[0], c[0]), fed, real
+            keys = torch.cat([keys, self.stop.expand(len(memory), 1, -1)], 1)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        return Slots(keys, fed, mask, h[0], c[0], torch.zeros_like(mask[:, 0]))
 
-    def _point(self, slots: Tensor, given: Tensor, state: State, allowed: Tensor) -> tuple[Tensor, State]:
-        state = self.decoder(given, state)
-        scores = pointer_scores(slots, state[0][:, None], self.w1, self.w2, self.v, allowed[:, None])
-        return scores.squeeze(1), state
+    def begin(self, source: Slots, state: Any) -> PointerState:
+        return PointerState(source.h, source.c, source.real)
 
-    def _after(self, allowed: Tensor, taken: Tensor, mask_visited: bool, stopping: bool) -> Bool[Tensor, "b m"]:
+    def step(self, token: Int[Tensor, " b"], state: PointerState, source: Slots) -> Made:
+        return self._advance(token, state, source, stopping=True)
+
+    def _advance(self, taken: Tensor, state: PointerState, slots: Slots, stopping: bool) -> Made:
+        """Return the log-probabilities of slots behind `taken`; `stopping` lets only a stop follow a stop."""
+        allowed = self._after(state.allowed, taken, slots.once, stopping)
+        h, c = self.decoder(_at(slots.fed, taken), (state.h, state.c))
+        scores = pointer_scores(slots.keys, h[:, None], self.w1, self.w2, self.v, allowed[:, None])[:, 0]
+        return Made(scores, scores.exp(), PointerState(h, c, allowed))
+
+    def _after(self, allowed: Tensor, taken: Tensor, once: Tensor, stopping: bool) -> Bool[Tensor, "b m"]:
         """Return a mask of the slots that may be chosen next; a stopped output stays stopped."""
         slot = torch.arange(allowed.shape[1], device=taken.device)
         stopped = torch.zeros_like(taken, dtype=torch.bool)
@@ -163,9 +184,25 @@ class PointerNetwork(nn.Module):
         if self.stop is not None:
             last = slot == allowed.shape[1] - 1
             stopped = (taken == allowed.shape[1] - 1) & stopping
-        if mask_visited:
-            allowed = allowed & ((slot != taken[:, None]) | last)
+        allowed = allowed & ((slot != taken[:, None]) | last | ~once[:, None])
         return torch.where(stopped[:, None], last, allowed)
+
+    def _slots(
+        self, inputs: Tensor, targets: Tensor | None, lengths: Tensor | None, steps: int | None, once: bool
+    ) -> Slots:
+        """Validate inputs; read them."""
+        lengths = self._check(inputs, targets, lengths, steps)
+        real = torch.arange(inputs.shape[1], device=inputs.device) < lengths[:, None]
+        slots = self.encode(inputs.masked_fill(~real[..., None], 0.0), real)
+        return slots._replace(once=torch.full_like(slots.once, once))
+
+    @classmethod
+    def example(cls, dim: int, vocab: int) -> Self:
+        """Make a network without a stop slot, whose tokens are the memory's vectors, whatever `vocab` says."""
+        made = cls(dim, 6, stop=False)
+        for parameter in made.parameters():
+            nn.init.normal_(parameter)
+        return made
 
     def _check(self, inputs: Tensor, targets: Tensor | None, lengths: Tensor | None, steps: int | None) -> Tensor:
         """Validate inputs; return lengths."""
