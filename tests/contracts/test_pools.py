@@ -166,9 +166,10 @@ def test_training_draws_from_the_generator_alone(key: str) -> None:
 @EVERY
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients_reach_every_parameter(key: str, training: bool) -> None:
-    pool = example(key).train(training)
-    gradient = gradients(pool(tokens()), list(pool.parameters()))
-    assert [name for (name, _), g in zip(pool.named_parameters(), gradient, strict=True) if not g.any()] == []
+    pool, x = example(key).train(training), tokens().requires_grad_()
+    names = ["x", *(name for name, _ in pool.named_parameters())]
+    found = gradients(pool(x), [x, *pool.parameters()])
+    assert [name for name, gradient in zip(names, found, strict=True) if not gradient.any()] == []
 
 
 @EVERY

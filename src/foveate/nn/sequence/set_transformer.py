@@ -179,7 +179,10 @@ class PMA(Pool):
 
     @classmethod
     def example(cls, dim: int) -> Self:
-        return cls(dim, 2 if dim % 2 == 0 else 1, 3, ln=True)
+        made = cls(dim, 2 if dim % 2 == 0 else 1, 3, ln=True)
+        with torch.no_grad():
+            made.seeds.mul_(10)  # with first seeds all maps are nearly flat
+        return made
 
 
 @final
