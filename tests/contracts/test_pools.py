@@ -175,7 +175,7 @@ def test_gradients_reach_every_parameter(key: str, training: bool) -> None:
 @EVERY
 def test_gradients(key: str) -> None:
     pool, x = example(key), tokens(5).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: pool.read(x), (x,), fast_mode=True)
+    assert torch.autograd.gradcheck(pool.read, (x,), fast_mode=True)
     toward = torch.randn(BATCH, pool.slots, pool.out_dim, generator=torch.Generator().manual_seed(5)).double()
     step = 1e-6
     for parameter in pool.parameters():
@@ -303,5 +303,3 @@ def test_a_probe_refuses_what_it_cannot_take() -> None:
 def test_a_class_without_a_mechanism_is_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Pool(4)  # type: ignore[abstract]
-
-

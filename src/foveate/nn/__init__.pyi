@@ -1,8 +1,17 @@
 # The public names of foveate.nn; written by `make systems` from the catalogue.
 
+from foveate.nn.base.feature_gate import FeatureGate as FeatureGate
+from foveate.nn.base.fusion import Fusion as Fusion
+from foveate.nn.base.fusion import Stream as Stream
 from foveate.nn.base.layer import Layer as Layer
 from foveate.nn.base.layer import LayerCapabilities as LayerCapabilities
 from foveate.nn.base.layer import StreamingLayer as StreamingLayer
+from foveate.nn.base.pool import Pool as Pool
+from foveate.nn.base.pool import Pooled as Pooled
+from foveate.nn.base.seq2seq import Decoded as Decoded
+from foveate.nn.base.seq2seq import Generated as Generated
+from foveate.nn.base.seq2seq import Made as Made
+from foveate.nn.base.seq2seq import Seq2Seq as Seq2Seq
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention as GaussianAdaptiveAttention
 from foveate.nn.channel.gaam import GaussianBlock as GaussianBlock
 from foveate.nn.channel.gaam import importance_factor as importance_factor
@@ -29,8 +38,21 @@ from foveate.nn.parts.symbols import SymbolicAttention as SymbolicAttention
 from foveate.nn.parts.symbols import Symbols as Symbols
 from foveate.nn.parts.window import WindowAttention as WindowAttention
 from foveate.nn.parts.window import Windows as Windows
+from foveate.nn.pool.acmil import ACMIL as ACMIL
+from foveate.nn.pool.acmil import ACMILLoss as ACMILLoss
+from foveate.nn.pool.acmil import ACMILOut as ACMILOut
+from foveate.nn.pool.acmil import acmil_loss as acmil_loss
+from foveate.nn.pool.acmil import branch_similarity as branch_similarity
+from foveate.nn.pool.acmil import top_share as top_share
+from foveate.nn.pool.acmil_branches import GatedBranches as GatedBranches
+from foveate.nn.pool.acmil_branches import HeadBranches as HeadBranches
+from foveate.nn.pool.acmil_branches import stochastic_topk_mask as stochastic_topk_mask
+from foveate.nn.pool.cross_attention import CrossAttentionPool as CrossAttentionPool
+from foveate.nn.pool.efficient_probing import EfficientProbe as EfficientProbe
+from foveate.nn.pool.efficient_probing import ProbeHead as ProbeHead
 from foveate.nn.pool.hierarchical_attention import AttentionPool as AttentionPool
 from foveate.nn.pool.hierarchical_attention import HierarchicalAttention as HierarchicalAttention
+from foveate.nn.pool.mean import MeanPool as MeanPool
 from foveate.nn.seq2seq.luong_decoder import LuongDecoder as LuongDecoder
 from foveate.nn.seq2seq.monotonic_location import EncodedSource as EncodedSource
 from foveate.nn.seq2seq.monotonic_location import MonotonicLocationSeq2Seq as MonotonicLocationSeq2Seq
@@ -95,6 +117,9 @@ from foveate.nn.vision.l2vit import concentration as concentration
 from foveate.nn.vision.l2vit import influence as influence
 
 __all__ = [
+    "ACMIL",
+    "ACMILLoss",
+    "ACMILOut",
     "AarenLayer",
     "Alibi",
     "AttentionPool",
@@ -103,16 +128,24 @@ __all__ = [
     "ChosenAttention",
     "CoAttention",
     "Concentration",
+    "CrossAttentionPool",
     "DampedEMA",
+    "Decoded",
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
     "EfficientAttention2d",
+    "EfficientProbe",
     "EncodedSource",
+    "FeatureGate",
+    "Fusion",
+    "GatedBranches",
     "GatedMLP",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "Generated",
     "GraphAttention",
+    "HeadBranches",
     "HeadScheme",
     "HeadState",
     "HierarchicalAttention",
@@ -132,6 +165,8 @@ __all__ = [
     "MAB",
     "MDLRPE",
     "MDTPE",
+    "Made",
+    "MeanPool",
     "Mega",
     "MegaBlock",
     "MemoryAsContext",
@@ -148,8 +183,11 @@ __all__ = [
     "PMA",
     "Pointed",
     "PointerNetwork",
+    "Pool",
+    "Pooled",
     "Position",
     "PositionalSymbols",
+    "ProbeHead",
     "RelationalAttention",
     "RelativeBias",
     "RelativeSymbols",
@@ -157,12 +195,14 @@ __all__ = [
     "RotaryBias",
     "SAB",
     "SensoryHeads",
+    "Seq2Seq",
     "SetTransformer",
     "ShortConv",
     "SkimAttention",
     "SkimLayer",
     "Skimformer",
     "SlimAttention",
+    "Stream",
     "StreamingLayer",
     "SuperAttention",
     "SymbolicAttention",
@@ -170,8 +210,10 @@ __all__ = [
     "Tree",
     "WindowAttention",
     "Windows",
+    "acmil_loss",
     "allocate_queries",
     "balance_loss",
+    "branch_similarity",
     "concentration",
     "create",
     "dependency_tree",
@@ -188,4 +230,6 @@ __all__ = [
     "prune",
     "share_out",
     "skimming_mask",
+    "stochastic_topk_mask",
+    "top_share",
 ]

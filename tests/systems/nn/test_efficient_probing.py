@@ -283,7 +283,7 @@ def overlap(of: Callable[[int, torch.Generator], Scattered]) -> float:
 
 
 def test_queries_share_the_work(claim) -> None:
-    """Where two kinds of tokens have to be told apart, queries part; where one kind says all, they have no reason to."""
+    """Two kinds of tokens to tell apart need maps that differ; where one kind says all, the maps are the same."""
     assert accuracy(fitted(probing, two_kinds), *data(two_kinds)[1]) > 0.9
     claim(
         "queries that have two kinds of tokens to tell apart make maps that differ: mean cosine of two maps",

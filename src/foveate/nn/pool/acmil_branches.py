@@ -74,9 +74,7 @@ class Branches(Pool):
         """Return the weights of logits over the real instances that training has not hidden."""
         if mask is not None:
             logits = logits.masked_fill(~mask[:, None], masks.NEG_INF)
-        hidden = stochastic_topk_mask(
-            logits, self.k, self.mask_ratio, training=self.training, generator=self.generator
-        )
+        hidden = stochastic_topk_mask(logits, self.k, self.mask_ratio, training=self.training, generator=self.generator)
         return safe_softmax(hidden)
 
 
@@ -123,7 +121,8 @@ class HeadBranches(Branches):
     """M branches of multi-head attention, each from its own learned vector u_m with its own maps (ACMIL's MHA form).
 
     `f_m = LN(dropout(W_o concat_h softmax_N(q_h k_hᵀ (C / H)^-0.5) v_h))` with `q = W_q u_m`, `k = W_k h` and
-    `v = W_v h`. Training hides instances from each head by itself. Head h of branch m is map `m * heads + h`. O(M N C²).
+    `v = W_v h`. Training hides instances from each head by itself. Head h of branch m is map `m * heads + h`. It costs
+    O(M N C²).
 
     Args:
         dim: C, a multiple of `heads`.

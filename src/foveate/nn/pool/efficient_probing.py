@@ -23,8 +23,8 @@ class EfficientProbe(Pool):
 
     `A = softmax_N(U xᵀ C^-0.5)` has a map for each query of U `(M, C)`. Slice m of the vector is `A_m (x W_v)_m`, where
     W_v makes `C / d_out` channels that are split in M slices. So a query selects as a head does, but with all C
-    channels. O(N M C + C²) time, `M C + C² / d_out` parameters. The maps show what each query looks at. The wrong choice
-    where tokens have to be compared with each other, or where one token already sums up the rest.
+    channels. O(N M C + C²) time, `M C + C² / d_out` parameters. The maps show where each query looks. The wrong choice
+    if tokens have to be compared with each other, or if one token already sums up the rest.
 
     Args:
         dim: C, the width of tokens, a multiple of `num_queries * d_out`.
@@ -80,9 +80,7 @@ class ProbeHead(Checked, nn.Module):
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
         self.head = nn.Linear(width, classes)
 
-    def forward(
-        self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None
-    ) -> Float[Tensor, "b classes"]:
+    def forward(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b classes"]:
         """Return logits for the frozen encoder's tokens; `mask` is True for real tokens, None for all.
 
         Raises:
