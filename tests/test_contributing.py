@@ -24,6 +24,8 @@ SOURCES = [
     "tests/systems/models/test_ecapa_tdnn.py",
     "src/foveate/nn/seq2seq/show_attend_tell.py",
     "tests/systems/nn/test_show_attend_tell.py",
+    "src/foveate/nn/pool/efficient_probing.py",
+    "tests/systems/nn/test_efficient_probing.py",
     "src/foveate/kv/sink_recent.py",
     "src/foveate/catalog/kv.toml",
     "tests/systems/kv/test_sink_recent.py",

@@ -36,8 +36,10 @@ DOCUMENTS = {"documents": ["Bees live in hives.", "Ants dig."], "question": "Who
 GIVEN: dict[str, dict[str, Any]] = {
     "aaren": {"query": torch.randn(1, HEADS, 1, HEAD_DIM)},
     "act_calibration": {"examples": [text()["input_ids"][:1]], "score": lambda model, example: 0.0},
+    "acmil": {"bag": torch.randn(1, N, 384), "label": torch.tensor([1])},
     "attention_sorting": DOCUMENTS,
     "attn_rank": DOCUMENTS,
+    "efficient_probing": {"tokens": torch.randn(B, N, 768)},
     "retrieval_heads": {"model": induction_lm(), "ids": RECALL[0], "needle": RECALL[1][0]},
     "show_attend_tell": {"annotations": torch.randn(2, 9, 512), "captions": torch.tensor([[-1, 3, 5], [-1, 2, 2]])},
     "second_order_lens": {"clip": clip_vision(), "images": torch.randn(3, 3, 24, 24), "texts": torch.randn(6, 20)},

@@ -16,13 +16,15 @@ from foveate.core.errors import ShapeError, UnsupportedPattern
 from foveate.nn.channel.multi_dim_attention import MultiDimAttention
 from foveate.nn.fusion.co_attention import CoAttention
 from foveate.nn.parts.ema import DampedEMA
-from foveate.nn.pool.hierarchical_attention import AttentionPool
+from foveate.nn.pool.acmil import ACMIL
+from foveate.nn.pool.efficient_probing import ProbeHead
+from foveate.nn.pool.mean import MeanPool
 from foveate.nn.seq2seq.luong_decoder import LuongDecoder
 from foveate.nn.seq2seq.pointer_network import pointer_scores
 from foveate.nn.seq2seq.show_attend_tell import VisualAttentionLSTM, doubly_stochastic_penalty
 from foveate.nn.sequence.neural_memory import NeuralMemory
 from foveate.nn.sequence.relational_attention import RelationalAttention
-from foveate.nn.sequence.set_transformer import MAB, PMA, SetTransformer
+from foveate.nn.sequence.set_transformer import MAB, SetTransformer
 from foveate.nn.sequence.skim_attention import SkimAttention, Skimformer, skimming_mask
 from foveate.nn.vision.dependency_vit import DependencyAttention
 from foveate.ops import calls
@@ -86,7 +88,11 @@ CASES: dict[str, Case] = {
         lambda mask: CoAttention(DIM)(drawn(B, N, DIM), drawn(B, M, DIM), other_mask=mask), TOKENS
     ),
     "DampedEMA.forward": Case(lambda seen: DampedEMA(DIM)(drawn(B, M, DIM), seen), TOKENS),
-    "AttentionPool.forward": Case(lambda mask: AttentionPool(DIM)(drawn(B, M, DIM), mask), TOKENS),
+    "Pool.forward": Case(lambda mask: MeanPool(DIM)(drawn(B, M, DIM), mask), TOKENS),
+    "Pool.read": Case(lambda mask: MeanPool(DIM).read(drawn(B, M, DIM), mask), TOKENS),
+    "Pool.weights": Case(lambda mask: MeanPool(DIM).weights(drawn(B, M, DIM), mask), TOKENS),
+    "ProbeHead.forward": Case(lambda mask: ProbeHead(MeanPool(DIM), 2)(drawn(B, M, DIM), mask), TOKENS),
+    "ACMIL.forward": Case(lambda mask: ACMIL(DIM, k=0)(drawn(B, M, DIM), mask), TOKENS),
     "NeuralMemory.go_on": Case(memory(), TOKENS),
     "pointer_scores": Case(
         lambda mask: pointer_scores(
@@ -105,7 +111,7 @@ CASES: dict[str, Case] = {
     ),
     "RelationalAttention.forward": Case(relational(), KEYS),
     "MAB.forward": Case(lambda mask: MAB(DIM, DIM, DIM, 2)(drawn(B, N, DIM), drawn(B, M, DIM), mask), KEYS),
-    "PMA.forward": Case(lambda mask: PMA(DIM, 2, N)(drawn(B, M, DIM), mask), KEYS),
+    "MAB.read": Case(lambda mask: MAB(DIM, DIM, DIM, 2).read(drawn(B, N, DIM), drawn(B, M, DIM), mask), KEYS),
     "SetTransformer.forward": Case(lambda mask: SetTransformer(DIM, 1, dim=DIM, heads=2)(drawn(B, M, DIM), mask), KEYS),
     "SkimAttention.forward": Case(lambda mask: SkimAttention(DIM, 2, 4)(boxes(), mask), KEYS),
     "Skimformer.forward": Case(

@@ -77,7 +77,7 @@ def test_sizes() -> None:
 
 def test_an_empty_pool_is_zero() -> None:
     pool = AttentionPool(3)
-    vector, weights = pool(torch.full((1, 2, 3), float("nan")), torch.zeros(1, 2, dtype=torch.bool))
+    vector, weights = pool.read(torch.full((1, 2, 3), float("nan")), torch.zeros(1, 2, dtype=torch.bool))
     assert not vector.any()
     assert not weights.any()
 

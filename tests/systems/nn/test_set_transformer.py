@@ -97,6 +97,19 @@ def test_encoders_and_pooling_by_hand(ln: bool, scale: str, divisor: float) -> N
         assert_near(pool(z), released(pool.block, pool.seeds.expand(2, -1, -1), fed, divisor), 1e-12)
 
 
+@pytest.mark.parametrize(("scale", "divisor"), [("full", 12**0.5), ("head", 4**0.5)])
+def test_maps_of_pooling_by_hand(scale: str, divisor: float) -> None:
+    pool, z = shaken(PMA(12, 3, 2, variant="release", scale=scale)), randn(2, 6, 12)
+    vectors, weights = pool.read(z)
+    assert_near(vectors, pool(z), 1e-12)
+    q, k = linear(pool.block.q, pool.seeds)[0], linear(pool.block.k, z)
+    for seed in range(2):
+        for head in range(3):
+            own = slice(4 * head, 4 * head + 4)
+            expected = torch.softmax(k[..., own] @ q[seed, own] / divisor, -1)
+            assert_near(weights[:, 3 * seed + head], expected, 1e-12)
+
+
 def test_learned_points_are_projected_once_for_all_sets() -> None:
     induced, pool = ISAB(12, 3, 2), PMA(12, 3, 4)
     shapes: list[tuple[int, ...]] = []
@@ -255,10 +268,12 @@ def test_bad_options(make, message: str) -> None:
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 1, 7, 7, dtype=torch.bool), torch.zeros(2, 1, 1, 7)])
 def test_bad_masks(mask: Tensor) -> None:
-    x = torch.zeros(2, 7, 12)
-    for call in (lambda: PMA(12, 3)(x, mask), lambda: MAB(12, 12, 12, 3)(x, x, mask)):
+    x, block = torch.zeros(2, 7, 12), MAB(12, 12, 12, 3)
+    for call in (lambda: block(x, x, mask), lambda: block.read(x, x, mask)):
         with pytest.raises(ShapeError, match=r"mask must be bool \(B, 1, 1, Nk\)=\(2, 1, 1, 7\).*; got"):
             call()
+    with pytest.raises(ShapeError, match=r"mask must be bool \(B, N\)=\(2, 7\).*; got"):
+        PMA(12, 3)(x, mask)
 
 
 # -- the paper's claims ---------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from typing import NamedTuple, Self
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from foveate.core import validate
+from foveate.core import masks, validate
 from foveate.core.checked import Checked
 from foveate.core.errors import ShapeError, shown
+from foveate.core.scoring import safe_softmax
 
 
 class Pooled(NamedTuple):
@@ -25,7 +26,7 @@ class Pooled(NamedTuple):
 
 
 class Pool(Checked, nn.Module, ABC):
-    """A layer that turns a set of tokens into a fixed number of vectors.
+    """A layer that turns a set of tokens into a fixed number of vectors, whatever the order of the tokens.
 
     Attributes:
         dim: C, the width of tokens.
@@ -52,7 +53,7 @@ class Pool(Checked, nn.Module, ABC):
         Raises:
             ShapeError: malformed tokens, or a mask that does not fit them.
         """
-        return self.read(x, mask).vectors
+        return self._vectors(*real_tokens(x, mask, self.dim))
 
     def weights(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b m n"]:
         """Return the weight maps of a call."""
@@ -60,13 +61,7 @@ class Pool(Checked, nn.Module, ABC):
 
     def read(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> Pooled:
         """Return the pooled vectors and their weight maps."""
-        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ShapeError(f"x must be (B, N, C={self.dim}); got {shown(x)}")
-        if mask is not None:
-            validate.bool_mask("mask", mask, "B, N", tuple(x.shape[:2]), x.device)
-            mask = mask.expand(x.shape[:2])
-            x = x.masked_fill(~mask[..., None], 0.0)
-        return self._pool(x, mask)
+        return self._pool(*real_tokens(x, mask, self.dim))
 
     # -- for tests -----------------------------------------------------------------------------------------------------
 
@@ -84,3 +79,24 @@ class Pool(Checked, nn.Module, ABC):
     @abstractmethod
     def _pool(self, x: Tensor, mask: Tensor | None) -> Pooled:
         """Pool tokens; those outside the mask are zeros."""
+
+    def _vectors(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the vectors alone; pools that make them faster without their weights override it."""
+        return self._pool(x, mask).vectors
+
+    def _softmax(self, logits: Float[Tensor, "b m n"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b m n"]:
+        """Return the softmax of each map over the real tokens."""
+        return safe_softmax(logits if mask is None else logits.masked_fill(~mask[:, None], masks.NEG_INF))
+
+
+def real_tokens(x: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Check tokens `(B, N, C)` and their mask; return the tokens, zeros outside the mask, and the mask `(B, N)`."""
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != dim or not x.shape[1]:
+        raise ShapeError(f"x must be (B, N, C={dim}) with N > 0; got {shown(x)}")
+    if not x.is_floating_point():
+        raise ShapeError(f"x must be floating point; got {x.dtype}")
+    if mask is None:
+        return x, None
+    validate.bool_mask("mask", mask, "B, N", tuple(x.shape[:2]), x.device)
+    mask = mask.expand(x.shape[:2])
+    return x.masked_fill(~mask[..., None], 0.0), mask

@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from foveate.core import masks, validate
+from foveate.core import validate
 from foveate.core.errors import ShapeError
-from foveate.core.scoring import safe_softmax
+from foveate.nn.base.pool import Pool, Pooled
 from foveate.ops.functional.alignment import Feature
 
 
@@ -66,33 +66,31 @@ class HierarchicalAttention(nn.Module):
         if bool((real[:, 1:] & ~real[:, :-1]).any()):
             raise ShapeError("lengths of 0 must come last in each document")
         known = _up_to(lengths.flatten(), x.shape[2])
-        words = x.flatten(0, 1).masked_fill(~known[..., None], 0.0)
-        sentences, of_words = self.word_pool(_encode(self.word_encoder, words, lengths.flatten()), known)
-        sentences = _encode(self.sentence_encoder, sentences.unflatten(0, x.shape[:2]), real.sum(-1))
-        document, of_sentences = self.sentence_pool(sentences, real)
-        return Read(document, of_words.unflatten(0, x.shape[:2]), of_sentences)
+        tokens = x.flatten(0, 1).masked_fill(~known[..., None], 0.0)
+        words = self.word_pool.read(_encode(self.word_encoder, tokens, lengths.flatten()), known)
+        sentences = _encode(self.sentence_encoder, words.vectors[:, 0].unflatten(0, x.shape[:2]), real.sum(-1))
+        document = self.sentence_pool.read(sentences, real)
+        return Read(document.vectors[:, 0], words.weights[:, 0].unflatten(0, x.shape[:2]), document.weights[:, 0])
 
 
 @final
-class AttentionPool(nn.Module):
-    """A mean over n with weights `softmax_n(w . tanh(W x_n + b))`: `(B, N, C) -> (B, C)`, and the weights.
+class AttentionPool(Pool):
+    """A mean over n with weights `softmax_n(w . tanh(W x_n + b))`.
 
     Over several embeddings of one token, in place of N tokens, it is the survey's multi-representational attention.
+
+    Args:
+        dim: C, the width of tokens and of the vector.
+        hidden: hidden width under the tanh; None for C.
     """
 
     def __init__(self, dim: int, hidden: int | None = None) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.align = Feature(1, dim, hidden)
 
-    def forward(
-        self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None
-    ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b n"]]:
-        if mask is not None:
-            validate.bool_mask("mask", mask, "B, N", tuple(x.shape[:2]), x.device)
-            x = x.masked_fill(~mask[..., None], 0.0)
-        logits = self.align.own(x[:, None])[:, 0]
-        weights = safe_softmax(logits if mask is None else logits.masked_fill(~mask, masks.NEG_INF))
-        return (weights[:, None] @ x).squeeze(1), weights
+    def _pool(self, x: Tensor, mask: Tensor | None) -> Pooled:
+        weights = self._softmax(self.align.own(x[:, None]), mask)
+        return Pooled(weights @ x, weights)
 
 
 def _up_to(lengths: Tensor, size: int) -> Bool[Tensor, "b n"]:

@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any, Literal, Self, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError
 from foveate.nn.base.layer import Layer
+from foveate.nn.base.pool import Pool, Pooled
 from foveate.nn.parts.linear_maps import Linear
 from foveate.ops.dense.softmax import Softmax
 
@@ -58,10 +59,23 @@ class MAB(nn.Module):
         self, x: Float[Tensor, "#b n cq"], y: Float[Tensor, "b m ck"], mask: Tensor | None = None
     ) -> Float[Tensor, "b n c"]:
         """Attend from x, one per set or one for all, to y; `mask (B, 1, 1, m)` is True for real elements of y."""
+        q, k, v = self._project(x, y, mask)
+        return self._feed(q, self.op(q, k, v, mask=mask, scale=self.scale))
+
+    def read(
+        self, x: Float[Tensor, "#b n cq"], y: Float[Tensor, "b m ck"], mask: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b h n m"]]:
+        """Return the output of such a call, and the weights of each head."""
+        q, k, v = self._project(x, y, mask)
+        weights = self.op.weights(q, k, mask=mask, scale=self.scale)
+        return self._feed(q, weights @ v), weights
+
+    def _project(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         q, y = self.q(x).expand(y.shape[0], -1, -1), _present(y, mask)
-        split = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, self.k(y), self.v(y)))
-        out = self.op(*split, mask=mask, scale=self.scale).transpose(1, 2).flatten(2)
-        out = self.norm(q + out)
+        return tuple(t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, self.k(y), self.v(y)))
+
+    def _feed(self, q: Float[Tensor, "b h n d"], out: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n c"]:
+        out = self.norm((q + out).transpose(1, 2).flatten(2))
         return self.feed_norm(out + F.relu(self.feed(out)))
 
 
@@ -129,8 +143,10 @@ class ISAB(_SetLayer):
 
 
 @final
-class PMA(nn.Module):
+class PMA(Pool):
     """Pooling by multihead attention: learned seeds attend to the set, `(B, n, C) -> (B, seeds, C)`, for any order.
+
+    Each head of each seed has a weight map; head h of seed s is map `s * heads + h`.
 
     Args:
         dim, heads, ln, scale: see `MAB`.
@@ -143,17 +159,30 @@ class PMA(nn.Module):
         self, dim: int, heads: int, seeds: int = 1, *, ln: bool = False, scale: Scale = "full",
         variant: Variant = "paper",
     ) -> None:  # fmt: skip
-        super().__init__()
+        for name, value in (("dim", dim), ("heads", heads), ("seeds", seeds)):
+            validate.count(name, value, 1)
         validate.one_of("variant", variant, ("paper", "release"))
+        super().__init__(dim, slots=seeds, maps=seeds * heads)
         self.seeds = _learned(seeds, dim, "seeds")
         self.before = Linear(dim, dim) if variant == "paper" else None
         self.block = MAB(dim, dim, dim, heads, ln=ln, scale=scale)
 
-    def forward(self, z: Float[Tensor, "b n c"], mask: Tensor | None = None) -> Float[Tensor, "b k c"]:
-        z = _present(z, mask)
-        if self.before is not None:
-            z = F.relu(self.before(z))
-        return self.block(self.seeds, z, mask)
+    def _pool(self, x: Tensor, mask: Tensor | None) -> Pooled:
+        vectors, weights = self.block.read(self.seeds, self._fed(x), _of_keys(mask))
+        return Pooled(vectors, weights.transpose(1, 2).flatten(1, 2))
+
+    def _vectors(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.block(self.seeds, self._fed(x), _of_keys(mask))
+
+    def _fed(self, z: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        return z if self.before is None else F.relu(self.before(z))
+
+    @classmethod
+    def example(cls, dim: int) -> Self:
+        made = cls(dim, 2 if dim % 2 == 0 else 1, 3, ln=True)
+        with torch.no_grad():
+            made.seeds.mul_(10)  # with first seeds all maps are nearly flat
+        return made
 
 
 @final
@@ -192,7 +221,8 @@ class SetTransformer(nn.Module):
         """Return the outputs; `mask` is bool `(B, 1, 1, n)`, True for real elements (`foveate.core.masks.padding`)."""
         for block in self.encode:
             x = block(x, mask=mask)
-        return self.decode(self.pool(x, mask))
+        real = None if mask is None else masks.keys_of(mask, x.shape[0], x.shape[1])
+        return self.decode(self.pool(x, real))
 
 
 def _learned(count: int, dim: int, name: str) -> nn.Parameter:
@@ -207,3 +237,7 @@ def _present(x: Tensor, mask: Tensor | None) -> Tensor:
         return x
     validate.key_mask(mask, x.shape[0], x.shape[1], x.device)
     return x.masked_fill(~masks.keys_of(mask, x.shape[0], x.shape[1])[..., None], 0.0)
+
+
+def _of_keys(mask: Bool[Tensor, "b n"] | None) -> Bool[Tensor, "b 1 1 n"] | None:
+    return None if mask is None else mask[:, None, None]
