@@ -161,7 +161,8 @@ def test_no_change_and_no_entries(dtype: torch.dtype) -> None:
     "options,message",
     [
         (dict(solver="heun"), "solver='heun' must be one of 'dopri5', 'rk4', 'euler'"), (dict(steps=0), "steps=0"),
-        (dict(rtol=0.0), "rtol=0.0 must be a number above 0"), (dict(atol=-1), "atol=-1"), (dict(rtol=True), "rtol=True"),
+        (dict(rtol=0.0), "rtol=0.0 must be a number above 0"), (dict(atol=-1), "atol=-1"),
+        (dict(rtol=True), "rtol=True"),
     ],
 )  # fmt: skip
 def test_bad_options(options: dict, message: str) -> None:

@@ -253,7 +253,7 @@ CLASSES, SEGMENTS, SIDE, WIDTH = 4, 10, 4, 16
 
 
 def clips(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw clips `(B, T, 4, 4, 16)` with their sound `(B, T, 16)` and each segment's class, or `CLASSES` for background.
+    """Draw clips `(B, T, 4, 4, 16)` with sound `(B, T, 16)` and each segment's class, or `CLASSES` for background.
 
     In an event a place shows what is heard. Another place shows another class all the time, and a third of the event's
     sounds are lost in noise. In the background sound is noise too, and the place of the event is empty.

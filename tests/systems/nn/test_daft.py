@@ -24,8 +24,10 @@ def made(*args, seed: int = 0, **options) -> DAFTAttention:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = DAFTAttention(D, *args, **options).double()
-        for parameter in layer.parameters():
+        for parameter in (*layer.question.parameters(), *layer.change.parameters()):
             torch.nn.init.normal_(parameter, std=0.5)
+    if layer.first_logit is not None:
+        torch.nn.init.constant_(layer.first_logit, 0.3)
     return layer
 
 
@@ -329,7 +331,9 @@ def test_a_grid_and_training() -> None:
 
 def test_network_refusals() -> None:
     for options, message in (
-        (dict(dim=7), "dim=7 must be even"), (dict(steps=0), "steps=0"), (dict(dropout=(0.0,) * 4 + (2.0,)), "dropout=2"),
+        (dict(dim=7), "dim=7 must be even"), (dict(steps=0), "steps=0"),
+        (dict(dropout=(0.0,) * 4 + (2.0,)), "dropout=2"),
+        (dict(dropout=(0.1,)), "must be five shares"),
         (dict(stem="image"), "stem='image'"), (dict(tolerance=0.0), "rtol=0.0"),
     ):  # fmt: skip
         with pytest.raises(OptionError, match=message):

@@ -1,7 +1,7 @@
 """MAC, a network that answers questions in reasoning steps, with DAFT's control or its own.
 
-Learning Dynamics of Attention: Human Prior for Interpretable Machine Reasoning (2019), arXiv 1905.11666, on Compositional
-Attention Networks for Machine Reasoning (2018), arXiv 1803.03067.
+Learning Dynamics of Attention: Human Prior for Interpretable Machine Reasoning (2019), arXiv 1905.11666, on
+Compositional Attention Networks for Machine Reasoning (2018), arXiv 1803.03067.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ class MAC(Network):
         if dim % 2:
             raise OptionError(f"dim={dim} must be even, for a recurrence in both directions")
         check_options(solver, tolerance, tolerance, solver_steps)
+        if len(dropout) != 5:
+            raise OptionError(f"dropout={shown(dropout)} must be five shares")
         for share in dropout:
             validate.between("dropout", share, 0, 1)
         of_image, of_words, of_question, of_read, of_answer = dropout
@@ -140,7 +142,7 @@ class MAC(Network):
         context, query, real = self._listen(words, lengths, len(image))
         memory, logits = self.memory.expand(len(image), -1), None
         kept = F.dropout(torch.ones_like(memory), self.read.drop.p, self.training)  # one choice for all steps
-        steps = []
+        steps = list[tuple[Tensor, Tensor, Tensor]]()
         for step in range(self.steps):
             found = self.control(step, context, query, real, logits)
             logits = found.logits

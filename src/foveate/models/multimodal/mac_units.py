@@ -69,7 +69,7 @@ class DAFTControlUnit(nn.Module):
 
 @final
 class ReadUnit(nn.Module):
-    """Read the image: `I = MLP([W_m m * (W_k k) ; W_k k])`, logits `w · ELU(c * I)`, and the mean of W_k k they weigh."""
+    """Read the image: the mean of `W_k k` by weights `softmax(w · ELU(c * MLP([W_m m * (W_k k) ; W_k k])))`."""
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Co-guidance attention of sound and sight, and a loss that keeps a video's events from its background.
 
 CACE-Net: Co-guidance Attention and Contrastive Enhancement for Effective Audio-Visual Event Localization (2024),
-arXiv 2408.01952. These are the two parts that the paper adds; the localiser around them (recurrences, cross-modal layers
-and heads) is that of earlier work.
+arXiv 2408.01952. These are the two parts that the paper adds. The localiser around them (recurrences, cross-modal
+layers and heads) is that of earlier work, and is not here.
 """
 
 from __future__ import annotations
