@@ -120,19 +120,19 @@ def test_gradients_are_those_of_the_solution(solver: str) -> None:
 def test_rejected_steps_leave_no_trace_in_gradients() -> None:
     """A step into a cliff meets slopes of inf, and is rejected; the gradient must not know of it."""
     start = torch.tensor([[1.0], [1.0]], dtype=torch.float64, requires_grad=True)
-    steepness, met_inf = torch.tensor([[1000.0], [1.0]], dtype=torch.float64), []
+    steepness, met_inf = torch.tensor([[1000.0], [300.0]], dtype=torch.float64), []
 
     def slope(u: Tensor, y: Tensor) -> Tensor:
         fall = -torch.where(u > 0.5, steepness, 0.0) * y
-        out = torch.where(y.abs() > 1.5, fall * float("inf"), fall)
+        out = fall * torch.where(y.abs() > 1.5, float("inf"), 1.0)
         met_inf.append(not out.isfinite().all())
         return out
 
     found = solve_ode(slope, start, rtol=1e-4, atol=1e-4)
     (grad,) = torch.autograd.grad(found.value.sum(), start)
     assert any(met_inf)
-    assert_near(found.value, torch.tensor([[0.0], [math.exp(-0.5)]]).double(), 1e-3)
-    assert_near(grad, found.value.detach(), 1e-3)
+    assert_near(found.value, torch.zeros(2, 1).double(), 1e-3)
+    assert_near(grad, torch.zeros(2, 1).double(), 1e-3)
 
 
 def test_nan_stays_in_its_example() -> None:
