@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -87,16 +88,16 @@ def test_solvers_reach_the_solution(solver: str, options: dict, tolerance: float
 
 
 def test_solvers_agree() -> None:
-    (context, query, logits), sides = question(), []
-    for options in (dict(solver="dopri5", rtol=1e-6, atol=1e-6), dict(solver="rk4", steps=64)):
-        sides.append(made(**options)(context, query, logits))
+    context, query, logits = question()
+    both = dict(solver="dopri5", rtol=1e-6, atol=1e-6), dict(solver="rk4", steps=64)
+    sides = [made(**options)(context, query, logits) for options in both]
     for name in ("control", "logits", "weights"):
         assert (sides[0][name] - sides[1][name]).abs().max() < 1e-4
     assert (sides[0]["evaluations"] < sides[1]["evaluations"]).all()
 
 
 def test_logits_go_on_from_the_step_before() -> None:
-    layer, (context, query, logits) = made("rk4", steps=8), question()
+    layer, (context, query, _) = made("rk4", steps=8), question()
     first = layer(context, query)
     start = layer.first_logit.expand(B, S)
     assert_near(first["logits"], layer(context, query, start)["logits"], 0)
@@ -174,7 +175,7 @@ def test_length_of_transition() -> None:
     weights[:, :, 4:] = 0
     weights = weights / weights.sum(-1, keepdim=True)
     expected = torch.zeros(3, dtype=torch.float64)
-    for before, after in zip(weights, weights[1:], strict=False):
+    for before, after in pairwise(weights):
         for b in range(3):
             for p, q in zip(before[b, :4].tolist(), after[b, :4].tolist(), strict=True):
                 middle = (p + q) / 2

@@ -103,9 +103,7 @@ class MAC(Network):
         self.embedding = nn.Embedding(vocabulary, embed)
         nn.init.uniform_(self.embedding.weight, -1.0, 1.0)
         self.lstm = nn.LSTM(embed, dim // 2, batch_first=True, bidirectional=True)
-        self.control = (
-            DAFTControlUnit(dim, steps, solver, tolerance, solver_steps) if daft else ControlUnit(dim, steps)
-        )
+        self.control = DAFTControlUnit(dim, steps, solver, tolerance, solver_steps) if daft else ControlUnit(dim, steps)
         self.read, self.write = ReadUnit(dim, of_read), xavier_linear(2 * dim, dim)
         self.memory = nn.Parameter(torch.randn(1, dim))
         self.question = xavier_linear(dim, dim)
@@ -205,15 +203,16 @@ class MAC(Network):
 
 
 def _grid_stem(features: int, dim: int, dropout: float) -> nn.Sequential:
-    first, second = nn.Conv2d(features, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1)
-    for conv in (first, second):
-        nn.init.xavier_uniform_(conv.weight)
-        nn.init.zeros_(conv.bias)
+    first, second = (_xavier(nn.Conv2d(width, dim, 3, padding=1)) for width in (features, dim))
     return nn.Sequential(nn.Dropout(dropout), first, nn.ELU(), nn.Dropout(dropout), second, nn.ELU())
 
 
 def _object_stem(features: int, dim: int, dropout: float) -> nn.Sequential:
-    conv = nn.Conv1d(features, dim, 1)
+    return nn.Sequential(nn.Dropout(dropout), _xavier(nn.Conv1d(features, dim, 1)), nn.ELU())
+
+
+def _xavier(conv: nn.Conv1d | nn.Conv2d) -> nn.Module:
     nn.init.xavier_uniform_(conv.weight)
-    nn.init.zeros_(conv.bias)
-    return nn.Sequential(nn.Dropout(dropout), conv, nn.ELU())
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
