@@ -313,7 +313,7 @@ STATEMENT = "guidance in both directions labels segments whose sound is partly l
 
 def test_co_guidance_labels_segments_better(claim) -> None:
     claim(
-        f"{STATEMENT}, 150 steps", ours=accuracy(0.4, 0, 150), baseline=accuracy(0.0, 0, 150), better="higher",
+        f"{STATEMENT}, 80 steps", ours=accuracy(0.4, 0, 80), baseline=accuracy(0.0, 0, 80), better="higher",
         margin=0.02, baseline_name="guidance by sound only", seed=0,
     )  # fmt: skip
 
