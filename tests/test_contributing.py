@@ -26,6 +26,8 @@ SOURCES = [
     "tests/systems/nn/test_show_attend_tell.py",
     "src/foveate/nn/pool/efficient_probing.py",
     "tests/systems/nn/test_efficient_probing.py",
+    "src/foveate/nn/fusion/cace_net.py",
+    "tests/systems/nn/test_cace_net.py",
     "src/foveate/kv/sink_recent.py",
     "src/foveate/catalog/kv.toml",
     "tests/systems/kv/test_sink_recent.py",

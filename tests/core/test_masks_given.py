@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import ShapeError, UnsupportedPattern
+from foveate.models.multimodal.mac import MAC
 from foveate.nn.channel.multi_dim_attention import MultiDimAttention
 from foveate.nn.fusion.co_attention import CoAttention
 from foveate.nn.parts.ema import DampedEMA
@@ -75,6 +76,11 @@ def relational() -> Callable[[Tensor], object]:
     return lambda mask: layer(drawn(B, 2, DIM), drawn(B, M, DIM), drawn(B, M, DIM), mask=mask)
 
 
+def mac(method: str) -> Callable[[Tensor], object]:
+    net, words = MAC(7, 5, DIM, DIM, 2, stem="objects"), torch.zeros(B, N, dtype=torch.long)
+    return lambda mask: getattr(net, method)(drawn(B, M, DIM), words, mask=mask)
+
+
 def go_on() -> Callable[[Tensor], object]:
     op, given = Titans(2, DIM), [heads(M)] * 3
     return lambda mask: op.go_on(*given, op.init_state(B, 2, 2, DIM, DIM), mask=mask)
@@ -83,9 +89,8 @@ def go_on() -> Callable[[Tensor], object]:
 CASES: dict[str, Case] = {
     "MultiDimAttention.forward": Case(lambda mask: MultiDimAttention(DIM)(drawn(B, M, DIM), mask=mask), TOKENS),
     "MultiDimAttention.weights": Case(lambda mask: MultiDimAttention(DIM).weights(drawn(B, M, DIM), mask=mask), TOKENS),
-    "CoAttention.forward": Case(lambda mask: CoAttention(DIM)(drawn(B, M, DIM), drawn(B, N, DIM), mask=mask), TOKENS),
-    "CoAttention.forward, other": Case(
-        lambda mask: CoAttention(DIM)(drawn(B, N, DIM), drawn(B, M, DIM), other_mask=mask), TOKENS
+    "Fusion.forward": Case(
+        lambda mask: CoAttention(DIM)(drawn(B, M, DIM), drawn(B, N, DIM), masks={"a": mask}), TOKENS
     ),
     "DampedEMA.forward": Case(lambda seen: DampedEMA(DIM)(drawn(B, M, DIM), seen), TOKENS),
     "Pool.forward": Case(lambda mask: MeanPool(DIM)(drawn(B, M, DIM), mask), TOKENS),
@@ -122,6 +127,8 @@ CASES: dict[str, Case] = {
     "DependencyAttention.dependency": Case(
         lambda mask: DependencyAttention(DIM, 2).dependency(drawn(B, M, DIM), mask=mask), KEYS
     ),
+    "MAC.forward": Case(mac("forward"), TOKENS),
+    "MAC.reason": Case(mac("reason"), TOKENS),
     "Memory.go_on": Case(go_on(), KEYS),
     "MarginalAttention.evidence": Case(lambda mask: MarginalAttention().evidence(heads(2), heads(M), mask=mask), KEYS),
     "expectation_maximisation": Case(

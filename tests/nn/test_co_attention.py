@@ -1,4 +1,4 @@
-"""Co-attention: both sides over one matrix of affinities."""
+"""Co-attention: both sides over one matrix of affinities. tests/contracts/test_fusions.py has masks and refusals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.nn.fusion.co_attention import CoAttention
-from tests.support.tensors import assert_near, gradients
+from tests.support.tensors import assert_near
 
 
 def sides() -> tuple[torch.Tensor, ...]:
@@ -37,16 +37,16 @@ def test_rows_and_columns(activation: str | None) -> None:
     layer = built(activation=activation)
     c = affinities(layer, a, b)
     ours = layer(a, b)
-    assert_near(ours[0], torch.softmax(c, 2) @ b, 1e-12)
-    assert_near(ours[1], torch.softmax(c, 1).mT @ a, 1e-12)
-    from_b, from_a = layer(a, b, mask=mask, other_mask=other)
+    assert_near(ours["a"], torch.softmax(c, 2) @ b, 1e-12)
+    assert_near(ours["b"], torch.softmax(c, 1).mT @ a, 1e-12)
+    read = layer(a, b, masks={"a": mask, "b": other})
     for i in range(2):
         n, m = mask[i].nonzero().flatten(), other[i].nonzero().flatten()
         alone = layer(a[i : i + 1, n], b[i : i + 1, m])
-        assert_near(from_b[i, n], alone[0][0], 1e-12)
-        assert_near(from_a[i, m], alone[1][0], 1e-12)
-    assert not from_b[~mask].any()
-    assert not from_a[~other].any()
+        assert_near(read["a"][i, n], alone["a"][0], 1e-12)
+        assert_near(read["b"][i, m], alone["b"][0], 1e-12)
+    assert not read["a"][~mask].any()
+    assert not read["b"][~other].any()
 
 
 @pytest.mark.parametrize("pool", ["max", "mean"])
@@ -56,28 +56,25 @@ def test_one_vector_a_side(pool: str) -> None:
     c = affinities(layer, a, b)
     pooled = [c.amax(dim) if pool == "max" else c.mean(dim) for dim in (2, 1)]
     ours = layer(a, b)
-    assert_near(ours[0], torch.einsum("bn,bnc->bc", torch.softmax(pooled[0], -1), a), 1e-12)
-    assert_near(ours[1], torch.einsum("bn,bnc->bc", torch.softmax(pooled[1], -1), b), 1e-12)
-    masked = layer(a, b, mask=mask, other_mask=other)
+    assert_near(ours["a"], torch.einsum("bn,bnc->bc", torch.softmax(pooled[0], -1), a), 1e-12)
+    assert_near(ours["b"], torch.einsum("bn,bnc->bc", torch.softmax(pooled[1], -1), b), 1e-12)
+    masked = layer(a, b, masks={"a": mask, "b": other})
     for i in range(2):
         alone = layer(a[i : i + 1, mask[i]], b[i : i + 1, other[i]])
-        assert_near(masked[0][i], alone[0][0], 1e-12)
-        assert_near(masked[1][i], alone[1][0], 1e-12)
-    nobody = layer(a, b, mask=torch.zeros_like(mask), other_mask=other)
-    assert not nobody[0].any()
-    assert not nobody[1].any()
+        assert_near(masked["a"][i], alone["a"][0], 1e-12)
+        assert_near(masked["b"][i], alone["b"][0], 1e-12)
+    nobody = layer(a, b, masks={"a": torch.zeros_like(mask), "b": other})
+    assert not nobody["a"].any()
+    assert not nobody["b"].any()
 
 
 @pytest.mark.parametrize("pool", [None, "max", "mean"])
-def test_garbage_behind_a_mask(pool: str | None) -> None:
-    a, b, mask, other = sides()
-    layer, found = built(pool=pool), []
-    for garbage in (float("nan"), 3.0):
-        x, y = a.masked_fill(~mask[..., None], garbage), b.masked_fill(~other[..., None], garbage)
-        out = torch.cat([o.flatten() for o in layer(x, y, mask=mask, other_mask=other)])
-        found.append((out, *gradients(out, [layer.weight])))
-    for one, other_one in zip(*found, strict=True):
-        assert_near(one, other_one, 1e-12)
+def test_an_example_without_a_side_gets_zeros(pool: str | None) -> None:
+    a, b, *_ = sides()
+    out = built(pool=pool)(a, b, present={"b": torch.tensor([True, False])})
+    assert out["a"][0].any()
+    assert not out["a"][1].any()
+    assert not out["b"][1].any()
 
 
 def test_it_learns_which_side_matches() -> None:
@@ -86,8 +83,9 @@ def test_it_learns_which_side_matches() -> None:
     layer, swapped = built(), CoAttention(4, 3).double()
     with torch.no_grad():
         swapped.weight.copy_(layer.weight.mT)
-    for one, other in zip(layer(a, b), reversed(swapped(b, a)), strict=True):
-        assert_near(one, other, 1e-12)
+    one, other = layer(a, b), swapped(b, a)
+    assert_near(one["a"], other["b"], 1e-12)
+    assert_near(one["b"], other["a"], 1e-12)
 
 
 def test_it_starts_as_linear_layers_do() -> None:
@@ -100,7 +98,7 @@ def test_it_starts_as_linear_layers_do() -> None:
 
 
 def test_refusals() -> None:
-    a, b, mask, other = sides()
+    a, b, mask, _ = sides()
     for options, message in (
         ({"dim": 0}, "dim=0"),
         ({"dim": 3, "other_dim": 0}, "other_dim=0"),
@@ -109,11 +107,9 @@ def test_refusals() -> None:
     ):
         with pytest.raises(OptionError, match=message):
             CoAttention(**options)
-    with pytest.raises(ShapeError, match=r"tokens must be \(B, N, 3\)"):
+    with pytest.raises(ShapeError, match=r"a must be real numbers \(B, N, 3\)"):
         built()(b, b)
-    with pytest.raises(ShapeError, match=r"tokens must be \(B, N, 4\)"):
+    with pytest.raises(ShapeError, match=r"b must be real numbers \(B, M, 4\)"):
         built()(a, b[0])
-    with pytest.raises(ShapeError, match=r"other_mask must be bool \(B, N\)=\(2, 6\)"):
-        built()(a, b, other_mask=mask)
-    with pytest.raises(ShapeError, match=r"mask must be bool \(B, N\)=\(2, 5\)"):
-        built()(a, b, mask=mask.float())
+    with pytest.raises(ShapeError, match=r"masks\['b'\] must be bool \(B, M\)=\(2, 6\)"):
+        built()(a, b, masks={"b": mask})

@@ -24,7 +24,7 @@ class OptionError(FoveateError, ValueError):
 
 
 class DivergedError(FoveateError, ArithmeticError):
-    """The loss of a training run, or the weights of a memory that learns at test time, are NaN or inf."""
+    """A training run, a memory that learns at test time or a solver of an equation ran off to NaN or inf."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -88,8 +88,8 @@ def bool_mask(name: str, mask: Tensor, axes: str, shape: tuple[int, ...], device
     if mask.dim() in (1, len(shape)) and all(m in (1, s) for m, s in zip(sizes[::-1], shape[::-1], strict=False)):
         return
     is_of_keys = mask.dim() > 1 and (sizes[0], sizes[-1]) == (shape[0], shape[-1]) and set(sizes[1:-1]) <= {1}
-    first, *between, last = axes.split(", ")
-    hint = f"; a mask of keys is ({', '.join([first, *['1'] * len(between), last])})" if is_of_keys else ""
+    names = axes.split(", ")
+    hint = f"; a mask of keys is ({', '.join([names[0], *['1'] * len(names[1:-1]), names[-1]])})" if is_of_keys else ""
     raise ShapeError(f"{name} must be bool ({axes})={shape}; got {sizes}{hint}")
 
 

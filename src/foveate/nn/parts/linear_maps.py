@@ -25,3 +25,11 @@ class Linear(nn.Linear):
             return super().forward(input)
         bias = None if self.bias is None else self.bias.to(wide)
         return F.linear(input.to(wide), self.weight.to(wide), bias).to(input.dtype)
+
+
+def xavier_linear(dim: int, out_dim: int) -> nn.Linear:
+    """Make a linear map with Xavier's uniform weights and a bias of zero."""
+    linear = nn.Linear(dim, out_dim)
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,1 @@
+"""Networks that answer questions about images, and others over several modalities."""
