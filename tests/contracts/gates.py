@@ -76,9 +76,10 @@ def a_map(size: tuple[int, ...], *, batch: int = BATCH, channels: int = CHANNELS
 
 def gates(*, by_size: bool = False) -> pytest.MarkDecorator:
     """Parametrise over gates and their numbers of axes; with `by_size` over all sizes too."""
-    cases = []
-    for key in KEYS:
-        for dims in sorted(gate_type(key).axes):
-            for size in SIZES[dims] if by_size else [MAIN[dims]]:
-                cases.append(pytest.param(key, size, id=f"{key}-{'x'.join(map(str, size))}"))
+    cases = [
+        pytest.param(key, size, id=f"{key}-{'x'.join(map(str, size))}")
+        for key in KEYS
+        for dims in sorted(gate_type(key).axes)
+        for size in (SIZES[dims] if by_size else [MAIN[dims]])
+    ]
     return pytest.mark.parametrize(("key", "size"), cases)

@@ -210,7 +210,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("key", "where", "message"),
     [
-        ("ulsam", "layr1.0", 'where=\'layr1.0\' must match the name of a module; did you mean "layer1.0"?'),
+        ("ulsam", "layr1.0", "where='layr1.0' must match the name of a module; did you mean \"layer1.0\"?"),
         ("ulsam", ["layer1.0", "zzz"], "where='zzz' must match the name of a module"),
         ("ulsam", [], "must name at least one module"),
         ("ulsam", "head", "'head' must return a feature map (B, C, *space); got Tensor (4, 5)"),

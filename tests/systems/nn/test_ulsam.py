@@ -146,7 +146,7 @@ def test_order_inside_a_group_is_no_matter() -> None:
 
 
 def test_a_group_sees_only_its_own_channels() -> None:
-    gate, x = made(), noise(2, 12, 5, 4)
+    gate, x = made(variant="paper"), noise(2, 12, 5, 4)
     other = x.clone()
     other[:, 2] += noise(2, 5, 4, seed=3)
     change = (gate.weights(other) - gate.weights(x)).abs().amax((0, 2, 3))

@@ -20,11 +20,11 @@ class Size:
 
     Args:
         options: the options that make it.
-        parameters: number of trained parameters.
+        parameters: number of trained parameters; None if nothing is stated.
         macs: multiply-adds of a forward pass for one example of the shapes `inputs`; None if nothing is stated.
         inputs: shapes of one example's inputs, without the batch.
         source: where the numbers stand, such as "Table 3".
-        tolerance: largest relative difference from the stated numbers, which papers round.
+        tolerance, macs_tolerance: largest relative differences from the stated numbers, which papers round.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +33,7 @@ class Size:
     inputs: tuple[tuple[int, ...], ...] = ()
     source: str = ""
     tolerance: float = 0.01
+    macs_tolerance: float = 0.01
 
 
 class Network(Checked, nn.Module, ABC):
@@ -41,11 +42,15 @@ class Network(Checked, nn.Module, ABC):
     Attributes:
         sizes: the published sizes by name.
         released_names: pairs of a regular expression and its replacement, which turn the names of the parameters of the
-            paper's release into ours, applied in order; empty if there is no release, or if it has our names.
+            paper's release into ours, applied in order; empty if there is no release, or if it has our names. A name
+            that becomes empty is left out.
+        batched: whether the first axis of inputs and outputs counts independent examples; False where it counts parts
+            of one, such as the nodes of a graph.
     """
 
     sizes: ClassVar[Mapping[str, Size]] = {}
     released_names: ClassVar[tuple[tuple[str, str], ...]] = ()
+    batched: ClassVar[bool] = True
 
     @classmethod
     def of_size(cls, name: str, **options: Any) -> Self:
@@ -55,7 +60,7 @@ class Network(Checked, nn.Module, ABC):
             UnknownKey: no published size has this name.
         """
         if name not in cls.sizes:
-            raise unknown("size", name, cls.sizes)
+            raise unknown(f"size of {cls.__name__}", name, cls.sizes)
         return cls(**{**cls.sizes[name].options, **options})
 
     @classmethod
@@ -72,12 +77,26 @@ class Network(Checked, nn.Module, ABC):
                 ours = re.sub(pattern, replacement, ours)
             if ours in out:
                 raise OptionError(f"the released parameters have two that would be called {ours!r}")
-            out[ours] = x
+            if ours:
+                out[ours] = x
         return out
 
     def load_released(self, released: Mapping[str, Tensor]) -> None:
-        """Load the state dict of the paper's release."""
-        self.load_state_dict(self.renamed(released))
+        """Load the state dict of the paper's release.
+
+        Raises:
+            OptionError: parameters that this network lacks, or has alone, or has in another shape.
+        """
+        given, own = self.renamed(released), self.state_dict()
+        astray = {
+            "missing": own.keys() - given.keys(),
+            "unknown": given.keys() - own.keys(),
+            "of another shape": {name for name in own.keys() & given.keys() if own[name].shape != given[name].shape},
+        }
+        found = [f"{len(names)} {what} ({min(names)})" for what, names in astray.items() if names]
+        if found:
+            raise OptionError(f"the released parameters do not fit this {type(self).__name__}: {', '.join(found)}")
+        self.load_state_dict(given)
 
     # -- for tests -----------------------------------------------------------------------------------------------------
 
@@ -88,5 +107,10 @@ class Network(Checked, nn.Module, ABC):
 
     @classmethod
     def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
-        """Make inputs for the example."""
+        """Make inputs for the example, the same each time."""
         raise NotImplementedError(f"{cls.__name__} has to define example_inputs")
+
+    @classmethod
+    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
+        """Make inputs of other lengths or sides that the example takes; none if it takes one size."""
+        return ()

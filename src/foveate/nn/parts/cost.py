@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -47,13 +49,25 @@ def _macs(module: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     device = next((p.device for p in module.parameters()), inputs[0].device if inputs else torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device
     with FakeTensorMode(allow_non_fake_inputs=True):
+
         def fake(x: Tensor) -> Tensor:
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
         tied = {id(x): fake(x) for x in (*module.parameters(), *module.buffers())}
         named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
         state = {name: tied[id(x)] for name, x in named}
-        # as plain products, which the counter knows on every device
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        with _as_plain_products(), FlopCounterMode(display=False) as counter, torch.no_grad():
             functional_call(module, state, tuple(fake(x) for x in inputs))
     return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _as_plain_products() -> Iterator[None]:
+    """Let attention be computed by matrix products, which the counter knows on every device."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

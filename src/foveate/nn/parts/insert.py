@@ -50,9 +50,7 @@ class Inserted:
         self.remove()
 
 
-def insert(
-    model: nn.Module, key: str | Factory, where: str | Sequence[str], inputs: Any, **options: Any
-) -> Inserted:
+def insert(model: nn.Module, key: str | Factory, where: str | Sequence[str], inputs: Any, **options: Any) -> Inserted:
     """Put a gate behind the output of every module with a matching name.
 
     A gate is a child of the module whose output it gates, with the name "foveate_gate"; of an `nn.Sequential`'s last
