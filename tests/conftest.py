@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 if os.environ.get("FOVEATE_TYPECHECK"):  # before anything of foveate is imported
     from tests.support import typecheck
@@ -80,6 +81,7 @@ def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory that Foveate asks for holds NaN (or the largest integer): reading it before writing shows."""
+    _device_constructors()  # caches torch's own functions, before they are replaced
     for owner, name in (
         (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"),
         (torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided"),

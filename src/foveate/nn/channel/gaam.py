@@ -7,7 +7,7 @@ arXiv 2401.11143.
 from __future__ import annotations
 
 import math
-from typing import Literal, final
+from typing import Literal, Self, final
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.core.scoring import safe_softmax
+from foveate.nn.base.feature_gate import FeatureGate
 
 EPS = 1e-8
 
@@ -127,6 +128,36 @@ class GaussianBlock(nn.Module):
             real = layer.real(x) if real is None else real
             x = x + layer(x) if self.variant == "release" else torch.where(real, x + layer.gated(x), x)
         return x
+
+
+@final
+class GaussianGate(FeatureGate):
+    """`GaussianAdaptiveAttention` over the channels of each position of a feature map.
+
+    Args:
+        channels: C, at least 2 for each head.
+        heads, gaussians, variant: see `GaussianAdaptiveAttention`.
+        dims: number of spatial axes; None for 1, 2 or 3.
+
+    Raises:
+        OptionError: fewer than two channels for a head.
+    """
+
+    def __init__(
+        self, channels: int, heads: int = 4, gaussians: int = 5, *, dims: int | None = None,
+        variant: Literal["paper", "release"] = "paper",
+    ) -> None:  # fmt: skip
+        super().__init__(channels, dims)
+        self.attention = GaussianAdaptiveAttention(heads, gaussians, axis=1, variant=variant)
+        if channels < 2 * heads:
+            raise OptionError(f"heads={heads} must be at most channels / 2 = {channels // 2}")
+
+    def _gate(self, x: Tensor) -> Tensor:
+        return self.attention(x)
+
+    @classmethod
+    def example(cls, channels: int, dims: int) -> Self:
+        return cls(channels, heads=2, gaussians=3, dims=dims)
 
 
 def importance_factor(weights: Float[Tensor, "..."], axis: int = -1) -> Float[Tensor, " n"]:

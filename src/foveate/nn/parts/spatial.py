@@ -1,0 +1,38 @@
+"""Convolutions, norms, pooling and resizing of feature maps with one, two or three spatial axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: The class for maps with so many spatial axes.
+CONV: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORM: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
+    1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d,
+}  # fmt: skip
+
+_MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def around(x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b c *space"]:
+    """Return the largest value in the neighbourhood of each position, 3 wide along each axis."""
+    return _MAX_POOL[x.dim() - 2](x, 3, 1, 1)
+
+
+def halve(x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b c *half"]:
+    """Pool by maxima, with windows of 3 at every second position, as Caffe does.
+
+    The first window starts at the first position, and the last one may reach past the end. A side of n becomes n // 2,
+    at least 1.
+    """
+    window = [min(3, side) for side in x.shape[2:]]
+    return _MAX_POOL[x.dim() - 2](x, window, 2, ceil_mode=True)
+
+
+def resize(x: Float[Tensor, "b c *space"], size: Sequence[int]) -> Float[Tensor, "b c *size"]:
+    """Interpolate linearly along each axis; corners stay corners."""
+    return F.interpolate(x, tuple(size), mode=_LINEAR[x.dim() - 2], align_corners=True)
