@@ -22,6 +22,11 @@ SOURCES = [
     "src/foveate/kv/sink_recent.py",
     "src/foveate/catalog/kv.toml",
     "tests/systems/kv/test_sink_recent.py",
+    "src/foveate/train/objectives/cutmix.py",
+    "src/foveate/catalog/train.toml",
+    "tests/systems/train/test_cutmix.py",
+    "src/foveate/train/init/mimetic_init.py",
+    "tests/systems/train/test_mimetic_init.py",
 ]
 BLOCKS = re.findall(r"```(?:python|toml)\n(.*?)```", TEXT, re.DOTALL)
 ROWS = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
