@@ -41,7 +41,7 @@ EXTRA: dict[str, Callable[[], Made]] = {
     ),
 }  # fmt: skip
 
-CASES: dict[str, Callable[[], Made]] = {**{name: cls.example for name, cls in CLASSES.items()}, **EXTRA}  # type: ignore[attr-defined]
+CASES: dict[str, Callable[[], Made]] = {**{name: cls.example for name, cls in CLASSES.items()}, **EXTRA}
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> Made:

@@ -12,12 +12,19 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from foveate.core.catalog import systems
-from foveate.train import AttentionAT, CutMix, Objective, SupervisedContrastive, VariationalAttention, VariationalObjective
+from foveate.train import (
+    AttentionAT,
+    CutMix,
+    Objective,
+    SupervisedContrastive,
+    VariationalAttention,
+    VariationalObjective,
+)
 
 Made = tuple[Objective, nn.Module, Mapping[str, Any]]
 
 
-def listed(kind: type) -> dict[str, type]:
+def listed(kind: type) -> dict[str, Any]:
     """Return the classes of a kind that rows of the catalogue list, by name."""
     targets = {target for row in systems() for target in (row.object, *row.parts) if ":" in target}
     found = {}
@@ -77,7 +84,7 @@ EXTRA: dict[str, Callable[[], Made]] = {
     "VariationalObjective, relaxed": lambda: variational("elbo", estimator="gumbel", generator=seeded()),
 }  # fmt: skip
 
-CASES: dict[str, Callable[[], Made]] = {**{name: cls.example for name, cls in CLASSES.items()}, **EXTRA}  # type: ignore[attr-defined]
+CASES: dict[str, Callable[[], Made]] = {**{name: cls.example for name, cls in CLASSES.items()}, **EXTRA}
 
 
 def make(name: str) -> Made:

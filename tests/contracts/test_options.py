@@ -20,7 +20,9 @@ from tests.contracts.operators import CLASSES
 
 METHODS = {row.key: found for room in ("kv", "steer", "lens") for row in systems(room=room) if (found := row.load())}
 METHODS = {key: cls for key, cls in METHODS.items() if isinstance(cls, type) and issubclass(cls, Method)}
-BUILT: dict[str, type] = {**CLASSES, **SYSTEMS, **METHODS, **OBJECTIVES, **INITIALISERS, "multi_head": MultiHeadAttention}
+BUILT: dict[str, type] = {
+    **CLASSES, **SYSTEMS, **METHODS, **OBJECTIVES, **INITIALISERS, "multi_head": MultiHeadAttention,
+}  # fmt: skip
 
 #: Values that an annotation excludes.
 WRONG: dict[object, tuple[Any, ...]] = {

@@ -151,8 +151,8 @@ def test_accumulated_steps_are_one_step(tmp_path: Path, kind: str) -> None:
             torch.manual_seed(0)
             net = classifier() if kind == "classifier" else bert()
         args = arguments(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, optim="sgd", learning_rate=0.1,
-            max_grad_norm=0.0, lr_scheduler_type="constant",
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, optim="sgd",
+            learning_rate=0.1, max_grad_norm=0.0, lr_scheduler_type="constant",
         )  # fmt: skip
         data = rows(texts(8), **({} if kind == "classifier" else {"ids": "input_ids"}))
         trainer = objective_trainer(AttentionAT(0.5))(model=net, args=args, train_dataset=data)

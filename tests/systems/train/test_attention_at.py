@@ -132,7 +132,7 @@ def test_along_differences_by_loops() -> None:
             expected[b, t] = sum(eps * slope[t][k] / whole * d[t][k] for k in range(n))
     ours = AttentionAT(eps, kind="iat").perturbation(net, given)
     assert_near(ours, expected, 1e-5)
-    assert_near(ours, AttentionAT(eps).perturbation(net, given), 1e-5, "a score has one direction: that of the gradient")
+    assert_near(ours, AttentionAT(eps).perturbation(net, given), 1e-5, "a score has one direction")
     found = token_differences(scores, given["ids"] != 0)
     assert_near(found.norm(dim=-1), (given["ids"] != 0).float(), 1e-5)
 

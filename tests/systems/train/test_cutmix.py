@@ -372,7 +372,9 @@ def test_accuracy_is_that_of_others_or_more(claim) -> None:
 
 @pytest.mark.slow
 def test_evidence_covers_more_of_a_digit(claim) -> None:
-    found = {kind: float(np.mean([cam_cover(trained(kind, seed, 40)) for seed in range(5)])) for kind in ("cutmix", "none")}
+    found = {
+        kind: float(np.mean([cam_cover(trained(kind, seed, 40)) for seed in range(5)])) for kind in ("cutmix", "none")
+    }
     claim(
         "share of a digit's pixels above half the maximum of its class activation map, 5 seeds",
         ours=found["cutmix"], baseline=found["none"], better="higher", baseline_name="no augmentation", seed=0,

@@ -162,6 +162,9 @@ class VariationalObjective(Objective):
     Evaluation takes the negative log-likelihood of predictions.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         inputs = inputs_of(batch)
         each = model(target=labels_of(batch), **inputs)
