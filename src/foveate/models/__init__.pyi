@@ -5,6 +5,8 @@ from foveate.models.base.hf_checkpoint import FoveateConfig as FoveateConfig
 from foveate.models.base.hf_checkpoint import FoveateForCausalLM as FoveateForCausalLM
 from foveate.models.base.hf_checkpoint import FoveatePreTrainedModel as FoveatePreTrainedModel
 from foveate.models.base.image_encoder import ImageEncoder as ImageEncoder
+from foveate.models.base.network import Network as Network
+from foveate.models.base.network import Size as Size
 from foveate.models.base.spec import Mixer as Mixer
 from foveate.models.base.spec import Spec as Spec
 from foveate.models.graph.generation_graph import GenerationGraph as GenerationGraph
@@ -18,6 +20,8 @@ from foveate.models.graph.ordinal_levels import ordinal_bits as ordinal_bits
 from foveate.models.graph.ordinal_levels import ordinal_levels as ordinal_levels
 from foveate.models.language.based import Based as Based
 from foveate.models.language.based import GatedConv as GatedConv
+from foveate.models.language.bilstm_attention_classifier import BiLSTMAttentionClassifier as BiLSTMAttentionClassifier
+from foveate.models.language.bilstm_attention_classifier import TextRead as TextRead
 from foveate.models.language.cls_attention_classifier import ClsAttentionClassifier as ClsAttentionClassifier
 from foveate.models.language.cls_attention_classifier import ClsHeads as ClsHeads
 from foveate.models.language.transnormer import GatedLightning as GatedLightning
@@ -35,6 +39,7 @@ from foveate.models.vision.mambaout import with_token_mixer as with_token_mixer
 
 __all__ = [
     "Based",
+    "BiLSTMAttentionClassifier",
     "ClsAttentionClassifier",
     "ClsHeads",
     "Decoder",
@@ -54,9 +59,12 @@ __all__ = [
     "LevelScores",
     "MambaOut",
     "Mixer",
+    "Network",
     "SimpleRMSNorm",
+    "Size",
     "Spec",
     "Split",
+    "TextRead",
     "TransNormerLLM",
     "block_flops",
     "generation_embeddings",
