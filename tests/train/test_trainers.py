@@ -116,15 +116,15 @@ def test_hugging_face_s_trainer(tmp_path: Path, kind: str) -> None:
     for each in logged(trainer):
         assert each["loss_clean"] + each["loss_adversarial"] == pytest.approx(each["loss"], abs=2e-3)
         assert each["loss_adversarial"] > each["loss_clean"]
-    assert logged(trainer)[-1]["loss_clean"] < logged(trainer)[0]["loss_clean"]
+    if kind == "classifier":
+        assert logged(trainer)[-1]["loss_clean"] < 0.97 * logged(trainer)[0]["loss_clean"], "it learns"
     inputs = {names.get("ids", "ids"): texts(40, seed=1)["ids"]}
     with torch.no_grad():
         logits = net.eval()(**inputs).logits
     plain = F.cross_entropy(logits, texts(40, seed=1)["labels"])
     assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.item(), abs=1e-4), "without the perturbation"
     predicted = trainer.predict(held)
-    found = predicted.predictions if kind == "transformers" else predicted.predictions[0]
-    torch.testing.assert_close(torch.tensor(found), logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(predicted.predictions), logits, rtol=1e-4, atol=1e-5)
     assert predicted.label_ids.tolist() == texts(40, seed=1)["labels"].tolist()
 
 
@@ -170,7 +170,7 @@ def test_the_trainer_can_have_another_base(tmp_path: Path) -> None:
     kind = objective_trainer(AttentionAT(), Mine)
     assert issubclass(kind, Mine)
     with pytest.raises(OptionError, match="label_smoothing_factor must not be given: AttentionAT makes the loss"):
-        kind(model=classifier(), args=arguments(tmp_path, label_smoothing_factor=0.1))
+        kind(model=bert(), args=arguments(tmp_path, label_smoothing_factor=0.1))
     with pytest.raises(OptionError, match="compute_loss_func must not be given"):
         kind(model=classifier(), args=arguments(tmp_path), compute_loss_func=lambda *_, **__: None)
     with pytest.raises(OptionError, match=r"label_names=\['start', 'end'\] must be one name"):

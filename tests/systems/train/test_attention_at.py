@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import cache
 from typing import Any, NamedTuple
@@ -117,7 +118,7 @@ def test_padding_is_never_perturbed_whatever_the_model_does_with_it(kind: Any) -
 def test_along_differences_by_loops() -> None:
     """`r_t = sum_k alpha_tk d_tk` with alpha the gradient in alpha at 0, of norm eps for a text."""
     net, given, eps = sharp(), batch(4), 0.8
-    g, scores = slopes(net, given), net(given["ids"]).scores
+    g, scores = slopes(net, given), net(given["ids"]).scores.detach()
     lengths = (given["ids"] != 0).sum(1).tolist()
     expected = torch.zeros_like(g)
     for b, n in enumerate(lengths):
@@ -264,13 +265,12 @@ def test_correlation_of_attention_and_gradients_by_hand() -> None:
     net, given = sharp(), batch(5)
     found = gradient_correlation(net, given)
     scipy = pytest.importorskip("scipy.stats")
-    mask = given["ids"] != 0
-    for b in range(5):
-        one = {name: x[b : b + 1, : int(mask[b].sum())] if name == "ids" else x[b : b + 1] for name, x in given.items()}
-        embedded = net.embedding(one["ids"]).detach().requires_grad_()
-        read = net.read(embedded, one["ids"] != 0)
-        F.cross_entropy(read.logits, one["labels"]).backward()
-        expected = scipy.pearsonr(read.weights[0].detach(), embedded.grad[0].norm(dim=-1)).statistic
+    for b, n in enumerate((given["ids"] != 0).sum(1).tolist()):
+        embedded = net.embedding(given["ids"][b, :n])[None].detach().requires_grad_()
+        hidden = net.encoder(embedded)[0]
+        weights = net(given["ids"]).weights[b, :n].detach()
+        F.cross_entropy(net.out(weights @ hidden[0])[None], given["labels"][b : b + 1]).backward()
+        expected = scipy.pearsonr(weights, embedded.grad[0].norm(dim=-1)).statistic
         assert found[b].item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -282,7 +282,9 @@ def test_an_encoder_of_transformers_is_perturbed_in_all_heads() -> None:
     assert mask.shape == (3, 2, 2, 5, 5)
     nothing = hosted(score_bias=torch.zeros(mask.shape), **inputs)
     assert_near(nothing.logits, net(**inputs).logits, 1e-6)
-    weights = net(**inputs, output_attentions=True).attentions
+    eager = copy.deepcopy(net)
+    eager.set_attn_implementation("eager")
+    weights = eager(**inputs, output_attentions=True).attentions
     ours = nothing.scores.masked_fill(~mask, -math.inf).softmax(-1)
     assert_near(ours[1, :, :, :3], torch.stack(weights, 1)[1, :, :, :3], 1e-5)
     eps = 1e-3
@@ -351,23 +353,23 @@ def sentences(count: int, seed: int) -> dict[str, Tensor]:
     return {"ids": ids, "labels": labels}
 
 
-EPS = 2.0
+EPS, ATTACK = 3.0, 8.0  # the norm of r in training, and in the strongest attack
 
 
 class Measured(NamedTuple):
+    """Accuracy on held-out texts, that under attack with the norm of training and a larger one, and correlation."""
+
     accuracy: float
     attacked: float
+    attacked_hard: float
     correlation: float
 
 
 @cache
 def trained(kind: str, seed: int, steps: int) -> Measured:
-    """Train from a seed, and measure on held-out texts: accuracy, accuracy under attack, correlation."""
+    """Train from a seed, and measure on held-out texts."""
     net, data = classifier(seed), sentences(32 * steps, seed)
-    objectives = {
-        "at": AttentionAT(EPS), "iat": AttentionAT(EPS, kind="iat"),
-        "release": AttentionAT(EPS, kind="iat", difference="batch"),
-    }  # fmt: skip
+    objectives = {"at": AttentionAT(EPS), "release": AttentionAT(EPS, kind="iat", difference="batch")}
     optimiser = torch.optim.Adam(net.parameters(), 1e-2, amsgrad=True)
     for first in range(0, 32 * steps, 32):
         part = {name: x[first : first + 32] for name, x in data.items()}
@@ -376,10 +378,12 @@ def trained(kind: str, seed: int, steps: int) -> Measured:
         loss.backward()
         optimiser.step()
     held = sentences(400, 10_000 + seed)
-    r = AttentionAT(EPS).perturbation(net, held)
-    with torch.no_grad():
-        right = [(net(held["ids"], bias).logits.argmax(-1) == held["labels"]).float().mean() for bias in (None, r)]
-    return Measured(right[0].item(), right[1].item(), gradient_correlation(net, held).mean().item())
+    found = []
+    for eps in (0.0, EPS, ATTACK):
+        r = AttentionAT(eps).perturbation(net, held)
+        with torch.no_grad():
+            found.append((net(held["ids"], r).logits.argmax(-1) == held["labels"]).float().mean().item())
+    return Measured(*found, gradient_correlation(net, held).mean().item())
 
 
 def compare(claim: Any, seeds: tuple[int, ...], steps: int) -> None:
@@ -391,21 +395,26 @@ def compare(claim: Any, seeds: tuple[int, ...], steps: int) -> None:
     where = f"synthetic sentiment, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     claim(
         f"accuracy under attack on attention's scores: {where}",
-        ours=mean(ours, "attacked"), baseline=mean(vanilla, "attacked"), better="higher",
+        ours=mean(ours, "attacked_hard"), baseline=mean(vanilla, "attacked_hard"), better="higher", margin=0.2,
         baseline_name="trained without the attack", seed=seeds[0],
     )  # fmt: skip
     claim(
         f"correlation of attention with gradients at words: {where}",
-        ours=mean(ours, "correlation"), baseline=mean(vanilla, "correlation"), better="higher",
+        ours=mean(ours, "correlation"), baseline=mean(vanilla, "correlation"), better="higher", margin=0.02,
         baseline_name="trained without the attack", seed=seeds[0],
     )  # fmt: skip
-    assert mean(ours, "accuracy") > 0.9
+    assert mean(ours, "attacked") >= mean(vanilla, "attacked")
+    assert mean(ours, "accuracy") > 0.98
 
 
 def test_attention_withstands_the_attack_and_follows_gradients(claim) -> None:
-    compare(claim, (0,), 60)
+    compare(claim, (0,), 100)
 
 
 @pytest.mark.slow
 def test_attention_withstands_the_attack_over_seeds(claim) -> None:
-    compare(claim, (0, 1, 2), 150)
+    compare(claim, (0, 1, 2), 100)
+    released, vanilla = (
+        sum(trained(kind, seed, 100).attacked_hard for seed in (0, 1, 2)) for kind in ("release", "vanilla")
+    )
+    assert released < vanilla, "the sign of the release goes down the loss, and protects from nothing"

@@ -69,7 +69,7 @@ class BiLSTMAttentionClassifier(Checked, nn.Module):
             score_bias: added to attention's scores.
         """
         mask = self.score_mask(ids)
-        return self.read(self.embedding(ids), mask, score_bias)
+        return self.attend(self.encode(self.embedding(ids), mask), mask, score_bias)
 
     def score_mask(self, ids: Int[Tensor, "b t"], **_: Any) -> Bool[Tensor, "b t"]:
         """Return True for the tokens whose scores count: all up to the last one that is no padding."""
@@ -77,15 +77,22 @@ class BiLSTMAttentionClassifier(Checked, nn.Module):
             raise ShapeError(f"ids must be token ids (B, T); got {shown(ids)}")
         return ((ids != self.padding).flip(1).cumsum(1) > 0).flip(1)
 
-    def read(
-        self, embedded: Float[Tensor, "b t c"], mask: Bool[Tensor, "b t"], score_bias: Tensor | None = None
+    def encode(self, embedded: Float[Tensor, "b t c"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b t h"]:
+        """Return the states of embedded texts, 0 at padding."""
+        return run_rnn(self.encoder, embedded, mask.sum(1))
+
+    def attend(
+        self, hidden: Float[Tensor, "b t h"], mask: Bool[Tensor, "b t"], score_bias: Tensor | None = None
     ) -> TextRead:
-        """Read embedded texts."""
-        hidden = run_rnn(self.encoder, embedded, mask.sum(1))
+        """Read states."""
         scores = self.align.own(hidden[:, None])[:, 0]
         biased = scores if score_bias is None else scores + score_bias.to(scores)
         weights = safe_softmax(biased.masked_fill(~mask, masks.NEG_INF))
-        return TextRead(self.out((weights[:, None] @ hidden).squeeze(1)), scores, weights)
+        return TextRead(self.classify(hidden, weights), scores, weights)
+
+    def classify(self, hidden: Float[Tensor, "b t h"], weights: Float[Tensor, "b t"]) -> Float[Tensor, "b classes"]:
+        """Return the classes' scores of states under given weights."""
+        return self.out((weights[:, None] @ hidden).squeeze(1))
 
     @classmethod
     def example(cls) -> Self:

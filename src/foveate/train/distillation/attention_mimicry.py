@@ -31,6 +31,7 @@ def distillation_loss(student: Float[Tensor, "b h q k"], teacher: Float[Tensor, 
     seen = teacher.sum(-1) > 0
     return (torch.where(seen, crossed, 0.0).sum((0, 2)) / seen.sum((0, 2)).clamp_min(1)).sum()
 
+
 @final
 class AttentionMimicry(Objective):
     """`distillation_loss` as an objective: an operator's weights against a teacher's, on given queries and keys.

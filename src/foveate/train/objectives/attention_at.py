@@ -105,9 +105,7 @@ def unit(x: Float[Tensor, "b *n"]) -> Float[Tensor, "b *n"]:
     return (flat / flat.norm(dim=1, keepdim=True).clamp_min(1.0)).view_as(x)
 
 
-def token_differences(
-    scores: Float[Tensor, "b *n t"], mask: Bool[Tensor, "b *n t"]
-) -> Float[Tensor, "b *n t t"]:
+def token_differences(scores: Float[Tensor, "b *n t"], mask: Bool[Tensor, "b *n t"]) -> Float[Tensor, "b *n t t"]:
     """Return `d[t, k] = (s_k - s_t) / |s - s_t|` with the norm over k; 0 for padding, and where scores are equal."""
     known = scores.masked_fill(~mask, 0.0).float()
     gap = known[..., None, :] - known[..., :, None]
@@ -116,9 +114,7 @@ def token_differences(
     return gap / norm.masked_fill(norm == 0, 1.0)
 
 
-def along_differences(
-    slope: Float[Tensor, "b *n t"], d: Float[Tensor, "b *n t t"]
-) -> Float[Tensor, "b *n t"]:
+def along_differences(slope: Float[Tensor, "b *n t"], d: Float[Tensor, "b *n t t"]) -> Float[Tensor, "b *n t"]:
     """Return `r_t = sum_k alpha_tk d_tk`; alpha is the unit gradient in alpha at 0, `slope_t d_tk`."""
     alpha = unit(slope[..., None] * d)
     return (alpha * d).sum(-1)
@@ -130,16 +126,17 @@ def gradient_correlation(
     """Return Pearson's correlation, for each text, of attention's weights with the gradient's norm at each word.
 
     The paper's measure of how well attention explains a model. The gradient is that of the loss with respect to the
-    word's embedding; padding does not count. 0 where one of them is constant.
+    word's embedding, with the weights held fixed as in Attention is not Explanation (2019). Padding does not count; 0
+    where one of the two is constant.
     """
     ids = batch["ids"]
     embedded, mask = model.embedding(ids).detach().requires_grad_(), model.score_mask(ids)
     with torch.enable_grad():
-        read = model.read(embedded, mask)
-        (slope,) = torch.autograd.grad(criterion(read.logits, labels_of(batch)), embedded)
+        hidden = model.encode(embedded, mask)
+        weights = model.attend(hidden, mask).weights.detach()
+        (slope,) = torch.autograd.grad(criterion(model.classify(hidden, weights), labels_of(batch)), embedded)
     count = mask.sum(1, keepdim=True).clamp_min(1)
     a, b = (
-        (x - (x * mask).sum(1, keepdim=True) / count).masked_fill(~mask, 0.0)
-        for x in (read.weights.detach(), slope.norm(dim=-1))
+        (x - (x * mask).sum(1, keepdim=True) / count).masked_fill(~mask, 0.0) for x in (weights, slope.norm(dim=-1))
     )
     return (unit(a) * unit(b)).sum(1)

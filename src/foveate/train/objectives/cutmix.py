@@ -84,9 +84,7 @@ def cutmix_loss(
     return own + other
 
 
-def cut_box(
-    size: tuple[int, int], lam: Float[Tensor, " n"], centre: Int[Tensor, "n 2"]
-) -> Int[Tensor, "n 4"]:
+def cut_box(size: tuple[int, int], lam: Float[Tensor, " n"], centre: Int[Tensor, "n 2"]) -> Int[Tensor, "n 4"]:
     """Return the boxes `(top, bottom, left, right)` for shares that are to stay, cut off at the image's edges.
 
     As in the release, a side is rounded down to an even number of pixels.
