@@ -34,6 +34,11 @@ SOURCES = [
     "src/foveate/studies/attention_rank/study.py",
     "src/foveate/catalog/studies.toml",
     "tests/systems/studies/test_attention_rank.py",
+    "src/foveate/train/objectives/cutmix.py",
+    "src/foveate/catalog/train.toml",
+    "tests/systems/train/test_cutmix.py",
+    "src/foveate/train/init/mimetic_init.py",
+    "tests/systems/train/test_mimetic_init.py",
 ]
 BLOCKS = re.findall(r"```(?:python|toml)\n(.*?)```", TEXT, re.DOTALL)
 ROWS = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)

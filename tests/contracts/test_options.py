@@ -1,4 +1,4 @@
-"""Every operator, layer, gate and method refuses an option of the wrong type by name, in one line."""
+"""Every operator, layer, gate, method, objective and initialiser refuses an option of the wrong type, in one line."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from foveate.core.errors import OptionError
 from foveate.host import Method
 from foveate.nn import MultiHeadAttention
 from tests.contracts.gates import GATES
+from tests.contracts.initialisers import CLASSES as INITIALISERS
 from tests.contracts.layers import SYSTEMS
+from tests.contracts.objectives import CLASSES as OBJECTIVES
 from tests.contracts.operators import CLASSES
 
 METHODS = {row.key: found for room in ("kv", "steer", "lens") for row in systems(room=room) if (found := row.load())}
 METHODS = {key: cls for key, cls in METHODS.items() if isinstance(cls, type) and issubclass(cls, Method)}
-BUILT: dict[str, type] = {**CLASSES, **SYSTEMS, **GATES, **METHODS, "multi_head": MultiHeadAttention}
+BUILT: dict[str, type] = {
+    **CLASSES, **SYSTEMS, **GATES, **METHODS, **OBJECTIVES, **INITIALISERS, "multi_head": MultiHeadAttention,
+}  # fmt: skip
 
 #: Values that an annotation excludes.
 WRONG: dict[object, tuple[Any, ...]] = {

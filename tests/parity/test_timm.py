@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from foveate.nn import MultiHeadAttention
 from foveate.nn.parts.window import WindowAttention, Windows
 from foveate.nn.vision.efficient_attention_2d import EfficientAttention2d
 from foveate.ops.dense.softmax import Softmax
+from foveate.train.objectives.cutmix import cut_box, cutmix
 from tests.parity import peers
 from tests.support.tensors import assert_near
 
@@ -155,3 +158,34 @@ def test_weights_of_mambaout_femto_load_as_they_are() -> None:
     x = peers.leaf(1, 3, 64, 64, seed=1).detach().float()
     with torch.no_grad():
         assert_near(ours(x), theirs(x), 1e-5)
+
+
+# -- CutMix ------------------------------------------------------------------------------------------------------------
+
+
+def test_boxes_of_cutmix() -> None:
+    """The same shares and centres give the same boxes; theirs draws the row of a centre first."""
+    random = torch.Generator().manual_seed(0)
+    lam, centre = torch.rand(200, generator=random).double(), torch.randint(0, 12, (200, 2), generator=random)
+    drawn = iter(centre.flatten().tolist())
+    numpy = SimpleNamespace(
+        sqrt=np.sqrt, clip=np.clip, random=SimpleNamespace(randint=lambda low, high, size=None: next(drawn))
+    )
+    theirs = peers.pick("timm", "data/mixup.py", "rand_bbox", np=numpy)
+    for ours, share in zip(cut_box((12, 17), lam, centre).tolist(), lam.tolist(), strict=True):
+        assert ours == [int(edge) for edge in theirs.rand_bbox((3, 12, 17), share)]
+
+
+def test_shares_of_cutmix_follow_one_law() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    names = "rand_bbox", "rand_bbox_minmax", "cutmix_bbox_and_lam", "one_hot", "mixup_target", "Mixup"
+    drawn = np.random.default_rng(0)
+    numpy = SimpleNamespace(
+        sqrt=np.sqrt, clip=np.clip,
+        random=SimpleNamespace(rand=drawn.random, beta=drawn.beta, randint=drawn.integers),
+    )  # fmt: skip
+    mix = peers.pick("timm", "data/mixup.py", *names, np=numpy).Mixup(0.0, cutmix_alpha=1.0, num_classes=2)
+    theirs = [mix(torch.zeros(2, 1, 28, 28), torch.tensor([0, 1]))[1][0, 0].item() for _ in range(2000)]
+    random = torch.Generator().manual_seed(0)
+    ours = cutmix(torch.zeros(2000, 1, 28, 28), torch.arange(2000), per_sample=True, generator=random).lam
+    assert stats.ks_2samp(ours.numpy(), theirs).pvalue > 0.01

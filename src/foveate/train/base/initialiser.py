@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self, final
 
 import torch
 from torch import nn
@@ -12,9 +13,10 @@ from foveate.core.checked import Checked
 
 
 class Initialiser(Checked, ABC):
-    """A way to start the training of a model."""
+    """A way to start the training of a model. Subclasses define `_set`."""
 
-    @abstractmethod
+    @final
+    @torch.no_grad()
     def __call__(self, model: nn.Module, generator: torch.Generator | None = None) -> list[str]:
         """Set parameters in place and return their names; all others stay as they are.
 
@@ -23,10 +25,18 @@ class Initialiser(Checked, ABC):
             generator: the source of random numbers; None for torch's global one.
 
         Raises:
-            UnsupportedModel: the model has no parts to which the method applies.
+            OptionError: the model has no parts to which the method applies.
         """
+        before = {name: parameter._version for name, parameter in model.named_parameters()}
+        self._set(model, generator)
+        # a tensor's version counts the writes to it and to its views, so that no copy of the model is needed
+        return [name for name, parameter in model.named_parameters() if parameter._version != before[name]]
+
+    @abstractmethod
+    def _set(self, model: nn.Module, generator: torch.Generator | None) -> None:
+        """Set parameters in place."""
 
     @classmethod
-    def example(cls) -> tuple[Self, nn.Module]:
-        """Make an initialiser and a small model to which it applies; tests run them."""
+    def example(cls) -> tuple[Self, nn.Module, Mapping[str, Any]]:
+        """Make an initialiser, a small model to which it applies and inputs of the model; tests run them."""
         raise NotImplementedError(f"{cls.__name__} has to define example")

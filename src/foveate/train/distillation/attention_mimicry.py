@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle, islice
+from typing import Self, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.ops.dense.softmax import Softmax
 from foveate.ops.operator import Operator
+from foveate.train.base.objective import Batch, Loss, Objective
 
 
 def distillation_loss(student: Float[Tensor, "b h q k"], teacher: Float[Tensor, "b h q k"]) -> Float[Tensor, ""]:
@@ -28,6 +30,43 @@ def distillation_loss(student: Float[Tensor, "b h q k"], teacher: Float[Tensor, 
     crossed = -(teacher * torch.log(student.clamp_min(tiny))).sum(-1)
     seen = teacher.sum(-1) > 0
     return (torch.where(seen, crossed, 0.0).sum((0, 2)) / seen.sum((0, 2)).clamp_min(1)).sum()
+
+
+@final
+class AttentionMimicry(Objective):
+    """`distillation_loss` as an objective: an operator's weights against a teacher's, on given queries and keys.
+
+    The model is an operator, and a batch holds "q" and "k". No labels are read.
+
+    Args:
+        teacher: the operator to imitate; None is softmax attention with its usual scale.
+        causal: whether attention is causal.
+    """
+
+    def __init__(self, teacher: Operator | None = None, *, causal: bool = False) -> None:
+        super().__init__()
+        self.teacher, self.causal = teacher or Softmax(), causal
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        if not isinstance(model, Operator):
+            raise OptionError(f"model must be an operator with weights; got {type(model).__name__}")
+        if missing := [name for name in ("q", "k") if name not in batch]:
+            raise OptionError(f'batch must hold "q" and "k"; it lacks {missing[0]}')
+        q, k = batch["q"], batch["k"]
+        with torch.no_grad():
+            target = self.teacher.weights(q, k, causal=self.causal)
+        student = model.weights(q, k, causal=self.causal)
+        return Loss(distillation_loss(student, target), outputs=student)
+
+    def plain(self, model: nn.Module, batch: Batch) -> Loss:
+        return self(model, batch)
+
+    @classmethod
+    def example(cls) -> tuple[Self, nn.Module, Batch]:
+        from foveate.ops.linear.hedgehog import Hedgehog
+
+        q, k = torch.randn(2, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+        return cls(causal=True), Hedgehog.example(4, 8, 6), {"q": q, "k": k}
 
 
 def distill(
@@ -49,14 +88,12 @@ def distill(
         raise OptionError(f"op={op.name} must have parameters to train; it has none")
     if not batches:
         raise OptionError("batches must hold at least one pair (q, k); got none")
-    teacher = teacher or Softmax()
+    objective = AttentionMimicry(teacher, causal=causal)
     optimiser = torch.optim.Adam(parameters, lr=lr)
     losses = []
     for q, k in islice(cycle(batches), steps):
-        with torch.no_grad():
-            target = teacher.weights(q, k, causal=causal)
         with torch.enable_grad():
-            loss = distillation_loss(op.weights(q.detach(), k.detach(), causal=causal), target)
+            loss = objective(op, {"q": q.detach(), "k": k.detach()}).total
             grads = torch.autograd.grad(loss, parameters)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad

@@ -5,9 +5,9 @@ Mimetic Initialization of Self-Attention Layers (2023), arXiv 2305.09828.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, Self, cast, final
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention
+from foveate.train.base.initialiser import Initialiser
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ def mimetic_init(
     Raises:
         OptionError: if there is no such layer, or a layer's matrices have other shapes.
     """
-    for name, value in (("alpha_qk", alpha_qk), ("beta_qk", beta_qk), ("alpha_vo", alpha_vo), ("beta_vo", beta_vo)):
-        validate.at_least(name, value, 0)
+    _check_weights(alpha_qk=alpha_qk, beta_qk=beta_qk, alpha_vo=alpha_vo, beta_vo=beta_vo)
     layers = list(projections(module))
     if not layers:
         raise OptionError(f"module={type(module).__name__} must hold a known self-attention layer; it has none")
@@ -77,6 +77,37 @@ def mimetic_init(
         for bias in layer.biases:
             bias.zero_()
     return len(layers)
+
+
+@final
+@dataclass(eq=False)
+class MimeticInit(Initialiser):
+    """`mimetic_init` as an initialiser, for every self-attention layer inside a model.
+
+    Args:
+        alpha_qk, beta_qk, alpha_vo, beta_vo: see `mimetic_init`.
+    """
+
+    alpha_qk: float = 0.7
+    beta_qk: float = 0.7
+    alpha_vo: float = 0.4
+    beta_vo: float = 0.4
+
+    def __post_init__(self) -> None:
+        _check_weights(**vars(self))
+
+    def _set(self, model: nn.Module, generator: torch.Generator | None) -> None:
+        mimetic_init(model, **vars(self), generator=generator)
+
+    @classmethod
+    def example(cls) -> tuple[Self, nn.Module, Mapping[str, Any]]:
+        net = nn.Sequential(nn.Linear(8, 8), MultiHeadAttention(8, 2, bias=True), nn.Linear(8, 8))
+        return cls(), net, {"input": torch.linspace(-1, 1, 48).view(1, 6, 8)}
+
+
+def _check_weights(**weights: float) -> None:
+    for name, value in weights.items():
+        validate.at_least(name, value, 0)
 
 
 def mimetic_products(module: nn.Module) -> tuple[Float[Tensor, "h c c"], Float[Tensor, "c c"]]:

@@ -6,9 +6,9 @@ Mimetic Initialization Helps State Space Models Learn to Recall (2024), arXiv 24
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, Self, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.nn import MultiHeadAttention
+from foveate.train.base.initialiser import Initialiser
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,7 @@ def mimetic_init_ssm(
     Raises:
         OptionError: if there is no such layer, or an option is out of range.
     """
-    validate.between("a_log", a_log, -60, 10)
-    validate.between("delta", delta, 1e-6, 80)
+    _check_rates(a_log, delta)
     layers = list(state_spaces(module))
     if not layers:
         raise OptionError(f"module={type(module).__name__} must hold a Mamba layer; it holds none")
@@ -105,6 +105,43 @@ def mimetic_init_ssm(
         if identity_value:
             _identity_values(layer)
     return len(layers)
+
+
+@final
+@dataclass(eq=False)
+class MimeticInitSSM(Initialiser):
+    """`mimetic_init_ssm` as an initialiser, for every Mamba layer inside a model. It draws no random numbers.
+
+    Args:
+        a_log, delta, tie_bc, identity_conv, identity_value: see `mimetic_init_ssm`.
+    """
+
+    a_log: float = -8.0
+    delta: float = 1.0
+    tie_bc: bool = True
+    identity_conv: bool = True
+    identity_value: bool = False
+
+    def __post_init__(self) -> None:
+        _check_rates(self.a_log, self.delta)
+
+    def _set(self, model: nn.Module, generator: torch.Generator | None) -> None:
+        mimetic_init_ssm(model, **vars(self))
+
+    @classmethod
+    def example(cls) -> tuple[Self, nn.Module, Mapping[str, Any]]:
+        from transformers import Mamba2Config, Mamba2ForCausalLM
+
+        config = Mamba2Config(
+            vocab_size=20, hidden_size=16, state_size=8, num_hidden_layers=1, head_dim=8, num_heads=4, expand=2,
+            n_groups=1, chunk_size=8,
+        )  # fmt: skip
+        return cls(identity_value=True), Mamba2ForCausalLM(config), {"input_ids": torch.arange(10)[None]}
+
+
+def _check_rates(a_log: float, delta: float) -> None:
+    validate.between("a_log", a_log, -60, 10)
+    validate.between("delta", delta, 1e-6, 80)
 
 
 @torch.no_grad()

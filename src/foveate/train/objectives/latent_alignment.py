@@ -17,7 +17,7 @@ from foveate.core import masks, validate
 from foveate.core.errors import OptionError, shown
 from foveate.ops.functional.normalizers import sample
 
-Objective = Literal["soft", "exact", "hard", "elbo"]
+LatentObjective = Literal["soft", "exact", "hard", "elbo"]
 Estimator = Literal["enum", "reinforce", "gumbel", "wsram"]
 #: `log p(y | z)` for each position, `(..., T)`, or a function of weights over positions, `(K, ..., T) -> (K, ...)`.
 LogLikelihood = Tensor | Callable[[Tensor], Tensor]
@@ -28,7 +28,7 @@ ESTIMATORS["elbo"] = (*ESTIMATORS["hard"], "wsram")
 
 def latent_attention_loss(
     prior_logits: Float[Tensor, "... t"], loglik: LogLikelihood, *, post_logits: Float[Tensor, "... t"] | None = None,
-    soft_loglik: Float[Tensor, "..."] | None = None, objective: Objective = "elbo", estimator: Estimator = "enum",
+    soft_loglik: Float[Tensor, "..."] | None = None, objective: LatentObjective = "elbo", estimator: Estimator = "enum",
     samples: int = 1, temperature: float = 1.0, baseline: bool = True, generator: torch.Generator | None = None,
 ) -> Float[Tensor, "..."]:  # fmt: skip
     """Return the loss of each output; its gradient is that of `estimator`.

@@ -6,6 +6,8 @@ Hallucinations in Large Language Models (2024), arXiv 2407.04485.
 
 from __future__ import annotations
 
+from typing import Self, final
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, shown
+from foveate.train.base.objective import Batch, Loss, Objective, inputs_of, labels_of
 
 
 def supcon_loss(
@@ -31,8 +34,7 @@ def supcon_loss(
     """
     if z.dim() != 2 or labels.shape != z.shape[:1]:
         raise ShapeError(f"z must be states (B, D) and labels (B,); got {shown(z)} and {shown(labels)}")
-    if isinstance(temperature, bool) or not temperature > 0:
-        raise OptionError(f"temperature={shown(temperature)} must be a number above 0")
+    _check_temperature(temperature)
     unit, same = F.normalize(z, dim=-1), torch.eye(len(z), dtype=torch.bool, device=z.device)
     similarity = unit @ unit.mT / temperature
     total = (similarity if own else similarity.masked_fill(same, torch.finfo(z.dtype).min)).logsumexp(-1, keepdim=True)
@@ -78,3 +80,35 @@ def pretrain_embedder(
         losses.append(sum(found) / len(found))
     embedder.eval()
     return losses
+
+
+@final
+class SupervisedContrastive(Objective):
+    """`supcon_loss` as an objective: the model's outputs are states, and labels say which belong together.
+
+    Args:
+        temperature, own: see `supcon_loss`.
+    """
+
+    def __init__(self, temperature: float = 0.07, *, own: bool = True) -> None:
+        super().__init__()
+        _check_temperature(temperature)
+        self.temperature, self.own = temperature, own
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        z = model(**inputs_of(batch))
+        return Loss(supcon_loss(z, labels_of(batch), self.temperature, own=self.own), outputs=z)
+
+    def plain(self, model: nn.Module, batch: Batch) -> Loss:
+        return self(model, batch)
+
+    @classmethod
+    def example(cls) -> tuple[Self, nn.Module, Batch]:
+        x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+        net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        return cls(), net, {"input": x, "labels": torch.arange(6) % 2}
+
+
+def _check_temperature(temperature: float) -> None:
+    if isinstance(temperature, bool) or not temperature > 0:
+        raise OptionError(f"temperature={shown(temperature)} must be a number above 0")

@@ -5,19 +5,20 @@ Latent Alignment and Variational Attention (2018), arXiv 1807.03756.
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, final
+from typing import Literal, Self, TypedDict, cast, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, ShapeError
+from foveate.nn.parts.packed_rnn import run_rnn
 from foveate.ops.functional.additive_score import pair_score
+from foveate.train.base.objective import Batch, Loss, Objective, inputs_of, labels_of
 from foveate.train.objectives.latent_alignment import (
     Estimator,
-    Objective,
+    LatentObjective,
     check,
     latent_attention_loss,
     marginal_decode,
@@ -53,7 +54,7 @@ class VariationalAttention(nn.Module):
     """
 
     def __init__(
-        self, src_dim: int, tgt_dim: int, attn_dim: int, vocab: int, *, objective: Objective = "elbo",
+        self, src_dim: int, tgt_dim: int, attn_dim: int, vocab: int, *, objective: LatentObjective = "elbo",
         estimator: Estimator = "enum", samples: int = 1, temperature: float = 1.0,
         score: Literal["mlp", "general"] = "mlp", generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
@@ -149,15 +150,47 @@ class InferenceNetwork(nn.Module):
     def forward(
         self, memory: Tensor, target: Tensor, lengths: Tensor | None = None, target_lengths: Tensor | None = None
     ) -> Float[Tensor, "b s t"]:
-        source = _encode(self.source, memory, lengths)
-        return _mask_padding(self.w(_encode(self.target, self.embed(target), target_lengths)) @ source.mT, lengths)
+        source = run_rnn(self.source, memory, lengths)
+        return _mask_padding(self.w(run_rnn(self.target, self.embed(target), target_lengths)) @ source.mT, lengths)
 
 
-def _encode(lstm: nn.LSTM, x: Tensor, lengths: Tensor | None) -> Tensor:
-    if lengths is None:
-        return lstm(x)[0]
-    packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-    return pad_packed_sequence(lstm(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+@final
+class VariationalObjective(Objective):
+    """The loss of a `VariationalAttention` as an objective: the mean over the real outputs of a batch.
+
+    The network holds the options. A batch holds the arguments of its call by name, and its target under "labels".
+    Evaluation takes the negative log-likelihood of predictions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        inputs = inputs_of(batch)
+        each = model(target=labels_of(batch), **inputs)
+        return Loss(_mean(each, inputs.get("target_lengths")))
+
+    def plain(self, model: nn.Module, batch: Batch) -> Loss:
+        inputs, target = inputs_of(batch), labels_of(batch)
+        ends = inputs.pop("target_lengths", None)
+        outputs = cast(VariationalAttention, model).predict(**inputs)
+        return Loss(_mean(-outputs.gather(-1, target[..., None]).squeeze(-1), ends), outputs=outputs)
+
+    @classmethod
+    def example(cls) -> tuple[Self, nn.Module, Batch]:
+        random = torch.Generator().manual_seed(0)
+        net = VariationalAttention(3, 4, 5, 6, estimator="reinforce", generator=random)
+        batch = {
+            "query": torch.randn(2, 3, 4, generator=random), "memory": torch.randn(2, 7, 3, generator=random),
+            "labels": torch.tensor([[0, 3, 5], [2, 2, 1]]), "lengths": torch.tensor([7, 4]),
+            "target_lengths": torch.tensor([2, 3]),
+        }  # fmt: skip
+        return cls(), net, batch
+
+
+def _mean(each: Float[Tensor, "b s"], ends: Int[Tensor, " b"] | None) -> Float[Tensor, ""]:
+    """Return the mean over the outputs before each end."""
+    return each.mean() if ends is None else each[~_padding(ends, each.shape[1])].mean()
 
 
 def _mask_padding(logits: Float[Tensor, "b s t"], lengths: Tensor | None) -> Float[Tensor, "b s t"]:
