@@ -166,7 +166,7 @@ class Run:
                 stack.callback(block.register_forward_hook(edit, prepend=True).remove)
         if next_token.editing(self):
             last = Hook(lambda *call: next_token.edited(self, *call))
-            stack.callback(model.register_forward_hook(last, with_kwargs=True).remove)
+            stack.callback(model.register_forward_hook(last, prepend=True, with_kwargs=True).remove)
             first = Hook(lambda *call: next_token.embedded(*call, self.passes.here.embed))
             stack.callback(decoder.register_forward_pre_hook(first, with_kwargs=True).remove)
 

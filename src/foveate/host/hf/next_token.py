@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from foveate.core.errors import UnsupportedModel
+from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host.hf.adoption import cache_among, is_recording, prompt_of
 from foveate.host.hf.attach import runs_open_on
 from foveate.host.hf.tokens_read import named_inputs, tokens_of
@@ -24,22 +25,60 @@ if TYPE_CHECKING:
 _LEFT_OUT = ("labels", "output_attentions", "output_hidden_states")
 
 
+@dataclass(frozen=True, eq=False)
+class _Ended:
+    """A forward pass that has ended.
+
+    Args:
+        model: the model.
+        given: the arguments of its call by name.
+        logits: all logits that it returned.
+        cache: its cache, if it keeps one.
+    """
+
+    model: nn.Module
+    given: Mapping[str, Any]
+    logits: Tensor
+    cache: Cache | None
+
+    @property
+    def drafts(self) -> bool:
+        """Return whether assisted decoding may remove the last tokens again."""
+        return self.cache is not None and is_recording(self.cache)
+
+    def places(self, is_encoder_decoder: bool) -> Iterable[int | Tensor]:
+        """Return the tokens whose logits are edited, as indices of the logits: the last one, or each draft."""
+        if self.drafts:
+            return range(-self.logits.shape[1], 0)
+        mask, n, held = self.given.get("attention_mask"), tokens_of(self.given), self.logits.shape[1]
+        if held == 1 or n is None or is_encoder_decoder:
+            return (-1,)
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < n:
+            return (-1,)
+        later = mask[:, -n:].flip(-1).to(torch.uint8).argmax(-1)  # right padding
+        return ((held - 1 - later).clamp_min(0),)
+
+
 def editing(run: Run) -> list[Method]:
     """Return the methods of a run that change the logits of the next token."""
     return [method for method in run.methods if overrides(method, "edit_next_token")]
 
 
 def edited(run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Return the output of a model with the logits that methods changed; None if they leave it.
+    """Return the output of a model with the logits that the methods of all open runs make of it; None for as it is.
+
+    The first of the runs that edit does it for all of them, in the order in which they were applied.
 
     Args:
-        run: the run whose methods act.
-        model: the model that the run is on.
+        run: the run whose hook was called.
+        model: the model.
         args, kwargs: the arguments of its call.
         output: what it returned.
     """
-    here = run.passes.here
-    if here.is_branch or here.reader is not None:
+    open_here = runs_open_on(next(iter(run.passes.layers)))
+    runs = [other for other in open_here if editing(other)]
+    reads = any(other.passes.here.is_branch or other.passes.here.reader is not None for other in open_here)
+    if runs[0] is not run or reads:
         return None
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
@@ -49,17 +88,13 @@ def edited(run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         )
     given = named_inputs(model, args, kwargs)
     cache = cache_among((*given.values(), getattr(output, "past_key_values", None)))
-    if cache is not None and cache not in run.caches.notes:
-        run.caches.track(cache)
-    drafts = cache is not None and is_recording(cache)
-    places: Iterable[int | Tensor] = range(-logits.shape[1], 0) if drafts else (_last(run, given, logits),)
-    changed = logits
-    for at in places:
+    ended, changed = _Ended(model, given, logits, cache), logits
+    for at in ended.places(run.host.config.is_encoder_decoder):
         before = new = picked(changed, at)
-        call = _call(run, model, given, cache, logits.shape[0], drafts, at)
-        for method in editing(run):
-            new = method.edit_next_token(new, call)
-        _check(new, before, editing(run))
+        for other in runs:
+            call = _call(other, ended, at)
+            for method in editing(other):
+                new = _checked(method.edit_next_token(new, call), before, method)
         changed = changed if new is before else placed(changed, at, new)
     if changed is logits:
         return None
@@ -67,53 +102,46 @@ def edited(run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return output
 
 
-def _call(
-    run: Run, model: nn.Module, given: Any, cache: Cache | None, sequences: int, drafts: bool, at: int | Tensor
-) -> ModelCall:
-    here = run.passes.here
-    tokens = here.decoded or tokens_of(given) or 1
+def _call(run: Run, ended: _Ended, at: int | Tensor) -> ModelCall:
+    """Return the pass as the methods of a run get it."""
+    here, cache, sequences = run.passes.here, ended.cache, ended.logits.shape[0]
+    tokens = here.decoded or tokens_of(ended.given) or 1
+    if cache is not None and cache not in run.caches.notes:
+        run.caches.track(cache)
     prompt = None if cache is None else prompt_of(cache, run.caches.first, here.past)
+    spans = run.spans_at(here.past, here.past + tokens, sequences, ended.logits.device)
+    # sites have the notes of the first run that hooks attention; see `foveate.host.hf.dispatch`
+    sited = next((other for other in runs_open_on(next(iter(run.passes.layers))) if other.has_hooks), run)
 
     def again(other: Any, edit: Edit | None) -> tuple[Tensor, Any]:
-        return _read_again(run, model, given, other, edit)
+        return _read_again(run, ended, other, edit)
 
     return ModelCall(
-        run.host, cache, sequences, here.past, tokens, run.spans_at(here.past, here.past + tokens, sequences), here.step,
-        prompt is None and (here.past == 0 or tokens > 1) and not (drafts and here.past > 0), drafts, at,
-        {} if cache is None else run.caches.notes[cache], again, here.fresh,
+        host=run.host, cache=cache, sequences=sequences, past=here.past, tokens=tokens, spans=spans,
+        step=sited.passes.here.step, at=at, drafts=ended.drafts,
+        reads_prompt=prompt is None and (here.past == 0 or (tokens > 1 and not ended.drafts)),
+        _notes={} if cache is None else run.caches.notes[cache], _again=again, _fresh=here.fresh,
     )  # fmt: skip
 
 
-def _last(run: Run, given: Any, logits: Tensor) -> int | Tensor:
-    """Return the index, in a call's logits, of the last token of each sequence that is no padding."""
-    mask, n, held = given.get("attention_mask"), tokens_of(given), logits.shape[1]
-    if held == 1 or n is None or run.host.config.is_encoder_decoder:
-        return -1
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < n:
-        return -1
-    later = mask[:, -n:].flip(-1).to(torch.uint8).argmax(-1)
-    return (held - 1 - later).clamp_min(0)
-
-
-def _read_again(run: Run, model: nn.Module, given: Any, cache: Any, edit: Edit | None) -> tuple[Tensor, Any]:
+def _read_again(run: Run, ended: _Ended, cache: Any, edit: Edit | None) -> tuple[Tensor, Any]:
     """Call a model once more with the arguments of a call, into another cache."""
-    name = next((name for name, value in given.items() if isinstance(value, Cache)), "past_key_values")
-    arguments = {key: value for key, value in given.items() if key not in _LEFT_OUT}
+    name = next((name for name, value in ended.given.items() if isinstance(value, Cache)), "past_key_values")
+    arguments = {key: value for key, value in ended.given.items() if key not in _LEFT_OUT}
     arguments[name] = cache
-    anchor = next(iter(run.passes.layers))
     with ExitStack() as stack:
-        for other in runs_open_on(anchor):
+        for other in runs_open_on(next(iter(run.passes.layers))):
             stack.enter_context(other.passes.aside(edit if other is run else None))
-        output = model(**arguments)
+        output = ended.model(**arguments)
     made = getattr(output, "past_key_values", None)
     return output.logits, cache if made is None else made
 
 
-def _check(new: Any, before: Tensor, methods: list[Method]) -> None:
+def _checked(new: Any, before: Tensor, method: Method) -> Tensor:
     if not isinstance(new, Tensor) or new.shape != before.shape:
         got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-        names = ", ".join(type(method).__name__ for method in methods)
-        raise UnsupportedModel(f"edit_next_token() of {names} must return logits {tuple(before.shape)}; got {got}")
+        raise OptionError(f"edit_next_token() of {type(method).__name__} must be {tuple(before.shape)}; got {got}")
+    return new
 
 
 def embedded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], edit: Edit | None) -> Any:
