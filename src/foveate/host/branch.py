@@ -53,7 +53,7 @@ class Branch:
         return call.picked(call.step[key])
 
     def _read(self, method: object, call: ModelCall, edit: Edit | None) -> Float[Tensor, "b n v"]:
-        if call.host.decoder is None or call.host.config.is_encoder_decoder:
+        if call.host.config.is_encoder_decoder or not call.host.model.can_generate():
             raise UnsupportedModel(
                 f"{type(method).__name__} reads a prompt twice, and {type(call.host.model).__name__} is no decoder-only "
                 f"model"

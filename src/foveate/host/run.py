@@ -158,17 +158,18 @@ class Run:
         Args:
             stack: collects the steps that remove the hooks.
         """
-        model, decoder = self.host.model, self.host.decoder or self.host.model
+        model, part = self.host.model, self.host.language_part
         if hidden.edits_hidden(self):
-            attending = self.host.scope("auto")
-            for number, block in enumerate(blocks_of(decoder, attending, self.host.layers)):
+            inside = set(part.modules())
+            attending = [module for module in self.host.attention_modules() if module in inside]
+            for number, block in enumerate(blocks_of(part, attending, self.host.layers)):
                 edit = Hook(lambda block, _, output, number=number: hidden.edited(self, number, block, output))
                 stack.callback(block.register_forward_hook(edit, prepend=True).remove)
         if next_token.editing(self):
             last = Hook(lambda *call: next_token.edited(self, *call))
             stack.callback(model.register_forward_hook(last, prepend=True, with_kwargs=True).remove)
             first = Hook(lambda *call: next_token.embedded(*call, self.passes.here.embed))
-            stack.callback(decoder.register_forward_pre_hook(first, with_kwargs=True).remove)
+            stack.callback(part.register_forward_pre_hook(first, with_kwargs=True).remove)
 
     # -- spans -------------------------------------------------------------------------------------------------------
 

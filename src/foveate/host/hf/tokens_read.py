@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from foveate.core.errors import UnsupportedModel
 from foveate.host.hf.cache import tokens_seen
 from foveate.host.hf.calls import parameters
+from foveate.host.hf.mask import MaskPlan
 from foveate.host.hf.vision_spans import NAMES, spans_of
 
 #: Inputs of a call that tell its spans.
@@ -110,7 +111,7 @@ def _kept(inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     """Return the inputs that tell the spans of a call's tokens, without what earlier calls read and without pictures."""
     kept: dict[str, Any] = {}
     for name in _KEPT:
-        value = inputs.get(name)
+        value = _two_dimensional(inputs.get(name)) if "mask" in name else inputs.get(name)
         if not isinstance(value, Tensor):
             continue
         if "pixel" in name:
@@ -118,6 +119,13 @@ def _kept(inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         elif value.dim() == 2 and value.shape[1] >= tokens:
             kept[name] = value[:, -tokens:]
     return kept
+
+
+def _two_dimensional(mask: Any) -> Any:
+    """Return the caller's mask of tokens, also out of masks that were made of it before the call."""
+    if isinstance(mask, Mapping):
+        mask = next(iter(mask.values()), None)
+    return mask.arguments.get("attention_mask") if isinstance(mask, MaskPlan) else mask
 
 
 def _repeated(mask: Tensor, rows: int) -> Tensor:

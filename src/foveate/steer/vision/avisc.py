@@ -71,13 +71,13 @@ class AvisCDecoding(Method):
         validate.count("seed", self.seed)
 
     def bind(self, host: Host) -> None:
-        if host.decoder is None or host.config.is_encoder_decoder:
+        if host.config.is_encoder_decoder or not host.model.can_generate():
             raise UnsupportedModel(
                 f"AvisCDecoding needs a decoder that reads image tokens; {type(host.model).__name__} has none"
             )
 
     def at(self, site: Site) -> bool:
-        return site.is_causal and site.asked == site.q.shape[2] and not site.is_branch
+        return site.cache is not None and site.asked == site.q.shape[2] and not site.is_branch
 
     def read(self, site: Site, out: Tensor) -> None:
         site.step.setdefault(self, []).append(last_attention(site))
