@@ -22,6 +22,7 @@ SOURCES = [
     "src/foveate/kv/sink_recent.py",
     "src/foveate/catalog/kv.toml",
     "tests/systems/kv/test_sink_recent.py",
+    "src/foveate/steer/vision/avisc.py",
 ]
 BLOCKS = re.findall(r"```(?:python|toml)\n(.*?)```", TEXT, re.DOTALL)
 ROWS = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)

@@ -83,33 +83,31 @@ class AvisCDecoding(Method):
         site.step.setdefault(self, []).append(last_attention(site))
 
     def edit_next_token(self, logits: Tensor, call: ModelCall) -> Tensor:
-        notes = call.notes(self)
-        self._find(notes, call)
-        left, seen = notes["left"], notes["seen"]
+        left = self._left(call)
         if left is None:
             return logits
         blind = self._branch.logits(self, call, None if call.past else lambda x: self._masked(x, left))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         sharper = contrast(wide, blind.to(wide.dtype), self.alpha)
         sharper = sharper.masked_fill(~plausible(wide, self.beta), float("-inf"))
-        return torch.where(seen[:, None], sharper, wide).to(logits.dtype)
+        return torch.where(call.notes(self)["seen"][:, None], sharper, wide).to(logits.dtype)
 
-    def _find(self, notes: dict[str, object], call: ModelCall) -> None:
-        """Note which embeddings of the prompt are left in the second reading; None if no sequence has an image."""
+    def _left(self, call: ModelCall) -> Bool[Tensor, "b n"] | None:
+        """Return the embeddings of the prompt that the second reading keeps; None if no sequence has an image."""
+        notes = call.notes(self)
         if call.past and (call.reads_prompt or "left" not in notes):
             raise OptionError(
                 "AvisCDecoding finds the blind tokens when the whole prompt is read in one call, from its first token "
                 "on; leave prefill_chunk_size out, and apply the method before the prompt is read"
             )
-        if call.past or (self, "found") in call.step:
-            return
-        image = call.spans.required(self.over, "AvisCDecoding")
-        seen = image.any(-1)
-        notes["left"], notes["seen"] = None, seen
-        if bool(seen.any()):
-            rows = torch.stack([row.to(image.device) for row in call.step[self]], 1)
-            notes["left"] = find_blind_tokens(rows, image, self.gamma, self.lam) | ~image
-        call.step[self, "found"] = True
+        if not call.past and (self, "found") not in call.step:
+            image = call.spans.required(self.over, "AvisCDecoding")
+            notes["left"], notes["seen"] = None, image.any(-1)
+            if bool(image.any()):
+                rows = torch.stack([row.to(image.device) for row in call.step[self]], 1)
+                notes["left"] = find_blind_tokens(rows, image, self.gamma, self.lam) | ~image
+            call.step[self, "found"] = True
+        return notes["left"]
 
     def _masked(self, embeds: Float[Tensor, "b n c"], left: Bool[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
         """Return embeddings of which only some are left."""
