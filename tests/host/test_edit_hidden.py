@@ -36,7 +36,7 @@ class Changes(Method):
 
 def push(layer: int, hidden: Tensor) -> Tensor:
     """Add a fixed vector behind the second block."""
-    return hidden + torch.linspace(-1, 1, hidden.shape[-1]) if layer == 1 else hidden
+    return hidden + torch.linspace(-4, 4, hidden.shape[-1]) if layer == 1 else hidden
 
 
 def double(layer: int, hidden: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ def test_the_stack_is_the_list_with_as_many_items_as_layers() -> None:
     root.stages = nn.ModuleList([nn.ModuleList([block() for _ in range(3)])])
     attending = [module for module in root.modules() if isinstance(module, Attends)]
     assert blocks_of(root, attending, 3) == list(root.stages[0])
-    with pytest.raises(UnsupportedModel, match="Attends of Module stands in no list of blocks"):
+    with pytest.raises(UnsupportedModel, match="Attends of Sequential stands in no list of blocks"):
         blocks_of(nn.Sequential(attending[0]), attending[:1], 1)
     with pytest.raises(UnsupportedModel, match="has 3 lists of blocks that attend, and edit_hidden needs one"):
         blocks_of(root, attending, 7)

@@ -262,17 +262,23 @@ def test_the_model_runs_twice_a_step_and_no_method_runs_within_its_branch() -> N
     assert calls == [(branch, seen) for seen in (9, 10, 11) for branch in (False, True) for _ in range(3)]
 
 
+def collect() -> None:
+    """Release first the cache of the first reading, which is part of a cycle, and then what only it held."""
+    gc.collect()
+    gc.collect()
+
+
 @torch.no_grad()
 def test_its_cache_is_released_with_the_first_reading() -> None:
     method, cache = Contrasts(), DynamicCache()
     with apply(model("llama"), method):
         generate("llama", tokens(), past_key_values=cache)
         assert method.caches[-1]() is not None and method.caches[-1]().get_seq_length() == cache.get_seq_length()
-    gc.collect()
+    collect()
     assert method.caches[-1]() is None and not [name for name in vars(cache) if "foveate" in name]
     with apply(model("llama"), method):
         generate("llama", tokens())
-        gc.collect()
+        collect()
         assert method.caches[-1]() is None
 
 
@@ -350,5 +356,6 @@ def test_an_error_in_the_second_reading_leaves_the_run_usable() -> None:
             llama(ids)
         assert not run.passes.here.is_branch and run.passes.here.outermost is None
     assert trace(llama) == before
+    expected = contrasted("llama", ids, torch.ones_like(ids), 8)
     with apply(llama, Contrasts()):
-        torch.testing.assert_close(generate("llama", ids), contrasted("llama", ids, torch.ones_like(ids), 8))
+        assert torch.equal(generate("llama", ids), expected)

@@ -32,7 +32,7 @@ _QWEN_TOWER: dict[str, Any] = dict(depth=2, num_heads=2, patch_size=4, spatial_m
 
 def _llava() -> hf.PreTrainedModel:
     vision, text = hf.CLIPVisionConfig(**_SMALL, projection_dim=16), hf.LlamaConfig(**_TEXT)
-    config = hf.LlavaConfig(vision, text, image_token_index=IMAGE, image_seq_length=PICTURE)
+    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=PICTURE)
     return hf.LlavaForConditionalGeneration(config)
 
 

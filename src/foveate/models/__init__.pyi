@@ -5,6 +5,8 @@ from foveate.models.base.hf_checkpoint import FoveateConfig as FoveateConfig
 from foveate.models.base.hf_checkpoint import FoveateForCausalLM as FoveateForCausalLM
 from foveate.models.base.hf_checkpoint import FoveatePreTrainedModel as FoveatePreTrainedModel
 from foveate.models.base.image_encoder import ImageEncoder as ImageEncoder
+from foveate.models.base.network import Network as Network
+from foveate.models.base.network import Size as Size
 from foveate.models.base.spec import Mixer as Mixer
 from foveate.models.base.spec import Spec as Spec
 from foveate.models.graph.generation_graph import GenerationGraph as GenerationGraph
@@ -54,7 +56,9 @@ __all__ = [
     "LevelScores",
     "MambaOut",
     "Mixer",
+    "Network",
     "SimpleRMSNorm",
+    "Size",
     "Spec",
     "Split",
     "TransNormerLLM",

@@ -1,8 +1,17 @@
 # The public names of foveate.nn; written by `make systems` from the catalogue.
 
+from foveate.nn.base.feature_gate import FeatureGate as FeatureGate
+from foveate.nn.base.fusion import Fusion as Fusion
+from foveate.nn.base.fusion import Stream as Stream
 from foveate.nn.base.layer import Layer as Layer
 from foveate.nn.base.layer import LayerCapabilities as LayerCapabilities
 from foveate.nn.base.layer import StreamingLayer as StreamingLayer
+from foveate.nn.base.pool import Pool as Pool
+from foveate.nn.base.pool import Pooled as Pooled
+from foveate.nn.base.seq2seq import Decoded as Decoded
+from foveate.nn.base.seq2seq import Generated as Generated
+from foveate.nn.base.seq2seq import Made as Made
+from foveate.nn.base.seq2seq import Seq2Seq as Seq2Seq
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention as GaussianAdaptiveAttention
 from foveate.nn.channel.gaam import GaussianBlock as GaussianBlock
 from foveate.nn.channel.gaam import importance_factor as importance_factor
@@ -104,14 +113,18 @@ __all__ = [
     "CoAttention",
     "Concentration",
     "DampedEMA",
+    "Decoded",
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
     "EfficientAttention2d",
     "EncodedSource",
+    "FeatureGate",
+    "Fusion",
     "GatedMLP",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "Generated",
     "GraphAttention",
     "HeadScheme",
     "HeadState",
@@ -132,6 +145,7 @@ __all__ = [
     "MAB",
     "MDLRPE",
     "MDTPE",
+    "Made",
     "Mega",
     "MegaBlock",
     "MemoryAsContext",
@@ -148,6 +162,8 @@ __all__ = [
     "PMA",
     "Pointed",
     "PointerNetwork",
+    "Pool",
+    "Pooled",
     "Position",
     "PositionalSymbols",
     "RelationalAttention",
@@ -157,12 +173,14 @@ __all__ = [
     "RotaryBias",
     "SAB",
     "SensoryHeads",
+    "Seq2Seq",
     "SetTransformer",
     "ShortConv",
     "SkimAttention",
     "SkimLayer",
     "Skimformer",
     "SlimAttention",
+    "Stream",
     "StreamingLayer",
     "SuperAttention",
     "SymbolicAttention",
