@@ -302,9 +302,10 @@ def test_malformed_changes_are_refused() -> None:
     ],
 )
 def test_malformed_spans_are_refused(span: Tensor, words: str) -> None:
-    with apply(model("llama"), Notes()) as run, pytest.raises(OptionError) as caught:
+    with apply(model("llama"), Notes()) as run:
         run.spans["x"] = span
-        model("llama")(tokens())
+        with pytest.raises(OptionError) as caught:
+            model("llama")(tokens())
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -334,11 +334,12 @@ def test_a_branch_that_cannot_be_read_is_refused() -> None:
         "Contrasts reads a sequence twice from its first token on, and this one has 5 tokens already; apply the method "
         "before the prompt is read"
     )
-    with apply(llama, Contrasts()), pytest.raises(OptionError, match="read 1 sequences and gets 2 now; repeat the"):
+    with apply(llama, Contrasts()):
         cache = DynamicCache()
         llama(tokens(1, 5), past_key_values=cache)
         cache.batch_repeat_interleave(2)
-        llama(tokens(2, 1), past_key_values=cache)
+        with pytest.raises(OptionError, match="read 1 sequences and gets 2 now; repeat the"):
+            llama(tokens(2, 1), past_key_values=cache)
     with apply(model("bart"), Contrasts()), pytest.raises(UnsupportedModel, match="is no decoder-only model"):
         model("bart")(tokens(1, 5))
 

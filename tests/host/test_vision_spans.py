@@ -87,7 +87,9 @@ def test_generated_tokens_follow(kind: str, beams: int) -> None:
         assert torch.equal(run.spans["image"][:, :count], (inputs["input_ids"] == IMAGE).repeat_interleave(beams, 0))
     assert torch.equal(made, plain)
     for step, spans in enumerate(notes.sites):
-        assert spans["generated"].shape == (2 * beams, count + step) and int(spans["generated"].sum()) == 2 * beams * step
+        assert (
+            spans["generated"].shape == (2 * beams, count + step) and int(spans["generated"].sum()) == 2 * beams * step
+        )
         together = torch.stack(list(spans.values())).sum(0)
         assert int(together.max()) == 1, "no two spans share a token"
     for spans in (*notes.blocks[1:], *notes.calls[1:]):
@@ -161,7 +163,9 @@ class Expands(hf.LlavaForConditionalGeneration):
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         if input_ids is not None and bool((input_ids == IMAGE).any()):
             at = int((input_ids[0] == IMAGE).nonzero()[0])
-            input_ids = torch.cat([input_ids[:, :at], *[input_ids[:, at : at + 1]] * PICTURE, input_ids[:, at + 1 :]], 1)
+            input_ids = torch.cat(
+                [input_ids[:, :at], *[input_ids[:, at : at + 1]] * PICTURE, input_ids[:, at + 1 :]], 1
+            )
         return super().forward(input_ids=input_ids, **kwargs)
 
 
@@ -210,6 +214,6 @@ def test_embeddings_have_no_spans_of_their_own() -> None:
     with apply(model("llama"), Needs()) as run, pytest.raises(OptionError) as caught:
         model("llama")(inputs_embeds=torch.zeros(1, 4, 32))
     assert dict(run.spans) == {} and str(caught.value) == (
-        'Needs needs the span "image", which was not found in the inputs: set run.spans["image"] to the positions of its '
-        "tokens"
+        'Needs needs the span "image", which was not found in the inputs: set run.spans["image"] to the positions of '
+        "its tokens"
     )

@@ -63,7 +63,7 @@ def test_draws_keep_to_their_options() -> None:
 
 def test_embeddings_are_what_the_model_reads() -> None:
     """Ids with pictures, and embeddings, give the same logits; hidden cells are zeros, and noise has its scale."""
-    model, questions = build(0), draw(5, generator())
+    model, questions = build(), draw(5, generator())
     embeds = embedded(model, questions)
     with torch.no_grad():
         by_ids = model(input_ids=questions.input_ids, pixel_values=questions.pixel_values).logits[:, -1]
@@ -92,7 +92,7 @@ def test_a_training_is_deterministic_and_is_kept(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_methods_reach_the_model() -> None:
-    model, questions = build(0), draw(3, generator())
+    model, questions = build(), draw(3, generator())
     given = {"input_ids": questions.input_ids, "pixel_values": questions.pixel_values}
     plain = model(**given).logits
     with apply(model, SameHidden()) as run:

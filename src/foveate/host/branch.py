@@ -22,7 +22,7 @@ class Branch:
 
         weak = self.branch.logits(self, call, edit)
 
-    The first call of a sequence starts a cache, and later calls continue it. It follows beam search, padded batches, and
+    The first call of a sequence starts a cache, and later calls continue it. It follows beam search, padded batches and
     the removal of rejected drafts, and it is released with the cache of the first reading. Other methods of the run act
     on both readings. Cost: every forward pass once more, and a second cache.
 
@@ -55,8 +55,8 @@ class Branch:
     def _read(self, method: object, call: ModelCall, edit: Edit | None) -> Float[Tensor, "b n v"]:
         if call.host.config.is_encoder_decoder or not call.host.model.can_generate():
             raise UnsupportedModel(
-                f"{type(method).__name__} reads a prompt twice, and {type(call.host.model).__name__} is no decoder-only "
-                f"model"
+                f"{type(method).__name__} reads a prompt twice, and {type(call.host.model).__name__} is no "
+                f"decoder-only model"
             )
         if call.cache is None:
             return call.again(None, edit)[0]

@@ -51,8 +51,8 @@ class Run:
     Attributes:
         methods: the methods, in order.
         stats: counts so far.
-        spans: named tokens (`image`, `text`, `system` …) of the latest prompt. The host finds them in the inputs where it
-            can (see `spans_of`), and the caller may set others, which then hold for every prompt; see `span_mask`.
+        spans: named tokens (`image`, `text`, `system` …) of the latest prompt. The host finds them in the inputs where
+            it can (see `spans_of`), and the caller may set others, which then hold for every prompt; see `span_mask`.
         evict: the time at which methods drop tokens.
         tentative: number of tokens at the end of each prompt that will be removed again; see `foveate.Context`.
         evicts: true if some of the methods drop tokens, or hold them encoded.

@@ -66,7 +66,7 @@ class Site:
     tokens, or some of them, will be removed again (`drafts`: by assisted decoding). Its queries do not see the
     `hidden_keys`. After a call with drafts, `drops` is what methods chose after its last token that stays.
     `wants_weights` is true if the caller asked for weights (`output_attentions`).
-    `ids` are the tokens of its queries; None if they are unknown. `spans` are the named spans of the tokens so far, bool
+    `ids` are the tokens of its queries; None if they are unknown. `spans` are named spans of the tokens so far, bool
     `(B, N)` beside their positions in the sequence. `is_branch` is true in a second reading; see `foveate.host.Branch`.
 
     In a call that attends to another sequence (cross attention), `own` describes the sequence of the queries: `seen`,

@@ -140,9 +140,7 @@ def _with_methods(
     reader, density = outer.passes.here.reader, 1.0
     methods = [reader] if reader is not None else [method for run in runs for method in run.methods]
     given = {name: tokens for run in runs for name, tokens in run.given_spans.items()}
-    site.spans = Spans(
-        given, outer.passes.here.read, lambda: Place(site.q.shape[0], 0, site.asked, site.q.device)
-    )
+    site.spans = Spans(given, outer.passes.here.read, lambda: Place(site.q.shape[0], 0, site.asked, site.q.device))
     if methods and (foreign := call.foreign):
         raise UnsupportedModel(f"{type(site.module).__name__} attends with {foreign[0]}, which methods cannot handle")
     if site.cache is None and site.is_causal and (needing := [m for m in methods if m.needs_cache]):

@@ -58,7 +58,7 @@ class Host:
 
     @property
     def language_part(self) -> nn.Module:
-        """The part that reads the embeddings of tokens: the decoder, also one that attends both ways; else the model."""
+        """The part that reads embeddings of tokens: the decoder, also one that attends both ways; else the model."""
         found: object = self.decoder
         found = self.model.get_decoder() if found is None else found
         if not isinstance(found, nn.Module):

@@ -83,8 +83,8 @@ def edited(run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         raise UnsupportedModel(
-            f"{type(editing(run)[0]).__name__} changes the logits of the next token, and {type(model).__name__} returned "
-            f"none (B, N, V); it needs a language-model head, and return_dict=True"
+            f"{type(editing(run)[0]).__name__} changes the logits of the next token, and {type(model).__name__} "
+            f"returned none (B, N, V); it needs a language-model head, and return_dict=True"
         )
     given = named_inputs(model, args, kwargs)
     cache = cache_among((*given.values(), getattr(output, "past_key_values", None)))

@@ -108,7 +108,7 @@ def _tells(piece: _Piece) -> bool:
 
 
 def _kept(inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """Return the inputs that tell the spans of a call's tokens, without what earlier calls read and without pictures."""
+    """Return the inputs that tell the spans of a call's tokens: no pictures, and nothing that earlier calls read."""
     kept: dict[str, Any] = {}
     for name in _KEPT:
         value = _two_dimensional(inputs.get(name)) if "mask" in name else inputs.get(name)

@@ -31,9 +31,11 @@ class GridRecipe:
     """All settings of the training.
 
     Args:
-        prior: whether to train on after that, on pictures whose asked cells mostly have their usual colour, and of which
-            some cells are hidden, so that the model guesses the usual colour where it sees little.
-        blank: whether one cell of every picture is empty.
+        prior: whether to train on after that, on pictures whose asked cells mostly have their usual colour, and of
+            which some cells are hidden, so that the model guesses the usual colour where it sees little.
+        blank: whether one cell of every picture is empty: a constant token, with a spike in the first channel of its
+            embedding.
+        spike: the spike, in units of a word's standard deviation.
         seed: of weights and questions.
         steps, biased_steps: optimiser steps without and with the prior.
         usual: the share of asked cells with their usual colour, while the prior is learnt.
@@ -50,6 +52,7 @@ class GridRecipe:
     hidden: float = 0.3
     batch: int = 64
     rate: float = 3e-3
+    spike: float = 30.0
 
     @property
     def total(self) -> int:
@@ -94,8 +97,10 @@ def train(recipe: GridRecipe | None = None, progress: Progress | None = None) ->
     recipe = recipe or GridRecipe()
     validate.count("steps", recipe.steps, 1)
     with _one_thread():
-        model, generator = build(recipe.seed).train(), torch.Generator().manual_seed(recipe.seed)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate)
+        model, generator = build(recipe).train(), torch.Generator().manual_seed(recipe.seed)
+        for part in (model.model.vision_tower, model.model.multi_modal_projector):
+            part.requires_grad_(False)
+        optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=recipe.rate)
         for step in range(recipe.total):
             loss = _loss(model, recipe, step >= recipe.steps, generator)
             optimiser.zero_grad()
@@ -107,8 +112,9 @@ def train(recipe: GridRecipe | None = None, progress: Progress | None = None) ->
     return model.eval()
 
 
-def build(seed: int) -> LlavaForConditionalGeneration:
-    """Build the untrained model: a decoder of 3 layers, 64 channels and 4 heads behind a linear view of the cells."""
+def build(recipe: GridRecipe | None = None) -> LlavaForConditionalGeneration:
+    """Build the untrained model: a decoder of 3 layers, 64 channels and 4 heads behind a view of the cells."""
+    recipe = recipe or GridRecipe()
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=PIXELS,
         patch_size=PATCH, projection_dim=32,
@@ -123,22 +129,40 @@ def build(seed: int) -> LlavaForConditionalGeneration:
         tie_word_embeddings=False,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(recipe.seed)
         model = LlavaForConditionalGeneration(config)
         model.generation_config.pad_token_id = PAD
-        _widen(model, torch.Generator().manual_seed(seed))
+        _align(model, recipe, torch.Generator().manual_seed(recipe.seed))
     return model.eval()
 
 
 @torch.no_grad()
-def _widen(model: LlavaForConditionalGeneration, generator: torch.Generator) -> None:
-    """Give embeddings of words, positions and cells the same scale: small ones delay learning many times over."""
-    decoder = model.model.language_model
+def _align(model: LlavaForConditionalGeneration, recipe: GridRecipe, generator: torch.Generator) -> None:
+    """Give the model weights from which it learns soon.
+
+    Words, positions, colours and shapes have embeddings of one scale. The projector gives a cell the sum of its colour's
+    and its shape's, as one that was aligned before would: its second map is fitted by least squares.
+    """
+    decoder, width = model.model.language_model, model.config.text_config.hidden_size
     for table in (decoder.wte, decoder.wpe):
         nn.init.normal_(table.weight)
-    image = embedded(model, draw(64, generator))[:, :CELLS]
-    projector = model.model.multi_modal_projector
-    projector.linear_2.weight.mul_(1.4 / image.std())
+    for block in decoder.h:
+        nn.init.normal_(block.attn.c_proj.weight, std=width**-0.5 / 3**0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=(4 * width) ** -0.5 / 3**0.5)
+    questions, projector = draw(256, generator, blank=recipe.blank), model.model.multi_modal_projector
+    parts: list[Tensor] = []
+    handle = projector.act.register_forward_hook(lambda module, given, made: parts.append(made))
+    model.get_image_features(questions.pixel_values)
+    handle.remove()
+    colours, shapes = (torch.randn(count, width, generator=generator) for count in (6, 4))
+    wanted = colours[questions.colours] + shapes[questions.shapes]
+    if recipe.blank:
+        wanted[:, BLANK] = torch.randn(width, generator=generator)
+        wanted[:, BLANK, 0] = recipe.spike
+    inputs = F.pad(torch.cat([part.flatten(0, -2) for part in parts]), (0, 1), value=1.0)
+    fitted = torch.linalg.lstsq(inputs, wanted.flatten(0, 1), driver="gelsd").solution
+    projector.linear_2.weight.copy_(fitted[:-1].mT)
+    projector.linear_2.bias.copy_(fitted[-1])
 
 
 def _loss(model: LlavaForConditionalGeneration, recipe: GridRecipe, biased: bool, generator: torch.Generator) -> Tensor:
@@ -147,7 +171,9 @@ def _loss(model: LlavaForConditionalGeneration, recipe: GridRecipe, biased: bool
     if biased:
         hidden = torch.rand(recipe.batch, CELLS, generator=generator) < recipe.hidden
         hidden[:, BLANK] &= not recipe.blank  # the blank is always there
-    return F.cross_entropy(answer_logits(model, questions, embedded(model, questions, hidden=hidden)), questions.answers)
+    return F.cross_entropy(
+        answer_logits(model, questions, embedded(model, questions, hidden=hidden)), questions.answers
+    )
 
 
 def answer_logits(model: LlavaForConditionalGeneration, questions: Questions, embeds: Tensor | None = None) -> Tensor:
@@ -168,7 +194,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _loaded(recipe: GridRecipe, path: Path) -> LlavaForConditionalGeneration:
-    model = build(recipe.seed)
+    model = build(recipe)
     model.load_state_dict(load_file(path))
     return model
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from foveate.core import validate
 
 
-def contrast(
-    logits: Float[Tensor, "*b v"], branch: Float[Tensor, "*b v"], alpha: float
-) -> Float[Tensor, "*b v"]:
+def contrast(logits: Float[Tensor, "*b v"], branch: Float[Tensor, "*b v"], alpha: float) -> Float[Tensor, "*b v"]:
     """Return `(1 + alpha) * logits - alpha * branch`: what the first reading says more than the second, amplified.
 
     A sequence whose second reading has a NaN keeps its logits, and so does a token whose difference is not finite.

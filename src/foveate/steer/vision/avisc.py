@@ -155,7 +155,7 @@ def _mean_over_layers(inside: Float[Tensor, "*b l n"], gamma: float) -> Float[Te
     """Return the mean attention to each image token over the layers that attend to the image most."""
     layer = inside.sum(-1)
     share = layer / layer.sum(-1, keepdim=True).clamp_min(torch.finfo(layer.dtype).tiny)
-    order = share.argsort(-1, descending=True, stable=True)
+    order = share.argsort(dim=-1, descending=True, stable=True)
     held = share.gather(-1, order).cumsum(-1)
     count = ((held < gamma).sum(-1, keepdim=True) + 1).clamp_max(layer.shape[-1])
     chosen = order.argsort(-1) < count
