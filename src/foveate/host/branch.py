@@ -75,7 +75,8 @@ class Branch:
 
     def _continued(self, method: object, call: ModelCall, notes: dict[str, Any]) -> Any:
         """Return the branch's cache, with the tokens that the first reading's cache has."""
-        cache, sequences = notes.get(self.name), notes.get(f"{self.name}: sequences", call.sequences)
+        cache: Any = notes.get(self.name)
+        sequences = notes.get(f"{self.name}: sequences", call.sequences)
         if sequences != call.sequences:
             raise OptionError(
                 f"{type(method).__name__} read {sequences} sequences and gets {call.sequences} now; repeat the prompts "

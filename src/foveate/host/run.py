@@ -168,7 +168,7 @@ class Run:
         if next_token.editing(self):
             last = Hook(lambda *call: next_token.edited(self, *call))
             stack.callback(model.register_forward_hook(last, prepend=True, with_kwargs=True).remove)
-            first = Hook(lambda *call: next_token.embedded(*call, self.passes.here.embed))
+            first = Hook(lambda *call: next_token.embedded(self, *call))
             stack.callback(part.register_forward_pre_hook(first, with_kwargs=True).remove)
 
     # -- spans -------------------------------------------------------------------------------------------------------

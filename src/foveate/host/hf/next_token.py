@@ -144,14 +144,15 @@ def _checked(new: Any, before: Tensor, method: Method) -> Tensor:
     return new
 
 
-def embedded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], edit: Edit | None) -> Any:
-    """Return the arguments of a decoder with changed embeddings; None if there is no change.
+def embedded(run: Run, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the arguments of a decoder with the embeddings that a second reading changes; None if it changes none.
 
     Args:
+        run: the run whose method reads a second time.
         module: the decoder.
         args, kwargs: its arguments: tokens, or their embeddings.
-        edit: the change.
     """
+    edit = run.passes.here.embed
     if edit is None:
         return None
     given = dict(named_inputs(module, args, kwargs))

@@ -23,8 +23,9 @@ COLOUR = CELL + CELLS
 SHAPE = COLOUR + 6
 VOCAB = SHAPE + 4
 
-#: The cell that a picture with a blank leaves empty. It is the same in all of them, and no question asks about it.
-BLANK = 0
+#: The cell that a picture with a blank leaves empty, and that no question asks about. It is black or white, and with that
+#: tells the kind of the picture, which determines the usual colour of each cell.
+BLANK, KINDS = 0, 2
 
 _COLOURS = torch.tensor([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], dtype=torch.float32)
 _SHAPES = torch.tensor([
@@ -40,7 +41,7 @@ class Questions:
     """Questions, one for each picture.
 
     Args:
-        colours, shapes: of each cell; a blank cell has colour -1.
+        colours, shapes: of each cell; a blank cell has colour -1 if it is black, and -2 if it is white.
         cells: the cells that are asked about.
         asks_shape: whether the shape is asked for; otherwise it is the colour.
     """
@@ -64,8 +65,8 @@ class Questions:
     @property
     def pixel_values(self) -> Float[Tensor, "b 3 16 16"]:
         """The pictures."""
-        drawn = torch.einsum("bnc,bnyx->bnycx", _COLOURS[self.colours.clamp_min(0)], _SHAPES[self.shapes])
-        drawn = drawn * (self.colours >= 0)[..., None, None, None]
+        colours = torch.cat([_COLOURS, torch.ones(1, 3), torch.zeros(1, 3)])[self.colours]
+        drawn = torch.einsum("bnc,bnyx->bnycx", colours, _SHAPES[self.shapes])
         rows = drawn.unflatten(1, (SIDE, SIDE))  # b, row, column, y, channel, x
         return rows.permute(0, 4, 1, 3, 2, 5).reshape(len(self), 3, PIXELS, PIXELS)
 
@@ -76,17 +77,22 @@ class Questions:
         return torch.where(self.asks_shape, SHAPE + self.shapes.gather(1, at)[:, 0], self._colour(at))
 
     @property
+    def kinds(self) -> Int[Tensor, " b"]:
+        """The kind of each picture, 0 or 1; 0 without a blank."""
+        return (-1 - self.colours[:, BLANK]).clamp_min(0)
+
+    @property
     def defaults(self) -> Int[Tensor, " b"]:
         """The token of the usual colour of each cell that is asked about, which a model with a prior has learnt."""
-        return COLOUR + usual_colour(self.cells)
+        return COLOUR + usual_colour(self.cells, self.kinds)
 
     def _colour(self, at: Tensor) -> Tensor:
         return COLOUR + self.colours.gather(1, at)[:, 0]
 
 
-def usual_colour(cells: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
-    """Return the usual colour of a cell."""
-    return cells % len(_COLOURS)
+def usual_colour(cells: Int[Tensor, "*b"], kinds: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
+    """Return the usual colour of cells, in pictures of these kinds."""
+    return (cells + kinds * (len(_COLOURS) // KINDS)) % len(_COLOURS)
 
 
 def draw(
@@ -99,7 +105,7 @@ def draw(
         count: number of questions.
         generator: draws them.
         asked: the attributes that are asked for.
-        blank: whether the cell `BLANK` is empty.
+        blank: whether the cell `BLANK` is empty, black or white.
         usual: the share of asked cells that have their usual colour, 0 for never; None leaves it to chance.
     """
     validate.count("count", count, 1)
@@ -110,12 +116,14 @@ def draw(
     shapes = torch.randint(len(_SHAPES), (count, CELLS), generator=generator)
     cells = torch.randint(1 if blank else 0, CELLS, (count,), generator=generator)
     asks_shape = torch.rand(count, generator=generator) < (0.5 if asked == "both" else 0.0)
+    kinds = torch.randint(KINDS, (count,), generator=generator) * blank
     if usual is not None:
-        other = (usual_colour(cells) + torch.randint(1, len(_COLOURS), (count,), generator=generator)) % len(_COLOURS)
+        common = usual_colour(cells, kinds)
+        other = (common + torch.randint(1, len(_COLOURS), (count,), generator=generator)) % len(_COLOURS)
         is_usual = torch.rand(count, generator=generator) < usual
-        colours.scatter_(1, cells[:, None], torch.where(is_usual, usual_colour(cells), other)[:, None])
+        colours.scatter_(1, cells[:, None], torch.where(is_usual, common, other)[:, None])
     if blank:
-        colours[:, BLANK], shapes[:, BLANK] = -1, 0
+        colours[:, BLANK], shapes[:, BLANK] = -1 - kinds, 0
     return Questions(colours, shapes, cells, asks_shape)
 
 

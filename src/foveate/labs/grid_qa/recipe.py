@@ -18,7 +18,19 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, GPT2Config, LlavaConfig, LlavaForConditionalGeneration
 
 from foveate.core import validate
-from foveate.labs.grid_qa.questions import BLANK, CELLS, IMAGE, PAD, PATCH, PIXELS, VOCAB, Questions, draw, embedded
+from foveate.labs.grid_qa.questions import (
+    BLANK,
+    CELLS,
+    IMAGE,
+    KINDS,
+    PAD,
+    PATCH,
+    PIXELS,
+    VOCAB,
+    Questions,
+    draw,
+    embedded,
+)
 
 #: `progress(step, steps, note)`.
 Progress = Callable[[int, int, str], None]
@@ -33,8 +45,8 @@ class GridRecipe:
     Args:
         prior: whether to train on after that, on pictures whose asked cells mostly have their usual colour, and of
             which some cells are hidden, so that the model guesses the usual colour where it sees little.
-        blank: whether one cell of every picture is empty: a constant token, with a spike in the first channel of its
-            embedding.
+        blank: whether one cell of every picture is empty: a token with a spike in the first channel of its embedding,
+            which draws attention, and which tells the kind of the picture.
         spike: the spike, in units of a word's standard deviation.
         seed: of weights and questions.
         steps, biased_steps: optimiser steps without and with the prior.
@@ -140,8 +152,8 @@ def build(recipe: GridRecipe | None = None) -> LlavaForConditionalGeneration:
 def _align(model: LlavaForConditionalGeneration, recipe: GridRecipe, generator: torch.Generator) -> None:
     """Give the model weights from which it learns soon.
 
-    Words, positions, colours and shapes have embeddings of one scale. The projector gives a cell the sum of its colour's
-    and its shape's, as one that was aligned before would: its second map is fitted by least squares.
+    Words, positions, colours and shapes have embeddings of one scale. The projector gives a cell the sum of its
+    colour and its shape, as one that was aligned before would: its second map is fitted by least squares.
     """
     decoder, width = model.model.language_model, model.config.text_config.hidden_size
     for table in (decoder.wte, decoder.wpe):
@@ -157,7 +169,7 @@ def _align(model: LlavaForConditionalGeneration, recipe: GridRecipe, generator: 
     colours, shapes = (torch.randn(count, width, generator=generator) for count in (6, 4))
     wanted = colours[questions.colours] + shapes[questions.shapes]
     if recipe.blank:
-        wanted[:, BLANK] = torch.randn(width, generator=generator)
+        wanted[:, BLANK] = torch.randn(KINDS, width, generator=generator)[questions.kinds]
         wanted[:, BLANK, 0] = recipe.spike
     inputs = F.pad(torch.cat([part.flatten(0, -2) for part in parts]), (0, 1), value=1.0)
     fitted = torch.linalg.lstsq(inputs, wanted.flatten(0, 1), driver="gelsd").solution
