@@ -240,6 +240,15 @@ def apply() -> Picture:
         file="host/evict.py, host/slots/store.py, host/stats.py",
         filled=True,
     )
+    end = p.box(
+        16,
+        end + 24,
+        868,
+        "between blocks, and at the end of the model",
+        "edit_hidden: what a block gives to the next; edit_next_token: the last logits, perhaps against a Branch",
+        file="host/hf/hidden.py, host/hf/next_token.py, host/branch.py",
+        filled=True,
+    )
     p.arrow((40, end), (40, end + 24), (6, end + 24), (6, loop + 30), (208, loop + 30), dashed=True)
     p.text(52, end + 30, "the next layer, and the next token", color=PALE)
     p.arrow((450, end), (450, end + 46))

@@ -39,6 +39,7 @@ SOURCES = [
     "tests/systems/train/test_cutmix.py",
     "src/foveate/train/init/mimetic_init.py",
     "tests/systems/train/test_mimetic_init.py",
+    "src/foveate/steer/vision/avisc.py",
 ]
 BLOCKS = re.findall(r"```(?:python|toml)\n(.*?)```", TEXT, re.DOTALL)
 ROWS = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)

@@ -29,7 +29,20 @@ from foveate.kv.tidal_decode import TidalDecode
 from foveate.kv.token_select import TokenSelect
 from foveate.lens import Lens
 from foveate.ops import SlidingWindow
-from tests.support.host_models import DECODERS, SLIDING, VOCAB, KeepsAll, Reads, Recent, feed, model, padded, tokens
+from tests.support.host_models import (
+    DECODERS,
+    SLIDING,
+    VOCAB,
+    KeepsAll,
+    Reads,
+    Recent,
+    SameHidden,
+    SameNextToken,
+    feed,
+    model,
+    padded,
+    tokens,
+)
 
 GATES = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
 
@@ -37,6 +50,7 @@ GATES = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
 READING: dict[str, Callable[[], list[Method]]] = {
     "no method": list,
     "packed": lambda: [foveate.Packed()],
+    "edits": lambda: [SameHidden(), SameNextToken()],
     "lens": lambda: [Lens(["entropy"], phase="all")],
     "token_select": lambda: [TokenSelect(2, 4, 4)],
     "tidal_decode": lambda: [TidalDecode(8, 1, ())],
@@ -183,7 +197,7 @@ SEARCHES: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("how", SEARCHES)
-@pytest.mark.parametrize("kind", ["no method", "lens", "keeps all"])
+@pytest.mark.parametrize("kind", ["no method", "lens", "keeps all", "edits"])
 def test_searches_and_samples_are_the_models_own(how: str, kind: str) -> None:
     """Methods without effect do not change beams, their order or any sampled token."""
     ids, mask = padded(tokens(2, 12), "left")
@@ -197,7 +211,7 @@ def test_searches_and_samples_are_the_models_own(how: str, kind: str) -> None:
         return made.sequences, torch.stack(made.logits)
 
     expected = run()
-    methods = {"no method": [], "lens": [Lens(["entropy"], phase="all")], "keeps all": [KeepsAll()]}[kind]
+    methods = {"keeps all": [KeepsAll()]}.get(kind) or READING[kind]()
     with apply(model("llama"), *methods):
         got = run()
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
@@ -208,7 +222,7 @@ def test_searches_and_samples_are_the_models_own(how: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("t5", "no method"), *itertools.product(["bart", "whisper"], ["no method", "keeps all", "recent"])],
+    [("t5", "no method"), *itertools.product(["bart", "whisper"], ["no method", "keeps all", "recent", "edits"])],
 )
 def test_encoder_decoders_with_everything_returned(name: str, kind: str) -> None:
     """Outputs are a dictionary with the cache; a method that drops tokens acts on the decoder's own."""
@@ -222,7 +236,7 @@ def test_encoder_decoders_with_everything_returned(name: str, kind: str) -> None
         return made.sequences, torch.stack(made.logits), made.past_key_values
 
     expected = run()
-    methods = {"no method": [], "keeps all": [KeepsAll()], "recent": [Recent(3)]}[kind]
+    methods = {"keeps all": [KeepsAll()], "recent": [Recent(3)]}.get(kind) or READING[kind]()
     with apply(subject, *methods) as inside:
         got = run()
     if kind == "recent":

@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor
 
 from foveate.core.selection import Blocks, Indices, Selection
-from foveate.host import Method, Site
+from foveate.host import Method, ModelCall, Site, Spans
 from foveate.host.method import overrides
 
 VOCAB, WINDOW = 64, 8
@@ -139,6 +139,16 @@ class SameOutput(Method):
         return out.clone()
 
 
+class SameHidden(Method):
+    def edit_hidden(self, layer: int, hidden: Tensor, spans: Spans) -> Tensor:
+        return hidden.clone()
+
+
+class SameNextToken(Method):
+    def edit_next_token(self, logits: Tensor, call: ModelCall) -> Tensor:
+        return logits.clone()
+
+
 class SelectsIndices(Method):
     """Every key by its index, in groups of three queries."""
 
@@ -182,10 +192,11 @@ NO_OPS: dict[str, tuple[type[Method], ...]] = {
     "logits": (SameLogits,),
     "weights": (SameWeights,),
     "output": (SameOutput,),
+    "hidden": (SameHidden,),
     "indices": (SelectsIndices,),
     "blocks": (SelectsBlocks,),
     "two selections": (SelectsIndices, SelectsBlocks),
     "slots, selection, weights, output": (KeepsAll, SelectsBlocks, SameWeights, SameOutput),
 }
 #: Those that leave the model's own kernel in charge, so that results are the same bit for bit.
-NATIVE = ("no method", "slots", "keep", "output")
+NATIVE = ("no method", "slots", "keep", "output", "hidden")

@@ -1,5 +1,6 @@
 # The public names of foveate.host; written by `make systems` from the catalogue.
 
+from foveate.host.branch import Branch as Branch
 from foveate.host.cache_contents import Held as Held
 from foveate.host.cache_contents import held as held
 from foveate.host.context import Context as Context
@@ -11,7 +12,9 @@ from foveate.host.hf.layout import decoder_inputs as decoder_inputs
 from foveate.host.hf.layout import layout as layout
 from foveate.host.hf.model import Host as Host
 from foveate.host.hf.model import host as host
+from foveate.host.hf.vision_spans import spans_of as spans_of
 from foveate.host.method import Method as Method
+from foveate.host.model_call import ModelCall as ModelCall
 from foveate.host.operator_swap import PrefillSwap as PrefillSwap
 from foveate.host.packed import Packed as Packed
 from foveate.host.pass_end import PassEnd as PassEnd
@@ -25,6 +28,8 @@ from foveate.host.slots.ends import Ends as Ends
 from foveate.host.slots.slots import EMPTY as EMPTY
 from foveate.host.slots.slots import SUMMARY as SUMMARY
 from foveate.host.slots.slots import Slots as Slots
+from foveate.host.spans import Spans as Spans
+from foveate.host.spans import span_mask as span_mask
 from foveate.host.stats import CacheStats as CacheStats
 from foveate.host.stats import LayerStats as LayerStats
 from foveate.host.stats import Stats as Stats
@@ -32,6 +37,7 @@ from foveate.host.stats import Stats as Stats
 __all__ = [
     "AT_END",
     "AttendingLayer",
+    "Branch",
     "CacheStats",
     "Codec",
     "Coding",
@@ -43,6 +49,7 @@ __all__ = [
     "LayerStats",
     "Layout",
     "Method",
+    "ModelCall",
     "Packed",
     "PassEnd",
     "PrefillSwap",
@@ -50,6 +57,7 @@ __all__ = [
     "SUMMARY",
     "Site",
     "Slots",
+    "Spans",
     "Stats",
     "Uncoded",
     "apply",
@@ -58,4 +66,6 @@ __all__ = [
     "held",
     "host",
     "layout",
+    "span_mask",
+    "spans_of",
 ]

@@ -14,20 +14,23 @@ if TYPE_CHECKING:
 
     from foveate.core.selection import Selection
     from foveate.host.hf.model import Host
+    from foveate.host.model_call import ModelCall
     from foveate.host.pass_end import PassEnd
     from foveate.host.site import Site
     from foveate.host.slots.codec import Coding
     from foveate.host.slots.ends import AtEnd, Ends
     from foveate.host.slots.slots import Slots
+    from foveate.host.spans import Spans
 
 
 class Method(Checked):
-    """An intervention on a model's attention, applied with `foveate.apply(model, method, ...)`.
+    """An intervention on a pretrained model, applied with `foveate.apply(model, method, ...)`.
 
     A method overrides only the hooks that it needs, and the host takes the cheapest path that these allow: if none is
-    overridden, the model's own fused kernel runs. Hooks are called once per attention call, in the order below. Between
-    calls a method stores what it needs in `site.notes(self)` (for a layer and a sequence) or `site.step` (for one
-    forward pass), never in `self`: one object may serve many sequences.
+    overridden, the model's own fused kernel runs. Hooks are called once per attention call, in the order below; the
+    last two are called between blocks and at the end of the model. Between calls a method stores what it needs in
+    `site.notes(self)` (for a layer and a sequence) or `site.step` (for one forward pass), never in `self`: one object
+    may serve many sequences.
     """
 
     #: True if the method may drop tokens. The host then stores each token in a slot of its own.
@@ -127,6 +130,26 @@ class Method(Checked):
     def encode(self, site: Site) -> Coding | None:
         """Choose how the layer holds its older tokens after the call, of those that stay; None as they are."""
         return None
+
+    def edit_hidden(self, layer: int, hidden: Tensor, spans: Spans) -> Tensor:
+        """Change the hidden states `(B, N, C)` that a block of the decoder gives to the next one.
+
+        Called after each block, and not at attention calls. Attention keeps its cheapest path.
+
+        Args:
+            layer: number of the block in its stack, from 0.
+            hidden: hidden states of the tokens that the call reads: the prompt, or a token when it decodes.
+            spans: spans of these tokens, bool `(B, N)` by name.
+        """
+        return hidden
+
+    def edit_next_token(self, logits: Tensor, call: ModelCall) -> Tensor:
+        """Change the logits `(B, V)` of the token after the last one of each sequence.
+
+        Called at the end of each forward pass of the model, once for each drafted token too. `call` is that pass; see
+        `foveate.host.Branch` for a second reading to contrast it with.
+        """
+        return logits
 
 
 #: Names of the hooks that the host calls at an attention call.

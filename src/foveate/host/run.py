@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -14,14 +15,18 @@ from torch import Tensor, nn
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host.evict import changes, evict_at_end
+from foveate.host.hf import hidden, next_token
 from foveate.host.hf.adoption import Caches, prompt_of
 from foveate.host.hf.attach import attach, runs_open_on
+from foveate.host.hf.blocks import blocks_of
 from foveate.host.hf.cache import SlotLayer
+from foveate.host.hf.hooks import Hook
 from foveate.host.hf.model import Host, host, native_attention
 from foveate.host.hf.passes import Passes
 from foveate.host.hf.reread import read_and_remove
 from foveate.host.method import HOOKS, Method, overrides
 from foveate.host.site import Site
+from foveate.host.spans import Place, Spans
 from foveate.host.stats import Stats
 
 #: The part of a model that methods act on.
@@ -46,7 +51,8 @@ class Run:
     Attributes:
         methods: the methods, in order.
         stats: counts so far.
-        spans: named token positions (`image`, `text`, `system` …) that methods read from sites; the caller sets them.
+        spans: named tokens (`image`, `text`, `system` …) of the latest prompt. The host finds them in the inputs where
+            it can (see `spans_of`), and the caller may set others, which then hold for every prompt; see `span_mask`.
         evict: the time at which methods drop tokens.
         tentative: number of tokens at the end of each prompt that will be removed again; see `foveate.Context`.
         evicts: true if some of the methods drop tokens, or hold them encoded.
@@ -70,7 +76,7 @@ class Run:
         self.host: Host = host(model)
         self.methods, self.stats, self.on = list(methods), Stats(), on
         self.evict, self.tentative, self.thread = evict, 0, 0
-        self.spans: dict[str, Tensor] = {}
+        self.given_spans: dict[str, Any] = {}
         self.implementations: dict[int, str] = {}
         self.evicts = any(
             method.evicts or overrides(method, "keep") or overrides(method, "encode") for method in methods
@@ -82,7 +88,7 @@ class Run:
         self.packs = any(method.packs for method in methods)
         self.has_hooks = self.in_place or not self.is_plain
         self.caches = Caches(self.evicts, self.in_place)
-        self.passes = Passes(self.caches, self._end_pass)
+        self.passes = Passes(self.caches, self._end_pass, bool(methods), bool(next_token.editing(self)))
         self._find_excluded, self._exit, self._entered = find_excluded, ExitStack(), False
         self._natives: dict[nn.Module, tuple[str, Callable[..., Any]]] = {}
 
@@ -145,6 +151,42 @@ class Run:
         for each, _ in ended:
             for run in runs_open_on(each.module):
                 run.stats.note_drops(each)
+
+    def hook_edits(self, stack: ExitStack) -> None:
+        """Hook the blocks of the decoder and the end of the model, for methods that edit there.
+
+        Args:
+            stack: collects the steps that remove the hooks.
+        """
+        model, part = self.host.model, self.host.language_part
+        if hidden.edits_hidden(self):
+            inside = set(part.modules())
+            attending = [module for module in self.host.attention_modules() if module in inside]
+            for number, block in enumerate(blocks_of(part, attending, self.host.layers)):
+                edit = Hook(lambda block, _, output, number=number: hidden.edited(self, number, block, output))
+                stack.callback(block.register_forward_hook(edit, prepend=True).remove)
+        if next_token.editing(self):
+            last = Hook(lambda *call: next_token.edited(self, *call))
+            stack.callback(model.register_forward_hook(last, prepend=True, with_kwargs=True).remove)
+            first = Hook(lambda *call: next_token.embedded(self, *call))
+            stack.callback(part.register_forward_pre_hook(first, with_kwargs=True).remove)
+
+    # -- spans -------------------------------------------------------------------------------------------------------
+
+    @property
+    def spans(self) -> ChainMap[str, Any]:
+        latest = self.passes.latest
+        found = latest.whole(latest.count) if latest is not None and latest.names() else {}
+        return ChainMap(self.given_spans, found)
+
+    @spans.setter
+    def spans(self, spans: Mapping[str, Any]) -> None:
+        self.given_spans = dict(spans)
+
+    def spans_at(self, first: int, stop: int, batch: int, device: torch.device | None = None) -> Spans:
+        """Return the spans of the tokens at positions `first .. stop` of the sequences that are being read."""
+        place = Place(batch, first, stop, self.host.model.device if device is None else device)
+        return Spans(self.given_spans, self.passes.here.read, lambda: place)
 
     # -- questions of dispatch ---------------------------------------------------------------------------------------
 

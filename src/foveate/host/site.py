@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,7 +66,8 @@ class Site:
     tokens, or some of them, will be removed again (`drafts`: by assisted decoding). Its queries do not see the
     `hidden_keys`. After a call with drafts, `drops` is what methods chose after its last token that stays.
     `wants_weights` is true if the caller asked for weights (`output_attentions`).
-    `ids` are the tokens of its queries; None if they are unknown.
+    `ids` are the tokens of its queries; None if they are unknown. `spans` are named spans of the tokens so far, bool
+    `(B, N)` beside their positions in the sequence. `is_branch` is true in a second reading; see `foveate.host.Branch`.
 
     In a call that attends to another sequence (cross attention), `own` describes the sequence of the queries: `seen`,
     `positions` and `real` are those of the keys, `asked` and `query_positions` those of the queries.
@@ -90,7 +92,7 @@ class Site:
     slots: SlotLayer | None = None
     cache: Any = None
     hidden: Tensor | None = None
-    spans: dict[str, Tensor] = field(default_factory=dict)
+    spans: Mapping[str, Tensor] = field(default_factory=dict)
     step: dict[Any, Any] = field(default_factory=dict)
     all_notes: dict[Any, dict[str, Any]] = field(default_factory=dict)
     weights: Tensor | None = None
@@ -107,6 +109,7 @@ class Site:
     wants_weights: bool = False
     ids: Int[Tensor, "b nq"] | None = None
     own: OwnSequence | None = None
+    is_branch: bool = False
 
     @property
     def crosses(self) -> bool:

@@ -3,9 +3,12 @@
 from foveate.steer.diffusion.free_swim import FreeSwim as FreeSwim
 from foveate.steer.diffusion.inward_window import inward_window_attention as inward_window_attention
 from foveate.steer.diffusion.inward_window import inward_window_mask as inward_window_mask
+from foveate.steer.parts.contrast import contrast as contrast
+from foveate.steer.parts.contrast import plausible as plausible
 from foveate.steer.parts.document_attention import document_attention as document_attention
 from foveate.steer.parts.document_prompt import DocumentPrompt as DocumentPrompt
 from foveate.steer.parts.document_prompt import PromptFormat as PromptFormat
+from foveate.steer.parts.last_attention import last_attention as last_attention
 from foveate.steer.text.act_calibration import ActCalibration as ActCalibration
 from foveate.steer.text.act_calibration import act_search as act_search
 from foveate.steer.text.act_calibration import calibrate_sinks as calibrate_sinks
@@ -16,11 +19,14 @@ from foveate.steer.text.attention_sorting import recency_profile as recency_prof
 from foveate.steer.text.attn_rank import AttnRank as AttnRank
 from foveate.steer.text.attn_rank import basin_index as basin_index
 from foveate.steer.text.attn_rank import position_profile as position_profile
+from foveate.steer.vision.avisc import AvisCDecoding as AvisCDecoding
+from foveate.steer.vision.avisc import find_blind_tokens as find_blind_tokens
 
 __all__ = [
     "ActCalibration",
     "AttentionSorting",
     "AttnRank",
+    "AvisCDecoding",
     "DocumentPrompt",
     "FreeSwim",
     "PromptFormat",
@@ -28,10 +34,14 @@ __all__ = [
     "act_search",
     "basin_index",
     "calibrate_sinks",
+    "contrast",
     "document_attention",
+    "find_blind_tokens",
     "find_sinks",
     "inward_window_attention",
     "inward_window_mask",
+    "last_attention",
+    "plausible",
     "position_profile",
     "recency_profile",
 ]

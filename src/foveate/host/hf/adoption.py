@@ -230,5 +230,7 @@ def _reorder_cache(cache: Cache, index: Tensor) -> None:
     for notes in _OPEN_NOTES:
         for own in notes.get(cache, {}).values():
             for name, value in own.items():
-                if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == index.shape[0]:
+                if isinstance(value, Cache):  # that of a second reading of the same sequences
+                    value.reorder_cache(index)
+                elif isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == index.shape[0]:
                     own[name] = value.index_select(0, index.to(value.device))

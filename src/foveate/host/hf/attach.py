@@ -37,6 +37,8 @@ class Attached(Protocol):
 
     def covers(self, module: nn.Module) -> bool: ...
 
+    def hook_edits(self, stack: ExitStack) -> None: ...
+
 
 #: The runs that are open on each attention module, outermost first.
 OPEN: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
@@ -71,6 +73,7 @@ def attach(run: Attached, excluded: set[nn.Module], stack: ExitStack) -> None:
     if run.methods and "init_continuous_batching" not in vars(model):
         model.__dict__["init_continuous_batching"] = MethodType(_no_batching, model)
         stack.callback(model.__dict__.pop, "init_continuous_batching")
+    run.hook_edits(stack)
     configs = list(run.host.configs())
     for module in {model, model.base_model, run.host.decoder or model}:
         _hook(module, partial(_begin, run, configs), partial(run.passes.end, has_methods=bool(run.methods)), stack)

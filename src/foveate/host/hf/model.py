@@ -56,6 +56,16 @@ class Host:
             return found
         return self.model
 
+    @property
+    def language_part(self) -> nn.Module:
+        """The part that reads embeddings of tokens: the decoder, also one that attends both ways; else the model."""
+        found: object = self.decoder
+        found = self.model.get_decoder() if found is None else found
+        if not isinstance(found, nn.Module):
+            return self.model
+        inside = set(found.modules())
+        return found if any(module in inside for module in self.attention_modules()) else self.model
+
     def scope(self, on: str = "auto") -> list[nn.Module]:
         """Return the attention modules of a part of the model: "decoder", "all", or "auto" (the decoder, else all)."""
         modules, decoder = self.attention_modules(), self.decoder if on != "all" else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +14,16 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from foveate.core.errors import UnsupportedModel
-from foveate.host.hf.adoption import Caches, cache_among
+from foveate.host.hf.adoption import Caches, cache_among, is_recording
 from foveate.host.hf.cache import LATEST, SlotLayer
 from foveate.host.hf.calls import CROSS, crosses_to, parameters
+from foveate.host.hf.tokens_read import TokensRead, cached_tokens, named_inputs, tokens_of
 from foveate.host.method import Method
+from foveate.host.model_call import Edit
 from foveate.host.site import OwnSequence, Site
+
+#: The key of the record of a sequence's tokens among the notes of its cache.
+_READ = ("tokens", "read")
 
 #: `at_end(calls with the methods that choose there, tokens of the pass)`.
 AtPassEnd = Callable[[list[tuple[Site, list[Method]]], Tensor | None], None]
@@ -58,6 +65,12 @@ class _Pass:
         own: the queries of the latest call that attended to its own sequence.
         ended: calls at which methods choose what stays when the pass has ended, with these methods.
         reader: the only method, while tokens are read for a measurement.
+        past: tokens of the sequences before the pass.
+        decoded: tokens that the decoder reads of each sequence.
+        read: the record of the sequences' tokens, this pass included; None if they are unknown.
+        fresh: an empty cache like that of the pass, at the start of a sequence under a method that edits logits.
+        is_branch: whether the pass is a second reading, in which no logits are edited.
+        embed: changes the embeddings that the decoder reads, in a second reading.
     """
 
     step: dict[Any, Any] = field(default_factory=dict)
@@ -70,6 +83,12 @@ class _Pass:
     own: OwnSequence = field(default_factory=OwnSequence)
     ended: list[tuple[Site, list[Method]]] = field(default_factory=list)
     reader: Method | None = None
+    past: int = 0
+    decoded: int = 0
+    read: TokensRead | None = None
+    fresh: Cache | None = None
+    is_branch: bool = False
+    embed: Edit | None = None
 
 
 class Passes:
@@ -78,15 +97,18 @@ class Passes:
     Args:
         caches: the caches that the run works on.
         at_end: called when a pass has ended whose calls left a choice to its end; see `Method.keep_all`.
+        records: whether to record the tokens that are read, for spans.
+        branches: whether a method may read a sequence a second time.
 
     Attributes:
         layers: each attention module that the run covers, with its number in the cache and its order.
+        latest: the record of the tokens of the latest prompt that was read.
     """
 
-    def __init__(
-        self, caches: Caches, at_end: Callable[[list[tuple[Site, list[Method]]], Tensor | None], None]
-    ) -> None:
+    def __init__(self, caches: Caches, at_end: AtPassEnd, records: bool = False, branches: bool = False) -> None:
         self.caches, self._at_pass_end = caches, at_end
+        self._records, self._branches = records, branches
+        self.latest: TokensRead | None = None
         self.layers: dict[nn.Module, tuple[int, int]] = {}
         self._local = threading.local()
 
@@ -102,6 +124,20 @@ class Passes:
     def close(self) -> None:
         self._local.__dict__.clear()
 
+    @contextmanager
+    def aside(self, embed: Edit | None = None) -> Iterator[None]:
+        """Set the pass of this thread aside for a second reading within it.
+
+        Args:
+            embed: changes the embeddings that the decoder reads.
+        """
+        before = self.here
+        self._local.here = _Pass(is_branch=True, embed=embed)
+        try:
+            yield
+        finally:
+            self._local.here = before
+
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_whole: bool) -> None:
@@ -116,6 +152,9 @@ class Passes:
         if here.outermost is None:
             here.outermost, here.step, here.ended, here.cache, here.own = module, {}, [], None, OwnSequence()
             here.ids = _ids(args, kwargs)
+            self._begin_tokens(module, args, kwargs)
+        elif self._records:
+            here.decoded = tokens_of(named_inputs(module, args, kwargs)) or here.decoded
         if is_whole:
             here.logits_to_keep = kwargs.get("logits_to_keep")
             requested = kwargs.get("output_attentions")
@@ -125,17 +164,49 @@ class Passes:
         if cache is not None:
             here.cache = cache
             self.caches.track(cache)
+            self._note_read(here, cache)
+
+    def _begin_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the tokens that a pass reads, for spans, and make the empty cache of a second reading."""
+        here = self.here
+        here.past, here.decoded, here.read, here.fresh = 0, 0, None, None
+        if not self._records:
+            return
+        given, config = named_inputs(module, args, kwargs), getattr(module, "config", None)
+        cache, tokens = cache_among(given.values()), tokens_of(given)
+        here.past = 0 if cache is None else cached_tokens(cache)
+        if tokens is None or getattr(config, "is_encoder_decoder", False):
+            return
+        here.decoded = tokens
+        if here.past == 0:
+            here.read = TokensRead(module)
+            self.latest = self.latest if here.is_branch else here.read
+            here.fresh = copy.deepcopy(cache) if self._branches and cache is not None else None
+        elif cache is not None:
+            here.read = self.caches.notes.get(cache, {}).get(_READ, {}).get("tokens")
+        if here.read is not None:
+            generated = here.past > 0 and (tokens == 1 or (cache is not None and is_recording(cache)))
+            here.read.note(here.past, tokens, None if generated else given)
+
+    def _note_read(self, here: _Pass, cache: Cache | None) -> None:
+        """Keep the record of the tokens that are read with their cache."""
+        if here.read is not None and cache is not None:
+            if cache not in self.caches.notes:
+                self.caches.track(cache)
+            self.caches.notes[cache].setdefault(_READ, {})["tokens"] = here.read
 
     def end(self, module: nn.Module, args: object, output: object, has_methods: bool) -> None:
         """End a pass. If the backward pass will repeat it, check there that the run is still open."""
         here, LATEST.layer = self.here, None
         if module is here.outermost:
             ended, here.outermost = here.ended, None
+            self._note_read(here, cache_among([getattr(output, "past_key_values", None)]))
             try:
                 if ended and output is not None:
                     self._at_pass_end(ended, here.ids)
             finally:
                 here.step, here.cache, here.ids, here.ended, here.own = {}, None, None, [], OwnSequence()
+                here.past, here.read, here.fresh = 0, None, None
         if (
             has_methods
             and torch.is_grad_enabled()

@@ -50,7 +50,7 @@ def site_of(
         slots=slots if cache is not None else None,
         cache=cache, hidden=None if here.call is None else here.call.hidden, step=here.step,
         wants_weights=here.wants_weights,
-        ids=_ids(run, q),
+        ids=_ids(run, q), is_branch=run.passes.here.is_branch,
         all_notes={} if sequence is None else run.caches.notes.get(sequence, {}),
         own=None if crossing is None else here.own,
     )  # fmt: skip

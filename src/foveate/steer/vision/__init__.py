@@ -1,0 +1,1 @@
+"""Steering of vision-language models."""
