@@ -21,12 +21,16 @@ from foveate.models.graph.ordinal_levels import ordinal_bits as ordinal_bits
 from foveate.models.graph.ordinal_levels import ordinal_levels as ordinal_levels
 from foveate.models.language.based import Based as Based
 from foveate.models.language.based import GatedConv as GatedConv
+from foveate.models.language.bilstm_attention_classifier import BiLSTMAttentionClassifier as BiLSTMAttentionClassifier
+from foveate.models.language.bilstm_attention_classifier import TextRead as TextRead
 from foveate.models.language.cls_attention_classifier import ClsAttentionClassifier as ClsAttentionClassifier
 from foveate.models.language.cls_attention_classifier import ClsHeads as ClsHeads
 from foveate.models.language.transnormer import GatedLightning as GatedLightning
 from foveate.models.language.transnormer import LRPE as LRPE
 from foveate.models.language.transnormer import SimpleRMSNorm as SimpleRMSNorm
 from foveate.models.language.transnormer import TransNormerLLM as TransNormerLLM
+from foveate.models.multimodal.mac import MAC as MAC
+from foveate.models.multimodal.mac import Reasoned as Reasoned
 from foveate.models.recommendation.autoint import AutoInt as AutoInt
 from foveate.models.recommendation.fields import FieldEmbedding as FieldEmbedding
 from foveate.models.recommendation.fields import TabularField as TabularField
@@ -38,10 +42,12 @@ from foveate.models.vision.mambaout import MambaOut as MambaOut
 from foveate.models.vision.mambaout import block_flops as block_flops
 from foveate.models.vision.mambaout import is_long_sequence as is_long_sequence
 from foveate.models.vision.mambaout import with_token_mixer as with_token_mixer
+from foveate.models.vision.residual_attention import ResidualAttentionNet as ResidualAttentionNet
 
 __all__ = [
     "AutoInt",
     "Based",
+    "BiLSTMAttentionClassifier",
     "ClsAttentionClassifier",
     "ClsHeads",
     "Decoder",
@@ -61,14 +67,18 @@ __all__ = [
     "L2ViT",
     "LRPE",
     "LevelScores",
+    "MAC",
     "MambaOut",
     "Mixer",
     "Network",
+    "Reasoned",
+    "ResidualAttentionNet",
     "SimpleRMSNorm",
     "Size",
     "Spec",
     "Split",
     "TabularField",
+    "TextRead",
     "TransNormerLLM",
     "block_flops",
     "generation_embeddings",

@@ -9,24 +9,36 @@ from foveate.nn.base.layer import StreamingLayer as StreamingLayer
 from foveate.nn.base.pool import Pool as Pool
 from foveate.nn.base.pool import Pooled as Pooled
 from foveate.nn.base.seq2seq import Decoded as Decoded
+from foveate.nn.base.seq2seq import Encoded as Encoded
 from foveate.nn.base.seq2seq import Generated as Generated
 from foveate.nn.base.seq2seq import Made as Made
 from foveate.nn.base.seq2seq import Seq2Seq as Seq2Seq
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention as GaussianAdaptiveAttention
 from foveate.nn.channel.gaam import GaussianBlock as GaussianBlock
+from foveate.nn.channel.gaam import GaussianGate as GaussianGate
 from foveate.nn.channel.gaam import importance_factor as importance_factor
 from foveate.nn.channel.multi_dim_attention import MultiDimAttention as MultiDimAttention
+from foveate.nn.fusion.cace_net import CoGuidedAttention as CoGuidedAttention
+from foveate.nn.fusion.cace_net import background_event_contrast as background_event_contrast
 from foveate.nn.fusion.co_attention import CoAttention as CoAttention
+from foveate.nn.fusion.daft import DAFTAttention as DAFTAttention
+from foveate.nn.fusion.daft import total_length_of_transition as total_length_of_transition
+from foveate.nn.parts.beam_search import BeamSearch as BeamSearch
 from foveate.nn.parts.blocks import Block as Block
 from foveate.nn.parts.blocks import GatedMLP as GatedMLP
 from foveate.nn.parts.build import create as create
+from foveate.nn.parts.cost import Cost as Cost
+from foveate.nn.parts.cost import cost as cost
 from foveate.nn.parts.ema import DampedEMA as DampedEMA
 from foveate.nn.parts.graph_attention import GraphAttention as GraphAttention
 from foveate.nn.parts.grid import DepthwiseConv as DepthwiseConv
 from foveate.nn.parts.grid import local_mass as local_mass
 from foveate.nn.parts.heads import HeadScheme as HeadScheme
 from foveate.nn.parts.heads import HeadState as HeadState
+from foveate.nn.parts.insert import Inserted as Inserted
+from foveate.nn.parts.insert import insert as insert
 from foveate.nn.parts.multi_head import MultiHeadAttention as MultiHeadAttention
+from foveate.nn.parts.ode import solve_ode as solve_ode
 from foveate.nn.parts.positions import Alibi as Alibi
 from foveate.nn.parts.positions import Position as Position
 from foveate.nn.parts.positions import RelativeBias as RelativeBias
@@ -39,16 +51,33 @@ from foveate.nn.parts.symbols import Symbols as Symbols
 from foveate.nn.parts.tdnn import SERes2Block1d as SERes2Block1d
 from foveate.nn.parts.window import WindowAttention as WindowAttention
 from foveate.nn.parts.window import Windows as Windows
+from foveate.nn.pool.acmil import ACMIL as ACMIL
+from foveate.nn.pool.acmil import ACMILLoss as ACMILLoss
+from foveate.nn.pool.acmil import ACMILOut as ACMILOut
+from foveate.nn.pool.acmil import acmil_loss as acmil_loss
+from foveate.nn.pool.acmil import branch_similarity as branch_similarity
+from foveate.nn.pool.acmil import top_share as top_share
+from foveate.nn.pool.acmil_branches import GatedBranches as GatedBranches
+from foveate.nn.pool.acmil_branches import HeadBranches as HeadBranches
+from foveate.nn.pool.acmil_branches import stochastic_topk_mask as stochastic_topk_mask
 from foveate.nn.pool.attentive_stats import AttentiveStatsPool as AttentiveStatsPool
+from foveate.nn.pool.cross_attention import CrossAttentionPool as CrossAttentionPool
+from foveate.nn.pool.efficient_probing import EfficientProbe as EfficientProbe
+from foveate.nn.pool.efficient_probing import ProbeHead as ProbeHead
 from foveate.nn.pool.hierarchical_attention import AttentionPool as AttentionPool
 from foveate.nn.pool.hierarchical_attention import HierarchicalAttention as HierarchicalAttention
+from foveate.nn.pool.mean import MeanPool as MeanPool
 from foveate.nn.seq2seq.luong_decoder import LuongDecoder as LuongDecoder
 from foveate.nn.seq2seq.monotonic_location import EncodedSource as EncodedSource
+from foveate.nn.seq2seq.monotonic_location import MonotonicLocationDecoder as MonotonicLocationDecoder
 from foveate.nn.seq2seq.monotonic_location import MonotonicLocationSeq2Seq as MonotonicLocationSeq2Seq
 from foveate.nn.seq2seq.pointer_network import Pointed as Pointed
 from foveate.nn.seq2seq.pointer_network import PointerNetwork as PointerNetwork
 from foveate.nn.seq2seq.pointer_network import pointer_loss as pointer_loss
 from foveate.nn.seq2seq.pointer_network import pointer_scores as pointer_scores
+from foveate.nn.seq2seq.show_attend_tell import Looked as Looked
+from foveate.nn.seq2seq.show_attend_tell import VisualAttentionLSTM as VisualAttentionLSTM
+from foveate.nn.seq2seq.show_attend_tell import doubly_stochastic_penalty as doubly_stochastic_penalty
 from foveate.nn.sequence.aaren import AarenLayer as AarenLayer
 from foveate.nn.sequence.base_conv import BaseConv as BaseConv
 from foveate.nn.sequence.chosen_attention import ChosenAttention as ChosenAttention
@@ -105,36 +134,54 @@ from foveate.nn.vision.l2vit import LocalConcentration as LocalConcentration
 from foveate.nn.vision.l2vit import LocalWindowBlock as LocalWindowBlock
 from foveate.nn.vision.l2vit import concentration as concentration
 from foveate.nn.vision.l2vit import influence as influence
+from foveate.nn.vision.residual_attention import ResidualAttentionModule as ResidualAttentionModule
+from foveate.nn.vision.residual_attention import ResidualUnit as ResidualUnit
+from foveate.nn.vision.residual_attention import SoftMask as SoftMask
+from foveate.nn.vision.ulsam import ULSAM as ULSAM
 
 __all__ = [
+    "ACMIL",
+    "ACMILLoss",
+    "ACMILOut",
     "AarenLayer",
     "Alibi",
     "AttentionPool",
     "AttentiveStatsPool",
     "BaseConv",
+    "BeamSearch",
     "Block",
     "ChosenAttention",
     "CoAttention",
+    "CoGuidedAttention",
     "Concentration",
+    "Cost",
+    "CrossAttentionPool",
+    "DAFTAttention",
     "DampedEMA",
     "Decoded",
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
     "EfficientAttention2d",
+    "EfficientProbe",
+    "Encoded",
     "EncodedSource",
     "FeatureGate",
     "Fusion",
+    "GatedBranches",
     "GatedMLP",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "GaussianGate",
     "Generated",
     "GraphAttention",
+    "HeadBranches",
     "HeadScheme",
     "HeadState",
     "HierarchicalAttention",
     "ISAB",
     "InLineAttention",
+    "Inserted",
     "InteractingLayer",
     "KeyDrivenGQA",
     "Layer",
@@ -146,17 +193,20 @@ __all__ = [
     "LocalConcentration",
     "LocalKernels",
     "LocalWindowBlock",
+    "Looked",
     "LuongDecoder",
     "MAB",
     "MDLRPE",
     "MDTPE",
     "Made",
+    "MeanPool",
     "Mega",
     "MegaBlock",
     "MemoryAsContext",
     "MemoryAsGate",
     "MemoryAsLayer",
     "MixtureOfHeadAttention",
+    "MonotonicLocationDecoder",
     "MonotonicLocationSeq2Seq",
     "MultiDimAttention",
     "MultiHeadAttention",
@@ -171,9 +221,12 @@ __all__ = [
     "Pooled",
     "Position",
     "PositionalSymbols",
+    "ProbeHead",
     "RelationalAttention",
     "RelativeBias",
     "RelativeSymbols",
+    "ResidualAttentionModule",
+    "ResidualUnit",
     "Rotary",
     "RotaryBias",
     "SAB",
@@ -186,22 +239,31 @@ __all__ = [
     "SkimLayer",
     "Skimformer",
     "SlimAttention",
+    "SoftMask",
     "Stream",
     "StreamingLayer",
     "SuperAttention",
     "SymbolicAttention",
     "Symbols",
     "Tree",
+    "ULSAM",
+    "VisualAttentionLSTM",
     "WindowAttention",
     "Windows",
+    "acmil_loss",
     "allocate_queries",
+    "background_event_contrast",
     "balance_loss",
+    "branch_similarity",
     "concentration",
+    "cost",
     "create",
     "dependency_tree",
+    "doubly_stochastic_penalty",
     "importance_factor",
     "influence",
     "injectivity_probe",
+    "insert",
     "laplace",
     "local_mass",
     "mha_to_gqa",
@@ -212,4 +274,8 @@ __all__ = [
     "prune",
     "share_out",
     "skimming_mask",
+    "solve_ode",
+    "stochastic_topk_mask",
+    "top_share",
+    "total_length_of_transition",
 ]
