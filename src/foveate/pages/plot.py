@@ -145,11 +145,8 @@ def _path(points: Sequence[tuple[float, float]], colour: str, more: str) -> str:
 def _legend(lines: Sequence[Line]) -> list[str]:
     parts = []
     for number, line in enumerate(lines):
-        colour, mark, at = (
-            _COLOURS[number % len(_COLOURS)],
-            _MARKS[number % len(_MARKS)],
-            _HEIGHT + 8 + _LEGEND * number,
-        )
+        colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
+        at = _HEIGHT + 8 + _LEGEND * number
         parts.append(f'<path d="M{_LEFT} {at}h26" stroke="{colour}" stroke-width="1.8"/>')
         parts.append(f'<path d="M{_LEFT + 13} {at}{mark}" fill="{colour}"/>')
         parts.append(f'<text x="{_LEFT + 34}" y="{at}" dy="4">{_text(line.name)}</text>')
