@@ -96,7 +96,7 @@ def test_a_report_shows_each_statement_everywhere(key: str) -> None:
     plain = "\n".join(map(str, lines(row, found)))
     for finding in found.findings:
         assert finding.statement in text and finding.statement in plain and finding.prediction in plain
-    assert page.count('class="verdict"') == html.count("<tr><td>") == len(found.findings)
+    assert page.count('class="verdict" ') == html.count("<tr><td>") == len(found.findings)
     assert page.count("<svg") == html.count("<svg") == len(found.plots)
     for mark in ("<script", 'http-equiv="refresh', " src=", "url("):
         assert mark not in page

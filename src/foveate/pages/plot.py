@@ -76,7 +76,7 @@ def drawn(
     parts = [*_grid(x, y), *_names(x_label, y_label)]
     for number, line in enumerate(lines):
         parts += _curve(line, number, x, y)
-    height = _HEIGHT + _LEGEND * (len(lines) + any(line.predicted for line in lines)) + 6
+    height = _HEIGHT + _LEGEND * (len(lines) + any(line.predicted for line in lines)) + 10
     parts += _legend(lines)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
@@ -145,12 +145,13 @@ def _path(points: Sequence[tuple[float, float]], colour: str, more: str) -> str:
 def _legend(lines: Sequence[Line]) -> list[str]:
     parts = []
     for number, line in enumerate(lines):
-        colour, mark, at = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)], _HEIGHT + _LEGEND * number
+        colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
+        at = _HEIGHT + 8 + _LEGEND * number
         parts.append(f'<path d="M{_LEFT} {at}h26" stroke="{colour}" stroke-width="1.8"/>')
         parts.append(f'<path d="M{_LEFT + 13} {at}{mark}" fill="{colour}"/>')
         parts.append(f'<text x="{_LEFT + 34}" y="{at}" dy="4">{_text(line.name)}</text>')
     if any(line.predicted for line in lines):
-        at = _HEIGHT + _LEGEND * len(lines)
+        at = _HEIGHT + 8 + _LEGEND * len(lines)
         dashed = 'stroke="currentColor" stroke-width="1.8" stroke-dasharray="6 5"'
         parts.append(f'<path d="M{_LEFT} {at}h26" {dashed}/>')
         parts.append(f'<text x="{_LEFT + 34}" y="{at}" dy="4">predicted</text>')

@@ -170,6 +170,15 @@ def test_agreement_has_its_known_values() -> None:
     assert_near(target_agreement(first, plane), 0.5 + mean, 1e-3)
 
 
+def test_agreement_in_three_dimensions_is_an_integral_over_the_sphere() -> None:
+    number = torch.arange(200_000, dtype=torch.float64) + 0.5  # a spiral whose points cover equal areas
+    z, turn = 1 - number / 100_000, number * math.pi * (1 + math.sqrt(5))
+    w = torch.stack([turn.cos() * (1 - z**2).sqrt(), turn.sin() * (1 - z**2).sqrt(), z], 1)
+    q, k = draw_vectors(3, 20, seeded(4))
+    mean = ((w @ k.mT).sign() * (w @ q.mT).clamp(-1, 1).asin()).mean(0) / math.pi
+    assert_near(target_agreement(q, k), 0.5 + mean, 2e-4)
+
+
 def test_weights_minimise_the_error_and_the_layer_has_it() -> None:
     heads = RandomHeads.drawn(4, 20, seeded())
     agreement, target = head_agreement(heads.q, heads.k), target_agreement(heads.q, heads.k)
