@@ -42,24 +42,24 @@ class Pool(Checked, nn.Module, ABC):
             validate.count(name, value, 1)
         self.dim, self.slots, self.out_dim, self.maps = dim, slots, out_dim, maps
 
-    def forward(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b k out"]:
+    def forward(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "#b #n"] | None = None) -> Float[Tensor, "b k out"]:
         """Return the pooled vectors.
 
         Args:
             x: tokens `(B, N, C)`.
-            mask: True for real tokens; None for all. What stands in the others has no effect. An example without a real
-                token gets weights of zero.
+            mask: True for real tokens, `(B, N)` or `(1, N)`; None for all. What stands in the others has no effect. An
+                example without a real token gets weights of zero.
 
         Raises:
             ShapeError: malformed tokens, or a mask that does not fit them.
         """
         return self._vectors(*real_tokens(x, mask, self.dim))
 
-    def weights(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b m n"]:
+    def weights(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "#b #n"] | None = None) -> Float[Tensor, "b m n"]:
         """Return the weight maps of a call."""
         return self.read(x, mask).weights
 
-    def read(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> Pooled:
+    def read(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "#b #n"] | None = None) -> Pooled:
         """Return the pooled vectors and their weight maps."""
         return self._pool(*real_tokens(x, mask, self.dim))
 

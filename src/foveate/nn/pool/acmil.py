@@ -84,7 +84,7 @@ class ACMIL(Checked, nn.Module):
         self.branch_heads = nn.ModuleList(nn.Linear(hidden, classes) for _ in range(classifiers))
         self.slide_head = nn.Linear(hidden, classes)
 
-    def forward(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> ACMILOut:
+    def forward(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "#b #n"] | None = None) -> ACMILOut:
         """Classify bags.
 
         Args:

@@ -80,7 +80,9 @@ class ProbeHead(Checked, nn.Module):
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
         self.head = nn.Linear(width, classes)
 
-    def forward(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b classes"]:
+    def forward(
+        self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "#b #n"] | None = None
+    ) -> Float[Tensor, "b classes"]:
         """Return logits for the frozen encoder's tokens; `mask` is True for real tokens, None for all.
 
         Raises:
