@@ -32,7 +32,11 @@ class Encoded(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The logits of the token after each given token, and the weights over the memory that made them."""
+    """The logits of the token after each given token, and the weights that made them.
+
+    Weights are over the memory and, behind it, over vectors that the decoder has learned, where it has some. They add
+    up to 1 unless the mechanism dampens them.
+    """
 
     logits: Float[Tensor, "b t v"]
     weights: Float[Tensor, "b t s"]
