@@ -5,6 +5,8 @@ from foveate.models.base.hf_checkpoint import FoveateConfig as FoveateConfig
 from foveate.models.base.hf_checkpoint import FoveateForCausalLM as FoveateForCausalLM
 from foveate.models.base.hf_checkpoint import FoveatePreTrainedModel as FoveatePreTrainedModel
 from foveate.models.base.image_encoder import ImageEncoder as ImageEncoder
+from foveate.models.base.network import Network as Network
+from foveate.models.base.network import Size as Size
 from foveate.models.base.spec import Mixer as Mixer
 from foveate.models.base.spec import Spec as Spec
 from foveate.models.graph.generation_graph import GenerationGraph as GenerationGraph
@@ -24,6 +26,8 @@ from foveate.models.language.transnormer import GatedLightning as GatedLightning
 from foveate.models.language.transnormer import LRPE as LRPE
 from foveate.models.language.transnormer import SimpleRMSNorm as SimpleRMSNorm
 from foveate.models.language.transnormer import TransNormerLLM as TransNormerLLM
+from foveate.models.multimodal.mac import MAC as MAC
+from foveate.models.multimodal.mac import Reasoned as Reasoned
 from foveate.models.vision.dependency_vit import DependencyBlock as DependencyBlock
 from foveate.models.vision.dependency_vit import DependencyViT as DependencyViT
 from foveate.models.vision.l2vit import L2ViT as L2ViT
@@ -52,9 +56,13 @@ __all__ = [
     "L2ViT",
     "LRPE",
     "LevelScores",
+    "MAC",
     "MambaOut",
     "Mixer",
+    "Network",
+    "Reasoned",
     "SimpleRMSNorm",
+    "Size",
     "Spec",
     "Split",
     "TransNormerLLM",

@@ -1,13 +1,26 @@
 # The public names of foveate.nn; written by `make systems` from the catalogue.
 
+from foveate.nn.base.feature_gate import FeatureGate as FeatureGate
+from foveate.nn.base.fusion import Fusion as Fusion
+from foveate.nn.base.fusion import Stream as Stream
 from foveate.nn.base.layer import Layer as Layer
 from foveate.nn.base.layer import LayerCapabilities as LayerCapabilities
 from foveate.nn.base.layer import StreamingLayer as StreamingLayer
+from foveate.nn.base.pool import Pool as Pool
+from foveate.nn.base.pool import Pooled as Pooled
+from foveate.nn.base.seq2seq import Decoded as Decoded
+from foveate.nn.base.seq2seq import Generated as Generated
+from foveate.nn.base.seq2seq import Made as Made
+from foveate.nn.base.seq2seq import Seq2Seq as Seq2Seq
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention as GaussianAdaptiveAttention
 from foveate.nn.channel.gaam import GaussianBlock as GaussianBlock
 from foveate.nn.channel.gaam import importance_factor as importance_factor
 from foveate.nn.channel.multi_dim_attention import MultiDimAttention as MultiDimAttention
+from foveate.nn.fusion.cace_net import CoGuidedAttention as CoGuidedAttention
+from foveate.nn.fusion.cace_net import background_event_contrast as background_event_contrast
 from foveate.nn.fusion.co_attention import CoAttention as CoAttention
+from foveate.nn.fusion.daft import DAFTAttention as DAFTAttention
+from foveate.nn.fusion.daft import total_length_of_transition as total_length_of_transition
 from foveate.nn.parts.blocks import Block as Block
 from foveate.nn.parts.blocks import GatedMLP as GatedMLP
 from foveate.nn.parts.build import create as create
@@ -18,6 +31,7 @@ from foveate.nn.parts.grid import local_mass as local_mass
 from foveate.nn.parts.heads import HeadScheme as HeadScheme
 from foveate.nn.parts.heads import HeadState as HeadState
 from foveate.nn.parts.multi_head import MultiHeadAttention as MultiHeadAttention
+from foveate.nn.parts.ode import solve_ode as solve_ode
 from foveate.nn.parts.positions import Alibi as Alibi
 from foveate.nn.parts.positions import Position as Position
 from foveate.nn.parts.positions import RelativeBias as RelativeBias
@@ -102,16 +116,22 @@ __all__ = [
     "Block",
     "ChosenAttention",
     "CoAttention",
+    "CoGuidedAttention",
     "Concentration",
+    "DAFTAttention",
     "DampedEMA",
+    "Decoded",
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
     "EfficientAttention2d",
     "EncodedSource",
+    "FeatureGate",
+    "Fusion",
     "GatedMLP",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "Generated",
     "GraphAttention",
     "HeadScheme",
     "HeadState",
@@ -132,6 +152,7 @@ __all__ = [
     "MAB",
     "MDLRPE",
     "MDTPE",
+    "Made",
     "Mega",
     "MegaBlock",
     "MemoryAsContext",
@@ -148,6 +169,8 @@ __all__ = [
     "PMA",
     "Pointed",
     "PointerNetwork",
+    "Pool",
+    "Pooled",
     "Position",
     "PositionalSymbols",
     "RelationalAttention",
@@ -157,12 +180,14 @@ __all__ = [
     "RotaryBias",
     "SAB",
     "SensoryHeads",
+    "Seq2Seq",
     "SetTransformer",
     "ShortConv",
     "SkimAttention",
     "SkimLayer",
     "Skimformer",
     "SlimAttention",
+    "Stream",
     "StreamingLayer",
     "SuperAttention",
     "SymbolicAttention",
@@ -171,6 +196,7 @@ __all__ = [
     "WindowAttention",
     "Windows",
     "allocate_queries",
+    "background_event_contrast",
     "balance_loss",
     "concentration",
     "create",
@@ -188,4 +214,6 @@ __all__ = [
     "prune",
     "share_out",
     "skimming_mask",
+    "solve_ode",
+    "total_length_of_transition",
 ]
