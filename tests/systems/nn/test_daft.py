@@ -422,12 +422,17 @@ STATEMENT = "logits that flow on make the focus on the question drift less: leng
 
 
 def test_the_focus_drifts_less(claim) -> None:
-    ours, mac, restarting = (trained(kind, 2, 120, 4, 1) for kind in ("DAFT", "MAC", "restarting"))
-    assert min(ours.accuracy, mac.accuracy, restarting.accuracy) > 0.97
+    ours, mac = (trained(kind, 2, 120, 4, 1) for kind in ("DAFT", "MAC"))
+    assert min(ours.accuracy, mac.accuracy) > 0.97
     claim(
         STATEMENT, ours=ours.length, baseline=0.8 * mac.length, better="lower", margin=0.5,
         baseline_name="MAC's control, less a fifth", seed=2,
     )  # fmt: skip
+
+
+def test_the_focus_drifts_less_because_steps_go_on(claim) -> None:
+    ours, restarting = (trained(kind, 2, 120, 4, 1) for kind in ("DAFT", "restarting"))
+    assert min(ours.accuracy, restarting.accuracy) > 0.97
     claim(
         STATEMENT, ours=ours.length, baseline=0.8 * restarting.length, better="lower", margin=0.03,
         baseline_name="steps that start anew, less a fifth", seed=2,

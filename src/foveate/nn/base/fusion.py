@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool
@@ -115,10 +115,10 @@ class Fusion(Checked, nn.Module, ABC):
 
     # -- refusals ------------------------------------------------------------------------------------------------------
 
-    def _of(self, given: Mapping[str, Tensor]) -> list[Stream]:
+    def _of(self, given: Mapping[str, Any]) -> list[Stream]:
         return [stream for stream in self.streams if stream.name in given]
 
-    def _named(self, inputs: tuple[Tensor | None, ...], named: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    def _named(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
         names = [stream.name for stream in self.streams]
         takes = f"{self.name} takes the streams {', '.join(names)}"
         if len(inputs) > len(names):
@@ -133,7 +133,7 @@ class Fusion(Checked, nn.Module, ABC):
                 raise OptionError(f"{self.name} needs the stream {stream.name!r}, {stream.shape}")
         return {name: x for name, x in given.items() if x is not None}
 
-    def _check(self, given: Mapping[str, Tensor]) -> None:
+    def _check(self, given: Mapping[str, Any]) -> None:
         sizes: dict[str, int] = {}
         for stream in self._of(given):
             x = given[stream.name]
