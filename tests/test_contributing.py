@@ -19,6 +19,8 @@ SOURCES = [
     "src/foveate/nn/sequence/mhe_attention.py",
     "src/foveate/catalog/nn.toml",
     "tests/systems/nn/test_mhe_attention.py",
+    "src/foveate/nn/vision/ulsam.py",
+    "tests/systems/nn/test_ulsam.py",
     "src/foveate/kv/sink_recent.py",
     "src/foveate/catalog/kv.toml",
     "tests/systems/kv/test_sink_recent.py",

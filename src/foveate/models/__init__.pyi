@@ -5,6 +5,8 @@ from foveate.models.base.hf_checkpoint import FoveateConfig as FoveateConfig
 from foveate.models.base.hf_checkpoint import FoveateForCausalLM as FoveateForCausalLM
 from foveate.models.base.hf_checkpoint import FoveatePreTrainedModel as FoveatePreTrainedModel
 from foveate.models.base.image_encoder import ImageEncoder as ImageEncoder
+from foveate.models.base.network import Network as Network
+from foveate.models.base.network import Size as Size
 from foveate.models.base.spec import Mixer as Mixer
 from foveate.models.base.spec import Spec as Spec
 from foveate.models.graph.generation_graph import GenerationGraph as GenerationGraph
@@ -32,6 +34,7 @@ from foveate.models.vision.mambaout import MambaOut as MambaOut
 from foveate.models.vision.mambaout import block_flops as block_flops
 from foveate.models.vision.mambaout import is_long_sequence as is_long_sequence
 from foveate.models.vision.mambaout import with_token_mixer as with_token_mixer
+from foveate.models.vision.residual_attention import ResidualAttentionNet as ResidualAttentionNet
 
 __all__ = [
     "Based",
@@ -54,7 +57,10 @@ __all__ = [
     "LevelScores",
     "MambaOut",
     "Mixer",
+    "Network",
+    "ResidualAttentionNet",
     "SimpleRMSNorm",
+    "Size",
     "Spec",
     "Split",
     "TransNormerLLM",

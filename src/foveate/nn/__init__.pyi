@@ -1,22 +1,36 @@
 # The public names of foveate.nn; written by `make systems` from the catalogue.
 
+from foveate.nn.base.feature_gate import FeatureGate as FeatureGate
+from foveate.nn.base.fusion import Fusion as Fusion
+from foveate.nn.base.fusion import Stream as Stream
 from foveate.nn.base.layer import Layer as Layer
 from foveate.nn.base.layer import LayerCapabilities as LayerCapabilities
 from foveate.nn.base.layer import StreamingLayer as StreamingLayer
+from foveate.nn.base.pool import Pool as Pool
+from foveate.nn.base.pool import Pooled as Pooled
+from foveate.nn.base.seq2seq import Decoded as Decoded
+from foveate.nn.base.seq2seq import Generated as Generated
+from foveate.nn.base.seq2seq import Made as Made
+from foveate.nn.base.seq2seq import Seq2Seq as Seq2Seq
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention as GaussianAdaptiveAttention
 from foveate.nn.channel.gaam import GaussianBlock as GaussianBlock
+from foveate.nn.channel.gaam import GaussianGate as GaussianGate
 from foveate.nn.channel.gaam import importance_factor as importance_factor
 from foveate.nn.channel.multi_dim_attention import MultiDimAttention as MultiDimAttention
 from foveate.nn.fusion.co_attention import CoAttention as CoAttention
 from foveate.nn.parts.blocks import Block as Block
 from foveate.nn.parts.blocks import GatedMLP as GatedMLP
 from foveate.nn.parts.build import create as create
+from foveate.nn.parts.cost import Cost as Cost
+from foveate.nn.parts.cost import cost as cost
 from foveate.nn.parts.ema import DampedEMA as DampedEMA
 from foveate.nn.parts.graph_attention import GraphAttention as GraphAttention
 from foveate.nn.parts.grid import DepthwiseConv as DepthwiseConv
 from foveate.nn.parts.grid import local_mass as local_mass
 from foveate.nn.parts.heads import HeadScheme as HeadScheme
 from foveate.nn.parts.heads import HeadState as HeadState
+from foveate.nn.parts.insert import Inserted as Inserted
+from foveate.nn.parts.insert import insert as insert
 from foveate.nn.parts.multi_head import MultiHeadAttention as MultiHeadAttention
 from foveate.nn.parts.positions import Alibi as Alibi
 from foveate.nn.parts.positions import Position as Position
@@ -93,6 +107,10 @@ from foveate.nn.vision.l2vit import LocalConcentration as LocalConcentration
 from foveate.nn.vision.l2vit import LocalWindowBlock as LocalWindowBlock
 from foveate.nn.vision.l2vit import concentration as concentration
 from foveate.nn.vision.l2vit import influence as influence
+from foveate.nn.vision.residual_attention import ResidualAttentionModule as ResidualAttentionModule
+from foveate.nn.vision.residual_attention import ResidualUnit as ResidualUnit
+from foveate.nn.vision.residual_attention import SoftMask as SoftMask
+from foveate.nn.vision.ulsam import ULSAM as ULSAM
 
 __all__ = [
     "AarenLayer",
@@ -103,21 +121,28 @@ __all__ = [
     "ChosenAttention",
     "CoAttention",
     "Concentration",
+    "Cost",
     "DampedEMA",
+    "Decoded",
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
     "EfficientAttention2d",
     "EncodedSource",
+    "FeatureGate",
+    "Fusion",
     "GatedMLP",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
+    "GaussianGate",
+    "Generated",
     "GraphAttention",
     "HeadScheme",
     "HeadState",
     "HierarchicalAttention",
     "ISAB",
     "InLineAttention",
+    "Inserted",
     "KeyDrivenGQA",
     "Layer",
     "LayerCapabilities",
@@ -132,6 +157,7 @@ __all__ = [
     "MAB",
     "MDLRPE",
     "MDTPE",
+    "Made",
     "Mega",
     "MegaBlock",
     "MemoryAsContext",
@@ -148,36 +174,46 @@ __all__ = [
     "PMA",
     "Pointed",
     "PointerNetwork",
+    "Pool",
+    "Pooled",
     "Position",
     "PositionalSymbols",
     "RelationalAttention",
     "RelativeBias",
     "RelativeSymbols",
+    "ResidualAttentionModule",
+    "ResidualUnit",
     "Rotary",
     "RotaryBias",
     "SAB",
     "SensoryHeads",
+    "Seq2Seq",
     "SetTransformer",
     "ShortConv",
     "SkimAttention",
     "SkimLayer",
     "Skimformer",
     "SlimAttention",
+    "SoftMask",
+    "Stream",
     "StreamingLayer",
     "SuperAttention",
     "SymbolicAttention",
     "Symbols",
     "Tree",
+    "ULSAM",
     "WindowAttention",
     "Windows",
     "allocate_queries",
     "balance_loss",
     "concentration",
+    "cost",
     "create",
     "dependency_tree",
     "importance_factor",
     "influence",
     "injectivity_probe",
+    "insert",
     "laplace",
     "local_mass",
     "mha_to_gqa",

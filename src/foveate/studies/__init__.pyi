@@ -1,5 +1,10 @@
 # The public names of foveate.studies; written by `make systems` from the catalogue.
 
+from foveate.studies.base.study import Curve as Curve
+from foveate.studies.base.study import Finding as Finding
+from foveate.studies.base.study import Plot as Plot
+from foveate.studies.base.study import Study as Study
+from foveate.studies.base.study import StudyReport as StudyReport
 from foveate.studies.hebbian_capacity import Capacity as Capacity
 from foveate.studies.hebbian_capacity import Propagation as Propagation
 from foveate.studies.hebbian_capacity import Retrieval as Retrieval
@@ -14,8 +19,13 @@ from foveate.studies.pavlovian_attention import hebbian_retrieval as hebbian_ret
 __all__ = [
     "Capacity",
     "Conditioning",
+    "Curve",
+    "Finding",
+    "Plot",
     "Propagation",
     "Retrieval",
+    "Study",
+    "StudyReport",
     "capacity_curve",
     "conditioning",
     "conditioning_report",

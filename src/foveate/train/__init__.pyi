@@ -1,5 +1,8 @@
 # The public names of foveate.train; written by `make systems` from the catalogue.
 
+from foveate.train.base.initialiser import Initialiser as Initialiser
+from foveate.train.base.objective import Loss as Loss
+from foveate.train.base.objective import Objective as Objective
 from foveate.train.distillation.attention_mimicry import attention_entropy as attention_entropy
 from foveate.train.distillation.attention_mimicry import distill as distill
 from foveate.train.distillation.attention_mimicry import distillation_loss as distillation_loss
@@ -38,7 +41,10 @@ from foveate.train.objectives.variational_attention import VariationalAttention 
 __all__ = [
     "History",
     "InferenceNetwork",
+    "Initialiser",
     "Job",
+    "Loss",
+    "Objective",
     "Outcome",
     "Projections",
     "Schedule",
