@@ -28,6 +28,8 @@ SOURCES = [
     "tests/systems/nn/test_efficient_probing.py",
     "src/foveate/nn/fusion/cace_net.py",
     "tests/systems/nn/test_cace_net.py",
+    "src/foveate/nn/vision/ulsam.py",
+    "tests/systems/nn/test_ulsam.py",
     "src/foveate/kv/sink_recent.py",
     "src/foveate/catalog/kv.toml",
     "tests/systems/kv/test_sink_recent.py",
