@@ -61,12 +61,12 @@ def test_draws_keep_to_their_options() -> None:
         draw(3, generator(), usual=1.5)
 
 
+@torch.no_grad()
 def test_embeddings_are_what_the_model_reads() -> None:
     """Ids with pictures, and embeddings, give the same logits; hidden cells are zeros, and noise has its scale."""
     model, questions = build(), draw(5, generator())
     embeds = embedded(model, questions)
-    with torch.no_grad():
-        by_ids = model(input_ids=questions.input_ids, pixel_values=questions.pixel_values).logits[:, -1]
+    by_ids = model(input_ids=questions.input_ids, pixel_values=questions.pixel_values).logits[:, -1]
     torch.testing.assert_close(answer_logits(model, questions, embeds), by_ids)
     assert torch.equal(spans_of(model, {"input_ids": questions.input_ids})["image"].sum(1), torch.full((5,), 16))
     hidden = torch.zeros(5, CELLS, dtype=torch.bool)
