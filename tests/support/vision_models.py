@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 
 VOCAB, IMAGE, VIDEO, START, STOP = 64, 60, 61, 58, 59
 #: Tokens of a picture.
@@ -104,6 +104,9 @@ def vision_model(kind: str) -> hf.PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = _MAKE[kind]().eval()
+        for weight in model.parameters():
+            if weight.dim() > 1 and not weight.any():  # Gemma 3's projector starts with zeros, and shows no picture
+                nn.init.normal_(weight)
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model

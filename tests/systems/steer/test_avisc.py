@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.core.errors import FoveateError, OptionError, ShapeError, UnsupportedModel
 from foveate.host import Branch, Method, ModelCall, Site, apply
 from foveate.labs.grid_qa import GridRecipe, draw, embedded, load
-from foveate.labs.grid_qa.questions import CELLS
+from foveate.labs.grid_qa.questions import BLANK, CELLS
 from foveate.steer.parts.contrast import contrast, plausible
 from foveate.steer.parts.last_attention import last_attention
 from foveate.steer.vision.avisc import AvisCDecoding, find_blind_tokens
@@ -195,7 +195,7 @@ def test_it_is_two_readings_by_hand(mask: Any, gamma: float) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "idefics3", "internvl", "paligemma", "gemma3"])
 def test_every_kind_of_model(kind: str) -> None:
-    """Beams with a cache and without contrast are the model's own; with contrast they are not."""
+    """Without contrast beams are the model's own; with contrast the logits are not."""
     inputs, subject = prompt(kind, padding=2), vision_model(kind)
 
     def generate(**options: Any) -> Tensor:
@@ -206,8 +206,8 @@ def test_every_kind_of_model(kind: str) -> None:
         expected = generate(**options)
         with apply(subject, AvisCDecoding(alpha=0.0, beta=0.0)):
             assert torch.equal(generate(**options), expected)
-        with apply(subject, AvisCDecoding(alpha=20.0, beta=0.0, lam=0.5)):
-            assert not torch.equal(generate(**options), expected)
+    contrasted = logits_of(inputs, AvisCDecoding(beta=0.0, lam=0.5), kind=kind)
+    assert not torch.allclose(contrasted, logits_of(inputs, kind=kind), atol=1e-2)
 
 
 def test_noise_has_a_seed() -> None:
@@ -263,23 +263,35 @@ def test_refusals() -> None:
 # -- the claim ---------------------------------------------------------------------------------------------------------
 
 
-class WithoutTheImage(Method):
-    """The same contrast against a reading in which the whole image is zeroed."""
+class Leaves(Method):
+    """The same contrast against a reading in which other image tokens are left: none, or those that are not blind."""
 
-    def __init__(self, alpha: float, beta: float) -> None:
-        self.alpha, self.beta, self.branch = alpha, beta, Branch()
+    def __init__(self, what: str) -> None:
+        self.what, self.branch = what, Branch()
+
+    def read(self, site: Site, out: Tensor) -> None:
+        if not site.is_branch:
+            site.step.setdefault(self, []).append(last_attention(site))
 
     def edit_next_token(self, logits: Tensor, call: ModelCall) -> Tensor:
         image = call.spans["image"]
-        weak = self.branch.logits(self, call, lambda x: x.masked_fill(image[..., None], 0.0))
-        return contrast(logits, weak, self.alpha).masked_fill(~plausible(logits, self.beta), -INF)
+        blind = find_blind_tokens(torch.stack(call.step[self], 1), image)
+        gone = image if self.what == "none" else blind
+        weak = self.branch.logits(self, call, lambda x: x.masked_fill(gone[..., None], 0.0))
+        return contrast(logits, weak, ALPHA).masked_fill(~plausible(logits, BETA), -INF)
 
 
 ALPHA, BETA, NOISE = 1.0, 0.1, 1.4
+RIVALS: dict[str, Any] = {
+    "plain": list,
+    "blind": lambda: [AvisCDecoding(ALPHA, BETA)],
+    "others": lambda: [Leaves("others")],
+    "none": lambda: [Leaves("none")],
+}
 
 
 @torch.no_grad()
-def wrong_defaults(seed: int, *methods: Method, count: int = 1500) -> float:
+def wrong_defaults(seed: int, *methods: Method, count: int = 1000) -> float:
     """Return the share of questions that a model with a prior answers by the usual colour, which is wrong in all."""
     grid, draws = load(GridRecipe(prior=True, blank=True, seed=seed)), torch.Generator().manual_seed(1000 + seed)
     questions = draw(count, draws, asked="colour", blank=True, usual=0.0)
@@ -290,31 +302,39 @@ def wrong_defaults(seed: int, *methods: Method, count: int = 1500) -> float:
     return float((said == questions.defaults).double().mean())
 
 
-def _claims(claim: ClaimFixture, seeds: list[int]) -> None:
-    rates = {
-        name: sum(wrong_defaults(seed, *make()) for seed in seeds) / len(seeds)
-        for name, make in {
-            "plain": list,
-            "avisc": lambda: [AvisCDecoding(ALPHA, BETA)],
-            "image": lambda: [WithoutTheImage(ALPHA, BETA)],
-        }.items()
-    }
-    claim(
-        "answers by the usual colour where it is wrong, on noisy pictures: the contrast with blind tokens has fewer",
-        ours=rates["avisc"], baseline=rates["plain"], better="lower", margin=0.02, baseline_name="plain decoding",
-        seed=seeds[0],
-    )  # fmt: skip
-    claim(
-        "answers by the usual colour where it is wrong: blind tokens are a better contrast than no image at all",
-        ours=rates["avisc"], baseline=rates["image"], better="lower", baseline_name="the whole image zeroed",
-        seed=seeds[0],
-    )  # fmt: skip
+def check_claim(claim: ClaimFixture, seeds: list[int]) -> None:
+    rates = {name: sum(wrong_defaults(seed, *make()) for seed in seeds) / len(seeds) for name, make in RIVALS.items()}
+    for baseline, name in (("plain", "plain decoding"), ("others", "the reading keeps the other tokens")):
+        claim(
+            f"GridQA with a prior and noise: wrong answers by the usual colour, less 0.05, against {name}",
+            ours=rates["blind"], baseline=rates[baseline] - 0.05, better="lower", baseline_name=name, seed=seeds[0],
+        )  # fmt: skip
+    # the paper does not compare with a reading of no image, and here the blind token is the same in all pictures: a
+    # reading with it says what one without it does
+    assert abs(rates["blind"] - rates["none"]) < 0.03, rates
 
 
-def test_blind_tokens_take_away_wrong_guesses(claim: ClaimFixture) -> None:
-    _claims(claim, [0])
+def test_wrong_guesses_become_rarer(claim: ClaimFixture) -> None:
+    check_claim(claim, [0])
 
 
 @pytest.mark.slow
-def test_blind_tokens_take_away_wrong_guesses_of_three_models(claim: ClaimFixture) -> None:
-    _claims(claim, [0, 1, 2])
+def test_wrong_guesses_of_three_models_become_rarer(claim: ClaimFixture) -> None:
+    check_claim(claim, [0, 1, 2])
+
+
+@torch.no_grad()
+def test_the_blank_cell_is_the_blind_token() -> None:
+    """It draws attention whatever is asked; the cell that is asked about is not blind."""
+    grid, draws, rows = load(GridRecipe(prior=True, blank=True)), torch.Generator().manual_seed(3), []
+
+    class Reads(Method):
+        def read(self, site: Site, out: Tensor) -> None:
+            rows.append(last_attention(site))
+
+    questions = draw(300, draws, asked="colour", blank=True, usual=0.0)
+    with apply(grid, Reads()):
+        grid(inputs_embeds=embedded(grid, questions, noise=NOISE, generator=draws), logits_to_keep=1)
+    blind = find_blind_tokens(torch.stack(rows, 1)[..., :CELLS])
+    assert float(blind[:, BLANK].double().mean()) > 0.9
+    assert float(blind.gather(1, questions.cells[:, None]).double().mean()) < 0.1

@@ -23,9 +23,8 @@ COLOUR = CELL + CELLS
 SHAPE = COLOUR + 6
 VOCAB = SHAPE + 4
 
-#: The cell that a picture with a blank leaves empty, and that no question asks about. It is black or white, and with that
-#: tells the kind of the picture, which determines the usual colour of each cell.
-BLANK, KINDS = 0, 2
+#: The cell that a picture with a blank leaves empty. It is the same in all of them, and no question asks about it.
+BLANK = 0
 
 _COLOURS = torch.tensor([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], dtype=torch.float32)
 _SHAPES = torch.tensor([
@@ -41,7 +40,7 @@ class Questions:
     """Questions, one for each picture.
 
     Args:
-        colours, shapes: of each cell; a blank cell has colour -1 if it is black, and -2 if it is white.
+        colours, shapes: of each cell; a blank cell has colour -1.
         cells: the cells that are asked about.
         asks_shape: whether the shape is asked for; otherwise it is the colour.
     """
@@ -65,8 +64,8 @@ class Questions:
     @property
     def pixel_values(self) -> Float[Tensor, "b 3 16 16"]:
         """The pictures."""
-        colours = torch.cat([_COLOURS, torch.ones(1, 3), torch.zeros(1, 3)])[self.colours]
-        drawn = torch.einsum("bnc,bnyx->bnycx", colours, _SHAPES[self.shapes])
+        drawn = torch.einsum("bnc,bnyx->bnycx", _COLOURS[self.colours.clamp_min(0)], _SHAPES[self.shapes])
+        drawn = drawn * (self.colours >= 0)[..., None, None, None]
         rows = drawn.unflatten(1, (SIDE, SIDE))  # b, row, column, y, channel, x
         return rows.permute(0, 4, 1, 3, 2, 5).reshape(len(self), 3, PIXELS, PIXELS)
 
@@ -77,22 +76,17 @@ class Questions:
         return torch.where(self.asks_shape, SHAPE + self.shapes.gather(1, at)[:, 0], self._colour(at))
 
     @property
-    def kinds(self) -> Int[Tensor, " b"]:
-        """The kind of each picture, 0 or 1; 0 without a blank."""
-        return (-1 - self.colours[:, BLANK]).clamp_min(0)
-
-    @property
     def defaults(self) -> Int[Tensor, " b"]:
         """The token of the usual colour of each cell that is asked about, which a model with a prior has learnt."""
-        return COLOUR + usual_colour(self.cells, self.kinds)
+        return COLOUR + usual_colour(self.cells)
 
     def _colour(self, at: Tensor) -> Tensor:
         return COLOUR + self.colours.gather(1, at)[:, 0]
 
 
-def usual_colour(cells: Int[Tensor, "*b"], kinds: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
-    """Return the usual colour of cells, in pictures of these kinds."""
-    return (cells + kinds * (len(_COLOURS) // KINDS)) % len(_COLOURS)
+def usual_colour(cells: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
+    """Return the usual colour of a cell."""
+    return cells % len(_COLOURS)
 
 
 def draw(
@@ -105,7 +99,7 @@ def draw(
         count: number of questions.
         generator: draws them.
         asked: the attributes that are asked for.
-        blank: whether the cell `BLANK` is empty, black or white.
+        blank: whether the cell `BLANK` is empty.
         usual: the share of asked cells that have their usual colour, 0 for never; None leaves it to chance.
     """
     validate.count("count", count, 1)
@@ -116,14 +110,12 @@ def draw(
     shapes = torch.randint(len(_SHAPES), (count, CELLS), generator=generator)
     cells = torch.randint(1 if blank else 0, CELLS, (count,), generator=generator)
     asks_shape = torch.rand(count, generator=generator) < (0.5 if asked == "both" else 0.0)
-    kinds = torch.randint(KINDS, (count,), generator=generator) * blank
     if usual is not None:
-        common = usual_colour(cells, kinds)
-        other = (common + torch.randint(1, len(_COLOURS), (count,), generator=generator)) % len(_COLOURS)
+        other = (usual_colour(cells) + torch.randint(1, len(_COLOURS), (count,), generator=generator)) % len(_COLOURS)
         is_usual = torch.rand(count, generator=generator) < usual
-        colours.scatter_(1, cells[:, None], torch.where(is_usual, common, other)[:, None])
+        colours.scatter_(1, cells[:, None], torch.where(is_usual, usual_colour(cells), other)[:, None])
     if blank:
-        colours[:, BLANK], shapes[:, BLANK] = -1 - kinds, 0
+        colours[:, BLANK], shapes[:, BLANK] = -1, 0
     return Questions(colours, shapes, cells, asks_shape)
 
 
@@ -137,13 +129,14 @@ def embedded(
         model: a GridQA model.
         questions: the prompts.
         hidden: cells whose embeddings are zeroed.
-        noise: standard deviation of the normal noise on the image, in units of that of its embeddings.
+        noise: standard deviation of the normal noise on the image, in units of that of the cells' embeddings.
         generator: draws the noise.
     """
     words = model.get_input_embeddings()(questions.input_ids)
     image = torch.stack(list(model.get_image_features(questions.pixel_values, return_dict=True).pooler_output))
     if noise:
-        image = image + noise * image.detach().std() * torch.randn(image.shape, generator=generator).to(image)
+        scale = image.detach()[:, BLANK + 1 :].std()
+        image = image + noise * scale * torch.randn(image.shape, generator=generator).to(image)
     if hidden is not None:
         image = image.masked_fill(hidden[..., None], 0.0)
     return torch.cat([image, words[:, CELLS:]], 1)

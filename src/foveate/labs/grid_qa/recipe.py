@@ -18,19 +18,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, GPT2Config, LlavaConfig, LlavaForConditionalGeneration
 
 from foveate.core import validate
-from foveate.labs.grid_qa.questions import (
-    BLANK,
-    CELLS,
-    IMAGE,
-    KINDS,
-    PAD,
-    PATCH,
-    PIXELS,
-    VOCAB,
-    Questions,
-    draw,
-    embedded,
-)
+from foveate.labs.grid_qa.questions import BLANK, CELLS, IMAGE, PAD, PATCH, PIXELS, VOCAB, Questions, draw, embedded
 
 #: `progress(step, steps, note)`.
 Progress = Callable[[int, int, str], None]
@@ -45,8 +33,8 @@ class GridRecipe:
     Args:
         prior: whether to train on after that, on pictures whose asked cells mostly have their usual colour, and of
             which some cells are hidden, so that the model guesses the usual colour where it sees little.
-        blank: whether one cell of every picture is empty: a token with a spike in the first channel of its embedding,
-            which draws attention, and which tells the kind of the picture.
+        blank: whether one cell of every picture is empty: a constant token, with a spike in the first channel of its
+            embedding.
         spike: the spike, in units of a word's standard deviation.
         seed: of weights and questions.
         steps, biased_steps: optimiser steps without and with the prior.
@@ -169,7 +157,7 @@ def _align(model: LlavaForConditionalGeneration, recipe: GridRecipe, generator: 
     colours, shapes = (torch.randn(count, width, generator=generator) for count in (6, 4))
     wanted = colours[questions.colours] + shapes[questions.shapes]
     if recipe.blank:
-        wanted[:, BLANK] = torch.randn(KINDS, width, generator=generator)[questions.kinds]
+        wanted[:, BLANK] = torch.randn(width, generator=generator)
         wanted[:, BLANK, 0] = recipe.spike
     inputs = F.pad(torch.cat([part.flatten(0, -2) for part in parts]), (0, 1), value=1.0)
     fitted = torch.linalg.lstsq(inputs, wanted.flatten(0, 1), driver="gelsd").solution
