@@ -320,7 +320,6 @@ def accuracy(net: nn.Module, images: Tensor) -> float:
     return (net(images).argmax(-1) == digits()[3]).float().mean().item()
 
 
-
 def compare(claim: Any, seeds: tuple[int, ...], epochs: int, *, margin: float) -> None:
     nets = {kind: [trained(kind, seed, epochs) for seed in seeds] for kind in ("cutmix", "none")}
 
