@@ -1,4 +1,4 @@
-"""CutMix: its boxes and their law, the loss, and classifiers of digits that are robust and look at more of a digit."""
+"""CutMix: its boxes and their law, the loss, and classifiers of digits that are robust to occlusion."""
 
 from __future__ import annotations
 
@@ -260,14 +260,14 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class SmallCNN(nn.Module):
-    """Three convolutions, the mean over the map, a linear classifier: class activation maps are exact."""
+    """Three convolutions, the mean over the map, a linear classifier."""
 
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-            nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(12, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(24, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(32, 10)
 
@@ -320,17 +320,6 @@ def accuracy(net: nn.Module, images: Tensor) -> float:
     return (net(images).argmax(-1) == digits()[3]).float().mean().item()
 
 
-@torch.no_grad()
-def cam_cover(net: SmallCNN) -> float:
-    """Return the share of a digit's pixels where its class activation map is above half of its maximum."""
-    _, _, images, labels = digits()
-    maps = torch.einsum("bchw,bc->bhw", net.features(images), net.head.weight[labels])[:, None]
-    maps = F.interpolate(maps, (SIDE, SIDE), mode="bilinear").clamp(min=0)
-    on = images > 0.5
-    hot = maps > 0.5 * maps.amax((2, 3), keepdim=True)
-    return ((hot & on).sum((1, 2, 3)) / on.sum((1, 2, 3))).mean().item()
-
-
 def compare(claim: Any, seeds: tuple[int, ...], epochs: int, *, margin: float) -> None:
     nets = {kind: [trained(kind, seed, epochs) for seed in seeds] for kind in ("cutmix", "none")}
 
@@ -347,7 +336,7 @@ def compare(claim: Any, seeds: tuple[int, ...], epochs: int, *, margin: float) -
 
 
 def test_hidden_digits_are_recognised(claim) -> None:
-    compare(claim, (0,), 20, margin=0.0)
+    compare(claim, (0,), 20, margin=0.03)
 
 
 @pytest.mark.slow
@@ -356,26 +345,12 @@ def test_hidden_digits_are_recognised_over_seeds(claim) -> None:
 
 
 @pytest.mark.slow
-def test_accuracy_is_that_of_others_or_more(claim) -> None:
+def test_boxes_of_other_images_teach_more_than_black_ones(claim) -> None:
     seeds, clean = (0, 1, 2, 3, 4), digits()[2]
-    found = {
-        kind: float(np.mean([accuracy(trained(kind, seed, 40), clean) for seed in seeds]))
-        for kind in ("cutmix", "cutout", "none")
-    }
-    for kind, name in (("none", "no augmentation"), ("cutout", "Cutout with the same boxes")):
-        claim(
-            "accuracy of 600 digits after 300, 40 epochs, 5 seeds",
-            ours=found["cutmix"], baseline=found[kind] - 0.003, better="higher",
-            baseline_name=f"{name}, less 0.3 points", seed=0,
-        )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_evidence_covers_more_of_a_digit(claim) -> None:
-    found = {
-        kind: float(np.mean([cam_cover(trained(kind, seed, 40)) for seed in range(5)])) for kind in ("cutmix", "none")
-    }
+    ours, theirs = (
+        float(np.mean([accuracy(trained(kind, seed, 40), clean) for seed in seeds])) for kind in ("cutmix", "cutout")
+    )
     claim(
-        "share of a digit's pixels above half the maximum of its class activation map, 5 seeds",
-        ours=found["cutmix"], baseline=found["none"], better="higher", baseline_name="no augmentation", seed=0,
+        "accuracy of 600 digits after 300, 40 epochs, 5 seeds",
+        ours=ours, baseline=theirs, better="higher", baseline_name="Cutout with the same boxes", seed=0,
     )  # fmt: skip

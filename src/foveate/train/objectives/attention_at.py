@@ -97,7 +97,7 @@ class AttentionAT(Objective):
         return cls(), BiLSTMAttentionClassifier.example(), {"ids": ids, "labels": torch.tensor([0, 1, 1])}
 
 
-def unit(x: Float[Tensor, "b *n"]) -> Float[Tensor, "b *n"]:
+def unit(x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
     """Return x over its norm for each example; an example of zeros stays zero. Tiny numbers do not underflow."""
     flat = x.flatten(1)
     largest = flat.abs().amax(1, keepdim=True)

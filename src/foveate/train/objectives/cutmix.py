@@ -106,8 +106,8 @@ def inside(boxes: Int[Tensor, "n 4"], size: tuple[int, int]) -> Tensor:
 class CutMix(Objective):
     """The loss of mixed images: a classifier sees part of an object only, and all pixels carry evidence.
 
-    It spreads evidence over the object, which helps localisation, calibration and occluded images; a step costs what
-    a plain one does. The wrong choice where small details decide the class, which a box may hide.
+    It spreads evidence over the object, so that occluded images are recognised better. A step costs what a plain one
+    does, and training takes more of them. The wrong choice where small details decide the class, which a box may hide.
 
     Args:
         p, alpha, per_sample, minmax, generator: see `cutmix`. The generator is the objective's only state.
