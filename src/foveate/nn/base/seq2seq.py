@@ -18,6 +18,7 @@ from foveate.core import validate
 from foveate.core.checked import Checked
 from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.nn.parts.beam_search import BeamSearch
+from foveate.nn.parts.start_symbol import checked_tokens
 
 #: What the steps of a call read, and what goes from step to step: nests of tensors `(B, ...)`.
 Source = Any
@@ -32,11 +33,7 @@ class Encoded(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The logits of the token after each given token, and the weights that made them.
-
-    Weights are over the memory and, behind it, over vectors that the decoder has learned, where it has some. They add
-    up to 1 unless the mechanism dampens them.
-    """
+    """The logits after each given token, and the weights over the memory, and over learned vectors behind it."""
 
     logits: Float[Tensor, "b t v"]
     weights: Float[Tensor, "b t s"]
@@ -191,11 +188,4 @@ class Seq2Seq(Checked, nn.Module, ABC):
         return source, self.begin(source, state)
 
     def _check_tokens(self, name: str, tokens: Tensor | None, shape: tuple[int | None, ...], memory: Tensor) -> Tensor:
-        axes = "(B={}, T) with T > 0" if len(shape) == 2 else "(B={},)"
-        whole = isinstance(tokens, Tensor) and tokens.dtype in (torch.long, torch.int)
-        if tokens is None or not whole or tokens.dim() != len(shape) or len(tokens) != shape[0] or not tokens.shape[-1]:
-            raise ShapeError(f"{name} must be whole numbers {axes.format(shape[0])}; got {shown(tokens)}")
-        low, high = -int(self.has_start), self.vocab_of(memory) - 1
-        if bool(((tokens < low) | (tokens > high)).any()):
-            raise ShapeError(f"{name} must be in {low}..{high}; got {int(tokens.min())}..{int(tokens.max())}")
-        return tokens
+        return checked_tokens(name, tokens, shape, -int(self.has_start), self.vocab_of(memory) - 1)
