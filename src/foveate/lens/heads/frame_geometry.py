@@ -105,7 +105,6 @@ def sink_divergence(attention: Float[Tensor, "*g t t"], sink: int = 0) -> Float[
     return total / counted.sum(-1).clamp_min(1)
 
 
-@final
 def _anchored(site: Site, sink: int) -> tuple[Float[Tensor, " hkv"], Float[Tensor, " h"]]:
     """Return the variance of key norms and the divergence of rows from an anchor."""
     norms = site.k[0].double().norm(dim=-1)
