@@ -446,7 +446,7 @@ def test_attention_spreads_over_more_instances(claim) -> None:
 
 
 def test_every_kind_of_telling_instance_is_seen(claim) -> None:
-    """Over more seeds the branches do this, and the masking adds nothing: single runs miss a kind with it or without."""
+    """The branches do this; over more seeds masking adds nothing, and single runs miss a kind with it or without it."""
     claim(
         "each of three kinds of telling instances gets weight, where one is enough: weight of the least seen, 2 seeds",
         ours=averaged("acmil", 2).least, baseline=averaged("abmil", 2).least, better="higher", margin=0.05,
