@@ -23,6 +23,7 @@ from foveate.nn.pool.mean import MeanPool
 from foveate.nn.seq2seq.luong_decoder import LuongDecoder
 from foveate.nn.seq2seq.pointer_network import pointer_scores
 from foveate.nn.seq2seq.show_attend_tell import VisualAttentionLSTM, doubly_stochastic_penalty
+from foveate.nn.sequence.interacting import InteractingLayer
 from foveate.nn.sequence.neural_memory import NeuralMemory
 from foveate.nn.sequence.relational_attention import RelationalAttention
 from foveate.nn.sequence.set_transformer import MAB, SetTransformer
@@ -33,6 +34,7 @@ from foveate.ops.dense.marginal_attention import MarginalAttention, expectation_
 from foveate.ops.dense.monotonic_location_attention import MonotonicLocationAttention
 from foveate.ops.memory.titans import Titans
 from foveate.ops.sparse.s2_attention import is_kv_efficient
+from foveate.train.objectives.attention_at import token_differences
 
 B, N, M, DIM = 3, 3, 5, 8  # as many sequences as queries, so that `(B, M)` would broadcast as a mask of pairs
 KEYS, TOKENS, PAIRS = (B, 1, 1, M), (B, M), (B, 1, M)
@@ -114,6 +116,8 @@ CASES: dict[str, Case] = {
     "doubly_stochastic_penalty": Case(
         lambda mask: doubly_stochastic_penalty(drawn(B, N, M).softmax(-1), mask=mask), TOKENS
     ),
+    "InteractingLayer.weights": Case(lambda mask: InteractingLayer(DIM).weights(drawn(B, M, DIM), mask), KEYS),
+    "token_differences": Case(lambda mask: token_differences(drawn(B, M), mask), TOKENS),
     "RelationalAttention.forward": Case(relational(), KEYS),
     "MAB.forward": Case(lambda mask: MAB(DIM, DIM, DIM, 2)(drawn(B, N, DIM), drawn(B, M, DIM), mask), KEYS),
     "MAB.read": Case(lambda mask: MAB(DIM, DIM, DIM, 2).read(drawn(B, N, DIM), drawn(B, M, DIM), mask), KEYS),
@@ -186,7 +190,7 @@ def test_a_mask_of_its_shape_is_taken(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_mask_that_would_broadcast_to_something_else_is_refused(case: Case) -> None:
     shape = KEYS if case.shape == TOKENS else TOKENS
-    axes = {KEYS: r"\(B, 1, 1, Nk\)", TOKENS: r"\(B, [NS]\)", PAIRS: r"\(B, 1, N\)"}[case.shape]
+    axes = {KEYS: r"\(B, 1, 1, Nk\)", TOKENS: r"\(B, [NST]\)", PAIRS: r"\(B, 1, N\)"}[case.shape]
     with pytest.raises((ShapeError, UnsupportedPattern), match=f"a mask of keys is {axes}"):
         case.call(real(shape))
     with pytest.raises(ShapeError, match="must"):

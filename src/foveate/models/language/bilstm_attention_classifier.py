@@ -90,9 +90,9 @@ class BiLSTMAttentionClassifier(Checked, nn.Module):
         weights = safe_softmax(biased.masked_fill(~mask, masks.NEG_INF))
         return TextRead(self.classify(hidden, weights), scores, weights)
 
-    def classify(self, hidden: Float[Tensor, "b t h"], weights: Float[Tensor, "b t"]) -> Float[Tensor, "b classes"]:
+    def classify(self, states: Float[Tensor, "b t h"], weights: Float[Tensor, "b t"]) -> Float[Tensor, "b classes"]:
         """Return the classes' scores of states under given weights."""
-        return self.out((weights[:, None] @ hidden).squeeze(1))
+        return self.out((weights[:, None] @ states).squeeze(1))
 
     @classmethod
     def example(cls) -> Self:

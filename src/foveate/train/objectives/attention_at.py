@@ -107,6 +107,8 @@ def unit(x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
 
 def token_differences(scores: Float[Tensor, "b *n t"], mask: Bool[Tensor, "b *n t"]) -> Float[Tensor, "b *n t t"]:
     """Return `d[t, k] = (s_k - s_t) / |s - s_t|` with the norm over k; 0 for padding, and where scores are equal."""
+    axes = ["B", *["n"] * (scores.dim() - 2), "T"]
+    validate.bool_mask("mask", mask, ", ".join(axes), tuple(scores.shape), scores.device)
     known = scores.masked_fill(~mask, 0.0).float()
     gap = known[..., None, :] - known[..., :, None]
     gap = gap.masked_fill(~(mask[..., None, :] & mask[..., :, None]), 0.0)
