@@ -8,6 +8,7 @@ from types import MethodType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,6 +19,7 @@ from foveate.host.hf.calls import takes_more
 from foveate.host.hf.hooks import Hook
 from foveate.host.hf.model import Host
 from foveate.host.hf.passes import Passes
+from foveate.host.spans import Spans
 
 
 class Attached(Protocol):
@@ -38,6 +40,8 @@ class Attached(Protocol):
     def covers(self, module: nn.Module) -> bool: ...
 
     def hook_edits(self, stack: ExitStack) -> None: ...
+
+    def spans_at(self, first: int, stop: int, batch: int, device: torch.device | None = None) -> Spans: ...
 
 
 #: The runs that are open on each attention module, outermost first.

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from foveate.core.errors import OptionError, UnsupportedModel
-from foveate.host.hf.attach import runs_open_on
+from foveate.host.hf.attach import Attached, runs_open_on
 from foveate.host.method import Method, overrides
 
-if TYPE_CHECKING:
-    from foveate.host.run import Run
 
-
-def edits_hidden(run: Run) -> bool:
+def edits_hidden(run: Attached) -> bool:
     """Return whether a method of a run changes hidden states."""
     return any(overrides(method, "edit_hidden") for method in run.methods)
 
 
-def edited(run: Run, layer: int, block: nn.Module, output: Any) -> Any:
+def edited(run: Attached, layer: int, block: nn.Module, output: Any) -> Any:
     """Return the output of a block with the hidden states that the methods of all open runs make of it; None for as is.
 
     The first of the runs that edit does it for all of them, so that methods act in the order in which they were
@@ -49,7 +46,7 @@ def edited(run: Run, layer: int, block: nn.Module, output: Any) -> Any:
     return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
-def _edited(run: Run, method: Method, layer: int, hidden: Tensor) -> Tensor:
+def _edited(run: Attached, method: Method, layer: int, hidden: Tensor) -> Tensor:
     past, n = run.passes.here.past, hidden.shape[1]
     changed = method.edit_hidden(layer, hidden, run.spans_at(past, past + n, hidden.shape[0], hidden.device))
     if not isinstance(changed, Tensor) or changed.shape != hidden.shape:

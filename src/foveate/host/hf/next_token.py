@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,10 @@ from transformers.cache_utils import Cache
 
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host.hf.adoption import cache_among, is_recording, prompt_of
-from foveate.host.hf.attach import runs_open_on
+from foveate.host.hf.attach import Attached, runs_open_on
 from foveate.host.hf.tokens_read import named_inputs, tokens_of
 from foveate.host.method import Method, overrides
 from foveate.host.model_call import Edit, ModelCall, picked, placed
-
-if TYPE_CHECKING:
-    from foveate.host.run import Run
 
 #: Arguments of a model that a second reading leaves out: what they return is the first reading's.
 _LEFT_OUT = ("labels", "output_attentions", "output_hidden_states")
@@ -59,12 +56,12 @@ class _Ended:
         return ((held - 1 - later).clamp_min(0),)
 
 
-def editing(run: Run) -> list[Method]:
+def editing(run: Attached) -> list[Method]:
     """Return the methods of a run that change the logits of the next token."""
     return [method for method in run.methods if overrides(method, "edit_next_token")]
 
 
-def edited(run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def edited(run: Attached, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Return the output of a model with the logits that the methods of all open runs make of it; None for as it is.
 
     The first of the runs that edit does it for all of them, in the order in which they were applied.
@@ -102,7 +99,7 @@ def edited(run: Run, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return output
 
 
-def _call(run: Run, ended: _Ended, at: int | Tensor) -> ModelCall:
+def _call(run: Attached, ended: _Ended, at: int | Tensor) -> ModelCall:
     """Return the pass as the methods of a run get it."""
     here, cache, sequences = run.passes.here, ended.cache, ended.logits.shape[0]
     tokens = here.decoded or tokens_of(ended.given) or 1
@@ -124,7 +121,7 @@ def _call(run: Run, ended: _Ended, at: int | Tensor) -> ModelCall:
     )  # fmt: skip
 
 
-def _read_again(run: Run, ended: _Ended, cache: Any, edit: Edit | None) -> tuple[Tensor, Any]:
+def _read_again(run: Attached, ended: _Ended, cache: Any, edit: Edit | None) -> tuple[Tensor, Any]:
     """Call a model once more with the arguments of a call, into another cache."""
     name = next((name for name, value in ended.given.items() if isinstance(value, Cache)), "past_key_values")
     arguments = {key: value for key, value in ended.given.items() if key not in _LEFT_OUT}
@@ -144,7 +141,7 @@ def _checked(new: Any, before: Tensor, method: Method) -> Tensor:
     return new
 
 
-def embedded(run: Run, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def embedded(run: Attached, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the arguments of a decoder with the embeddings that a second reading changes; None if it changes none.
 
     Args:
