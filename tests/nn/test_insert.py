@@ -133,9 +133,14 @@ def test_the_model_with_gates_is_a_model() -> None:
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other(x), expected)
     assert torch.allclose(net.double()(x.double()), expected.double(), atol=1e-4)
+
+
+def test_the_model_with_gates_is_one_graph() -> None:
+    net, x = made().eval(), images()
+    insert(net, "ulsam", "layer*.*", x, num_splits=2, variant="release")
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(x.double()), net(x.double()))
+    assert torch.allclose(compiled(x), net(x), atol=1e-6)
 
 
 def test_gates_take_dtype_and_device_of_their_places() -> None:

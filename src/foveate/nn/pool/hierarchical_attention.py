@@ -7,11 +7,11 @@ from typing import NamedTuple, final
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from foveate.core import validate
 from foveate.core.errors import ShapeError
 from foveate.nn.base.pool import Pool, Pooled
+from foveate.nn.parts.packed_rnn import run_rnn
 from foveate.ops.functional.alignment import Feature
 
 
@@ -67,8 +67,8 @@ class HierarchicalAttention(nn.Module):
             raise ShapeError("lengths of 0 must come last in each document")
         known = _up_to(lengths.flatten(), x.shape[2])
         tokens = x.flatten(0, 1).masked_fill(~known[..., None], 0.0)
-        words = self.word_pool.read(_encode(self.word_encoder, tokens, lengths.flatten()), known)
-        sentences = _encode(self.sentence_encoder, words.vectors[:, 0].unflatten(0, x.shape[:2]), real.sum(-1))
+        words = self.word_pool.read(run_rnn(self.word_encoder, tokens, lengths.flatten()), known)
+        sentences = run_rnn(self.sentence_encoder, words.vectors[:, 0].unflatten(0, x.shape[:2]), real.sum(-1))
         document = self.sentence_pool.read(sentences, real)
         return Read(document.vectors[:, 0], words.weights[:, 0].unflatten(0, x.shape[:2]), document.weights[:, 0])
 
@@ -95,9 +95,3 @@ class AttentionPool(Pool):
 
 def _up_to(lengths: Tensor, size: int) -> Bool[Tensor, "b n"]:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
-
-
-def _encode(gru: nn.GRU, x: Float[Tensor, "b n c"], lengths: Tensor) -> Float[Tensor, "b n h"]:
-    """Return the GRU's outputs for the real tokens of each row and zeros after; an empty row counts as length 1."""
-    packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
-    return pad_packed_sequence(gru(packed)[0], batch_first=True, total_length=x.shape[1])[0]
