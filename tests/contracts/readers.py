@@ -532,7 +532,8 @@ def methods() -> set[type[Method]]:
     found = set()
     for info in pkgutil.walk_packages(foveate.lens.__path__, "foveate.lens."):
         for value in vars(importlib.import_module(info.name)).values():
-            if isinstance(value, type) and issubclass(value, Method) and value.__module__ == info.name:
+            ours = isinstance(value, type) and issubclass(value, Method) and value.__module__ == info.name
+            if ours and not inspect.isabstract(value):
                 found.add(value)
     return found
 

@@ -15,7 +15,7 @@ from foveate.core.errors import UnsupportedModel
 from foveate.host.hf.cache import tokens_seen
 from foveate.host.hf.calls import parameters
 from foveate.host.hf.mask import MaskPlan
-from foveate.host.hf.vision_spans import NAMES, spans_of
+from foveate.host.hf.vision_spans import NAMES, has_placeholders, spans_of
 
 #: Inputs of a call that tell its spans.
 _KEPT = ("input_ids", "mm_token_type_ids", "attention_mask", "pixel_values", "pixel_values_videos")
@@ -42,6 +42,10 @@ class TokensRead:
     model: Any
     pieces: list[_Piece] = field(default_factory=list)
 
+    def __reduce__(self) -> tuple[type[Self], tuple[None]]:
+        """Save a cache without the model and its inputs; the spans of a loaded cache are unknown."""
+        return type(self), (None,)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy for a copied cache. The model is not copied."""
         return type(self)(self.model, [_Piece(each.tokens, each.inputs, each.masks) for each in self.pieces])
@@ -66,11 +70,12 @@ class TokensRead:
         if inputs is None and self.pieces and self.pieces[-1].inputs is None:
             self.pieces[-1].tokens += tokens
             return
-        kept = None if inputs is None else _kept(inputs, tokens)
+        kept = None if inputs is None or self.model is None else _kept(inputs, tokens, has_placeholders(self.model))
         self.pieces.append(_Piece(tokens, kept))
 
     def names(self) -> tuple[str, ...]:
-        return NAMES if self.pieces and all(_tells(piece) for piece in self.pieces) else ()
+        known = self.model is not None and self.pieces and all(_tells(piece) for piece in self.pieces)
+        return NAMES if known else ()
 
     def whole(self, stop: int) -> dict[str, Bool[Tensor, "b n"]]:
         """Return the spans of all tokens; `stop` is the number that the decoder counts.
@@ -107,8 +112,11 @@ def _tells(piece: _Piece) -> bool:
     return piece.inputs is None or "input_ids" in piece.inputs or "mm_token_type_ids" in piece.inputs
 
 
-def _kept(inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """Return the inputs that tell the spans of a call's tokens: no pictures, and nothing that earlier calls read."""
+def _kept(inputs: Mapping[str, Any], tokens: int, has_placeholders: bool) -> dict[str, Any]:
+    """Return the inputs that tell the spans of a call's tokens: no pictures, and nothing that earlier calls read.
+
+    Without placeholders all tokens are text, whichever they are: then only their number is kept.
+    """
     kept: dict[str, Any] = {}
     for name in _KEPT:
         value = _two_dimensional(inputs.get(name)) if "mask" in name else inputs.get(name)
@@ -117,7 +125,11 @@ def _kept(inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         if "pixel" in name:
             kept[name] = True
         elif value.dim() == 2 and value.shape[1] >= tokens:
-            kept[name] = value[:, -tokens:]
+            value = value[:, -tokens:]
+            is_text = name == "input_ids" and not has_placeholders
+            kept[name] = (
+                value.new_zeros(()).expand(value.shape) if is_text else value.bool() if "mask" in name else value
+            )
     return kept
 
 

@@ -82,6 +82,12 @@ def _vision(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Bo
     return found
 
 
+def has_placeholders(model: Any) -> bool:
+    """Return whether a model, or its configuration, names a token that stands for pictures."""
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    return any(_placeholder(config, names) is not None for names in _PLACEHOLDERS.values())
+
+
 def _matrix(value: Any) -> Int[Tensor, "b n"] | None:
     return value if isinstance(value, Tensor) and value.dim() == 2 else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self, get_args
@@ -179,7 +180,7 @@ class ScorePolicy(Policy):
         """Return `size` as a number without asking the device; None if sequences differ, or a subclass sets it."""
         if tokens(site) is not None or type(self).size is not ScorePolicy.size:
             return None
-        size = max(1, int((torch.tensor(site.seen) * self.layer_share(site)).round()))
+        size = max(1, round(_single(_single(site.seen) * _single(self.layer_share(site)))))
         return size if self.limit is None else min(size, self.limit)
 
     def stays(self, site: Site) -> Bool[Tensor, "b h s"]:
@@ -249,6 +250,11 @@ def own_positions(site: Site) -> tuple[Int[Tensor, "b hkv s"], Int[Tensor, " b"]
     if found is not None:
         return found.own(positions), found.count
     return positions, torch.full((positions.shape[0],), site.seen, device=positions.device)
+
+
+def _single(x: float) -> float:
+    """Round a number to single precision, in which `size` is computed."""
+    return struct.unpack("f", struct.pack("f", x))[0]
 
 
 def top(scores: Float[Tensor, "*b n"], size: int) -> Bool[Tensor, "*b n"]:

@@ -8,7 +8,6 @@ not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import final
 
 import torch
@@ -59,7 +58,7 @@ def frame_geometry(model: object, ids: Int[Tensor, "1 t"], sink: int = 0) -> Fra
     validate.count("sink", sink)
     if sink >= ids.shape[1]:
         raise OptionError(f"sink={sink} must be a position in 0..{ids.shape[1] - 1}")
-    record = ByLayer("auto", partial(_anchored, sink=sink))
+    record = _Anchored(sink)
     with apply(model, record) as run:
         cached = {"use_cache": False} if run.host.decoder is not None else {}
         out = run.host.model(ids, output_hidden_states=True, **cached)
@@ -105,7 +104,14 @@ def sink_divergence(attention: Float[Tensor, "*g t t"], sink: int = 0) -> Float[
     return total / counted.sum(-1).clamp_min(1)
 
 
-def _anchored(site: Site, sink: int) -> tuple[Float[Tensor, " hkv"], Float[Tensor, " h"]]:
-    """Return the variance of key norms and the divergence of rows from an anchor."""
-    norms = site.k[0].double().norm(dim=-1)
-    return norms.var(-1), sink_divergence(whole_map(site)[0].double(), sink)
+@final
+class _Anchored(ByLayer[tuple[Tensor, Tensor]]):
+    """Record the variance of key norms and the divergence of rows from an anchor, by layer."""
+
+    def __init__(self, sink: int) -> None:
+        super().__init__("auto")
+        self.sink = sink
+
+    def record(self, site: Site) -> tuple[Float[Tensor, " hkv"], Float[Tensor, " h"]]:
+        norms = site.k[0].double().norm(dim=-1)
+        return norms.var(-1), sink_divergence(whole_map(site)[0].double(), self.sink)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -29,13 +29,21 @@ def attention_maps(
         inputs: the model's inputs: a tokenizer's mapping, or the main input alone; `more` adds keyword arguments.
         part: see `foveate.lens.Lens`; "cross" gives rows of the decoder's tokens over those of the encoder.
     """
-    record = ByLayer(part, whole_map)
+    record = _Maps(part)
     with apply(model, record, on=covering(part)) as run:
         given = {run.host.model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
         run.host.model(**given, **more)
     if not record.found:
         raise UnsupportedModel(f"part={part!r}: {type(run.host.model).__name__} made no such call")
     return torch.stack([record.found[layer] for layer in sorted(record.found)], 1)
+
+
+@final
+class _Maps(ByLayer[Tensor]):
+    """Record the maps of all layers of a part."""
+
+    def record(self, site: Site) -> Float[Tensor, "b h n s"]:
+        return whole_map(site)
 
 
 def whole_map(site: Site) -> Float[Tensor, "b h n s"]:

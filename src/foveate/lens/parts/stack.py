@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, Literal, Self, TypeVar, final
 from weakref import WeakKeyDictionary
@@ -98,20 +99,22 @@ class Layers:
         return self._numbers[site.module]
 
 
-@final
-class ByLayer(Method, Generic[T]):
-    """A method that records something of each layer of a part, once.
+class ByLayer(Method, ABC, Generic[T]):
+    """A method that records something of each layer of a part, once; subclasses define `record`.
 
     Args:
         part: the part of the model.
-        read_one: what to record of a layer's call.
 
     Attributes:
         found: what was recorded, by layer number.
     """
 
-    def __init__(self, part: Part, read_one: Callable[[Site], T]) -> None:
-        self.layers, self.found, self._read_one = Layers(part), dict[int, T](), read_one
+    def __init__(self, part: Part) -> None:
+        self.layers, self.found = Layers(part), dict[int, T]()
+
+    @abstractmethod
+    def record(self, site: Site) -> T:
+        """Return what to record of a layer's call."""
 
     def bind(self, host: Host) -> None:
         self.layers.bind(host, self)
@@ -123,7 +126,7 @@ class ByLayer(Method, Generic[T]):
         layer = self.layers.at(site)
         if layer in self.found:
             raise UnsupportedModel(f"layer {layer} attends more than once in a pass, which cannot be read as one map")
-        self.found[layer] = self._read_one(site)
+        self.found[layer] = self.record(site)
 
 
 def covering(part: Part) -> Literal["auto", "all"]:
