@@ -76,7 +76,7 @@ def test_policies_that_act_together_on_all_layers_are_not_the_best_single_policy
     search = searched(World(loses), [Arm("duo_attention"), Arm("knorm")])
     assert all(len(one.parts) == 1 for one in search.uniform)
     path = search.candidates()
-    assert [len(one.parts) for one in path[:2]] == [1, 1] and path[1] == search.best
+    assert all(len(one.parts) == 1 for one in path) and path[-1] == search.best and len(path) <= 3
 
 
 # -- budgets by layer --------------------------------------------------------------------------------------------------

@@ -162,13 +162,14 @@ class Search:
     def candidates(self) -> list[Setting]:
         """Return what to test on held-out examples, from safe to cheap.
 
-        First comes the best policy at the next larger budget. Then come settings with a budget for each layer, which
-        lose less at equal bytes, the last of them with the fewest bytes; or, if none of them has fewer bytes, the best
-        policy at its cheapest budget that holds. Each takes all held-out examples.
+        First comes the best policy at the two next larger budgets: what holds on few examples may fail on many. Then
+        come settings with a budget for each layer, which lose less at equal bytes, the last of them with the fewest
+        bytes; or, if none of them has fewer bytes, the best policy at its cheapest budget that holds. Each takes all
+        held-out examples.
         """
         if not self.uniform:
             return []
-        first = [] if self._safer is None else [self._safer]
+        first = self._safer[::-1]
         layered = {one: found.share for one, found in self.layered.items() if found.share < self._safe_share}
         least = min(layered.values(), default=1.0)
         if least >= self.uniform[self.best].share:
@@ -178,22 +179,20 @@ class Search:
         return list(dict.fromkeys([*first, *chosen]))
 
     @property
-    def _safer(self) -> Setting | None:
-        """The best policy at the next larger budget; None if there is none."""
+    def _safer(self) -> list[Setting]:
+        """The best policy at the two next larger budgets, as far as there are any."""
         arm, budget = self.best.parts[0].arm, self.best.parts[0].budget
-        return next((Setting.of(arm, one) for one in self.budgets if one > budget * 1.05), None)
+        return [Setting.of(arm, one) for one in self.budgets if one > budget * 1.05][:2]
 
     @property
     def _safe_share(self) -> float:
-        """The bytes of `_safer`, measured or in proportion to its budget; those of the best if there is none."""
+        """The bytes at the next larger budget, measured or in proportion to it; those of the best if there is none."""
         share, safer = self.uniform[self.best].share, self._safer
-        if safer is None:
+        if not safer:
             return share
-        return (
-            self.uniform[safer].share
-            if safer in self.uniform
-            else (share * safer.parts[0].budget / self.best.parts[0].budget)
-        )
+        if safer[0] in self.uniform:
+            return self.uniform[safer[0]].share
+        return share * safer[0].parts[0].budget / self.best.parts[0].budget
 
     @property
     def best(self) -> Setting:
