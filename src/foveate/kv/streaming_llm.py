@@ -68,14 +68,18 @@ class StreamingLLM(Policy):
         return self._positions.attend(site) if gap is None else self._positions.attend_over_gap(site, self.sink, gap)
 
     def _gap(self, site: Site) -> int | None:
-        """Return how many tokens were dropped behind the sinks; None unless a single query sees every slot."""
+        """Return how many tokens were dropped behind the sinks; None unless a single query sees every slot.
+
+        A layer that holds one token more than it keeps has its only gap there, since no other method dropped any.
+        """
         if site.slots is None or site.slots.store is None or site.slots.window is not None:
             return None
         held = site.slots.store.groups[0].length
         plain = site.softcap is None and not site.is_biased and not site.dropout and site.hidden_keys is None
-        one = site.q.shape[2] == 1 and tokens(site) is None and site.slots.store.holds(held) and 0 < self.sink < held
+        one = site.q.shape[2] == 1 and tokens(site) is None and site.slots.store.holds(held) and self.sink > 0
         kernel = site.q.dtype in (torch.float32, torch.float64) and has_kernel(site.q)
-        return site.seen - held if plain and one and kernel else None
+        usual = held == self.sink + self.recent + 1
+        return site.seen - held if plain and one and kernel and usual else None
 
     @classmethod
     def at_budget(cls, budget: float, host: Host, length: int, **learnt: Tensor) -> Self:

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import Method, apply
-from foveate.kv import Renumbered, SinkRecent, StreamingLLM
+from foveate.kv import Renumbered, SinkRecent, SnapKV, StreamingLLM
 from foveate.tasks.parts import corpus
 from tests.conftest import ClaimFixture
 from tests.support.host_models import model, tokens
@@ -38,6 +38,14 @@ def test_it_is_sinks_a_window_and_renumbered_positions() -> None:
     ours = steps(llama, ids, StreamingLLM(3, 12))  # it rotates the sinks alone, which rounds in another way
     torch.testing.assert_close(ours, both, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(steps(llama, ids, SinkRecent(3, 12)), both, atol=1e-2)
+
+
+@pytest.mark.parametrize("other", [SnapKV(share=0.2), SinkRecent(3, 5)], ids=["snapkv", "smaller window"])
+def test_beside_a_policy_that_drops_more_positions_close_all_gaps(other: Method) -> None:
+    llama, ids = model("llama"), tokens(1, 60)
+    ours = steps(llama, ids, StreamingLLM(3, 12), other)
+    both = steps(llama, ids, SinkRecent(3, 12), other, Renumbered())
+    torch.testing.assert_close(ours, both, atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_of_one_layer_sees_the_kept_tokens_alone() -> None:

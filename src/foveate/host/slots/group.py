@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +11,6 @@ from torch import Tensor
 
 from foveate.host.slots.ends import Ends, Ledger
 from foveate.host.slots.slots import EMPTY, SUMMARY, Fold, Refit, Slots, grown, joined, narrow, packed
-
-#: Numbers of the orders in which groups have held their slots.
-_SERIALS = itertools.count()
 
 
 class Group:
@@ -28,7 +24,7 @@ class Group:
         holes: least and largest number of empty slots in a row, that is, in one head of one sequence.
         summary: slots that represent dropped tokens, in full precision; the buffer begins with a copy of them.
         slots: the slots in use, without the summary: views of the buffer.
-        serial: changes when a slot moves. New tokens take empty slots, or slots at the end.
+        order: another object whenever a slot has moved. New tokens take empty slots, or slots at the end.
     """
 
     def __init__(self, numbers: list[int], slots: Slots, holes: tuple[int, int], summary: Slots | None = None) -> None:
@@ -38,7 +34,7 @@ class Group:
         is_range = numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else False
         self.index: slice | Tensor = slice(numbers[0], numbers[-1] + 1) if is_range else self.heads
         self._ledger: Ledger | None = None
-        self._front, self.serial = 0, next(_SERIALS)
+        self._front, self.order = 0, object()
         self._use(slots, slots.positions.shape[2])
         if summary is not None:
             self._summarise(summary)
@@ -49,12 +45,12 @@ class Group:
         self.slots = buffer if not first and end == buffer.positions.shape[2] else narrow(buffer, first, end)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("slots", "serial")}
+        return {name: value for name, value in vars(self).items() if name not in ("slots", "order")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make `slots` from the buffer again: `pickle` would store the views separately."""
         self.__dict__.update(state)
-        self.serial = next(_SERIALS)
+        self.order = object()
         self._use(self._buffer, self.length)
 
     @property
@@ -98,7 +94,7 @@ class Group:
             buffer, n = narrow(self._buffer, self._front, self._buffer.positions.shape[2]), self.length
             shape = (*buffer.positions.shape[:2], size)
             front = Slots(*(x.new_empty(*shape, *x.shape[3:]) for x in (buffer.k, buffer.v, buffer.positions)))
-            self._front, self.serial = size, next(_SERIALS)
+            self._front, self.order = size, object()
             self._use(joined([front, buffer]), n)
         self.summary = summary
         if summary is None or not size:
@@ -280,7 +276,7 @@ class Group:
         keep = (slots.positions >= 0) & (slots.positions < end)
         counts = keep.sum(-1)
         size = int(counts.max()) if counts.numel() else 0
-        summary, self._front, self._ledger, self.serial = self.summary, 0, None, next(_SERIALS)
+        summary, self._front, self._ledger, self.order = self.summary, 0, None, object()
         self._use(packed(slots, keep), size)
         self.holes = (0, size - int(counts.min()) if counts.numel() else 0)
         self._summarise(summary)

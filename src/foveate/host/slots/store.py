@@ -37,9 +37,9 @@ class Store:
             group.append(k[:, group.index], v[:, group.index], first)
 
     @property
-    def layout(self) -> tuple[int, ...] | None:
-        """Numbers that change whenever a slot of `padded` moves; None if that cannot be told."""
-        return None if self.codes is not None else tuple(group.serial for group in self.groups)
+    def layout(self) -> tuple[object, ...] | None:
+        """Objects that are others whenever a slot of `padded` has moved; None if that cannot be told."""
+        return None if self.codes is not None else tuple(group.order for group in self.groups)
 
     @property
     def rows(self) -> int:

@@ -258,7 +258,10 @@ def _single(x: float) -> float:
 
 
 def top(scores: Float[Tensor, "*b n"], size: int) -> Bool[Tensor, "*b n"]:
-    """Return the `size` largest scores along the last axis, and of equal ones the first: `ranks(scores) < size`."""
+    """Return the `size` largest scores along the last axis, and of equal ones the first: `ranks(scores) < size`.
+
+    Scores must not be NaN.
+    """
     n = scores.shape[-1]
     if size >= n:
         return torch.ones_like(scores, dtype=torch.bool)

@@ -60,7 +60,7 @@ def _found(notes: Notes) -> tuple[str, int]:
     return "numbers of the slots", id(notes)
 
 
-def _layout(site: Site) -> tuple[int, ...] | None:
+def _layout(site: Site) -> tuple[object, ...] | None:
     store = None if site.slots is None else site.slots.store
     return None if store is None else store.layout
 
