@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import Method, Site, apply
 from foveate.kv import KVzip, ScorePolicy, SnapKV
+from foveate.kv.parts import reconstruction
 from tests.conftest import ClaimFixture
 from tests.support.constructed import FILLER, KEYS, VALUES, induction_lm
 from tests.support.host_models import VOCAB, model, tokens
@@ -60,9 +61,14 @@ def best(found: list[Tensor], share: float, sink: int) -> list[list[list[int]]]:
     return [[head.nonzero()[:, 0].tolist() for head in layer] for layer in chosen.view_as(whole)]
 
 
+@pytest.mark.parametrize("way", ["kernel", "a few rows at a time"])
 @pytest.mark.parametrize("plus", [False, True])
 @pytest.mark.parametrize("chunk", [N, 12])
-def test_scores_are_those_of_a_second_reading(plus: bool, chunk: int) -> None:
+def test_scores_are_those_of_a_second_reading(
+    plus: bool, chunk: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way != "kernel":
+        monkeypatch.setattr(reconstruction, "can_use_kernel", lambda site: False)
     llama, ids, found = model("llama"), tokens(1, N), []
     for start in range(0, N, chunk):
         part = range(start, min(start + chunk, N))
