@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from foveate.core.checked import Checked
@@ -114,3 +115,16 @@ class Network(Checked, nn.Module, ABC):
     def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
         """Make inputs of other lengths or sides that the example takes; none if it takes one size."""
         return ()
+
+
+class TextNetwork(Network):
+    """A network that reads the tokens `(B, N)` of texts of any length; its example has a vocabulary of 11."""
+
+    @classmethod
+    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
+        return (torch.randint(0, 11, (batch, 12), generator=torch.Generator().manual_seed(0)),)
+
+    @classmethod
+    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
+        (tokens,) = cls.example_inputs(batch)
+        return (tokens[:, :7],), (tokens[:, :1],)

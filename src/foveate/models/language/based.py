@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from foveate.core import masks, validate
 from foveate.core.errors import OptionError, shown
 from foveate.models.base.decoder import Decoder
-from foveate.models.base.network import Network
+from foveate.models.base.network import TextNetwork
 from foveate.nn import Layer, MultiHeadAttention, Rotary, ShortConv, StreamingLayer
 from foveate.nn.parts.blocks import stacked
 from foveate.nn.parts.heads import HeadState
@@ -27,7 +27,7 @@ KINDS = ("conv", "linear", "window")
 
 
 @final
-class Based(Network, Decoder):
+class Based(TextNetwork, Decoder):
     """A decoder with layers of three kinds: short convolutions, linear attention, and exact attention to recent tokens.
 
     Reads in O(N). Its state stops growing once the window is full; `feature_dim` and `window` trade bytes of state for
@@ -72,15 +72,6 @@ class Based(Network, Decoder):
     @classmethod
     def example(cls) -> Self:
         return cls(11, 8, 3, heads=2, feature_dim=3, window=3)
-
-    @classmethod
-    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
-        return (torch.randint(0, 11, (batch, 12), generator=torch.Generator().manual_seed(0)),)
-
-    @classmethod
-    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
-        (tokens,) = cls.example_inputs(batch)
-        return (tokens[:, :7],), (tokens[:, :1],)
 
 
 def linear_layer(dim: int, heads: int, feature_dim: int = 16, *, symmetric: bool = False) -> MultiHeadAttention:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.core.scoring import dot_product
-from foveate.models.base.network import Network
+from foveate.models.base.network import TextNetwork
 
 
 @final
@@ -36,7 +36,7 @@ class ClsHeads:
 
 
 @final
-class ClsAttentionClassifier(Network):
+class ClsAttentionClassifier(TextNetwork):
     """`f(x) = 1/H sum_h w_h sum_t a_ht v_ht`: the class token attends to a text, and a linear map reads each head.
 
     Only the class token queries, so that a text costs O(T). There are no biases, norms or residual connections. As a
@@ -123,11 +123,6 @@ class ClsAttentionClassifier(Network):
         ids = torch.randint(1, 11, (batch, 12), generator=torch.Generator().manual_seed(0))
         ids[:, 0] = 0
         return (ids,)
-
-    @classmethod
-    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
-        (ids,) = cls.example_inputs(batch)
-        return (ids[:, :7],), (ids[:, :1],)
 
     def _split(self, x: Float[Tensor, "b t hd"]) -> Float[Tensor, "b h t d"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.errors import OptionError
-from foveate.models.base.network import Network
+from foveate.models.base.network import TextNetwork
 from foveate.nn import Block, Layer, StreamingLayer
 from foveate.nn.parts.blocks import GatedMLP, stacked
 from foveate.ops.base.fixed_decay import Variant
@@ -116,7 +116,7 @@ class GatedLightning(StreamingLayer):
 
 
 @final
-class TransNormerLLM(Network):
+class TransNormerLLM(TextNetwork):
     """A decoder from tokens `(B, N)` to logits `(B, N, vocabulary)`. Trains in O(N), decodes with a constant state.
 
     Blocks are `x + GLA(SRMSNorm(x))`, then `x + SGLU(SRMSNorm(x))` with `SGLU(x) = (x W_1 * x W_2) W_3`. The first
@@ -177,12 +177,3 @@ class TransNormerLLM(Network):
     @classmethod
     def example(cls) -> Self:
         return cls(11, 8, 3, 2, block=4)
-
-    @classmethod
-    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
-        return (torch.randint(0, 11, (batch, 12), generator=torch.Generator().manual_seed(0)),)
-
-    @classmethod
-    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
-        (tokens,) = cls.example_inputs(batch)
-        return (tokens[:, :7],), (tokens[:, :1],)
