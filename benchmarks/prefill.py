@@ -40,7 +40,7 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
-    model, tokenizer, _ = load(options.model or str(MODELS["qwen2.5-coder-0.5b-instruct"].file), dtype="float32")
+    model, tokenizer, _ = load(options.model or str(MODELS["qwen2.5-coder-0.5b-instruct"].file), dtype=options.dtype)
     ids = tokenizer(text("heldout"), return_tensors="pt", verbose=False).input_ids
     gates = _gates(model, ids, options.steps) if "seer_attention" in options.contenders else {}
     rows: list[dict[str, object]] = []
@@ -65,6 +65,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=["hip", "seer_attention"], help="operators and policies")
     parser.add_argument("--budget", type=float, default=1 / 16, help="share of the keys that a query reads")
     parser.add_argument("--steps", type=int, default=10, help="training steps of SeerAttention's gates")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()

@@ -49,6 +49,17 @@ def test_the_result_is_what_compare_measures(settings: dict[str, Any], tmp_path:
     assert recipe.model and recipe.about["claim"] == found.claim()
 
 
+def test_what_stays_is_held_encoded(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The cheapest setting drops tokens and encodes the others; its bytes are those that `compare` measures."""
+    found = tune(**{**settings, "methods": ["knorm", "eight_bit"]})
+    assert found.setting.startswith("knorm") and found.setting.endswith(" + eight_bit, format=int8, group=4")
+    dropped = [one.share for one in found.tried if one.verdict == "holds" and "eight_bit" not in one.setting]
+    assert found.share < 0.6 * min(dropped)
+    given = {"model": settings["model"], "task": settings["task"], "score": "loss", "out": tmp_path / "compare"}
+    row = compare(**given, methods=[found.recipe]).rows[1]
+    assert not row.error and row.cache_kept == pytest.approx(found.share, abs=0.02)
+
+
 def test_an_interrupted_search_resumes(settings: dict[str, Any]) -> None:
     with pytest.raises(Interrupted) as stopped:
         tune(**settings, progress=Watch(stop_at=60))

@@ -6,6 +6,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,8 @@ class World:
         found = {}
         for setting in settings:
             share = sum(budgets_of(setting).values()) / len(LAYERS)
+            if setting.codec is not None:
+                share *= dict(setting.codec.options)["bits"] / 32
             found[setting] = Measured()
             for number in examples:
                 self.measured.append((setting, number))
@@ -82,8 +85,10 @@ def test_policies_that_act_together_on_all_layers_are_not_the_best_single_policy
 # -- budgets by layer --------------------------------------------------------------------------------------------------
 
 
-def searched(world: World, arms: Sequence[Arm] = (Arm("snapkv"), Arm("knorm"))) -> Search:
-    search = Search(world, range(12), 0.0, LEVELS, LAYERS)
+def searched(
+    world: World, arms: Sequence[Arm] = (Arm("snapkv"), Arm("knorm")), codecs: Sequence[Sequence[Arm]] = ()
+) -> Search:
+    search = Search(world, range(12), 0.0, LEVELS, LAYERS, codecs)
     search.run(arms)
     return search
 
@@ -200,6 +205,54 @@ def test_a_base_beside_which_layers_have_budgets() -> None:
         and {part.arm.key for part in best.parts[1:]} == {"knorm"}
     )
     assert budgets_of(best) == {0: 0.2, 1: 0.1, 2: 0.1, 3: 0.4, 4: 0.1, 5: 0.1}
+
+
+# -- codecs ------------------------------------------------------------------------------------------------------------
+
+
+def ladder(key: str, *bits: int) -> list[Arm]:
+    return [Arm(key, (("bits", width),)) for width in bits]
+
+
+def test_codes_are_narrowed_as_long_as_the_setting_holds() -> None:
+    def loses(setting: Setting, number: int) -> float:
+        width = 32 if setting.codec is None else dict(setting.codec.options)["bits"]
+        least = 8 if setting.codec is not None and setting.codec.key == "kivi" else 3
+        return float(width < least or any(share < 0.2 for share in budgets_of(setting).values()))
+
+    world = World(loses)
+    search = searched(world, codecs=[ladder("turboquant", 4, 3, 2, 1), ladder("kivi", 4, 2)])
+    tried = {one.codec.options[0][1] for one, _ in world.measured if one.codec and one.codec.key == "turboquant"}
+    assert tried == {4, 3, 2}  # 1 bit is not tried, since 2 lost
+    assert {one.codec for one in search.encoded} == set(ladder("turboquant", 4, 3))
+    codec, best = Arm("turboquant", (("bits", 3),)), search.best
+    path = search.candidates()
+    safer = [Setting.of(best.parts[0].arm, budget) for budget in (0.7, 0.4)]
+    assert path == [*safer, replace(safer[1], codec=codec), replace(best, codec=codec)]
+
+
+def test_budgets_by_layer_are_tested_with_the_codec_too() -> None:
+    world = World(lambda setting, n: float(budgets_of(setting)[3] < 0.7))
+    search = searched(world, codecs=[ladder("kivi", 4)])
+    last = search.candidates()[-1]
+    assert last.codec == Arm("kivi", (("bits", 4),)) and budgets_of(last)[3] == 0.7 and budgets_of(last)[0] == 0.1
+
+
+def test_a_codec_alone_is_the_result_where_nothing_may_be_dropped() -> None:
+    world = World(lambda setting, n: float(bool(setting.parts)))
+    search = searched(world, codecs=[ladder("kivi", 4, 2)])
+    assert not search.uniform
+    assert search.candidates() == [Setting(codec=Arm("kivi", (("bits", 2),)))]
+    assert searched(world).candidates() == []
+
+
+def test_settings_with_a_codec() -> None:
+    codec = Arm("kivi", (("bits", 4),))
+    made = replace(Setting.of(Arm("snapkv"), 0.2), codec=codec)
+    assert made.label == "snapkv at 0.2 + kivi, bits=4" and Setting(codec=codec).label == "kivi, bits=4"
+    assert made.identity({}) != Setting.of(Arm("snapkv"), 0.2).identity({})
+    assert made.identity({}) != replace(made, codec=Arm("kivi", (("bits", 2),))).identity({})
+    assert made.recipe({}).entries[-1] == {"method": "kivi", "options": {"bits": 4}}
 
 
 # -- halving -----------------------------------------------------------------------------------------------------------

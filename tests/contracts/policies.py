@@ -100,6 +100,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "mixed": {"bits": (2, None, 4), "value_bits": 8},
     },
     "think": {"narrow": {"kept": 0.3, "window": 5}, "quantised": {"base": KIVI(bits=4, residual=3, group=4)}},
+    "eight_bit": {"int8": {"format": "int8", "group": 3, "residual": 2}},
     "kivi": {"wide": {"bits": 8, "value_bits": 3}, "mixed": {"bits": (None, 8, 2)}, "ends": {"dense": 1}},
     "longheads": {"chunks": {"chunk": 3, "attention_length": 12}},
     "qada": {"every": {"most": None, "local": 3, "sink": 2}, "some": {"most": 2, "local": 3, "tau": 0.4}},

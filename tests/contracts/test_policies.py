@@ -250,6 +250,7 @@ OTHER_DRAFTS = {
     "finch": "keys are rotated once the drafts are accepted, for all of them together",
     "act_qkv": "layers share a budget by the step before, which drafts of one call do not have",
     "kivi": "tokens are encoded once the drafts are accepted", "turboquant": "the same", "think": "the same",
+    "eight_bit": "the same",
 }  # fmt: skip
 
 

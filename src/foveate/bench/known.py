@@ -27,8 +27,8 @@ LAST = 128
 #: the rest of the prompt.
 SHARING_ALL_BUT_LAST = (
     "snapkv", "knorm", "keydiff", "tova", "random_keep", "lagkv", "pyramidkv", "adakv", "criticalkv", "chunkkv", "r_kv",
-    "triattention", "quest", "rocketkv", "task_kv", "simlayerkv", "kivi", "turboquant", "think", "cur_dkv", "q_filters",
-    "finch", "streaming_llm", "qada",
+    "triattention", "quest", "rocketkv", "task_kv", "simlayerkv", "kivi", "turboquant", "eight_bit", "think", "cur_dkv",
+    "q_filters", "finch", "streaming_llm", "qada",
 )  # fmt: skip
 #: Causal operators that cannot replace a model's attention: Aaren has one query for all tokens.
 _OWN_QUERIES = ("aaren",)

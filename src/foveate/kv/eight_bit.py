@@ -1,4 +1,7 @@
-"""Eight-bit caches, as inference engines store them: fp8 or int8 numbers with a scale for each token and head."""
+"""Eight-bit caches, as inference engines store them: fp8 or int8 numbers with a scale for each token and head.
+
+FP8 Formats for Deep Learning (2022), arXiv 2209.05433.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,7 @@ class EightBit(EncodingPolicy):
     bytes are still too many.
 
     Args:
-        format: "e4m3" or "e5m2", the floating-point formats of FP8 Formats for Deep Learning (2022), arXiv 2209.05433;
-            or "int8", whole numbers from -127 to 127.
+        format: "e4m3" or "e5m2", the paper's floating-point formats; or "int8", whole numbers from -127 to 127.
         residual, group, dense, layers: see `EncodingPolicy`. Engines encode every token at once (`residual=0`).
     """
 

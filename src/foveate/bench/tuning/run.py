@@ -65,8 +65,11 @@ class Plan:
             raise OptionError(f"budgets={self.budgets} must be shares of the full cache, above 0 and under 1")
         known.check(self.methods or [])
         for key in self.methods or []:
-            if key not in known.policies() or not space.evicts(system(key).load()):
-                raise OptionError(f"methods: {key} does not drop tokens from the cache, which is what tune searches")
+            if key not in known.policies() or not (key in space.CODECS or space.evicts(system(key).load())):
+                raise OptionError(
+                    f"methods: {key} neither drops tokens from the cache nor holds them encoded, which is what tune "
+                    f"searches"
+                )
 
     @property
     def pool(self) -> int:
@@ -104,9 +107,9 @@ def tune(
 ) -> Tuning:
     """Find the setting with the fewest bytes of cache that keeps `keep` of the full cache's score.
 
-    Policies, budgets and options are searched by successive halving, then a budget for each layer by measured
-    sensitivities. What holds is tested on examples that the search has not seen. The result is a recipe in `out`.
-    Each answer is recorded at once, and the same call resumes after an interruption.
+    Policies, budgets and options are searched by successive halving, then codecs for the tokens that stay, and a
+    budget for each layer by measured sensitivities. What holds is tested on examples that the search has not seen. The
+    result is a recipe in `out`. Each answer is recorded at once, and the same call resumes after an interruption.
 
     Args:
         model: a folder, GGUF file, adapter's folder or hub id of a decoder; None is the lab model.
@@ -114,8 +117,8 @@ def tune(
             `foveate train`, else needle.
         keep: the share of the full cache's score to keep. For the next-token loss, which is better if lower, 0.98
             allows 2 % more.
-        methods: keys of policies that evict; None searches all of the catalogue, except those that have to learn about
-            the model first and have not.
+        methods: keys of policies that evict, and of codecs for the tokens that stay; None searches all of the
+            catalogue, except those that have to learn about the model first and have not.
         budgets: the shares of the full cache to try, for policies and for single layers.
         search: the number of examples to search with.
         held_out: the number of further examples to test with; None takes as many as can show the loss that is allowed,
@@ -171,6 +174,8 @@ def _arms(
     failed: dict[str, str] = {}
     arms = []
     for key in plan.methods or space.policies():
+        if key in space.CODECS:
+            continue
         if (
             plan.methods is None
             and space.learns(key)
@@ -190,7 +195,7 @@ def _arms(
 def _search(trials: Trials, plan: Plan, arms: Sequence[Arm], examples: Sequence[int], layers: Sequence[int]) -> Search:
     full = trials.full_score(examples, "full cache")
     check_informative(full, trials.bounded, "the examples of the search")
-    found = Search(trials, examples, (1 - plan.keep) * full, plan.budgets, layers)
+    found = Search(trials, examples, (1 - plan.keep) * full, plan.budgets, layers, space.codecs(plan.methods))
     found.run(arms)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from foveate.bench.tuning import layers as by_layer
 from foveate.bench.tuning.halving import Found, Measures, halving, holds
@@ -36,10 +36,12 @@ class Search:
         most: the mean loss that is allowed on them.
         budgets: the budgets, from the smallest.
         layers: the numbers of the layers.
+        codecs: what may hold the tokens that stay encoded, each from its widest code to its narrowest.
 
     Attributes:
         uniform: settings of one policy at one budget that hold on all examples.
         layered: settings with a budget for each layer that hold on all examples.
+        encoded: settings with a codec that hold on all examples.
         failed: arms that cannot run, with the reason.
         notes: what the reader should know, such as a missing package.
     """
@@ -49,13 +51,15 @@ class Search:
     most: float
     budgets: Sequence[float]
     layers: Sequence[int]
+    codecs: Sequence[Sequence[Arm]] = ()
     uniform: dict[Setting, Measured] = field(default_factory=dict)
     layered: dict[Setting, Measured] = field(default_factory=dict)
+    encoded: dict[Setting, Measured] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def run(self, arms: Sequence[Arm]) -> None:
-        """Search; `uniform` and `layered` then have what holds."""
+        """Search; `uniform`, `layered` and `encoded` then have what holds."""
         first = self._halve(dict.fromkeys(arms, self.budgets), "policies")
         tried: dict[Arm, Sequence[float]] = {
             other: [budget for budget in self.budgets if budget <= one.budget]
@@ -64,6 +68,7 @@ class Search:
         }
         best = self._halve(tried, "options") if tried else []
         self._finer(best)
+        self._encode(self.best if self.uniform else FULL)
         if not self.uniform or len(self.layers) < 2:
             return
         arm = self.best.parts[0].arm
@@ -108,8 +113,17 @@ class Search:
         if not holds(one, len(self.examples), self.most):
             return False
         uniform = len(setting.parts) == 1 and setting.parts[0].layers is None
-        (self.uniform if uniform else self.layered)[setting] = one
+        (self.encoded if setting.codec else self.uniform if uniform else self.layered)[setting] = one
         return True
+
+    # -- codes for the tokens that stay --------------------------------------------------------------------------------
+
+    def _encode(self, base: Setting) -> None:
+        """Hold what a setting keeps encoded, with narrower and narrower codes as long as it holds."""
+        for ladder in self.codecs:
+            for codec in ladder:
+                if not self._hold(replace(base, codec=codec)):
+                    break
 
     # -- a budget for each layer ---------------------------------------------------------------------------------------
 
@@ -163,13 +177,16 @@ class Search:
         """Return what to test on held-out examples, from safe to cheap.
 
         First comes the best policy at the two next larger budgets: what holds on few examples may fail on many. Then
-        come settings with a budget for each layer, which lose less at equal bytes, the last of them with the fewest
-        bytes; or, if none of them has fewer bytes, the best policy at its cheapest budget that holds. Each takes all
-        held-out examples.
+        come settings with a codec, of which the first has the next larger budget too. Without a codec that holds come
+        settings with a budget for each layer, which lose less at equal bytes, the last of them with the fewest bytes;
+        or, if none of them has fewer bytes, the best policy at its cheapest budget that holds. Each takes all held-out
+        examples.
         """
+        first = self._safer[::-1] if self.uniform else []
+        if self.encoded:
+            return [*first, *self._encoded(first)]
         if not self.uniform:
             return []
-        first = self._safer[::-1]
         layered = {one: found.share for one, found in self.layered.items() if found.share < self._safe_share}
         least = min(layered.values(), default=1.0)
         if least >= self.uniform[self.best].share:
@@ -177,6 +194,14 @@ class Search:
         first = first or [self.best]
         chosen = [min(layered, key=lambda one: abs(layered[one] - factor * least)) for factor in SAFER]
         return list(dict.fromkeys([*first, *chosen]))
+
+    def _encoded(self, safer: Sequence[Setting]) -> list[Setting]:
+        """Return settings with the codec of the fewest bytes, from safe to cheap."""
+        codec = min(self.encoded, key=lambda one: self.encoded[one].share).codec
+        bases = [*safer[-1:], self.best] if self.uniform else [FULL]
+        layered = sorted(self.layered, key=lambda one: self.layered[one].share)[:1]
+        bases += [one for one in layered if self.layered[one].share < self.uniform[self.best].share]
+        return [replace(base, codec=codec) for base in bases]
 
     @property
     def _safer(self) -> list[Setting]:

@@ -62,9 +62,14 @@ class Setting:
     """One part, or several; where two act on a layer, a token stays if both keep it.
 
     Without a part it is the full cache.
+
+    Args:
+        parts: what drops tokens.
+        codec: what holds the tokens that stay encoded, with its options; None leaves them in full precision.
     """
 
     parts: tuple[Part, ...] = ()
+    codec: Arm | None = None
 
     @classmethod
     def of(cls, arm: Arm, budget: float) -> Setting:
@@ -87,7 +92,8 @@ class Setting:
         for part in self.parts:
             where = "" if part.layers is None else f" in {_numbers(part.layers)}"
             shares.setdefault(part.arm.label, []).append(f"{part.budget:.3g}{where}")
-        return " + ".join(f"{arm} at {', '.join(each)}" for arm, each in shares.items()) or "full cache"
+        names = [f"{arm} at {', '.join(each)}" for arm, each in shares.items()]
+        return " + ".join(names + ([self.codec.label] if self.codec else [])) or "full cache"
 
     def recipe(self, learnt: Learnt) -> Recipe:
         """Return the recipe, which names no model yet."""
@@ -96,6 +102,8 @@ class Setting:
             own = learnt.get(part.arm.key, {})
             named = {name: {"tensor": tensors.add(f"{number}.{name}", x)} for name, x in own.items()}
             entries.append(part.entry(named))
+        if self.codec is not None:
+            entries.append({"method": self.codec.key, "options": dict(self.codec.options)})
         return Recipe(entries, tensors)
 
     def methods(self, host: Host, length: int, learnt: Learnt) -> tuple[Method, ...]:
@@ -105,7 +113,8 @@ class Setting:
     def identity(self, learnt: Learnt) -> str:
         """Return the digest of all that distinguishes two settings on the same prompt."""
         own = {part.arm.key: calibration_store.digest(learnt.get(part.arm.key, {})) for part in self.parts}
-        return digest.of([part.entry({}) for part in self.parts], own)
+        codec = () if self.codec is None else ((self.codec.key, self.codec.options),)
+        return digest.of([part.entry({}) for part in self.parts], own, *codec)
 
 
 def _numbers(layers: tuple[int, ...]) -> str:

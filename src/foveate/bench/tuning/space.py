@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -29,6 +29,12 @@ WINDOWS: dict[str, tuple[Any, ...]] = {"recent": (8, 16, 32), "min_window": (8, 
 _LEFT_OUT = ("share", "layers", "seed", "every", "variant")
 #: Policies whose scores a wrapper may use beside its default.
 _BASES = ("expected_attention",)
+#: Codecs for the tokens that stay, each from its widest code to its narrowest; groups are small, since few tokens stay.
+CODECS: dict[str, tuple[dict[str, Any], ...]] = {
+    "eight_bit": ({"format": "int8", "group": 4},),
+    "turboquant": tuple({"bits": bits, "dense": 0, "group": 4} for bits in (4, 3, 2)),
+    "kivi": tuple({"bits": bits, "residual": 0, "group": 16} for bits in (4, 2)),
+}
 #: Baselines that nobody would choose.
 _BASELINES = ("random_keep",)
 
@@ -36,6 +42,15 @@ _BASELINES = ("random_keep",)
 def policies() -> list[str]:
     """Return the keys that are searched by default: policies that evict, and so have fewer bytes."""
     return [row.key for row in systems(room="kv") if row.key not in _BASELINES and evicts(row.load())]
+
+
+def codecs(keys: Collection[str] | None = None) -> list[list[Arm]]:
+    """Return the codecs of these keys, or all; each is a list from the widest code to the narrowest."""
+    return [
+        [Arm(key, tuple(sorted(options.items()))) for options in ladder]
+        for key, ladder in CODECS.items()
+        if keys is None or key in keys
+    ]
 
 
 def learns(key: str) -> bool:

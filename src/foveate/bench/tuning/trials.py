@@ -209,9 +209,10 @@ class Trials:
     def _shared(self, setting: Setting, number: int) -> bool:
         """Return whether a setting keeps the same tokens after a shared beginning as if it reads the whole prompt.
 
-        That is found out once for each arm, on one example.
+        That is found out once for each arm, on one example. With a codec it never is the same: the tokens after the
+        beginning would read codes, where a prompt that is read as a whole is encoded at its end.
         """
-        return all(self._arm_shares(part.arm, number) for part in setting.parts)
+        return setting.codec is None and all(self._arm_shares(part.arm, number) for part in setting.parts)
 
     def _arm_shares(self, arm: Arm, number: int) -> bool:
         if arm not in self._shares:
