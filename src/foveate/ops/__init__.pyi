@@ -8,6 +8,7 @@ from foveate.ops.base.kv_cached import Cached as Cached
 from foveate.ops.base.kv_state import KVState as KVState
 from foveate.ops.base.linear import Linear as Linear
 from foveate.ops.base.linear import LinearState as LinearState
+from foveate.ops.base.neighborhood import Neighborhood as Neighborhood
 from foveate.ops.base.scored import Scored as Scored
 from foveate.ops.base.selective import Selective as Selective
 from foveate.ops.base.state_size import state_bytes as state_bytes
@@ -59,6 +60,11 @@ from foveate.ops.memory.titans import Titans as Titans
 from foveate.ops.operator import Capabilities as Capabilities
 from foveate.ops.operator import Gate as Gate
 from foveate.ops.operator import Operator as Operator
+from foveate.ops.sparse.fna import FNA as FNA
+from foveate.ops.sparse.fna import neighborhood_mask as neighborhood_mask
+from foveate.ops.sparse.gna import GNA as GNA
+from foveate.ops.sparse.gna import Simulation as Simulation
+from foveate.ops.sparse.gna import gna_simulate as gna_simulate
 from foveate.ops.sparse.hip import HiP as HiP
 from foveate.ops.sparse.s2_attention import S2Attention as S2Attention
 from foveate.ops.sparse.s2_attention import is_kv_efficient as is_kv_efficient
@@ -72,11 +78,13 @@ __all__ = [
     "Capabilities",
     "Converted",
     "EfficientAttention",
+    "FNA",
     "FeatureMap",
     "FixedDecay",
     "Frame",
     "Framed",
     "FramedState",
+    "GNA",
     "GTA",
     "Gate",
     "Hedgehog",
@@ -96,6 +104,7 @@ __all__ = [
     "Miras",
     "MonotonicLocationAttention",
     "MusicTransformer",
+    "Neighborhood",
     "NeuralAttention",
     "NormalizedAttention",
     "Operator",
@@ -106,6 +115,7 @@ __all__ = [
     "Selective",
     "SelectiveSelfAttention",
     "SigmoidAttention",
+    "Simulation",
     "SlidingWindow",
     "Softmax",
     "SparseDistributedMemory",
@@ -123,7 +133,9 @@ __all__ = [
     "enumerate_edges",
     "expectation_maximisation",
     "fit_beta",
+    "gna_simulate",
     "is_kv_efficient",
+    "neighborhood_mask",
     "plan",
     "prefix_attention",
     "s2_mask",

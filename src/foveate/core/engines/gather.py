@@ -14,12 +14,15 @@ from torch.nn import functional as F
 
 from foveate.core import masks
 from foveate.core.call import AttentionCall
-from foveate.core.engines import fused
+from foveate.core.engines import boxes, fused
+from foveate.core.neighborhoods import Neighborhoods
 from foveate.core.readable import known
 from foveate.core.selection import Blocks, Indices
 
 #: Elements of gathered keys that one slab may hold: small enough for a cache, large enough to amortise the calls.
 SLAB = 1 << 22
+#: The same for tiles of a grid: many queries share their keys, so that small slabs cost no time, and hold less memory.
+TILE_SLAB = 1 << 18
 
 
 def refuses(call: AttentionCall) -> str | None:
@@ -35,13 +38,22 @@ def refuses(call: AttentionCall) -> str | None:
 def attend(call: AttentionCall) -> Tensor:
     """Return the output `(B, Hq, Nq, Dv)`."""
     selection = call.selection
-    assert isinstance(selection, Blocks | Indices)
+    assert isinstance(selection, Blocks | Indices | Neighborhoods)
+    if isinstance(selection, Neighborhoods):
+        return boxes.attend(call, selection) if boxes.fits(call) else _in_tiles(call, selection)
     if isinstance(selection, Indices) and _is_one_list(call, selection.own or selection):
         return _one_list(call, selection.own or selection)
     if call.causal and isinstance(selection, Blocks):
         selection = selection.causal()
-    out = [_slab(call, selection, rows) for rows in _slabs(call, selection)]
+    out = [_slab(call, call.q, selection, rows) for rows in _slabs(call, selection)]
     return torch.cat(out, 2)[:, :, : call.n_queries]
+
+
+def _in_tiles(call: AttentionCall, selection: Neighborhoods) -> Tensor:
+    """Compute the tiles of a grid, with the queries in their order."""
+    q = call.q[:, :, selection.order.clamp_min(0)]
+    out = torch.cat([_slab(call, q, selection, rows) for rows in _slabs(call, selection)], 2)
+    return out[:, :, selection.places]
 
 
 def _is_one_list(call: AttentionCall, chosen: Indices) -> bool:
@@ -97,25 +109,28 @@ def _rows(index: Tensor, batch: int, head: int, row: int) -> Tensor:
     return index.flatten()
 
 
-def _slabs(call: AttentionCall, selection: Blocks | Indices) -> Iterator[slice]:
-    if isinstance(selection, Blocks):
+def _slabs(call: AttentionCall, selection: Blocks | Indices | Neighborhoods) -> Iterator[slice]:
+    room = SLAB
+    if isinstance(selection, Neighborhoods):
+        n_rows, widest, room = selection.n_rows, selection.widest, TILE_SLAB
+    elif isinstance(selection, Blocks):
         n_rows, widest = selection.blocks.shape[2], int(selection.blocks.sum(-1).max()) * selection.size[1]
     else:
         n_rows, widest = selection.indices.shape[2], selection.indices.shape[3]
     b, hq, _, d = call.q.shape
-    step = max(1, SLAB // max(1, b * hq * widest * d))
+    step = max(1, room // max(1, b * hq * widest * d))
     return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
-def _slab(call: AttentionCall, selection: Blocks | Indices, rows: slice) -> Tensor:
-    """Compute some block rows, side by side in the batch: `(B, Hq, queries, Dv)`."""
-    b, hq, nq, d = call.q.shape
-    tall = selection.size[0] if isinstance(selection, Blocks) else selection.group
+def _slab(call: AttentionCall, q: Tensor, selection: Blocks | Indices | Neighborhoods, rows: slice) -> Tensor:
+    """Compute some block rows, side by side in the batch: `(B, Hq, queries, Dv)`. `q` has the order of the rows."""
+    b, nq = q.shape[0], q.shape[2]
+    tall = _tall(selection)
     index, seen = selection.gathered(rows)
     count, first, last = index.shape[2], rows.start * tall, min(rows.stop * tall, nq)
     if count == 1:
         tall = last - first  # a single query, when decoding
-    queries = F.pad(call.q[:, :, first:last], (0, 0, 0, count * tall - (last - first)))
+    queries = F.pad(q[:, :, first:last], (0, 0, 0, count * tall - (last - first)))
     queries = queries.unflatten(2, (count, tall)).transpose(1, 2).flatten(0, 1)
     k, v = _take(call, call.k, index), _take(call, call.v, index)
     bias = _mask(call, index, seen[..., :tall, :], first).transpose(1, 2)  # one for all heads where that is so
@@ -127,11 +142,18 @@ def _slab(call: AttentionCall, selection: Blocks | Indices, rows: slice) -> Tens
     return out.unflatten(0, (b, count)).transpose(1, 2).flatten(2, 3)
 
 
+def _tall(selection: Blocks | Indices | Neighborhoods) -> int:
+    """Return the queries of a row."""
+    if isinstance(selection, Neighborhoods):
+        return selection.tall
+    return selection.size[0] if isinstance(selection, Blocks) else selection.group
+
+
 def _take(call: AttentionCall, x: Tensor, index: Tensor) -> Tensor:
     """Gather `x (B, Hkv, Nk, D)` at `index (B or 1, Hq or 1, R, n)` into `(B * R, Hq, n, D)`."""
     b, hq = call.q.shape[:2]
     if index.shape[:2] == (1, 1):
-        taken = call.grouped(x[:, :, index[0, 0].flatten()])
+        taken = call.grouped(x.index_select(2, index[0, 0].flatten()))
         return taken.unflatten(2, index.shape[2:]).transpose(1, 2).flatten(0, 1)
     batch = torch.arange(b, device=x.device)[:, None, None, None]
     head = torch.arange(hq, device=x.device)[:, None] // call.groups
@@ -147,6 +169,8 @@ def _mask(call: AttentionCall, index: Tensor, seen: Tensor, first: int) -> Tenso
         seen = seen & (index <= query + shift)
     if call.mask is None:
         return seen
+    if isinstance(call.selection, Neighborhoods):
+        query = call.selection.order[query]
     mask = call.mask.reshape((1,) * (4 - call.mask.dim()) + call.mask.shape)
     batch, head = (torch.arange(n, device=index.device) for n in mask.shape[:2])
     key = index if mask.shape[3] > 1 else torch.zeros_like(index)
