@@ -17,7 +17,6 @@ import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from keyword import iskeyword
 from pathlib import Path
 from string import Template
@@ -261,17 +260,17 @@ def _package(folder: Path, path: Path, key: str) -> None:
 
 def _laid_out(root: Path, paths: Sequence[Path]) -> None:
     """Sort the imports and wrap the lines, both of which depend on the names."""
-    if find_spec("ruff") is None:
-        return
-    for command in (["check", "--select", "I", "--fix"], ["format"]):
-        subprocess.run([sys.executable, "-m", "ruff", *command, "--quiet", *map(str, paths)], cwd=root, check=True)
+    ruff = Path(sys.executable).with_name("ruff")
+    if ruff.is_file():
+        for command in (["check", "--select", "I", "--fix"], ["format"]):
+            subprocess.run([ruff, *command, "--quiet", *paths], cwd=root, check=True)
 
 
 def _report(made: System) -> str:
     steps = [Template(step).substitute(key=made.key, Name=made.name) for step in made.seam.then]
     return "\n".join([
         f"{made.code}: the class {made.name}", f"{made.row}: its row", f"{made.tests}: its tests",
-        f'every part that is {MARK} says so: grep -rn "{MARK}" src tests', f"see {made.seam.see}", *steps,
+        f'every part that is {MARK} says so: grep -rni "{MARK}" src tests', f"see {made.seam.see}", *steps,
     ])  # fmt: skip
 
 
