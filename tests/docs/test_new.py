@@ -127,6 +127,7 @@ def test_a_new_system_is_found_by_the_command(copy: Copy, seam: Any) -> None:
     assert row["authors"] == ["Ada Lovelace", "Charles Babbage"]
     assert (row["room"], row["object"], row["test"]) == (seam.room, f"{made.module}:{made.name}", made.tests.as_posix())
     assert tuple(row["tags"]) == seam.tags
+    assert (copy.root / made.code).with_name("__init__.py").is_file()
 
 
 @each_seam
