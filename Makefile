@@ -1,4 +1,5 @@
 # make demo   the first thing to run: installs into .venv, then `foveate compare`
+# make new    the first files of a new system: make new KEY=my_gate ROOM=nn SEAM=gate
 # make test   the tests; make test-all adds the slow ones; make lint checks style, types and the floors;
 #             make typecheck runs a part of the tests with every annotation checked
 # make parity compares with implementations by others: installs all of these, also those that `make test` skips
@@ -16,14 +17,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # the installed set is current while these two files say the same
-KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
-INSTALLED := $(VENV)/installed-$(KEY)
-INSTALLED_DEV := $(VENV)/installed-dev-$(KEY)
+STAMP := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+INSTALLED := $(VENV)/installed-$(STAMP)
+INSTALLED_DEV := $(VENV)/installed-dev-$(STAMP)
 # tests run two at a time, one thread each: with more, small tensors on busy cores become several times slower
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo install install-dev test test-all typecheck real parity lint format bench claims studies systems models mutants picture notebooks docs docs-site clean
+.PHONY: demo install install-dev new test test-all typecheck real parity lint format bench claims studies systems models mutants picture notebooks docs docs-site clean
 
 demo: $(INSTALLED)
 	$(BIN)/foveate compare
@@ -96,6 +97,12 @@ claims: $(INSTALLED_DEV)
 # every study's statements, predictions and measurements: docs/studies.md. KEYS="scan_and_snap" runs only these again
 studies: $(INSTALLED_DEV)
 	$(ONE_THREAD) $(BIN)/python docs/studies.py $(KEYS)
+
+# the first files of a new system, each part of which fails until it is written: docs/new.py. Only words of the command
+# line count, since an environment may have such names for other things
+new: $(INSTALLED_DEV)
+	@$(BIN)/python docs/new.py $(foreach word,KEY ROOM SEAM CLASS FOLDER TITLE YEAR ARXIV AUTHORS,\
+		$(if $(filter command,$(origin $(word))),'$(word)=$(subst ','\'',$($(word)))'))
 
 # what the classes say of themselves, for `foveate systems` and docs/systems.md
 systems: $(INSTALLED_DEV)

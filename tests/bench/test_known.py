@@ -26,3 +26,9 @@ def test_readers_are_causal_operators_with_queries_for_each_token() -> None:
     assert "hip" in known.readers() and "aaren" not in known.readers()
     assert known.methods() == ["full", "packed", *known.policies(), *known.readers()]
     assert set(known.DEFAULT) <= set(known.methods())
+
+
+def test_an_operator_whose_facts_are_not_written_yet_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, facts = known.readers(), known.catalog.capabilities
+    monkeypatch.setattr(known.catalog, "capabilities", lambda key: {} if key == "hip" else facts(key))
+    assert known.readers() == [key for key in before if key != "hip"]

@@ -236,3 +236,4 @@ def test_the_shipped_catalogue() -> None:
     for found in systems():
         assert (root / found.test).is_file(), f"{found.key}: {found.test} is missing"
         assert callable(found.load()), found.key
+        assert found.authors, f"{found.key}: nobody is named as its author"

@@ -41,7 +41,8 @@ def policies() -> list[str]:
 
 def readers() -> list[str]:
     """Return the keys of the causal operators, which can read a prompt instead of a decoder's attention."""
-    causal = [row.key for row in systems(room="ops") if "causal self" in catalog.capabilities(row.key)["patterns"]]
+    facts = {row.key: catalog.capabilities(row.key) for row in systems(room="ops")}  # {} before `make systems` has run
+    causal = [key for key, known in facts.items() if "causal self" in known.get("patterns", ())]
     return [key for key in causal if key not in _OWN_QUERIES]
 
 

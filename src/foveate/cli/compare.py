@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foveate.bench import known
-from foveate.cli.console import Bar, show
+from foveate.cli.console import Bar, explained, show
 from foveate.cli.options import Config, Device, Dtype, Fresh, Json
 from foveate.core.errors import Interrupted, OptionError
 from foveate.tasks.base.scores import LOSS, SCORES
@@ -142,39 +142,21 @@ def command(
     keys, shares = _keys(methods), _shares(budgets)
     if export is not None:
         _check_export(export)
-    try:
-        with Bar("loading") as bar:
-            from foveate.bench.comparison.run import compare
+    with explained(lambda interrupt: _kept(interrupt, out)), Bar("loading") as bar:
+        from foveate.bench.comparison.run import compare
 
-            found = compare(
-                model=model,
-                task=task,
-                methods=keys,
-                budget=budget,
-                budgets=shares,
-                examples=examples,
-                length=length,
-                score=score,
-                batch=batch,
-                out=out,
-                seed=seed,
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                prompt_field=prompt_field,
-                answer_field=answer_field,
-                chat=chat,
-                new_tokens=new_tokens,
-                renumber=renumber,
-                lost=look_up,
-                query=query,
-                turns=turns,
-                fresh=fresh,
-                progress=bar,
-            )
-    except KeyboardInterrupt as interrupt:
-        typer.echo(_kept(interrupt, out), err=True)
-        raise typer.Exit(1) from None
+        found = compare(
+            model=model, task=task, methods=keys, budget=budget, budgets=shares, examples=examples, length=length,
+            score=score, batch=batch, out=out, seed=seed, device=device, dtype=dtype,
+            trust_remote_code=trust_remote_code, prompt_field=prompt_field, answer_field=answer_field, chat=chat,
+            new_tokens=new_tokens, renumber=renumber, lost=look_up, query=query, turns=turns, fresh=fresh,
+            progress=bar,
+        )  # fmt: skip
+    _write(found, out, export, as_json)
+
+
+def _write(found: Comparison, out: Path, export: Path | None, as_json: bool) -> None:
+    """Write the page and the exported answers, and print the results."""
     from foveate.report import headline, html, lost, significance, table
 
     page = html.write(found, out / "report.html")
@@ -182,15 +164,15 @@ def command(
         _export(found, export)
     if as_json:
         typer.echo(found.to_json(), nl=False)
-    else:
-        show(table.render(found), *headline.notes(found))
-        if said := significance.statements(found):
-            show("", *said)
-        if lost.losses(found):
-            show("", lost.table(found))
-        show("", f"report   {page}", f"results  {out / 'results.json'}")
-        if export is not None:
-            show(f"answers  {export}")
+        return
+    show(table.render(found), *headline.notes(found))
+    if said := significance.statements(found):
+        show("", *said)
+    if lost.losses(found):
+        show("", lost.table(found))
+    show("", f"report   {page}", f"results  {out / 'results.json'}")
+    if export is not None:
+        show(f"answers  {export}")
 
 
 def _check_export(path: Path) -> None:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,16 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def explained(describe: Callable[[KeyboardInterrupt], str]) -> Iterator[None]:
+    """Let an interrupt of the block print what the run keeps, as `describe` puts it, and exit with 1."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        typer.echo(describe(interrupt), err=True)
+        raise typer.Exit(1) from None
 
 
 def show(*items: RenderableType) -> None:

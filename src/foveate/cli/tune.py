@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foveate.cli.compare import AnswerField, Chat, Model, NewTokens, PromptField, Score, TaskName, Trust, _keys
-from foveate.cli.console import Bar, show
+from foveate.cli.console import Bar, explained, show
 from foveate.cli.options import Config, Device, Dtype, Fresh, Json
 from foveate.core.errors import Interrupted, OptionError
 
@@ -71,37 +71,16 @@ def command(
     at once, and the same command resumes after an interruption.
     """
     keys, shares = _keys(methods), _numbers(budgets)
-    try:
-        with Bar("loading") as bar:
-            from foveate.bench.tuning.run import tune
-            from foveate.bench.tuning.space import BUDGETS
+    with explained(lambda interrupt: _kept(interrupt, out)), Bar("loading") as bar:
+        from foveate.bench.tuning.run import tune
+        from foveate.bench.tuning.space import BUDGETS
 
-            found = tune(
-                model=model,
-                task=task,
-                keep=keep,
-                methods=keys,
-                budgets=shares or BUDGETS,
-                search=search,
-                held_out=held_out,
-                level=level,
-                length=length,
-                score=score,
-                out=out,
-                seed=seed,
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                prompt_field=prompt_field,
-                answer_field=answer_field,
-                chat=chat,
-                new_tokens=new_tokens,
-                fresh=fresh,
-                progress=bar,
-            )
-    except KeyboardInterrupt as interrupt:
-        typer.echo(_kept(interrupt, out), err=True)
-        raise typer.Exit(1) from None
+        found = tune(
+            model=model, task=task, keep=keep, methods=keys, budgets=shares or BUDGETS, search=search,
+            held_out=held_out, level=level, length=length, score=score, out=out, seed=seed, device=device, dtype=dtype,
+            trust_remote_code=trust_remote_code, prompt_field=prompt_field, answer_field=answer_field, chat=chat,
+            new_tokens=new_tokens, fresh=fresh, progress=bar,
+        )  # fmt: skip
     if as_json:
         typer.echo(found.to_json(), nl=False)
         return

@@ -90,32 +90,14 @@ class Options:
 
 
 def compare(
-    *,
-    model: str | None = None,
-    task: str | None = None,
-    methods: Sequence[str | Method] | None = None,
-    budget: float = 0.35,
-    budgets: Sequence[float] | None = None,
-    examples: int | None = None,
-    length: int | None = None,
-    score: str | None = None,
-    batch: int = 1,
-    out: Path | str = Path("foveate-compare"),
-    seed: int = 0,
-    device: str = "cpu",
-    dtype: str = "float32",
-    trust_remote_code: bool = False,
-    prompt_field: str | None = None,
-    answer_field: str | None = None,
-    chat: bool = False,
-    new_tokens: int | None = None,
-    renumber: bool = False,
-    lost: bool = False,
-    fresh: bool = False,
-    query: str = "both",
-    turns: str | None = None,
-    progress: Progress | None = None,
-) -> Comparison:
+    *, model: str | None = None, task: str | None = None, methods: Sequence[str | Method] | None = None,
+    budget: float = 0.35, budgets: Sequence[float] | None = None, examples: int | None = None,
+    length: int | None = None, score: str | None = None, batch: int = 1, out: Path | str = Path("foveate-compare"),
+    seed: int = 0, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False,
+    prompt_field: str | None = None, answer_field: str | None = None, chat: bool = False,
+    new_tokens: int | None = None, renumber: bool = False, lost: bool = False, fresh: bool = False,
+    query: str = "both", turns: str | None = None, progress: Progress | None = None,
+) -> Comparison:  # fmt: skip
     """Run a model on a task under several methods; save each prompt's answers to `out`, and a table at the end.
 
     A method that fails gets a row with the reason.

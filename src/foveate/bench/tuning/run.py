@@ -82,29 +82,13 @@ class Plan:
 
 
 def tune(
-    *,
-    model: str | None = None,
-    task: str | None = None,
-    keep: float = 0.98,
-    methods: list[str] | None = None,
-    budgets: Sequence[float] = space.BUDGETS,
-    search: int = SEARCH,
-    held_out: int | None = None,
-    level: float = bounds.LEVEL,
-    length: int | None = None,
-    score: str | None = None,
-    out: Path | str = Path("foveate-tune"),
-    seed: int = 0,
-    device: str = "cpu",
-    dtype: str = "float32",
-    trust_remote_code: bool = False,
-    prompt_field: str | None = None,
-    answer_field: str | None = None,
-    chat: bool = False,
-    new_tokens: int | None = None,
-    fresh: bool = False,
-    progress: Progress | None = None,
-) -> Tuning:
+    *, model: str | None = None, task: str | None = None, keep: float = 0.98, methods: list[str] | None = None,
+    budgets: Sequence[float] = space.BUDGETS, search: int = SEARCH, held_out: int | None = None,
+    level: float = bounds.LEVEL, length: int | None = None, score: str | None = None,
+    out: Path | str = Path("foveate-tune"), seed: int = 0, device: str = "cpu", dtype: str = "float32",
+    trust_remote_code: bool = False, prompt_field: str | None = None, answer_field: str | None = None,
+    chat: bool = False, new_tokens: int | None = None, fresh: bool = False, progress: Progress | None = None,
+) -> Tuning:  # fmt: skip
     """Find the setting with the fewest bytes of cache that keeps `keep` of the full cache's score.
 
     Policies, budgets and options are searched by successive halving, then codecs for the tokens that stay, and a
@@ -154,16 +138,26 @@ def tune(
         store = CalibrationStore(here, partial(passkeys, tokenizer, length, seed), folders, progress.say)
         arms, learnt, failed = _arms(plan, store, folders)
         trials = Trials(loaded, evaluation, Journal(folder / JOURNAL, fresh), environment, progress, learnt)
-        try:
-            found = _search(trials, plan, arms, range(len(examples)), space.layers_of(here))
-            # the full cache may score a little less on the held-out examples
-            count = min(len(tests), plan.wanted(0.95 * min(1.0, trials.full_score(found.examples, "full cache"))))
-            full, tested = _test(trials, plan, found, range(len(examples), len(examples) + count))
-        except KeyboardInterrupt:
-            raise Interrupted(trials.calls, trials.calls, folder) from None
-        setting, result = _result(trials, plan, found, tested, full, count, failed)
+        sizes = len(examples), len(tests)
+        setting, result = _outcome(trials, plan, arms, failed, sizes, space.layers_of(here), folder)
         result = replace(result, model=model or "lab lm", task=chosen.name)
         return _save(setting, result, trials, length, folder)
+
+
+def _outcome(
+    trials: Trials, plan: Plan, arms: Sequence[Arm], failed: dict[str, str], sizes: tuple[int, int],
+    layers: Sequence[int], folder: Path,
+) -> tuple[Setting, Tuning]:  # fmt: skip
+    """Search on the first examples and test on those behind them; `sizes` counts both."""
+    searched, most = sizes
+    try:
+        found = _search(trials, plan, arms, range(searched), layers)
+        # the full cache may score a little less on the held-out examples
+        count = min(most, plan.wanted(0.95 * min(1.0, trials.full_score(found.examples, "full cache"))))
+        full, tested = _test(trials, plan, found, range(searched, searched + count))
+    except KeyboardInterrupt:
+        raise Interrupted(trials.calls, trials.calls, folder) from None
+    return _result(trials, plan, found, tested, full, count, failed)
 
 
 def _arms(

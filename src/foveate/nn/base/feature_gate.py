@@ -24,8 +24,8 @@ _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 class FeatureGate(Checked, nn.Module, ABC):
     """A layer for feature maps that keeps their shape.
 
-    The constructor of a subclass takes `channels` first, and `dims` by name unless one object works with each of
-    `axes`; then `for_map` and `example` need no definition of their own.
+    The constructor of a subclass takes `channels` first, and `dims` by name, None by default if one object works with
+    each of `axes`; then `for_map` and `example` need no definition of their own.
 
     Attributes:
         axes: numbers of spatial axes for which the mechanism is defined.
