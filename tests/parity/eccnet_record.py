@@ -30,7 +30,7 @@ BLOCKS = (2, 2, 3, 3, 3)
 MEANS = (103.939, 116.779, 123.68)
 SIDE, MARGIN, IOR, STEPS = 96, 64, 10, 4
 #: Pools apart: sides of the map, pixels per degree, slope, kind.
-POOLS = ((40, 8, 0.07, "avg"), (36, 2, 0.32, "avg"), (41, 3, 0.5, "avg"), (36, 2, 0.32, "max"))
+POOLS = ((36, 2, 0.32, "avg"), (41, 3, 0.5, "avg"), (36, 2, 0.32, "max"))
 
 
 class Case(NamedTuple):

@@ -14,6 +14,7 @@ from foveate.gaze import EccentricityPool2d, VisualSearcher, vgg16_features
 from tests.parity import eccnet_record as record
 from tests.support.tensors import assert_near
 
+SLOW = pytest.mark.slow
 RECORD = json.loads(record.RECORD.read_text("utf-8"))
 
 
@@ -42,7 +43,9 @@ def test_pools(number: int) -> None:
     assert pool.windows(*found.shape[2:]).unique().numel() > 1
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW)]
+)
 def test_searches(number: int) -> None:
     """The same fixations, and the same first map where the release has not multiplied it by zero."""
     case, theirs = record.cases()[number], RECORD["searches"][number]

@@ -119,9 +119,10 @@ class EccNet(Checked, nn.Module):
 
 def check_layers(layers: Sequence[int], pools: int) -> None:
     """Refuse layers that are not ascending numbers of a network's pools."""
-    is_ascending = all(a < b for a, b in pairwise(layers))
-    if not layers or not is_ascending or not all(type(each) is int and 1 <= each <= pools for each in layers):
-        raise OptionError(f"layers={tuple(layers)} must be ascending numbers of pools in 1..{pools}")
+    numbers = layers if isinstance(layers, tuple | list) else ()
+    is_inside = all(type(each) is int and 1 <= each <= pools for each in numbers)
+    if not numbers or not is_inside or not all(a < b for a, b in pairwise(numbers)):
+        raise OptionError(f"layers={layers} must be ascending numbers of pools in 1..{pools}")
 
 
 def vgg16_features(width: int = 64, state: Mapping[str, Tensor] | None = None) -> nn.Sequential:
@@ -186,10 +187,10 @@ def _blocks(cnn: nn.Sequential) -> tuple[list[nn.Sequential], list[tuple[int, in
 
 
 def _keeps_sides(conv: nn.Conv2d) -> bool:
-    if conv.padding == "same":
-        return True
+    if isinstance(conv.padding, str):
+        return conv.padding == "same"
     sides = zip(conv.kernel_size, conv.padding, conv.dilation, strict=True)
-    return conv.stride == (1, 1) and all(2 * int(pad) == dilation * (k - 1) for k, pad, dilation in sides)
+    return conv.stride == (1, 1) and all(2 * pad == dilation * (k - 1) for k, pad, dilation in sides)
 
 
 def _side(size: int | tuple[int, ...]) -> int:

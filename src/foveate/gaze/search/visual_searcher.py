@@ -70,7 +70,7 @@ class VisualSearcher(Searcher):
     """
 
     def __init__(
-        self, cnn: EccNet | nn.Sequential, layers: Sequence[int] = (3, 4, 5), ior: int = 10, max_fix: int = 20, *,
+        self, cnn: EccNet | nn.Sequential, layers: tuple[int, ...] = (3, 4, 5), ior: int = 10, max_fix: int = 20, *,
         margin: int = 64, background: float | Sequence[float] = 0.0, sharpen: Sharpening | None = _SHARPENING,
         erase: bool = False,
     ) -> None:  # fmt: skip
