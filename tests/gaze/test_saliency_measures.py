@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveate.core.errors import OptionError, ShapeError
 from foveate.gaze import (
+    CenterBias,
     Fixations,
     SaliencyMap,
     auc_borji,
@@ -246,6 +247,17 @@ def test_densities() -> None:
         SaliencyMap(torch.tensor([[-1.0, 2.0]]))
 
 
+def test_the_centre_bias_by_hand() -> None:
+    """Its spread is a share of the image's sides, so that it is wider across a wide image."""
+    found = CenterBias(0.5).predict(torch.rand(1, 2, 4)).density
+    row, column = math.exp(-0.5 * (0.25 / 0.5) ** 2), [math.exp(-0.5 * (x / 0.5) ** 2) for x in (0.375, 0.125)]
+    total = 4 * row * sum(column)
+    assert torch.allclose(found[0], torch.tensor([*column, *column[::-1]]) * row / total)
+    assert torch.equal(found[0], found[1])
+    with pytest.raises(OptionError, match="sigma=0 must be at least"):
+        CenterBias(0)
+
+
 def test_samples_follow_the_density() -> None:
     drawn = SaliencyMap.from_scores(torch.tensor([[0.0, 1.0, 3.0]])).sample(4000, torch.Generator().manual_seed(0))
     assert set(map(tuple, drawn.tolist())) == {(1.5, 0.5), (2.5, 0.5)}
@@ -254,7 +266,7 @@ def test_samples_follow_the_density() -> None:
 
 def fixations() -> Fixations:
     xy = torch.tensor([[1.0, 1.0], [3.9, 0.2], [10.0, 4.0], [1.0, 1.4]])
-    return Fixations(xy, torch.tensor([0, 0, 1, 0]), torch.tensor([[2, 4], [8, 16]]))
+    return Fixations(xy, torch.tensor([0, 0, 1, 0]), torch.tensor([[2, 4], [6, 16]]))
 
 
 def test_counts_are_those_of_pixels() -> None:
@@ -263,8 +275,8 @@ def test_counts_are_those_of_pixels() -> None:
 
 
 def test_fixations_elsewhere_are_scaled_to_the_image() -> None:
-    assert fixations().elsewhere(0).tolist() == [[2.5, 1.0]]
-    expected = torch.tensor([[4.0, 4.0], [15.6, 0.8], [4.0, 5.6]])
+    assert torch.allclose(fixations().elsewhere(0), torch.tensor([[2.5, 4 / 3]]))
+    expected = torch.tensor([[4.0, 3.0], [15.6, 0.6], [4.0, 4.2]])
     assert torch.allclose(fixations().elsewhere(1), expected)
 
 

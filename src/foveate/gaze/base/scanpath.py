@@ -63,7 +63,7 @@ class Scanpath:
             raise OptionError("degrees need px_per_deg, pixels per degree of visual angle")
         return (self.fixations - _centre(self.size, self.fixations)) / self.px_per_deg
 
-    def saccades(self) -> Float[Tensor, "t-1 2"]:
+    def saccades(self) -> Float[Tensor, "s 2"]:
         """Return the steps from each fixation to the next, in pixels."""
         return self.fixations.diff(dim=0)
 
