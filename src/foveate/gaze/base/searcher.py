@@ -104,9 +104,9 @@ class Searcher(Checked, nn.Module, ABC):
     # -- for tests -----------------------------------------------------------------------------------------------------
 
     @classmethod
+    @abstractmethod
     def example(cls) -> Self:
         """Make a small instance for images of three channels; tests run it."""
-        raise NotImplementedError(f"{cls.__name__} makes no example")
 
     # -- for subclasses ------------------------------------------------------------------------------------------------
 
