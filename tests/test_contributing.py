@@ -42,6 +42,11 @@ SOURCES = [
     "src/foveate/train/init/mimetic_init.py",
     "tests/systems/train/test_mimetic_init.py",
     "src/foveate/steer/vision/avisc.py",
+    "src/foveate/gaze/search/visual_searcher.py",
+    "src/foveate/catalog/gaze.toml",
+    "tests/systems/gaze/test_eccnet_search.py",
+    "src/foveate/gaze/measures/saliency.py",
+    "tests/gaze/test_saliency_measures.py",
 ]
 BLOCKS = re.findall(r"```(?:python|toml)\n(.*?)```", TEXT, re.DOTALL)
 ROWS = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)

@@ -29,6 +29,7 @@ ROOMS = {
     "lens": "Readers of attention.",
     "train": "Training, losses, initial weights, distillation.",
     "tasks": "Examples and scores.",
+    "gaze": "Human gaze: scanpaths, saliency and their measures.",
     "studies": "A theorem or a prediction, shown.",
     "bench": "Measurements.",
     "report": "Tables and figures of what was measured.",

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from foveate._version import __version__
 
 _ROOMS = (
-    "core", "ops", "nn", "models", "host", "kv", "steer", "lens", "tasks", "train", "studies", "labs", "bench",
-    "report",
+    "core", "ops", "nn", "models", "host", "kv", "steer", "lens", "tasks", "gaze", "train", "studies", "labs",
+    "bench", "report",
 )  # fmt: skip
 
 # public name -> the module it is fetched from
@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # the same table, for type checkers; `as` says that a name is
     from foveate import (
         bench as bench,
         core as core,
+        gaze as gaze,
         host as host,
         kv as kv,
         labs as labs,

@@ -14,6 +14,7 @@ from foveate.core.errors import OptionError
 from foveate.host import Method
 from foveate.nn import MultiHeadAttention
 from tests.contracts.gates import GATES
+from tests.contracts.gaze import MODELS, SEARCHERS
 from tests.contracts.initialisers import CLASSES as INITIALISERS
 from tests.contracts.layers import SYSTEMS
 from tests.contracts.objectives import CLASSES as OBJECTIVES
@@ -22,7 +23,8 @@ from tests.contracts.operators import CLASSES
 METHODS = {row.key: found for room in ("kv", "steer", "lens") for row in systems(room=room) if (found := row.load())}
 METHODS = {key: cls for key, cls in METHODS.items() if isinstance(cls, type) and issubclass(cls, Method)}
 BUILT: dict[str, type] = {
-    **CLASSES, **SYSTEMS, **GATES, **METHODS, **OBJECTIVES, **INITIALISERS, "multi_head": MultiHeadAttention,
+    **CLASSES, **SYSTEMS, **GATES, **METHODS, **OBJECTIVES, **INITIALISERS, **MODELS, **SEARCHERS,
+    "multi_head": MultiHeadAttention,
 }  # fmt: skip
 
 #: Values that an annotation excludes.

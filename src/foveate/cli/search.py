@@ -215,6 +215,7 @@ _FACT_TEXTS = {
     "room:lens": "looks into a pretrained model",
     "room:studies": "a study",
     "room:tasks": "a task",
+    "room:gaze": "about human gaze",
     "state:constant": "streams with a constant state",
     "growth:N": "time grows with N",
     "growth:N log N": "time grows with N log N",

@@ -20,8 +20,8 @@ Dir = Callable[[], list[str]]
 
 #: Packages with public names, each with a stub.
 PACKAGES = (
-    "core", "ops", "ops.functional", "nn", "models", "host", "kv", "steer", "lens", "train", "tasks", "studies",
-    "bench", "report",
+    "core", "ops", "ops.functional", "nn", "models", "host", "kv", "steer", "lens", "train", "tasks", "gaze",
+    "studies", "bench", "report",
 )  # fmt: skip
 
 

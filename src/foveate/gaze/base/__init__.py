@@ -1,0 +1,1 @@
+"""Scanpaths, fixations and densities, and the base classes of models that predict them."""

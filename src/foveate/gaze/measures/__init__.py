@@ -1,0 +1,1 @@
+"""Measures: saliency maps against fixations or other maps, and scanpaths against scanpaths."""
