@@ -82,7 +82,7 @@ def call(name: str, **options: Any) -> Tensor:
 def pipeline() -> Any:
     """A whole Stable Diffusion of these sizes."""
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
-    parts = vae, text_encoder(), words(), model("unet"), diffusers.DDIMScheduler()
+    parts = vae, text_encoder(), words(), model("unet"), diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
     made = diffusers.StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
     made.set_progress_bar_config(disable=True)
     return made
