@@ -245,7 +245,7 @@ def test_a_whole_pipeline() -> None:
 
 
 @torch.no_grad()
-def right_colours(seed: int, prompts: int = 300) -> dict[str, float]:
+def right_colours(seed: int, prompts: int = 200) -> dict[str, float]:
     """Share of objects that get their own colour, in prompts with pairs of colours that training held out."""
     encoder, painter = world.trained(seed)
     objects = world.draw(prompts, world.HELD_OUT, torch.Generator().manual_seed(100 + seed))
