@@ -59,7 +59,7 @@ def model(name: str) -> nn.Module:
 
 
 def inputs(name: str, batch: int = 2, seed: int = 0, masked: bool = False) -> dict[str, Any]:
-    """Inputs of a model. `masked` hides the end of the prompt, where the model takes such a mask."""
+    """Inputs of a model. `masked` hides the ends of the prompts, where the model takes such a mask."""
     draw = torch.Generator().manual_seed(seed)
     sample = torch.randn(batch, 4, 8, 8, generator=draw)
     text = torch.randn(batch, LENGTH, CONTEXT, generator=draw)
@@ -70,7 +70,7 @@ def inputs(name: str, batch: int = 2, seed: int = 0, masked: bool = False) -> di
     if name == "sd3":
         given["pooled_projections"] = torch.randn(batch, 6, generator=draw)
     if masked:
-        given["encoder_attention_mask"] = (torch.arange(LENGTH) < LENGTH - 5).expand(batch, -1)
+        given["encoder_attention_mask"] = torch.arange(LENGTH) < LENGTH - 5 + torch.arange(batch)[:, None] % 3
     return given
 
 

@@ -192,6 +192,27 @@ def test_rows_of_the_prompt_are_found_wherever_they_stand() -> None:
     torch.testing.assert_close(half.sample, forward, atol=0.02, rtol=0.02)
 
 
+@torch.no_grad()
+def test_layers_of_one_pass_may_read_other_contexts() -> None:
+    """Rows are found again where a layer of the same pass reads another tensor."""
+    x, there, full = torch.randn(2, 5, world.WIDTH), torch.randn(2, 6, world.WIDTH), torch.randn(6, world.WIDTH)
+    there[0] = full
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn2 = world.Painter().attn2
+
+        def forward(self, *contexts: Tensor) -> list[Tensor]:
+            return [self.attn2(x, encoder_hidden_states=context) for context in contexts]
+
+    network, method = Twice(), StructuredDiffusion(full, [full.flip(0)], [(0, 2)])
+    with foveate.apply(network, method):
+        both = network(there, there.flip(0))
+        alone = [network(there)[0], network(there.flip(0))[0]]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(both, alone, strict=True))
+
+
 @pytest.mark.parametrize("mode", ["values", "pairs"])
 @torch.no_grad()
 def test_exact_limits(mode: Any) -> None:
