@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,3 +238,12 @@ def test_linear_attention_is_left_alone() -> None:
 
 def test_the_context_is_as_wide_as_the_tests_say() -> None:
     assert model("unet").config.cross_attention_dim == CONTEXT
+
+
+def test_foveate_never_imports_diffusers() -> None:
+    sources = list(Path(foveate.__file__).parent.rglob("*.py"))
+    assert len(sources) > 500
+    found = [
+        path for path in sources if re.search(r"^\s*(import|from) diffusers\b", path.read_text("utf-8"), re.MULTILINE)
+    ]
+    assert found == []
