@@ -33,6 +33,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "packed": Packed,
 }
 
+#: Methods that act on diffusion models alone; see `tests/contracts/test_diffusion_hosts.py`.
+ON_DIFFUSION = {"structured_diffusion"}
+
 #: Methods that change no more than the last bits.
 EXACT = {"packed", *(key for key, cls in OPERATORS.items() if cls.__name__ in ("Softmax", "MemoryEfficientAttention"))}
 #: Methods that can read a prompt in one call only.

@@ -56,6 +56,10 @@ def test_it_runs(key: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"torch": torch, "foveate": foveate, **tensors(), **of_a_model(), **GIVEN.get(key, {})}
     if "tokenizer" in EXAMPLES[key]:
         names["model"], names["tokenizer"] = lab()
+    if "pipe" in EXAMPLES[key]:
+        from tests.support.diffusion_models import pipeline
+
+        names["pipe"] = pipeline()
     given = set(names)
     tree = ast.parse(EXAMPLES[key])
     if isinstance(last := tree.body[-1], ast.Expr):  # what a prompt would show

@@ -4,6 +4,10 @@ from foveate.host.branch import Branch as Branch
 from foveate.host.cache_contents import Held as Held
 from foveate.host.cache_contents import held as held
 from foveate.host.context import Context as Context
+from foveate.host.diffusers.model import DiffusionHost as DiffusionHost
+from foveate.host.diffusers.run import DiffusionRun as DiffusionRun
+from foveate.host.diffusers.words import phrase_spans as phrase_spans
+from foveate.host.diffusers.words import word_spans as word_spans
 from foveate.host.entry import apply as apply
 from foveate.host.head_cuts import cut_heads as cut_heads
 from foveate.host.hf.layout import AttendingLayer as AttendingLayer
@@ -42,6 +46,8 @@ __all__ = [
     "Codec",
     "Coding",
     "Context",
+    "DiffusionHost",
+    "DiffusionRun",
     "EMPTY",
     "Ends",
     "Held",
@@ -66,6 +72,8 @@ __all__ = [
     "held",
     "host",
     "layout",
+    "phrase_spans",
     "span_mask",
     "spans_of",
+    "word_spans",
 ]

@@ -19,6 +19,7 @@ from foveate.host.hf.chat_template import ChatTemplate
 from foveate.host.hf.marks import Mark
 from foveate.host.hf.model import Host, host
 from foveate.host.method import Method
+from foveate.host.run import Run
 
 #: Options of `generate` that a context sets itself.
 _OWN = (
@@ -137,6 +138,7 @@ class Context:
         ids = self._on_device(begin)
         cache = DynamicCache(config=self.host.config)
         with apply(self.host.model, *self.methods, evict="after prompt") as run:
+            assert isinstance(run, Run)
             aware = self._on_device(behind) if behind is not None and run.evicts else ids[:, :0]
             self._check_croppable(cache, aware)
             run.tentative = aware.shape[1]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from foveate.core import validate
+from foveate.host.diffusers.model import is_diffusion_model, refuse_pipeline
+from foveate.host.diffusers.run import DiffusionRun
 from foveate.host.hf import dispatch  # noqa: F401  the import registers Foveate's attention function
 from foveate.host.hf.layout import layout
 from foveate.host.hf.model import Host
@@ -13,11 +16,12 @@ from foveate.host.run import Evict, Part, Run
 from foveate.ops.operator import Operator
 
 
-def apply(model: object, *methods: Method | Operator, on: Part = "auto", evict: Evict = "always") -> Run:
+def apply(model: object, *methods: Method | Operator, on: Part = "auto", evict: Evict = "always") -> Run | DiffusionRun:
     """Apply methods to a pretrained model: `with foveate.apply(model, method, ...) as run:`.
 
     Args:
-        model: any model that uses transformers' attention interface (decoders, encoders, ViTs, VLMs).
+        model: any model that uses transformers' attention interface (decoders, encoders, ViTs, VLMs), or a network of
+            diffusers (`pipe.unet`, `pipe.transformer`); see `foveate.host.DiffusionRun`.
         methods: applied in order; hooks of several compose, and a later method gets the result of an earlier one. An
             `Operator` replaces the model's attention while the prompt is read; see `foveate.host.PrefillSwap`.
         on: the part that they act on: "decoder", "all", or "auto". "auto" is the decoder of a model that has one, and
@@ -34,6 +38,10 @@ def apply(model: object, *methods: Method | Operator, on: Part = "auto", evict: 
         UnsupportedModel: the model does not use the attention interface.
     """
     swapped = tuple(PrefillSwap(each) if isinstance(each, Operator) else each for each in methods)
+    refuse_pipeline(model)
+    if isinstance(model, nn.Module) and is_diffusion_model(model):
+        validate.one_of("evict", evict, ("always", "after prompt"))
+        return DiffusionRun(model, swapped, on)
     return Run(model, swapped, on, evict, find_excluded=_excluded)
 
 

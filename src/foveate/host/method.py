@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foveate.core.checked import Checked
+from foveate.core.errors import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -154,6 +155,14 @@ class Method(Checked):
 
 #: Names of the hooks that the host calls at an attention call.
 HOOKS = ("select", "attend", "edit_logits", "edit_weights", "edit_output", "read", "keep", "fold", "refit", "encode")
+
+
+def check_methods(methods: tuple[object, ...]) -> None:
+    """Refuse what is no method."""
+    for method in methods:
+        if not isinstance(method, Method):
+            got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+            raise OptionError(f"apply() takes Method and Operator objects; got {got}")
 
 
 def overrides(method: Method, hook: str) -> bool:

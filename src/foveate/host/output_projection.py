@@ -61,6 +61,8 @@ def output_projection(module: nn.Module) -> nn.Linear | Conv1D:
 
 def _linear(module: nn.Module) -> nn.Linear | Conv1D | None:
     found = [getattr(module, name, None) for name in ("o_proj", "out_proj", "c_proj", "dense", "o")]
+    if isinstance(last := getattr(module, "to_out", None), nn.ModuleList):  # diffusers' projection, before its dropout
+        found.append(last[0])
     return next((each for each in found if isinstance(each, nn.Linear | Conv1D)), None)
 
 

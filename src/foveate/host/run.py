@@ -24,7 +24,7 @@ from foveate.host.hf.hooks import Hook
 from foveate.host.hf.model import Host, host, native_attention
 from foveate.host.hf.passes import Passes
 from foveate.host.hf.reread import read_and_remove
-from foveate.host.method import HOOKS, Method, overrides
+from foveate.host.method import HOOKS, Method, check_methods, overrides
 from foveate.host.site import Site
 from foveate.host.spans import Place, Spans
 from foveate.host.stats import Stats
@@ -67,10 +67,7 @@ class Run:
         self, model: object, methods: tuple[Method, ...], on: Part = "auto", evict: Evict = "always",
         find_excluded: Callable[[Host], set[nn.Module]] | None = None,
     ) -> None:  # fmt: skip
-        for method in methods:
-            if not isinstance(method, Method):
-                got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
-                raise OptionError(f"apply() takes Method and Operator objects; got {got}")
+        check_methods(methods)
         validate.one_of("on", on, ("auto", "decoder", "all"))
         validate.one_of("evict", evict, ("always", "after prompt"))
         self.host: Host = host(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,7 +70,9 @@ class Site:
     `(B, N)` beside their positions in the sequence. `is_branch` is true in a second reading; see `foveate.host.Branch`.
 
     In a call that attends to another sequence (cross attention), `own` describes the sequence of the queries: `seen`,
-    `positions` and `real` are those of the keys, `asked` and `query_positions` those of the queries.
+    `positions` and `real` are those of the keys, `asked` and `query_positions` those of the queries. In a diffusion
+    model, `context (B, S, C)` has the hidden states that the keys come from, `spans` are spans of its tokens, and
+    `project(other)` gives keys and values `(B', Hkv, S', D)` of another context by the layer's own projections.
 
     After attention, `weights` is set if they were computed, `selections` are those that were attended to, and
     `replaced` is true if a method replaced attention; it may set `read_share`, the share of keys that it read.
@@ -110,6 +112,8 @@ class Site:
     ids: Int[Tensor, "b nq"] | None = None
     own: OwnSequence | None = None
     is_branch: bool = False
+    context: Float[Tensor, "b s c"] | None = None
+    project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     @property
     def crosses(self) -> bool:

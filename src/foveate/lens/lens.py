@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel, unknown
 from foveate.host.entry import apply
-from foveate.host.hf.model import Host, host
+from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.output_projection import projection_holders
 from foveate.host.site import Site
@@ -31,6 +31,7 @@ from foveate.lens.capture.record import Record, by_position
 from foveate.lens.capture.tiles import measure_call
 from foveate.lens.html_table import layer_head_tables
 from foveate.lens.measures import KeyTokens, Measure
+from foveate.lens.parts.inputs import by_name
 from foveate.lens.parts.stack import Layers, Part, covering
 from foveate.lens.registry import named
 
@@ -273,15 +274,14 @@ def look(
     """Run a model once under a `Lens`, with its fast kernel.
 
     Args:
-        model: any transformers model that `foveate.apply` takes.
+        model: any model that `foveate.apply` takes.
         inputs: the model's inputs: a tokenizer's mapping, or the main input alone; `more` adds keyword arguments.
         measures, layers, keep_maps, part: see `Lens`.
     """
     lens = Lens(measures, layers, keep_maps or {}, phase="all", part=part)
-    if isinstance(inputs, Tensor):
-        inputs = {host(model).model.main_input_name: inputs}
     with torch.no_grad(), apply(model, lens, on=covering(part)) as run:
-        output = run.host.model(**{**(inputs or {}), **more})
+        given = by_name(run.host.model, {} if inputs is None else inputs)
+        output = run.host.model(**{**given, **more})
     if part == "cross" and not lens._latest and not lens.unseen:
         raise UnsupportedModel(
             f"part={part!r}: {type(run.host.model).__name__} attended to no other sequence in this call"

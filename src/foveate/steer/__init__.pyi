@@ -3,6 +3,11 @@
 from foveate.steer.diffusion.free_swim import FreeSwim as FreeSwim
 from foveate.steer.diffusion.inward_window import inward_window_attention as inward_window_attention
 from foveate.steer.diffusion.inward_window import inward_window_mask as inward_window_mask
+from foveate.steer.diffusion.noun_phrases import noun_phrases as noun_phrases
+from foveate.steer.diffusion.structured_attention import align_all as align_all
+from foveate.steer.diffusion.structured_attention import align_spans as align_spans
+from foveate.steer.diffusion.structured_attention import structured_cross_attention as structured_cross_attention
+from foveate.steer.diffusion.structured_diffusion import StructuredDiffusion as StructuredDiffusion
 from foveate.steer.parts.contrast import contrast as contrast
 from foveate.steer.parts.contrast import plausible as plausible
 from foveate.steer.parts.document_attention import document_attention as document_attention
@@ -31,7 +36,10 @@ __all__ = [
     "FreeSwim",
     "PromptFormat",
     "SortedDocuments",
+    "StructuredDiffusion",
     "act_search",
+    "align_all",
+    "align_spans",
     "basin_index",
     "calibrate_sinks",
     "contrast",
@@ -41,7 +49,9 @@ __all__ = [
     "inward_window_attention",
     "inward_window_mask",
     "last_attention",
+    "noun_phrases",
     "plausible",
     "position_profile",
     "recency_profile",
+    "structured_cross_attention",
 ]

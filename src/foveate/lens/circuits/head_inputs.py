@@ -22,7 +22,8 @@ from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.site import Site
 from foveate.lens.circuits.interventions import Head, checked_heads
-from foveate.lens.circuits.residual_stream import Inputs, as_mapping
+from foveate.lens.circuits.residual_stream import Inputs
+from foveate.lens.parts.inputs import by_name
 
 #: A query, a key or a value.
 Input = Literal["q", "k", "v"]
@@ -153,5 +154,5 @@ def head_inputs(model: object, inputs: Inputs, heads: Iterable[Head]) -> dict[tu
     """Run a model once and return what some heads read and give; see `HeadInputs`."""
     record = HeadInputs(heads)
     with torch.no_grad(), apply(model, record) as run:
-        run.host.model(**as_mapping(run.host, inputs))
+        run.host.model(**by_name(run.host.model, inputs))
     return record.found

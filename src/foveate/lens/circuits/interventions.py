@@ -25,6 +25,7 @@ from foveate.host.entry import apply
 from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.site import Site
+from foveate.lens.parts.inputs import by_name
 from foveate.lens.parts.stack import Layers, Part, covering
 
 #: A head of a model: its layer and its number in the layer.
@@ -221,8 +222,7 @@ def head_outputs(
     """
     record = HeadOutputs(part=part)
     with torch.no_grad(), apply(model, record, on=covering(part)) as run:
-        given = {run.host.model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
-        run.host.model(**given, **more)
+        run.host.model(**by_name(run.host.model, inputs), **more)
     return record.found
 
 

@@ -22,6 +22,7 @@ from foveate.host.entry import apply
 from foveate.host.hf.model import Host, host
 from foveate.host.method import Method
 from foveate.host.site import Site
+from foveate.lens.parts.inputs import by_name
 
 #: The inputs of a run: token ids `(B, N)`, or a tokenizer's mapping.
 Inputs = Tensor | Mapping[str, Any]
@@ -99,7 +100,7 @@ def trace(model: object, inputs: Inputs, positions: Int[Tensor, " b"] | int | No
 
 def as_mapping(run: Host, inputs: Inputs) -> dict[str, Any]:
     """Return the inputs of a run by name."""
-    return {run.model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    return by_name(run.model, inputs)
 
 
 def chosen_tokens(given: Mapping[str, Any], run: Host, positions: Tensor | int | None) -> Int[Tensor, " b"]:

@@ -13,6 +13,7 @@ from foveate.core.errors import UnsupportedModel
 from foveate.host.entry import apply
 from foveate.host.site import Site
 from foveate.host.weight_tiles import weight_tile
+from foveate.lens.parts.inputs import by_name
 from foveate.lens.parts.stack import ByLayer, Part, covering
 
 
@@ -31,11 +32,16 @@ def attention_maps(
     """
     record = _Maps(part)
     with apply(model, record, on=covering(part)) as run:
-        given = {run.host.model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
-        run.host.model(**given, **more)
+        run.host.model(**by_name(run.host.model, inputs), **more)
     if not record.found:
         raise UnsupportedModel(f"part={part!r}: {type(run.host.model).__name__} made no such call")
-    return torch.stack([record.found[layer] for layer in sorted(record.found)], 1)
+    maps = [record.found[layer] for layer in sorted(record.found)]
+    if len({each.shape for each in maps}) > 1:
+        raise UnsupportedModel(
+            f"{type(run.host.model).__name__} has layers of different sizes, whose maps are not one tensor: use "
+            f"foveate.look(..., keep_maps=...)"
+        )
+    return torch.stack(maps, 1)
 
 
 @final

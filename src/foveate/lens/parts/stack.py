@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from foveate.core import validate
 from foveate.core.errors import UnsupportedModel
+from foveate.host.diffusers.model import DiffusionHost, heads_of
 from foveate.host.hf.calls import CROSS, parameters
 from foveate.host.hf.model import Host, check_heads
 from foveate.host.method import Method
@@ -20,7 +21,8 @@ from foveate.host.site import Site
 T = TypeVar("T")
 
 #: A part of a model: "decoder" and "encoder" are self-attention, "cross" is the decoder's attention to another
-#: sequence. "auto" is the language part of a model that has one stack, and is refused for an encoder-decoder.
+#: sequence. "auto" is the language part of a model that has one stack, and is refused for an encoder-decoder. In a
+#: diffusion model, "cross" is its attention to the prompt, and "auto" all other attention.
 Part = Literal["auto", "decoder", "encoder", "cross"]
 PARTS: tuple[Part, ...] = ("auto", "decoder", "encoder", "cross")
 
@@ -44,14 +46,17 @@ class Stack:
     outside: bool
 
     @classmethod
-    def of(cls, host: Host, part: Part = "auto") -> Self:
+    def of(cls, host: Host | DiffusionHost, part: Part = "auto") -> Self:
         """Return a part of a model.
 
         Raises:
             UnsupportedModel: the model has no such part, or several of them.
         """
         validate.one_of("part", part, PARTS)
-        name, decoder = type(host.model).__name__, host.decoder
+        name = type(host.model).__name__
+        if isinstance(host, DiffusionHost):
+            return cls._of_diffusion(host, part, name)
+        decoder = host.decoder
         both = host.model.config.is_encoder_decoder and decoder is not None
         if part == "auto" and both:
             raise UnsupportedModel(
@@ -64,6 +69,14 @@ class Stack:
         is_text = modules[0].config is host.config and not both
         outside = part == "encoder" and decoder is not None
         return cls(numbers, max(count, host.layers) if is_text else count, _heads(host, modules, part), outside)
+
+    @classmethod
+    def _of_diffusion(cls, host: DiffusionHost, part: Part, name: str) -> Self:
+        modules = host.part(part == "cross") if part in ("auto", "cross") else []
+        if not modules:
+            raise UnsupportedModel(f"part={part!r}: {name} has none")
+        numbers = {module: place for place, module in enumerate(modules)}
+        return cls(numbers, len(modules), max(map(heads_of, modules)), outside=False)
 
     def check_heads(self, heads: Iterable[tuple[int, int]]) -> None:
         """Refuse a pair of layer and query head that the part does not have."""

@@ -19,6 +19,7 @@ from foveate.host.fused_statistics import grouped
 from foveate.host.hf.model import Host
 from foveate.host.method import Method
 from foveate.host.site import Site
+from foveate.lens.parts.inputs import by_name
 from foveate.lens.parts.maps import whole_map
 from foveate.lens.parts.stack import Layers, Part, covering
 
@@ -39,7 +40,7 @@ def weight_gradients(
     """
     record = _Outputs(part)
     with torch.enable_grad(), apply(model, record, on=covering(part)) as run:
-        given = {run.host.model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
+        given = by_name(run.host.model, inputs)
         value = loss(run.host.model(**given, **more))
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise OptionError("loss must return one number that depends on the model's output")

@@ -15,10 +15,10 @@ from typing import Any, Literal, final
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, UnsupportedModel, shown
+from foveate.host.sdpa import SDPA, CatchSDPA
 from foveate.steer.diffusion.inward_window import inward_window_attention
 
 #: The two branches of a step.
@@ -101,7 +101,7 @@ class FreeSwim:
 
     def _pass(self, branch: Branch, grid: tuple[int, int, int], inputs: Sequence[Any], options: dict[str, Any]) -> Any:
         attention = _Attention(self, branch, grid)
-        with _hooked(self._own, attention.leave, attention.enter), attention:
+        with _hooked(self._own, attention.leave, attention.enter), CatchSDPA(attention.answer):
             return self.model(*inputs, **options)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, branch: Branch, grid: tuple[int, int, int]) -> Tensor:
@@ -126,11 +126,15 @@ class FreeSwim:
         return stored
 
 
-class _Attention(TorchFunctionMode):
-    """Within a block, computes the `scaled_dot_product_attention` of self-attention modules as a branch does."""
+class _Attention:
+    """Gives the attention of self-attention modules as a branch computes it, and leaves that of others.
+
+    Args:
+        swim: computes it.
+        branch, grid: the branch and its grid.
+    """
 
     def __init__(self, swim: FreeSwim, branch: Branch, grid: tuple[int, int, int]) -> None:
-        super().__init__()
         self.swim, self.branch, self.grid = swim, branch, grid
         self.calls: int | None = None  # None outside of self-attention
 
@@ -142,19 +146,13 @@ class _Attention(TorchFunctionMode):
             raise UnsupportedModel(f"self-attention {name} does not call scaled_dot_product_attention")
         self.calls = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention or self.calls is None:
-            return func(*args, **(kwargs or {}))
+    def answer(self, sdpa: SDPA, native: Callable[[], Tensor]) -> Tensor:
+        if self.calls is None:
+            return native()
         self.calls += 1
-        return self._replaced(*args, **(kwargs or {}))
-
-    def _replaced(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> Tensor:  # fmt: skip
-        if attn_mask is not None or is_causal or dropout_p:
+        if sdpa.mask is not None or sdpa.is_causal or sdpa.dropout:
             raise UnsupportedModel("self-attention must see all tokens: a mask, causality or dropout is not supported")
-        return self.swim.attend(query, key, value, self.branch, self.grid)
+        return self.swim.attend(sdpa.q, sdpa.k, sdpa.v, self.branch, self.grid)
 
 
 def _named(model: nn.Module, option: str, last: str) -> dict[str, nn.Module]:

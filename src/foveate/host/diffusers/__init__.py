@@ -1,0 +1,1 @@
+"""Methods on diffusion models of the package diffusers, which is never imported here."""
