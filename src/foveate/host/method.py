@@ -51,8 +51,8 @@ class Method(Checked):
     #: True if the method acts outside the decoder of its model, so that `apply` needs `on="all"`. `bind` may set it.
     needs_all: bool = False
 
-    #: The parts of a model in which `drop` is called: "text" (decoders, text encoders), "image" (image encoders). `bind`
-    #: may set it.
+    #: The parts of a model in which `drop` is called: "text" (decoders, text encoders), "image" (image encoders).
+    #: `bind` may set it.
     drops_in: tuple[StackPart, ...] = ("text",)
 
     #: True if the tokens that `drop` leaves take consecutive positions in the layers that follow. They keep their own

@@ -18,7 +18,6 @@ from foveate.core.errors import UnsupportedModel
 from foveate.host.hf.cache import tokens_seen
 from foveate.host.hf.kept_mask import KeptMask
 from foveate.host.hf.mask import MaskPlan, at_positions, is_given, masked_part
-
 from foveate.host.spans import Place
 
 if TYPE_CHECKING:
@@ -163,7 +162,7 @@ class Site:
         """The tokens so far, as spans name them."""
         plan = self.attention_mask
         if isinstance(plan, KeptMask) and self.slots is None:
-            return Place(self.q.shape[0], 0, plan.tokens, self.q.device, plan.index)
+            return Place(self.q.shape[0], 0, plan.tokens, self.q.device, plan.kept)
         return Place(self.q.shape[0], 0, self.asked, self.q.device)
 
     @property

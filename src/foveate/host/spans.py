@@ -16,14 +16,14 @@ from foveate.core.errors import OptionError, shown
 class Place(NamedTuple):
     """The tokens that spans are about: those at positions `first .. stop` of `batch` sequences.
 
-    If tokens were dropped, `index (B, N)` are those of them that are left; below 0 stands for none.
+    If tokens were dropped, `left (B, N)` are those of them that are left; below 0 stands for none.
     """
 
     batch: int
     first: int
     stop: int
     device: torch.device
-    index: Int[Tensor, "b n"] | None = None
+    left: Int[Tensor, "b n"] | None = None
 
 
 class Found(Protocol):
@@ -107,7 +107,7 @@ def span_mask(name: str, span: Any, place: Place) -> Bool[Tensor, "b n"]:
     some = span[:, place.first : place.stop].to(place.device)
     some = F.pad(some, (0, place.stop - place.first - some.shape[1]))
     some = some.repeat_interleave(place.batch // span.shape[0], 0)
-    return some if place.index is None else some.gather(1, place.index.clamp_min(0)) & (place.index >= 0)
+    return some if place.left is None else some.gather(1, place.left.clamp_min(0)) & (place.left >= 0)
 
 
 def _at_positions(name: str, positions: Tensor) -> Bool[Tensor, " n"]:

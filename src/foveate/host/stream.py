@@ -56,7 +56,7 @@ class Stream:
     empty: tuple[int, int] = (0, 0)
     is_done: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
-    _before: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+    _before: list[tuple[Tensor, Tensor, bool]] = field(default_factory=list, repr=False)
     _drops: list[int] = field(default_factory=list, repr=False)
     _spans: Callable[[Tensor | None], Spans] | None = field(default=None, repr=False)
 
@@ -74,7 +74,7 @@ class Stream:
         return filled if self.real is None else filled & taken(self.real, self.index)
 
     def narrow(
-        self, keep: Bool[Tensor, "b n"], hidden: Float[Tensor, "b n c"], who: str, renumber: bool
+        self, keep: Bool[Tensor, "b n"], hidden: Float[Tensor, "b n c"], who: str, renumber: bool, holes: bool = False
     ) -> Float[Tensor, "b k c"]:
         """Drop tokens, and return the hidden states of the others.
 
@@ -83,6 +83,8 @@ class Stream:
             hidden: the hidden states.
             who: the name of the method, for errors.
             renumber: whether the others take consecutive positions.
+            holes: whether the dropped tokens are none. Those behind a sequence's last one then come back as that one,
+                so that the text goes on behind it.
         """
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != hidden.shape[:2]:
             raise OptionError(
@@ -95,14 +97,19 @@ class Stream:
         least, most, stays, has_last = self._asked(keep)  # the host waits for the device here, once
         if stays:
             return hidden
-        if not least:
+        if holes and not most:
+            raise OptionError(
+                f"{who} leaves none of the {self.tokens} tokens of a call, which are all an image's; leave "
+                f"prefill_chunk_size out"
+            )
+        if not holes and not least:
             raise OptionError(f"drop() of {who} must keep at least one token of each sequence")
-        if self.part == "text" and not has_last:
+        if self.part == "text" and not holes and not has_last:
             raise OptionError(f"drop() of {who} must keep the last token of each sequence, whose logits are read")
         if renumber:
             self._renumber(keep)
         chosen = index_of(keep, most)
-        self._before.append((hidden, chosen))
+        self._before.append((hidden, chosen, holes))
         self.empty = (0, most - least)
         self.index = joined(self.index, chosen)
         self.shift = None if self.shift is None else taken(self.shift, chosen)
@@ -150,8 +157,12 @@ class Stream:
         )
 
     def _restore(self, hidden: Tensor, drops: int, fill: float | None) -> Tensor:
-        for whole, index in reversed(self._before[:drops]):
+        for whole, index, holes in reversed(self._before[:drops]):
+            last = hidden[:, -1:]
             hidden = restored(hidden, index, whole if fill is None else torch.full_like(whole, fill))
+            if holes:
+                places = torch.arange(whole.shape[1], device=whole.device)
+                hidden = torch.where((places > index[:, -1:])[..., None], last, hidden)
         return hidden
 
 

@@ -145,7 +145,7 @@ class _StackHooks:
         holes = hidden.isnan().any(-1)
         who = type(methods[-1]).__name__
         renumber = any(method.renumbers for method in methods)
-        return stream.narrow(~holes, hidden.masked_fill(holes[..., None], 0.0), who, renumber)
+        return stream.narrow(~holes, hidden.masked_fill(holes[..., None], 0.0), who, renumber, holes=True)
 
     def _layer(self, cache: Cache, number: int) -> SlotLayer:
         """Return the layer of the cache that a block writes to."""
@@ -188,7 +188,8 @@ class _StackHooks:
             for method in dropping(other, stream.part):
                 keep = method.drop(layer, hidden, stream)
                 if keep is not None:
-                    hidden = stream.narrow(keep, hidden, type(method).__name__, method.renumbers)
+                    renumber = method.renumbers and stream.part == "text"
+                    hidden = stream.narrow(keep, hidden, type(method).__name__, renumber)
         return hidden
 
     @property

@@ -24,13 +24,13 @@ class KeptMask(MaskPlan):
 
     Attributes:
         origin: the mask of the whole call.
-        index: the tokens that are left, `(B, N)`, as indices of the call's tokens; `EMPTY` for none.
+        kept: the tokens that are left, `(B, N)`, as indices of the call's tokens; `EMPTY` for none.
         cached: whether a cache stores the keys.
         by_order: whether order alone decides what is seen.
     """
 
     origin: MaskPlan
-    index: Int[Tensor, "b n"]
+    kept: Int[Tensor, "b n"]
     cached: bool
     by_order: bool
 
@@ -39,7 +39,7 @@ class KeptMask(MaskPlan):
         """Describe what is left of a mask.
 
         Args:
-            origin, index, cached: see the attributes.
+            origin, index, cached: the mask of the whole call, the tokens that are left, whether a cache stores keys.
         """
         rule, first = origin.rule(), int(origin.arguments.get("q_offset", 0))
         some: dict[str, Any] = {**origin.arguments, "q_length": index.shape[1], "kv_length": first + index.shape[1]}
@@ -49,7 +49,7 @@ class KeptMask(MaskPlan):
             some["attention_mask"] = _kept_real(origin, index)
             some.pop("local_size", None)
         made = cls(**some)
-        made.origin, made.index, made.cached, made.by_order = origin, index, cached, by_order
+        made.origin, made.kept, made.cached, made.by_order = origin, index, cached, by_order
         return made
 
     @property
@@ -63,12 +63,12 @@ class KeptMask(MaskPlan):
 
     def first(self, keys: int) -> MaskPlan:
         if keys == self.n_keys:
-            return KeptMask.of(self.origin, self.index, self.cached)
+            return KeptMask.of(self.origin, self.kept, self.cached)
         raise UnsupportedModel("a layer that reads a part of its mask cannot follow dropped tokens")
 
     def part(self, start: int, stop: int, later: int) -> MaskPlan | Tensor:
         if self.cached:
-            return KeptMask.of(self.origin, self.index[:, start:stop], True)
+            return KeptMask.of(self.origin, self.kept[:, start:stop], True)
         return self.dense()[:, :, start:stop, : self.n_keys - later]
 
     def native(self, implementation: str) -> Any:
@@ -98,30 +98,30 @@ class KeptMask(MaskPlan):
         return self.origin.real_tokens() if self.cached or not self.by_order else super().real_tokens()
 
     def real_queries(self, queries: int) -> Bool[Tensor, "b nq"] | None:
-        real, filled = self.origin.real_tokens(), self.index >= 0
-        return filled if real is None else filled & taken(real[:, self.past :], self.index)
+        real, filled = self.origin.real_tokens(), self.kept >= 0
+        return filled if real is None else filled & taken(real[:, self.past :], self.kept)
 
     def begins(self, batch: int, device: torch.device) -> Int[Tensor, " b"]:
         return self.origin.begins(batch, device) if self.cached else super().begins(batch, device)
 
     def query_positions(self) -> Int[Tensor, "b nq"]:
         """Return the original position of each query."""
-        return self.index.clamp_min(0) + self.past
+        return self.kept.clamp_min(0) + self.past
 
     def rows(self, rows: slice) -> Bool[Tensor, "b 1 r k"]:
         if self.by_order:
             return super().rows(rows)
-        positions = torch.where(self.index < 0, self.index, self.index + self.past)
+        positions = torch.where(self.kept < 0, self.kept, self.kept + self.past)
         return self.at(positions[:, None])[:, :, rows]
 
     def at(self, positions: Int[Tensor, "b h s"]) -> Bool[Tensor, "b h q s"]:
         whole = self.origin.whole.dense()
-        some = taken(whole.expand(len(self.index), *whole.shape[1:]).flatten(0, 1), self.index)[:, None]
+        some = taken(whole.expand(len(self.kept), *whole.shape[1:]).flatten(0, 1), self.kept)[:, None]
         return at_positions(some, positions, self.origin.first_key)
 
     def sees_in_order(self, keys: int) -> bool:
-        """Return whether the stored keys are the call's own tokens, each of which sees those up to it and no padding."""
-        is_causal = self.by_order and self.rule() == "causal" and keys == self.index.shape[1]
+        """Return whether the keys are the call's own tokens, each of which sees those up to it, and no padding."""
+        is_causal = self.by_order and self.rule() == "causal" and keys == self.kept.shape[1]
         return is_causal and self.arguments.get("attention_mask") is None
 
 

@@ -71,8 +71,8 @@ def _stack(host: Host, root: PreTrainedModel, attention: list[nn.Module]) -> Sta
     crossing = [module for module in attention if {*CROSS} & set(parameters(type(module).forward))]
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModel(f"tokens cannot be dropped in {name}: its blocks attend to another sequence too")
-    depth = getattr(config, "num_hidden_layers", None) or getattr(config, "depth", 0)
-    blocks = blocks_of(root, attention, int(depth), "drop")
+    depth = int(getattr(config, "num_hidden_layers", 0) or getattr(config, "depth", 0))
+    blocks = blocks_of(root, attention, depth, "drop")
     own = [[module for module in block.modules() if module in set(attention)] for block in blocks]
     if any(len(each) != 1 for each in own) or (crossing and part_of(root) == "text" and _always_crosses(crossing)):
         raise UnsupportedModel(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Bool, Float
@@ -185,7 +185,9 @@ def prune_count(attn_cls: Float[Tensor, "*b n"], n: int, target: int, remaining:
     return min(max(0, round(most)), n - target)
 
 
-def _product(attention: Float[Tensor, "b n"], alike: Float[Tensor, "b n"], mean_value: Float[Tensor, "b n d"]) -> Tensor:
+def _product(
+    attention: Float[Tensor, "b n"], alike: Float[Tensor, "b n"], mean_value: Float[Tensor, "b n d"]
+) -> Tensor:
     """Return the sum of two shares, times the strength of each mean value."""
     shares = attention / attention.sum(-1, keepdim=True) + alike / alike.sum(-1, keepdim=True)
     return shares * mean_value.abs().sum(-1)
@@ -212,11 +214,9 @@ def _check(host: Host, stack: Stack) -> None:
         raise UnsupportedModel(f"FlowCut needs an image encoder with a class token; {name} has none")
     if len(stack.blocks) < 3:
         raise UnsupportedModel(f"FlowCut needs an image encoder of at least 3 blocks; {name} has {len(stack.blocks)}")
-    config = stack.root.config
-    asked, size, patch = (getattr(x, name, None) for x, name in (
-        (host.model.config, "image_seq_length"), (config, "image_size"), (config, "patch_size"),
-    ))  # fmt: skip
-    if all(isinstance(x, int) for x in (asked, size, patch)) and asked != (size // patch) ** 2:
+    config: Any = stack.root.config
+    asked, size, patch = getattr(host.model.config, "image_seq_length", None), config.image_size, config.patch_size
+    if isinstance(asked, int) and isinstance(size, int) and asked != (size // patch) ** 2:
         raise UnsupportedModel(
             f"{type(host.model).__name__} makes {asked} image tokens of {(size // patch) ** 2} patches, so that a "
             f"dropped patch has no token of its own"
