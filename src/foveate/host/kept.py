@@ -1,4 +1,4 @@
-"""Which tokens of a call are left, as indices: take them out of tensors, and put them back among the others."""
+"""Indices of the tokens that are left of a call: take them out of tensors, and put them back among the others."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class Stream:
         """Count the dropped tokens before each token. Padding has no position of its own, and does not count."""
         real = self.is_token
         gone = (~keep if real is None else ~keep & real).long()
-        before = gone.cumsum(1) - gone
+        before = gone.cumsum(1)  # of tokens that stay, which do not count themselves
         self.shift = before if self.shift is None else self.shift + before
         self.later_shift = gone.sum(1) if self.later_shift is None else self.later_shift + gone.sum(1)
 

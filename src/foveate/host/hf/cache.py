@@ -20,7 +20,7 @@ LATEST = threading.local()
 
 
 class Kept(NamedTuple):
-    """What is left of a call's tokens.
+    """The tokens that are left of a call.
 
     Args:
         positions: their positions in the sequence, `(B, N)`; `EMPTY` in rows that hold fewer.

@@ -194,7 +194,7 @@ class _StackHooks:
 
     @property
     def _fill(self) -> float | None:
-        """What stands for dropped tokens in the features of an encoder before a decoder."""
+        """The value that stands for dropped tokens in the features of an encoder before a decoder."""
         return math.nan if self.stack.part == "image" and self.run.host.decoder is not None else None
 
     def end(self, root: nn.Module, args: Any, output: Any) -> None:

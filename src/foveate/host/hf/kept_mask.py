@@ -16,7 +16,7 @@ from foveate.host.kept import taken
 
 
 class KeptMask(MaskPlan):
-    """What the mask of a whole call is for the tokens that are left of it.
+    """The mask of a whole call, for the tokens that are left of it.
 
     Queries are the tokens that are left. Without a cache these are the keys too, and the mask is a plain description of
     fewer tokens where order alone decides. In other masks (windows) the distance in the sequence decides, and they are
