@@ -214,22 +214,41 @@ def test_dropped_before_the_first_block_and_renumbered_is_a_shorter_prompt(name:
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
 def test_renumbered_between_blocks(name: str) -> None:
-    """By hand, the blocks behind get embeddings of consecutive positions, also for tokens that follow the prompt.
+    """By hand, the blocks behind get embeddings of consecutive positions, also in later calls, which drop too.
 
     A window counts in the sequence, whatever the numbers are.
     """
     ids, keep, decoder = tokens(2, 18), some(2, 18, 12, last=5), model(name).get_decoder()
+    keep[:, 7] = True
+
+    def choose(layer: int, hidden: Tensor, stream: Stream) -> Tensor | None:
+        return keep[:, stream.past : stream.past + stream.tokens] if layer == 0 else None
 
     def rotate(number: int, hidden: Tensor, left: Tensor) -> Any:
         kind = [decoder.config.layer_types[number]] if name == "gemma3" else []
         return decoder.rotary_emb(hidden, torch.arange(len(left))[None], *kind)
 
-    with apply(model(name), behind(0, keep[:, :14], renumbers=True)):
+    with apply(model(name), Drops(choose, renumbers=True)):
         cache = DynamicCache(config=model(name).config)
-        got = feed(model(name), ids, torch.ones_like(ids), [14, 1, 3], cache).view(2, 18, -1)
+        got = feed(model(name), ids, torch.ones_like(ids), [8, 6, 1, 3], cache).view(2, 18, -1)
     for row in range(2):
         hidden, _ = by_hand(model(name), blocks(name), {0: keep[row]}, rotate, input_ids=ids[row : row + 1])
         torch.testing.assert_close(got[row, keep[row]], logits_of(name, hidden)[0], **CLOSE)
+
+
+def test_numbers_that_are_missing() -> None:
+    """Dropped tokens count before those that are left; dropped padding has no number. A second drop adds to it."""
+    real = torch.tensor([[False, False, True, True, True, True, True]])
+    stream, hidden = Stream("text", 3, 1, 7, real=real), torch.arange(7.0).view(1, 7, 1)
+    keep = torch.tensor([[False, True, True, False, True, True, True]])
+    left = stream.narrow(keep, hidden, "x", True)
+    assert stream.index is not None and stream.shift is not None and stream.later_shift is not None
+    assert left.flatten().tolist() == stream.index[0].tolist() == [1, 2, 4, 5, 6]
+    assert stream.shift.tolist() == [[0, 0, 1, 1, 1]] and stream.later_shift.tolist() == [1]
+    again = stream.narrow(torch.tensor([[True, False, True, True, True]]), left + 10, "x", True)
+    assert again.flatten().tolist() == [11, 14, 15, 16] and stream.index.tolist() == [[1, 4, 5, 6]]
+    assert stream.shift.tolist() == [[0, 2, 2, 2]] and stream.later_shift.tolist() == [2]
+    assert stream.restore(again * 10).flatten().tolist() == [0, 110, 12, 3, 140, 150, 160]
 
 
 def test_a_renumbered_cache_is_used_with_a_method_that_drops() -> None:
