@@ -384,6 +384,25 @@ def test_a_policy_evicts_of_what_is_left(name: str) -> None:
     assert held[2] == ends & left & set(windows[2]) and run.stats.calls > 0
 
 
+@torch.no_grad()
+def test_a_later_drop_among_slots_that_a_policy_moves() -> None:
+    """The policy's own record of slots begins anew: behind a drop, the same tokens stay as by position."""
+    ids, cache = tokens(1, 21), DynamicCache()
+
+    def choose(layer: int, hidden: Tensor, stream: Stream) -> Tensor | None:
+        gone = torch.tensor([[True, False, True]])
+        return gone if layer == 0 and stream.past and stream.tokens == 3 else None
+
+    with apply(model("llama"), Drops(choose), SinkRecent(2, 6)):
+        for piece in ids.split([10, 1, 1, 1, 1, 3, 1, 1, 1, 1], 1):
+            model("llama")(piece, past_key_values=cache)
+            seen = cache.get_seq_length()
+            for number, layer in enumerate(cache.layers):
+                held = sorted(set(layer.store.padded("positions")[0, 0].tolist()) - {-1})
+                ends = [place for place in range(seen) if place < 2 or place >= seen - 6]
+                assert held == [place for place in ends if number == 0 or place != 15], (seen, number)
+
+
 def test_gradients() -> None:
     """They flow through what is left, and through the last states of what is dropped."""
     llama, ids, keep = copy.deepcopy(model("llama")).train(), tokens(1, 9), some(1, 9, 5)
