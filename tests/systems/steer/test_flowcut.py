@@ -462,8 +462,8 @@ STATEMENT = "of 64 patches FlowCut leaves 16: accuracy of a ViT on digits in a c
 def test_a_quarter_of_the_patches(claim: ClaimFixture) -> None:
     """The baselines drop behind block 1, where FlowCut begins.
 
-    The order shows in one seed of three, 0.40 against 0.38 and 0.31. In the two others nothing is lost whichever patches
-    are dropped: the class token has read the picture by then. So the mean is 0.48 against 0.47 and 0.45, and the
+    The order shows in one seed of three, 0.40 against 0.38 and 0.31. In the two others nothing is lost, whatever is
+    dropped: the class token has read the picture by then. So the mean is 0.48 against 0.47 and 0.45, and the
     5 points before random patches do not appear at this size. The classifiers get half of the digits right.
     """
     got = measured(range(3))
