@@ -10,6 +10,7 @@ from foveate.host.operator_swap import PrefillSwap
 from foveate.ops.operator import Operator
 from foveate.steer.text.act_calibration import ActCalibration
 from foveate.steer.vision.avisc import AvisCDecoding
+from foveate.steer.vision.flowcut import FlowCut
 from tests.contracts.policies import LENGTHS, POLICIES, policy
 
 OPERATORS: dict[str, type[Operator]] = {
@@ -30,6 +31,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     **{key: lambda key=key: swap(key) for key in OPERATORS},  # type: ignore[misc]
     "act_calibration": lambda: ActCalibration([(1, 0), (2, 3)], beta=0.2, alpha=1.0),
     "avisc": lambda: AvisCDecoding(alpha=1.0, beta=0.0, over="text"),
+    "flowcut": lambda: FlowCut(6, llm_layer=1, over="text"),
     "packed": Packed,
 }
 
@@ -39,4 +41,8 @@ ON_DIFFUSION = {"structured_diffusion"}
 #: Methods that change no more than the last bits.
 EXACT = {"packed", *(key for key, cls in OPERATORS.items() if cls.__name__ in ("Softmax", "MemoryEfficientAttention"))}
 #: Methods that can read a prompt in one call only.
-WHOLE = {"avisc", *(key for key, cls in OPERATORS.items() if "causal cross" not in cls.capabilities.patterns)}
+WHOLE = {
+    "avisc",
+    "flowcut",
+    *(key for key, cls in OPERATORS.items() if "causal cross" not in cls.capabilities.patterns),
+}

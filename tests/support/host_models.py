@@ -13,6 +13,7 @@ from torch import Tensor
 from foveate.core.selection import Blocks, Indices, Selection
 from foveate.host import Method, ModelCall, Site, Spans
 from foveate.host.method import overrides
+from foveate.host.stream import Stream
 
 VOCAB, WINDOW = 64, 8
 
@@ -144,6 +145,13 @@ class SameHidden(Method):
         return hidden.clone()
 
 
+class DropsNone(Method):
+    renumbers = True
+
+    def drop(self, layer: int, hidden: Tensor, stream: Stream) -> Tensor:
+        return torch.ones(hidden.shape[:2], dtype=torch.bool)
+
+
 class SameNextToken(Method):
     def edit_next_token(self, logits: Tensor, call: ModelCall) -> Tensor:
         return logits.clone()
@@ -193,10 +201,11 @@ NO_OPS: dict[str, tuple[type[Method], ...]] = {
     "weights": (SameWeights,),
     "output": (SameOutput,),
     "hidden": (SameHidden,),
+    "dropping": (DropsNone,),
     "indices": (SelectsIndices,),
     "blocks": (SelectsBlocks,),
     "two selections": (SelectsIndices, SelectsBlocks),
     "slots, selection, weights, output": (KeepsAll, SelectsBlocks, SameWeights, SameOutput),
 }
 #: Those that leave the model's own kernel in charge, so that results are the same bit for bit.
-NATIVE = ("no method", "slots", "keep", "output", "hidden")
+NATIVE = ("no method", "slots", "keep", "output", "hidden", "dropping")

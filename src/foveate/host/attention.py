@@ -18,6 +18,7 @@ from foveate.core.readable import trusted
 from foveate.core.scoring import dot_product, safe_softmax
 from foveate.core.selection import Blocks, Indices, Selection
 from foveate.host import coded_attention
+from foveate.host.hf.kept_mask import KeptMask
 from foveate.host.hf.mask import MaskPlan
 from foveate.host.method import Method, overrides
 from foveate.host.site import Site
@@ -186,6 +187,8 @@ def _group(q: Tensor, group: Group, groups: int, plan: MaskPlan, scale: float, d
         bias = bias.to(q.dtype).repeat_interleave(groups, 1)[:, :, None]
     if plan.sees_all() and not group.has_empty:
         return fused.kernel(q, slots.k, slots.v, scale, bias, dropout)
+    if bias is None and not group.has_empty and isinstance(plan, KeptMask) and plan.sees_in_order(group.length):
+        return engines.run(AttentionCall(q, slots.k, slots.v, scale, None, True, dropout=dropout), "fused")
     mask = masks.combine(plan.at(slots.positions).repeat_interleave(groups, 1), bias)
     call = AttentionCall(q, slots.k, slots.v, scale, mask, dropout=dropout)
     # without padding the mask hides empty slots alone: no check that waits for the device is needed, since those hold

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from foveate.host.slots.ends import AtEnd, Ends
     from foveate.host.slots.slots import Slots
     from foveate.host.spans import Spans
+    from foveate.host.stream import StackPart, Stream
 
 
 class Method(Checked):
@@ -29,7 +30,7 @@ class Method(Checked):
 
     A method overrides only the hooks that it needs, and the host takes the cheapest path that these allow: if none is
     overridden, the model's own fused kernel runs. Hooks are called once per attention call, in the order below; the
-    last two are called between blocks and at the end of the model. Between calls a method stores what it needs in
+    last three are called between blocks and at the end of the model. Between calls a method stores what it needs in
     `site.notes(self)` (for a layer and a sequence) or `site.step` (for one forward pass), never in `self`: one object
     may serve many sequences.
     """
@@ -50,6 +51,14 @@ class Method(Checked):
 
     #: True if the method acts outside the decoder of its model, so that `apply` needs `on="all"`. `bind` may set it.
     needs_all: bool = False
+
+    #: The parts of a model in which `drop` is called: "text" (decoders, text encoders), "image" (image encoders).
+    #: `bind` may set it.
+    drops_in: tuple[StackPart, ...] = ("text",)
+
+    #: True if the tokens that `drop` leaves take consecutive positions in the layers that follow. They keep their own
+    #: if it is False. Windows count in the sequence either way.
+    renumbers: bool = False
 
     #: True if the method only reads how a model is built. The model's layout then need not be known before.
     is_probe: ClassVar[bool] = False
@@ -143,6 +152,24 @@ class Method(Checked):
             spans: spans of these tokens, bool `(B, N)` by name.
         """
         return hidden
+
+    def drop(self, layer: int, hidden: Tensor, stream: Stream) -> Tensor | None:
+        """Choose the tokens that go on to the next block, bool `(B, N)`; None for all.
+
+        Called after each block but the last of a decoder or a text encoder, after each block of an image encoder, and
+        before the first block. Later blocks read, compute and cache the tokens that stay, and nothing of the others.
+        Behind the last block, the dropped tokens come back as they were when they were dropped, so that outputs have an
+        entry for each token. If a decoder reads an image encoder's output, it gets none of the tokens dropped there.
+
+        The last token of each sequence has to stay in a decoder or a text encoder.
+
+        Args:
+            layer: number of the block in its stack, from 0; -1 before the first one.
+            hidden: hidden states `(B, N, C)` of the tokens that are left.
+            stream: what is known of them. What `read` found in the block's attention is in `stream.step`, if it was put
+                into `site.step`.
+        """
+        return None
 
     def edit_next_token(self, logits: Tensor, call: ModelCall) -> Tensor:
         """Change the logits `(B, V)` of the token after the last one of each sequence.

@@ -20,6 +20,7 @@ from foveate.host.hf.adoption import Caches, prompt_of
 from foveate.host.hf.attach import attach, runs_open_on
 from foveate.host.hf.blocks import blocks_of
 from foveate.host.hf.cache import SlotLayer
+from foveate.host.hf.dropping import dropping, hook_drops
 from foveate.host.hf.hooks import Hook
 from foveate.host.hf.model import Host, host, native_attention
 from foveate.host.hf.passes import Passes
@@ -28,6 +29,7 @@ from foveate.host.method import HOOKS, Method, check_methods, overrides
 from foveate.host.site import Site
 from foveate.host.spans import Place, Spans
 from foveate.host.stats import Stats
+from foveate.host.stream import StackPart, Stream
 
 #: The part of a model that methods act on.
 Part = Literal["auto", "decoder", "all"]
@@ -55,7 +57,10 @@ class Run:
             it can (see `spans_of`), and the caller may set others, which then hold for every prompt; see `span_mask`.
         evict: the time at which methods drop tokens.
         tentative: number of tokens at the end of each prompt that will be removed again; see `foveate.Context`.
-        evicts: true if some of the methods drop tokens, or hold them encoded.
+        evicts: true if some of the methods drop tokens from the cache, or hold them encoded.
+        drops: true if some of the methods drop tokens between blocks.
+        streams: what is left, and how many tokens each block read, in the latest pass through the blocks of each part
+            ("text", "image") from which methods may drop; see `foveate.host.Stream`.
         in_place, packs: true if some of the methods do so; see `Method`.
         is_plain, only_drops: true if methods have no hooks, or only those that are called after attention.
         has_hooks: whether the run hooks all attention modules that it covers; see `foveate.host.hf.calls`.
@@ -78,13 +83,14 @@ class Run:
         self.evicts = any(
             method.evicts or overrides(method, "keep") or overrides(method, "encode") for method in methods
         )
+        self.drops, self.streams = bool(dropping(self)), dict[StackPart, Stream]()
         _check_encoders(methods)
         self.in_place = any(method.in_place for method in methods)
         used = {hook for hook in HOOKS if any(overrides(method, hook) for method in methods)}
         self.is_plain, self.only_drops = not used, used <= {"keep", "fold", "refit", "encode"}
         self.packs = any(method.packs for method in methods)
-        self.has_hooks = self.in_place or not self.is_plain
-        self.caches = Caches(self.evicts, self.in_place)
+        self.has_hooks = self.in_place or self.drops or not self.is_plain
+        self.caches = Caches(self.evicts or self.drops, self.in_place)
         self.passes = Passes(self.caches, self._end_pass, bool(methods), bool(next_token.editing(self)))
         self._find_excluded, self._exit, self._entered = find_excluded, ExitStack(), False
         self._natives: dict[nn.Module, tuple[str, Callable[..., Any]]] = {}
@@ -150,12 +156,14 @@ class Run:
                 run.stats.note_drops(each)
 
     def hook_edits(self, stack: ExitStack) -> None:
-        """Hook the blocks of the decoder and the end of the model, for methods that edit there.
+        """Hook blocks and the end of the model, for methods that edit or drop there.
 
         Args:
             stack: collects the steps that remove the hooks.
         """
         model, part = self.host.model, self.host.language_part
+        if self.drops:
+            hook_drops(self, stack)
         if hidden.edits_hidden(self):
             inside = set(part.modules())
             attending = [module for module in self.host.attention_modules() if module in inside]
@@ -180,9 +188,14 @@ class Run:
     def spans(self, spans: Mapping[str, Any]) -> None:
         self.given_spans = dict(spans)
 
-    def spans_at(self, first: int, stop: int, batch: int, device: torch.device | None = None) -> Spans:
-        """Return the spans of the tokens at positions `first .. stop` of the sequences that are being read."""
-        place = Place(batch, first, stop, self.host.model.device if device is None else device)
+    def spans_at(
+        self, first: int, stop: int, batch: int, device: torch.device | None = None, index: Tensor | None = None
+    ) -> Spans:
+        """Return the spans of the tokens at positions `first .. stop` of the sequences that are being read.
+
+        If tokens were dropped, `index` are those of them that are left.
+        """
+        place = Place(batch, first, stop, self.host.model.device if device is None else device, index)
         return Spans(self.given_spans, self.passes.here.read, lambda: place)
 
     # -- questions of dispatch ---------------------------------------------------------------------------------------

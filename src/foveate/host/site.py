@@ -16,7 +16,9 @@ from foveate.core import masks
 from foveate.core.engines import fused
 from foveate.core.errors import UnsupportedModel
 from foveate.host.hf.cache import tokens_seen
+from foveate.host.hf.kept_mask import KeptMask
 from foveate.host.hf.mask import MaskPlan, at_positions, is_given, masked_part
+from foveate.host.spans import Place
 
 if TYPE_CHECKING:
     from foveate.core.selection import Selection
@@ -128,12 +130,18 @@ class Site:
         "decode" if all but the first are drafts of assisted decoding, or if they are few (up to 16) and come after the
         sequence's first decoding call. So the pieces of a prompt are "prefill", and so is a long later turn.
         """
-        n = self.q.shape[2]
+        n = self.tokens
         if self.asked <= n:
             return "prefill"
         if n == 1 or (self.drafts and self.tentative >= n - 1):
             return "decode"
         return "decode" if self.prompt is not None and n <= fused.FEW else "prefill"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the call reads, also those that were dropped before this layer; see `Method.drop`."""
+        plan = self.attention_mask
+        return plan.tokens if isinstance(plan, KeptMask) else self.q.shape[2]
 
     @cached_property
     def seen(self) -> int:
@@ -152,6 +160,14 @@ class Site:
     def asked(self) -> int:
         """Tokens of the queries' sequence so far, this call's included."""
         return self.seen if self.own is None else self.own.past + self.q.shape[2]
+
+    @property
+    def place(self) -> Place:
+        """The tokens so far, as spans name them."""
+        plan = self.attention_mask
+        if isinstance(plan, KeptMask) and self.slots is None:
+            return Place(self.q.shape[0], 0, plan.tokens, self.q.device, plan.kept)
+        return Place(self.q.shape[0], 0, self.asked, self.q.device)
 
     @property
     def groups(self) -> int:
@@ -198,6 +214,14 @@ class Site:
 
     @cached_property
     def query_positions(self) -> Int[Tensor, " nq"]:
+        plan = self.attention_mask
+        if isinstance(plan, KeptMask) and self.slots is not None:
+            if self.q.shape[0] > 1:
+                raise UnsupportedModel(
+                    "sequences of a batch keep different tokens, so that their queries have different positions; use "
+                    "batches of one"
+                )
+            return plan.query_positions()[0]
         return torch.arange(self.asked - self.q.shape[2], self.asked, device=self.q.device)
 
     @cached_property
@@ -211,12 +235,7 @@ class Site:
         plan = self.attention_mask if self.own is None else self.own.mask
         if not isinstance(plan, MaskPlan):
             return None
-        real = self.real if self.own is None else plan.real_tokens()
-        if real is None:
-            return None
-        first, n = int(plan.arguments.get("q_offset", 0)), self.q.shape[2]
-        real = real[:, first : first + n]
-        return real if real.shape[1] == n else None
+        return plan.real_queries(self.q.shape[2])
 
     @cached_property
     def mask(self) -> Tensor | None:

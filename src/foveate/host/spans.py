@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,12 +14,16 @@ from foveate.core.errors import OptionError, shown
 
 
 class Place(NamedTuple):
-    """The tokens that spans are about: those at positions `first .. stop` of `batch` sequences."""
+    """The tokens that spans are about: those at positions `first .. stop` of `batch` sequences.
+
+    If tokens were dropped, `left (B, N)` are those of them that are left; below 0 stands for none.
+    """
 
     batch: int
     first: int
     stop: int
     device: torch.device
+    left: Int[Tensor, "b n"] | None = None
 
 
 class Found(Protocol):
@@ -102,7 +106,8 @@ def span_mask(name: str, span: Any, place: Place) -> Bool[Tensor, "b n"]:
         )
     some = span[:, place.first : place.stop].to(place.device)
     some = F.pad(some, (0, place.stop - place.first - some.shape[1]))
-    return some.repeat_interleave(place.batch // span.shape[0], 0)
+    some = some.repeat_interleave(place.batch // span.shape[0], 0)
+    return some if place.left is None else some.gather(1, place.left.clamp_min(0)) & (place.left >= 0)
 
 
 def _at_positions(name: str, positions: Tensor) -> Bool[Tensor, " n"]:

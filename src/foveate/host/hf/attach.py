@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foveate.core.errors import OptionError, UnsupportedModel
@@ -19,7 +19,9 @@ from foveate.host.hf.calls import takes_more
 from foveate.host.hf.hooks import Hook
 from foveate.host.hf.model import Host
 from foveate.host.hf.passes import Passes
+from foveate.host.hf.stacks import image_attention
 from foveate.host.spans import Spans
+from foveate.host.stream import StackPart, Stream
 
 
 class Attached(Protocol):
@@ -29,6 +31,8 @@ class Attached(Protocol):
     methods: list[Any]
     thread: int
     has_hooks: bool
+    drops: bool
+    streams: dict[StackPart, Stream]
     evicts: bool
     implementations: dict[int, str]
     caches: Caches
@@ -41,7 +45,9 @@ class Attached(Protocol):
 
     def hook_edits(self, stack: ExitStack) -> None: ...
 
-    def spans_at(self, first: int, stop: int, batch: int, device: torch.device | None = None) -> Spans: ...
+    def spans_at(
+        self, first: int, stop: int, batch: int, device: torch.device | None = None, index: Tensor | None = None
+    ) -> Spans: ...
 
 
 #: The runs that are open on each attention module, outermost first.
@@ -65,6 +71,8 @@ def attach(run: Attached, excluded: set[nn.Module], stack: ExitStack) -> None:
     if any(other.thread != run.thread for module in modules for other in runs_open_on(module)):
         raise OptionError("another thread is inside foveate.apply() on this model; enter once, around both threads")
     scope = [module for module in run.host.scope(run.on) if module not in excluded]
+    if run.on == "auto" and any("image" in method.drops_in for method in run.methods):
+        scope += [module for module in image_attention(run.host) if module not in scope]
     for order, module in enumerate(scope):
         layer = getattr(module, "layer_idx", None)
         run.passes.layers[module] = (layer if isinstance(layer, int) else order, order)

@@ -9,7 +9,7 @@ from torch import nn
 from foveate.core.errors import UnsupportedModel
 
 
-def blocks_of(root: nn.Module, attending: Iterable[nn.Module], depth: int) -> list[nn.Module]:
+def blocks_of(root: nn.Module, attending: Iterable[nn.Module], depth: int, who: str = "edit_hidden") -> list[nn.Module]:
     """Return the blocks of a stack, in order: the items of the list of modules that holds its attention modules.
 
     Blocks that do not attend (convolutions, states) are among them. Of several lists around an attention module, the
@@ -19,6 +19,7 @@ def blocks_of(root: nn.Module, attending: Iterable[nn.Module], depth: int) -> li
         root: holds the stack.
         attending: its attention modules.
         depth: the number of layers that the configuration names.
+        who: the hook that asks, for errors.
 
     Raises:
         UnsupportedModel: an attention module stands in no list, or the modules stand in several.
@@ -35,7 +36,7 @@ def blocks_of(root: nn.Module, attending: Iterable[nn.Module], depth: int) -> li
         stacks[next((each for each in reversed(around) if len(each) == depth), around[0])] = None
     if len(stacks) != 1:
         raise UnsupportedModel(
-            f"{type(root).__name__} has {len(stacks)} lists of blocks that attend, and edit_hidden needs one"
+            f"{type(root).__name__} has {len(stacks)} lists of blocks that attend, and {who} needs one"
         )
     (stack,) = stacks
     assert isinstance(stack, nn.ModuleList)

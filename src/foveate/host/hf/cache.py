@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,20 @@ from foveate.host.slots.store import Store
 
 #: The layer that was updated last, per thread. The next attention call belongs to it.
 LATEST = threading.local()
+
+
+class Kept(NamedTuple):
+    """The tokens that are left of a call.
+
+    Args:
+        positions: their positions in the sequence, `(B, N)`; `EMPTY` in rows that hold fewer.
+        empty: the least and the largest number of empty entries in a row.
+        tokens: tokens that the call reads, dropped ones included.
+    """
+
+    positions: Tensor
+    empty: tuple[int, int]
+    tokens: int
 
 
 class SlotLayer(CacheLayerMixin):
@@ -33,6 +47,9 @@ class SlotLayer(CacheLayerMixin):
         attached: whether a run is open on this cache, or on the cache that it was copied from.
         padded: whether some sequence had padding.
         prompt: tokens of the prompt, once it is read; a copy of the cache copies this too.
+        shift: how much earlier the positions of later tokens are, `(B,)`, since dropped tokens do not count; None for
+            not at all.
+        is_followed: whether the positions of the next update follow `shift`.
     """
 
     is_compileable = False
@@ -50,6 +67,9 @@ class SlotLayer(CacheLayerMixin):
         self._runs: list[weakref.ref[Any]] = []
         self._dropped_at = 0  # tokens seen at the last drop
         self.prompt: int | None = None
+        self.shift: Tensor | None = None
+        self.is_followed = False
+        self._kept: Kept | None = None
         self._returned: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
         if native.is_initialized and native.keys is not None and native.keys.numel():
             self._take_over(native, native.keys, native.values)
@@ -102,16 +122,32 @@ class SlotLayer(CacheLayerMixin):
                 f"past_key_values was compressed by a method that is no longer applied, and {self._state}; use it "
                 f"inside foveate.apply(model), or start a new cache"
             )
+        if self.shift is not None and not self.is_followed:
+            raise UnsupportedModel(
+                f"in past_key_values {self._state}; use it inside foveate.apply(model, ...) with a method that drops "
+                f"tokens between layers, or start a new cache"
+            )
+        self.is_followed = False
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None
-        self.store.append(key_states, value_states, self.seen)
-        self.seen += key_states.shape[2]
+        kept, self._kept = self._kept, None
+        if kept is None:
+            self.store.append(key_states, value_states, self.seen)
+            self.seen += key_states.shape[2]
+        else:
+            self.store.place(key_states, value_states, kept.positions, kept.empty)
+            self.seen += kept.tokens
+            self._dropped_at = self.seen
         LATEST.layer = self
         even = self.store.is_even
         out = (self.store.padded("k"), self.store.padded("v")) if even else (key_states, value_states)
         self._returned = weakref.ref(out[0]), weakref.ref(out[1])
         return out
+
+    def expect(self, kept: Kept) -> None:
+        """Expect the next update to bring what is left of a call's tokens."""
+        self._kept = kept
 
     def handed_over(self, k: Tensor, v: Tensor) -> bool:
         """Return whether these are the tensors that `update` returned, unchanged by the model."""
@@ -125,6 +161,8 @@ class SlotLayer(CacheLayerMixin):
         coded = self.store is not None and self.store.codes is not None
         if coded:
             return "holds tokens encoded"
+        if self.shift is not None:
+            return "its tokens took other positions when some were dropped"
         return "its heads hold different numbers of tokens, or tokens with weights"
 
     @property
@@ -142,7 +180,7 @@ class SlotLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.store, self.seen, self.is_initialized, self._dropped_at = None, 0, False, 0
-        self.prompt = None
+        self.prompt, self.shift, self._kept = None, None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -155,6 +193,8 @@ class SlotLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.store is not None:
             self.store = self.store.batch(indices.to(self.device))
+        if self.shift is not None:
+            self.shift = self.shift[indices.to(self.shift.device)]
 
     def activate_past_recording(self) -> None:
         """Record that assisted decoding will remove tokens with `crop`."""
@@ -212,6 +252,8 @@ class SlotLayer(CacheLayerMixin):
         which works without Foveate, if all heads hold equally many tokens and no sequence is padded. Otherwise it is
         this layer.
         """
+        if self.shift is not None:
+            return self
         reach = self.seen if self.window is None else min(self.seen, self.window - 1)
         if self.store is None or self.store.holds(reach):
             return self._ordinary()

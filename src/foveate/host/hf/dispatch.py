@@ -28,7 +28,7 @@ from foveate.host.hf.taking import hand_over
 from foveate.host.method import Method
 from foveate.host.run import Run
 from foveate.host.site import Site
-from foveate.host.spans import Place, Spans
+from foveate.host.spans import Spans
 from foveate.host.stats import held_at
 
 #: Keywords that change an attention call's mathematics in ways that our own paths do not compute.
@@ -140,7 +140,7 @@ def _with_methods(
     reader, density = outer.passes.here.reader, 1.0
     methods = [reader] if reader is not None else [method for run in runs for method in run.methods]
     given = {name: tokens for run in runs for name, tokens in run.given_spans.items()}
-    site.spans = Spans(given, outer.passes.here.read, lambda: Place(site.q.shape[0], 0, site.asked, site.q.device))
+    site.spans = Spans(given, outer.passes.here.read, lambda: site.place)
     if methods and (foreign := call.foreign):
         raise UnsupportedModel(f"{type(site.module).__name__} attends with {foreign[0]}, which methods cannot handle")
     if site.cache is None and site.is_causal and (needing := [m for m in methods if m.needs_cache]):

@@ -47,8 +47,10 @@ def edited(run: Attached, layer: int, block: nn.Module, output: Any) -> Any:
 
 
 def _edited(run: Attached, method: Method, layer: int, hidden: Tensor) -> Tensor:
-    past, n = run.passes.here.past, hidden.shape[1]
-    changed = method.edit_hidden(layer, hidden, run.spans_at(past, past + n, hidden.shape[0], hidden.device))
+    past, n, stream, index = run.passes.here.past, hidden.shape[1], run.passes.here.stream, None
+    if stream is not None and not stream.is_done:
+        n, index = stream.tokens, stream.index
+    changed = method.edit_hidden(layer, hidden, run.spans_at(past, past + n, hidden.shape[0], hidden.device, index))
     if not isinstance(changed, Tensor) or changed.shape != hidden.shape:
         got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
         raise OptionError(f"edit_hidden() of {type(method).__name__} must be {tuple(hidden.shape)}; got {got}")

@@ -167,6 +167,19 @@ class MaskPlan(Tensor):
         assert mask is not None
         return mask
 
+    def part(self, start: int, stop: int, later: int) -> MaskPlan | Tensor:
+        """Return the mask of some queries, without the last `later` keys."""
+        some = {"q_length": stop - start, "q_offset": self.whole.arguments.get("q_offset", 0) + start}
+        return MaskPlan(**{**self.whole.arguments, **some, "kv_length": self.whole.n_keys - later})
+
+    def real_queries(self, queries: int) -> Bool[Tensor, "b nq"] | None:
+        """Return a mask of the queries that are no padding; None if none is, or if it is unknown."""
+        real, first = self.real_tokens(), int(self.arguments.get("q_offset", 0))
+        if real is None:
+            return None
+        real = real[:, first : first + queries]
+        return real if real.shape[1] == queries else None
+
     def at(self, positions: Int[Tensor, "b h s"]) -> Bool[Tensor, "b h q s"]:
         """Return a mask of the slots that each query sees. No query sees an empty slot, every query sees a summary."""
         if self.sees_all():
@@ -215,9 +228,7 @@ def at_positions(mask: Tensor, positions: Int[Tensor, "b h s"], first: int) -> T
 def masked_part(mask: Any, start: int, stop: int, later: int) -> Any:
     """Cut a mask to some queries, without its last `later` keys."""
     if isinstance(mask, MaskPlan):
-        whole = mask.whole
-        some = {"q_length": stop - start, "q_offset": whole.arguments.get("q_offset", 0) + start}
-        return MaskPlan(**{**whole.arguments, **some, "kv_length": whole.n_keys - later})
+        return mask.part(start, stop, later)
     return None if mask is None else mask[..., start:stop, : mask.shape[-1] - later]
 
 

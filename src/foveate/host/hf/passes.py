@@ -21,6 +21,7 @@ from foveate.host.hf.tokens_read import TokensRead, cached_tokens, named_inputs,
 from foveate.host.method import Method
 from foveate.host.model_call import Edit
 from foveate.host.site import OwnSequence, Site
+from foveate.host.stream import Stream
 
 #: The key of the record of a sequence's tokens among the notes of its cache.
 _READ = ("tokens", "read")
@@ -71,6 +72,7 @@ class _Pass:
         fresh: an empty cache like that of the pass, at the start of a sequence under a method that edits logits.
         is_branch: whether the pass is a second reading, in which no logits are edited.
         embed: changes the embeddings that the decoder reads, in a second reading.
+        stream: the tokens between the blocks that are running, if methods drop tokens.
     """
 
     step: dict[Any, Any] = field(default_factory=dict)
@@ -89,6 +91,7 @@ class _Pass:
     fresh: Cache | None = None
     is_branch: bool = False
     embed: Edit | None = None
+    stream: Stream | None = None
 
 
 class Passes:

@@ -68,7 +68,7 @@ def site_of(
             site.cut(surplus)
         _locate(run, site, cache)
     if crossing is None:
-        here.own = OwnSequence(site.seen - q.shape[2], site.attention_mask)
+        here.own = OwnSequence(site.seen - site.tokens, site.attention_mask)
     return site
 
 
@@ -85,7 +85,7 @@ def _locate(run: Run, site: Site, cache: Cache) -> None:
 
     Assisted decoding requests the logits of the token before its drafts and of each draft.
     """
-    n, past = site.q.shape[2], site.seen - site.q.shape[2]
+    n, past = site.q.shape[2], site.seen - site.tokens
     if run.passes.here.reader is not None:
         site.tentative, site.reads_prompt = n, False
         return

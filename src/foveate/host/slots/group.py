@@ -122,6 +122,16 @@ class Group:
                 self._ledger.extend(self.length, self.length + n - fill)
             self._use(self._buffer, self.length + n - fill)
 
+    def place(self, k: Tensor, v: Tensor, positions: Int[Tensor, "b 1 n"], empty: tuple[int, int]) -> None:
+        """Store tokens at given positions, at the end; `empty` are the numbers of those in a row that are none."""
+        n = k.shape[2]
+        self._make_room(n, k)
+        self._write(self._front + self.length, k, v, 0)
+        self._buffer.positions[:, :, self._front + self.length :][:, :, :n] = positions
+        self.holes = (self.holes[0] + empty[0], self.holes[1] + empty[1])
+        self._ledger = None
+        self._use(self._buffer, self.length + n)
+
     def _write(self, slot: int, k: Tensor, v: Tensor, first: int) -> None:
         """Write tokens at positions `first`, `first + 1` … to the buffer's slots from `slot` on."""
         buffer, n = self._buffer, k.shape[2]

@@ -36,6 +36,17 @@ class Store:
         for group in self.groups:
             group.append(k[:, group.index], v[:, group.index], first)
 
+    def place(self, k: Tensor, v: Tensor, positions: Tensor, empty: tuple[int, int]) -> None:
+        """Store tokens at given positions, behind all others.
+
+        Args:
+            k, v: keys and values.
+            positions: of the tokens, `(B, N)`; `EMPTY` for none.
+            empty: the least and the largest number of entries in a row that are none.
+        """
+        for group in self.groups:
+            group.place(k[:, group.index], v[:, group.index], positions[:, None], empty)
+
     @property
     def layout(self) -> tuple[object, ...] | None:
         """Objects that are others whenever a slot of `padded` has moved; None if that cannot be told."""
