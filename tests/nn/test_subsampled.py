@@ -89,6 +89,8 @@ def test_a_square_larger_than_the_grid() -> None:
     for reduce in ("conv", "mean"):
         with pytest.raises(ShapeError, match=r'size=\(2, 3\) must be at least ratio=4, unless padding="hidden"'):
             layer(4, reduce=reduce, padding="dropped")(x, size=(2, 3))
+        with pytest.raises(ShapeError, match=r"size=\(6, 1\) must be at least ratio=2"):
+            layer(2, reduce=reduce, padding="dropped")(x, size=(6, 1))
 
 
 def test_widths_and_biases() -> None:

@@ -9,7 +9,10 @@ from foveate.nn.parts.window import Windows
 
 
 @pytest.mark.parametrize("halo", [0, 1, 3])
-@pytest.mark.parametrize(("size", "window"), [((4, 6), (2, 3)), ((5, 4), (2, 3)), ((2, 3), (4, 5)), ((1, 1), (1, 1))])
+@pytest.mark.parametrize(
+    ("size", "window"),
+    [((4, 6), (2, 3)), ((5, 4), (2, 3)), ((5, 6), (2, 3)), ((4, 4), (2, 3)), ((2, 3), (4, 5)), ((1, 1), (1, 1))],
+)
 def test_windows_and_their_halos_token_by_token(size: tuple[int, int], window: tuple[int, int], halo: int) -> None:
     (rows, columns), (h, w) = size, window
     x = torch.randn(2, rows * columns, 3, generator=torch.Generator().manual_seed(0))
