@@ -22,6 +22,7 @@ from foveate.models.audio.ecapa_tdnn import ECAPATDNN
 from foveate.models.graph.hallucination_gat import HallucinationGAT
 from foveate.models.recommendation.autoint import AutoInt
 from foveate.models.recommendation.fields import TabularField
+from foveate.models.vision.twins import TwinsPCPVT, TwinsSVT
 
 BATCH = 3
 PARITY = Path(__file__).parents[1] / "parity"
@@ -56,6 +57,13 @@ EXTRA: dict[str, tuple[type[Network], Callable[[], Network]]] = {
             6, layers=3, heads=3, units=2, dropout=(0.1, 0.2, 0.3), variant="release",
         ),
     ),
+    "TwinsSVT-release": (
+        TwinsSVT,
+        lambda: TwinsSVT(
+            (2, 1, 2), (8, 12, 12), (2, 3, 2), (2, 2, 1), (2, 2, 2), window=3, channels=2, classes=5, patch=2,
+            variant="release",
+        ),
+    ),
 }  # fmt: skip
 
 MAKE: dict[str, Callable[[], Network]] = {
@@ -72,6 +80,44 @@ def _recorded(name: str) -> dict[str, tuple[int, ...]]:
     return {each: tuple(shape) for each, shape in found.items()}
 
 
+def _twins(net: TwinsSVT | TwinsPCPVT, windows: bool) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the release's parameters; `windows` are in every second block, from the first."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, inputs: int, outputs: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
+
+    def conv(name: str, *weight: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = weight, weight[:1]
+
+    def norm(name: str, dim: int) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (dim,)
+
+    before = 2
+    for i, blocks in enumerate(net.blocks):
+        dim, side = net.embeds[i].norm.normalized_shape[0], 2
+        conv(f"patch_embeds.{i}.proj", dim, before, side, side)
+        norm(f"patch_embeds.{i}.norm", dim)
+        conv(f"pos_block.{i}.proj.0", dim, 1, 3, 3)
+        for j, block in enumerate(blocks):
+            at, ratio = f"blocks.{i}.{j}", getattr(block.mixer, "ratio", 1)
+            names = {"qkv": 3} if windows and j % 2 == 0 else {"q": 1, "kv": 2}
+            for name, many in {**names, "proj": 1}.items():
+                linear(f"{at}.attn.{name}", dim, many * dim)
+            if ratio > 1:
+                conv(f"{at}.attn.sr", dim, dim, ratio, ratio)
+                norm(f"{at}.attn.norm", dim)
+            norm(f"{at}.norm1", dim)
+            norm(f"{at}.norm2", dim)
+            hidden = block.mlp[0].out_features
+            linear(f"{at}.mlp.fc1", dim, hidden)
+            linear(f"{at}.mlp.fc2", hidden, dim)
+        before = dim
+    norm("norm", before)
+    linear("head", before, 5)
+    return shapes
+
+
 #: The names and shapes of parameters in releases, and the network that takes them.
 RELEASED: dict[str, tuple[Callable[[], Network], Callable[[], dict[str, tuple[int, ...]]]]] = {
     "ECAPATDNN": (MAKE["ECAPATDNN-release"], lambda: _recorded("speechbrain.json")),
@@ -84,6 +130,8 @@ RELEASED: dict[str, tuple[Callable[[], Network], Callable[[], dict[str, tuple[in
             "conv.lin_dst.weight": (6, 32),
         },
     ),
+    "TwinsSVT": (MAKE["TwinsSVT-release"], lambda: _twins(MAKE["TwinsSVT-release"](), windows=True)),
+    "TwinsPCPVT": (TwinsPCPVT.example, lambda: _twins(TwinsPCPVT.example(), windows=False)),
 }  # fmt: skip
 
 

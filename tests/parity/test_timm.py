@@ -120,7 +120,7 @@ def mambaout() -> Any:
     parts = "Stem", "Downsample", "MlpHead", "GatedConvBlock", "MambaOutStage", "MambaOut"
     sizes = tuple(f"mambaout_{size}" for size in SIZES)
     return peers.pick(
-        "timm", "models/vision/mambaout.py", *parts, *sizes, OrderedDict=OrderedDict, LayerNorm=norm.LayerNorm,
+        "timm", "models/mambaout.py", *parts, *sizes, OrderedDict=OrderedDict, LayerNorm=norm.LayerNorm,
         calculate_drop_path_rates=rates.calculate_drop_path_rates, get_act_layer=lambda act: act,
         trunc_normal_=nn.init.trunc_normal_, _create_mambaout=lambda _, **options: options,
     )  # fmt: skip

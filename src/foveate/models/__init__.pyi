@@ -43,6 +43,8 @@ from foveate.models.vision.mambaout import block_flops as block_flops
 from foveate.models.vision.mambaout import is_long_sequence as is_long_sequence
 from foveate.models.vision.mambaout import with_token_mixer as with_token_mixer
 from foveate.models.vision.residual_attention import ResidualAttentionNet as ResidualAttentionNet
+from foveate.models.vision.twins import TwinsPCPVT as TwinsPCPVT
+from foveate.models.vision.twins import TwinsSVT as TwinsSVT
 
 __all__ = [
     "AutoInt",
@@ -80,6 +82,8 @@ __all__ = [
     "TabularField",
     "TextRead",
     "TransNormerLLM",
+    "TwinsPCPVT",
+    "TwinsSVT",
     "block_flops",
     "generation_embeddings",
     "is_long_sequence",

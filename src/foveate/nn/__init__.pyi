@@ -44,6 +44,7 @@ from foveate.nn.parts.positions import Position as Position
 from foveate.nn.parts.positions import RelativeBias as RelativeBias
 from foveate.nn.parts.positions import Rotary as Rotary
 from foveate.nn.parts.short_conv import ShortConv as ShortConv
+from foveate.nn.parts.subsampled import GlobalSubsampledAttention as GlobalSubsampledAttention
 from foveate.nn.parts.symbols import PositionalSymbols as PositionalSymbols
 from foveate.nn.parts.symbols import RelativeSymbols as RelativeSymbols
 from foveate.nn.parts.symbols import SymbolicAttention as SymbolicAttention
@@ -125,6 +126,8 @@ from foveate.nn.vision.dependency_vit import Tree as Tree
 from foveate.nn.vision.dependency_vit import dependency_tree as dependency_tree
 from foveate.nn.vision.dependency_vit import prune as prune
 from foveate.nn.vision.efficient_attention_2d import EfficientAttention2d as EfficientAttention2d
+from foveate.nn.vision.halo import HaloAttention as HaloAttention
+from foveate.nn.vision.hilo import HiLoAttention as HiLoAttention
 from foveate.nn.vision.inline_attention import InLineAttention as InLineAttention
 from foveate.nn.vision.inline_attention import LocalKernels as LocalKernels
 from foveate.nn.vision.inline_attention import injectivity_probe as injectivity_probe
@@ -174,10 +177,13 @@ __all__ = [
     "GaussianBlock",
     "GaussianGate",
     "Generated",
+    "GlobalSubsampledAttention",
     "GraphAttention",
+    "HaloAttention",
     "HeadBranches",
     "HeadScheme",
     "HeadState",
+    "HiLoAttention",
     "HierarchicalAttention",
     "ISAB",
     "InLineAttention",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.checked import Checked
-from foveate.core.errors import OptionError, unknown
+from foveate.core.errors import unknown
+from foveate.nn.parts import released as released_parameters
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,15 @@ class Network(Checked, nn.Module, ABC):
         released_names: pairs of a regular expression and its replacement, which turn the names of the parameters of the
             paper's release into ours, applied in order; empty if there is no release, or if it has our names. A name
             that becomes empty is left out.
+        released_parts: for parameters of the release that hold several of ours, a regular expression and the
+            replacements for the equal parts along the first axis; see `foveate.nn.parts.released.renamed`.
         batched: whether the first axis of inputs and outputs counts independent examples; False where it counts parts
             of one, such as the nodes of a graph.
     """
 
     sizes: ClassVar[Mapping[str, Size]] = {}
     released_names: ClassVar[tuple[tuple[str, str], ...]] = ()
+    released_parts: ClassVar[tuple[tuple[str, tuple[str, ...]], ...]] = ()
     batched: ClassVar[bool] = True
 
     @classmethod
@@ -71,16 +74,7 @@ class Network(Checked, nn.Module, ABC):
         Raises:
             OptionError: two parameters would get one name.
         """
-        out: dict[str, Tensor] = {}
-        for name, x in released.items():
-            ours = name
-            for pattern, replacement in cls.released_names:
-                ours = re.sub(pattern, replacement, ours)
-            if ours in out:
-                raise OptionError(f"the released parameters have two that would be called {ours!r}")
-            if ours:
-                out[ours] = x
-        return out
+        return released_parameters.renamed(released, cls.released_names, cls.released_parts)
 
     def load_released(self, released: Mapping[str, Tensor]) -> None:
         """Load the state dict of the paper's release.
@@ -88,16 +82,7 @@ class Network(Checked, nn.Module, ABC):
         Raises:
             OptionError: parameters that this network lacks, or has alone, or has in another shape.
         """
-        given, own = self.renamed(released), self.state_dict()
-        astray = {
-            "missing": own.keys() - given.keys(),
-            "unknown": given.keys() - own.keys(),
-            "of another shape": {name for name in own.keys() & given.keys() if own[name].shape != given[name].shape},
-        }
-        found = [f"{len(names)} {what} ({min(names)})" for what, names in astray.items() if names]
-        if found:
-            raise OptionError(f"the released parameters do not fit this {type(self).__name__}: {', '.join(found)}")
-        self.load_state_dict(given)
+        released_parameters.load(self, self.renamed(released))
 
     # -- for tests -----------------------------------------------------------------------------------------------------
 

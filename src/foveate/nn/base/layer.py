@@ -87,8 +87,8 @@ class Layer(Checked, nn.Module, ABC):
         causal: bool = False,
         size: tuple[int, int] | None = None,
         **inputs: Tensor,
-    ) -> Float[Tensor, "b n out"]:
-        """Mix tokens. The output is C wide, unless the layer was built with another `out_dim`.
+    ) -> Float[Tensor, "b fewer out"]:
+        """Mix tokens. The output is C wide, unless the layer was built with another `out_dim`; N long without a stride.
 
         Args:
             x: tokens `(B, N, C)`.

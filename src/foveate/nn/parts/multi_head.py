@@ -47,6 +47,8 @@ class MultiHeadAttention(HeadScheme):
         out_norm: True applies an RMSNorm to each head's output, which operators without a normalizer need.
         gate: the activation of a gate on the outputs, from the token: "sigmoid", "silu", or None.
         bias: True gives all projections biases, the gate's included.
+        out_dim: width of the output; None for `dim`.
+        out_bias: True or False overrides `bias` for the output projection.
 
     A linear map makes the operator's gates from each token (`Capabilities.gates`: rates of decay, of learning). The
     layer passes an operator's other inputs on: `layer(x, poses=...)`.
@@ -59,11 +61,12 @@ class MultiHeadAttention(HeadScheme):
         self, dim: int, heads: int, *, kv_heads: int | None = None, head_dim: int | None = None,
         value_dim: int | None = None, op: str | Operator = "softmax", position: Position | None = None, conv: int = 0,
         qk_norm: QKNorm = False, out_norm: bool = False, gate: Literal["sigmoid", "silu"] | None = None,
-        bias: bool = False,
+        bias: bool = False, out_dim: int | None = None, out_bias: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
-            dim, heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, op=op, position=position, bias=bias
-        )
+            dim, heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, op=op, position=position,
+            out_dim=out_dim, bias=bias if out_bias is None else out_bias,
+        )  # fmt: skip
         validate.count("conv", conv, 0)
         validate.one_of("gate", gate, (None, "sigmoid", "silu"))
         widths = heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim

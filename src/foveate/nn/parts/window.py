@@ -44,8 +44,17 @@ class Windows:
     def partition(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "windows t c"]:
         """Return the tokens of each window, row by row; the windows of one image are neighbours in the batch."""
         below, right = self.padding
-        x = F.pad(x.unflatten(1, self.size), (0, 0, 0, right, 0, below))
+        x = x.unflatten(1, self.size)
+        if below or right:
+            x = F.pad(x, (0, 0, 0, right, 0, below))
         return rearrange(x, "b (r h) (s w) c -> (b r s) (h w) c", h=self.window[0], w=self.window[1])
+
+    def around(self, x: Float[Tensor, "b n c"], halo: int) -> Float[Tensor, "windows t c"]:
+        """Return the tokens of each window and those up to `halo` rows and columns around it; zeros off the grid."""
+        (below, right), (h, w) = self.padding, self.window
+        x = F.pad(x.unflatten(1, self.size), (0, 0, halo, right + halo, halo, below + halo))
+        x = x.unfold(1, h + 2 * halo, h).unfold(2, w + 2 * halo, w)
+        return rearrange(x, "b r s c h w -> (b r s) (h w) c")
 
     def merge(self, x: Float[Tensor, "windows t c"]) -> Float[Tensor, "b n c"]:
         """Undo `partition`, without the added tokens."""
@@ -53,10 +62,10 @@ class Windows:
         x = rearrange(x, "(b r s) (h w) c -> b (r h) (s w) c", r=rows, s=columns, h=h, w=w)
         return x[:, : self.size[0], : self.size[1]].flatten(1, 2)
 
-    def real(self, device: torch.device | str | None = None) -> Bool[Tensor, "windows t"]:
-        """Return a mask of the tokens of each window that belong to the grid."""
+    def real(self, device: torch.device | str | None = None, halo: int = 0) -> Bool[Tensor, "windows t"]:
+        """Return a mask of the tokens of each window, and of its halo, that belong to the grid."""
         ones = torch.ones(1, self.size[0] * self.size[1], 1, device=device)
-        return self.partition(ones)[..., 0] > 0
+        return (self.around(ones, halo) if halo else self.partition(ones))[..., 0] > 0
 
 
 @final
@@ -69,7 +78,7 @@ class WindowAttention(Layer):
         dim, heads: C and H.
         window: `(h, w)`, or one number for both.
         op: an operator or its key; see `MultiHeadAttention`.
-        bias: True gives all projections biases.
+        bias, head_dim, out_dim, out_bias: see `MultiHeadAttention`.
         padding: "seen" attends to the zeros that fill up the last windows, as in most releases (a padded key is then
             the projection's bias); "hidden" masks them.
     """
@@ -78,7 +87,8 @@ class WindowAttention(Layer):
 
     def __init__(
         self, dim: int, heads: int, window: int | Size = 7, *, op: str | Operator = "softmax", bias: bool = True,
-        padding: Literal["seen", "hidden"] = "seen",
+        padding: Literal["seen", "hidden"] = "seen", head_dim: int | None = None, out_dim: int | None = None,
+        out_bias: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__(dim, heads)
         self.window: Size = (window, window) if isinstance(window, int) else window
@@ -86,7 +96,9 @@ class WindowAttention(Layer):
             validate.count("window", side, 1)
         validate.one_of("padding", padding, ("seen", "hidden"))
         self.padding = padding
-        self.attention = MultiHeadAttention(dim, heads, op=op, bias=bias)
+        self.attention = MultiHeadAttention(
+            dim, heads, head_dim=head_dim, op=op, bias=bias, out_dim=out_dim, out_bias=out_bias
+        )
 
     def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         windows = Windows(inputs["size"], self.window)
