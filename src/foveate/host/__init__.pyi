@@ -37,6 +37,7 @@ from foveate.host.spans import span_mask as span_mask
 from foveate.host.stats import CacheStats as CacheStats
 from foveate.host.stats import LayerStats as LayerStats
 from foveate.host.stats import Stats as Stats
+from foveate.host.stream import Stream as Stream
 
 __all__ = [
     "AT_END",
@@ -65,6 +66,7 @@ __all__ = [
     "Slots",
     "Spans",
     "Stats",
+    "Stream",
     "Uncoded",
     "apply",
     "cut_heads",

@@ -26,6 +26,9 @@ from foveate.steer.text.attn_rank import basin_index as basin_index
 from foveate.steer.text.attn_rank import position_profile as position_profile
 from foveate.steer.vision.avisc import AvisCDecoding as AvisCDecoding
 from foveate.steer.vision.avisc import find_blind_tokens as find_blind_tokens
+from foveate.steer.vision.flowcut import FlowCut as FlowCut
+from foveate.steer.vision.flowcut import flowcut_score as flowcut_score
+from foveate.steer.vision.flowcut import prune_count as prune_count
 
 __all__ = [
     "ActCalibration",
@@ -33,6 +36,7 @@ __all__ = [
     "AttnRank",
     "AvisCDecoding",
     "DocumentPrompt",
+    "FlowCut",
     "FreeSwim",
     "PromptFormat",
     "SortedDocuments",
@@ -46,12 +50,14 @@ __all__ = [
     "document_attention",
     "find_blind_tokens",
     "find_sinks",
+    "flowcut_score",
     "inward_window_attention",
     "inward_window_mask",
     "last_attention",
     "noun_phrases",
     "plausible",
     "position_profile",
+    "prune_count",
     "recency_profile",
     "structured_cross_attention",
 ]
