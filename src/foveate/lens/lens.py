@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, UnsupportedModel, unknown
+from foveate.core.errors import OptionError, ShapeError, UnsupportedModel, shown, unknown
 from foveate.host.entry import apply
 from foveate.host.hf.model import Host, host
 from foveate.host.method import Method
@@ -89,6 +89,12 @@ class Lens(Method):
                 f'measures={placed} compare the places of a query and a key, which are in two sequences in part="cross"'
             )
         self.layers = None if self.layers is None else tuple(self.layers)
+        for at, queries in self.keep_maps.items():
+            if not isinstance(queries, slice | Iterable):
+                raise OptionError(
+                    f"keep_maps: the queries of {at} must be a slice or positions, such as [{shown(queries)}]; got "
+                    f"{shown(queries)}"
+                )
         maps = {at: queries if isinstance(queries, slice) else tuple(queries) for at, queries in self.keep_maps.items()}
         self.keep_maps = maps
 
@@ -280,6 +286,7 @@ def look(
     lens = Lens(measures, layers, keep_maps or {}, phase="all", part=part)
     if isinstance(inputs, Tensor):
         inputs = {host(model).model.main_input_name: inputs}
+    _check_inputs(inputs, more)
     with torch.no_grad(), apply(model, lens, on=covering(part)) as run:
         output = run.host.model(**{**(inputs or {}), **more})
     if part == "cross" and not lens._latest and not lens.unseen:
@@ -288,6 +295,20 @@ def look(
         )
     lens.check()
     return Look(lens, output)
+
+
+def _check_inputs(inputs: object, more: Mapping[str, Any]) -> None:
+    """Refuse inputs that a model would fail on in the middle of its layers."""
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise OptionError(
+            f"inputs must be a tensor or a tokenizer's mapping, such as tokenizer(text, return_tensors='pt'); got a "
+            f"{type(inputs).__name__}"
+        )
+    ids = {**(inputs or {}), **more}.get("input_ids")
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+        raise ShapeError(f"input_ids must be whole numbers (B, N), such as ids[None] of one text; got {shown(ids)}")
 
 
 def _map(site: Site, rows: slice, head: int, tokens: KeyTokens) -> Tensor:
