@@ -241,17 +241,18 @@ def test_pages_follow_positions_where_a_new_token_takes_a_free_slot(length: int,
 
     def logits(rows: slice, first: int, *more: Method) -> Tensor:
         """Logits of each new token, after the prompt from its token `first` on."""
-        end, cache = ids.shape[1], DynamicCache()
-        whole = torch.cat([mask[rows, first:], torch.ones_like(new[rows])], 1)
+        everything = torch.cat([ids, new], 1)[rows, first:]
+        whole = torch.cat([mask, torch.ones_like(new)], 1)[rows, first:]
+        places = (whole.cumsum(1) - 1).clamp_min(0)  # estimates depend on them: a part of the channels is no rotation
+        cache, out, end = DynamicCache(), [], ids.shape[1] - first
         with apply(model("llama"), policy, *more):
-            model("llama")(ids[rows, first:], attention_mask=mask[rows, first:], past_key_values=cache)
-            steps = [
-                model("llama")(
-                    new[rows, at : at + 1], attention_mask=whole[:, : end - first + at + 1], past_key_values=cache
-                ).logits
-                for at in range(new.shape[1])
-            ]
-        return torch.cat(steps, 1)
+            for start, stop in [(0, end), *((at, at + 1) for at in range(end, whole.shape[1]))]:
+                step = model("llama")(
+                    everything[:, start:stop], attention_mask=whole[:, :stop], position_ids=places[:, start:stop],
+                    past_key_values=cache,
+                )  # fmt: skip
+                out.append(step.logits[:, -1:])
+        return torch.cat(out, 1)
 
     watch = Reads(lambda site: orders.append(bool((site.positions.diff(dim=-1) < 0).any())))
     alone = logits(slice(0, 1), 6, watch)
