@@ -67,6 +67,8 @@ class Own(Method):
     [
         ([Own()], "Own is not in the catalogue"),
         (["snapkv"], "methods must be Method and Operator objects; got str"),
+        (SnapKV, "methods must be Method and Operator objects; got type"),
+        (None, "methods must be Method and Operator objects; got NoneType"),
         ([RecycledAttention(group_reduce="max", pool=3), torch.nn.Linear(2, 2)], "got Linear"),
     ],
 )
@@ -181,6 +183,12 @@ def test_a_file_that_is_no_text_or_too_large_or_missing(tmp_path: Path) -> None:
     assert "cannot read recipe" in refused(file)
     file.write_bytes(b" " * (17 * 2**20))
     assert "too large" in refused(file)
+
+
+def test_a_byte_order_mark_of_an_editor_is_read_over(tmp_path: Path) -> None:
+    file = foveate.save(SnapKV(share=0.5), tmp_path / "mine.json")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert foveate.load(file)[0].share == 0.5  # type: ignore[attr-defined]
 
 
 def test_a_newer_version_is_named(file: Path) -> None:

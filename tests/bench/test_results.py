@@ -8,9 +8,15 @@ import os
 from pathlib import PurePosixPath
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from foveate.bench.comparison.results import Answer, Comparison, Row
+from foveate.bench.looking import state
 from foveate.core.errors import FoveateError, OptionError
+from foveate.kv.parts import calibration_store
+from foveate.kv.parts.training_state import TrainingState
+from foveate.lens.survey import Survey
 
 
 def make_row(method: str = "full", **values) -> Row:
@@ -211,6 +217,30 @@ def test_load_names_a_file_that_cannot_be_read(tmp_path):
     for path, message in [(tmp_path / "none.json", "No such file"), (tmp_path, "directory"), (binary, "UTF-8")]:
         with pytest.raises(OptionError, match=message):
             Comparison.load(path)
+
+
+def test_a_full_disk_is_one_line_for_tensors_too(tmp_path, monkeypatch):
+    """safetensors does not raise an OSError, and the folder of a draft may be a file."""
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    def refused(call):
+        with pytest.raises(OptionError, match=r"^cannot write .*tensors: .*No space left on device") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+    for module in (state, calibration_store):
+        monkeypatch.setattr(module, "save_file", full)
+    survey = Survey(("entropy",), *torch.zeros(3, 1, 2, 2), texts=1)
+    refused(lambda: state.State(tmp_path, {}).save(survey, 1))
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    refused(lambda: TrainingState(tmp_path / "t.safetensors", "").save(1, parameter, torch.optim.Adam([parameter])))
+    refused(lambda: calibration_store.save({}, tmp_path / "c.safetensors", "model"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="cannot write"):
+        calibration_store.save({}, tmp_path / "file" / "c.safetensors", "model")
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):

@@ -173,6 +173,12 @@ def test_bad_input_is_one_line_and_writes_nothing(args: list[str], words: str, t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_text_is_no_folder(empty: str) -> None:
+    found = run(empty)
+    assert found.exit_code == 2 and "text must not be empty" in found.stderr
+
+
 def test_a_folder_is_no_text(tmp_path: Path) -> None:
     found = run(tmp_path)
     assert found.exit_code == 2 and "is a folder; give a file or a text" in found.stderr

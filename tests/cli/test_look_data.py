@@ -272,6 +272,7 @@ def test_batches_hold_neighbours_of_about_the_same_length() -> None:
         (["--data", "texts.txt"], "data='texts.txt' must end in one of .jsonl"),
         (["--data", "EMPTY"], "holds no text"),
         (["--data", "OTHER"], "line 1 has a, b; it must have text, or --field must name"),
+        (["--data", "NUMBER"], "line 2: text must be text; got 5"),
         (["a text", "--spans", "a=0:2,b=1:3"], "overlap"),
         (["a text", "--spans", "a=0:99"], "must lie within the text, which has 7 tokens"),
         (["a text", "--spans", "a:0:99"], "must be name=start:stop with commas"),
@@ -282,6 +283,8 @@ def test_bad_input_is_one_line_and_writes_nothing(args: list[str], words: str, t
     known = {"FILE": written(files), "EMPTY": files / "empty.jsonl", "OTHER": files / "other.jsonl"}
     known["EMPTY"].write_text('{"text": ""}\n', "utf-8")
     known["OTHER"].write_text('{"a": 1, "b": 2}\n', "utf-8")
+    known["NUMBER"] = files / "number.jsonl"
+    known["NUMBER"].write_text('{"text": "a"}\n{"text": 5}\n', "utf-8")
     found = run(*(known.get(arg, arg) for arg in args), "--out", tmp_path / "new")
     assert found.exit_code == 2, found.output
     line = found.stderr.strip().splitlines()[-1]

@@ -185,6 +185,10 @@ def test_refusals() -> None:
     assert refusal(UnsupportedModel, lambda: foveate.apply(torch.nn.Linear(2, 2))) == (
         "model must be a transformers PreTrainedModel; got Linear"
     )
+    compiled = torch.compile(llama, backend="eager")
+    assert refusal(UnsupportedModel, lambda: foveate.apply(compiled)).endswith(
+        "got OptimizedModule: give the model inside it, model._orig_mod"
+    )
     assert "FalconForCausalLM does not go through" in refusal(
         UnsupportedModel, lambda: foveate.apply(model("falcon"), Evicts())
     )

@@ -96,7 +96,10 @@ def test_shifts_close_the_gaps_and_skip_empty_slots() -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)), "do not rotate"),
+        (
+            lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)),
+            "SinkRecent do without",
+        ),
         (
             lambda: hf.LlamaForCausalLM(
                 hf.LlamaConfig(**_GROUPED, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})

@@ -191,11 +191,29 @@ def test_devices_without_a_kernel_use_tiles(monkeypatch: pytest.MonkeyPatch) -> 
         (dict(measures=["entropy", "entropy"]), "different names"),
         (dict(layers=[2]), "layers: 2 must be in 0..1"),
         (dict(keep_maps={(0, 4): [0]}), "head 4 must be in 0..3"),
+        (dict(keep_maps={(0, 1): 3}), "the queries of (0, 1) must be a slice or positions, such as [3]"),
     ],
 )
 def test_bad_options_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(FoveateError) as caught:
         look(tiny("llama"), text(), **wrong)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ("some text", "got a str"),
+        ([1, 2, 3], "a tokenizer's mapping, such as tokenizer(text, return_tensors='pt'); got a list"),
+        (torch.arange(5), "input_ids must be whole numbers (B, N), such as ids[None] of one text; got Tensor (5,)"),
+        (torch.zeros(1, 5), "must be whole numbers (B, N), such as ids[None] of one text; got Tensor (1, 5) float32"),
+        (torch.zeros(1, 0, dtype=torch.long), "got Tensor (1, 0)"),
+        ({"input_ids": [[1, 2, 3]]}, "got [[1, 2, 3]]"),
+    ],
+)
+def test_inputs_that_are_no_batch_of_tokens_are_refused(inputs: Any, message: str) -> None:
+    with pytest.raises(FoveateError) as caught:
+        look(tiny("llama"), inputs)
     assert message in str(caught.value)
 
 

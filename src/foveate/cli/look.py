@@ -158,6 +158,8 @@ def _refuse_beside_data(**given: object) -> None:
 
 def _text(source: str) -> str:
     """Return the text of a file, or else the source itself; a word that looks like a file's name has to be one."""
+    if not source.strip():
+        raise OptionError("text must not be empty")
     try:
         is_folder, is_file = Path(source).is_dir(), Path(source).is_file()
     except (OSError, ValueError):  # a text that is too long for a name, or has a NUL

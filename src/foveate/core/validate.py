@@ -98,16 +98,28 @@ def key_mask(mask: Tensor, batch: int, n_keys: int, device: torch.device) -> Non
     bool_mask("mask", mask, "B, 1, 1, Nk", (batch, 1, 1, n_keys), device)
 
 
+#: The largest whole number of an option: sums of a few fit into int64, in which tensors count.
+MOST = 2**53
+
+
 def at_least(name: str, value: object, least: float) -> None:
     """Refuse an option under its least valid value."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
         raise OptionError(f"{name}={shown(value)} must be at least {least}")
+    _not_larger(name, value)
 
 
 def count(name: str, value: object, least: int = 0) -> None:
     """Refuse an option that is no whole number, or under its least valid value."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise OptionError(f"{name}={shown(value)} must be a whole number, at least {least}")
+    _not_larger(name, value)
+
+
+def _not_larger(name: str, value: float) -> None:
+    """Refuse a whole number that no tensor can hold; a float may be inf."""
+    if isinstance(value, int) and abs(value) > MOST:
+        raise OptionError(f"{name}={shown(value)} must be at most 2**53")
 
 
 def flag(name: str, value: object) -> None:

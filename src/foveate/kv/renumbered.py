@@ -166,7 +166,7 @@ def _probe(host: Host) -> dict[int, Rotation | None]:
         if best is None or not torch.allclose(best(key, by), after[layer], atol=off):
             raise UnsupportedModel(
                 f"{type(host.model).__name__}: the keys of layer {layer} do not rotate with their position as rotary "
-                f"embeddings do, so that positions cannot be renumbered"
+                f"embeddings do, which is needed here; SnapKV, H2O and SinkRecent do without it"
             )
         found[layer] = best
     return found

@@ -31,7 +31,7 @@ from foveate.lens.capture.record import Record, by_position
 from foveate.lens.capture.tiles import measure_call
 from foveate.lens.html_table import layer_head_tables
 from foveate.lens.measures import KeyTokens, Measure
-from foveate.lens.parts.inputs import by_name
+from foveate.lens.parts.inputs import by_name, check_ids
 from foveate.lens.parts.stack import Layers, Part, covering
 from foveate.lens.registry import named
 
@@ -90,6 +90,12 @@ class Lens(Method):
                 f'measures={placed} compare the places of a query and a key, which are in two sequences in part="cross"'
             )
         self.layers = None if self.layers is None else tuple(self.layers)
+        for at, queries in self.keep_maps.items():
+            if not isinstance(queries, slice | Iterable):
+                raise OptionError(
+                    f"keep_maps: the queries of {at} must be a slice or positions, such as [{shown(queries)}]; got "
+                    f"{shown(queries)}"
+                )
         maps = {at: queries if isinstance(queries, slice) else tuple(queries) for at, queries in self.keep_maps.items()}
         self.keep_maps = maps
 
@@ -280,8 +286,9 @@ def look(
     """
     lens = Lens(measures, layers, keep_maps or {}, phase="all", part=part)
     with torch.no_grad(), apply(model, lens, on=covering(part)) as run:
-        given = by_name(run.host.model, {} if inputs is None else inputs)
-        output = run.host.model(**{**given, **more})
+        given = {**by_name(run.host.model, {} if inputs is None else inputs), **more}
+        check_ids(given.get("input_ids"))
+        output = run.host.model(**given)
     if part == "cross" and not lens._latest and not lens.unseen:
         raise UnsupportedModel(
             f"part={part!r}: {type(run.host.model).__name__} attended to no other sequence in this call"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from foveate.core.errors import FoveateError
+from foveate.core.errors import FoveateError, UnsupportedModel
 from foveate.host import Method, Site, apply
 from foveate.host.hf.model import host
 from foveate.kv.parts.hybrid_scores import channel_products, largest_channels, token_weights
@@ -228,3 +228,42 @@ def test_the_budget_covers_the_pages(budget: float) -> None:
 def test_bad_options(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(FoveateError, match=message):
         RocketKV(**bad)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("length", "alpha"), [(4, None), (5, None), (64, 0.02)])
+def test_pages_follow_positions_where_a_new_token_takes_a_free_slot(length: int, alpha: float | None) -> None:
+    """Stage 1 drops a single token, whose slot the next token takes: slots are then in another order than positions."""
+    policy, orders = RocketKV(ratio=3.0, alpha=alpha, recent=2, pool=3), []
+    ids, new = tokens(2, length + 6), tokens(2, 6, 1)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+
+    def logits(rows: slice, first: int, *more: Method) -> Tensor:
+        """Logits of each new token, after the prompt from its token `first` on."""
+        everything = torch.cat([ids, new], 1)[rows, first:]
+        whole = torch.cat([mask, torch.ones_like(new)], 1)[rows, first:]
+        places = (whole.cumsum(1) - 1).clamp_min(0)  # estimates depend on them: a part of the channels is no rotation
+        cache, out, end = DynamicCache(), [], ids.shape[1] - first
+        with apply(model("llama"), policy, *more):
+            for start, stop in [(0, end), *((at, at + 1) for at in range(end, whole.shape[1]))]:
+                step = model("llama")(
+                    everything[:, start:stop], attention_mask=whole[:, :stop], position_ids=places[:, start:stop],
+                    past_key_values=cache,
+                )  # fmt: skip
+                out.append(step.logits[:, -1:])
+        return torch.cat(out, 1)
+
+    watch = Reads(lambda site: orders.append(bool((site.positions.diff(dim=-1) < 0).any())))
+    alone = logits(slice(0, 1), 6, watch)
+    assert any(orders)
+    torch.testing.assert_close(logits(slice(0, 2), 0)[:1], alone, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_heads_of_different_lengths_are_refused() -> None:
+    uneven = RandomKeep(share=0.5, heads="adaptive")
+    with apply(model("llama"), uneven, RocketKV(ratio=3.0)):
+        read = model("llama")(tokens(1, 40))
+        with pytest.raises(UnsupportedModel, match='heads="equal"'):
+            model("llama")(tokens(1, 1), past_key_values=read.past_key_values)

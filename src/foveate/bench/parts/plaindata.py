@@ -11,6 +11,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from foveate.core.errors import OptionError
 
 
@@ -31,8 +33,9 @@ def draft_and_move(path: str | os.PathLike, write: Callable[[Path], object]) -> 
             draft.replace(target)
         finally:
             draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise OptionError(f"cannot write {target}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OptionError(f"cannot write {target}: {reason}") from None
     return target
 
 

@@ -32,7 +32,7 @@ def save(
     Raises:
         OptionError: a method is not in the catalogue, or has an option that a file cannot hold, such as a function.
     """
-    some = [methods] if isinstance(methods, Method | Operator) else list(methods)
+    some = list(methods) if isinstance(methods, Sequence) else [methods]  # what is no method is refused below
     return Recipe.of(some, model).write(path)
 
 

@@ -159,7 +159,7 @@ def _parsed(target: Path) -> dict[str, Any]:
     if target.stat().st_size > _LARGEST:
         raise OptionError("it is too large for a recipe")
     try:
-        content = json.loads(target.read_text("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
+        content = json.loads(target.read_text("utf-8-sig"), parse_constant=_refuse, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, OptionError) else f"not valid JSON: {error}"
         raise OptionError(" ".join(reason.split())) from None

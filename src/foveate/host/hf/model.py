@@ -105,6 +105,10 @@ def _writes(module: nn.Module) -> bool:
     return getattr(module, "is_causal", None) is True or getattr(module, "is_decoder", None) is True
 
 
+#: Where torch.compile, parallel wrappers and others hold the model that they wrap.
+_WRAPPED = ("_orig_mod", "module", "model")
+
+
 def host(model: object) -> Host:
     """Return the model as a host.
 
@@ -112,7 +116,9 @@ def host(model: object) -> Host:
         UnsupportedModel: the model does not use the attention interface.
     """
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModel(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
+        inside = (name for name in _WRAPPED if isinstance(getattr(model, name, None), PreTrainedModel))
+        hint = next((f": give the model inside it, model.{name}" for name in inside), "")
+        raise UnsupportedModel(f"model must be a transformers PreTrainedModel; got {type(model).__name__}{hint}")
     found = Host(model)
     if not model._can_set_attn_implementation() or not found.attention_modules():
         name = type(model).__name__

@@ -25,6 +25,7 @@ class Group:
         summary: slots that represent dropped tokens, in full precision; the buffer begins with a copy of them.
         slots: the slots in use, without the summary: views of the buffer.
         order: another object whenever a slot has moved. New tokens take empty slots, or slots at the end.
+        is_sorted: whether the tokens stand in the order of their positions: none has taken an empty slot before others.
     """
 
     def __init__(self, numbers: list[int], slots: Slots, holes: tuple[int, int], summary: Slots | None = None) -> None:
@@ -34,7 +35,7 @@ class Group:
         is_range = numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else False
         self.index: slice | Tensor = slice(numbers[0], numbers[-1] + 1) if is_range else self.heads
         self._ledger: Ledger | None = None
-        self._front, self.order = 0, object()
+        self._front, self.order, self.is_sorted = 0, object(), True
         self._use(slots, slots.positions.shape[2])
         if summary is not None:
             self._summarise(summary)
@@ -115,6 +116,7 @@ class Group:
         self._make_room(n - fill, k)
         if fill:
             self._fill(k[:, :, :fill], v[:, :, :fill], first)
+            self.is_sorted = False
             self.holes = (self.holes[0] - fill, self.holes[1] - fill)
         if n > fill:
             self._write(self._front + self.length, k[:, :, fill:], v[:, :, fill:], first + fill)
@@ -270,7 +272,9 @@ class Group:
             summary = summary if fold is None else fold(dropped, summary, self.heads[mine])
             kept = kept if refit is None else refit(kept, dropped, self.heads[mine])
         numbers, holes = [self.numbers[head] for head in which], (0, size - min(least[head] for head in which))
-        return Group(numbers, kept, holes, summary)
+        group = Group(numbers, kept, holes, summary)
+        group.is_sorted = self.is_sorted
+        return group
 
     def ordered(self) -> Slots:
         """Return the slots in the order of their positions, without slots that are empty in every row."""
@@ -295,4 +299,5 @@ class Group:
         summary = None if self.summary is None else self.summary.batch(index)
         group = Group(self.numbers, self.slots.batch(index), self.holes, summary)
         group._ledger = None if self._ledger is None else self._ledger.copy()
+        group.is_sorted = self.is_sorted
         return group

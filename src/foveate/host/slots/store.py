@@ -97,6 +97,11 @@ class Store:
         first = self.groups[0]
         return self.is_even and first.length == seen and not first.has_empty
 
+    @property
+    def is_sorted(self) -> bool:
+        """Return whether all heads hold equally many tokens, in the order of their positions, and no empty slot."""
+        return self.is_even and self.groups[0].is_sorted and not self.groups[0].has_empty
+
     def holds(self, n: int) -> bool:
         """Return whether every head of every sequence holds exactly `n` tokens, in a store that `is_even`."""
         least, most = self.groups[0].holes

@@ -15,7 +15,7 @@ from foveate.host import Host
 from foveate.host.hf.layout import layout
 from foveate.host.site import Site
 from foveate.host.slots.codec import Coding
-from foveate.kv.base.policy import Policy, check_budget
+from foveate.kv.base.policy import Policy, check_budget, check_layers
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class EncodingPolicy(Policy):
         validate.count("group", self.group, 1)
         validate.count("dense", self.dense)
         if self.layers is not None and not isinstance(self.layers, tuple | list):
-            raise OptionError(f"layers={self.layers!r} must be a tuple of layer numbers, or None for all")
+            raise OptionError(f"layers={shown(self.layers)} must be a tuple of layer numbers, or None for all")
         self._depth = 0
 
     # -- what a system writes ------------------------------------------------------------------------------------------
@@ -67,6 +67,7 @@ class EncodingPolicy(Policy):
 
     def bind(self, host: Host) -> None:
         super().bind(host)
+        check_layers(self.layers, host)
         self._depth = len(layout(host))
         for order, layer in enumerate(layout(host).layers):
             if layer.expanded and self._acts(order, layer.layer, self._depth):

@@ -10,7 +10,7 @@ from typing import ClassVar, Self, TypeVar
 from torch import Tensor
 
 from foveate.core import validate
-from foveate.core.errors import OptionError
+from foveate.core.errors import OptionError, shown
 from foveate.host import Host
 from foveate.host.hf.layout import layout
 from foveate.host.method import Method
@@ -23,6 +23,14 @@ def check_budget(budget: float, length: int) -> None:
     """Refuse a budget that is not in 0..1, and a length that is not a positive whole number."""
     validate.between("budget", budget, 0.0, 1.0)
     validate.count("length", length, 1)
+
+
+def check_layers(layers: tuple[int, ...] | None, host: Host) -> None:
+    """Refuse numbers that are none of a model's layers: a policy on them would change nothing, without a word."""
+    known = sorted(layer.layer for layer in layout(host).layers)
+    for layer in layers or ():
+        if not isinstance(layer, int) or isinstance(layer, bool) or layer not in known:
+            raise OptionError(f"layers={shown(layers)}: {shown(layer)} is not among this model's layers {known}")
 
 
 def calibration_items(data: Iterable[tuple[Tensor, Tensor]], most: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,14 +16,13 @@ from torch.nn import functional as F
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError, shown
 from foveate.host import Host
-from foveate.host.hf.layout import layout
 from foveate.host.method import overrides
 from foveate.host.padding import tokens
 from foveate.host.pass_end import PassEnd
 from foveate.host.site import Site
 from foveate.host.slots.ends import AT_END, AtEnd
 from foveate.host.slots.slots import EMPTY
-from foveate.kv.base.policy import Policy, check_budget
+from foveate.kv.base.policy import Policy, check_budget, check_layers
 
 #: The way in which the budget is shared out between heads.
 Heads = Literal["equal", "adaptive", "global"]
@@ -86,7 +85,7 @@ class ScorePolicy(Policy):
                 f'heads="global" compares layers after a prompt only, so that every={self.every} must be None'
             )
         if self.layers is not None and not isinstance(self.layers, tuple | list):
-            raise OptionError(f"layers={self.layers!r} must be a tuple of layer numbers, or None for all")
+            raise OptionError(f"layers={shown(self.layers)} must be a tuple of layer numbers, or None for all")
 
     # -- what a system writes ------------------------------------------------------------------------------------------
 
@@ -105,10 +104,7 @@ class ScorePolicy(Policy):
 
     def bind(self, host: Host) -> None:
         super().bind(host)
-        known = sorted(layer.layer for layer in layout(host).layers)
-        for layer in self.layers or ():
-            if layer not in known:
-                raise OptionError(f"layers={self.layers}: {layer} is not among this model's layers {known}")
+        check_layers(self.layers, host)
 
     def at(self, site: Site) -> bool:
         return self.layers is None or site.layer in self.layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,23 @@ def save(learnt: Mapping[str, Tensor], file: Path, model: str) -> None:
     Raises:
         OptionError: the file cannot be written.
     """
+    write(learnt, file, {_MODEL: model})
+
+
+def write(tensors: Mapping[str, Tensor], file: Path, about: dict[str, str]) -> None:
+    """Write tensors and a few texts to a safetensors file, which replaces an older one in one step.
+
+    Raises:
+        OptionError: the file cannot be written.
+    """
     draft = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in learnt.items()}, draft, {_MODEL: model})
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, draft, about)
         draft.replace(file)
     except (OSError, SafetensorError) as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may not exist, or be a file
+            draft.unlink(missing_ok=True)
         raise OptionError(f"cannot write {file}: {error}") from None
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from foveate.core.errors import UnsupportedModel
 from foveate.host.padding import tokens
 from foveate.host.site import Site
 from foveate.kv.base.scored import own_positions
@@ -51,10 +52,20 @@ class StoredPages:
 def stored_pages(site: Site, notes: dict[str, Any], page: int) -> StoredPages:
     """Return the pages of what a call stores; `notes` keep the full ones.
 
-    Slots hold tokens in the order of their positions, with empty slots between them if sequences are padded, or if
-    some tokens are hidden from the call.
+    Slots may be empty if sequences are padded, or if some tokens are hidden from the call. They do not stand in the
+    order of their positions if a new token has taken the slot of one that was dropped.
+
+    Raises:
+        UnsupportedModel: heads hold different numbers of tokens.
     """
-    if tokens(site) is None and site.hidden_keys is None and "full" not in notes:
+    store = None if site.slots is None else site.slots.store
+    if store is not None and len(store.groups) > 1:
+        raise UnsupportedModel(
+            f"the heads of layer {site.layer} hold different numbers of tokens, and pages need equal ones; give the "
+            f'other method heads="equal", or apply one of them'
+        )
+    is_sorted = store is None or store.is_sorted
+    if is_sorted and tokens(site) is None and site.hidden_keys is None and "full" not in notes:
         return _all(site, notes, page)
     own, _ = own_positions(site)
     real = own >= 0 if site.hidden_keys is None else (own >= 0) & ~site.hidden_keys

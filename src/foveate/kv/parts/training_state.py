@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
+
+from foveate.kv.parts import calibration_store
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class TrainingState:
     settings: str
 
     def save(self, done: int, parameter: Tensor, optimiser: Optimizer) -> None:
-        """Write the state after `done` steps; it replaces an older one atomically."""
+        """Write the state after `done` steps; it replaces an older one atomically.
+
+        Raises:
+            OptionError: the file cannot be written.
+        """
         state = {f"state.{name}": torch.as_tensor(value) for name, value in optimiser.state[parameter].items()}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.file.with_name(f".{self.file.name}.tmp")
-        save_file({"parameter": parameter.detach(), **state}, draft, {"settings": self.settings, "done": str(done)})
-        draft.replace(self.file)
+        about = {"settings": self.settings, "done": str(done)}
+        calibration_store.write({"parameter": parameter.detach(), **state}, self.file, about)
 
     def load(self, parameter: Tensor, optimiser: Optimizer) -> int:
         """Restore parameter and optimiser from an interrupted training; return the number of finished steps."""

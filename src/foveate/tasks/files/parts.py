@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,7 @@ class Item:
         rule: the benchmark's rule, a name in `foveate.tasks.rules.registry.RULES`; empty for the format's metric.
         facts: what the rule needs to know beside the answers.
         new_tokens: how many tokens the benchmark lets a model generate; 0 leaves it to the answers.
+        answer_name: the field of the answer, for messages.
     """
 
     text: Text
@@ -54,15 +56,41 @@ class Item:
     rule: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     new_tokens: int = 0
+    answer_name: str = "answer"
 
 
-def text(value: Any, name: str = "prompt") -> str:
-    """Return valid Unicode text: lone surrogates, which JSON allows, become U+FFFD."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+def text(value: Any, name: str) -> str:
+    """Return valid Unicode text: lone surrogates, which JSON allows, become U+FFFD.
+
+    Args:
+        value: text or a number. NaN, which tables write for a missing cell, is refused.
+        name: the field, for messages.
+    """
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
-        raise TaskError(f"{name} must be text; got {type(value).__name__}")
+        raise TaskError(f"{name} must be text; got {_kind(value)}")
     return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def field_text(row: Row, name: str, where: str = "") -> str:
+    """Return the text of a field.
+
+    Args:
+        row: the row, or an object in it.
+        name: the field.
+        where: the place of the object in the row, such as "turn 2: ", for messages.
+    """
+    if name not in row:
+        raise TaskError(f"{where}{name} must be text; there is none")
+    return text(row[name], f"{where}{name}")
+
+
+def _kind(value: Any) -> str:
+    """Return what a value is, in the words of a file."""
+    if isinstance(value, float):
+        return str(value)
+    return "nothing" if value is None else type(value).__name__
 
 
 def listed(value: Any) -> Any:
@@ -80,27 +108,27 @@ def parsed(value: str) -> Any:
     return value
 
 
-def conversation(value: Any) -> Text:
-    """Read a conversation: a list of messages, or the text of one."""
+def conversation(value: Any, name: str) -> Text:
+    """Read a conversation: a list of messages, or the text of one. `name` is its field, for messages of errors."""
     value = listed(value)
     if not isinstance(value, list) or not value:
-        raise ValueError(f"messages must be a list; got {value!r:.40}")
-    messages = tuple(_message(item) for item in value)
+        raise TaskError(f"{name} must be a list of messages; got {value!r:.40}")
+    messages = tuple(_message(item, name) for item in value)
     return Text(transcript(messages), messages=messages)
 
 
-def _message(item: Any) -> dict[str, str]:
+def _message(item: Any, name: str) -> dict[str, str]:
     if not isinstance(item, dict):
-        raise TypeError(f"a message must be an object with role and content; got {item!r:.40}")
+        raise TaskError(f"{name} must be a list of objects with role and content; one is {item!r:.40}")
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
     if isinstance(content, list):  # a list of parts, as in OpenAI's API
         other = [part for part in content if not (isinstance(part, dict) and part.get("type") == "text")]
         if other:
-            raise ValueError(f"a message must contain only text; got {other[0]!r:.40}")
-        content = "".join(part["text"] for part in content)
+            raise TaskError(f"{name}: a message must contain only text; got {other[0]!r:.40}")
+        content = "".join(field_text(part, "text", f"{name}: a part's ") for part in content)
     if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(f"a message must have role and content; got {item!r:.60}")
-    return {"role": _ROLES.get(role, role), "content": text(content)}
+        raise TaskError(f"{name}: a message must have role and content as texts; got {item!r:.60}")
+    return {"role": text(_ROLES.get(role, role), "role"), "content": text(content, "content")}
 
 
 def transcript(messages: tuple[dict[str, str], ...]) -> str:

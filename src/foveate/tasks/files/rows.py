@@ -48,7 +48,7 @@ def examples(
             item = replace(item, text=Text(filled(row, where, prompt_field)))
         if answer_field is not None:
             item = replace(item, answer=listed(_lookup(row, where, answer_field)))
-        found.append(_example(item, where, prompt_field or "prompt", answer_field or "answer"))
+        found.append(_example(item, where, prompt_field or "prompt", answer_field or item.answer_name))
     return found, metric
 
 
@@ -57,13 +57,13 @@ def _items(
 ) -> list[Item]:
     """Read a row's questions; a benchmark's row whose prompt is given may lack fields that the prompt would need."""
     if known is None:
-        return [Item(Text(), any_answer(row))]
+        return [Item(Text(), any_answer(row), answer_name=any_answer.field(row))]
     if prompt_field is not None and known.items is None:
-        return [Item(Text(), known.answer(row))]
+        return [known.answered(Text(), row)]
     try:
         return scbench.items(row, path, turns) if known.items is scbench.items else known.read(row, path)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise TaskError(f"{where}: prompt must be non-empty text; {error}") from None
+    except TaskError as error:
+        raise TaskError(f"{where}: {error}") from None
 
 
 def _example(item: Item, where: str, prompt_name: str, answer_name: str) -> Example:
@@ -71,6 +71,8 @@ def _example(item: Item, where: str, prompt_name: str, answer_name: str) -> Exam
     if answer is None and prompt.messages and prompt.messages[-1]["role"] == "assistant":
         *history, last = prompt.messages
         prompt, answer = Text(transcript(tuple(history)), messages=tuple(history)), last["content"]
+    if answer is None and prompt.messages:
+        raise TaskError(f"{where}: {answer_name} must be given, or the last message must be the assistant's")
     found = prompt.example(_answers(answer, where, answer_name, unique=not item.rule))
     if not found.prompt.strip():
         raise TaskError(f"{where}: {prompt_name} must be non-empty text; got {found.prompt!r}")
@@ -94,8 +96,10 @@ def _format(row: Row, where: str, prompt_field: str | None, answer_field: str | 
 def filled(row: Row, where: str, pattern: str) -> str:
     """Return a field's text, or fill a template; `\\n` in a template, as a shell passes it, is a new line."""
     if not _FIELD.search(pattern):
-        return text(_lookup(row, where, pattern), pattern)
-    return _FIELD.sub(lambda found: text(_lookup(row, where, found[1]), found[1]), pattern.replace("\\n", "\n"))
+        return text(_lookup(row, where, pattern), f"{where}: {pattern}")
+    return _FIELD.sub(
+        lambda found: text(_lookup(row, where, found[1]), f"{where}: {found[1]}"), pattern.replace("\\n", "\n")
+    )
 
 
 def _lookup(row: Row, where: str, path: str) -> Any:
@@ -124,7 +128,7 @@ def _answers(value: Any, where: str, name: str, unique: bool) -> tuple[str, ...]
     for item in listed:
         if isinstance(item, bool) or not isinstance(item, str | int | float):
             raise TaskError(f"{where}: {name} must be non-empty text, a number or a list of them; got {value!r:.60}")
-        found.append(text(item, name))
+        found.append(text(item, f"{where}: {name}"))
     found = [item for item in (dict.fromkeys(found) if unique else found) if item.strip()]
     if not found:
         raise TaskError(f"{where}: {name} must be non-empty text, a number or a list of them; got {value!r:.60}")

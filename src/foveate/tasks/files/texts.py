@@ -37,7 +37,7 @@ def texts(path: Path, field: str | None = None, option: str = "data") -> Iterato
 
 def _text(row: Any, where: str, path: str, field: str | None) -> str:
     if isinstance(row, str) and field is None:
-        return text(row)
+        return text(row, where)
     if not isinstance(row, dict):
         raise TaskError(f"{where} must be an object with a text; got {type(row).__name__}")
     row = {str(name): value for name, value in row.items()}
@@ -45,12 +45,15 @@ def _text(row: Any, where: str, path: str, field: str | None) -> str:
         return filled(row, where, field)
     for name in FIELDS:
         if isinstance(row.get(name), str):
-            return text(row[name])
+            return text(row[name], f"{where}: {name}")
     try:
         for name in CONVERSATIONS:
             if row.get(name):
-                return conversation(row[name]).context
+                return conversation(row[name], name).context
         return examples(row, where, path=path)[0][0].prompt
     except (TaskError, ValueError, TypeError):
+        for name in FIELDS:
+            if name in row and not isinstance(row[name], list):
+                raise TaskError(f"{where}: {name} must be text; got {row[name]!r:.40}") from None
         shown = ", ".join(list(row)[:8]) or "no fields"
         raise TaskError(f"{where} has {shown}; it must have text, or --field must name the field of the text") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +52,8 @@ def number(output: str, answers: tuple[str, ...], facts: Facts) -> float:
     if found is None:
         return 0.0
     whole = re.fullmatch(r"[-+]?\d+", answers[0].strip()) is not None
-    return float(int(float(found[0])) == int(answers[0]) if whole else float(found[0]) == float(answers[0]))
+    value = float(found[0])  # inf for hundreds of digits
+    return float(math.isfinite(value) and (int(value) == int(answers[0]) if whole else value == float(answers[0])))
 
 
 def passkey(output: str, answers: tuple[str, ...], facts: Facts) -> float:

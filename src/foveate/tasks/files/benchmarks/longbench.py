@@ -5,7 +5,8 @@ Each set has its rule and its number of tokens. Sets without a question in their
 
 from __future__ import annotations
 
-from foveate.tasks.files.parts import Item, Row, Text, listed, text
+from foveate.core.errors import TaskError
+from foveate.tasks.files.parts import Item, Row, Text, field_text, listed
 
 #: The rule and the number of new tokens of each set.
 SETS = {
@@ -35,9 +36,9 @@ _DECISION = "The correct answer is ("
 def first(row: Row, path: str) -> list[Item]:
     """Read a row of LongBench or LongBench-E."""
     name = str(row["dataset"]).removesuffix("_e")
-    context, question, answer = text(row["context"]), text(row["input"]), listed(row["answers"])
+    context, question, answer = field_text(row, "context"), field_text(row, "input"), listed(row["answers"])
     if name not in SETS:
-        return [Item(Text(context, question.strip(), "\n\nAnswer:"), answer)]
+        return [Item(Text(context, question.strip(), "\n\nAnswer:"), answer, answer_name="answers")]
     if SETS[name][0] == "code":  # the model continues the code, so that nothing may follow it
         parts = Text(context, question, between="")
     elif name in _SHOTS:
@@ -50,19 +51,20 @@ def first(row: Row, path: str) -> list[Item]:
 
 def kvpress(row: Row, path: str) -> list[Item]:
     """Read a row of LongBench in kvpress' form, which has the benchmark's instructions in its context."""
-    parts = Text(text(row["context"]), text(row["question"]), text(row["answer_prefix"]), between="")
+    context, question, prefix = (field_text(row, name) for name in ("context", "question", "answer_prefix"))
+    parts = Text(context, question, prefix, between="")
     name, answer = str(row["task"]).removesuffix("_e"), listed(row["answers"])
     if name not in SETS:
-        return [Item(parts, answer)]
+        return [Item(parts, answer, answer_name="answers")]
     tokens = row.get("max_new_tokens")
     return [_item(parts, answer, name, row, tokens if isinstance(tokens, int) else 0)]
 
 
 def second(row: Row, path: str) -> list[Item]:
     """Read a row of LongBench v2. The prompt ends in the words that its rule searches, up to the letter."""
-    choices = "\n".join(f"({letter}) {text(row['choice_' + letter]).strip()}" for letter in _LETTERS)
-    question = f"{text(row['question']).strip()}\n{choices}"
-    parts = Text(text(row["context"]).strip(), question, f"\n\n{_DECISION}")
+    choices = "\n".join(f"({letter}) {field_text(row, f'choice_{letter}').strip()}" for letter in _LETTERS)
+    question = f"{field_text(row, 'question').strip()}\n{choices}"
+    parts = Text(field_text(row, "context").strip(), question, f"\n\n{_DECISION}")
     facts = {"prefix": _DECISION, "groups": [str(row[name]) for name in ("difficulty", "length") if row.get(name)]}
     return [Item(parts, row["answer"], "longbench2-choice", facts, 128)]
 
@@ -79,5 +81,8 @@ def _item(parts: Text, answer: object, name: str, row: Row, tokens: int = 0) -> 
     rule, new_tokens = SETS[name]
     facts: dict[str, object] = {"dataset": name, "groups": [name, *_bin(row)]}
     if rule == "classes":
-        facts["classes"] = list(listed(row.get("all_classes")) or ())
-    return Item(parts, answer, f"longbench-{rule}", facts, tokens or new_tokens)
+        classes = listed(row.get("all_classes")) or []
+        if not isinstance(classes, list) or not all(isinstance(each, str) for each in classes):
+            raise TaskError(f"all_classes must be a list of texts; got {classes!r:.40}")
+        facts["classes"] = classes
+    return Item(parts, answer, f"longbench-{rule}", facts, tokens or new_tokens, "answers")

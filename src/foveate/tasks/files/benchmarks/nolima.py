@@ -168,14 +168,27 @@ def _tests_of(row: dict[str, Any], where: str, template: str | None) -> Iterator
     template = template or str(row.get("task_template") or _TEMPLATE)
     if "{haystack}" not in template or "{question}" not in template:
         raise TaskError(f"{where}: the template must hold {{haystack}} and {{question}}")
+    for part in ("questions", "tests"):
+        if not isinstance(row[part], dict):
+            raise TaskError(f"{where}: {part} must be an object; got {row[part]!r:.40}")
+    for key, test in row["tests"].items():
+        if not isinstance(test, dict) or not isinstance(test.get("input_args"), list):
+            raise TaskError(f"{where}: test {key} must be an object with a list input_args; got {test!r:.40}")
     for kind, asked in row["questions"].items():
         for key, test in row["tests"].items():
             needle, question = str(row["needle"]), str(asked)
             for number, word in enumerate(test["input_args"], 1):
                 question, needle = (text.replace(f"{{{number}}}", str(word)) for text in (question, needle))
             gold, characters = (
-                tuple(map(str, values or ())) for values in (test.get("gold_answers"), row.get("character_set"))
+                _texts(holder, field, where) for holder, field in ((test, "gold_answers"), (row, "character_set"))
             )
             if not (gold or characters):
                 raise TaskError(f"{where} must have gold_answers or character_set")
             yield _Test(f"{name} {key} {kind}", seed, needle, question, gold, characters, template)
+
+
+def _texts(holder: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+    values = holder.get(name) or []
+    if not isinstance(values, list):
+        raise TaskError(f"{where}: {name} must be a list; got {values!r:.40}")
+    return tuple(map(str, values))

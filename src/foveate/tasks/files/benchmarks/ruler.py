@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from foveate.core.errors import TaskError
-from foveate.tasks.files.parts import Item, Row, Text, listed, text
+from foveate.tasks.files.parts import Item, Row, Text, field_text, listed, text
 
 #: How many tokens RULER lets a model generate, by the first part of a task's name.
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
@@ -26,18 +26,19 @@ def first(row: Row, path: str) -> list[Item]:
     A row does not name its task. The path does (`niah_single_1/validation.jsonl`); else the prefix `Answer:` tells the
     question-answering tasks, where one answer is enough. The question is the last paragraph of the input.
     """
-    prefix, body = text(row.get("answer_prefix") or ""), text(row["input"])
+    prefix, body = text(row.get("answer_prefix") or "", "answer_prefix"), field_text(row, "input")
     body = body.removesuffix(prefix) if prefix else body
     named = _NAMES.findall(path)
     kind = named[-1].split("_")[0] if named else "qa" if prefix.strip() == "Answer:" else ""
     parts = Text(*divided(body), prefix, between="")
     rule = "ruler-any" if kind == "qa" else "ruler-all"
-    return [Item(parts, row["outputs"], rule, {"groups": named[-1:]}, NEW_TOKENS.get(kind, 0))]
+    return [Item(parts, row["outputs"], rule, {"groups": named[-1:]}, NEW_TOKENS.get(kind, 0), "outputs")]
 
 
 def kvpress(row: Row, path: str) -> list[Item]:
     """Read a row of the Parquet files that kvpress evaluates; its rule deletes control characters."""
-    parts = Text(text(row["context"]), text(row["question"]), text(row["answer_prefix"]), between="")
+    context, question, prefix = (field_text(row, name) for name in ("context", "question", "answer_prefix"))
+    parts = Text(context, question, prefix, between="")
     answer, kind = listed(row["answer"]), str(row.get("task")).split("_")[0]
     if kind not in NEW_TOKENS:
         return [Item(parts, answer, new_tokens=_whole(row.get("max_new_tokens")))]
@@ -62,8 +63,8 @@ def second(row: Row, path: str) -> list[Item]:
         if match not in ("all", "part", "2steps"):
             raise TaskError(f'match_type="{match}" must be all, part or 2steps')
         rule, facts["match"] = "ruler2-soft", match
-    context, question = divided(text(row["question"]))
-    return [Item(Text(context, question, between=""), answer, rule, facts, _budget(answer, rule))]
+    context, question = divided(field_text(row, "question"))
+    return [Item(Text(context, question, between=""), answer, rule, facts, _budget(answer, rule), "expected_answer")]
 
 
 def divided(body: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from foveate.core.errors import TaskError
 from foveate.tasks.base.task import Example
-from foveate.tasks.files.parts import Item, Row, Text, listed, text
+from foveate.tasks.files.parts import Item, Row, Text, field_text, listed, text
 
 #: The rule and the number of new tokens of each set.
 SETS = {
@@ -41,19 +41,21 @@ def items(row: Row, path: str, mode: str = MODES[0]) -> list[Item]:
         path: names the set, such as `scbench_kv.jsonl`; else a field `task` does, or the row's shape.
         mode: "multi-turn" or "multi-request".
     """
-    turns, name = listed(row["multi_turns"]), _set(row, path)
-    if not isinstance(turns, list) or not turns:
-        raise TaskError(f"multi_turns must be a list of questions; got {turns!r:.40}")
-    context, before, found = text(row.get("context") or row.get("input")), "", []
+    turns = listed(row["multi_turns"])
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise TaskError(f"multi_turns must be a list of objects with input and answer; got {turns!r:.40}")
+    name = _set(turns[0], row, path)
+    context, before, found = text(row.get("context") or row.get("input"), "context"), "", []
     for number, turn in enumerate(turns, 1):
-        question, prefix = _question(turn)
-        answer = listed(turn["answer"])
+        where = f"turn {number}: "
+        question, prefix = _question(turn, where)
+        answer = listed(turn.get("answer"))
         rule, tokens = _rule(turn, name)
         if rule == "scbench-number" and not _NUMBER.fullmatch(str(answer).strip()):
             raise TaskError(f"an answer of {name} must be a number; got {answer!r:.40}")
         parts = Text(context, before + question, prefix)
-        facts = {**_facts(row, turn, rule), "groups": [f"turn {number}", rule.removeprefix("scbench-")]}
-        found.append(Item(parts, _answers(turn, answer), rule, facts, tokens))
+        facts = {**_facts(row, turn, rule, where), "groups": [f"turn {number}", rule.removeprefix("scbench-")]}
+        found.append(Item(parts, _answers(turn, answer, where), rule, facts, tokens, f"{where}answer"))
         if mode == MODES[0]:
             before += f"{question}{prefix} {_written(answer)}\n\n"
     return found
@@ -73,12 +75,11 @@ def with_functions(examples: Sequence[Example]) -> list[Example]:
     ]
 
 
-def _set(row: Row, path: str) -> str:
+def _set(turn: dict[str, Any], row: Row, path: str) -> str:
     named = _NAME.findall(f"{path} {row.get('task') or ''}")
     name = next((each for each in reversed(named) if each in SETS or each in _MIXED), None)
     if name is not None:
         return name
-    turn = listed(row["multi_turns"])[0] if row["multi_turns"] else {}
     return "choice_eng" if turn.get("options") else "vt" if isinstance(listed(turn.get("answer")), list) else "kv"
 
 
@@ -92,35 +93,42 @@ def _rule(turn: dict[str, Any], name: str) -> tuple[str, int]:
     return f"scbench-{SETS[task][0]}", _MIXED[name][task]
 
 
-def _question(turn: dict[str, Any]) -> tuple[str, str]:
+def _options(turn: dict[str, Any], where: str) -> list[str]:
+    """Return the choices of a question; none if it has no choices."""
+    options = listed(turn.get("options")) or []
+    if not isinstance(options, list):
+        raise TaskError(f"{where}options must be a list of texts; got {options!r:.40}")
+    return [text(option, f"{where}options") for option in options]
+
+
+def _question(turn: dict[str, Any], where: str) -> tuple[str, str]:
     """Return a question and the beginning of its answer."""
-    question = text(turn["input"]).strip()
-    options = listed(turn.get("options"))
+    question = field_text(turn, "input", where).strip()
+    options = _options(turn, where)
     if not options:
         return question, "" if question.endswith((":", "：", " is")) else "\n\nAnswer:"
-    lines = "\n".join(f"{letter}. {text(option)}" for letter, option in zip("ABCD", options, strict=False))
+    lines = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=False))
     return f"{question}\n{lines}", "\n\nAnswer:"
 
 
-def _answers(turn: dict[str, Any], answer: Any) -> Any:
+def _answers(turn: dict[str, Any], answer: Any, where: str) -> Any:
     """Return the accepted answers; of a choice its letter, and its text where the file has it."""
-    options = listed(turn.get("options"))
+    options = _options(turn, where)
     if not options or isinstance(answer, list):
         return answer
-    options = [text(option) for option in options]
-    written = text(answer, "answer").strip()
+    written = text(answer, f"{where}answer").strip()
     if written in options:
         return ["ABCD"[options.index(written)], written]
     return [written, options["ABCD".index(written)]] if written in "ABCD"[: len(options)] and written else [written]
 
 
-def _facts(row: Row, turn: dict[str, Any], rule: str) -> dict[str, Any]:
+def _facts(row: Row, turn: dict[str, Any], rule: str, where: str) -> dict[str, Any]:
     if rule != "scbench-repository":
         return {}
-    name = str(turn.get("name") or turn.get("func_name") or "")
+    name = text(turn.get("name") or turn.get("func_name"), f"{where}name")  # its rule compares functions by name
     language = str(turn.get("lang") or row.get("lang") or "")
     return {"name": name, "repository": str(row.get("repo", "")), "language": language}
 
 
 def _written(answer: Any) -> str:
-    return ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+    return text(", ".join(map(str, answer)) if isinstance(answer, list) else str(answer), "answer")
