@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, UnsupportedModel, unknown
+from foveate.core.errors import OptionError, UnsupportedModel, shown, unknown
 from foveate.host.entry import apply
 from foveate.host.hf.model import Host
 from foveate.host.method import Method
