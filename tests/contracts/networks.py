@@ -22,6 +22,7 @@ from foveate.models.audio.ecapa_tdnn import ECAPATDNN
 from foveate.models.graph.hallucination_gat import HallucinationGAT
 from foveate.models.recommendation.autoint import AutoInt
 from foveate.models.recommendation.fields import TabularField
+from foveate.models.vision.biformer import BiFormer
 
 BATCH = 3
 PARITY = Path(__file__).parents[1] / "parity"
@@ -75,6 +76,12 @@ def _recorded(name: str) -> dict[str, tuple[int, ...]]:
 #: The names and shapes of parameters in releases, and the network that takes them.
 RELEASED: dict[str, tuple[Callable[[], Network], Callable[[], dict[str, tuple[int, ...]]]]] = {
     "ECAPATDNN": (MAKE["ECAPATDNN-release"], lambda: _recorded("speechbrain.json")),
+    "BiFormer": (
+        lambda: BiFormer(
+            (1, 2, 1, 1), (8, 16, 24, 32), channels=2, classes=5, topk=(1, 3, 2, None), n_win=2, head_dim=4
+        ),
+        lambda: _recorded("biformer.json"),
+    ),
     "HallucinationGAT": (
         HallucinationGAT,
         lambda: {

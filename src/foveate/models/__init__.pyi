@@ -34,6 +34,7 @@ from foveate.models.multimodal.mac import Reasoned as Reasoned
 from foveate.models.recommendation.autoint import AutoInt as AutoInt
 from foveate.models.recommendation.fields import FieldEmbedding as FieldEmbedding
 from foveate.models.recommendation.fields import TabularField as TabularField
+from foveate.models.vision.biformer import BiFormer as BiFormer
 from foveate.models.vision.dependency_vit import DependencyBlock as DependencyBlock
 from foveate.models.vision.dependency_vit import DependencyViT as DependencyViT
 from foveate.models.vision.l2vit import L2ViT as L2ViT
@@ -47,6 +48,7 @@ from foveate.models.vision.residual_attention import ResidualAttentionNet as Res
 __all__ = [
     "AutoInt",
     "Based",
+    "BiFormer",
     "BiLSTMAttentionClassifier",
     "ClsAttentionClassifier",
     "ClsHeads",

@@ -120,6 +120,8 @@ from foveate.nn.sequence.super_attention import SuperAttention as SuperAttention
 from foveate.nn.sequence.titans import MemoryAsContext as MemoryAsContext
 from foveate.nn.sequence.titans import MemoryAsGate as MemoryAsGate
 from foveate.nn.sequence.titans import MemoryAsLayer as MemoryAsLayer
+from foveate.nn.vision.biformer import BiLevelRoutingAttention as BiLevelRoutingAttention
+from foveate.nn.vision.biformer import bi_level_route as bi_level_route
 from foveate.nn.vision.dependency_vit import DependencyAttention as DependencyAttention
 from foveate.nn.vision.dependency_vit import Tree as Tree
 from foveate.nn.vision.dependency_vit import dependency_tree as dependency_tree
@@ -149,6 +151,7 @@ __all__ = [
     "AttentiveStatsPool",
     "BaseConv",
     "BeamSearch",
+    "BiLevelRoutingAttention",
     "Block",
     "ChosenAttention",
     "CoAttention",
@@ -254,6 +257,7 @@ __all__ = [
     "allocate_queries",
     "background_event_contrast",
     "balance_loss",
+    "bi_level_route",
     "branch_similarity",
     "concentration",
     "cost",

@@ -12,13 +12,13 @@ from typing import ClassVar, Literal, Self, final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.models.base import network
 from foveate.nn.base.layer import Layer
-from foveate.nn.parts.grid import Size, to_map, to_tokens
+from foveate.nn.parts.blocks import GridStage
+from foveate.nn.parts.grid import Size, filled, to_map, to_tokens
 from foveate.nn.vision.l2vit import LinearGlobalBlock, LocalWindowBlock
 
 _SOURCE = "the paper's table of ImageNet results, in millions"
@@ -83,7 +83,7 @@ class L2ViT(network.Network):
             return LocalWindowBlock(dim, heads, window, padding=padding, mlp_ratio=ratio)
 
         self.stages = nn.ModuleList(
-            _Stage(block(place, dim, number, ratio) for place in range(depth))
+            GridStage(block(place, dim, number, ratio) for place in range(depth))
             for depth, dim, number, ratio in zip(depths, dims, heads, ratios, strict=True)
         )
         self.norm, self.head = nn.LayerNorm(dims[-1]), nn.Linear(dims[-1], classes)
@@ -92,7 +92,7 @@ class L2ViT(network.Network):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         if images.dim() != 4 or images.shape[1] != self.channels:
             raise ShapeError(f"images must be (B, {self.channels}, H, W); got {tuple(images.shape)}")
-        found = self.stem(_padded(images, self.patch))
+        found = self.stem(filled(images, self.patch))
         x, size = self.stem_norm(to_tokens(found)), (found.shape[2], found.shape[3])
         for index, stage in enumerate(self.stages):
             if index:
@@ -124,16 +124,6 @@ def _stem(channels: int, dim: int, patch: int) -> nn.Module:
 
 
 @final
-class _Stage(nn.ModuleList):
-    """A stage: blocks in order."""
-
-    def forward(self, x: Tensor, size: Size) -> Tensor:
-        for block in self:
-            x = block(x, size=size)
-        return x
-
-
-@final
 class _Down(nn.Module):
     """A norm, and a convolution of 2x2 tokens to one."""
 
@@ -142,14 +132,8 @@ class _Down(nn.Module):
         self.norm, self.conv = nn.LayerNorm(dim), nn.Conv2d(dim, wider, 2, stride=2)
 
     def forward(self, x: Tensor, size: Size) -> tuple[Tensor, Size]:
-        image = self.conv(_padded(to_map(self.norm(x), size), 2))
+        image = self.conv(filled(to_map(self.norm(x), size), 2))
         return to_tokens(image), (image.shape[2], image.shape[3])
-
-
-def _padded(image: Tensor, multiple: int) -> Tensor:
-    """Fill the sides of a map `(B, C, H, W)` up to a multiple, with zeros at the bottom and on the right."""
-    bottom, right = (-side % multiple for side in image.shape[2:])
-    return F.pad(image, (0, right, 0, bottom)) if bottom or right else image
 
 
 def _initialise(module: nn.Module) -> None:

@@ -23,6 +23,12 @@ def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
     return x.flatten(2).mT
 
 
+def filled(image: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c H W"]:
+    """Fill the sides of a map up to a multiple, with zeros at the bottom and on the right."""
+    bottom, right = (-side % multiple for side in image.shape[2:])
+    return F.pad(image, (0, right, 0, bottom)) if bottom or right else image
+
+
 class DepthwiseConv(nn.Module):
     """A depthwise convolution over the grid, with zeros outside: `(B, N, C) -> (B, N, C)`.
 
