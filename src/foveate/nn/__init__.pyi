@@ -122,6 +122,9 @@ from foveate.nn.sequence.titans import MemoryAsGate as MemoryAsGate
 from foveate.nn.sequence.titans import MemoryAsLayer as MemoryAsLayer
 from foveate.nn.vision.biformer import BiLevelRoutingAttention as BiLevelRoutingAttention
 from foveate.nn.vision.biformer import bi_level_route as bi_level_route
+from foveate.nn.vision.crossformer import CrossScaleEmbedding as CrossScaleEmbedding
+from foveate.nn.vision.crossformer import DynamicPositionBias as DynamicPositionBias
+from foveate.nn.vision.crossformer import LongShortAttention as LongShortAttention
 from foveate.nn.vision.dependency_vit import DependencyAttention as DependencyAttention
 from foveate.nn.vision.dependency_vit import Tree as Tree
 from foveate.nn.vision.dependency_vit import dependency_tree as dependency_tree
@@ -159,12 +162,14 @@ __all__ = [
     "Concentration",
     "Cost",
     "CrossAttentionPool",
+    "CrossScaleEmbedding",
     "DAFTAttention",
     "DampedEMA",
     "Decoded",
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
+    "DynamicPositionBias",
     "EfficientAttention2d",
     "EfficientProbe",
     "Encoded",
@@ -196,6 +201,7 @@ __all__ = [
     "LocalConcentration",
     "LocalKernels",
     "LocalWindowBlock",
+    "LongShortAttention",
     "Looked",
     "LuongDecoder",
     "MAB",
