@@ -143,6 +143,8 @@ from foveate.nn.vision.residual_attention import ResidualAttentionModule as Resi
 from foveate.nn.vision.residual_attention import ResidualUnit as ResidualUnit
 from foveate.nn.vision.residual_attention import SoftMask as SoftMask
 from foveate.nn.vision.ulsam import ULSAM as ULSAM
+from foveate.nn.vision.vsa import TargetWindows as TargetWindows
+from foveate.nn.vision.vsa import VariedSizeWindowAttention as VariedSizeWindowAttention
 
 __all__ = [
     "ACMIL",
@@ -254,8 +256,10 @@ __all__ = [
     "SuperAttention",
     "SymbolicAttention",
     "Symbols",
+    "TargetWindows",
     "Tree",
     "ULSAM",
+    "VariedSizeWindowAttention",
     "VisualAttentionLSTM",
     "WindowAttention",
     "Windows",
