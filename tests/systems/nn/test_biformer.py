@@ -261,11 +261,15 @@ def conv(module: nn.Conv2d, x: Tensor, size: tuple[int, int]) -> Tensor:
 def test_a_block_by_hand() -> None:
     torch.manual_seed(0)
     net = BiFormer((1, 1), (8, 16), topk=(2, None), n_win=2, head_dim=4, side_dwconv=3, mlp_ratio=1.5).double()
+    with torch.no_grad():
+        for index, parameter in enumerate(net.parameters()):
+            parameter += 0.1 * randn(*parameter.shape, seed=index)
     for index, (dim, size) in enumerate(((8, (5, 6)), (16, (3, 3)))):
         (block,), x = net.stages[index], randn(2, size[0] * size[1], dim)
         y = x + conv(block.position.conv, x, size)
         z = norm(block.norm, y)
         if index:
+            assert block.attention.qkv.bias is None
             made = (z @ block.attention.qkv.weight.mT).chunk(3, -1)
             q, k, v = (part.unflatten(2, (8, -1)).transpose(1, 2) for part in made)
             out = ((q @ k.mT / 2**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
@@ -295,12 +299,13 @@ def test_stages_follow_each_other() -> None:
 
 
 def test_options_of_the_network() -> None:
-    net = BiFormer((1,), (64,), topk=(49,), scale="head", padding="seen")
+    net = BiFormer((1,), (64,), topk=(49,), n_win=5, scale="head", padding="seen")
     (layer,) = (part for part in net.modules() if isinstance(part, BiLevelRoutingAttention))
-    assert (layer.heads, layer.topk, layer.n_win, layer.padding) == (2, 49, 7, "seen")
+    assert (layer.heads, layer.topk, layer.n_win, layer.padding) == (2, 49, 5, "seen")
     assert layer.scale == pytest.approx(32**-0.5)
     default = [m for m in BiFormer((1, 1, 1, 1)).modules() if isinstance(m, BiLevelRoutingAttention)]
     assert [(each.topk, each.heads, each.dim) for each in default] == [(1, 2, 64), (4, 4, 128), (16, 8, 256)]
+    assert {each.n_win for each in default} == {7}
 
 
 @pytest.mark.parametrize(
