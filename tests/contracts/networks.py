@@ -22,6 +22,8 @@ from foveate.models.audio.ecapa_tdnn import ECAPATDNN
 from foveate.models.graph.hallucination_gat import HallucinationGAT
 from foveate.models.recommendation.autoint import AutoInt
 from foveate.models.recommendation.fields import TabularField
+from foveate.models.vision.biformer import BiFormer
+from foveate.models.vision.crossformer import CrossFormer
 from foveate.models.vision.twins import TwinsPCPVT, TwinsSVT
 
 BATCH = 3
@@ -121,6 +123,18 @@ def _twins(net: TwinsSVT | TwinsPCPVT, windows: bool) -> dict[str, tuple[int, ..
 #: The names and shapes of parameters in releases, and the network that takes them.
 RELEASED: dict[str, tuple[Callable[[], Network], Callable[[], dict[str, tuple[int, ...]]]]] = {
     "ECAPATDNN": (MAKE["ECAPATDNN-release"], lambda: _recorded("speechbrain.json")),
+    "BiFormer": (
+        lambda: BiFormer(
+            (1, 2, 1, 1), (8, 16, 24, 32), channels=2, classes=5, topk=(1, 3, 2, None), n_win=2, head_dim=4
+        ),
+        lambda: _recorded("biformer.json"),
+    ),
+    "CrossFormer": (
+        lambda: CrossFormer(
+            (2, 2, 1), (32, 64, 128), (2, 4, 8), channels=2, classes=5, group=3, intervals=(3, 2, 1), mlp_ratio=2.0
+        ),
+        lambda: _recorded("crossformer.json"),
+    ),
     "HallucinationGAT": (
         HallucinationGAT,
         lambda: {

@@ -17,6 +17,7 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, ShapeError
 from foveate.models.base import network
 from foveate.nn.base.layer import Layer
+from foveate.nn.parts.blocks import GridStage
 from foveate.nn.parts.grid import Size, filled, to_map, to_tokens
 from foveate.nn.vision.l2vit import LinearGlobalBlock, LocalWindowBlock
 
@@ -82,7 +83,7 @@ class L2ViT(network.Network):
             return LocalWindowBlock(dim, heads, window, padding=padding, mlp_ratio=ratio)
 
         self.stages = nn.ModuleList(
-            _Stage(block(place, dim, number, ratio) for place in range(depth))
+            GridStage(block(place, dim, number, ratio) for place in range(depth))
             for depth, dim, number, ratio in zip(depths, dims, heads, ratios, strict=True)
         )
         self.norm, self.head = nn.LayerNorm(dims[-1]), nn.Linear(dims[-1], classes)
@@ -120,16 +121,6 @@ def _stem(channels: int, dim: int, patch: int) -> nn.Module:
         nn.Conv2d(channels, dim // 2, 3, stride=2, padding=1), nn.BatchNorm2d(dim // 2), nn.ReLU(),
         nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1), nn.BatchNorm2d(dim),
     )  # fmt: skip
-
-
-@final
-class _Stage(nn.ModuleList):
-    """A stage: blocks in order."""
-
-    def forward(self, x: Tensor, size: Size) -> Tensor:
-        for block in self:
-            x = block(x, size=size)
-        return x
 
 
 @final

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from foveate.core import validate
 from foveate.nn.base.layer import Layer, streaming
+from foveate.nn.parts.grid import Size
 from foveate.nn.parts.linear_maps import Linear
 
 
@@ -36,9 +37,26 @@ class GatedMLP(nn.Module):
         return self.down(self.act(self.gate(x)) * self.up(x))
 
 
+def gelu_mlp(dim: int, ratio: float = 4.0) -> nn.Sequential:
+    """Make the plain MLP of transformers: linear, GELU, linear, with a hidden width of `ratio` times C."""
+    validate.count("dim", dim, 1)
+    validate.at_least("mlp_ratio", ratio, 1 / dim)
+    hidden = int(ratio * dim)
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
 def stacked(blocks: nn.ModuleList) -> list[Block]:
     """Return the blocks of a list with their type, which `nn.ModuleList` loses."""
     return [cast(Block, block) for block in blocks]
+
+
+class GridStage(nn.ModuleList):
+    """A stage of a network: blocks on one grid, applied in order."""
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        for block in self:
+            x = block(x, size=size)
+        return x
 
 
 class Block(nn.Module):

@@ -24,7 +24,7 @@ def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
 
 
 def filled(image: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c h2 w2"]:
-    """Fill the sides of an image up to a multiple, with zeros at the bottom and on the right."""
+    """Fill the sides of a map up to a multiple, with zeros at the bottom and on the right."""
     bottom, right = (-side % multiple for side in image.shape[2:])
     return F.pad(image, (0, right, 0, bottom)) if bottom or right else image
 

@@ -33,3 +33,14 @@ def xavier_linear(dim: int, out_dim: int) -> nn.Linear:
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+def start_small(module: nn.Module) -> None:
+    """Draw a linear map's weights from a truncated normal of deviation 0.02, and set its biases to 0.
+
+    Vision transformers start so: `net.apply(start_small)`. Other modules stay as they are.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

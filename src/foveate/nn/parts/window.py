@@ -25,15 +25,24 @@ class Windows:
     Args:
         size: `(H, W)` of the grid.
         window: `(h, w)` of a window.
+        interval: rows and columns from one token of a window to the next. 1 makes windows of neighbours. With larger
+            ones, an area of `window * interval` rows and columns holds as many windows, which interleave.
     """
 
     size: Size
     window: Size
+    interval: Size = (1, 1)
+
+    @property
+    def areas(self) -> Size:
+        """The number of areas in rows and columns; an area is a window where the interval is 1."""
+        (h, w), (i, j) = self.window, self.interval
+        return -(-self.size[0] // (h * i)), -(-self.size[1] // (w * j))
 
     @property
     def counts(self) -> Size:
         """The number of windows in rows and columns."""
-        return -(-self.size[0] // self.window[0]), -(-self.size[1] // self.window[1])
+        return self.areas[0] * self.interval[0], self.areas[1] * self.interval[1]
 
     @property
     def padding(self) -> Size:
@@ -44,13 +53,16 @@ class Windows:
     def partition(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "windows t c"]:
         """Return the tokens of each window, row by row; the windows of one image are neighbours in the batch."""
         below, right = self.padding
-        x = x.unflatten(1, self.size)
+        x, (h, w), (i, j) = x.unflatten(1, self.size), self.window, self.interval
         if below or right:
             x = F.pad(x, (0, 0, 0, right, 0, below))
-        return rearrange(x, "b (r h) (s w) c -> (b r s) (h w) c", h=self.window[0], w=self.window[1])
+        return rearrange(x, "b (r h i) (s w j) c -> (b r i s j) (h w) c", h=h, w=w, i=i, j=j)
 
     def around(self, x: Float[Tensor, "b n c"], halo: int) -> Float[Tensor, "windows t c"]:
-        """Return the tokens of each window and those up to `halo` rows and columns around it; zeros off the grid."""
+        """Return the tokens of each window and those up to `halo` rows and columns around it; zeros off the grid.
+
+        Windows hold neighbours here: `interval` is 1.
+        """
         (below, right), (h, w) = self.padding, self.window
         x = F.pad(x.unflatten(1, self.size), (0, 0, halo, right + halo, halo, below + halo))
         x = x.unfold(1, h + 2 * halo, h).unfold(2, w + 2 * halo, w)
@@ -58,8 +70,8 @@ class Windows:
 
     def merge(self, x: Float[Tensor, "windows t c"]) -> Float[Tensor, "b n c"]:
         """Undo `partition`, without the added tokens."""
-        (rows, columns), (h, w) = self.counts, self.window
-        x = rearrange(x, "(b r s) (h w) c -> b (r h) (s w) c", r=rows, s=columns, h=h, w=w)
+        (rows, columns), (h, w), (i, j) = self.areas, self.window, self.interval
+        x = rearrange(x, "(b r i s j) (h w) c -> b (r h i) (s w j) c", r=rows, s=columns, h=h, w=w, i=i, j=j)
         return x[:, : self.size[0], : self.size[1]].flatten(1, 2)
 
     def real(self, device: torch.device | str | None = None, halo: int = 0) -> Bool[Tensor, "windows t"]:

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.core import validate
 from foveate.core.errors import OptionError
 from foveate.nn.base.layer import Layer
+from foveate.nn.parts.blocks import gelu_mlp
 from foveate.nn.parts.grid import DepthwiseConv, Size, local_mass
 from foveate.nn.parts.multi_head import MultiHeadAttention
 from foveate.nn.parts.window import WindowAttention
@@ -32,11 +32,9 @@ class _Block(Layer):
         super().__init__(dim, heads)
         if dim % heads:
             raise OptionError(f"heads={heads} must divide dim={dim}")
-        validate.at_least("mlp_ratio", mlp_ratio, 1 / dim)
-        hidden = int(dim * mlp_ratio)
         self.position = DepthwiseConv(dim, 3)
         self.norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.mlp = gelu_mlp(dim, mlp_ratio)
 
     @classmethod
     def example_inputs(cls, batch: int, length: int) -> dict[str, Any]:
