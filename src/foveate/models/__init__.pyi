@@ -34,6 +34,8 @@ from foveate.models.multimodal.mac import Reasoned as Reasoned
 from foveate.models.recommendation.autoint import AutoInt as AutoInt
 from foveate.models.recommendation.fields import FieldEmbedding as FieldEmbedding
 from foveate.models.recommendation.fields import TabularField as TabularField
+from foveate.models.vision.biformer import BiFormer as BiFormer
+from foveate.models.vision.crossformer import CrossFormer as CrossFormer
 from foveate.models.vision.dependency_vit import DependencyBlock as DependencyBlock
 from foveate.models.vision.dependency_vit import DependencyViT as DependencyViT
 from foveate.models.vision.l2vit import L2ViT as L2ViT
@@ -49,9 +51,11 @@ from foveate.models.vision.twins import TwinsSVT as TwinsSVT
 __all__ = [
     "AutoInt",
     "Based",
+    "BiFormer",
     "BiLSTMAttentionClassifier",
     "ClsAttentionClassifier",
     "ClsHeads",
+    "CrossFormer",
     "Decoder",
     "DependencyBlock",
     "DependencyViT",

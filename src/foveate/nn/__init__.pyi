@@ -121,6 +121,11 @@ from foveate.nn.sequence.super_attention import SuperAttention as SuperAttention
 from foveate.nn.sequence.titans import MemoryAsContext as MemoryAsContext
 from foveate.nn.sequence.titans import MemoryAsGate as MemoryAsGate
 from foveate.nn.sequence.titans import MemoryAsLayer as MemoryAsLayer
+from foveate.nn.vision.biformer import BiLevelRoutingAttention as BiLevelRoutingAttention
+from foveate.nn.vision.biformer import bi_level_route as bi_level_route
+from foveate.nn.vision.crossformer import CrossScaleEmbedding as CrossScaleEmbedding
+from foveate.nn.vision.crossformer import DynamicPositionBias as DynamicPositionBias
+from foveate.nn.vision.crossformer import LongShortAttention as LongShortAttention
 from foveate.nn.vision.dependency_vit import DependencyAttention as DependencyAttention
 from foveate.nn.vision.dependency_vit import Tree as Tree
 from foveate.nn.vision.dependency_vit import dependency_tree as dependency_tree
@@ -141,6 +146,8 @@ from foveate.nn.vision.residual_attention import ResidualAttentionModule as Resi
 from foveate.nn.vision.residual_attention import ResidualUnit as ResidualUnit
 from foveate.nn.vision.residual_attention import SoftMask as SoftMask
 from foveate.nn.vision.ulsam import ULSAM as ULSAM
+from foveate.nn.vision.vsa import TargetWindows as TargetWindows
+from foveate.nn.vision.vsa import VariedSizeWindowAttention as VariedSizeWindowAttention
 
 __all__ = [
     "ACMIL",
@@ -152,6 +159,7 @@ __all__ = [
     "AttentiveStatsPool",
     "BaseConv",
     "BeamSearch",
+    "BiLevelRoutingAttention",
     "Block",
     "ChosenAttention",
     "CoAttention",
@@ -159,12 +167,14 @@ __all__ = [
     "Concentration",
     "Cost",
     "CrossAttentionPool",
+    "CrossScaleEmbedding",
     "DAFTAttention",
     "DampedEMA",
     "Decoded",
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
+    "DynamicPositionBias",
     "EfficientAttention2d",
     "EfficientProbe",
     "Encoded",
@@ -199,6 +209,7 @@ __all__ = [
     "LocalConcentration",
     "LocalKernels",
     "LocalWindowBlock",
+    "LongShortAttention",
     "Looked",
     "LuongDecoder",
     "MAB",
@@ -251,8 +262,10 @@ __all__ = [
     "SuperAttention",
     "SymbolicAttention",
     "Symbols",
+    "TargetWindows",
     "Tree",
     "ULSAM",
+    "VariedSizeWindowAttention",
     "VisualAttentionLSTM",
     "WindowAttention",
     "Windows",
@@ -260,6 +273,7 @@ __all__ = [
     "allocate_queries",
     "background_event_contrast",
     "balance_loss",
+    "bi_level_route",
     "branch_similarity",
     "concentration",
     "cost",
