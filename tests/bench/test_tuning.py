@@ -13,7 +13,7 @@ from foveate.bench.comparison.run import compare
 from foveate.bench.loading import load
 from foveate.bench.recipes.recipe import Recipe
 from foveate.bench.tuning import answers, run as tuning
-from foveate.bench.tuning.results import Tuning
+from foveate.bench.tuning.results import Trial, Tuning
 from foveate.bench.tuning.run import tune
 from foveate.core.errors import FoveateError, Interrupted
 from tests.bench.conftest import Watch, write_prompts
@@ -152,7 +152,10 @@ def test_too_few_examples_for_a_claim_are_said() -> None:
     claim = Tuning(**made).claim()
     assert "it loses at most 7.2 % of the score" in claim and "too few held-out examples" in claim
     assert "keep" not in Tuning(**{**made, "is_certain": True}).claim()
-    assert "use the full cache" in Tuning(**{**made, "setting": "full cache"}).claim()
+    made["setting"] = "full cache"
+    assert "in the search, so that none was tested on held-out examples: use the" in Tuning(**made).claim()
+    made["tried"] = [Trial("snapkv at 0.2", 0.21, 0.5, 40, "failed", held_out=True)]
+    assert "score on held-out examples: use the full cache." in Tuning(**made).claim()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,6 +66,15 @@ def test_the_table_the_claim_and_the_files(tune: Fake, tmp_path: Path) -> None:
     assert tune.given["keep"] == 0.9 and tune.given["methods"] == ["snapkv", "knorm"]
     assert tune.given["budgets"] == (0.1, 0.5) and tune.given["held_out"] is None
     assert run().exit_code == 0 and tune.given["budgets"] == BUDGETS and tune.given["search"] == 16
+
+
+def test_if_nothing_held_the_table_says_what_lost_least(tune: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "FOUND", replace(FOUND, setting="full cache", tried=TRIED[1:3]))
+    text = " ".join(run().stdout.split())
+    assert "snapkv at 0.1 10.0% 0.4000 9 loses too much" in text and "2 settings were tried" in text
+    assert "in the search, so that none was tested on held-out examples: use the full cache." in text
+    monkeypatch.setattr(sys.modules[__name__], "FOUND", replace(FOUND, tried=TRIED[:1]))
+    assert "1 setting was tried" in " ".join(run().stdout.split())
 
 
 def test_json(tune: Fake) -> None:

@@ -70,6 +70,8 @@ def test_a_difference_that_chance_explains_is_not_claimed(comparison):
     assert statements(make(five)) == [
         "5 examples are too few for any difference of score to be shown; at least 6 are needed for 1 test."
     ]
+    one = [replace(each, answers=each.answers[:1]) for each in (full, bad)]
+    assert statements(make(one))[0].startswith("1 example is too few")
 
 
 def test_all_budgets_share_one_correction(comparison):

@@ -103,7 +103,10 @@ def _kept(interrupt: KeyboardInterrupt, out: Path) -> str:
 
 
 def _table(found: Tuning) -> Table:
-    """Return a short table: what was tested on held-out examples, and the cheapest settings of the search that held."""
+    """Return a short table: what was tested on held-out examples, and of the search the cheapest settings that held.
+
+    If none held, it has those of the search that lost least.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -112,13 +115,16 @@ def _table(found: Tuning) -> Table:
     for heading in ("bytes", "lost", "examples"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    held = [one for one in found.tried if not one.held_out and one.verdict == "holds"]
-    held.sort(key=lambda one: one.share)
+    searched = [one for one in found.tried if not one.held_out]
+    held = sorted((one for one in searched if one.verdict == "holds"), key=lambda one: one.share)
     tested = [one for one in found.tried if one.held_out]
-    for one in [*held[: max(1, _SHOWN - len(tested))][::-1], *tested]:
+    # Where nothing held there is nothing else to show, and the reader has to know by how much each one missed.
+    shown = held or sorted((one for one in searched if not isnan(one.lost)), key=lambda one: one.lost)
+    for one in [*shown[: max(1, _SHOWN - len(tested))][::-1], *tested]:
         numbers = "-" if isnan(one.share) else f"{one.share:.1%}", "-" if isnan(one.lost) else f"{one.lost:.4f}"
         verdict = f"{one.verdict} (held out)" if one.held_out else one.verdict
         table.add_row(Text(one.setting), *numbers, str(one.examples), verdict)
-    table.caption = f"{len(found.tried)} settings were tried; `lost` is the mean loss of score, in points."
+    tries = "1 setting was tried" if len(found.tried) == 1 else f"{len(found.tried)} settings were tried"
+    table.caption = f"{tries}; `lost` is the loss of score, a mean over examples."
     table.caption_justify = "left"
     return table

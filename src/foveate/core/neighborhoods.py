@@ -28,7 +28,7 @@ TALLEST = 256
 
 @dataclass(frozen=True)
 class AxisRule:
-    """What a position sees along one axis.
+    """The keys that a position sees along one axis.
 
     Args:
         length: positions.
@@ -69,7 +69,7 @@ class AxisRule:
 
     @cached_property
     def seen(self) -> Bool[Tensor, "n n"]:
-        """Which key positions (columns) each query position (rows) sees."""
+        """Return which key positions (columns) each query position (rows) sees."""
         at = torch.arange(self.length)
         first, last = torch.tensor(self.intervals, dtype=torch.long).reshape(-1, 2)[:, :, None].unbind(1)
         place = at // self.dilation

@@ -21,7 +21,8 @@ def statements(comparison: Comparison, found: Findings | None = None) -> list[st
     examples, count = max(contrast.examples for contrast in found.contrasts), len(found.contrasts)
     if found.test.startswith("McNemar") and examples < fewest(count):
         needed = f"at least {fewest(count)} are needed for {_tests(count)}"
-        return [f"{examples} examples are too few for any difference of score to be shown; {needed}."]
+        few = "1 example is" if examples == 1 else f"{examples} examples are"
+        return [f"{few} too few for any difference of score to be shown; {needed}."]
     for part in comparison.parts():
         where = f"At {percent(part.budgets[0])}: " if len(comparison.budgets) > 1 else ""
         lines += [where + sentence for sentence in (_with_full(part, found), _with_best(part, found)) if sentence]

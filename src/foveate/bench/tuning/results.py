@@ -76,9 +76,10 @@ class Tuning:
     def claim(self) -> str:
         """Return what is claimed, in a sentence or a few."""
         if self.setting == "full cache":
-            return (
-                f"No setting kept {self.keep:.1%} of the full cache's score on held-out examples: use the full cache."
-            )
+            # Without a setting that holds in the search, the held-out examples were read by the full cache alone.
+            tested = any(trial.held_out for trial in self.tried)
+            where = "on held-out examples" if tested else "in the search, so that none was tested on held-out examples"
+            return f"No setting kept {self.keep:.1%} of the full cache's score {where}: use the full cache."
         first = (
             f"{self.setting} takes {self.share:.1%} of the full cache's bytes. On {self.held_out} held-out examples it "
             f"scores {self.score:.4g}, and the full cache {self.full_score:.4g}."

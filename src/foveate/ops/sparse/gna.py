@@ -52,7 +52,7 @@ class GNA(Neighborhood):
 
 
 class Simulation(NamedTuple):
-    """What tiles make of a neighbourhood.
+    """The tiles that a kernel visits, and the best speed-up it can reach.
 
     Args:
         speedup: key tiles of full attention over those that a query tile visits on average.
