@@ -219,11 +219,14 @@ def test_help_lists_methods_tasks_and_scores() -> None:
     assert not re.search(r"(?<![a-z_])efficient_attention", shown)  # it is not causal and cannot read a prompt
 
 
-def test_an_interrupt_while_loading_is_reported(compare: FakeCompare, tmp_path: Path) -> None:
-    compare.raises = KeyboardInterrupt()
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), Interrupted(0, 7)])
+def test_an_interrupt_before_the_first_answer_is_reported(
+    stopped: KeyboardInterrupt, compare: FakeCompare, tmp_path: Path
+) -> None:
+    compare.raises = stopped
     result = run("compare", "--out", tmp_path)
     assert result.exit_code == 1
-    assert "interrupted before anything was measured" in result.stderr
+    assert "interrupted before any of the answers was finished" in result.stderr and "kept" not in result.stderr
 
 
 def test_compare_refuses_in_one_line(compare: FakeCompare, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_interrupts_and_errors(tune: Fake, tmp_path: Path) -> None:
     found = run("--out", tmp_path)
     assert found.exit_code == 1 and f"interrupted: 7 answers are kept in {tmp_path}" in found.stderr
     tune.raises = KeyboardInterrupt()
-    assert "before anything was measured" in run().stderr
+    assert "before any of the answers was finished" in run().stderr
     tune.raises = OptionError("keep=2 must be in 0..1")
     found = run()
     assert (found.exit_code, found.stderr.strip().splitlines()[-1]) == (2, "error: keep=2 must be in 0..1")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foveate.cli import policies
-from foveate.cli.console import Bar, show
+from foveate.cli.console import Bar, show, what_is_kept
 from foveate.cli.options import Config, Fresh, Json
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def recall(
                     progress=bar.at,
                 )  # fmt: skip
         except KeyboardInterrupt as interrupt:
-            typer.echo(_kept(interrupt, out), err=True)
+            typer.echo(what_is_kept(interrupt, "trainings", out), err=True)
             raise typer.Exit(1) from None
         title = f"Recall of {pairs} pairs in {length} tokens against state"
         page = curves.recall(found.best(), title, out / "recall.html")
@@ -83,16 +83,6 @@ def recall(
         typer.echo((out / figure.RESULTS).read_text("utf-8"), nl=False)
     else:
         show(_table(found), f"plot     {page}", f"results  {out / figure.RESULTS}")
-
-
-def _kept(interrupt: KeyboardInterrupt, out: Path) -> str:
-    """Describe what an interrupted run keeps."""
-    from foveate.core.errors import Interrupted
-
-    if not isinstance(interrupt, Interrupted) or not interrupt.done:
-        return "interrupted before the first training was finished"
-    finished = f"{interrupt.done} of {interrupt.total} trainings"
-    return f"interrupted: {finished} are kept in {out}; run the same command to resume"
 
 
 def _numbers(text: str) -> list[float]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foveate.bench import known
-from foveate.cli.console import Bar, explained, show
+from foveate.cli.console import Bar, explained, show, what_is_kept
 from foveate.cli.options import Config, Device, Dtype, Fresh, Json
-from foveate.core.errors import Interrupted, OptionError
+from foveate.core.errors import OptionError
 from foveate.tasks.base.scores import LOSS, SCORES
 from foveate.tasks.registry import TASKS
 
@@ -142,7 +142,7 @@ def command(
     keys, shares = _keys(methods), _shares(budgets)
     if export is not None:
         _check_export(export)
-    with explained(lambda interrupt: _kept(interrupt, out)), Bar("loading") as bar:
+    with explained(lambda interrupt: what_is_kept(interrupt, "answers", out)), Bar("loading") as bar:
         from foveate.bench.comparison.run import compare
 
         found = compare(
@@ -214,11 +214,3 @@ def _shares(budgets: str | None) -> list[float] | None:
         return None if budgets is None else [float(word) for word in budgets.split(",") if word.strip()]
     except ValueError:
         raise OptionError(f"budgets={budgets!r} must be numbers, separated by commas") from None
-
-
-def _kept(interrupt: KeyboardInterrupt, out: Path) -> str:
-    """Describe what an interrupted run keeps."""
-    if not isinstance(interrupt, Interrupted):
-        return "interrupted before anything was measured"
-    found = f"{interrupt.done} of {interrupt.total} answers"
-    return f"interrupted: {found} are kept in {out}; run the same command to resume"

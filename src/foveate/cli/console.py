@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
 
-from foveate.core.errors import FoveateError
+from foveate.core.errors import FoveateError, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -62,6 +63,21 @@ def explained(describe: Callable[[KeyboardInterrupt], str]) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         typer.echo(describe(interrupt), err=True)
         raise typer.Exit(1) from None
+
+
+def what_is_kept(interrupt: KeyboardInterrupt, things: str, out: Path, *, of_all: bool = True) -> str:
+    """Describe what an interrupted run keeps.
+
+    Args:
+        interrupt: the interrupt.
+        things: what the run finishes one by one, such as "answers".
+        out: the folder that keeps them.
+        of_all: whether the number of all is known.
+    """
+    if not isinstance(interrupt, Interrupted) or not interrupt.done:
+        return f"interrupted before any of the {things} was finished"
+    found = f"{interrupt.done} of {interrupt.total}" if of_all else f"{interrupt.done}"
+    return f"interrupted: {found} {things} are kept in {out}; run the same command to resume"
 
 
 def show(*items: RenderableType) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foveate.cli.compare import AnswerField, Chat, Model, NewTokens, PromptField, Score, TaskName, Trust, _keys
-from foveate.cli.console import Bar, explained, show
+from foveate.cli.console import Bar, explained, show, what_is_kept
 from foveate.cli.options import Config, Device, Dtype, Fresh, Json
-from foveate.core.errors import Interrupted, OptionError
+from foveate.core.errors import OptionError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,7 +71,7 @@ def command(
     at once, and the same command resumes after an interruption.
     """
     keys, shares = _keys(methods), _numbers(budgets)
-    with explained(lambda interrupt: _kept(interrupt, out)), Bar("loading") as bar:
+    with explained(lambda interrupt: what_is_kept(interrupt, "answers", out, of_all=False)), Bar("loading") as bar:
         from foveate.bench.tuning.run import tune
         from foveate.bench.tuning.space import BUDGETS
 
@@ -93,13 +93,6 @@ def _numbers(text: str | None) -> tuple[float, ...] | None:
         return None if text is None else tuple(float(word) for word in text.split(",") if word.strip())
     except ValueError:
         raise OptionError(f"budgets={text!r} must be numbers, separated by commas") from None
-
-
-def _kept(interrupt: KeyboardInterrupt, out: Path) -> str:
-    """Describe what an interrupted run keeps."""
-    if not isinstance(interrupt, Interrupted):
-        return "interrupted before anything was measured"
-    return f"interrupted: {interrupt.done} answers are kept in {out}; run the same command to resume"
 
 
 def _table(found: Tuning) -> Table:
