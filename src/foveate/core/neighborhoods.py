@@ -234,7 +234,7 @@ class Neighborhoods(Selection):
             seen = (seen[:, :, None, :, None] & part[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
         return keys.clamp_min(0)[None, None], seen[None, None]
 
-    def _cells(self, positions: Sequence[Int[Tensor, "c n"]], tiles: Int[Tensor, " t"]) -> Int[Tensor, "t n"]:
+    def _cells(self, positions: Sequence[Int[Tensor, "_c _n"]], tiles: Int[Tensor, " t"]) -> Int[Tensor, "t m"]:
         """Return the tokens of tiles, given the positions of each axis's chunks; -1 where one of them is -1."""
         places = torch.unravel_index(tiles, self.tiles)
         cells = positions[0][places[0]]

@@ -109,7 +109,7 @@ class StructuredDiffusion(Method):
         states = text_encoder(ids.to(text_encoder.device), attention_mask=mask)[0]
         return cls(states[0], list(states[1:]), spans, mode, bos)
 
-    def bind(self, host: Host) -> None:
+    def bind(self, host: Host | DiffusionHost) -> None:
         if not isinstance(host, DiffusionHost) or not host.part(crosses=True):
             raise UnsupportedModel(
                 f"StructuredDiffusion needs cross-attention to a prompt in a diffusion model; "
