@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from transformers import LlamaForCausalLM
 import foveate
 from foveate.bench.comparison.run import compare
 from foveate.bench.recipes.recipe import Recipe
+from foveate.bench.recipes.values import hints_of
+from foveate.core.catalog import systems
+from foveate.core.catalog_rows import System
 from foveate.core.errors import OptionError
 from foveate.host import Method
 from foveate.kv import AdaKV, DuoAttention, RecycledAttention, SnapKV
@@ -51,6 +55,16 @@ def test_options_of_every_kind_come_back(tmp_path: Path) -> None:
     assert one.dynamic == Dynamic(0.5, 3) and one.k == 9  # type: ignore[attr-defined]
     assert (two.operator.window, two.operator.sinks) == (8, 2)  # type: ignore[attr-defined]
     assert not path.with_suffix(".safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "row", [row for room in ("kv", "steer") for row in systems(room=room)], ids=lambda row: row.key
+)
+def test_the_types_of_options_can_be_read(row: System) -> None:
+    """A type that only a type checker can read leaves a recipe without the types of all of a method's options."""
+    cls = row.load()
+    if isinstance(cls, type) and is_dataclass(cls):
+        assert {item.name for item in fields(cls) if item.init} <= hints_of(cls).keys()
 
 
 def test_a_single_method_and_none(tmp_path: Path) -> None:

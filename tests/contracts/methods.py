@@ -30,7 +30,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     **{key: lambda key=key: policy(key, 0.25, LENGTHS[0] + 6) for key in POLICIES},  # type: ignore[misc]
     **{key: lambda key=key: swap(key) for key in OPERATORS},  # type: ignore[misc]
     "act_calibration": lambda: ActCalibration([(1, 0), (2, 3)], beta=0.2, alpha=1.0),
-    "avisc": lambda: AvisCDecoding(alpha=1.0, beta=0.0, over="text"),
+    # all layers: over a whole text each of them has attention 1, and rounding would decide which count
+    "avisc": lambda: AvisCDecoding(alpha=1.0, beta=0.0, over="text", gamma=1.0),
     "flowcut": lambda: FlowCut(6, llm_layer=1, over="text"),
     "packed": Packed,
 }

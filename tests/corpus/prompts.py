@@ -56,7 +56,7 @@ REFUSED = {
     "prompt_is_null": ("p.jsonl", '{"prompt": null, "answer": "b"}', "line 1"),
     "no_answer": ("p.jsonl", '{"prompt": "a"}', "line 1: answer must be"),
     "answer_is_true": ("p.jsonl", '{"prompt": "a", "answer": true}', "line 1: answer must be"),
-    "answers_are_blank": ("p.jsonl", '{"prompt": "a", "answers": ["", " "]}', "line 1: answer must be"),
+    "answers_are_blank": ("p.jsonl", '{"prompt": "a", "answers": ["", " "]}', "line 1: answers must be"),
     "unknown_fields": ("p.jsonl", '{"text": "a", "label": "b"}', "--prompt-field"),
     "unknown_suffix": ("p.txt", JSONL, "must end in one of"),
     "packed_and_cut": ("p.jsonl.gz", gzip.compress(JSONL.encode())[:-12], "cannot be read"),

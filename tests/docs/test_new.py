@@ -233,7 +233,7 @@ def test_without_authors_the_row_is_valid_and_marked(bare: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"KEY": ""}, r"KEY= is missing: make new KEY=.*; seams: kv: policy, score_policy; lens: "),
+        ({"KEY": ""}, r"KEY= is missing: make new KEY=.*; seams: gaze: gaze_model, searcher; kv: policy"),
         ({"SEAM": ""}, "SEAM= is missing"),
         ({"KEY": "ulsam"}, r"KEY=ulsam is taken: nn\.toml has it, ULSAM: .* \(2020\)"),
         ({"KEY": "hip"}, r"KEY=hip is taken: ops\.toml"),

@@ -22,14 +22,14 @@ from foveate.gaze.measures.scanmatch import align as align
 from foveate.gaze.measures.scanmatch import regions as regions
 from foveate.gaze.measures.scanmatch import scanmatch as scanmatch
 from foveate.gaze.measures.scanmatch import substitution_matrix as substitution_matrix
-from foveate.gaze.parts.center_bias import CenterBias as CenterBias
-from foveate.gaze.parts.random_searcher import RandomSearcher as RandomSearcher
+from foveate.gaze.saliency.center_bias import CenterBias as CenterBias
 from foveate.gaze.search.asymmetry import asymmetry_index as asymmetry_index
 from foveate.gaze.search.asymmetry import reaction_time as reaction_time
 from foveate.gaze.search.asymmetry import search_slope as search_slope
 from foveate.gaze.search.eccentricity_pool import EccentricityPool2d as EccentricityPool2d
 from foveate.gaze.search.eccnet import EccNet as EccNet
 from foveate.gaze.search.eccnet import vgg16_features as vgg16_features
+from foveate.gaze.search.random_searcher import RandomSearcher as RandomSearcher
 from foveate.gaze.search.visual_searcher import Sharpening as Sharpening
 from foveate.gaze.search.visual_searcher import VisualSearcher as VisualSearcher
 

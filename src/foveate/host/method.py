@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from foveate.core.checked import Checked
 from foveate.core.errors import OptionError
+from foveate.host.stack_part import StackPart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from foveate.host.slots.ends import AtEnd, Ends
     from foveate.host.slots.slots import Slots
     from foveate.host.spans import Spans
-    from foveate.host.stream import StackPart, Stream
+    from foveate.host.stream import Stream
 
 
 class Method(Checked):

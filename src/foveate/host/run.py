@@ -28,8 +28,9 @@ from foveate.host.hf.reread import read_and_remove
 from foveate.host.method import HOOKS, Method, check_methods, overrides
 from foveate.host.site import Site
 from foveate.host.spans import Place, Spans
+from foveate.host.stack_part import StackPart
 from foveate.host.stats import Stats
-from foveate.host.stream import StackPart, Stream
+from foveate.host.stream import Stream
 
 #: The part of a model that methods act on.
 Part = Literal["auto", "decoder", "all"]

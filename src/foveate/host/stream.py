@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,9 +13,7 @@ from torch import Tensor
 from foveate.core.errors import OptionError, shown
 from foveate.host.kept import index_of, joined, restored, taken
 from foveate.host.spans import Spans
-
-#: The part of a model that a stack of blocks belongs to.
-StackPart = Literal["text", "image"]
+from foveate.host.stack_part import StackPart
 
 
 @dataclass(eq=False)

@@ -21,7 +21,8 @@ from foveate.host.hf.model import Host
 from foveate.host.hf.passes import Passes
 from foveate.host.hf.stacks import image_attention
 from foveate.host.spans import Spans
-from foveate.host.stream import StackPart, Stream
+from foveate.host.stack_part import StackPart
+from foveate.host.stream import Stream
 
 
 class Attached(Protocol):

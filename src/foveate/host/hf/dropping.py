@@ -26,7 +26,8 @@ from foveate.host.hf.renumber import Rotaries, renumbered, rotaries_of
 from foveate.host.hf.stacks import Stack, stacks_of
 from foveate.host.method import Method, overrides
 from foveate.host.slots.slots import EMPTY
-from foveate.host.stream import StackPart, Stream
+from foveate.host.stack_part import StackPart
+from foveate.host.stream import Stream
 
 
 def dropping(run: Attached, part: StackPart | None = None) -> list[Method]:

@@ -13,7 +13,7 @@ from foveate.core.errors import UnsupportedModel
 from foveate.host.hf.blocks import blocks_of
 from foveate.host.hf.calls import CROSS, parameters
 from foveate.host.hf.model import Host
-from foveate.host.stream import StackPart
+from foveate.host.stack_part import StackPart
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,1 +1,0 @@
-"""Baselines, and parts that several systems share."""
