@@ -266,9 +266,11 @@ def test_products_of_three_fields_are_learned(claim: ClaimFixture) -> None:
 
 
 def test_maps_show_the_fields_that_are_combined() -> None:
-    """Of 28 pairs, the three of the planted fields have the largest mean weights, both ways, layers and heads."""
+    """Of 28 pairs, the three of the planted fields have the largest weights: the mean of both ways, layers, heads and
+    three seeds, since a processor's rounding may move one pair of one seed."""
     ids, _ = rows(2000, 5)
-    found = trained(3, 0, 3).correlations([(part,) for part in ids.split(700)]).mean((0, 1))
+    batches = [(part,) for part in ids.split(700)]
+    found = torch.stack([trained(3, seed, 3).correlations(batches).mean((0, 1)) for seed in range(3)]).mean(0)
     pairs = (found + found.mT).triu(1).flatten().topk(3).indices
     assert {(int(pair) // 8, int(pair) % 8) for pair in pairs} == {(1, 4), (1, 6), (4, 6)}
 
