@@ -69,7 +69,7 @@ def test_a_statement_that_fails_exits_with_3(coins: None, tmp_path: Path, monkey
         (["scan_and_snip"], 'error: unknown system "scan_and_snip"; did you mean "scan_and_snap"'),
         (["hip"], 'error: system "hip" of the room ops has no study; studies: '),
         (["scan_and_snap", "--quick", "--seed", "-1"], "error: seed=-1 must be a whole number, at least 0"),
-        (["scan_and_snap", "--quick", "--seed", str(2**63)], f"error: seed={2**63} must be in 0.."),
+        (["scan_and_snap", "--quick", "--seed", str(2**63)], f"error: seed={2**63} must be at most"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(args: list[str], message: str, tmp_path: Path) -> None:

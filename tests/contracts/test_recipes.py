@@ -17,6 +17,7 @@ from foveate.bench.recipes.files import load, save
 from foveate.core.catalog import system, systems
 from foveate.host import Method, apply
 from foveate.kv import AdaKV, ChunkKV, CriticalKV, KNorm, Renumbered, SinkRecent, SnapKV
+from tests.contracts.methods import METHODS
 from tests.contracts.policies import CASES, POLICIES, VOCAB, here, learnt, policy, subject
 
 LENGTH, NEW = 48, 4
@@ -50,7 +51,7 @@ def test_every_policy(key: str, variant: str, tmp_path: Path) -> None:
 def test_every_steering_method(key: str, tmp_path: Path) -> None:
     cls = system(key).load()
     if is_dataclass(cls) and issubclass(cls, Method):
-        check_round_trip((cls(),), tmp_path / "recipe.json")
+        check_round_trip((METHODS[key]() if key in METHODS else cls(),), tmp_path / "recipe.json")
 
 
 @pytest.mark.parametrize("key", known.readers())

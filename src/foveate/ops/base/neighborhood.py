@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -33,8 +32,7 @@ def axis_rules(
     Raises:
         OptionError: a window that does not fit its axis, or a stride beyond its window.
     """
-    if not isinstance(grid, Sequence) or not 1 <= len(grid) <= 3:
-        raise OptionError(f"grid={shown(grid)} must be the lengths of one, two or three axes")
+    _check_grid(grid)
     for length in grid:
         validate.count("grid", length, 1)
     found = []
@@ -54,6 +52,11 @@ def axis_rules(
             raise OptionError(f"stride={mine['stride']} must be at most window={mine['window']}")
         found.append(AxisRule(length, causal=is_causal, **mine))
     return tuple(found)
+
+
+def _check_grid(grid: object) -> None:
+    if not isinstance(grid, tuple | list) or not 1 <= len(grid) <= 3:
+        raise OptionError(f"grid={shown(grid)} must be the lengths of one, two or three axes")
 
 
 def at_axis(name: str, given: Any, axis: int, axes: int) -> Any:
@@ -83,6 +86,7 @@ class Neighborhood(Selective):
         causal: bool | tuple[bool, ...],
     ) -> None:  # fmt: skip
         super().__init__()
+        _check_grid(grid)
         self.grid = tuple(grid)
         self.axes = window, dilation, stride, causal
         is_open = self.grid[:1] == (-1,)
@@ -122,7 +126,7 @@ def intervals(rule: AxisRule, device: torch.device) -> Blocks:
     )
 
 
-@lru_cache(maxsize=64)
+@remembered
 def _between(rule: AxisRule, device: torch.device) -> Rule:
     ends = torch.tensor(rule.intervals, device=device)
 

@@ -29,7 +29,8 @@ class FNA(Neighborhood):
     compared.
 
     Args:
-        grid: lengths of one, two or three axes; their product is N. The first may be -1, for calls of any length.
+        grid: lengths of one, two or three axes; their product is N. The first may be -1, for calls of any length; (-1,)
+            is one axis.
         window: keys along each axis, one number or one per axis; `window * dilation` is at most the axis.
         dilation: distance between neighbouring keys of a window.
         causal: axes along which no later cell is seen.
@@ -38,7 +39,11 @@ class FNA(Neighborhood):
     """
 
     def __init__(
-        self, grid: Sequence[int], window: PerAxis, dilation: PerAxis = 1, causal: bool | tuple[bool, ...] = False
+        self,
+        grid: Sequence[int] = (-1,),
+        window: PerAxis = 7,
+        dilation: PerAxis = 1,
+        causal: bool | tuple[bool, ...] = False,
     ) -> None:
         super().__init__(grid, window, dilation, 1, causal)
 

@@ -29,7 +29,7 @@ class GNA(Neighborhood):
     """
 
     def __init__(
-        self, grid: Sequence[int], window: PerAxis, stride: PerAxis = 1, dilation: PerAxis = 1,
+        self, grid: Sequence[int] = (-1,), window: PerAxis = 7, stride: PerAxis = 1, dilation: PerAxis = 1,
         causal: bool | tuple[bool, ...] = False,
     ) -> None:  # fmt: skip
         super().__init__(grid, window, dilation, stride, causal)
