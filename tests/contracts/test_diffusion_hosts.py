@@ -15,9 +15,9 @@ from foveate.core.selection import Indices, Selection
 from foveate.host import Method, Site
 from foveate.steer import StructuredDiffusion
 from tests.contracts.methods import ON_DIFFUSION
-from tests.support.diffusion_checks import EVERY, NATIVE, PATHS, Adds, Doubles, Fingerprint
+from tests.support.diffusion_checks import EVERY, NATIVE, PATHS, Doubles, Fingerprint
 from tests.support.diffusion_models import CROSSING, MODELS, call, inputs, model
-from tests.support.host_models import Reads, SameOutput
+from tests.support.host_models import Adds, Reads, SameOutput
 
 # -- methods of the catalogue ------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from foveate.host import Method, Site
 from foveate.host.hf import dispatch
 from foveate.host.hf.attach import OPEN
 from foveate.host.hf.cache import SlotLayer
-from tests.support.host_models import Evicts, Reads, Recent, model, padded, tokens, use
+from tests.support.host_models import Adds, Evicts, Reads, Recent, model, padded, tokens, use
 
 
 @pytest.mark.parametrize("order", ["evicts in reads", "reads in evicts", "together"])
@@ -52,14 +52,6 @@ def test_an_inner_run_may_begin_and_end_within_a_sequence() -> None:
         llama(ids[:, 14:], past_key_values=cache)
     assert lengths.seen == [(12, 12)] * 3 + [(14, 14)] * 3 + [(16, 7)] * 3
     assert "reorder_cache" not in vars(cache)
-
-
-class Adds(Method):
-    def __init__(self, number: float) -> None:
-        self.number = number
-
-    def edit_output(self, site: Site, out: Tensor) -> Tensor:
-        return out + self.number
 
 
 class Doubles(Method):

@@ -51,14 +51,6 @@ class Breaks(Method):
         return out
 
 
-class Adds(Method):
-    def __init__(self, number: float) -> None:
-        self.number = number
-
-    def edit_output(self, site: Site, out: Tensor) -> Tensor:
-        return out + self.number
-
-
 class Doubles(Method):
     def edit_output(self, site: Site, out: Tensor) -> Tensor:
         return 2 * out

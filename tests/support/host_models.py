@@ -140,6 +140,14 @@ class SameOutput(Method):
         return out.clone()
 
 
+class Adds(Method):
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def edit_output(self, site: Site, out: Tensor) -> Tensor:
+        return out + self.number
+
+
 class SameHidden(Method):
     def edit_hidden(self, layer: int, hidden: Tensor, spans: Spans) -> Tensor:
         return hidden.clone()

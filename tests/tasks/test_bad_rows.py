@@ -118,6 +118,6 @@ def test_later_turns_are_valid_unicode(tmp_path: Path) -> None:
         '{"context": "c", "multi_turns": [{"input": "q", "answer": "\\ud800"}, {"input": "r", "answer": "b"}]}\n'
     )
     for example in Prompts(file).examples():
-        example.prompt.encode("utf-8")
+        assert example.prompt.encode("utf-8").decode("utf-8") == example.prompt
     file.write_text('{"messages": [{"role": "\\ud800", "content": "x"}], "answer": "b"}\n')
-    Prompts(file).examples()[0].prompt.encode("utf-8")
+    assert Prompts(file).examples()[0].prompt.encode("utf-8")
