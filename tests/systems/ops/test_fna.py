@@ -78,6 +78,8 @@ def test_it_is_attention_under_its_mask(grid, window, dilation, causal, engine) 
     op = FNA(grid, window, dilation, causal)
     out, expected = op(q, k, v, engine=engine), oracle.attention(q, k, v, mask=mask)
     assert_near(out, expected, 1e-10)
+    with torch.no_grad():  # then the tiles of a grid are read as boxes
+        assert_near(op(q, k, v, engine=engine), expected, 1e-10)
     grad = torch.randn_like(expected)
     for mine, theirs in zip(
         torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad), strict=True
