@@ -228,7 +228,7 @@ def test_codes_are_narrowed_as_long_as_the_setting_holds() -> None:
     codec, best = Arm("turboquant", (("bits", 3),)), search.best
     path = search.candidates()
     safer = [Setting.of(best.parts[0].arm, budget) for budget in (0.7, 0.4)]
-    assert path == [*safer, replace(safer[1], codec=codec), replace(best, codec=codec)]
+    assert path == [safer[0], *(replace(each, codec=codec) for each in (*safer, best))]
 
 
 def test_budgets_by_layer_are_tested_with_the_codec_too() -> None:

@@ -111,10 +111,10 @@ def evict_at_end(ended: list[tuple[Site, list[Method]]], ids: Tensor | None, rer
         ids: the pass's tokens that will stay; None if they are unknown.
         reread: see `PassEnd`.
     """
-    methods = list(dict.fromkeys(method for _, choosing in ended for method in choosing))
+    methods, shared = list(dict.fromkeys(method for _, choosing in ended for method in choosing)), dict[object, object]()
     for method in methods:
         sites = [site for site, choosing in ended if method in choosing]
-        for site, keep in zip(sites, method.keep_all(PassEnd(sites, ids, reread)), strict=True):
+        for site, keep in zip(sites, method.keep_all(PassEnd(sites, ids, reread, shared)), strict=True):
             if keep is not None:
                 # slots may have moved since the call; positions have not
                 gone = mark(None, site, ~keep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Bool, Int
@@ -27,8 +27,11 @@ class PassEnd:
             pictures.
         reread: `reread(ids, real, reader)` lets the model read more tokens `(B, N)` after its cache, with the method
             `reader` alone, and removes them again. Tokens that are not `real` count as padding.
+        shared: what methods tell those behind them at the same end, such as where a measurement stands that several
+            need.
     """
 
     sites: list[Site]
     ids: Int[Tensor, "b n"] | None
     reread: Reread
+    shared: dict[object, object] = field(default_factory=dict)

@@ -12,7 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host import Method, Site, apply
 from foveate.kv import KVzip, ScorePolicy, SnapKV
+from foveate.kv.base.scored import Heads
 from foveate.kv.parts import reconstruction
+from foveate.kv.parts.reconstruction import Reconstruction
 from tests.conftest import ClaimFixture
 from tests.support.constructed import FILLER, KEYS, VALUES, induction_lm
 from tests.support.host_models import VOCAB, model, tokens
@@ -120,6 +122,21 @@ def test_a_global_budget_moves_tokens_between_layers() -> None:
     sizes = [sum(map(len, layer)) for layer in kept(llama, ids, KVzip(share=0.4, instruct=False))]
     even = [sum(map(len, layer)) for layer in kept(llama, ids, KVzip(share=0.4, instruct=False, heads="adaptive"))]
     assert sum(sizes) == sum(even) and len(set(even)) == 1 and len(set(sizes)) > 1
+
+
+@pytest.mark.parametrize("heads", ["adaptive", "global"])
+def test_budgets_by_layer_share_one_second_reading(heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each policy keeps what it keeps alone, and in no layer but its own."""
+    llama, ids, read = model("llama"), tokens(1, N), Reconstruction._read
+    settings = {(0, 2): 0.3, (1,): 0.6}
+    policies = [KVzip(share=share, layers=at, instruct=False, heads=heads) for at, share in settings.items()]
+    alone = [kept(llama, ids, policy) for policy in policies]
+    readings = []
+    monkeypatch.setattr(Reconstruction, "_read", lambda *args: readings.append(args) or read(*args))
+    together = kept(llama, ids, *policies)
+    assert together == [alone[0][0], alone[1][1], alone[0][2]] and len(readings) == 1
+    kept(llama, ids, policies[0], KVzip(share=0.6, layers=(1,), instruct=False, chunk=16))
+    assert len(readings) == 3  # another chunk is another reading
 
 
 def test_embeddings_and_models_without_a_tokenizer_are_refused() -> None:

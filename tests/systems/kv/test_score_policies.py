@@ -23,10 +23,10 @@ POLICIES = [SnapKV(recent=6, pool=3), KNorm(), KeyDiff(), TOVA(), RandomKeep()]
 EACH = pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 
 
-def kept(llama: PreTrainedModel, ids: Tensor, policy: Method) -> list[list[list[int]]]:
+def kept(llama: PreTrainedModel, ids: Tensor, *policies: Method) -> list[list[list[int]]]:
     """The positions that each layer and head of the first sequence keeps, after the prompt."""
     cache = DynamicCache()
-    with torch.no_grad(), apply(llama, policy):
+    with torch.no_grad(), apply(llama, *policies):
         llama(ids, past_key_values=cache)
         layers = [layer.store.padded("positions")[0] for layer in cache.layers]
     return [[sorted(p for p in head.tolist() if p >= 0) for head in layer] for layer in layers]

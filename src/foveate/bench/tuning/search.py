@@ -177,14 +177,14 @@ class Search:
         """Return what to test on held-out examples, from safe to cheap.
 
         First comes the best policy at the two next larger budgets: what holds on few examples may fail on many. Then
-        come settings with a codec, of which the first has the next larger budget too. Without a codec that holds come
-        settings with a budget for each layer, which lose less at equal bytes, the last of them with the fewest bytes;
-        or, if none of them has fewer bytes, the best policy at its cheapest budget that holds. Each takes all held-out
-        examples.
+        come settings with a budget for each layer, which lose less at equal bytes, the last of them with the fewest
+        bytes; or, if none of them has fewer bytes, the best policy at its cheapest budget that holds. With a codec that
+        holds, the policy at the larger of those budgets comes first alone, and then each with the codec: codes free
+        more bytes than fewer tokens do, and lose less. Each takes all held-out examples.
         """
         first = self._safer[::-1] if self.uniform else []
         if self.encoded:
-            return [*first, *self._encoded(first)]
+            return [*first[:1], *self._encoded(first)]
         if not self.uniform:
             return []
         layered = {one: found.share for one, found in self.layered.items() if found.share < self._safe_share}
@@ -198,7 +198,7 @@ class Search:
     def _encoded(self, safer: Sequence[Setting]) -> list[Setting]:
         """Return settings with the codec of the fewest bytes, from safe to cheap."""
         codec = min(self.encoded, key=lambda one: self.encoded[one].share).codec
-        bases = [*safer[-1:], self.best] if self.uniform else [FULL]
+        bases = [*safer, self.best] if self.uniform else [FULL]
         layered = sorted(self.layered, key=lambda one: self.layered[one].share)[:1]
         bases += [one for one in layered if self.layered[one].share < self.uniform[self.best].share]
         return [replace(base, codec=codec) for base in bases]

@@ -15,7 +15,7 @@ from foveate.core.errors import UnsupportedModel
 from foveate.host import Method
 from foveate.host.hf.chat_template import ChatTemplate
 from foveate.host.padding import tokens
-from foveate.host.pass_end import PassEnd
+from foveate.host.pass_end import PassEnd, Reread
 from foveate.host.site import Site
 from foveate.kv.parts import slot_notes
 from foveate.kv.parts.largest_weights import can_use_kernel, of_slots, of_whole_cache
@@ -49,9 +49,11 @@ class Instruction:
         return cls(ids("\n\n" + _ALL), ids("\n\n" + _PART), ids(template.answer_begins or "\n"))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Reconstruction:
     """A second reading of a text, which scores its tokens.
+
+    Methods with equal reconstructions, such as one with a budget for each layer, read a text again once together.
 
     The text is repeated in parts behind an instruction. A token's score in a key/value head is the largest weight that
     any query of the repetition of its part pays to it, over the head's query heads. These weights are over the text's
@@ -73,21 +75,30 @@ class Reconstruction:
     outputs: bool = False
 
     def measure(self, end: PassEnd, owner: object) -> None:
-        """Read the pass's text again, and put its tokens' scores into the slot notes of `owner`."""
+        """Put the scores of the pass's tokens into the slot notes of `owner`: the text is read again, if it has not yet
+        been for another owner."""
         if end.ids is None:
             raise UnsupportedModel("a text is repeated from its tokens, and the model was given embeddings or pictures")
-        site = end.sites[0]
-        own, lengths = _texts(site, end.ids)
-        before = site.seen - end.ids.shape[1] if tokens(site) is None else None
+        first = end.shared.setdefault(self, owner)
+        if first is owner:
+            self._read(end.sites[0], end.ids, end.reread, owner)
+            return
+        for site in end.sites:
+            known = slot_notes.find(site.notes(first), site)
+            slot_notes.put(site.notes(owner), site, known, (site.positions >= 0) & (site.positions < site.seen))
+
+    def _read(self, site: Site, ids: Int[Tensor, "b n"], reread: Reread, owner: object) -> None:
+        own, lengths = _texts(site, ids)
+        before = site.seen - ids.shape[1] if tokens(site) is None else None
         starts = own.new_zeros(len(own)) if before is None else torch.full_like(lengths, before)
         if before is None:
             found = tokens(site)
             assert found is not None
             starts = found.count.to(lengths.device) - lengths
         for start in range(0, int(lengths.max()), self.chunk):
-            ids, real = self._part(own, lengths, start)
+            part, real = self._part(own, lengths, start)
             stop = (lengths - start).clamp(0, self.chunk) + starts + start
-            end.reread(ids, real, _Reader(self, owner, starts + start, stop))
+            reread(part, real, _Reader(self, owner, starts + start, stop))
 
     def _part(self, texts: Tensor, lengths: Tensor, start: int) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
         """Return the instruction and one part of each text, padded at the end; a text that has ended gives padding."""
