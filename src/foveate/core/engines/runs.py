@@ -35,12 +35,14 @@ class RowRun(NamedTuple):
         keys: the ranges of keys that any of the queries sees.
         seen: `(B or 1, H or 1, queries, keys)`, if the run before or after it has the same; None if the engine has to
             ask the selection, or if every pair counts.
+        is_whole: whether every pair is known to count.
     """
 
     rows: slice
     queries: slice
     keys: tuple[KeyRange, ...]
     seen: Tensor | None = None
+    is_whole: bool = False
 
     @property
     def pairs(self) -> int:
@@ -119,7 +121,8 @@ def _shifts(one: RowRun, other: RowRun) -> bool:
 
 def _slides(one: RowRun, other: RowRun) -> bool:
     """Return whether the same pairs of two such runs count."""
-    return _shifts(one, other) and one.seen is other.seen
+    same = one.is_whole and other.is_whole if one.seen is None else one.seen is other.seen
+    return same and _shifts(one, other)
 
 
 def _with_shared(selection: Blocks, runs: list[RowRun]) -> list[RowRun]:
@@ -128,6 +131,7 @@ def _with_shared(selection: Blocks, runs: list[RowRun]) -> list[RowRun]:
     before: Tensor | None = None
     for run in runs:
         run, mine = _trimmed(selection, run)
+        run = run._replace(is_whole=mine is None and bool(run.keys))
         if before is not None and mine is not None and mine.shape == before.shape and torch.equal(mine, before):
             mine, found[-1], run = before, found[-1]._replace(seen=before), run._replace(seen=before)
         found.append(run)

@@ -44,7 +44,8 @@ def attend(call: AttentionCall) -> Tensor:
     """Return the output `(B, Hq, Nq, Dv)`."""
     assert isinstance(call.selection, Blocks)
     selection = call.selection.without_future if call.causal else call.selection
-    plan = planning.plan(selection, are_alone=call.mask is not None)
+    # a mask differs from run to run, and the gradient of overlapping views costs more than a series saves
+    plan = planning.plan(selection, are_alone=call.mask is not None or call.wants_grad)
     queries = call.q.split([series[-1].queries.stop - series[0].queries.start for series in plan], 2)
     alone = [series[0] for series in plan if len(series) == 1]
     keys, values = _Cut(call.k, alone, call.wants_grad), _Cut(call.v, alone, call.wants_grad)
