@@ -7,7 +7,8 @@ import torch
 
 from foveate.core.call import AttentionCall
 from foveate.core.engines.flex import rounded_lengths
-from foveate.core.engines.slices import _Bias, _runs
+from foveate.core.engines.runs import plan
+from foveate.core.engines.slices import _Bias
 from foveate.core.selection import Blocks
 
 
@@ -59,7 +60,7 @@ def test_neighbouring_runs_share_one_bias() -> None:
     """Runs with one table of visible pairs get one tensor; a run with another table gets its own."""
     chosen = Blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool), (4, 4), 8, 8)
     lower, whole = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(), torch.ones(1, 1, 8, 8, dtype=torch.bool)
-    run = _runs(chosen)[0]._replace(seen=lower)
+    run = plan(chosen)[0][0]._replace(seen=lower)
     bias = _Bias(call(8, 8, selected=chosen), chosen)
     made = bias.of(run)[0]
     assert made is not None and bias.of(run)[0] is made

@@ -111,7 +111,8 @@ def evict_at_end(ended: list[tuple[Site, list[Method]]], ids: Tensor | None, rer
         ids: the pass's tokens that will stay; None if they are unknown.
         reread: see `PassEnd`.
     """
-    methods, shared = list(dict.fromkeys(method for _, choosing in ended for method in choosing)), dict[object, object]()
+    methods = list(dict.fromkeys(method for _, choosing in ended for method in choosing))
+    shared: dict[object, object] = {}
     for method in methods:
         sites = [site for site, choosing in ended if method in choosing]
         for site, keep in zip(sites, method.keep_all(PassEnd(sites, ids, reread, shared)), strict=True):
