@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from foveate.bench.parts.memory import peak_bytes
 from foveate.core import engines, masks, oracle, precision
 from foveate.core.call import AttentionCall
-from foveate.core.engines import chunked, flex, gather, slices
+from foveate.core.engines import chunked, flex, gather, runs, slices
 from foveate.core.errors import ShapeError, UnknownKey, UnsupportedEngine
 from foveate.core.scoring import SOFTMAX, SoftmaxScoring, Tile
 from foveate.core.selection import Blocks, Indices, Selection
@@ -317,7 +317,8 @@ def test_auto_chooses_by_the_call() -> None:
     short = replace(plain(64), selected=window(64, 64, 8, 0, device))
     assert engines.choose(plain(64))[0] == engines.choose(plain(8192))[0] == "fused"
     assert engines.choose(banded)[0] == engines.choose(short)[0] == "slices"
-    assert "of which 9" in engines.choose(replace(banded, selected=window(8192, 8192, 1024, 0, device)))[1]
+    assert "of which 100%" in engines.choose(replace(banded, selected=window(8192, 8192, 1024, 0, device)))[1]
+    assert "of which 9" in engines.choose(replace(banded, selected=window(8192, 8192, 1024, 4, device)))[1]
     assert engines.choose(listed)[0] == engines.choose(by_head(512))[0] == "gather"
     assert engines.choose(replace(short, q=short.q[:, :, -8:], selected=window(8, 64, 8, 0, device)))[0] == "gather"
     assert engines.choose(replace(banded, mask=torch.ones(1, 8192)))[0] == "slices"
@@ -385,7 +386,7 @@ def test_slices_do_not_copy_keys(sinks: int, monkeypatch: pytest.MonkeyPatch) ->
     expected = engines.run(problem, "reference")
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     assert_near(slices.attend(problem), expected, 1e-5)
-    assert max(width for _, width in seen) == slices.TALL + 99 + sinks
+    assert max(width for _, width in seen) == runs.TALL + 99 + sinks
     copied = [where != k.untyped_storage().data_ptr() for where, _ in seen]
     assert copied == [sinks > 0 and i > 0 for i in range(len(seen))]
 
