@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from foveate.bench.parts.memory import peak_bytes
 from foveate.core import engines, masks, oracle, precision
 from foveate.core.call import AttentionCall
-from foveate.core.engines import chunked, flex, gather, slices
+from foveate.core.engines import chunked, flex, gather, machine, slices
+from foveate.core.engines.work import Work
 from foveate.core.errors import ShapeError, UnknownKey, UnsupportedEngine
 from foveate.core.scoring import SOFTMAX, SoftmaxScoring, Tile
 from foveate.core.selection import Blocks, Indices, Selection
@@ -328,6 +329,9 @@ def test_auto_chooses_by_the_call() -> None:
 
 def test_flex_serves_repeated_long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call of another length may be of the same kind; plans and calls with gradients do not count."""
+    rates = {f"{name} float32 {way}": Work(products=cost) for way in ("forward", "backward")
+             for name, cost in (("slices", 1.0), ("gather", 1e-3), ("flex", 1e-6))}  # fmt: skip
+    monkeypatch.setattr(machine, "current", lambda: machine.Machine(rates))
     monkeypatch.setattr(flex, "has_compiler", lambda: True)
     monkeypatch.setattr(engines, "LONG", 256)
     monkeypatch.setattr(engines, "_came", Counter())

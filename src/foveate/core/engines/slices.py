@@ -1,7 +1,7 @@
 """Sparse attention by slices: the fused kernel on each run of query rows and on the ranges of keys that it sees.
 
 A run's keys are a view of the caller's if they form one range, as in a window; several ranges are copied together. Each
-head gets the keys that any head sees, and a bias hides the rest. `pairs` counts that overhead, and `auto` gathers
+head gets the keys that any head sees, and a bias hides the rest. `work` counts that overhead, and `auto` gathers
 instead if heads differ much. Nothing is compiled, and the backward pass works on every device.
 """
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from foveate.core import masks
 from foveate.core.call import AttentionCall
+from foveate.core.engines.work import Work
 from foveate.core.readable import known
 from foveate.core.selection import Blocks
 
@@ -57,8 +58,32 @@ def refuses(call: AttentionCall) -> str | None:
 
 def pairs(selection: Blocks, causal: bool) -> int:
     """Count the (query, key) pairs in the slices of one head."""
-    runs = _joined(selection.without_future if causal else selection)
-    return sum((run.queries.stop - run.queries.start) * _length(run.keys) for run in runs)
+    return sum(_pairs(run) for run in _joined(selection.without_future if causal else selection))
+
+
+def work(call: AttentionCall) -> Work:
+    """Return the work of a call.
+
+    A run whose keys lie around its queries as those of the run before shares its mask. For a selection that is new, the
+    ranges are not cut yet, and every mask is made twice more, to cut them and to compare it with the next.
+    """
+    assert isinstance(call.selection, Blocks)
+    selection = call.selection.without_future if call.causal else call.selection
+    (b, hq, _, d), hkv, dv = call.q.shape, call.k.shape[1], call.v.shape[3]
+    is_new = not call.selection.comes_again
+    runs = [run for run in (_joined(selection) if is_new else _runs(selection)) if run.keys]
+    places = [_places(run) for run in runs]
+    own = [run for run, place, before in zip(runs, places, [None, *places], strict=False) if place != before]
+    pairs = sum(map(_pairs, runs))
+    masked = sum(map(_pairs, own)) + 2 * pairs * is_new
+    hides = selection.rule is not None or selection.blocks.shape[1] > 1
+    return Work(
+        calls=len(runs),
+        products=b * hq * pairs * (d + dv),
+        copied=b * hkv * sum(_length(run.keys) for run in runs if len(run.keys) > 1) * (d + dv),
+        masked=masked * selection.blocks.shape[:2].numel() * hides,
+        planned=len(runs) * is_new,
+    )
 
 
 def attend(call: AttentionCall) -> Tensor:
@@ -195,6 +220,16 @@ def _union(some: tuple[KeyRange, ...], others: tuple[KeyRange, ...]) -> tuple[Ke
         else:
             joined.append((first, end))
     return tuple(joined)
+
+
+def _pairs(run: RowRun) -> int:
+    return (run.queries.stop - run.queries.start) * _length(run.keys)
+
+
+def _places(run: RowRun) -> tuple[int, ...]:
+    """Return the number of queries, and where the last range of keys lies from the first query on."""
+    first = run.queries.start
+    return run.queries.stop - first, _length(run.keys), *(end - first for end in run.keys[-1])
 
 
 def _length(keys: tuple[KeyRange, ...]) -> int:
