@@ -14,9 +14,10 @@ import torch
 from foveate.core import engines
 from foveate.core.call import AttentionCall
 from foveate.core.engines import ENGINES, flex, fused, gather, machine, slices
-from foveate.core.engines.work import Work
+from foveate.core.engines.work import RULE, Work
 from foveate.core.errors import OptionError
 from foveate.core.selection import Blocks, Indices
+from foveate.core.window_selection import window
 from tests.support.tensors import qkv
 
 
@@ -55,12 +56,14 @@ def test_work_is_counted_by_hand() -> None:
     q, k, v = torch.zeros(1, 2, 256, 5), torch.zeros(1, 1, 256, 5), torch.zeros(1, 1, 256, 3)
     call = AttentionCall(q, k, v, 1.0, None, False, Blocks(chosen, (128, 128), 256, 256))
     held = 128 * 128 + 128 * 256  # all heads read what any of them sees
-    assert slices.work(call) == Work(calls=2, products=2 * held * 8, copied=0, masked=2 * held)
+    # the mask of each run, and twice more since the selection is new
+    assert slices.work(call) == Work(calls=2, products=2 * held * 8, copied=0, masked=3 * 2 * held, planned=2)
     wide = replace(call, selected=replace(call.selected, blocks=chosen[:, :1]))
     assert slices.work(wide).masked == 0
     # one slab of two rows, as wide as the wider one
-    assert gather.work(call) == Work(calls=1, products=128 * 2 * 512 * 8, indexed=2 * 512 * 8, masked=2 * 512 * 128)
-    assert gather.work(wide) == Work(calls=1, products=128 * 2 * 512 * 8, copied=2 * 512 * 8, masked=512 * 128)
+    slab = Work(calls=1, products=128 * 2 * 512 * 8, planned=4)
+    assert gather.work(call) == slab._replace(indexed=2 * 512 * 8, masked=2 * 512 * 128)
+    assert gather.work(wide) == slab._replace(copied=2 * 512 * 8, masked=512 * 128)
     assert flex.work(call) == Work(calls=1, products=5 * 128 * 128 * 8, masked=8)
     dense = replace(call, selected=None)
     assert fused.work(dense) == Work(calls=1, products=2 * 256 * 256 * 8)
@@ -71,15 +74,32 @@ def test_ranges_that_lie_apart_are_copied() -> None:
     chosen = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
     x = torch.zeros(1, 2, 512, 4)
     call = AttentionCall(x, x, x, 1.0, None, False, Blocks(chosen[None, None], (128, 128), 512, 512))
-    assert slices.work(call).copied == 2 * 256 * 8
-    assert slices.work(replace(call, causal=True)).masked == slices.pairs(call.selected, True)
+    assert slices.work(call).copied == 2 * 256 * 8  # two heads, two tiles of 128, keys and values of four channels
+    same = 128 * 128  # the first two runs see their own tile, and share its mask
+    assert slices.work(replace(call, causal=True)).masked == 3 * slices.pairs(call.selected, True) - same
+
+
+def test_a_selection_that_comes_again_shares_masks_and_is_cut() -> None:
+    """Of a window the first two runs see less, and all others make one mask together."""
+    x, device = torch.zeros(1, 2, 1024, 4), torch.device("cpu")
+    banded = window(1024, 1024, 100, 0, device)
+    assert banded.comes_again
+    assert banded is window(1024, 1024, 100, 0, device)
+    call = AttentionCall(x, x, x, 1.0, None, True, banded)
+    first, other = 128 * 128, 128 * (128 + 99)
+    pairs = first + 7 * other
+    assert slices.work(call) == Work(calls=8, products=2 * pairs * 8, masked=RULE * (first + other))
+    fresh = replace(banded)
+    assert not fresh.comes_again
+    assert slices.work(replace(call, selected=fresh)).masked > 3 * pairs
+    assert slices.work(replace(call, selected=fresh)).planned == 8
 
 
 def test_lists_of_keys_are_counted() -> None:
     index = torch.zeros(1, 2, 4, 3, dtype=torch.long)
     x = torch.zeros(1, 2, 8, 4)
     call = AttentionCall(x, x, x, 1.0, None, False, Indices(index, 8, 8, group=2))
-    assert gather.work(call) == Work(calls=1, products=2 * 2 * 12 * 8, indexed=2 * 12 * 8, masked=2 * 12 * 2)
+    assert gather.work(call) == Work(1, products=2 * 2 * 12 * 8, indexed=2 * 12 * 8, masked=2 * 12 * 2, planned=8)
 
 
 # -- predictions -------------------------------------------------------------------------------------------------------
@@ -92,7 +112,7 @@ def test_seconds_are_amounts_by_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = engines.plan(replace(call, selected=None))
     assert plan.seconds == pytest.approx(1e-9 * fused.work(replace(call, selected=None)).products)
     assert "about" in str(plan)
-    assert Work(1, 2, 3, 4, 5).seconds(Work(1, 10, 100, 1000, 10000)) == 54321
+    assert Work(1, 2, 3, 4, 5, 6).seconds(Work(1, 10, 100, 1000, 10000, 100000)) == 654321
 
 
 def test_nothing_predicts_other_engines_devices_and_shapes_alone() -> None:

@@ -20,6 +20,7 @@ from foveate.core.engines.machine import Machine
 from foveate.core.engines.work import Work
 from foveate.core.errors import OptionError
 from foveate.core.selection import Blocks
+from foveate.core.window_selection import window
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: Runs of a call, of which the fastest counts: other processes only add time.
@@ -34,7 +35,7 @@ class Setting(NamedTuple):
         heads, kv_heads, width: Hq, Hkv, D.
         tile: queries and keys of a tile.
         keep: the share of tiles that are chosen.
-        form: "own" tiles for each head, drawn at random; "shared" ones; a "band" near the diagonal.
+        form: "own" tiles for each head, drawn at random; "shared" ones; a "band", which is a window.
         again: whether each run has the same selection, as of a window; others are chosen by content, anew in each call.
     """
 
@@ -58,6 +59,8 @@ SETTINGS = (
     Setting(512, 2, 2, 128, 64, 1 / 2, "band", again=True), Setting(256, 4, 4, 64, 16, 1 / 2, "own", again=True),
     Setting(512, 1, 1, 32, 16, 1 / 8, "shared"), Setting(512, 1, 1, 16, 16, 1 / 8, "own", again=True),
     Setting(4096, 1, 1, 16, 64, 1 / 32, "band", again=True), Setting(1024, 1, 1, 16, 64, 1 / 8, "own"),
+    Setting(8192, 8, 8, 64, 64, 1 / 64, "band", again=True), Setting(4096, 4, 4, 64, 64, 1 / 64, "own"),
+    Setting(8192, 2, 2, 64, 64, 1 / 8, "band", again=True), Setting(4096, 8, 2, 64, 64, 1 / 64, "shared"),
 )  # fmt: skip
 #: Two kernels are enough for the compiled engine; each is compiled once.
 COMPILED = tuple(Setting(length, heads, heads, 64, 64, keep, "own")
@@ -167,17 +170,24 @@ def _blocks(call: AttentionCall) -> Blocks:
 
 def made(setting: Setting, dtype: torch.dtype, backward: bool = False, dense: bool = False) -> AttentionCall:
     """Make a causal call of a setting; without a selection if `dense`."""
-    n, heads, kv_heads, width, tile, keep, form, again = setting
-    random, rows = torch.Generator().manual_seed(0), -(-n // tile)
-    near = (torch.arange(rows)[:, None] - torch.arange(rows)).abs()
-    chosen = torch.rand(1, heads if form == "own" else 1, rows, rows, generator=random) < keep
-    chosen = near[None, None] < max(1, keep * rows) if form == "band" else chosen | (near == 0)
+    n, heads, kv_heads, width, *_ = setting
+    random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, n, width, generator=random).to(dtype) for h in (heads, kv_heads, kv_heads))
     tensors: list[Tensor] = [x.requires_grad_(backward) for x in (q, k, v)]
-    selected = None if dense else Blocks(chosen, (tile, tile), n, n)
-    if selected is not None and again:
-        vars(selected)["_comes_again"] = True
+    selected = None if dense else _selection(setting, random)
     return AttentionCall(*tensors, scale=width**-0.5, causal=True, selected=selected)
+
+
+def _selection(setting: Setting, random: torch.Generator) -> Blocks:
+    n, rows = setting.length, -(-setting.length // setting.tile)
+    if setting.form == "band":
+        return window(n, n, max(1, round(setting.keep * n)), 0, torch.device("cpu"))
+    own = setting.heads if setting.form == "own" else 1
+    chosen = torch.rand(1, own, rows, rows, generator=random) < setting.keep
+    selected = Blocks(chosen | torch.eye(rows, dtype=torch.bool), (setting.tile, setting.tile), n, n)
+    if setting.again:
+        vars(selected)["_comes_again"] = True
+    return selected
 
 
 def fit(works: Sequence[Work], seconds: Sequence[float]) -> Work:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from foveate.core import masks
 from foveate.core.call import AttentionCall
 from foveate.core.engines import boxes, fused
-from foveate.core.engines.work import Work
+from foveate.core.engines.work import RULE, Work
 from foveate.core.neighborhoods import Neighborhoods
 from foveate.core.readable import known
 from foveate.core.selection import Blocks, Indices
@@ -41,6 +41,7 @@ def work(call: AttentionCall) -> Work | None:
     selection = call.selection
     if not isinstance(selection, Blocks | Indices):
         return None
+    has_rule = isinstance(selection, Blocks) and selection.rule is not None
     if call.causal and isinstance(selection, Blocks):
         selection = selection.without_future
     (b, hq, _, d), dv, tall = call.q.shape, call.v.shape[3], _tall(selection)
@@ -57,7 +58,8 @@ def work(call: AttentionCall) -> Work | None:
         products=tall * numbers,
         copied=numbers if is_shared else 0,
         indexed=0 if is_shared else numbers,
-        masked=chosen.shape[:2].numel() * read * tall,
+        masked=chosen.shape[:2].numel() * read * tall * (RULE if has_rule else 1),
+        planned=b * hq * chosen.shape[2],
     )
 
 

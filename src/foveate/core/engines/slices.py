@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from foveate.core import masks
 from foveate.core.call import AttentionCall
-from foveate.core.engines.work import Work
+from foveate.core.engines.work import RULE, Work
 from foveate.core.readable import known
 from foveate.core.selection import Blocks
 
@@ -77,11 +77,12 @@ def work(call: AttentionCall) -> Work:
     pairs = sum(map(_pairs, runs))
     masked = sum(map(_pairs, own)) + 2 * pairs * is_new
     hides = selection.rule is not None or selection.blocks.shape[1] > 1
+    passes = RULE if call.selection.rule is not None else int(hides)
     return Work(
         calls=len(runs),
         products=b * hq * pairs * (d + dv),
         copied=b * hkv * sum(_length(run.keys) for run in runs if len(run.keys) > 1) * (d + dv),
-        masked=masked * selection.blocks.shape[:2].numel() * hides,
+        masked=masked * selection.blocks.shape[:2].numel() * passes,
         planned=len(runs) * is_new,
     )
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+#: A selection's own rule is several comparisons; a mask that it makes counts as so many elements for each of its own.
+RULE = 3
+
 
 class Work(NamedTuple):
     """Amounts of work; or the seconds that one of each costs.
@@ -14,7 +17,8 @@ class Work(NamedTuple):
         copied: numbers of keys and values that are copied in rows that all heads share.
         indexed: numbers of keys and values that each head copies by an index of its own.
         masked: elements of masks that are made.
-        planned: runs of queries whose keys are worked out, for a selection that is new.
+        planned: runs of queries whose keys are worked out: rows of tiles of each head that gathers, and slices of a
+            selection that is new.
     """
 
     calls: float = 0.0
