@@ -21,6 +21,7 @@ if os.environ.get("FOVEATE_TYPECHECK"):  # before anything of foveate is importe
 
 from tests.support import claims
 
+os.environ.setdefault("FOVEATE_MACHINE", "shipped")  # which engine `auto` picks must not hang on a calibration
 torch.set_num_threads(1)  # tiny tensors on busy cores are several times slower with more
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from foveate.bench.loading.gguf import cache
+from foveate.core.cache_folder import cache
 from foveate.core.errors import FoveateError, UnsupportedModel, unknown
 
 Say = Callable[[str], None]

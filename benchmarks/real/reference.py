@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real.fetch import MODELS, fetch
-from foveate.bench.loading.gguf import cache
 from foveate.bench.policies import plan
 from foveate.bench.policies.run import run
 from foveate.cli.console import Bar
+from foveate.core.cache_folder import cache
 from foveate.core.errors import FoveateError
 from foveate.report import policies
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from foveate.bench.parts.memory import peak_bytes
 from foveate.core import engines, masks, oracle, precision
 from foveate.core.call import AttentionCall
-from foveate.core.engines import chunked, flex, gather, runs, slices
+from foveate.core.engines import chunked, flex, gather, machine, runs, slices
+from foveate.core.engines.work import Work
 from foveate.core.errors import ShapeError, UnknownKey, UnsupportedEngine
 from foveate.core.scoring import SOFTMAX, SoftmaxScoring, Tile
 from foveate.core.selection import Blocks, Indices, Selection
@@ -310,6 +311,13 @@ def by_head(n: int, heads: int = 4, tile: int = 64) -> AttentionCall:
     return AttentionCall(q, k, v, 1.0, None, True, Blocks(chosen, (tile, tile), n, n))
 
 
+def flex_machine() -> machine.Machine:
+    """Make a machine on which FlexAttention takes a thousandth of the time of gathering, and that one of slices."""
+    rates = {f"{name} float32 {way}": Work(products=cost) for way in ("forward", "backward")
+             for name, cost in (("slices", 1.0), ("gather", 1e-3), ("flex", 1e-6))}  # fmt: skip
+    return machine.Machine(rates)
+
+
 def test_auto_chooses_by_the_call() -> None:
     device = torch.device("cpu")
     banded = replace(plain(8192), selected=window(8192, 8192, 64, 0, device))
@@ -329,6 +337,7 @@ def test_auto_chooses_by_the_call() -> None:
 
 def test_flex_serves_repeated_long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call of another length may be of the same kind; plans and calls with gradients do not count."""
+    monkeypatch.setattr(machine, "current", flex_machine)
     monkeypatch.setattr(flex, "has_compiler", lambda: True)
     monkeypatch.setattr(engines, "LONG", 256)
     monkeypatch.setattr(engines, "_came", Counter())
@@ -473,6 +482,7 @@ def test_without_a_compiler_flex_is_skipped_with_one_warning(monkeypatch: pytest
 def repeated(monkeypatch: pytest.MonkeyPatch) -> AttentionCall:
     """Make a call that `auto` runs in FlexAttention."""
     problem = by_head(256)
+    monkeypatch.setattr(machine, "current", flex_machine)
     monkeypatch.setattr(flex, "has_compiler", lambda: True)
     monkeypatch.setattr(flex, "_failures", [])
     monkeypatch.setattr(engines, "LONG", 1)

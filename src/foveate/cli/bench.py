@@ -1,4 +1,4 @@
-"""`foveate bench`: comparisons of operators and of cache policies."""
+"""`foveate bench`: comparisons of operators and of cache policies, and the speed of this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foveate.cli import policies
+from foveate.cli import calibrate, policies, sparse
 from foveate.cli.console import Bar, show, what_is_kept
 from foveate.cli.options import Config, Fresh, Json
 
@@ -35,6 +35,8 @@ def _benches() -> None:
 
 
 app.command("policies")(policies.command)
+app.command("sparse")(sparse.command)
+app.command("calibrate")(calibrate.command)
 
 
 @app.command("recall")

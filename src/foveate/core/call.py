@@ -185,6 +185,9 @@ class Plan:
         bytes: least traffic: q, the output, and every key and value that is read, once each.
         why: the reason for the engine, in words.
         density: share of the visible pairs that are computed.
+        seconds: the predicted time of the engine on this machine, with the backward pass if the call wants gradients,
+            and without the choice of keys; None where nothing predicts it. `foveate bench calibrate` measures the
+            machine, and shipped rates predict without it.
     """
 
     engine: str
@@ -192,10 +195,12 @@ class Plan:
     bytes: int
     why: str
     density: float = 1.0
+    seconds: float | None = None
 
     def __str__(self) -> str:
         work = f"{self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB, density {self.density:.3g}"
-        return f"{self.engine}: {work} ({self.why})"
+        took = "" if self.seconds is None else f", about {1e3 * self.seconds:.3g} ms"
+        return f"{self.engine}: {work}{took} ({self.why})"
 
 
 def cost(call: AttentionCall, engine: str, why: str) -> Plan:

@@ -61,13 +61,17 @@ def has_shapes_alone(x: Tensor) -> bool:
 def remembered(make: Callable[..., T]) -> Callable[..., T]:
     """Cache a function whose results hold tensors; results of a graph that is being captured are never kept.
 
-    Cached tensors are made outside inference mode, so that a later call may need gradients.
+    A selection among them is told that it comes again, so that engines count on what it keeps for them. Cached tensors
+    are made outside inference mode, so that a later call may need gradients.
     """
 
     @lru_cache(maxsize=64)
     def kept(*args: Any) -> T:
         with torch.inference_mode(False):
-            return make(*args)
+            found = make(*args)
+        if hasattr(type(found), "comes_again"):
+            vars(found)["_comes_again"] = True
+        return found
 
     @wraps(make)
     def call(*args: Any) -> T:

@@ -125,6 +125,11 @@ class Blocks(Selection):
         )
 
     @property
+    def comes_again(self) -> bool:
+        """True if later calls have this very object, as those of static selections do; see `readable.remembered`."""
+        return "_comes_again" in self.__dict__
+
+    @property
     def without_future(self) -> Blocks:
         """`causal()`, cached since static selections are used again and again."""
         if torch.compiler.is_compiling():

@@ -60,8 +60,9 @@ class Axis(NamedTuple):
 
 
 def drawn(
-    lines: Sequence[Line], title: str, x_label: str, y_label: str, log_x: bool = False, log_y: bool = False
-) -> str:
+    lines: Sequence[Line], title: str, x_label: str, y_label: str, log_x: bool = False, log_y: bool = False,
+    dashed: str = "predicted",
+) -> str:  # fmt: skip
     """Draw curves with axes and a legend.
 
     Args:
@@ -69,6 +70,7 @@ def drawn(
         title: read out for those who do not see the drawing.
         x_label, y_label: the names of the axes.
         log_x, log_y: logarithmic axes.
+        dashed: the name of the predicted values in the legend.
     """
     x = _axis((value for line in lines for value in line.x), _LEFT, _WIDTH - _RIGHT, log_x)
     values = (value for line in lines for values in (line.y, line.predicted or ()) for value in values)
@@ -77,7 +79,7 @@ def drawn(
     for number, line in enumerate(lines):
         parts += _curve(line, number, x, y)
     height = _HEIGHT + _LEGEND * (len(lines) + any(line.predicted for line in lines)) + 10
-    parts += _legend(lines)
+    parts += _legend(lines, dashed)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
         f'role="img" aria-label="{_text(title)}" font-family="system-ui, sans-serif" font-size="12" '
@@ -142,7 +144,7 @@ def _path(points: Sequence[tuple[float, float]], colour: str, more: str) -> str:
     return f'<path d="M{steps}" fill="none" stroke="{colour}" stroke-width="1.8"{more}/>' if len(points) > 1 else ""
 
 
-def _legend(lines: Sequence[Line]) -> list[str]:
+def _legend(lines: Sequence[Line], dashed: str) -> list[str]:
     parts = []
     for number, line in enumerate(lines):
         colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
@@ -152,9 +154,9 @@ def _legend(lines: Sequence[Line]) -> list[str]:
         parts.append(f'<text x="{_LEFT + 34}" y="{at}" dy="4">{_text(line.name)}</text>')
     if any(line.predicted for line in lines):
         at = _HEIGHT + 8 + _LEGEND * len(lines)
-        dashed = 'stroke="currentColor" stroke-width="1.8" stroke-dasharray="6 5"'
-        parts.append(f'<path d="M{_LEFT} {at}h26" {dashed}/>')
-        parts.append(f'<text x="{_LEFT + 34}" y="{at}" dy="4">predicted</text>')
+        style = 'stroke="currentColor" stroke-width="1.8" stroke-dasharray="6 5"'
+        parts.append(f'<path d="M{_LEFT} {at}h26" {style}/>')
+        parts.append(f'<text x="{_LEFT + 34}" y="{at}" dy="4">{_text(dashed)}</text>')
     return parts
 
 

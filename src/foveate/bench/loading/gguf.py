@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from foveate.bench.loading.refusal import quiet, reading, refused, several
 from foveate.bench.loading.rope_scaling import apply_rope_scaling
 from foveate.bench.loading.source import Source
 from foveate.bench.loading.trial import check_words
+from foveate.core.cache_folder import cache
 
 _LAYOUT = "1"  # change it when older cached folders must not be read
 
@@ -55,18 +55,6 @@ def cached_folder(file: Path, dtype: torch.dtype) -> Path:
     facts = (file.resolve(), stat.st_size, stat.st_mtime_ns, dtype, transformers.__version__, _LAYOUT)
     digest = hashlib.sha256("|".join(map(str, facts)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return cache() / "gguf" / f"{file.stem}-{digest}"
-
-
-def cache() -> Path:
-    """Return the user's cache folder of Foveate."""
-    if named := os.environ.get("FOVEATE_CACHE"):
-        return Path(named).expanduser()
-    home = Path.home()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")) / "foveate"
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "foveate"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "foveate"
 
 
 def _local(source: Source) -> Path:

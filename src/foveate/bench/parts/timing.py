@@ -29,6 +29,17 @@ def threads() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def fixed_threads(count: int | None) -> Iterator[int]:
+    """Use so many torch threads; None leaves their number. Yield it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
 def free_cores() -> int:
     """Return the number of cores that this process may use and others leave free; at least one."""
     usable = _cores()

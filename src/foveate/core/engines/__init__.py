@@ -1,8 +1,9 @@
 """Six engines that compute an attention call, the choice among them, and the plan of its cost.
 
 `run(call, "auto")` picks an engine by the call's features, shape, device and dtype; `plan` returns the pick and the
-reason. An engine that the caller names and that cannot compute the call raises `UnsupportedEngine`; no other engine
-replaces it.
+reason. Among the engines for blocks on a CPU the pick is the one whose predicted time is least: the call's work at the
+machine's rates (`foveate.core.engines.machine`). An engine that the caller names and that cannot compute the call
+raises `UnsupportedEngine`; no other engine replaces it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import ModuleType
 from torch import Tensor
 
 from foveate.core.call import AttentionCall, Plan, cost
-from foveate.core.engines import chunked, flex, fused, gather, reference, slices
+from foveate.core.engines import chunked, flex, fused, gather, machine, reference, slices
 from foveate.core.errors import UnsupportedEngine, unknown
 from foveate.core.precision import multiplying
 from foveate.core.readable import has_shapes_alone
@@ -34,8 +35,6 @@ ENGINES: dict[str, ModuleType] = {
 LONG, OFTEN = 4096, 3
 #: Pairs of queries and keys above which the whole matrix is not worth its memory.
 WHOLE = 1 << 20
-#: Pairs that slices may hold for each chosen pair. Above it, gathering the chosen keys is cheaper.
-SPREAD = 1.5
 
 #: Count of long calls with blocks per head, by kind: FlexAttention may serve them.
 _came: Counter[tuple[object, ...]] = Counter()
@@ -46,7 +45,7 @@ def run(call: AttentionCall, engine: str = "auto") -> Tensor:
     name, _ = choose(call, engine)
     if call.is_empty:
         return call.q.new_zeros(*call.q.shape[:3], call.v.shape[-1])
-    if engine == "auto" and name in ("gather", "flex") and _may_repay(call):
+    if engine == "auto" and _may_repay(call) and (name != "slices" or _differs_by_head(call)):
         _count(call, name)
     if name in ("reference", "chunked"):
         return ENGINES[name].attend(_widened(call)).to(call.q.dtype)
@@ -85,7 +84,18 @@ def _guarded(call: AttentionCall, name: str) -> Tensor:
 
 def plan(call: AttentionCall, engine: str = "auto") -> Plan:
     """Return the engine that `run` would use, and the cost."""
-    return cost(call, *choose(call, engine))
+    name, why = choose(call, engine)
+    return replace(cost(call, name, why), seconds=seconds(call, name))
+
+
+def seconds(call: AttentionCall, engine: str) -> float | None:
+    """Return the predicted time of a call on an engine, as `Plan.seconds`."""
+    count = getattr(ENGINES[engine], "work", None)
+    if count is None or call.q.device.type != "cpu" or has_shapes_alone(call.q) or call.is_empty:
+        return None
+    rates = machine.current().rate(engine, call.q.dtype, call.wants_grad)
+    work = None if rates is None else count(call)
+    return None if rates is None or work is None else work.seconds(rates)
 
 
 def choose(call: AttentionCall, engine: str = "auto") -> tuple[str, str]:
@@ -119,14 +129,24 @@ def _sparse(call: AttentionCall) -> tuple[str, str]:
     if call.q.device.type != "cpu":
         reason = flex.refuses(call)
         return ("flex", "blocks, compiled") if reason is None else ("gather", f"chosen keys gathered: {reason}")
-    if call.n_queries < slices.FEW:
+    if call.n_queries < slices.FEW or call.is_empty:
         return "gather", "chosen keys gathered for a few queries"
-    held, chosen = slices.pairs(selection, call.causal), _chosen(selection, call.causal)
-    if held <= SPREAD * chosen:
-        return "slices", f"fused slices of keys, of which {chosen / max(held, 1):.0%} are chosen"
-    if _came[_kind(call)] >= OFTEN and _may_repay(call):
-        return "flex", f"blocks per head over {call.n_queries} queries, in a call of a kind that keeps coming back"
-    return "gather", f"chosen keys gathered: {_against_flex(call)}"
+    repeats = _came[_kind(call)] >= OFTEN and _may_repay(call)
+    names = ["slices", "gather", *(["flex"] if repeats else [])]
+    took = {name: found for name in names if (found := seconds(call, name)) is not None}
+    name = min(took, key=lambda each: took[each])
+    others = ", ".join(f"{each} {1e3 * took[each]:.3g} ms" for each in took if each != name)
+    return name, f"{_about(name, call, selection)}; {1e3 * took[name]:.3g} ms predicted, {others}"
+
+
+def _about(name: str, call: AttentionCall, selection: Blocks) -> str:
+    """Return how an engine computes blocks."""
+    if name == "slices":
+        held, chosen = slices.pairs(selection, call.causal), _chosen(selection, call.causal)
+        return f"fused slices of keys, of which {chosen / max(held, 1):.0%} are chosen"
+    if name == "flex":
+        return f"blocks per head over {call.n_queries} queries, in a call of a kind that keeps coming back"
+    return f"chosen keys gathered: {_against_flex(call)}"
 
 
 def _against_flex(call: AttentionCall) -> str:
@@ -144,6 +164,10 @@ def _may_repay(call: AttentionCall) -> bool:
     """Return True if compiled FlexAttention can serve this call on a CPU."""
     long = isinstance(call.selection, Blocks) and call.n_queries >= LONG
     return long and call.q.device.type == "cpu" and flex.refuses(call) is None
+
+
+def _differs_by_head(call: AttentionCall) -> bool:
+    return isinstance(call.selection, Blocks) and call.selection.blocks.shape[1] > 1
 
 
 def _kind(call: AttentionCall) -> tuple[object, ...]:

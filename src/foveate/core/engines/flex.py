@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core.call import AttentionCall
+from foveate.core.engines.work import Work
 from foveate.core.errors import UnsupportedEngine
 from foveate.core.selection import Blocks
 
@@ -67,6 +68,16 @@ def refuses(call: AttentionCall) -> str | None:
         if not has_compiler():
             return "there is no C++ compiler"
     return _failures[0] if _failures else None
+
+
+def work(call: AttentionCall) -> Work:
+    """Return the work of a call once it is compiled. Sorting a new selection's tiles counts as a mask of so many."""
+    selection = call.selection
+    assert isinstance(selection, Blocks)
+    blocks = (selection.without_future if call.causal else selection).blocks
+    (b, hq, _, d), dv = call.q.shape, call.v.shape[3]
+    pairs = float(blocks.sum()) / blocks.shape[:2].numel() * selection.size[0] * selection.size[1]
+    return Work(calls=1, products=b * hq * pairs * (d + dv), masked=0 if selection.comes_again else blocks.numel())
 
 
 def attend(call: AttentionCall) -> Tensor:

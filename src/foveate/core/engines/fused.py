@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from foveate.core import masks
 from foveate.core.call import AttentionCall
+from foveate.core.engines.work import Work
 from foveate.core.readable import known
 
 #: Most queries for which a group's queries go to the kernel as one head's. With one bf16 query, grouped heads are ten
@@ -21,6 +22,14 @@ def refuses(call: AttentionCall) -> str | None:
     if call.selection is not None:
         return "fused attends to every key and would waste the selection"
     return None
+
+
+def work(call: AttentionCall) -> Work:
+    """Return the work of a call."""
+    (b, hq, nq, d), nk, dv = call.q.shape, call.n_keys, call.v.shape[3]
+    hidden = nq * (nq - 1) // 2 if call.causal and call.mask is None and nq == nk else 0
+    is_masked = call.mask is not None or (call.causal and nq not in (1, nk))
+    return Work(calls=1, products=b * hq * (nq * nk - hidden) * (d + dv), masked=nq * nk if is_masked else 0)
 
 
 def attend(call: AttentionCall) -> Tensor:

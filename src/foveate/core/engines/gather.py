@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from foveate.core import masks
 from foveate.core.call import AttentionCall
 from foveate.core.engines import boxes, fused
+from foveate.core.engines.work import RULE, Work
 from foveate.core.neighborhoods import Neighborhoods
 from foveate.core.readable import known
 from foveate.core.selection import Blocks, Indices
@@ -33,6 +34,33 @@ def refuses(call: AttentionCall) -> str | None:
     if call.dropout:
         return "gather does not drop weights"
     return None
+
+
+def work(call: AttentionCall) -> Work | None:
+    """Return the work of a call; None for the cells of a grid, which come in boxes."""
+    selection = call.selection
+    if not isinstance(selection, Blocks | Indices):
+        return None
+    has_rule = isinstance(selection, Blocks) and selection.rule is not None
+    if call.causal and isinstance(selection, Blocks):
+        selection = selection.without_future
+    (b, hq, _, d), dv, tall = call.q.shape, call.v.shape[3], _tall(selection)
+    slabs = list(_slabs(call, selection))
+    if isinstance(selection, Blocks):
+        widths, chosen = selection.blocks.sum(-1).amax((0, 1)).tolist(), selection.blocks
+        read = selection.size[1] * sum((s.stop - s.start) * max(1, *widths[s]) for s in slabs)
+    else:
+        chosen = selection.indices
+        read = chosen.shape[2] * chosen.shape[3]
+    numbers, is_shared = b * hq * read * (d + dv), chosen.shape[:2] == (1, 1)
+    return Work(
+        calls=len(slabs),
+        products=tall * numbers,
+        copied=numbers if is_shared else 0,
+        indexed=0 if is_shared else numbers,
+        masked=chosen.shape[:2].numel() * read * tall * (RULE if has_rule else 1),
+        planned=b * hq * chosen.shape[2],
+    )
 
 
 def attend(call: AttentionCall) -> Tensor:

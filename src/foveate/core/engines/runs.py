@@ -62,11 +62,15 @@ def plan(selection: Blocks, are_alone: bool = False) -> list[Series]:
     name = "_alone" if are_alone else "_plan"
     found = selection.__dict__.get(name)
     if found is None:
-        runs = joined(selection, TALL) if are_alone else rows(selection)
-        runs = _with_shared(selection, runs)
+        runs = _with_shared(selection, joined(selection, TALL) if are_alone else rows(selection))
         found = [(run,) for run in runs] if are_alone else _in_series(runs, _slides)
         selection.__dict__[name] = found
     return found
+
+
+def untrimmed(selection: Blocks, are_alone: bool = False) -> list[Series]:
+    """Return what `plan` is likely to be, without asking which pairs count."""
+    return [(run,) for run in joined(selection, TALL)] if are_alone else _in_series(rows(selection), _shifts)
 
 
 def rows(selection: Blocks) -> list[RowRun]:

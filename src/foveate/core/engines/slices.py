@@ -1,7 +1,7 @@
 """Sparse attention by slices: the fused kernel on each run of query rows and on the ranges of keys that it sees.
 
 A run's keys are a view of the caller's if they form one range, as in a window; several ranges are copied together. Each
-head gets the keys that any head sees, and a bias hides the rest. `pairs` counts that overhead, and `auto` gathers
+head gets the keys that any head sees, and a bias hides the rest. `work` counts that overhead, and `auto` gathers
 instead if heads differ much. Nothing is compiled, and the backward pass works on every device.
 """
 
@@ -18,6 +18,7 @@ from foveate.core import masks
 from foveate.core.call import AttentionCall
 from foveate.core.engines import runs as planning
 from foveate.core.engines.runs import RowRun, Series
+from foveate.core.engines.work import RULE, Work
 from foveate.core.readable import known
 from foveate.core.selection import Blocks
 
@@ -40,12 +41,38 @@ def pairs(selection: Blocks, causal: bool) -> int:
     return sum(run.pairs for run in planning.rows(selection.without_future if causal else selection))
 
 
+def work(call: AttentionCall) -> Work:
+    """Return the work of a call.
+
+    A run whose keys lie around its queries as those of the run before shares its mask. For a selection that is new, the
+    ranges are not cut yet, and every mask is made twice more, to cut them and to compare it with the next.
+    """
+    assert isinstance(call.selection, Blocks)
+    selection = call.selection.without_future if call.causal else call.selection
+    (b, hq, _, d), hkv, dv = call.q.shape, call.k.shape[1], call.v.shape[3]
+    is_new = not call.selection.comes_again
+    series = planning.untrimmed(selection, _are_alone(call)) if is_new else planning.plan(selection, _are_alone(call))
+    runs = [run for each in series for run in each if run.keys]
+    places = [_places(run) for run in runs]
+    own = [run for run, place, before in zip(runs, places, [None, *places], strict=False) if place != before]
+    pairs = sum(run.pairs for run in runs)
+    masked = sum(run.pairs for run in own) + 2 * pairs * is_new
+    hides = selection.rule is not None or selection.blocks.shape[1] > 1
+    passes = RULE if call.selection.rule is not None else int(hides)
+    return Work(
+        calls=sum(bool(each[0].keys) for each in series),
+        products=b * hq * pairs * (d + dv),
+        copied=b * hkv * sum(planning.length(run.keys) for run in runs if len(run.keys) > 1) * (d + dv),
+        masked=masked * selection.blocks.shape[:2].numel() * passes,
+        planned=len(runs) * is_new,
+    )
+
+
 def attend(call: AttentionCall) -> Tensor:
     """Return the output `(B, Hq, Nq, Dv)`."""
     assert isinstance(call.selection, Blocks)
     selection = call.selection.without_future if call.causal else call.selection
-    # a mask differs from run to run, and the gradient of overlapping views costs more than a series saves
-    plan = planning.plan(selection, are_alone=call.mask is not None or call.wants_grad)
+    plan = planning.plan(selection, _are_alone(call))
     queries = call.q.split([series[-1].queries.stop - series[0].queries.start for series in plan], 2)
     alone = [series[0] for series in plan if len(series) == 1]
     keys, values = _Cut(call.k, alone, call.wants_grad), _Cut(call.v, alone, call.wants_grad)
@@ -64,6 +91,18 @@ def attend(call: AttentionCall) -> Tensor:
         )
         out.append(y if sees is None else torch.where(sees, y, 0.0))
     return torch.cat(out, 2)
+
+
+def _are_alone(call: AttentionCall) -> bool:
+    """Return whether no runs are joined to a series: a mask differs from run to run, and the gradient of overlapping
+    views costs more than a series saves."""
+    return call.mask is not None or call.wants_grad
+
+
+def _places(run: RowRun) -> tuple[int, ...]:
+    """Return the number of queries, and where the last range of keys lies from the first query on."""
+    first = run.queries.start
+    return run.queries.stop - first, planning.length(run.keys), *(end - first for end in run.keys[-1])
 
 
 def _slide(call: AttentionCall, q: Tensor, series: Series, added: Tensor | None, sees: Tensor | None) -> Tensor:
