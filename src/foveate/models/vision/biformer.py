@@ -5,16 +5,14 @@ BiFormer: Vision Transformer with Bi-Level Routing Attention (2023), arXiv 2303.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import ClassVar, Literal, Self, final
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError, shown
+from foveate.core.errors import OptionError, shown
 from foveate.models.base import network
 from foveate.nn.parts.blocks import GridStage, gelu_mlp
 from foveate.nn.parts.grid import DepthwiseConv, Size, to_map, to_tokens
@@ -28,7 +26,7 @@ _IMAGE = ((3, 224, 224),)
 
 
 @final
-class BiFormer(network.Network):
+class BiFormer(network.ImageNetwork):
     """A classifier from images `(B, channels, H, W)` to `(B, classes)`, of any side.
 
     Each stage begins with a convolution of stride 2 (the first one with two). A block is
@@ -108,28 +106,20 @@ class BiFormer(network.Network):
         self.norm, self.head = nn.BatchNorm2d(dims[-1]), nn.Linear(dims[-1], classes)
         self.apply(start_small)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != self.channels:
-            raise ShapeError(f"images must be (B, {self.channels}, H, W); got {shown(images)}")
+    def _maps(self, images: Tensor) -> Iterator[Tensor]:
         found = images
         for down, stage in zip(self.downs, self.stages, strict=True):
             found = down(found)
             size = found.shape[2], found.shape[3]
             found = to_map(stage(to_tokens(found), size), size)
-        return self.head(self.norm(found).mean((2, 3)))
+            yield found
+
+    def _classify(self, last: Tensor) -> Tensor:
+        return self.head(self.norm(last).mean((2, 3)))
 
     @classmethod
     def example(cls) -> Self:
         return cls((1, 2), (8, 16), channels=2, classes=5, topk=(2, None), n_win=3, head_dim=4, side_dwconv=3)
-
-    @classmethod
-    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
-        return (torch.randn(batch, 2, 24, 24, generator=torch.Generator().manual_seed(0)),)
-
-    @classmethod
-    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
-        (images,) = cls.example_inputs(batch)
-        return (images[..., :19, :23],), (images[..., :3, :],)
 
 
 @final
