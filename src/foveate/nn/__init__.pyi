@@ -148,6 +148,8 @@ from foveate.nn.vision.residual_attention import SoftMask as SoftMask
 from foveate.nn.vision.ulsam import ULSAM as ULSAM
 from foveate.nn.vision.vsa import TargetWindows as TargetWindows
 from foveate.nn.vision.vsa import VariedSizeWindowAttention as VariedSizeWindowAttention
+from foveate.nn.vision.wau import WindowAttentionDecoder as WindowAttentionDecoder
+from foveate.nn.vision.wau import WindowAttentionUpsample as WindowAttentionUpsample
 
 __all__ = [
     "ACMIL",
@@ -268,6 +270,8 @@ __all__ = [
     "VariedSizeWindowAttention",
     "VisualAttentionLSTM",
     "WindowAttention",
+    "WindowAttentionDecoder",
+    "WindowAttentionUpsample",
     "Windows",
     "acmil_loss",
     "allocate_queries",
