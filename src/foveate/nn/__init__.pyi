@@ -30,6 +30,9 @@ from foveate.nn.parts.build import create as create
 from foveate.nn.parts.cost import Cost as Cost
 from foveate.nn.parts.cost import cost as cost
 from foveate.nn.parts.ema import DampedEMA as DampedEMA
+from foveate.nn.parts.flat_windows import FlatGroups as FlatGroups
+from foveate.nn.parts.flat_windows import flat_groups as flat_groups
+from foveate.nn.parts.flat_windows import flat_window_order as flat_window_order
 from foveate.nn.parts.graph_attention import GraphAttention as GraphAttention
 from foveate.nn.parts.grid import DepthwiseConv as DepthwiseConv
 from foveate.nn.parts.grid import local_mass as local_mass
@@ -131,6 +134,9 @@ from foveate.nn.vision.dependency_vit import Tree as Tree
 from foveate.nn.vision.dependency_vit import dependency_tree as dependency_tree
 from foveate.nn.vision.dependency_vit import prune as prune
 from foveate.nn.vision.efficient_attention_2d import EfficientAttention2d as EfficientAttention2d
+from foveate.nn.vision.flatformer import FlatFormer as FlatFormer
+from foveate.nn.vision.flatformer import FlatFormerBlock as FlatFormerBlock
+from foveate.nn.vision.flatformer import pillar_map as pillar_map
 from foveate.nn.vision.halo import HaloAttention as HaloAttention
 from foveate.nn.vision.hilo import HiLoAttention as HiLoAttention
 from foveate.nn.vision.inline_attention import InLineAttention as InLineAttention
@@ -182,6 +188,9 @@ __all__ = [
     "Encoded",
     "EncodedSource",
     "FeatureGate",
+    "FlatFormer",
+    "FlatFormerBlock",
+    "FlatGroups",
     "Fusion",
     "GatedBranches",
     "GatedMLP",
@@ -284,6 +293,8 @@ __all__ = [
     "create",
     "dependency_tree",
     "doubly_stochastic_penalty",
+    "flat_groups",
+    "flat_window_order",
     "importance_factor",
     "influence",
     "injectivity_probe",
@@ -293,6 +304,7 @@ __all__ = [
     "mha_to_gqa",
     "mhe_param_count",
     "moh_gates",
+    "pillar_map",
     "pointer_loss",
     "pointer_scores",
     "prune",
