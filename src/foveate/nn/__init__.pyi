@@ -148,6 +148,8 @@ from foveate.nn.vision.l2vit import LocalConcentration as LocalConcentration
 from foveate.nn.vision.l2vit import LocalWindowBlock as LocalWindowBlock
 from foveate.nn.vision.l2vit import concentration as concentration
 from foveate.nn.vision.l2vit import influence as influence
+from foveate.nn.vision.maformer import GlobalDownsampling as GlobalDownsampling
+from foveate.nn.vision.maformer import MAFBlock as MAFBlock
 from foveate.nn.vision.residual_attention import ResidualAttentionModule as ResidualAttentionModule
 from foveate.nn.vision.residual_attention import ResidualUnit as ResidualUnit
 from foveate.nn.vision.residual_attention import SoftMask as SoftMask
@@ -198,6 +200,7 @@ __all__ = [
     "GaussianBlock",
     "GaussianGate",
     "Generated",
+    "GlobalDownsampling",
     "GlobalSubsampledAttention",
     "GraphAttention",
     "HaloAttention",
@@ -224,6 +227,7 @@ __all__ = [
     "Looked",
     "LuongDecoder",
     "MAB",
+    "MAFBlock",
     "MDLRPE",
     "MDTPE",
     "Made",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from foveate.core.checked import Checked
 from foveate.core.errors import ShapeError, shown, unknown
 from foveate.nn.parts import released as released_parameters
-from foveate.nn.parts.grid import to_tokens
+from foveate.nn.parts.grid import to_map, to_tokens
 
 
 @dataclass(frozen=True)
@@ -164,3 +164,13 @@ class ImageNetwork(Network):
     def _classify(self, last: Float[Tensor, "b d h2 w2"]) -> Float[Tensor, "b k"]:
         """Return the classes' scores of the last map."""
         return self.head(self.norm(to_tokens(last)).mean(1))
+
+
+def pyramid(images: Float[Tensor, "b c h w"], downs: nn.ModuleList, stages: nn.ModuleList) -> Iterator[Tensor]:
+    """Make the maps of stages on tokens; a module of `downs` makes the map smaller before each of them."""
+    found = images
+    for down, stage in zip(downs, stages, strict=True):
+        found = down(found)
+        size = found.shape[2], found.shape[3]
+        found = to_map(stage(to_tokens(found), size), size)
+        yield found

@@ -15,9 +15,10 @@ from foveate.core import validate
 from foveate.core.errors import OptionError, shown
 from foveate.models.base import network
 from foveate.nn.parts.blocks import GridStage, gelu_mlp
-from foveate.nn.parts.grid import DepthwiseConv, Size, to_map, to_tokens
+from foveate.nn.parts.grid import DepthwiseConv, Size
 from foveate.nn.parts.heads import merge, split
 from foveate.nn.parts.linear_maps import start_small
+from foveate.nn.parts.spatial import halving, quartering
 from foveate.nn.vision.biformer import BiLevelRoutingAttention
 from foveate.ops.dense.softmax import Softmax
 
@@ -98,7 +99,7 @@ class BiFormer(network.ImageNetwork):
                 scale=(dim if scale == "width" else head_dim) ** -0.5,
             )  # fmt: skip
 
-        self.downs = nn.ModuleList([_stem(channels, dims[0]), *(nn.Sequential(*_halving(*p)) for p in pairwise(dims))])
+        self.downs = nn.ModuleList([quartering(channels, dims[0]), *(halving(*pair) for pair in pairwise(dims))])
         self.stages = nn.ModuleList(
             GridStage(_Block(attention(dim, regions), dim, mlp_ratio) for _ in range(depth))
             for depth, dim, regions in zip(depths, dims, topk, strict=True)
@@ -107,12 +108,7 @@ class BiFormer(network.ImageNetwork):
         self.apply(start_small)
 
     def _maps(self, images: Tensor) -> Iterator[Tensor]:
-        found = images
-        for down, stage in zip(self.downs, self.stages, strict=True):
-            found = down(found)
-            size = found.shape[2], found.shape[3]
-            found = to_map(stage(to_tokens(found), size), size)
-            yield found
+        return network.pyramid(images, self.downs, self.stages)
 
     def _classify(self, last: Tensor) -> Tensor:
         return self.head(self.norm(last).mean((2, 3)))
@@ -153,12 +149,3 @@ class _WholeMap(nn.Module):
     def forward(self, x: Tensor, size: Size) -> Tensor:
         out = merge(self.op(*(split(part, self.HEADS) for part in self.qkv(x).chunk(3, -1))))
         return self.out(out if self.local is None else out + self.local(x, size))
-
-
-def _halving(channels: int, dim: int) -> list[nn.Module]:
-    return [nn.Conv2d(channels, dim, 3, stride=2, padding=1), nn.BatchNorm2d(dim)]
-
-
-def _stem(channels: int, dim: int) -> nn.Sequential:
-    middle = max(1, dim // 2)
-    return nn.Sequential(*_halving(channels, middle), nn.GELU(), *_halving(middle, dim))

@@ -17,6 +17,7 @@ from foveate.models.base import network
 from foveate.nn.base.layer import Layer
 from foveate.nn.parts.blocks import GridStage
 from foveate.nn.parts.grid import Size, filled, to_map, to_tokens
+from foveate.nn.parts.spatial import quartering
 from foveate.nn.vision.l2vit import LinearGlobalBlock, LocalWindowBlock
 
 _SOURCE = "the paper's table of ImageNet results, in millions"
@@ -104,10 +105,7 @@ class L2ViT(network.ImageNetwork):
 def _stem(channels: int, dim: int, patch: int) -> nn.Module:
     if patch != 4:
         return nn.Conv2d(channels, dim, patch, stride=patch)
-    return nn.Sequential(
-        nn.Conv2d(channels, dim // 2, 3, stride=2, padding=1), nn.BatchNorm2d(dim // 2), nn.ReLU(),
-        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1), nn.BatchNorm2d(dim),
-    )  # fmt: skip
+    return quartering(channels, dim, nn.ReLU)
 
 
 @final
