@@ -20,6 +20,7 @@ from foveate.nn.sequence.interacting import InteractingLayer
 from foveate.nn.sequence.neural_memory import NeuralMemory
 from foveate.nn.sequence.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from foveate.nn.vision.crossformer import LongShortAttention
+from foveate.nn.vision.maformer import MAFBlock
 from foveate.ops.operator import MaskKind, Pattern
 
 DIM, HEADS, BATCH, LENGTH, MEMORY = 16, 4, 2, 12, 9
@@ -35,7 +36,7 @@ EXTRA: dict[str, type[Layer]] = {
     "titans-memory": NeuralMemory, "titans-gate": MemoryAsGate, "titans-layer": MemoryAsLayer,
     "titans-context": MemoryAsContext, "aaren": AarenLayer, "autoint": InteractingLayer, "based-conv": GatedConv,
     "based-window": CausalWindowAttention, "zoology-conv": BaseConv, "zoology-chosen": ChosenAttention,
-    "crossformer": LongShortAttention,
+    "crossformer": LongShortAttention, "maformer": MAFBlock,
 }  # fmt: skip
 SYSTEMS |= EXTRA
 

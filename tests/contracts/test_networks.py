@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.catalog import systems
-from foveate.core.errors import FoveateError, OptionError, UnknownKey
+from foveate.core.errors import FoveateError, OptionError, ShapeError, UnknownKey
 from foveate.models import Network
+from foveate.models.base.network import ImageNetwork
 from foveate.nn.parts.cost import cost
 from tests.contracts.networks import (
     BATCH,
@@ -85,6 +86,23 @@ def test_every_input_has_an_effect(name: str) -> None:
         other = list(given)
         other[index] = x.roll(1, 0) if CLASSES[name].batched or x.is_floating_point() else x[:, : x.shape[1] // 2]
         assert (net(*other) - out).abs().max() > 1e-6, f"input {index}"
+
+
+@networks(lambda cls: issubclass(cls, ImageNetwork))
+def test_features_are_the_maps_of_the_stages(name: str) -> None:
+    """The sides of maps fall, examples stay apart, and the output is a function of the last map alone."""
+    net, (images,) = example(name), inputs(name)
+    assert isinstance(net, ImageNetwork)
+    maps = net.features(images)
+    sides = [each.shape[2:] for each in maps]
+    assert len(maps) > 1 and all(each.shape[0] == BATCH for each in maps)
+    assert sides == sorted(sides, reverse=True) and len(set(sides)) == len(sides)
+    assert torch.equal(net._classify(maps[-1]), net(images))
+    for alone, each in zip(net.features(images[1:2]), maps, strict=True):
+        assert_near(alone, each[1:2], 1e-10)
+    for wrong in (images[0], images[:, :1], images.tolist()):
+        with pytest.raises(ShapeError, match=r"images must be \(B, 2, H, W\); got"):
+            net.features(wrong)
 
 
 # -- gradients, numbers, state -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""BiFormer, CrossFormer and VSA against their releases, as recorded by `vision_releases_record.py`."""
+"""BiFormer, CrossFormer, VSA and FlatFormer against their releases, as recorded by `vision_releases_record.py`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from foveate.models.vision.biformer import BiFormer
 from foveate.models.vision.crossformer import CrossFormer
 from foveate.nn.parts.blocks import Block, gelu_mlp
+from foveate.nn.parts.flat_windows import flat_window_order
 from foveate.nn.vision.biformer import BiLevelRoutingAttention
 from foveate.nn.vision.crossformer import LongShortAttention
+from foveate.nn.vision.flatformer import ORDERS, FlatFormer
 from foveate.nn.vision.vsa import VariedSizeWindowAttention
 from tests.parity.speechbrain_record import parameters
-from tests.parity.vision_releases_record import BLOCKS, DIM, HEADS, ROUTED, VARIED, images, maps
+from tests.parity.vision_releases_record import BLOCKS, CLOUDS, DIM, HEADS, ROUTED, VARIED, cloud, images, maps
 from tests.support.tensors import assert_near
 
 
@@ -124,3 +126,18 @@ def test_varied_size_windows(index: int) -> None:
     )  # fmt: skip
     out = layer(tokens(size), size=size)
     assert_near(out, torch.tensor(record["outs"][index], dtype=torch.float64), 1e-5)  # theirs has places in float32
+
+
+# -- FlatFormer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", range(len(CLOUDS)))
+def test_flattened_windows(index: int) -> None:
+    """Orders are the release's, cell by cell, and so are the outputs of eight layers."""
+    record, (counts, window) = recorded("flatformer"), CLOUDS[index]
+    x, coords = cloud(counts)
+    orders = [flat_window_order(coords, window, axis, shift).tolist() for axis, shift in ORDERS]
+    assert orders == record["orders"][index]
+    net = FlatFormer(DIM, HEADS, 2, window, 16).double()
+    net.load_released(released(record["parameters"]))
+    assert_near(net(x, coords), torch.tensor(record["outs"][index], dtype=torch.float64), 1e-5)  # places in float32

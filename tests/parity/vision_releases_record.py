@@ -1,4 +1,4 @@
-"""Records what the releases of BiFormer, CrossFormer and VSA make of a few maps: three files of this folder.
+"""Records what the releases of BiFormer, CrossFormer, VSA and FlatFormer make of a few maps: four files of this folder.
 
 The releases are repositories, not packages, and ask for packages that their networks hardly use. By hand, from here,
 with the repositories cloned beside each other:
@@ -6,6 +6,7 @@ with the repositories cloned beside each other:
     git clone https://github.com/rayleizhu/BiFormer /tmp/releases/BiFormer
     git clone https://github.com/cheerss/CrossFormer /tmp/releases/CrossFormer
     git clone https://github.com/ViTAE-Transformer/ViTAE-VSA /tmp/releases/ViTAE-VSA
+    git clone https://github.com/mit-han-lab/flatformer /tmp/releases/flatformer
     PYTHONPATH=. .venv/bin/python tests/parity/vision_releases_record.py /tmp/releases
 
 Both sides make the same maps and the same parameters, from one generator.
@@ -14,6 +15,7 @@ Both sides make the same maps and the same parameters, from one generator.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import sys
@@ -37,6 +39,8 @@ BLOCKS = (
 )  # fmt: skip
 #: Sizes of maps for windows of 3 x 3.
 VARIED = ((6, 9), (5, 7), (4, 10))
+#: Cells of each sample of a cloud, and height and width of windows, for groups of 16.
+CLOUDS = (((61, 40), (4, 6)), ((48,), (5, 3)), ((33, 17, 64), (3, 3)))
 
 
 def images(channels: int, side: int) -> Tensor:
@@ -45,6 +49,14 @@ def images(channels: int, side: int) -> Tensor:
 
 def maps(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def cloud(counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Make vectors of 12 channels, and (sample, row, column) of their cells in a grid of 18 x 20."""
+    draw = torch.Generator().manual_seed(1)
+    cells = [torch.randperm(18 * 20, generator=draw)[:count] for count in counts]
+    coords = [torch.stack([torch.full_like(at, sample), at // 20, at % 20], 1) for sample, at in enumerate(cells)]
+    return maps(sum(counts), DIM), torch.cat(coords)
 
 
 def filled(module: nn.Module) -> nn.Module:
@@ -141,6 +153,53 @@ def vsa(folder: Path) -> dict[str, Any]:
     return {"parameters": shapes_of(layer), "outs": outs}
 
 
+def flatformer(folder: Path) -> dict[str, Any]:
+    provide("mmdet3d.models.builder", MIDDLE_ENCODERS=_Registry())
+    provide("mmdet3d.models.middle_encoders")
+    provide("mmcv.runner", auto_fp16=lambda **_: lambda call: call)
+    provide("flash_attn.flash_attn_interface", flash_attn_unpadded_qkvpacked_func=_packed_attention)
+    name = "mmdet3d.models.middle_encoders.flatformer"
+    path = folder / "mmdet3d" / "models" / "middle_encoders" / "flatformer.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.torch = _OnCPU()  # type: ignore[attr-defined]
+    orders, outs = [], []
+    for counts, (height, width) in CLOUDS:
+        net = filled(module.FlatFormer(DIM, HEADS, window_shape=(width, height, 1), group_size=16))
+        net.recover_bev = lambda x, *_: x
+        x, coords = cloud(counts)
+        given = torch.stack([coords[:, 0], torch.zeros(len(coords)).long(), coords[:, 1], coords[:, 2]], 1)
+        mapping = net.mapping(given, len(counts))
+        orders.append([mapping[each].tolist() for each in ("x", "x_shift", "y", "y_shift")])
+        outs.append(rounded(net(x, given, len(counts))))
+    return {"parameters": shapes_of(net), "orders": orders, "outs": outs}
+
+
+class _Registry:
+    """A registry of mmcv that keeps nothing."""
+
+    def register_module(self) -> Any:
+        return lambda cls: cls
+
+
+class _OnCPU:
+    """torch, with a CPU where the release names a GPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def arange(self, *ends: int, device: Any = None, **options: Any) -> Tensor:
+        return torch.arange(*ends, **options)
+
+
+def _packed_attention(qkv: Tensor, ends: Tensor, length: int, dropout: float) -> Tensor:
+    """FlashAttention's function for sequences of one length, `(tokens, 3, heads, width)`."""
+    q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)
+    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
 def main(folder: Path) -> None:
     provide("timm.models.layers", DropPath=DropPath, to_2tuple=_pair, trunc_normal_=nn.init.trunc_normal_)
     provide("timm.models", register_model=lambda make: make)
@@ -148,6 +207,7 @@ def main(folder: Path) -> None:
     provide("fairscale.nn.checkpoint", checkpoint_wrapper=lambda module: module)
     for name, make, place in (
         ("biformer", biformer, "BiFormer"), ("crossformer", crossformer, "CrossFormer"), ("vsa", vsa, "ViTAE-VSA"),
+        ("flatformer", flatformer, "flatformer"),
     ):  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             found = make(folder / place)

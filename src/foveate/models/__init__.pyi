@@ -39,6 +39,7 @@ from foveate.models.vision.crossformer import CrossFormer as CrossFormer
 from foveate.models.vision.dependency_vit import DependencyBlock as DependencyBlock
 from foveate.models.vision.dependency_vit import DependencyViT as DependencyViT
 from foveate.models.vision.l2vit import L2ViT as L2ViT
+from foveate.models.vision.maformer import MAFormer as MAFormer
 from foveate.models.vision.mambaout import GatedCNNBlock as GatedCNNBlock
 from foveate.models.vision.mambaout import MambaOut as MambaOut
 from foveate.models.vision.mambaout import block_flops as block_flops
@@ -74,6 +75,7 @@ __all__ = [
     "LRPE",
     "LevelScores",
     "MAC",
+    "MAFormer",
     "MambaOut",
     "Mixer",
     "Network",

@@ -30,6 +30,9 @@ from foveate.nn.parts.build import create as create
 from foveate.nn.parts.cost import Cost as Cost
 from foveate.nn.parts.cost import cost as cost
 from foveate.nn.parts.ema import DampedEMA as DampedEMA
+from foveate.nn.parts.flat_windows import FlatGroups as FlatGroups
+from foveate.nn.parts.flat_windows import flat_groups as flat_groups
+from foveate.nn.parts.flat_windows import flat_window_order as flat_window_order
 from foveate.nn.parts.graph_attention import GraphAttention as GraphAttention
 from foveate.nn.parts.grid import DepthwiseConv as DepthwiseConv
 from foveate.nn.parts.grid import local_mass as local_mass
@@ -131,6 +134,9 @@ from foveate.nn.vision.dependency_vit import Tree as Tree
 from foveate.nn.vision.dependency_vit import dependency_tree as dependency_tree
 from foveate.nn.vision.dependency_vit import prune as prune
 from foveate.nn.vision.efficient_attention_2d import EfficientAttention2d as EfficientAttention2d
+from foveate.nn.vision.flatformer import FlatFormer as FlatFormer
+from foveate.nn.vision.flatformer import FlatFormerBlock as FlatFormerBlock
+from foveate.nn.vision.flatformer import pillar_map as pillar_map
 from foveate.nn.vision.halo import HaloAttention as HaloAttention
 from foveate.nn.vision.hilo import HiLoAttention as HiLoAttention
 from foveate.nn.vision.inline_attention import InLineAttention as InLineAttention
@@ -142,12 +148,16 @@ from foveate.nn.vision.l2vit import LocalConcentration as LocalConcentration
 from foveate.nn.vision.l2vit import LocalWindowBlock as LocalWindowBlock
 from foveate.nn.vision.l2vit import concentration as concentration
 from foveate.nn.vision.l2vit import influence as influence
+from foveate.nn.vision.maformer import GlobalDownsampling as GlobalDownsampling
+from foveate.nn.vision.maformer import MAFBlock as MAFBlock
 from foveate.nn.vision.residual_attention import ResidualAttentionModule as ResidualAttentionModule
 from foveate.nn.vision.residual_attention import ResidualUnit as ResidualUnit
 from foveate.nn.vision.residual_attention import SoftMask as SoftMask
 from foveate.nn.vision.ulsam import ULSAM as ULSAM
 from foveate.nn.vision.vsa import TargetWindows as TargetWindows
 from foveate.nn.vision.vsa import VariedSizeWindowAttention as VariedSizeWindowAttention
+from foveate.nn.vision.wau import WindowAttentionDecoder as WindowAttentionDecoder
+from foveate.nn.vision.wau import WindowAttentionUpsample as WindowAttentionUpsample
 
 __all__ = [
     "ACMIL",
@@ -180,6 +190,9 @@ __all__ = [
     "Encoded",
     "EncodedSource",
     "FeatureGate",
+    "FlatFormer",
+    "FlatFormerBlock",
+    "FlatGroups",
     "Fusion",
     "GatedBranches",
     "GatedMLP",
@@ -187,6 +200,7 @@ __all__ = [
     "GaussianBlock",
     "GaussianGate",
     "Generated",
+    "GlobalDownsampling",
     "GlobalSubsampledAttention",
     "GraphAttention",
     "HaloAttention",
@@ -213,6 +227,7 @@ __all__ = [
     "Looked",
     "LuongDecoder",
     "MAB",
+    "MAFBlock",
     "MDLRPE",
     "MDTPE",
     "Made",
@@ -268,6 +283,8 @@ __all__ = [
     "VariedSizeWindowAttention",
     "VisualAttentionLSTM",
     "WindowAttention",
+    "WindowAttentionDecoder",
+    "WindowAttentionUpsample",
     "Windows",
     "acmil_loss",
     "allocate_queries",
@@ -280,6 +297,8 @@ __all__ = [
     "create",
     "dependency_tree",
     "doubly_stochastic_penalty",
+    "flat_groups",
+    "flat_window_order",
     "importance_factor",
     "influence",
     "injectivity_probe",
@@ -289,6 +308,7 @@ __all__ = [
     "mha_to_gqa",
     "mhe_param_count",
     "moh_gates",
+    "pillar_map",
     "pointer_loss",
     "pointer_scores",
     "prune",

@@ -206,7 +206,7 @@ def test_bad_networks(options: dict, message: str) -> None:
 def test_an_unknown_size_is_refused() -> None:
     with pytest.raises(UnknownKey, match='unknown size of MambaOut "huge"; known: base, femto, kobe, small, tiny'):
         MambaOut("huge")
-    with pytest.raises(ShapeError, match=r"images must be \(B, 2, H, W\); got \(1, 3, 8, 8\)"):
+    with pytest.raises(ShapeError, match=r"images must be \(B, 2, H, W\); got Tensor \(1, 3, 8, 8\) float32"):
         small()(torch.zeros(1, 3, 8, 8))
 
 

@@ -408,7 +408,7 @@ def test_bad_networks() -> None:
             L2ViT(**{"depths": (1, 1), "dims": (8, 8), "heads": (2, 2), **options})
     with pytest.raises(UnknownKey, match='unknown size of L2ViT "tinny"; did you mean "tiny"'):
         L2ViT.of_size("tinny")
-    with pytest.raises(ShapeError, match=r"images must be \(B, 2, H, W\); got \(1, 3, 8, 8\)"):
+    with pytest.raises(ShapeError, match=r"images must be \(B, 2, H, W\); got Tensor \(1, 3, 8, 8\) float32"):
         small()(torch.zeros(1, 3, 8, 8))
 
 

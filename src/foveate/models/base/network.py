@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core.checked import Checked
-from foveate.core.errors import unknown
+from foveate.core.errors import ShapeError, shown, unknown
 from foveate.nn.parts import released as released_parameters
+from foveate.nn.parts.grid import to_map, to_tokens
 
 
 @dataclass(frozen=True)
@@ -113,3 +115,62 @@ class TextNetwork(Network):
     def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
         (tokens,) = cls.example_inputs(batch)
         return (tokens[:, :7],), (tokens[:, :1],)
+
+
+class ImageNetwork(Network):
+    """A classifier of images of any side, whose stages make smaller and smaller maps; its example has 2 channels.
+
+    Subclasses define `_maps`. They define `_classify` too if more than a norm and a linear map follow the last stage.
+
+    Attributes:
+        channels: number of the images' channels.
+        norm, head: the norm of the last map's tokens, and the linear map from their mean to the classes.
+        example_sides: heights and widths of images for tests; the first one is that of `example_inputs`.
+    """
+
+    channels: int
+    norm: nn.Module
+    head: nn.Module
+    example_sides: ClassVar[tuple[tuple[int, int], ...]] = ((24, 24), (19, 23), (3, 24))
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        return self._classify(self.features(images)[-1])
+
+    def features(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b d h2 w2"]]:
+        """Return the map of each stage, for detection or segmentation; most networks have 1/4 to 1/32 of the sides.
+
+        Raises:
+            ShapeError: images without four axes, or with another number of channels.
+        """
+        if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != self.channels:
+            raise ShapeError(f"images must be (B, {self.channels}, H, W); got {shown(images)}")
+        return list(self._maps(images))
+
+    @classmethod
+    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, 2, *cls.example_sides[0], generator=torch.Generator().manual_seed(0)),)
+
+    @classmethod
+    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
+        (images,) = cls.example_inputs(batch)
+        return tuple((images[..., :height, :width],) for height, width in cls.example_sides[1:])
+
+    # -- for subclasses ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _maps(self, images: Float[Tensor, "b c h w"]) -> Iterator[Tensor]:
+        """Make the map `(B, C, H, W)` of each stage, in order."""
+
+    def _classify(self, last: Float[Tensor, "b d h2 w2"]) -> Float[Tensor, "b k"]:
+        """Return the classes' scores of the last map."""
+        return self.head(self.norm(to_tokens(last)).mean(1))
+
+
+def pyramid(images: Float[Tensor, "b c h w"], downs: nn.ModuleList, stages: nn.ModuleList) -> Iterator[Tensor]:
+    """Make the maps of stages on tokens; a module of `downs` makes the map smaller before each of them."""
+    found = images
+    for down, stage in zip(downs, stages, strict=True):
+        found = down(found)
+        size = found.shape[2], found.shape[3]
+        found = to_map(stage(to_tokens(found), size), size)
+        yield found

@@ -5,21 +5,20 @@ BiFormer: Vision Transformer with Bi-Level Routing Attention (2023), arXiv 2303.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import ClassVar, Literal, Self, final
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError, shown
+from foveate.core.errors import OptionError, shown
 from foveate.models.base import network
 from foveate.nn.parts.blocks import GridStage, gelu_mlp
-from foveate.nn.parts.grid import DepthwiseConv, Size, to_map, to_tokens
+from foveate.nn.parts.grid import DepthwiseConv, Size
 from foveate.nn.parts.heads import merge, split
 from foveate.nn.parts.linear_maps import start_small
+from foveate.nn.parts.spatial import halving, quartering
 from foveate.nn.vision.biformer import BiLevelRoutingAttention
 from foveate.ops.dense.softmax import Softmax
 
@@ -28,7 +27,7 @@ _IMAGE = ((3, 224, 224),)
 
 
 @final
-class BiFormer(network.Network):
+class BiFormer(network.ImageNetwork):
     """A classifier from images `(B, channels, H, W)` to `(B, classes)`, of any side.
 
     Each stage begins with a convolution of stride 2 (the first one with two). A block is
@@ -100,7 +99,7 @@ class BiFormer(network.Network):
                 scale=(dim if scale == "width" else head_dim) ** -0.5,
             )  # fmt: skip
 
-        self.downs = nn.ModuleList([_stem(channels, dims[0]), *(nn.Sequential(*_halving(*p)) for p in pairwise(dims))])
+        self.downs = nn.ModuleList([quartering(channels, dims[0]), *(halving(*pair) for pair in pairwise(dims))])
         self.stages = nn.ModuleList(
             GridStage(_Block(attention(dim, regions), dim, mlp_ratio) for _ in range(depth))
             for depth, dim, regions in zip(depths, dims, topk, strict=True)
@@ -108,28 +107,15 @@ class BiFormer(network.Network):
         self.norm, self.head = nn.BatchNorm2d(dims[-1]), nn.Linear(dims[-1], classes)
         self.apply(start_small)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != self.channels:
-            raise ShapeError(f"images must be (B, {self.channels}, H, W); got {shown(images)}")
-        found = images
-        for down, stage in zip(self.downs, self.stages, strict=True):
-            found = down(found)
-            size = found.shape[2], found.shape[3]
-            found = to_map(stage(to_tokens(found), size), size)
-        return self.head(self.norm(found).mean((2, 3)))
+    def _maps(self, images: Tensor) -> Iterator[Tensor]:
+        return network.pyramid(images, self.downs, self.stages)
+
+    def _classify(self, last: Tensor) -> Tensor:
+        return self.head(self.norm(last).mean((2, 3)))
 
     @classmethod
     def example(cls) -> Self:
         return cls((1, 2), (8, 16), channels=2, classes=5, topk=(2, None), n_win=3, head_dim=4, side_dwconv=3)
-
-    @classmethod
-    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
-        return (torch.randn(batch, 2, 24, 24, generator=torch.Generator().manual_seed(0)),)
-
-    @classmethod
-    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
-        (images,) = cls.example_inputs(batch)
-        return (images[..., :19, :23],), (images[..., :3, :],)
 
 
 @final
@@ -163,12 +149,3 @@ class _WholeMap(nn.Module):
     def forward(self, x: Tensor, size: Size) -> Tensor:
         out = merge(self.op(*(split(part, self.HEADS) for part in self.qkv(x).chunk(3, -1))))
         return self.out(out if self.local is None else out + self.local(x, size))
-
-
-def _halving(channels: int, dim: int) -> list[nn.Module]:
-    return [nn.Conv2d(channels, dim, 3, stride=2, padding=1), nn.BatchNorm2d(dim)]
-
-
-def _stem(channels: int, dim: int) -> nn.Sequential:
-    middle = max(1, dim // 2)
-    return nn.Sequential(*_halving(channels, middle), nn.GELU(), *_halving(middle, dim))

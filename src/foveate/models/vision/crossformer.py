@@ -5,12 +5,10 @@ CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention (20
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import ClassVar, Literal, Self, final
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
@@ -26,7 +24,7 @@ _IMAGE = ((3, 224, 224),)
 
 
 @final
-class CrossFormer(network.Network):
+class CrossFormer(network.ImageNetwork):
     """A classifier from images `(B, channels, H, W)` to `(B, classes)`, of any side.
 
     A stage has blocks `x += LongShortAttention(LN(x));  x += MLP(LN(x))`, those with even numbers at short and those
@@ -100,6 +98,7 @@ class CrossFormer(network.Network):
         validate.count("classes", classes, 1)
         if not kernels:
             raise OptionError("kernels=() must hold at least one kernel's side")
+        self.channels = channels
         self.embed, self.embed_norm = CrossScaleEmbedding(channels, dims[0], kernels, kernels[0]), nn.LayerNorm(dims[0])
         self.merges = nn.ModuleList(_Merge(*pair, merge_kernels) for pair in pairwise(dims))
 
@@ -116,14 +115,14 @@ class CrossFormer(network.Network):
         self.norm, self.head = nn.LayerNorm(dims[-1]), nn.Linear(dims[-1], classes)
         self.apply(start_small)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+    def _maps(self, images: Tensor) -> Iterator[Tensor]:
         found = self.embed(images)
         x, size = self.embed_norm(to_tokens(found)), (found.shape[2], found.shape[3])
         for index, stage in enumerate(self.stages):
             if index:
                 x, size = self.merges[index - 1](x, size)
             x = stage(x, size)
-        return self.head(self.norm(x).mean(1))
+            yield to_map(x, size)
 
     @classmethod
     def example(cls) -> Self:
@@ -131,15 +130,6 @@ class CrossFormer(network.Network):
             (2, 1), (32, 64), (2, 4), channels=2, classes=5, group=3, intervals=(2, 1), kernels=(2, 4, 8),
             merge_kernels=(2, 4), mlp_ratio=1.0,
         )  # fmt: skip
-
-    @classmethod
-    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
-        return (torch.randn(batch, 2, 12, 12, generator=torch.Generator().manual_seed(0)),)
-
-    @classmethod
-    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
-        (images,) = cls.example_inputs(batch)
-        return (images[..., :9, :11],), (images[..., :3, :],)
 
 
 @final

@@ -5,27 +5,26 @@ The Linear Attention Resurrection in Vision Transformer (2025), arXiv 2501.16182
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import ClassVar, Literal, Self, final
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError
+from foveate.core.errors import OptionError
 from foveate.models.base import network
 from foveate.nn.base.layer import Layer
 from foveate.nn.parts.blocks import GridStage
 from foveate.nn.parts.grid import Size, filled, to_map, to_tokens
+from foveate.nn.parts.spatial import quartering
 from foveate.nn.vision.l2vit import LinearGlobalBlock, LocalWindowBlock
 
 _SOURCE = "the paper's table of ImageNet results, in millions"
 
 
 @final
-class L2ViT(network.Network):
+class L2ViT(network.ImageNetwork):
     """A classifier from `(B, channels, H, W)` to `(B, classes)`, at a cost linear in the number of pixels.
 
     In each stage, blocks with even numbers attend in windows, and blocks with odd numbers attend to the whole image.
@@ -89,38 +88,24 @@ class L2ViT(network.Network):
         self.norm, self.head = nn.LayerNorm(dims[-1]), nn.Linear(dims[-1], classes)
         self.apply(_initialise)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        if images.dim() != 4 or images.shape[1] != self.channels:
-            raise ShapeError(f"images must be (B, {self.channels}, H, W); got {tuple(images.shape)}")
+    def _maps(self, images: Tensor) -> Iterator[Tensor]:
         found = self.stem(filled(images, self.patch))
         x, size = self.stem_norm(to_tokens(found)), (found.shape[2], found.shape[3])
         for index, stage in enumerate(self.stages):
             if index:
                 x, size = self.downs[index - 1](x, size)
             x = stage(x, size)
-        return self.head(self.norm(x).mean(1))
+            yield to_map(x, size)
 
     @classmethod
     def example(cls) -> Self:
         return cls((1, 3), (8, 12), (2, 3), window=2, channels=2, classes=5, clamp=1.0, kernel=3)
 
-    @classmethod
-    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
-        return (torch.randn(batch, 2, 24, 24, generator=torch.Generator().manual_seed(0)),)
-
-    @classmethod
-    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
-        (images,) = cls.example_inputs(batch)
-        return (images[..., :13, :21],), (images[..., :3, :],)
-
 
 def _stem(channels: int, dim: int, patch: int) -> nn.Module:
     if patch != 4:
         return nn.Conv2d(channels, dim, patch, stride=patch)
-    return nn.Sequential(
-        nn.Conv2d(channels, dim // 2, 3, stride=2, padding=1), nn.BatchNorm2d(dim // 2), nn.ReLU(),
-        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1), nn.BatchNorm2d(dim),
-    )  # fmt: skip
+    return quartering(channels, dim, nn.ReLU)
 
 
 @final

@@ -6,6 +6,7 @@ MambaOut: Do We Really Need Mamba for Vision? (2024), arXiv 2405.07992.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import ClassVar, NamedTuple, Self, final
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import validate
-from foveate.core.errors import OptionError, ShapeError, unknown
-from foveate.models.base.network import Network, Size
+from foveate.core.errors import OptionError, unknown
+from foveate.models.base.network import ImageNetwork, Size
 from foveate.nn.base.layer import Layer
 
 #: Number of blocks and width of each stage.
@@ -96,7 +97,7 @@ def with_token_mixer(block: GatedCNNBlock, mixer: Layer | None, *, causal: bool 
 
 
 @final
-class MambaOut(Network):
+class MambaOut(ImageNetwork):
     """A classifier from `(B, channels, H, W)` to `(B, classes)`: stages of gated CNN blocks.
 
     The four stages of the paper's sizes work at 1/4, 1/8, 1/16 and 1/32 of the image's side. Parts have timm's names,
@@ -138,26 +139,18 @@ class MambaOut(Network):
         self.head = _Head(dims[-1], classes)
         self.apply(_initialise)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        if images.dim() != 4 or images.shape[1] != self.channels:
-            raise ShapeError(f"images must be (B, {self.channels}, H, W); got {tuple(images.shape)}")
+    def _maps(self, images: Tensor) -> Iterator[Tensor]:
         x = self.stem(images)
         for stage in self.stages:
             x = stage(x)
-        return self.head(x)
+            yield x.movedim(-1, 1)
+
+    def _classify(self, last: Tensor) -> Tensor:
+        return self.head(last.movedim(1, -1))
 
     @classmethod
     def example(cls) -> Self:
         return cls(depths=(1, 2), dims=(6, 10), channels=2, classes=5)
-
-    @classmethod
-    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
-        return (torch.randn(batch, 2, 16, 16, generator=torch.Generator().manual_seed(0)),)
-
-    @classmethod
-    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
-        (images,) = cls.example_inputs(batch)
-        return (images[..., :13, :9],), (images[..., :5, :],)
 
 
 @final

@@ -6,13 +6,11 @@ Twins: Revisiting the Design of Spatial Attention in Vision Transformers (2021),
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, Self, cast, final
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core import validate
@@ -33,7 +31,7 @@ def _size(options: dict[str, Any], millions: float, billions: float) -> network.
     return network.Size(options, 1e6 * millions, 1e9 * billions, ((3, 224, 224),), source)
 
 
-class _Twins(network.Network, ABC):
+class _Twins(network.ImageNetwork):
     """The common part: patches, blocks with a conditional position after the first one of each stage, and the head."""
 
     released_names: ClassVar = (
@@ -44,6 +42,7 @@ class _Twins(network.Network, ABC):
         (r"\.norm1\.", ".norm."), (r"\.norm2\.", ".mlp_norm."), (r"\.fc1\.", ".0."), (r"\.fc2\.", ".2."),
     )  # fmt: skip
     released_parts: ClassVar = ((r"\.qkv\.", (".q.", ".k.", ".v.")), (r"\.kv\.", (".k.", ".v.")))
+    example_sides: ClassVar = ((16, 24), (13, 21), (9, 24))
 
     def __init__(
         self, depths: Sequence[int], dims: Sequence[int], heads: Sequence[int], ratios: Sequence[int],
@@ -85,14 +84,8 @@ class _Twins(network.Network, ABC):
         padding: Literal["dropped", "hidden"] = "dropped" if self.variant == "release" else "hidden"
         return GlobalSubsampledAttention(dim, heads, ratio, padding=padding)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        return self.head(self.norm(to_tokens(self.features(images)[-1])).mean(1))
-
-    def features(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b d h2 w2"]]:
-        """Return the map of each stage, for detection or segmentation: at 1/4, 1/8, 1/16 and 1/32 of the sides."""
-        if images.dim() != 4 or images.shape[1] != self.channels:
-            raise ShapeError(f"images must be (B, {self.channels}, H, W); got {tuple(images.shape)}")
-        found, image = [], images
+    def _maps(self, images: Tensor) -> Iterator[Tensor]:
+        image = images
         for embed, position, stage in zip(self.embeds, self.positions, self.blocks, strict=True):
             x, size = embed(image)
             for place, block in enumerate(cast(nn.ModuleList, stage)):
@@ -100,17 +93,7 @@ class _Twins(network.Network, ABC):
                 if place == 0:
                     x = x + position(x, size)
             image = to_map(x, size)
-            found.append(image)
-        return found
-
-    @classmethod
-    def example_inputs(cls, batch: int) -> tuple[Tensor, ...]:
-        return (torch.randn(batch, 2, 16, 24, generator=torch.Generator().manual_seed(0)),)
-
-    @classmethod
-    def odd_inputs(cls, batch: int) -> tuple[tuple[Tensor, ...], ...]:
-        (images,) = cls.example_inputs(batch)
-        return (images[..., :13, :21],), (images[..., :9, :],)
+            yield image
 
 
 @final

@@ -37,12 +37,12 @@ class GatedMLP(nn.Module):
         return self.down(self.act(self.gate(x)) * self.up(x))
 
 
-def gelu_mlp(dim: int, ratio: float = 4.0) -> nn.Sequential:
+def gelu_mlp(dim: int, ratio: float = 4.0, *, bias: bool = True) -> nn.Sequential:
     """Make the plain MLP of transformers: linear, GELU, linear, with a hidden width of `ratio` times C."""
     validate.count("dim", dim, 1)
     validate.at_least("mlp_ratio", ratio, 1 / dim)
     hidden = int(ratio * dim)
-    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+    return nn.Sequential(nn.Linear(dim, hidden, bias), nn.GELU(), nn.Linear(hidden, dim, bias))
 
 
 def stacked(blocks: nn.ModuleList) -> list[Block]:

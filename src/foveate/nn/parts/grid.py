@@ -13,6 +13,20 @@ from foveate.core.errors import OptionError, ShapeError, shown
 Size = tuple[int, int]  # (H, W)
 
 
+def sides(option: str, value: int | Size) -> Size:
+    """Return the height and the width that one number for both, or two, say.
+
+    Raises:
+        OptionError: something else, or numbers below 1.
+    """
+    both = (value, value) if isinstance(value, int) else value
+    if not isinstance(both, tuple | list) or len(both) != 2:
+        raise OptionError(f"{option}={shown(value)} must be a whole number, or two of them: (H, W)")
+    for side in both:
+        validate.count(option, side, 1)
+    return both[0], both[1]
+
+
 def to_map(x: Float[Tensor, "b n c"], size: Size) -> Float[Tensor, "b c h w"]:
     """Reshape tokens, row by row, to an image."""
     return x.mT.unflatten(2, size)

@@ -1,8 +1,8 @@
-"""Convolutions, norms, pooling and resizing of feature maps with one, two or three spatial axes."""
+"""Convolutions, norms, pooling and resizing of feature maps with one, two or three spatial axes, and stems."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,6 +16,17 @@ BATCH_NORM: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = 
 
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def halving(channels: int, dim: int) -> nn.Sequential:
+    """Make a 3x3 convolution of stride 2 and a batch norm, for images."""
+    return nn.Sequential(nn.Conv2d(channels, dim, 3, stride=2, padding=1), nn.BatchNorm2d(dim))
+
+
+def quartering(channels: int, dim: int, act: Callable[[], nn.Module] = nn.GELU) -> nn.Sequential:
+    """Make two convolutions of stride 2 with batch norms, and an activation between them: the stem of a network."""
+    middle = max(1, dim // 2)
+    return nn.Sequential(*halving(channels, middle), act(), *halving(middle, dim))
 
 
 def around(x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b c *space"]:

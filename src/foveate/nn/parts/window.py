@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveate.core import validate
+from foveate.core import masks, validate
 from foveate.nn.base.layer import Layer
-from foveate.nn.parts.grid import Size
+from foveate.nn.parts.grid import Size, sides
 from foveate.nn.parts.multi_head import MultiHeadAttention
+from foveate.nn.parts.offsets import OffsetBias
 from foveate.ops.operator import Operator
 
 
@@ -93,6 +94,7 @@ class WindowAttention(Layer):
         bias, head_dim, out_dim, out_bias: see `MultiHeadAttention`.
         padding: "seen" attends to the zeros that fill up the last windows, as in most releases (a padded key is then
             the projection's bias); "hidden" masks them.
+        relative: True adds a learned bias for each head and each offset from key to query, as in Swin.
     """
 
     capabilities = replace(Layer.capabilities, patterns=frozenset({"self"}), masks=frozenset(), grid=True, growth="N")
@@ -100,24 +102,24 @@ class WindowAttention(Layer):
     def __init__(
         self, dim: int, heads: int, window: int | Size = 7, *, op: str | Operator = "softmax", bias: bool = True,
         padding: Literal["seen", "hidden"] = "seen", head_dim: int | None = None, out_dim: int | None = None,
-        out_bias: bool | None = None,
+        out_bias: bool | None = None, relative: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(dim, heads)
-        self.window: Size = (window, window) if isinstance(window, int) else window
-        for side in self.window:
-            validate.count("window", side, 1)
+        self.window = sides("window", window)
         validate.one_of("padding", padding, ("seen", "hidden"))
         self.padding = padding
+        self.bias = OffsetBias(heads, self.window) if relative else None
         self.attention = MultiHeadAttention(
             dim, heads, head_dim=head_dim, op=op, bias=bias, out_dim=out_dim, out_bias=out_bias
         )
 
     def _mix(self, x: Tensor, source: Tensor | None, mask: Tensor | None, causal: bool, **inputs: Any) -> Tensor:
         windows = Windows(inputs["size"], self.window)
-        seen = None
+        mask = None if self.bias is None else self.bias()[None]
         if self.padding == "hidden" and any(windows.padding):
-            seen = windows.real(x.device).repeat(x.shape[0], 1)[:, None, None]
-        return windows.merge(self.attention(windows.partition(x), mask=seen))
+            real = windows.real(x.device).repeat(x.shape[0], 1)[:, None, None]
+            mask = masks.combine(real, mask)
+        return windows.merge(self.attention(windows.partition(x), mask=mask))
 
     @classmethod
     def example(cls, dim: int, heads: int, length: int) -> Self:
