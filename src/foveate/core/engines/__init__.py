@@ -15,7 +15,7 @@ from types import ModuleType
 from torch import Tensor
 
 from foveate.core.call import AttentionCall, Plan, cost
-from foveate.core.engines import chunked, flex, fused, gather, reference, slices
+from foveate.core.engines import chunked, flex, fused, gather, reference, slices, tiles
 from foveate.core.errors import UnsupportedEngine, unknown
 from foveate.core.precision import multiplying
 from foveate.core.readable import has_shapes_alone
@@ -122,7 +122,7 @@ def _sparse(call: AttentionCall) -> tuple[str, str]:
     if call.n_queries < slices.FEW:
         return "gather", "chosen keys gathered for a few queries"
     held, chosen = slices.pairs(selection, call.causal), _chosen(selection, call.causal)
-    if held <= SPREAD * chosen:
+    if held <= SPREAD * chosen and not tiles.fits(call):
         return "slices", f"fused slices of keys, of which {chosen / max(held, 1):.0%} are chosen"
     if _came[_kind(call)] >= OFTEN and _may_repay(call):
         return "flex", f"blocks per head over {call.n_queries} queries, in a call of a kind that keeps coming back"
