@@ -126,6 +126,15 @@ def test_the_choice_by_hand(n_queries: int, n_keys: int, most: int | None) -> No
     assert kinds == {False, True}
 
 
+def test_budgets_are_whole_blocks_between_the_limits() -> None:
+    mass = torch.zeros(1, 2, 64)
+    mass[0, 0, ::2], mass[0, 1, :8] = 1 / 32, 1 / 8
+    for most, wanted in ((None, [3, 1]), (9, [2, 1])):
+        op = FlexPrefill(gamma=0.5, min_budget=8, max_budget=most, block=8)
+        assert op._blocks(mass)[0].tolist() == wanted
+    assert FlexPrefill(gamma=0.5, min_budget=17, block=8)._blocks(mass)[0].tolist() == [3, 3]
+
+
 # -- six planted heads -------------------------------------------------------------------------------------------------
 
 N, BLOCK, WIDTH = 1024, 32, 64

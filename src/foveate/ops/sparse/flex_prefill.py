@@ -78,9 +78,11 @@ class FlexPrefill(Selective):
         pooled = Mass(*(stripes.pooled(each, block) for each in mass))
         average = stripes.means(k, block).repeat_interleave(q.shape[1] // k.shape[1], 1)
         aware = self.distance(q, average, pooled.columns, scale) < self.tau
-        budgets = (self._blocks(each).masked_fill(aware, -(-self.min_budget // block)) for each in mass)
-        chosen = (stripes.largest(each, budget, 1) for each, budget in zip(pooled, budgets, strict=True))
-        tiles = stripes.tiles_of(*chosen, n_queries, n_keys, block)
+        columns, diagonals = (
+            stripes.largest(summed, self._blocks(each).masked_fill(aware, -(-self.min_budget // block)), 1)
+            for summed, each in zip(pooled, mass, strict=True)
+        )
+        tiles = stripes.tiles_of(columns, diagonals, n_queries, n_keys, block)
         if known(aware.any()) is not False:
             tiles = tiles | (self._by_query(q, average, n_keys, scale) & aware[..., None, None])
         return Blocks(tiles, (block, block), n_queries, n_keys)
@@ -96,8 +98,8 @@ class FlexPrefill(Selective):
         mean = q[:, :, -self.block :].mean(2, keepdim=True)
         guess = ((mean * scale) @ average.transpose(2, 3)).softmax(-1)[:, :, 0]
         middle = (guess + columns) / 2
-        halves = (torch.xlogy(p, p) - torch.xlogy(p, middle) for p in (guess, columns))
-        return (sum(half.sum(-1) for half in halves) / 2).clamp_min(0.0).sqrt()
+        one, other = (torch.xlogy(p, p) - torch.xlogy(p, middle) for p in (guess, columns))
+        return ((one + other).sum(-1) / 2).clamp_min(0.0).sqrt()
 
     def _is_dense(self, n_queries: int, n_keys: int) -> bool:
         return n_queries <= 2 * self.block or n_keys <= -(-self.min_budget // self.block) * self.block

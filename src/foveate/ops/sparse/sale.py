@@ -214,10 +214,7 @@ class Band(NamedTuple):
         The level rides along as one more channel, so that a tile only has to be searched for a number above 0.
         """
         rows = torch.cat([factors.queries[:, :, self.start : self.stop], -level[..., None]], -1)
-        short = self.padded - rows.shape[2]
-        rows = F.pad(rows, (0, 0, 0, short))
-        if short:
-            rows[:, :, -short:, -1] = -NEVER
+        rows = F.pad(rows, (0, 0, 0, self.padded - rows.shape[2]))  # zeros are above no level
         end = self.wide + self.far_count
         step = max(1, SLAB // max(1, rows.shape[:3].numel()) // self.wide) * self.wide
         found = [torch.zeros(*rows.shape[:2], self.padded // self.tall, 1, dtype=torch.bool, device=rows.device)]
