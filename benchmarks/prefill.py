@@ -1,7 +1,8 @@
 """Reading a long prompt: operators in the place of a pretrained decoder's attention, against its dense attention.
 
-The contenders read the same real text in turns. HiP takes its operator's settings at a sixteenth of the keys; of
-SeerAttention the gates are trained for a few steps, which is enough to choose blocks, not to choose them well. Printed
+The contenders read the same real text in turns. Operators take their settings at a sixteenth of the keys; SALE, which
+has none for a budget, its default threshold without calibration. Of SeerAttention the gates are trained for a few
+steps, which is enough to choose blocks, not to choose them well. Printed
 are the seconds of each, their ratio to dense attention in the same round, and the loss on the text's last tokens: a
 prefill that is fast and wrong is no saving. Where dense attention wins, the ratio is above 1.
 """
@@ -33,6 +34,7 @@ from foveate.tasks.parts.corpus import text
 from real.fetch import MODELS
 
 DENSE = "dense"
+CONTENDERS = ["hip", "vertical_slash", "flex_prefill", "sale", "seer_attention"]
 TAIL = 64  # tokens whose loss is measured
 
 
@@ -62,7 +64,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", help="folder or GGUF file; default: Qwen2.5-Coder 0.5B as `make real` keeps it")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384])
-    parser.add_argument("--contenders", nargs="+", default=["hip", "seer_attention"], help="operators and policies")
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, help="operators and policies")
     parser.add_argument("--budget", type=float, default=1 / 16, help="share of the keys that a query reads")
     parser.add_argument("--steps", type=int, default=10, help="training steps of SeerAttention's gates")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -55,6 +55,8 @@ from foveate.kv.recycled_attention import RecycledAttention as RecycledAttention
 from foveate.kv.recycled_attention import attention_overlap as attention_overlap
 from foveate.kv.renumbered import Renumbered as Renumbered
 from foveate.kv.rocketkv import RocketKV as RocketKV
+from foveate.kv.sale import sale_calibrate as sale_calibrate
+from foveate.kv.sale import sale_prefill as sale_prefill
 from foveate.kv.seer_attention import SeerAttention as SeerAttention
 from foveate.kv.seer_attention import seer_gates as seer_gates
 from foveate.kv.simlayerkv import SimLayerKV as SimLayerKV
@@ -138,6 +140,8 @@ __all__ = [
     "probe_query",
     "razor_heads",
     "reselection_losses",
+    "sale_calibrate",
+    "sale_prefill",
     "save_duo_pattern",
     "seer_gates",
     "soft_vote",

@@ -60,6 +60,7 @@ from foveate.ops.memory.titans import Titans as Titans
 from foveate.ops.operator import Capabilities as Capabilities
 from foveate.ops.operator import Gate as Gate
 from foveate.ops.operator import Operator as Operator
+from foveate.ops.sparse.flex_prefill import FlexPrefill as FlexPrefill
 from foveate.ops.sparse.fna import FNA as FNA
 from foveate.ops.sparse.fna import neighborhood_mask as neighborhood_mask
 from foveate.ops.sparse.gna import GNA as GNA
@@ -69,7 +70,9 @@ from foveate.ops.sparse.hip import HiP as HiP
 from foveate.ops.sparse.s2_attention import S2Attention as S2Attention
 from foveate.ops.sparse.s2_attention import is_kv_efficient as is_kv_efficient
 from foveate.ops.sparse.s2_attention import s2_mask as s2_mask
+from foveate.ops.sparse.sale import SALE as SALE
 from foveate.ops.sparse.sliding_window import SlidingWindow as SlidingWindow
+from foveate.ops.sparse.vertical_slash import VerticalSlash as VerticalSlash
 
 __all__ = [
     "Aaren",
@@ -81,6 +84,7 @@ __all__ = [
     "FNA",
     "FeatureMap",
     "FixedDecay",
+    "FlexPrefill",
     "Frame",
     "Framed",
     "FramedState",
@@ -111,6 +115,7 @@ __all__ = [
     "ReLULinear",
     "ReversedAttention",
     "S2Attention",
+    "SALE",
     "Scored",
     "Selective",
     "SelectiveSelfAttention",
@@ -124,6 +129,7 @@ __all__ = [
     "TaylorAttention",
     "Titans",
     "TokenTemperature",
+    "VerticalSlash",
     "alignment_error_rate",
     "attend",
     "cap_intersection",

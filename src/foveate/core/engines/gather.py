@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from foveate.core import masks
 from foveate.core.call import AttentionCall
-from foveate.core.engines import boxes, fused
+from foveate.core.engines import boxes, fused, tiles
 from foveate.core.engines.work import RULE, Work
 from foveate.core.neighborhoods import Neighborhoods
 from foveate.core.readable import known
@@ -41,6 +41,8 @@ def work(call: AttentionCall) -> Work | None:
     selection = call.selection
     if not isinstance(selection, Blocks | Indices):
         return None
+    if tiles.fits(call):
+        return tiles.work(call)
     has_rule = isinstance(selection, Blocks) and selection.rule is not None
     if call.causal and isinstance(selection, Blocks):
         selection = selection.without_future
@@ -71,6 +73,8 @@ def attend(call: AttentionCall) -> Tensor:
         return boxes.attend(call, selection) if boxes.fits(call) else _in_tiles(call, selection)
     if isinstance(selection, Indices) and _is_one_list(call, selection.own or selection):
         return _one_list(call, selection.own or selection)
+    if tiles.fits(call):
+        return tiles.attend(call)
     if call.causal and isinstance(selection, Blocks):
         selection = selection.causal()
     out = [_slab(call, call.q, selection, rows) for rows in _slabs(call, selection)]

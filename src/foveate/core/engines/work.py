@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 #: A selection's own rule is several comparisons; a mask that it makes counts as so many elements for each of its own.
 RULE = 3
+#: A row of tiles that is computed by itself, in a Python loop, counts as so many planned ones.
+LOOP = 12
 
 
 class Work(NamedTuple):

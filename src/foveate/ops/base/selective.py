@@ -23,16 +23,17 @@ class Selective(Cached):
     """
 
     @abstractmethod
-    def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
+    def select(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection | None:
         """Return the keys that each of `q (B, Hq, Nq, D)` sees among `k (B, Hkv, Nk, D)`, aligned at the last key.
 
-        With `causal` the selection may include the future, but it may not depend on it, except within a group of
-        `Capabilities.selection_group` queries. Keys that the caller's mask hides from every query arrive as zeros.
+        None is for calls in which choosing does not pay: every query sees every key. With `causal` the selection may
+        include the future, but it may not depend on it, except within a group of `Capabilities.selection_group`
+        queries. Keys that the caller's mask hides from every query arrive as zeros.
         """
 
     @final
     @torch.no_grad()
-    def selection(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection:
+    def selection(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Selection | None:
         """Call `select` without a gradient, since the choice of keys is not differentiated."""
         return self.select(q.detach(), k.detach(), causal, scale)
 
@@ -40,4 +41,4 @@ class Selective(Cached):
     def _prepared(self, call: AttentionCall) -> AttentionCall:
         k = masks.without_hidden(call.k, call.mask)
         chosen = self.selection(call.q, k, call.causal, call.scale)
-        return replace(call, selected=chosen.for_heads(call.q.shape[1]))
+        return replace(call, selected=None if chosen is None else chosen.for_heads(call.q.shape[1]))
