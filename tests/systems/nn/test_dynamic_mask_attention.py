@@ -143,6 +143,7 @@ def test_at_first_it_is_a_sliding_window_and_with_room_for_all_it_is_grouped_que
     x = torch.randn(2, 12, 32, generator=draw(), dtype=torch.float64)
     for keep, op in ((5, SlidingWindow(5, sinks=0)), (12, "softmax")):
         layer = made(keep)
+        assert not DynamicMaskAttention(32, 4, 2).a.any()
         nn.init.zeros_(layer.a)
         plain = MultiHeadAttention(32, 4, kv_heads=2, op=op, position=Rotary(), qk_norm=True).double()
         own = {name: p for name, p in layer.state_dict().items() if name.split(".")[0] not in ("a", "w")}
@@ -182,8 +183,10 @@ def test_importances_are_learnt_through_the_keys_that_are_seen() -> None:
         assert grad.any()
 
 
-def test_a_stream_holds_the_most_important_tokens_and_no_others() -> None:
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_stream_holds_the_most_important_tokens_and_no_others(ties: bool) -> None:
     layer, x = made(3), torch.randn(2, 40, 32, generator=draw(), dtype=torch.float64)
+    layer.a.data *= not ties
     whole, state, out = layer(x, causal=True), layer.init_state(2, dtype=torch.float64), []
     for t in range(40):
         y, state = layer.step(x[:, t : t + 1], state)

@@ -201,7 +201,60 @@ def test_decoding_after_the_prompt_is_the_whole_reading() -> None:
 
 
 @torch.no_grad()
-def test_it_generates_and_beams_agree_with_the_whole_reading() -> None:
+def test_only_the_prompt_is_read_under_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    called, attend = [], ModalityMutual.attend
+    monkeypatch.setattr(ModalityMutual, "attend", lambda self, site: (called.append(site.phase), attend(self, site))[1])
+    with apply(vision_model("llava"), ModalityMutual()) as run:
+        run.spans["question"] = torch.tensor(QUESTION)
+        vision_model("llava").generate(**prompt("llava", before=BEFORE, after=AFTER), max_new_tokens=4)
+    assert called == ["prefill"] * vision_model("llava").config.text_config.num_hidden_layers
+
+
+def spanned(**inputs: Any) -> Tensor:
+    """Logits of a text model whose tokens 6 to 8 stand for an image and whose tokens 10 to 12 ask about it."""
+    with torch.no_grad(), apply(model("llama"), ModalityMutual()) as run:
+        run.spans["image"], run.spans["question"] = torch.arange(6, 9), torch.arange(10, 13)
+        return model("llama")(**inputs).logits
+
+
+def bias_of(mask: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    return (torch.zeros(mask.shape) + bias).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+@torch.no_grad()
+def test_an_earlier_turn_stays_as_it_was_read() -> None:
+    ids, cache = tokens(2, 14), DynamicCache()
+    model("llama")(ids[:, :5], past_key_values=cache)
+    found = spanned(input_ids=ids[:, 5:], past_key_values=cache)
+    mask = modality_mutual_mask(14, [(6, 9)], (10, 13)).expand(2, -1, -1, -1)
+    assert_near(found, model("llama")(ids, attention_mask=bias_of(mask)).logits[:, 5:], 1e-5)
+
+
+@torch.no_grad()
+def test_padding_inside_a_span_stays_hidden() -> None:
+    ids, real = tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
+    real[0, 11:] = 0
+    mask = modality_mutual_mask(14, [(6, 9)], (10, 13), real == 0)
+    expected = model("llama")(ids, attention_mask=bias_of(mask)).logits
+    found = spanned(input_ids=ids, attention_mask=real)
+    assert_near(found[real.bool()], expected[real.bool()], 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("question", [(10, 13), (2, 5)])
+def test_a_bias_of_the_callers_own_is_kept(question: tuple[int, int]) -> None:
+    """Pairs that the method adds get a bias of 0; a question before the image is seen as it was, with its bias."""
+    ids, bias = tokens(2, 14), torch.randn(2, 1, 14, 14, generator=torch.Generator().manual_seed(0))
+    causal = masks.causal(14, 14).expand(2, 1, -1, -1)
+    mask = modality_mutual_mask(14, [(6, 9)], question).expand(2, -1, -1, -1)
+    expected = model("llama")(ids, attention_mask=bias_of(mask, bias * causal)).logits
+    with apply(model("llama"), ModalityMutual()) as run:
+        run.spans["image"], run.spans["question"] = torch.arange(6, 9), torch.arange(*question)
+        assert_near(model("llama")(ids, attention_mask=bias_of(causal, bias)).logits, expected, 1e-5)
+
+
+@torch.no_grad()
+def test_what_it_generates_is_that_of_whole_readings() -> None:
     inputs = prompt("llava", before=BEFORE, after=AFTER, padding=2)
     with apply(vision_model("llava"), ModalityMutual()) as run:
         run.spans["question"] = spans(2)["question"]

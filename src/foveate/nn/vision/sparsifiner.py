@@ -98,7 +98,8 @@ class SparsifinerAttention(Layer):
         OptionError: an option out of range.
 
     The release computes with whole masked matrices; here what is not chosen is not read. Its dropping of tokens by the
-    class token's attention is left out.
+    class token's attention is left out. On digits of 17 tokens the chosen keys hold half more of full attention than
+    random ones, but after the second phase a network with fixed random keys is as accurate.
     """
 
     capabilities = replace(Layer.capabilities, patterns=frozenset({"self"}), masks=frozenset())
