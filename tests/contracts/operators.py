@@ -20,6 +20,7 @@ from foveate.ops.dense.reversed_attention import ReversedAttention
 from foveate.ops.linear.inline import InLine
 from foveate.ops.linear.relu_linear import ReLULinear
 from foveate.ops.operator import MaskKind, Operator, Pattern
+from foveate.ops.sparse.dynamic_mask import ImportantKeys
 from tests.support.tensors import qkv
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
@@ -30,6 +31,7 @@ LENGTHS: dict[Pattern, tuple[int, int]] = {
 #: Operators inside layers of the catalogue: they have no row of their own, and keep the same contract.
 INSIDE: dict[str, type[Operator]] = {
     "inline": InLine, "relu_linear": ReLULinear, "reversed_attention": ReversedAttention,
+    "important_keys": ImportantKeys,
 }  # fmt: skip
 
 CLASSES: dict[str, type[Operator]] = {

@@ -29,6 +29,7 @@ from foveate.steer.vision.avisc import find_blind_tokens as find_blind_tokens
 from foveate.steer.vision.flowcut import FlowCut as FlowCut
 from foveate.steer.vision.flowcut import flowcut_score as flowcut_score
 from foveate.steer.vision.flowcut import prune_count as prune_count
+from foveate.steer.vision.modality_mutual import ModalityMutual as ModalityMutual
 
 __all__ = [
     "ActCalibration",
@@ -38,6 +39,7 @@ __all__ = [
     "DocumentPrompt",
     "FlowCut",
     "FreeSwim",
+    "ModalityMutual",
     "PromptFormat",
     "SortedDocuments",
     "StructuredDiffusion",

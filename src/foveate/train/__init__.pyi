@@ -8,6 +8,9 @@ from foveate.train.distillation.attention_mimicry import attention_entropy as at
 from foveate.train.distillation.attention_mimicry import distill as distill
 from foveate.train.distillation.attention_mimicry import distillation_loss as distillation_loss
 from foveate.train.distillation.attention_mimicry import monotonicity as monotonicity
+from foveate.train.distillation.sparsifiner_loss import SparsifinerReading as SparsifinerReading
+from foveate.train.distillation.sparsifiner_loss import recorded_maps as recorded_maps
+from foveate.train.distillation.sparsifiner_loss import sparsifiner_loss as sparsifiner_loss
 from foveate.train.init.mimetic_init import MimeticInit as MimeticInit
 from foveate.train.init.mimetic_init import Projections as Projections
 from foveate.train.init.mimetic_init import mimetic_init as mimetic_init
@@ -32,6 +35,8 @@ from foveate.train.loop.network import spec as spec
 from foveate.train.loop.network import training_task as training_task
 from foveate.train.loop.seeds import Spread as Spread
 from foveate.train.loop.seeds import Trainings as Trainings
+from foveate.train.loop.subsampled_attention import SubsampledAttention as SubsampledAttention
+from foveate.train.loop.subsampled_attention import self_ensemble as self_ensemble
 from foveate.train.loop.trainers import fit_objective as fit_objective
 from foveate.train.loop.trainers import lightning_module as lightning_module
 from foveate.train.loop.trainers import objective_trainer as objective_trainer
@@ -79,8 +84,10 @@ __all__ = [
     "Outcome",
     "Projections",
     "Schedule",
+    "SparsifinerReading",
     "Spread",
     "StateSpaceLayer",
+    "SubsampledAttention",
     "SupervisedContrastive",
     "TakesScoreBias",
     "Training",
@@ -112,8 +119,11 @@ __all__ = [
     "objective_trainer",
     "pretrain_embedder",
     "projections",
+    "recorded_maps",
     "relaxed",
     "save",
+    "self_ensemble",
+    "sparsifiner_loss",
     "spec",
     "state_spaces",
     "supcon_loss",

@@ -25,6 +25,9 @@ from foveate.ops.functional.geometry import Points as Points
 from foveate.ops.functional.geometry import rigid as rigid
 from foveate.ops.functional.geometry import wigner as wigner
 from foveate.ops.functional.linear_sde import Dynamics as Dynamics
+from foveate.ops.functional.modality_mutual import modality_mutual_mask as modality_mutual_mask
+from foveate.ops.functional.modality_mutual import modality_mutual_rule as modality_mutual_rule
+from foveate.ops.functional.modality_mutual import mutual_pairs as mutual_pairs
 from foveate.ops.functional.normalizers import DISTRIBUTIONS as DISTRIBUTIONS
 from foveate.ops.functional.normalizers import LocalWindow as LocalWindow
 from foveate.ops.functional.normalizers import argmax as argmax
@@ -43,6 +46,7 @@ from foveate.ops.functional.state_space import reversed_sigmoid as reversed_sigm
 from foveate.ops.functional.state_space import s6 as s6
 from foveate.ops.functional.state_space import softmax_taylor as softmax_taylor
 from foveate.ops.functional.state_space import ssd as ssd
+from foveate.ops.functional.subsampled import subsampled_attention as subsampled_attention
 from foveate.ops.functional.taylor import taylor_features as taylor_features
 from foveate.ops.functional.taylor import taylor_size as taylor_size
 
@@ -76,6 +80,9 @@ __all__ = [
     "entmax",
     "linear_recurrence",
     "make_alignment",
+    "modality_mutual_mask",
+    "modality_mutual_rule",
+    "mutual_pairs",
     "pair_score",
     "qlstm",
     "reversed_sigmoid",
@@ -89,6 +96,7 @@ __all__ = [
     "softmax_taylor",
     "sparsemax",
     "ssd",
+    "subsampled_attention",
     "taylor_features",
     "taylor_size",
     "wigner",

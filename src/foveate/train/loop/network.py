@@ -76,6 +76,7 @@ def required_options(key: str, *, heads: int, length: int, tokens: bool) -> dict
         "dual_attention_transformer": {"sensory_heads": heads - half, "relational_heads": half},
         "moh": {"shared_heads": heads - half, "routed_active": max(1, half // 2)},
         "key_driven_gqa": {"kv_heads": half if heads % half == 0 else 1},
+        "sparsifiner": {"num_tokens": length, "prefix": 0, "reduce_n": min(6, length)},
     }
     return sizes.get(key, {})
 
