@@ -14,7 +14,7 @@ import torch
 from foveate.core import engines
 from foveate.core.call import AttentionCall
 from foveate.core.engines import ENGINES, flex, fused, gather, machine, slices
-from foveate.core.engines.work import RULE, Work
+from foveate.core.engines.work import LOOP, RULE, Work
 from foveate.core.errors import OptionError
 from foveate.core.selection import Blocks, Indices
 from foveate.core.window_selection import window
@@ -62,7 +62,10 @@ def test_work_is_counted_by_hand() -> None:
     assert slices.work(wide).masked == 0
     # one slab of two rows, as wide as the wider one
     slab = Work(calls=1, products=128 * 2 * 512 * 8, planned=4)
-    assert gather.work(call) == slab._replace(indexed=2 * 512 * 8, masked=2 * 512 * 128)
+    learns = replace(call, q=q.clone().requires_grad_())
+    assert gather.work(learns) == slab._replace(indexed=2 * 512 * 8, masked=2 * 512 * 128)
+    # without gradients each row of each head copies and multiplies its own five tiles
+    assert gather.work(call) == Work(products=5 * 128 * 128 * 8, copied=5 * 128 * 8, planned=LOOP * 4)
     assert gather.work(wide) == slab._replace(copied=2 * 512 * 8, masked=512 * 128)
     assert flex.work(call) == Work(calls=1, products=5 * 128 * 128 * 8, masked=8)
     dense = replace(call, selected=None)

@@ -87,6 +87,7 @@ from foveate.nn.sequence.base_conv import BaseConv as BaseConv
 from foveate.nn.sequence.chosen_attention import ChosenAttention as ChosenAttention
 from foveate.nn.sequence.dual_attention_transformer import DualAttention as DualAttention
 from foveate.nn.sequence.dual_attention_transformer import SensoryHeads as SensoryHeads
+from foveate.nn.sequence.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
 from foveate.nn.sequence.interacting import InteractingLayer as InteractingLayer
 from foveate.nn.sequence.key_driven_gqa import KeyDrivenGQA as KeyDrivenGQA
 from foveate.nn.sequence.key_driven_gqa import allocate_queries as allocate_queries
@@ -153,6 +154,9 @@ from foveate.nn.vision.maformer import MAFBlock as MAFBlock
 from foveate.nn.vision.residual_attention import ResidualAttentionModule as ResidualAttentionModule
 from foveate.nn.vision.residual_attention import ResidualUnit as ResidualUnit
 from foveate.nn.vision.residual_attention import SoftMask as SoftMask
+from foveate.nn.vision.sparsifiner import AttentionMaps as AttentionMaps
+from foveate.nn.vision.sparsifiner import ConnectivityPredictor as ConnectivityPredictor
+from foveate.nn.vision.sparsifiner import SparsifinerAttention as SparsifinerAttention
 from foveate.nn.vision.ulsam import ULSAM as ULSAM
 from foveate.nn.vision.vsa import TargetWindows as TargetWindows
 from foveate.nn.vision.vsa import VariedSizeWindowAttention as VariedSizeWindowAttention
@@ -165,6 +169,7 @@ __all__ = [
     "ACMILOut",
     "AarenLayer",
     "Alibi",
+    "AttentionMaps",
     "AttentionPool",
     "AttentiveStatsPool",
     "BaseConv",
@@ -175,6 +180,7 @@ __all__ = [
     "CoAttention",
     "CoGuidedAttention",
     "Concentration",
+    "ConnectivityPredictor",
     "Cost",
     "CrossAttentionPool",
     "CrossScaleEmbedding",
@@ -184,6 +190,7 @@ __all__ = [
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
+    "DynamicMaskAttention",
     "DynamicPositionBias",
     "EfficientAttention2d",
     "EfficientProbe",
@@ -272,6 +279,7 @@ __all__ = [
     "Skimformer",
     "SlimAttention",
     "SoftMask",
+    "SparsifinerAttention",
     "Stream",
     "StreamingLayer",
     "SuperAttention",

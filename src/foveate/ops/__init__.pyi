@@ -60,6 +60,9 @@ from foveate.ops.memory.titans import Titans as Titans
 from foveate.ops.operator import Capabilities as Capabilities
 from foveate.ops.operator import Gate as Gate
 from foveate.ops.operator import Operator as Operator
+from foveate.ops.sparse.dynamic_mask import ImportantKeys as ImportantKeys
+from foveate.ops.sparse.dynamic_mask import dynamic_mask_attention as dynamic_mask_attention
+from foveate.ops.sparse.dynamic_mask import with_importance as with_importance
 from foveate.ops.sparse.flex_prefill import FlexPrefill as FlexPrefill
 from foveate.ops.sparse.fna import FNA as FNA
 from foveate.ops.sparse.fna import neighborhood_mask as neighborhood_mask
@@ -93,6 +96,7 @@ __all__ = [
     "Gate",
     "Hedgehog",
     "HiP",
+    "ImportantKeys",
     "InLine",
     "KVState",
     "LightNetAttention",
@@ -136,6 +140,7 @@ __all__ = [
     "circle_intersection",
     "collapsed_gradient",
     "create",
+    "dynamic_mask_attention",
     "enumerate_edges",
     "expectation_maximisation",
     "fit_beta",
@@ -148,4 +153,5 @@ __all__ = [
     "softstair",
     "state_bytes",
     "to_dsf",
+    "with_importance",
 ]
