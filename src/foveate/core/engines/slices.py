@@ -2,7 +2,8 @@
 
 A run's keys are a view of the caller's if they form one range, as in a window; several ranges are copied together. Each
 head gets the keys that any head sees, and a bias hides the rest. `pairs` counts that overhead, and `auto` gathers
-instead if heads differ much. Nothing is compiled, and the backward pass works on every device.
+instead if heads differ much, or if each head can be computed by itself (`tiles`). Nothing is compiled, and the backward
+pass works on every device.
 """
 
 from __future__ import annotations
