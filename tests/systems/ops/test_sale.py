@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import foveate
 from foveate.core import oracle
 from foveate.core.errors import OptionError, ShapeError
 from foveate.core.selection import Blocks
@@ -279,6 +281,16 @@ def test_a_calibrated_model_reads_a_prompt_as_before() -> None:
             with apply(model, *sale_prefill(model, table, **SMALL)):
                 logits[name] = (model(ids).logits - dense).abs().mean().item()
     assert 0 < logits["strict"] < 0.5 * logits["loose"]
+
+
+def test_calibrated_methods_are_saved_and_loaded(tmp_path: Path) -> None:
+    model, ids = host_models.model("llama"), host_models.tokens(1, 60)
+    methods = sale_prefill(model, sale_calibrate(model, ids, start=0.8, eps=0.1, **SMALL), **SMALL)
+    logits = []
+    for each in (methods, foveate.load(foveate.save(methods, tmp_path / "sale.json"))):
+        with torch.no_grad(), apply(model, *each):
+            logits.append(model(ids).logits)
+    assert torch.equal(*logits)
 
 
 def test_calibration_refuses_what_would_learn_nothing() -> None:

@@ -1,7 +1,8 @@
 """Sparse attention by gathering: copy the chosen keys of a few block rows together, and attend to those alone.
 
-Cost and memory grow with the number of chosen keys. The engine processes block rows in slabs of bounded size. It needs
-no compiler and has a backward pass on every device.
+Cost and memory grow with the number of chosen keys. The engine processes block rows in slabs of bounded size, or those
+of one head at a time where heads choose on their own (`tiles`). It needs no compiler and has a backward pass on every
+device.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Sparse attention by slices: the fused kernel on each run of query rows and on the ranges of keys that it sees.
 
 A run's keys are a view of the caller's if they form one range, as in a window; several ranges are copied together. Each
-head gets the keys that any head sees, and a bias hides the rest. `work` counts that overhead, and `auto` gathers
-instead if heads differ much. Nothing is compiled, and the backward pass works on every device.
+head gets the keys that any head sees, and a bias hides the rest; runs of a sliding window share a call. `work` counts
+all this, and `auto` gathers instead where that is predicted to be faster. Nothing is compiled, and the backward pass
+works on every device.
 """
 
 from __future__ import annotations

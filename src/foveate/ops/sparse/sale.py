@@ -37,7 +37,7 @@ class SALE(Selective):
     `block_k` keys is kept if one pair in it matters. It looks at every pair, and so finds single keys that averages
     hide. Needs no training; `foveate.kv.sale_calibrate` finds thresholds for a model's heads. O(N² D) for the choice,
     which is cheap only with hardware for 4-bit products. There is none here: the numbers are rounded and stay floats,
-    and estimating costs as much as all logits. So the wrong choice for speed without such hardware.
+    and on a CPU choosing takes most of the time of dense attention. So the wrong choice for speed.
 
     Args:
         threshold: one number, or one for each query head `(Hq,)`; 0 keeps everything.
