@@ -31,6 +31,9 @@ class DynamicMaskAttention(HeadScheme):
     grouped-query attention with a bias. A stream holds `keep` tokens. The wrong choice if it depends on the query which
     keys matter, or for short inputs.
 
+    The paper's small gap to full attention did not show in our short training on associative recall: 0.47 of the pairs
+    after 400 steps, against 1.0 for full attention and 0.13 for a window.
+
     Args:
         dim, heads: C and Hq.
         kv_heads: Hkv, a divisor of Hq; None for Hq.

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from foveate.core import engines, masks
+from foveate.core import engines
 from foveate.core.call import AttentionCall
 from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host.method import Method
@@ -51,7 +51,7 @@ class ModalityMutual(Method):
         if mask is not None and mask.dtype == pairs.dtype:
             mask = mask | pairs
         elif mask is not None:
-            mask = mask.masked_fill(pairs & ~masks.allowed(masks.hide_lowest(mask)), 0.0)
+            mask = mask.masked_fill(pairs & (mask <= torch.finfo(mask.dtype).min), 0.0)
         return engines.run(AttentionCall(site.q, site.k, site.v, site.scale, mask, dropout=site.dropout))
 
     def _pairs(self, site: Site) -> Bool[Tensor, "b h q s"] | None:

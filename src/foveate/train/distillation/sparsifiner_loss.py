@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,8 +64,8 @@ def sparsifiner_loss(
                 f"{len(teacher.maps)}: run both inside recorded_maps(net)"
             )
         pairs = zip(student.maps, teacher.maps, strict=True)
-        total = sum((ours.predicted - theirs.full.detach()).square().sum() for ours, theirs in pairs)
-        return Loss.of(recon=weights[0] * total / len(student.maps))
+        errors = [(ours.predicted - theirs.full.detach()).square().sum() for ours, theirs in pairs]
+        return Loss.of(recon=weights[0] * torch.stack(errors).mean())
     if labels is None or any(x is None for r in (student, teacher) for x in (r.logits, r.tokens)):
         raise OptionError('phase="distil" needs labels, and logits and tokens of student and teacher')
     assert student.logits is not None and student.tokens is not None
