@@ -9,7 +9,6 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from foveate.bench.parts.plaindata import write_atomic
 from foveate.bench.parts.timing import fixed_threads
@@ -173,9 +172,10 @@ def made(setting: Setting, dtype: torch.dtype, backward: bool = False, dense: bo
     n, heads, kv_heads, width, *_ = setting
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, n, width, generator=random).to(dtype) for h in (heads, kv_heads, kv_heads))
-    tensors: list[Tensor] = [x.requires_grad_(backward) for x in (q, k, v)]
+    for x in (q, k, v):
+        x.requires_grad_(backward)
     selected = None if dense else _selection(setting, random)
-    return AttentionCall(*tensors, scale=width**-0.5, causal=True, selected=selected)
+    return AttentionCall(q, k, v, scale=width**-0.5, causal=True, selected=selected)
 
 
 def _selection(setting: Setting, random: torch.Generator) -> Blocks:

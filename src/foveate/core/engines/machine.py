@@ -142,5 +142,4 @@ def _rate(path: Path, name: str, rate: Any) -> Work:
 
 
 def _is_seconds(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
