@@ -1,4 +1,4 @@
-"""What `compare` measured: methods side by side, and their ratios to the baseline."""
+"""Measurements of `compare`: methods side by side, and their ratios to the baseline."""
 
 from __future__ import annotations
 
