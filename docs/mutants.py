@@ -72,7 +72,8 @@ TESTS = {
     "host/hf/attach.py": "tests/host/test_nesting.py tests/contracts/test_host_trace.py "
     "tests/contracts/test_host_generation.py -k 'nest or exception or after_the_block or copy or saved or another'",
     "host/hf/cache.py": "tests/contracts/test_host_trace.py tests/contracts/test_host_once.py "
-    "tests/host/test_kinds_of_models.py",
+    "tests/host/test_kinds_of_models.py "
+    "tests/host/test_dropping.py::test_a_reordered_cache_takes_the_numbers_of_its_sequences_along",
     "host/hf/calls.py": "tests/host/test_kinds_of_models.py tests/host/test_nesting.py",
     "host/hf/chat_template.py": "tests/host/test_context.py",
     "host/hf/compressed.py": "tests/contracts/test_host_once.py tests/host/test_caches_elsewhere.py",
@@ -127,9 +128,11 @@ TESTS = {
     "tasks/parts/haystack.py": "tests/tasks/test_ruler.py tests/tasks/test_needle.py",
     "bench/calibration.py": "tests/bench/test_compare.py -k 'not operator'",
     "bench/capabilities.py": "tests/contracts/test_capabilities.py",
+    "bench/comparison/columns.py": "tests/report/test_table.py",
     "bench/comparison/evaluation.py": "tests/bench/test_compare.py tests/bench/test_measure.py -k 'not operator'",
     "bench/comparison/interleaved.py": "tests/bench/test_resume.py tests/bench/test_compare.py -k 'not operator'",
     "bench/comparison/run.py": "tests/bench/test_compare.py tests/bench/test_measure.py -k 'not operator'",
+    "bench/comparison/table.py": "tests/report/test_table.py",
     "bench/comparison/task_choice.py": "tests/bench/test_compare.py -k 'not operator'",
     "bench/loading/adapters.py": "tests/bench/test_loading.py",
     "bench/loading/device.py": "tests/bench/test_loading_parts.py",

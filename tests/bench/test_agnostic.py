@@ -11,8 +11,8 @@ import torch
 
 from foveate.bench.comparison.agnostic import SharedContext, answer, shared_contexts
 from foveate.bench.comparison.encoding import Prompt
-from foveate.bench.comparison.run import compare
-from foveate.core.errors import OptionError
+from foveate.bench.comparison.run import JOURNAL, compare
+from foveate.core.errors import Interrupted, OptionError
 from foveate.host import apply
 from foveate.kv import SinkRecent, SnapKV
 from foveate.report import table
@@ -122,15 +122,30 @@ def test_compare_has_a_column_for_each_kind_of_query(decoder: Path, rows: Path, 
     assert math.isfinite(full.agnostic_score) and math.isfinite(sink.agnostic_score) and not sink.error
     assert [math.isnan(answer.agnostic_score) for answer in sink.answers] == [False, False, True]
     assert [answer.agnostic_output for answer in full.answers[:2]] == [answer.output for answer in full.answers[:2]]
-    assert watch.labels.count("sink_recent, query-agnostic") == 1  # both questions at once
+    assert watch.labels.count("sink_recent, query-agnostic") == 2  # two answers, though both are made at once
     assert len(watch.labels) == watch.total
     text = table.markdown(found)
     assert "query-agnostic" in text.splitlines()[0]
     again = Watch()
     compare(**options, out=tmp_path / "out", progress=again)  # type: ignore[arg-type]
-    assert "sink_recent" not in again.labels
+    assert again.labels == [] and again.total == 0
     plain = compare(**options, out=tmp_path / "aware", query="aware")  # type: ignore[arg-type]
     assert math.isnan(plain.rows[1].agnostic_score) and "query-agnostic" not in table.markdown(plain)
     with pytest.raises(OptionError, match="query='agnostic' must be one of"):
         compare(**options, out=tmp_path / "x", query="agnostic")  # type: ignore[arg-type]
     assert not (tmp_path / "x").exists()
+
+
+def test_progress_and_an_interrupt_count_the_same_answers(decoder: Path, rows: Path, tmp_path: Path) -> None:
+    """Two methods answer three prompts, and one of them two questions whose context it compressed before."""
+    options = {"model": str(decoder), "task": str(rows), "new_tokens": 3, "methods": ["sink_recent"], "budget": 0.4}
+    for stop_at, kept in ((3, 2), (7, 6), (8, 8)):  # in a prompt; in the context, whose answers come together; after it
+        watch, out = Watch(stop_at=stop_at), tmp_path / str(stop_at)
+        with pytest.raises(Interrupted) as stopped:
+            compare(**options, out=out, progress=watch)  # type: ignore[arg-type]
+        assert watch.total == stopped.value.total == 8 and len(watch.labels) == stop_at
+        assert stopped.value.done == sum('"ids"' in line for line in (out / JOURNAL).read_text().splitlines())
+        assert stopped.value.done >= kept
+        rest = Watch()
+        compare(**options, out=out, progress=rest)  # type: ignore[arg-type]
+        assert len(rest.labels) == rest.total == 8 - stopped.value.done

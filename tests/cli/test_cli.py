@@ -137,6 +137,12 @@ def test_compare_passes_all_options(compare: FakeCompare, tmp_path: Path) -> Non
     }
 
 
+def test_a_comparison_prints_as_the_command_does(compare: FakeCompare, tmp_path: Path) -> None:
+    printed = [line.rstrip() for line in run("compare", "--out", tmp_path).stdout.splitlines()]
+    lines = str(comparison()).splitlines()
+    assert len(lines) > 4 and printed[: len(lines)] == lines
+
+
 def test_compare_reads_a_config_file(compare: FakeCompare, tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text('methods = ["sink_recent", "packed"]\nbudget = 0.2\nnew_tokens = 3\nrenumber = true\n', "utf-8")
@@ -298,12 +304,12 @@ def test_systems_prints_a_table_and_filters() -> None:
 
 
 def test_systems_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foveate.cli.console._PIPE_WIDTH", 80)
+    monkeypatch.setattr("foveate.bench.parts.printed.PIPE_WIDTH", 80)
     lines = run("systems").stdout.splitlines()
     assert lines[0].split() == ["key", "year", "room", "title"] and max(map(len, lines)) <= 80
     first = [line for line in lines[1:] if line[:1].strip() and " 20" in line]
     assert len(first) >= 60 and all(len(line[45:].split()) > 1 for line in first[:20]), "titles have room"
-    monkeypatch.setattr("foveate.cli.console._PIPE_WIDTH", 120)
+    monkeypatch.setattr("foveate.bench.parts.printed.PIPE_WIDTH", 120)
     assert "streams" in run("systems").stdout.splitlines()[0]
 
 

@@ -68,6 +68,14 @@ def test_the_table_the_claim_and_the_files(tune: Fake, tmp_path: Path) -> None:
     assert run().exit_code == 0 and tune.given["budgets"] == BUDGETS and tune.given["search"] == 16
 
 
+def test_a_result_prints_as_the_command_does(tune: Fake, tmp_path: Path) -> None:
+    printed = [line.rstrip() for line in run("--out", tmp_path).stdout.splitlines()]
+    lines = str(FOUND).splitlines()
+    assert printed[: len(lines)] == lines and lines[-1] == "a note" and "Trial(" not in str(FOUND)
+    page = replace(FOUND, notes=["<b>a note"])._repr_html_()
+    assert page.startswith("<pre") and "&lt;b&gt;a note" in page and "4 settings were tried" in page
+
+
 def test_if_nothing_held_the_table_says_what_lost_least(tune: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "FOUND", replace(FOUND, setting="full cache", tried=TRIED[1:3]))
     text = " ".join(run().stdout.split())

@@ -268,6 +268,23 @@ def test_a_renumbered_cache_is_used_with_a_method_that_drops() -> None:
     assert run.streams["text"].index is not None
 
 
+@pytest.mark.parametrize("order", [[1, 0], [1, 1], [0, 1, 1]])
+@torch.no_grad()
+def test_a_reordered_cache_takes_the_numbers_of_its_sequences_along(order: list[int]) -> None:
+    """Beam search, and a server that joins batches, put another sequence in a row, which may have dropped more."""
+    llama, ids, new = model("llama"), tokens(2, 14), tokens(2, 1, seed=5)
+    keep = torch.stack([some(1, 14, 11)[0], some(1, 14, 5, seed=1)[0]])
+    with apply(llama, behind(-1, keep, renumbers=True)):
+        cache = DynamicCache()
+        llama(ids, past_key_values=cache)
+        assert cache.layers[0].shift.tolist() == [3, 9]
+        moved = copy.deepcopy(cache)
+        moved.reorder_cache(torch.tensor(order))
+        assert all(layer.shift.tolist() == [[3, 9][row] for row in order] for layer in moved.layers)
+        expected = llama(new, past_key_values=cache).logits[order]
+        torch.testing.assert_close(llama(new[order], past_key_values=moved).logits, expected, **CLOSE)
+
+
 # -- no trace, order, and what else sees it ----------------------------------------------------------------------------
 
 

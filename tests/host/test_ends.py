@@ -81,6 +81,44 @@ def test_ends_keep_what_a_mask_keeps(seed: int, folds: bool) -> None:
     assert slid > 30
 
 
+@pytest.mark.parametrize("gaps", [0, 1, 2], ids=["all stay", "gaps", "rows differ"])
+def test_tokens_that_are_placed_end_the_ledger(gaps: int) -> None:
+    """A call whose tokens were dropped between blocks fills slots that the ledger does not know."""
+    store, ends, seen, slid = Store.empty(*tokens(0, 0)), Ends(2, 200), 0, []
+    expected: list[dict[int, tuple[float, float]]] = [{} for _ in range(6)]
+    for step, n in enumerate([300, *[1] * 6, 2, *[1] * 230]):
+        k, v = tokens(n, step)
+        positions = torch.arange(seen, seen + n, dtype=torch.int32).repeat(2, 1)
+        if n == 2:
+            assert all(slid[1:]), "the ledger is in use"
+            positions[0, :gaps] = -1
+            positions[1, : min(gaps, 1)] = -1
+            store.place(k, v, positions, (min(gaps, 1), gaps))
+        else:
+            store.append(k, v, seen)
+        seen += n
+        for row, (ks, vs) in enumerate(zip(k[..., 0].flatten(0, 1), v[..., 0].flatten(0, 1), strict=True)):
+            new = zip(positions[row // 3].tolist(), ks.tolist(), vs.tolist(), strict=True)
+            whole = expected[row] | {p: (round(a, 4), round(b, 4)) for p, a, b in new if p >= 0}
+            expected[row] = {p: both for p, both in whole.items() if p < 2 or p >= seen - 200}
+        slid.append(done := store.slide(ends, seen))
+        if done is None:
+            store.evict(mask(store, ends, seen))
+        assert held(store) == expected
+        assert store.stored == 6 * max(map(len, expected))
+    assert slid[-1] is not None or gaps
+
+
+def test_empty_slots_among_placed_tokens_are_counted_and_taken() -> None:
+    store, (k, v) = Store.empty(*tokens(0, 0)), tokens(4, 1)
+    store.append(*tokens(10, 0), 0)
+    store.place(k, v, torch.tensor([[-1, 11, -1, 13], [10, -1, 12, 13]], dtype=torch.int32), (1, 2))
+    assert store.stored == 6 * 13 and store.has_empty
+    store.append(*tokens(1, 2), 14)
+    assert [sorted(row) for row in held(store)] == [[*range(10), 11, 13, 14]] * 3 + [[*range(10), 10, 12, 13, 14]] * 3
+    assert store.stored == 6 * 14
+
+
 def test_the_mask_has_both_ends_and_no_empty_slot() -> None:
     positions = torch.tensor([[[0, 1, 2, -1, 6, 7, 8], [0, 1, 2, -1, 6, 7, 8]]])
     kept = [True, True, False, False, False, True, True]

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from foveate.bench.comparison.columns import cells
 from foveate.bench.comparison.results import Comparison
-from foveate.report.columns import cells
 from foveate.report.figures import figures
 from foveate.report.headline import about, headline, notes
 from foveate.report.html import _content, render

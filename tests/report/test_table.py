@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from foveate.bench.comparison.columns import VARIES, between, cells, number, percent, plain_number, times
 from foveate.bench.comparison.results import Comparison, Row
 from foveate.pages.text import visible
-from foveate.report.columns import VARIES, between, cells, number, percent, plain_number, times
 from foveate.report.headline import about, headline, notes
 from foveate.report.table import markdown, render
 
@@ -229,3 +231,27 @@ def test_about_describes_the_run(comparison):
         "under full and under 4 other methods at a budget of 40 % of each prompt’s cache."
     )
     assert words(about(comparison)) == expected
+
+
+def test_a_comparison_prints_as_the_table(comparison: Comparison, hostile: Comparison) -> None:
+    for each in (comparison, hostile):
+        lines = [line.rstrip() for line in shown(each, width=120).splitlines()]
+        assert str(each).replace("\N{NO-BREAK SPACE}", " ").splitlines() == lines
+    assert "duo_attention" in str(comparison) and "prompt=" not in str(comparison)
+    several = replace(comparison, budgets=[0.2, 0.4])
+    assert "at 20 % of the cache" in str(several).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_a_notebook_shows_the_same_table(comparison: Comparison, hostile: Comparison) -> None:
+    for each in (comparison, hostile):
+        page = each._repr_html_()
+        assert set(re.findall(r"<(/?\w+)", page)) <= {"pre", "/pre", "span", "/span"}
+        text = html.unescape(re.sub(r"<[^>]*>", "", page))
+        assert [line.rstrip() for line in text.splitlines()] == str(each).splitlines()
+    assert re.search(r'<span style="[^"]*font-weight: bold[^"]*">full', comparison._repr_html_())
+
+
+def test_it_fits_a_terminal(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "84")
+    assert 70 < max(map(len, str(comparison).splitlines())) <= 84

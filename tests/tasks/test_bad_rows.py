@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from foveate.core.errors import TaskError
+from foveate.tasks.files.benchmarks.nolima import NoLiMa
 from foveate.tasks.files.prompts import Prompts
+from tests.corpus import benchmarks
 
 _TALK = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
 _TURN = {"input": "q", "answer": "a"}
@@ -23,6 +25,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "lm_eval.jsonl": {"doc": {"q": 1}, "arguments": [["ctx", {"until": []}]], "target": "cont"},
     "mrcr.jsonl": {"prompt": _TALK, "answer": "ABCy", "random_string_to_prepend": "ABC"},
     "scbench_kv.jsonl": {"context": "ctx", "multi_turns": [_TURN, _TURN]},
+    "scbench_mf.jsonl": {"context": "[1, 2]", "multi_turns": [{**_TURN, "answer": 2}, {**_TURN, "answer": "1.5"}]},
     "scbench_choice_eng.jsonl": {"context": "ctx", "multi_turns": [{**_TURN, "answer": "A", "options": ["x", "y"]}]},
     "scbench_repoqa.jsonl": {"context": "ctx", "repo": "r", "multi_turns": [{**_TURN, "name": "f"}]},
     "ruler.jsonl": {"input": "text\nquestion", "outputs": ["1"], "answer_prefix": "Answer:"},
@@ -51,11 +54,11 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(inner, (*path, name))
 
 
-def broken(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def broken(row: dict[str, Any], free: set[str] = FREE) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield a row's copies with one bad value each, and the names of the fields around it."""
     for path in places(row):
         names = [name for name in path if isinstance(name, str)]
-        if FREE & set(names):
+        if free & set(names):
             continue
         for bad in BAD:
             copied = copy.deepcopy(row)
@@ -80,6 +83,56 @@ def test_a_bad_field_is_named_with_its_row(name: str, tmp_path: Path) -> None:
             parts = {"multi_turns": ("turn 1", "turn 2"), "messages": ("prompt",)}.get(field, ())
             assert any(part in said for part in (field, *parts)), (row, said)
     assert refused > 5
+
+
+_GOLD = {
+    **benchmarks.NOLIMA, "needle": "The {1} lies by the {2}.", "character_set": [],
+    "task_template": "{haystack} {question}",
+    "tests": {"T1": {"input_args": ["inn", 7], "gold_answers": ["inn"]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [benchmarks.NOLIMA, _GOLD], ids=["drawn names", "gold answers"])
+def test_a_bad_field_of_a_needle_is_named_with_its_row(row: dict[str, Any], tmp_path: Path) -> None:
+    file, refused = benchmarks.nolima(tmp_path), 0
+    for field, bad in broken(row, {"id", "system_prompt", "reasoning_type"}):
+        file.write_text(json.dumps([row, bad]))
+        try:
+            NoLiMa(file, 500, 2).examples()
+        except TaskError as error:
+            said, refused = str(error), refused + 1
+            assert "\n" not in said and f"{file.name}' item 2" in said, said
+            assert not any(word in said for word in PYTHON), said
+            assert field in said or (field == "task_template" and "template must hold" in said), (bad, said)
+    assert refused > 20
+
+
+def test_a_needle_has_the_answers_that_it_needs(tmp_path: Path) -> None:
+    """A drawn name has to come from somewhere; a needle without one needs gold answers."""
+    file = benchmarks.nolima(tmp_path)
+    for changes, field in (
+        ({"character_set": []}, "character_set"),
+        ({"character_set": [], "tests": {"T1": {"input_args": ["a", "b"], "gold_answers": ["a"]}}}, "character_set"),
+        ({"needle": "It is {1}."}, "gold_answers"),
+        ({"needle": "It is {1}.", "tests": {"T1": {"input_args": ["a"], "gold_answers": ""}}}, "gold_answers"),
+    ):
+        file.write_text(json.dumps([{**benchmarks.NOLIMA, **changes}]))
+        with pytest.raises(TaskError, match=f"item 1: tests: T1 must have {field} for its needle"):
+            NoLiMa(file, 500, 2).examples()
+    for field, changes in (
+        ("needle", {"needle": True}),
+        ("questions: onehop", {"questions": {"onehop": ["a", "b"]}}),
+        ("tests: T1: input_args", {"tests": {"T1": {"input_args": [None]}}}),
+        ("character_set", {"character_set": ["Yuki", float("nan")]}),
+        ("task_template", {"task_template": ["{haystack} {question}"]}),
+    ):
+        file.write_text(json.dumps([{**benchmarks.NOLIMA, **changes}]))
+        with pytest.raises(TaskError, match=f"item 1: {field} must be text; got "):
+            NoLiMa(file, 500, 2).examples()
+    for none in ({"questions": {}}, {"tests": {}}):
+        file.write_text(json.dumps([{**benchmarks.NOLIMA, **none}]))
+        with pytest.raises(TaskError, match="holds no questions"):
+            NoLiMa(file, 500, 2).examples()
 
 
 @pytest.mark.parametrize("value", [None, ["a"], float("nan")])

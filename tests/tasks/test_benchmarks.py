@@ -157,9 +157,25 @@ def test_examples_are_grouped_as_the_benchmark_reports_them(tmp_path: Path) -> N
     assert groups("qa3.jsonl", files.BABILONG) == [["qa3"]]
 
 
-def test_a_number_is_required_where_the_rule_compares_numbers(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="an answer of mf must be a number; got 'v1'"):
-        read(tmp_path, "scbench_mf.jsonl", files.SCBENCH_KV)
+def test_math_find_compares_the_first_number(tmp_path: Path) -> None:
+    """Of SCBench's set mf: 5 new tokens; the release takes numbers, and of a list the first."""
+    answers = (97, 4.5, "12", [3])
+    turns = [{"input": f"Number {n} is", "answer": answer} for n, answer in enumerate(answers)]
+    task, examples = read(tmp_path, "scbench_mf.jsonl", {"context": "[3, 97, 12]", "multi_turns": turns})
+    assert task.metric == "scbench-number" and {e.new_tokens for e in examples} == {5}
+    assert [e.answers for e in examples] == [("97",), ("4.5",), ("12",), ("3",)]
+    assert [e.facts["groups"] for e in examples] == [[f"turn {n}", "number"] for n in (1, 2, 3, 4)]
+    assert examples[1].prompt == "[3, 97, 12]\n\nNumber 0 is 97\n\nNumber 1 is"
+    said = (" 97.2, or 1", " 4.5", " 12", " no. 3"), (" 1 or 97", " 4", " a dozen", "")
+    assert [task.score(e, each) for e, each in zip(examples, said[0], strict=True)] == [1.0] * 4
+    assert [task.score(e, each) for e, each in zip(examples, said[1], strict=True)] == [0.0] * 4
+
+
+@pytest.mark.parametrize("answer", ["v1", "", "7 apples", "nan", True, [7, "x"], [], "1e3"])
+def test_a_number_is_required_where_the_rule_compares_numbers(answer: Any, tmp_path: Path) -> None:
+    row = {"context": "c", "multi_turns": [{"input": "q", "answer": answer}]}
+    with pytest.raises(TaskError, match="an answer of mf must be a number; got "):
+        read(tmp_path, "scbench_mf.jsonl", row)
 
 
 def test_a_conversation_of_mrcr_ends_in_its_question(tmp_path: Path) -> None:
@@ -202,6 +218,32 @@ def test_nolima_hides_a_needle_between_two_lines(tmp_path: Path) -> None:
     assert depths[:26] == sorted(depths[:26]) and depths[25] - depths[0] > 400
     names = np.random.RandomState(42 + 401).choice(files.NOLIMA["character_set"], 26)
     assert [example.answers[0] for example in examples[:26]] == list(names)
+
+
+def test_nolima_asks_each_question_of_each_test(tmp_path: Path) -> None:
+    """Kinds of questions, and tests with answers of their own, numbers among their words, and the set's template."""
+    rows: list[Row] = [
+        {**files.NOLIMA, "questions": {"onehop": "Who saw {2}?", "twohop": "Who saw {1}, or {2}?"}},
+        {
+            "id": "x", "needle": "The {1} opens at {2}.", "questions": {"kind": "What opens at {2}?"},
+            "task_template": "Book: {haystack} Asked: {question} Said:", "character_set": ["Yuki"],
+            "tests": {"A": {"input_args": ["inn", 7], "gold_answers": ["inn", "the inn"]},
+                      "B": {"input_args": ["bar", 9.5], "gold_answers": ["bar"]}},
+        },
+    ]  # fmt: skip
+    task = NoLiMa(files.nolima(tmp_path, rows, books=1), 500, 4 * 26)
+    examples = task.examples()
+    groups = {e.facts["groups"][0]: e for e in examples}
+    assert len(examples) == 4 * 26 and list(groups) == ["0401 T1 onehop", "0401 T1 twohop", "x A kind", "x B kind"]
+    assert groups["0401 T1 twohop"].prompt.endswith("Who saw Semper Opera, or Dresden?\n\nAnswer:")
+    first, second = groups["x A kind"], groups["x B kind"]
+    assert first.answers == ("inn", "the inn") and part(first, "needle") == "The inn opens at 7."
+    assert second.prompt.startswith("Book: ") and second.prompt.endswith(" Asked: What opens at 9.5? Said:")
+    assert task.score(first, "It is the inn.") == task.score(second, "bar") == 1.0 and task.score(second, "inn") == 0.0
+    names = np.random.RandomState(42 + 401).choice(files.NOLIMA["character_set"], 26)
+    for kind in ("onehop", "twohop"):  # both kinds have the same names
+        drawn = [e.answers[0] for e in examples if e.facts["groups"] == [f"0401 T1 {kind}"]]
+        assert drawn == list(names)
 
 
 def test_nolima_draws_from_all_depths_and_refuses_what_it_cannot_read(tmp_path: Path) -> None:

@@ -74,6 +74,13 @@ def score(rule: str, output: str, answers: str | tuple[str, ...], **facts: Any) 
     ("scbench-characters", "x", ("东京",), {}, 0),
     ("scbench-number", "it is 7.9", ("7",), {}, 1), ("scbench-number", "7.9", ("7.9",), {}, 1),
     ("scbench-number", "8 then 7", ("7",), {}, 0), ("scbench-number", "none", ("7",), {}, 0),
+    ("scbench-number", "7 then 8", ("7",), {}, 1), ("scbench-number", "4.50", ("4.5",), {}, 1),
+    ("scbench-number", "4", ("4.5",), {}, 0), ("scbench-number", "7", ("7.0",), {}, 1),
+    ("scbench-number", "7.9", ("8",), {}, 0), ("scbench-number", "7.9", ("7.0",), {}, 0),
+    ("scbench-number", "07", (" 7 ",), {}, 1), ("scbench-number", "x7y", ("7",), {}, 1),
+    ("scbench-number", "1,234", ("1234",), {}, 0), ("scbench-number", ".5", ("0.5",), {}, 0),
+    ("scbench-number", "-7", ("7",), {}, 1), ("scbench-number", "-7", ("-7",), {}, 0),  # the release reads no sign
+    ("scbench-number", "9" * 400, ("7",), {}, 0), ("scbench-number", "8", ("7", "8"), {}, 0),
     ("scbench-passkey", "key 123 456", ("123",), {}, 1), ("scbench-passkey", "key 456", ("123",), {}, 0),
     ("scbench-choice", "B. a fox", ("B", "a fox"), {}, 1), ("scbench-choice", "a fox", ("B", "a fox"), {}, 1),
     ("scbench-choice", "Because", ("B", "a fox"), {}, 1), ("scbench-choice", "Candy", ("B", "a fox"), {}, 0),

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
+from foveate.bench.parts import printed
 from foveate.core.errors import FoveateError, Interrupted
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
     from rich.progress import Progress, TaskID
-
-_PIPE_WIDTH = 120
 
 
 class CommandGroup(TyperGroup):
@@ -82,20 +81,14 @@ def what_is_kept(interrupt: KeyboardInterrupt, things: str, out: Path, *, of_all
 
 def show(*items: RenderableType) -> None:
     """Print to stdout with the terminal's width, or 120 columns without a terminal."""
-    console = _console()
+    console = printed.console()
     for item in items:
         console.print(item, markup=False, highlight=False)
 
 
 def width() -> int:
     """Return the columns that `show` has."""
-    return _console().width
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    return printed.console().width
 
 
 class Bar:

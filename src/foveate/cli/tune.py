@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,11 +11,6 @@ from foveate.cli.compare import AnswerField, Chat, Model, NewTokens, PromptField
 from foveate.cli.console import Bar, explained, show, what_is_kept
 from foveate.cli.options import Config, Device, Dtype, Fresh, Json
 from foveate.core.errors import OptionError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from foveate.bench.tuning.results import Tuning
 
 Keep = Annotated[float, typer.Option(help="Share of the full cache's score to keep, under 1.")]
 Methods = Annotated[
@@ -35,8 +29,6 @@ Level = Annotated[float, typer.Option(help="Confidence of what is claimed, at le
 Length = Annotated[int | None, typer.Option(help="Length of the prompts, for tasks that generate them.")]
 Out = Annotated[Path, typer.Option(help="Folder for recipe.json, tuning.json and the answers found so far.")]
 Seed = Annotated[int, typer.Option(help="Seed of the task, and of the split of a file.")]
-
-_SHOWN = 12  # rows of the table
 
 
 def command(
@@ -85,7 +77,7 @@ def command(
         typer.echo(found.to_json(), nl=False)
         return
     files = f"recipe   {found.recipe}", f"tried    {out / 'tuning.json'}"
-    show(_table(found), "", found.claim(), *found.notes, "", *files)
+    show(found.table(), "", found.claim(), *found.notes, "", *files)
 
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:
@@ -93,31 +85,3 @@ def _numbers(text: str | None) -> tuple[float, ...] | None:
         return None if text is None else tuple(float(word) for word in text.split(",") if word.strip())
     except ValueError:
         raise OptionError(f"budgets={text!r} must be numbers, separated by commas") from None
-
-
-def _table(found: Tuning) -> Table:
-    """Return a short table: what was tested on held-out examples, and of the search the cheapest settings that held.
-
-    If none held, it has those of the search that lost least.
-    """
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("setting", overflow="fold")
-    for heading in ("bytes", "lost", "examples"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
-    searched = [one for one in found.tried if not one.held_out]
-    held = sorted((one for one in searched if one.verdict == "holds"), key=lambda one: one.share)
-    tested = [one for one in found.tried if one.held_out]
-    # Where nothing held there is nothing else to show, and the reader has to know by how much each one missed.
-    shown = held or sorted((one for one in searched if not isnan(one.lost)), key=lambda one: one.lost)
-    for one in [*shown[: max(1, _SHOWN - len(tested))][::-1], *tested]:
-        numbers = "-" if isnan(one.share) else f"{one.share:.1%}", "-" if isnan(one.lost) else f"{one.lost:.4f}"
-        verdict = f"{one.verdict} (held out)" if one.held_out else one.verdict
-        table.add_row(Text(one.setting), *numbers, str(one.examples), verdict)
-    tries = "1 setting was tried" if len(found.tried) == 1 else f"{len(found.tried)} settings were tried"
-    table.caption = f"{tries}; `lost` is the loss of score, a mean over examples."
-    table.caption_justify = "left"
-    return table

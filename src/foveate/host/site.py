@@ -18,6 +18,7 @@ from foveate.core.errors import UnsupportedModel
 from foveate.host.hf.cache import tokens_seen
 from foveate.host.hf.kept_mask import KeptMask
 from foveate.host.hf.mask import MaskPlan, at_positions, is_given, masked_part
+from foveate.host.own_sequence import OwnSequence, crossing
 from foveate.host.spans import Place
 
 if TYPE_CHECKING:
@@ -37,19 +38,6 @@ class Drops:
 
     gone: Bool[Tensor, "b hkv n"] | None = None
     at_end: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class OwnSequence:
-    """The queries' own sequence, in a call that attends to another one.
-
-    Args:
-        past: its tokens before the call.
-        mask: the mask of its own attention.
-    """
-
-    past: int = 0
-    mask: MaskPlan | Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -387,11 +375,6 @@ class Site:
         """
         layer = None if all_layers else self.layer
         return self.all_notes.setdefault((id(method), crossing(layer) if self.crosses else layer), {})
-
-
-def crossing(layer: int | None) -> str:
-    """Return the name of a layer's calls to another sequence, in notes; None for those of all layers."""
-    return f"{layer}, to another sequence"
 
 
 #: Names of the values that a site computes once.

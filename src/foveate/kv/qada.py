@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import ClassVar, Self, final
 
 import torch
@@ -99,10 +100,10 @@ class QAdA(Policy):
         far = gaussian_mass(q, notes["mean"], covariance, beyond, site.scale)
         is_far = self.is_far((logits.logsumexp(-1) - far).flatten(1, 2))
         out = (safe_softmax(logits).to(v.dtype) @ v).flatten(1, 2)[:, :, None]
-        table = is_far.tolist()  # the host waits for the device here
-        share = sum(map(sum, table)) / is_far.numel()
-        site.read_share = share + (1 - share) * near / site.seen
-        return self._with_far(site, out, table)
+        counts = places.count[:, None].to(is_far.device)
+        table = torch.cat([counts, is_far], 1).tolist()  # the host waits for the device here, once
+        site.read_share = fmean(_read(near / max(count, near), heads) for count, *heads in table)
+        return self._with_far(site, out, [heads for _, *heads in table])
 
     def is_far(self, margin: Float[Tensor, "b hq"]) -> Bool[Tensor, "b hq"]:
         """Return the heads that read everything, given the log of the local mass over the estimated far mass."""
@@ -128,7 +129,7 @@ class QAdA(Policy):
             seen = seen & masks.allowed(given)
         return k, v, seen, given
 
-    def _with_far(self, site: Site, out: Tensor, far: list[list[bool]]) -> Float[Tensor, "b hq 1 dv"]:
+    def _with_far(self, site: Site, out: Tensor, far: list[list[int]]) -> Float[Tensor, "b hq 1 dv"]:
         """Replace the output of the heads that read everything, one key/value head at a time; nothing is copied."""
         groups = site.q.shape[1] // site.k.shape[1]
         mask = site.key_mask if site.is_plain_causal else site.mask
@@ -161,3 +162,9 @@ class QAdA(Policy):
         near = cls.tokens(max(0.0, budget - most / heads) / (1 - most / heads), length)
         sink = min(16, near // 8)
         return cls(sink=sink, local=near - sink, most=most)
+
+
+def _read(near: float, far: list[int]) -> float:
+    """Return the share of its keys that a sequence reads: all of them in the heads that are `far`, else `near`."""
+    share = sum(far) / len(far)
+    return share + (1 - share) * near

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from foveate.bench.comparison.columns import between, column, label, name_of, ordered, times
 from foveate.bench.comparison.results import LOSS, Comparison, Row
-from foveate.report.columns import between, column, label, name_of, ordered, times
 from foveate.report.headline import headliner
 from foveate.report.pareto import frontier, pareto
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from foveate.bench.comparison.columns import column, listed, name_of, percent
 from foveate.bench.comparison.results import LOSS, PAIRS, TIMES, Comparison, Row
 from foveate.pages.text import visible
-from foveate.report.columns import column, listed, name_of, percent
 
 KEEPS = 0.95  # the least share of the baseline's score that counts as kept
 WHOLE = 0.995  # shares from here on do not count as savings

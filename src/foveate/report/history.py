@@ -12,12 +12,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from foveate.bench.comparison.columns import NOTHING, between, listed, percent, plain_number, times
 from foveate.bench.comparison.history import Past
 from foveate.bench.comparison.results import LOSS
 from foveate.bench.parts.plaindata import write_atomic
 from foveate.pages.skeleton import asset, environment
 from foveate.pages.text import visible
-from foveate.report.columns import NOTHING, between, listed, percent, plain_number, times
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from foveate.bench.comparison.columns import cells, columns, megabytes, name_of, ordered, percent
 from foveate.bench.comparison.results import LOSS, Comparison, Row
 from foveate.bench.comparison.significance import findings
 from foveate.bench.parts.plaindata import plain, write_atomic
 from foveate.pages.skeleton import asset, environment, policy
 from foveate.pages.text import visible
 from foveate.report import lost, significance
-from foveate.report.columns import cells, columns, megabytes, name_of, ordered, percent
 from foveate.report.figures import COSTS, figures
 from foveate.report.headline import about, headline, headliner, notes, share_kept
 from foveate.report.samples import by_example, choose, trim

@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from foveate.bench.comparison.columns import NOTHING
 from foveate.bench.looking import Looked, Measured
 from foveate.bench.parts.plaindata import write_atomic
 from foveate.pages.skeleton import asset, environment, policy
 from foveate.pages.text import visible
-from foveate.report.columns import NOTHING
 from foveate.report.look_data import payload
 
 #: The measures in a reader's words.

@@ -12,9 +12,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from foveate.bench.comparison.columns import NOTHING, name_of, percent
 from foveate.bench.comparison.results import Comparison, LookedUp, Row
 from foveate.pages.text import visible
-from foveate.report.columns import NOTHING, name_of, percent
 
 DROPPED = 0.5  # from this share of the looked-up mass on, an example's slots count as dropped
 HEADS = 4  # heads that a table names

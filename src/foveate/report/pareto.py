@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from foveate.bench.comparison.columns import between, column, label, name_of, ordered, times
 from foveate.bench.comparison.results import LOSS, TIMES, Comparison, Row
-from foveate.report.columns import between, column, label, name_of, ordered, times
 
 COSTS = ("memory_mb", "decode_ms", "prefill_ms")
 

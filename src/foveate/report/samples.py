@@ -7,9 +7,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from foveate.bench.comparison.columns import name_of, ordered, percent
 from foveate.bench.comparison.results import LOSS, Answer, Comparison, Row
 from foveate.pages.text import visible
-from foveate.report.columns import name_of, ordered, percent
 
 SHOWN = 4  # examples on the page
 HEAD, TAIL, AROUND = 360, 240, 140  # characters kept of a long text: start, end, and on each side of the answer

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from foveate.bench.comparison.columns import listed, percent
 from foveate.bench.comparison.results import LOSS, Comparison, Row
 from foveate.bench.comparison.significance import Contrast, Findings, findings, goodness
 from foveate.bench.parts.paired_tests import fewest
 from foveate.pages.text import visible
-from foveate.report.columns import listed, percent
 
 
 def statements(comparison: Comparison, found: Findings | None = None) -> list[str]:

@@ -17,6 +17,7 @@ from foveate.kv.parts.key_moments import gaussian_mass
 from foveate.kv.qada import QAdA
 from foveate.kv.sink_recent import SinkRecent
 from tests.conftest import ClaimFixture
+from tests.contracts.policies import Batch
 from tests.support.host_models import Reads, feed, model, padded, tokens
 
 DECODING = [20, *[1] * 10]
@@ -113,6 +114,38 @@ def test_moments_are_those_of_all_keys_after_the_sinks() -> None:
         cache.crop(15)
         llama(ids[:, :1], past_key_values=cache)
     assert found[-1] == 16 and len(found) == 13 * 3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_batch_reads_what_its_sequences_read_alone(side: str) -> None:
+    """One is always within sinks and window, one leaves them while it decodes, and one has left them before."""
+    lengths, after, policy = (3, 10, 24), 6, QAdA(0.55, 2, 10, most=3)
+    batch = Batch.of(lengths, side, after)
+    ids, mask, places = batch.ids, batch.mask, (batch.mask.cumsum(1) - 1).clamp_min(0)
+
+    def shares(ids: Tensor, mask: Tensor, places: Tensor, prompt: int) -> tuple[Tensor, list[float]]:
+        """The logits of the decoding steps, and the share that each layer reads in each of them."""
+        reads, cache, logits = Reads(lambda site: site.read_share), DynamicCache(), []
+        with apply(model("llama"), policy, reads):
+            for piece in (slice(0, prompt), *(slice(end - 1, end) for end in range(prompt + 1, ids.shape[1] + 1))):
+                out = model("llama")(
+                    ids[:, piece], attention_mask=mask[:, : piece.stop], position_ids=places[:, piece],
+                    past_key_values=cache,
+                )  # fmt: skip
+                logits.append(out.logits[:, -1])
+        return torch.stack(logits[1:], 1), reads.seen[3:]
+
+    together, share = shares(ids, mask, places, max(lengths))
+    alone = []
+    for row, length in enumerate(lengths):
+        real = mask[row].bool()
+        own = (each[row : row + 1, real] for each in (ids, mask, places))
+        logits, read = shares(*own, length)
+        torch.testing.assert_close(together[row : row + 1], logits, atol=1e-4, rtol=1e-4)
+        alone.append(read)
+    assert alone[0] == [1.0] * len(share) and min(alone[1]) < 1 and min(alone[2]) < 0.9
+    torch.testing.assert_close(torch.tensor(share), torch.tensor(alone).mean(0))
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from foveate.core.errors import Interrupted
 
 
 class Progress(Protocol):
-    """A receiver of progress."""
+    """A receiver of progress, which counts answers: `start` gets the number of those that are still to be made."""
 
     def start(self, total: int) -> None: ...
     def advance(self, label: str) -> None: ...
@@ -48,13 +48,14 @@ class InterleavedRun:
         """Complete the runs of all methods.
 
         Raises:
-            Interrupted: with the number of known answers, and of all answers.
+            Interrupted: with the number of known answers, and of all answers, query-agnostic ones included.
         """
         active = [run for run in runs if not run.given_up]
-        total = len(active) * len(evaluation.prompts)
-        self._load_known(active, evaluation.batches)
         asked = [run for run in active if run.contender.key != FULL]
-        self.progress.start(total - _known(active) + len(asked) * len(evaluation.contexts))
+        total = len(active) * len(evaluation.prompts) + len(asked) * len(evaluation.agnostic_indices)
+        self._load_known(active, evaluation.batches)
+        self._load_agnostic(asked, evaluation.contexts)
+        self.progress.start(total - answered(active))
         try:
             for number, batch in enumerate(evaluation.batches):
                 todo = [run for run in active if not all(index in run.records for index in batch.indices)]
@@ -63,13 +64,12 @@ class InterleavedRun:
             for shared in evaluation.contexts:
                 for run in asked:
                     self._ask(run, shared)
-                    self.progress.advance(f"{run.label}, query-agnostic")
             for run in active:
                 if run.records:
                     self.progress.say(f"{run.label}: memory")
                     run.megabytes = self._memory(run, evaluation.memory_batch)
         except KeyboardInterrupt:
-            raise Interrupted(_known(active), total) from None
+            raise Interrupted(answered(active), total) from None
 
     def _load_known(self, runs: Sequence[MethodRun], batches: Sequence[Batch]) -> None:
         """Load the journal's answers."""
@@ -82,23 +82,33 @@ class InterleavedRun:
                     if found is not None:
                         run.records[index] = found
 
+    def _load_agnostic(self, runs: Sequence[MethodRun], contexts: Sequence[SharedContext]) -> None:
+        """Load the journal's query-agnostic answers, of contexts whose questions are all answered."""
+        for run in runs:
+            for shared in contexts:
+                keys = self._agnostic_keys(run, shared)
+                found = [record for key in keys if (record := self.journal.get(key)) is not None]
+                if len(found) == len(keys):
+                    run.agnostic |= dict(zip(shared.indices, found, strict=True))
+
     def _ask(self, run: MethodRun, shared: SharedContext) -> None:
         """Answer the questions about one context, which the method compressed without knowing them."""
-        keys = [
-            digest.of(self.environment, run.contender.identity, shared.identity(at))
-            for at in range(len(shared.indices))
-        ]
-        records = [record for key in keys if (record := self.journal.get(key)) is not None]
-        if len(records) < len(keys):
-            if run.agnostic_error or run.given_up:
-                return
+        if all(index in run.agnostic for index in shared.indices):
+            return
+        if not (run.agnostic_error or run.given_up):
             try:
                 records = answer(self.model, run.contender.at(shared.ids.shape[1]), shared)
             except Exception as error:  # noqa: BLE001  the method keeps its other scores
                 run.agnostic_error = one_line(error)
-                return
-            self.journal.add(dict(zip(keys, records, strict=True)))
-        run.agnostic |= dict(zip(shared.indices, records, strict=True))
+            else:
+                self.journal.add(dict(zip(self._agnostic_keys(run, shared), records, strict=True)))
+                run.agnostic |= dict(zip(shared.indices, records, strict=True))
+        for _ in shared.indices:
+            self.progress.advance(f"{run.label}, query-agnostic")
+
+    def _agnostic_keys(self, run: MethodRun, shared: SharedContext) -> list[str]:
+        count = len(shared.indices)
+        return [digest.of(self.environment, run.contender.identity, shared.identity(at)) for at in range(count)]
 
     def _run_round(
         self, order: list[MethodRun], todo: list[MethodRun], batch: Batch, number: int, evaluation: Evaluation
@@ -168,8 +178,9 @@ class InterleavedRun:
         return digest.of(self.environment, run.contender.identity, batch.identity, row, *more)
 
 
-def _known(runs: Sequence[MethodRun]) -> int:
-    return sum(len(run.records) for run in runs)
+def answered(runs: Sequence[MethodRun]) -> int:
+    """Return the number of answers that the runs have, query-agnostic ones included."""
+    return sum(len(run.records) + len(run.agnostic) for run in runs)
 
 
 def _refusal(run: MethodRun, batch: Batch) -> str:

@@ -21,7 +21,7 @@ from foveate.bench.comparison import history
 from foveate.bench.comparison.encoding import prompts, tokens_of
 from foveate.bench.comparison.evaluation import Evaluation, evaluation_of
 from foveate.bench.comparison.history import RESULTS
-from foveate.bench.comparison.interleaved import InterleavedRun, Progress
+from foveate.bench.comparison.interleaved import InterleavedRun, Progress, answered
 from foveate.bench.comparison.lost import Losses
 from foveate.bench.comparison.method_run import MethodRun
 from foveate.bench.comparison.results import FORMAT, Comparison, Row
@@ -197,8 +197,7 @@ def _lost(losses: Losses, rows: list[Row], runs: list[MethodRun]) -> list[Row]:
     try:
         return losses.add(rows, runs)
     except KeyboardInterrupt:
-        total = sum(len(row.answers) for row in rows)
-        raise Interrupted(total, total) from None
+        raise Interrupted(answered(runs), answered(runs)) from None
 
 
 def _runs(key: str, host: Host, options: Options, store: CalibrationStore) -> list[MethodRun]:

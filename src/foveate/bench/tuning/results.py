@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from foveate.bench.parts import printed
 from foveate.bench.parts.plaindata import plain, write_atomic
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
 FORMAT = "foveate.tuning/1"
+_SHOWN = 12  # rows of the table
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,45 @@ class Tuning:
             f"{first} {second} There are too few held-out examples to show a loss of at most {1 - self.keep:.1%}; the "
             f"mean loss decided."
         )
+
+    def __str__(self) -> str:
+        return printed.plain(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return printed.html(*self._shown())
+
+    def _shown(self) -> Sequence[RenderableType]:
+        return self.table(), "", self.claim(), *self.notes
+
+    def table(self) -> Table:
+        """Return a short table: what was tested on held-out examples, and of the search the cheapest that held.
+
+        If none held, it has those of the search that lost least.
+        """
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False)
+        table.add_column("setting", overflow="fold")
+        for heading in ("bytes", "lost", "examples"):
+            table.add_column(heading, justify="right")
+        table.add_column("")
+        searched = [one for one in self.tried if not one.held_out]
+        held = sorted((one for one in searched if one.verdict == "holds"), key=lambda one: one.share)
+        tested = [one for one in self.tried if one.held_out]
+        # Where nothing held there is nothing else to show, and the reader has to know by how much each one missed.
+        shown = held or sorted((one for one in searched if not math.isnan(one.lost)), key=lambda one: one.lost)
+        for one in [*shown[: max(1, _SHOWN - len(tested))][::-1], *tested]:
+            numbers = (
+                "-" if math.isnan(one.share) else f"{one.share:.1%}",
+                "-" if math.isnan(one.lost) else f"{one.lost:.4f}",
+            )
+            verdict = f"{one.verdict} (held out)" if one.held_out else one.verdict
+            table.add_row(Text(one.setting), *numbers, str(one.examples), verdict)
+        tries = "1 setting was tried" if len(self.tried) == 1 else f"{len(self.tried)} settings were tried"
+        table.caption = f"{tries}; `lost` is the loss of score, a mean over examples."
+        table.caption_justify = "left"
+        return table
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **plain(self), "claim": self.claim()}, indent=1, allow_nan=False) + "\n"

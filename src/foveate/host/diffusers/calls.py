@@ -14,8 +14,9 @@ from foveate.core.errors import UnsupportedModel
 from foveate.host import attention
 from foveate.host.hf.attach import runs_open_on
 from foveate.host.hf.tokens_read import named_inputs
+from foveate.host.own_sequence import OwnSequence
 from foveate.host.sdpa import SDPA, CatchSDPA
-from foveate.host.site import OwnSequence, Site
+from foveate.host.site import Site
 from foveate.host.spans import Place, Spans
 from foveate.host.stats import Stats, held_at
 

@@ -23,7 +23,7 @@ from foveate.host.hf.cache import SlotLayer, tokens_seen
 from foveate.host.hf.compressed import CompressedLayer
 from foveate.host.hf.hybrid import Hybrid, HybridSlotLayer
 from foveate.host.method import Method
-from foveate.host.site import crossing
+from foveate.host.own_sequence import crossing
 
 #: The notes of a run's methods, by cache: `(id of the method, layer or None) -> notes`.
 Notes = WeakKeyDictionary[Cache, dict[Any, dict[str, Any]]]

@@ -20,7 +20,8 @@ from foveate.host.hf.calls import CROSS, crosses_to, parameters
 from foveate.host.hf.tokens_read import TokensRead, cached_tokens, named_inputs, tokens_of
 from foveate.host.method import Method
 from foveate.host.model_call import Edit
-from foveate.host.site import OwnSequence, Site
+from foveate.host.own_sequence import OwnSequence
+from foveate.host.site import Site
 from foveate.host.stream import Stream
 
 #: The key of the record of a sequence's tokens among the notes of its cache.

@@ -12,7 +12,8 @@ from foveate.host.hf.attach import runs_open_on
 from foveate.host.hf.cache import SlotLayer
 from foveate.host.hf.calls import check_expanded, number_of, sinks
 from foveate.host.hf.mask import MaskPlan
-from foveate.host.site import OwnSequence, Site
+from foveate.host.own_sequence import OwnSequence
+from foveate.host.site import Site
 
 if TYPE_CHECKING:
     from foveate.host.run import Run

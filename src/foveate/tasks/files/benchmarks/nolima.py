@@ -21,6 +21,7 @@ from foveate.core.errors import TaskError
 from foveate.tasks.base.task import Example, Task
 from foveate.tasks.base.tokens import CHARACTERS, Tokens
 from foveate.tasks.files import records
+from foveate.tasks.files.parts import text
 
 _FIELDS = {"needle", "questions", "tests"}
 _FOLDERS = ("../haystack/rand_shuffle", "../haystack", "haystack/rand_shuffle", "haystack", ".")
@@ -86,6 +87,8 @@ class NoLiMa(Task):
 
     def examples(self) -> list[Example]:
         tests, books = list(self._tests()), self._books
+        if not tests:
+            raise TaskError(f"task={str(self.path)!r} holds no questions; it must hold at least one with a test")
         total = len(books) * len(tests) * _DEPTHS
         chosen = sorted(random.Random(self.seed).sample(range(total), min(self.count, total)))
         found = []
@@ -101,11 +104,10 @@ class NoLiMa(Task):
             draw = np.random.RandomState(test.seed + book)  # the release draws a name for each depth, in order
             name = [str(draw.choice(list(test.characters))) for _ in range(depth + 1)][-1]
             needle, question, gold = needle.replace("{CHAR}", name), question.replace("{CHAR}", name), (name,)
-        text = self._placed(book, needle, depth / (_DEPTHS - 1))
+        placed = self._placed(book, needle, depth / (_DEPTHS - 1))
         before, after = test.template.split("{haystack}", 1)
-        tail = after.replace("{question}", question)
-        prompt = before + text + tail
-        spans = {"context": (0, len(before) + len(text)), "question": (len(before) + len(text), len(prompt))}
+        prompt, end = before + placed + after.replace("{question}", question), len(before) + len(placed)
+        spans = {"context": (0, end), "question": (end, len(prompt))}
         at = prompt.find(needle)
         return Example(
             prompt, f" {gold[0]}", {**spans, "needle": (at, at + len(needle))}, gold, rule="nolima",
@@ -165,7 +167,7 @@ def is_needle_set(path: Path) -> bool:
 def _tests_of(row: dict[str, Any], where: str, template: str | None) -> Iterator[_Test]:
     name = str(row.get("id", ""))
     seed = _BASE_SEED + (int(name[:4]) if name[:4].isdigit() else 0)
-    template = template or str(row.get("task_template") or _TEMPLATE)
+    template = template or text(row.get("task_template") or _TEMPLATE, f"{where}: task_template")
     if "{haystack}" not in template or "{question}" not in template:
         raise TaskError(f"{where}: the template must hold {{haystack}} and {{question}}")
     for part in ("questions", "tests"):
@@ -173,17 +175,17 @@ def _tests_of(row: dict[str, Any], where: str, template: str | None) -> Iterator
             raise TaskError(f"{where}: {part} must be an object; got {row[part]!r:.40}")
     for key, test in row["tests"].items():
         if not isinstance(test, dict) or not isinstance(test.get("input_args"), list):
-            raise TaskError(f"{where}: test {key} must be an object with a list input_args; got {test!r:.40}")
+            raise TaskError(f"{where}: tests: {key} must be an object with a list input_args; got {test!r:.40}")
+    characters = _texts(row, "character_set", where)
     for kind, asked in row["questions"].items():
         for key, test in row["tests"].items():
-            needle, question = str(row["needle"]), str(asked)
-            for number, word in enumerate(test["input_args"], 1):
-                question, needle = (text.replace(f"{{{number}}}", str(word)) for text in (question, needle))
-            gold, characters = (
-                _texts(holder, field, where) for holder, field in ((test, "gold_answers"), (row, "character_set"))
-            )
-            if not (gold or characters):
-                raise TaskError(f"{where} must have gold_answers or character_set")
+            needle, question = text(row["needle"], f"{where}: needle"), text(asked, f"{where}: questions: {kind}")
+            for number, word in enumerate(_texts(test, "input_args", f"{where}: tests: {key}"), 1):
+                question, needle = (each.replace(f"{{{number}}}", word) for each in (question, needle))
+            drawn, gold = "{CHAR}" in needle, _texts(test, "gold_answers", f"{where}: tests: {key}")
+            if not (characters if drawn else gold):
+                needed = "character_set" if drawn else "gold_answers"
+                raise TaskError(f"{where}: tests: {key} must have {needed} for its needle")
             yield _Test(f"{name} {key} {kind}", seed, needle, question, gold, characters, template)
 
 
@@ -191,4 +193,4 @@ def _texts(holder: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
     values = holder.get(name) or []
     if not isinstance(values, list):
         raise TaskError(f"{where}: {name} must be a list; got {values!r:.40}")
-    return tuple(map(str, values))
+    return tuple(text(value, f"{where}: {name}") for value in values)

@@ -51,14 +51,21 @@ def items(row: Row, path: str, mode: str = MODES[0]) -> list[Item]:
         question, prefix = _question(turn, where)
         answer = listed(turn.get("answer"))
         rule, tokens = _rule(turn, name)
-        if rule == "scbench-number" and not _NUMBER.fullmatch(str(answer).strip()):
-            raise TaskError(f"an answer of {name} must be a number; got {answer!r:.40}")
+        if rule == "scbench-number":
+            _check_numbers(answer, f"{where}an answer of {name}")
         parts = Text(context, before + question, prefix)
         facts = {**_facts(row, turn, rule, where), "groups": [f"turn {number}", rule.removeprefix("scbench-")]}
         found.append(Item(parts, _answers(turn, answer, where), rule, facts, tokens, f"{where}answer"))
         if mode == MODES[0]:
             before += f"{question}{prefix} {_written(answer)}\n\n"
     return found
+
+
+def _check_numbers(answer: Any, called: str) -> None:
+    """Refuse an answer that is no number; the release takes the first of a list."""
+    for each in answer if isinstance(answer, list) and answer else [answer]:
+        if not _NUMBER.fullmatch(str(each).strip()):
+            raise TaskError(f"{called} must be a number; got {answer!r:.40}")
 
 
 def with_functions(examples: Sequence[Example]) -> list[Example]:

@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from foveate.bench.comparison.results import LOSS, TIMES, Comparison, Row
+from foveate.bench.comparison.measured import Measured
+from foveate.bench.comparison.rows import TIMES, Row
 from foveate.pages.text import visible
+from foveate.tasks.base.scores import LOSS
 
 NOTHING = "–"
 VARIES = "varies"
@@ -101,24 +103,24 @@ def plain_number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else NOTHING
 
 
-def columns(comparison: Comparison) -> tuple[Column, ...]:
+def columns(comparison: Measured) -> tuple[Column, ...]:
     """Return the columns of the comparison's table; the score is a share of right answers, or the loss."""
     return (_score(comparison), *_shown_if_measured(comparison), *_COSTS)
 
 
-def column(comparison: Comparison, measure: str) -> Column:
+def column(comparison: Measured, measure: str) -> Column:
     """Return the column of a measure."""
     return next(found for found in columns(comparison) if found.measure == measure)
 
 
-def _score(comparison: Comparison) -> Column:
+def _score(comparison: Measured) -> Column:
     if comparison.metric == LOSS:
         return Column("score", "loss", plain_number, "mean next-token loss of the answers, in nats; 95 % interval")
     meaning = f"mean score of the answers by the rule “{visible(comparison.metric)}”; 95 % interval"
     return Column("score", "score", percent, meaning, higher_is_better=True)
 
 
-def _shown_if_measured(comparison: Comparison) -> list[Column]:
+def _shown_if_measured(comparison: Measured) -> list[Column]:
     """Return the columns that only some tasks have: the query-agnostic score, and the length of the answers."""
     score = _score(comparison)
     meaning = "the same where the method compressed the context before it knew the question"
@@ -138,12 +140,12 @@ _COSTS = (
 )
 
 
-def ordered(comparison: Comparison) -> list[Row]:
+def ordered(comparison: Measured) -> list[Row]:
     """Return the rows, the baseline first and the others in the order of the run."""
     return sorted(comparison.rows, key=lambda row: row.method != comparison.baseline)
 
 
-def name_of(comparison: Comparison, row: Row) -> str:
+def name_of(comparison: Measured, row: Row) -> str:
     """Return a row's method, with its budget if the comparison has several."""
     budget = row.id[1]
     several = len(comparison.budgets) > 1 and budget is not None
@@ -161,14 +163,14 @@ def label(text: str) -> str:
     return html.escape(text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…", quote=False)
 
 
-def cells(comparison: Comparison) -> list[list[Cell]]:
+def cells(comparison: Measured) -> list[list[Cell]]:
     """Return one list of cells for each of the `ordered` rows."""
     rows = ordered(comparison)
     found = [_column_cells(comparison, rows, column) for column in columns(comparison)]
     return [list(line) for line in zip(*found, strict=True)]
 
 
-def _column_cells(comparison: Comparison, rows: list[Row], column: Column) -> list[Cell]:
+def _column_cells(comparison: Measured, rows: list[Row], column: Column) -> list[Cell]:
     texts = [column.show(getattr(row, column.measure)) for row in rows]
     best = _best(rows, column)
     # If all numbers look alike, none is marked.
@@ -186,7 +188,7 @@ def _interval(row: Row, measure: str) -> tuple[float, float] | None:
     return {"score": row.score_interval, "agnostic_score": row.agnostic_interval}.get(measure)
 
 
-def _ratio(comparison: Comparison, row: Row, measure: str) -> tuple[str, str]:
+def _ratio(comparison: Measured, row: Row, measure: str) -> tuple[str, str]:
     if measure in ("score", "agnostic_score") and comparison.metric == LOSS:
         return "", ""  # a ratio of losses has no meaning
     found = comparison.paired(row, measure)
@@ -217,7 +219,7 @@ def _best(rows: list[Row], column: Column) -> float | None:
     return max(values) if column.higher_is_better else min(values)
 
 
-def _is_sure(comparison: Comparison, rows: list[Row], column: Column, best: float) -> bool:
+def _is_sure(comparison: Measured, rows: list[Row], column: Column, best: float) -> bool:
     """Return whether a best time differs from the baseline's for sure: the interval of their ratio must not hold 1."""
     if column.measure not in TIMES or comparison.base() not in rows:
         return True
