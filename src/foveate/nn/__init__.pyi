@@ -13,16 +13,20 @@ from foveate.nn.base.seq2seq import Encoded as Encoded
 from foveate.nn.base.seq2seq import Generated as Generated
 from foveate.nn.base.seq2seq import Made as Made
 from foveate.nn.base.seq2seq import Seq2Seq as Seq2Seq
+from foveate.nn.channel.eca import EfficientChannelAttention as EfficientChannelAttention
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention as GaussianAdaptiveAttention
 from foveate.nn.channel.gaam import GaussianBlock as GaussianBlock
 from foveate.nn.channel.gaam import GaussianGate as GaussianGate
 from foveate.nn.channel.gaam import importance_factor as importance_factor
 from foveate.nn.channel.multi_dim_attention import MultiDimAttention as MultiDimAttention
+from foveate.nn.channel.squeeze_excitation import SqueezeExcitation as SqueezeExcitation
 from foveate.nn.fusion.cace_net import CoGuidedAttention as CoGuidedAttention
 from foveate.nn.fusion.cace_net import background_event_contrast as background_event_contrast
 from foveate.nn.fusion.co_attention import CoAttention as CoAttention
 from foveate.nn.fusion.daft import DAFTAttention as DAFTAttention
 from foveate.nn.fusion.daft import total_length_of_transition as total_length_of_transition
+from foveate.nn.fusion.ssma import SSMAFusion as SSMAFusion
+from foveate.nn.fusion.ssma import SkipGate as SkipGate
 from foveate.nn.parts.beam_search import BeamSearch as BeamSearch
 from foveate.nn.parts.blocks import Block as Block
 from foveate.nn.parts.blocks import GatedMLP as GatedMLP
@@ -121,16 +125,25 @@ from foveate.nn.sequence.super_attention import SuperAttention as SuperAttention
 from foveate.nn.sequence.titans import MemoryAsContext as MemoryAsContext
 from foveate.nn.sequence.titans import MemoryAsGate as MemoryAsGate
 from foveate.nn.sequence.titans import MemoryAsLayer as MemoryAsLayer
+from foveate.nn.vision.attention_gate import AttentionGate as AttentionGate
 from foveate.nn.vision.biformer import BiLevelRoutingAttention as BiLevelRoutingAttention
 from foveate.nn.vision.biformer import bi_level_route as bi_level_route
+from foveate.nn.vision.bot import BottleneckAttention as BottleneckAttention
+from foveate.nn.vision.cbam import CBAM as CBAM
+from foveate.nn.vision.coordinate_attention import CoordinateAttention as CoordinateAttention
 from foveate.nn.vision.crossformer import CrossScaleEmbedding as CrossScaleEmbedding
 from foveate.nn.vision.crossformer import DynamicPositionBias as DynamicPositionBias
 from foveate.nn.vision.crossformer import LongShortAttention as LongShortAttention
+from foveate.nn.vision.danet import ChannelAttention as ChannelAttention
+from foveate.nn.vision.danet import DualAttentionGate as DualAttentionGate
+from foveate.nn.vision.danet import PositionAttention as PositionAttention
 from foveate.nn.vision.dependency_vit import DependencyAttention as DependencyAttention
 from foveate.nn.vision.dependency_vit import Tree as Tree
 from foveate.nn.vision.dependency_vit import dependency_tree as dependency_tree
 from foveate.nn.vision.dependency_vit import prune as prune
 from foveate.nn.vision.efficient_attention_2d import EfficientAttention2d as EfficientAttention2d
+from foveate.nn.vision.gpsa import GatedPositionalAttention as GatedPositionalAttention
+from foveate.nn.vision.guided_context_gating import GuidedContextGating as GuidedContextGating
 from foveate.nn.vision.halo import HaloAttention as HaloAttention
 from foveate.nn.vision.hilo import HiLoAttention as HiLoAttention
 from foveate.nn.vision.inline_attention import InLineAttention as InLineAttention
@@ -142,9 +155,11 @@ from foveate.nn.vision.l2vit import LocalConcentration as LocalConcentration
 from foveate.nn.vision.l2vit import LocalWindowBlock as LocalWindowBlock
 from foveate.nn.vision.l2vit import concentration as concentration
 from foveate.nn.vision.l2vit import influence as influence
+from foveate.nn.vision.non_local import NonLocal as NonLocal
 from foveate.nn.vision.residual_attention import ResidualAttentionModule as ResidualAttentionModule
 from foveate.nn.vision.residual_attention import ResidualUnit as ResidualUnit
 from foveate.nn.vision.residual_attention import SoftMask as SoftMask
+from foveate.nn.vision.triplet_attention import TripletAttention as TripletAttention
 from foveate.nn.vision.ulsam import ULSAM as ULSAM
 from foveate.nn.vision.vsa import TargetWindows as TargetWindows
 from foveate.nn.vision.vsa import VariedSizeWindowAttention as VariedSizeWindowAttention
@@ -155,16 +170,21 @@ __all__ = [
     "ACMILOut",
     "AarenLayer",
     "Alibi",
+    "AttentionGate",
     "AttentionPool",
     "AttentiveStatsPool",
     "BaseConv",
     "BeamSearch",
     "BiLevelRoutingAttention",
     "Block",
+    "BottleneckAttention",
+    "CBAM",
+    "ChannelAttention",
     "ChosenAttention",
     "CoAttention",
     "CoGuidedAttention",
     "Concentration",
+    "CoordinateAttention",
     "Cost",
     "CrossAttentionPool",
     "CrossScaleEmbedding",
@@ -174,8 +194,10 @@ __all__ = [
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
+    "DualAttentionGate",
     "DynamicPositionBias",
     "EfficientAttention2d",
+    "EfficientChannelAttention",
     "EfficientProbe",
     "Encoded",
     "EncodedSource",
@@ -183,12 +205,14 @@ __all__ = [
     "Fusion",
     "GatedBranches",
     "GatedMLP",
+    "GatedPositionalAttention",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
     "GaussianGate",
     "Generated",
     "GlobalSubsampledAttention",
     "GraphAttention",
+    "GuidedContextGating",
     "HaloAttention",
     "HeadBranches",
     "HeadScheme",
@@ -230,6 +254,7 @@ __all__ = [
     "MultiHeadEmbeddingAttention",
     "NeuralMemory",
     "NeuralMemoryState",
+    "NonLocal",
     "OptimisedAttention",
     "PMA",
     "Pointed",
@@ -237,6 +262,7 @@ __all__ = [
     "Pool",
     "Pooled",
     "Position",
+    "PositionAttention",
     "PositionalSymbols",
     "ProbeHead",
     "RelationalAttention",
@@ -248,6 +274,7 @@ __all__ = [
     "RotaryBias",
     "SAB",
     "SERes2Block1d",
+    "SSMAFusion",
     "SensoryHeads",
     "Seq2Seq",
     "SetTransformer",
@@ -255,8 +282,10 @@ __all__ = [
     "SkimAttention",
     "SkimLayer",
     "Skimformer",
+    "SkipGate",
     "SlimAttention",
     "SoftMask",
+    "SqueezeExcitation",
     "Stream",
     "StreamingLayer",
     "SuperAttention",
@@ -264,6 +293,7 @@ __all__ = [
     "Symbols",
     "TargetWindows",
     "Tree",
+    "TripletAttention",
     "ULSAM",
     "VariedSizeWindowAttention",
     "VisualAttentionLSTM",
