@@ -193,13 +193,17 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).mT
 
+    def feat_ratio(self) -> int:
+        return self.proj.stride[0]
+
 
 def convit_network(**options: Any) -> nn.Module:
     mlp = peers.pick("timm", "layers/mlp.py", "Mlp", to_2tuple=lambda x: (x, x), partial=partial)
     rates = peers.pick("timm", "layers/drop.py", "calculate_drop_path_rates")
     made = peers.pick(
         "timm", "models/convit.py", "GPSA", "MHSA", "Block", "ConVit", PatchEmbed=PatchEmbed, Mlp=mlp.Mlp,
-        trunc_normal_=nn.init.trunc_normal_, LayerScale=None, DropPath=None, HybridEmbed=None,
+        trunc_normal_=nn.init.trunc_normal_, LayerNorm=nn.LayerNorm, LayerScale=None, DropPath=None,
+        HybridEmbed=None,
         calculate_drop_path_rates=rates.calculate_drop_path_rates,
     )  # fmt: skip
     norm = partial(nn.LayerNorm, eps=1e-6)

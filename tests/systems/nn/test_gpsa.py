@@ -141,29 +141,28 @@ def test_refusals() -> None:
 # -- few digits --------------------------------------------------------------------------------------------------------
 
 
-def accuracy(kind: str, seeds: int = 2, dim: int = 36) -> float:
-    """Train two blocks on 300 digits, a token for each pixel; return the accuracy on others."""
+def accuracy(kind: str) -> float:
+    """Train two blocks on 300 digits, a token for each pixel, in 380 steps; return the accuracy on others."""
 
     def layer(dim: int, heads: int) -> nn.Module:
         if kind == "plain":
             return MultiHeadAttention(dim, heads, out_bias=True)
         return GatedPositionalAttention(dim, heads, local_init=kind == "local")
 
-    found = []
-    for seed in range(seeds):
-        net = digits.vit(layer, dim=dim, heads=9, patch=1, seed=seed)
-        found.append(digits.accuracy(digits.fit(net, seed, 20, examples=300)))
-    return sum(found) / seeds
+    net = digits.vit(layer, dim=18, heads=9, patch=1)
+    return digits.accuracy(digits.fit(net, epochs=20, examples=300, batch=16, lr=0.01))
 
 
 @pytest.mark.slow
 def test_few_digits(claim) -> None:
-    local, free, plain = accuracy("local"), accuracy("free"), accuracy("plain")
+    local = accuracy("local")
     claim(
-        "two blocks that start local read digits after 300 examples better than plain attention: accuracy, 2 seeds",
-        ours=local, baseline=plain, better="higher", margin=0.02, baseline_name="multi-head attention", seed=0,
+        "two blocks that start local read digits after 300 examples better than plain attention: accuracy",
+        ours=local, baseline=accuracy("plain"), better="higher", margin=0.1, baseline_name="multi-head attention",
+        seed=0,
     )  # fmt: skip
     claim(
-        "starting local is a part of the gain: accuracy, 2 seeds",
-        ours=local, baseline=free, better="higher", baseline_name="the same layer, random at the start", seed=0,
+        "starting local is a part of the gain: accuracy",
+        ours=local, baseline=accuracy("free"), better="higher", margin=0.03,
+        baseline_name="the same layer, random at the start", seed=0,
     )  # fmt: skip
