@@ -75,6 +75,8 @@ def test_its_size() -> None:
     assert cost(PositionAttention(16), x) == (2 * (16 * 2 + 2) + 16 * 16 + 16 + 1, 2 * n * (16 * 20 + n * (2 + 16)))
     assert cost(ChannelAttention(16), x) == (1, 2 * 2 * 16 * 16 * n)
     assert PositionAttention(4).query.out_features == 1
+    assert DualAttentionGate(16, hidden=5).position.query.out_features == 5
+    assert DualAttentionGate(16, 4).position.key.out_features == 4
 
 
 def test_positions_and_channels_have_no_order() -> None:

@@ -99,7 +99,7 @@ class BottleneckAttention(FeatureGate):
 
 def _sides(size: int | Sequence[int], dims: int) -> tuple[int, ...]:
     """Return the largest side along each axis."""
-    sides = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size,) * dims
+    sides = tuple(size) if isinstance(size, Sequence) else (size,) * dims
     if len(sides) != dims:
         raise OptionError(f"size={shown(size)} must be a whole number, or {dims} of them")
     for side in sides:
