@@ -94,6 +94,7 @@ def test_at_the_start_each_head_looks_at_its_offset() -> None:
 
 
 def test_even_sides_and_heads_that_are_left_over() -> None:
+    assert len(head_offsets(8)) == 4
     assert head_offsets(6) == [(-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)]
     layer = made(12, 6, locality=3.0)
     assert_near(layer.place[:4] / 3, torch.tensor([[a, b, -1] for a in (-1, 1) for b in (-1, 1)]), 1e-6)
