@@ -11,7 +11,15 @@ from torch import Tensor
 
 from foveate.core.catalog import systems
 from foveate.nn.base.feature_gate import FeatureGate
+from foveate.nn.channel.eca import EfficientChannelAttention
+from foveate.nn.vision.attention_gate import AttentionGate
+from foveate.nn.vision.bot import BottleneckAttention
+from foveate.nn.vision.cbam import CBAM
+from foveate.nn.vision.coordinate_attention import CoordinateAttention
+from foveate.nn.vision.danet import DualAttentionGate
+from foveate.nn.vision.non_local import NonLocal
 from foveate.nn.vision.residual_attention import ResidualAttentionModule
+from foveate.nn.vision.triplet_attention import TripletAttention
 from foveate.nn.vision.ulsam import ULSAM
 
 CHANNELS, BATCH = 8, 3
@@ -31,6 +39,16 @@ EXTRA: dict[str, tuple[type[FeatureGate], dict[str, Any]]] = {
     "ulsam-paper": (ULSAM, {"num_splits": 4}),
     "residual_attention-nal": (ResidualAttentionModule, {"down": 1, "t": 1, "mode": "nal", "gate": "spatial"}),
     "residual_attention-channel": (ResidualAttentionModule, {"down": 1, "t": 1, "gate": "channel"}),
+    "eca-wide": (EfficientChannelAttention, {"kernel": 5}),
+    "cbam-formula": (CBAM, {"hidden": 3, "kernel": 5, "bias": False, "norm": False}),
+    "coordinate_attention-wide": (CoordinateAttention, {"bias": False}),
+    "triplet_attention-rotated": (TripletAttention, {"kernel": 5, "spatial": False}),
+    "non_local-gaussian": (NonLocal, {"kind": "gaussian", "scale": 0.3}),
+    "non_local-dot": (NonLocal, {"kind": "dot", "subsample": True, "norm": False}),
+    "non_local-concatenation": (NonLocal, {"kind": "concatenation", "hidden": 3}),
+    "danet-release": (DualAttentionGate, {"variant": "release"}),
+    "bot-plain": (BottleneckAttention, {"heads": 2, "relative": False, "bias": True}),
+    "attention_gate-normed": (AttentionGate, {"hidden": 3, "stride": 1, "norm": True}),
 }
 
 

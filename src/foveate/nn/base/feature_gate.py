@@ -50,11 +50,7 @@ class FeatureGate(Checked, nn.Module, ABC):
             ShapeError: `x` has other channels, or another number of spatial axes, than the gate.
         """
         self._check(x)
-        out = self._gate(x)
-        last = _CHANNELS_LAST.get(x.dim() - 2)
-        if last is not None and x.is_contiguous(memory_format=last):
-            return out.contiguous(memory_format=last)
-        return out
+        return self._in_format_of(x, self._gate(x))
 
     # -- for tests, tables and `insert` --------------------------------------------------------------------------------
 
@@ -77,6 +73,13 @@ class FeatureGate(Checked, nn.Module, ABC):
     @abstractmethod
     def _gate(self, x: Tensor) -> Tensor:
         """Return the gated map."""
+
+    def _in_format_of(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output in `channels_last` if x is in it; a gate with a `forward` of its own calls it."""
+        last = _CHANNELS_LAST.get(x.dim() - 2)
+        if last is not None and x.is_contiguous(memory_format=last):
+            return out.contiguous(memory_format=last)
+        return out.contiguous()
 
     # -- refusals ------------------------------------------------------------------------------------------------------
 

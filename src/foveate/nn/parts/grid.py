@@ -37,10 +37,10 @@ def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
     return x.flatten(2).mT
 
 
-def filled(image: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c h2 w2"]:
-    """Fill the sides of a map up to a multiple, with zeros at the bottom and on the right."""
-    bottom, right = (-side % multiple for side in image.shape[2:])
-    return F.pad(image, (0, right, 0, bottom)) if bottom or right else image
+def filled(image: Float[Tensor, "b c *space"], multiple: int) -> Float[Tensor, "b c *filled"]:
+    """Fill the sides of a map up to a multiple, with zeros at the end of each axis: at the bottom and on the right."""
+    ends = [end for side in reversed(image.shape[2:]) for end in (0, -side % multiple)]
+    return F.pad(image, ends) if any(ends) else image
 
 
 class DepthwiseConv(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -52,3 +53,24 @@ class OffsetBias(nn.Module):
 
     def forward(self) -> Float[Tensor, "h t t"]:
         return self.table[offsets(self.window, self.table.device).place].permute(2, 0, 1)
+
+
+def relative_scores(
+    q: Float[Tensor, "b h *space d"], vectors: Sequence[Float[Tensor, "_n _m d"]]
+) -> Float[Tensor, "b h q k"]:
+    """Return the product of each query on a grid with a vector for each offset to a key, the sum over the axes.
+
+    Args:
+        q: queries on a grid of one or more axes.
+        vectors: for each axis, the vector of each pair of the query's place and the key's along it.
+    """
+    axes = len(vectors)
+    scores: Tensor | None = None
+    for axis, vector in enumerate(vectors):
+        along = torch.einsum("...id,ijd->...ij", q.movedim(2 + axis, -2), vector).movedim(-2, 2 + axis)
+        keys = [1] * axes
+        keys[axis] = vector.shape[1]
+        part = along.unflatten(-1, keys)
+        scores = part if scores is None else scores + part
+    assert scores is not None
+    return scores.flatten(2 + axes).flatten(2, 1 + axes)

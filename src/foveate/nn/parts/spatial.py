@@ -47,3 +47,30 @@ def halve(x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b c *half"]:
 def resize(x: Float[Tensor, "b c *space"], size: Sequence[int]) -> Float[Tensor, "b c *size"]:
     """Interpolate linearly along each axis; corners stay corners."""
     return F.interpolate(x, tuple(size), mode=_LINEAR[x.dim() - 2], align_corners=True)
+
+
+def coarse(x: Float[Tensor, "b c *space"], window: Sequence[int]) -> Float[Tensor, "b c *fewer"]:
+    """Return the largest value in each window of this size; windows at the end, or on short sides, are smaller."""
+    sides = [min(each, side) for each, side in zip(window, x.shape[2:], strict=True)]
+    return _MAX_POOL[x.dim() - 2](x, sides, sides, ceil_mode=True)
+
+
+def tokens(x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b n c"]:
+    """Return the positions of a map in a row."""
+    return x.flatten(2).mT
+
+
+def like_map(tokens: Float[Tensor, "b n d"], x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b d *space"]:
+    """Return tokens as a map with the positions of x."""
+    return tokens.mT.unflatten(2, x.shape[2:])
+
+
+def mean_and_max(x: Float[Tensor, "b c *space"]) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b c"]]:
+    """Return the mean and the maximum of each channel."""
+    flat = x.flatten(2)
+    return flat.mean(-1), flat.amax(-1)
+
+
+def over(weights: Float[Tensor, "b c"], x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b c *one"]:
+    """Return a number for each channel in a shape that broadcasts over the positions of x."""
+    return weights[(...,) + (None,) * (x.dim() - 2)]

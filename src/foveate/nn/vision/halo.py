@@ -20,6 +20,7 @@ from foveate.nn.base.layer import Layer
 from foveate.nn.parts.grid import to_map, to_tokens
 from foveate.nn.parts.heads import merge, split
 from foveate.nn.parts.linear_maps import Linear
+from foveate.nn.parts.offsets import relative_scores
 from foveate.nn.parts.window import Windows
 from foveate.ops.dense.softmax import Softmax
 
@@ -106,9 +107,7 @@ class HaloAttention(Layer):
         window = self.block + 2 * self.halo
         query = torch.arange(0, self.block, self.stride, device=q.device) + self.halo
         offset = torch.arange(window, device=q.device) - query[:, None] + window - 1
-        rows = torch.einsum("xhijd,iad->xhija", q, self.rows[offset])
-        columns = torch.einsum("xhijd,jbd->xhijb", q, self.columns[offset])
-        return (rows[..., None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+        return relative_scores(q, [self.rows[offset], self.columns[offset]])
 
     @classmethod
     def example(cls, dim: int, heads: int, length: int) -> Self:
