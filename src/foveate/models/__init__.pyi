@@ -35,6 +35,7 @@ from foveate.models.recommendation.autoint import AutoInt as AutoInt
 from foveate.models.recommendation.fields import FieldEmbedding as FieldEmbedding
 from foveate.models.recommendation.fields import TabularField as TabularField
 from foveate.models.vision.biformer import BiFormer as BiFormer
+from foveate.models.vision.convit import ConViT as ConViT
 from foveate.models.vision.crossformer import CrossFormer as CrossFormer
 from foveate.models.vision.dependency_vit import DependencyBlock as DependencyBlock
 from foveate.models.vision.dependency_vit import DependencyViT as DependencyViT
@@ -56,6 +57,7 @@ __all__ = [
     "BiLSTMAttentionClassifier",
     "ClsAttentionClassifier",
     "ClsHeads",
+    "ConViT",
     "CrossFormer",
     "Decoder",
     "DependencyBlock",

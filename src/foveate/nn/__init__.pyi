@@ -13,16 +13,20 @@ from foveate.nn.base.seq2seq import Encoded as Encoded
 from foveate.nn.base.seq2seq import Generated as Generated
 from foveate.nn.base.seq2seq import Made as Made
 from foveate.nn.base.seq2seq import Seq2Seq as Seq2Seq
+from foveate.nn.channel.eca import EfficientChannelAttention as EfficientChannelAttention
 from foveate.nn.channel.gaam import GaussianAdaptiveAttention as GaussianAdaptiveAttention
 from foveate.nn.channel.gaam import GaussianBlock as GaussianBlock
 from foveate.nn.channel.gaam import GaussianGate as GaussianGate
 from foveate.nn.channel.gaam import importance_factor as importance_factor
 from foveate.nn.channel.multi_dim_attention import MultiDimAttention as MultiDimAttention
+from foveate.nn.channel.squeeze_excitation import SqueezeExcitation as SqueezeExcitation
 from foveate.nn.fusion.cace_net import CoGuidedAttention as CoGuidedAttention
 from foveate.nn.fusion.cace_net import background_event_contrast as background_event_contrast
 from foveate.nn.fusion.co_attention import CoAttention as CoAttention
 from foveate.nn.fusion.daft import DAFTAttention as DAFTAttention
 from foveate.nn.fusion.daft import total_length_of_transition as total_length_of_transition
+from foveate.nn.fusion.ssma import SSMAFusion as SSMAFusion
+from foveate.nn.fusion.ssma import SkipGate as SkipGate
 from foveate.nn.parts.beam_search import BeamSearch as BeamSearch
 from foveate.nn.parts.blocks import Block as Block
 from foveate.nn.parts.blocks import GatedMLP as GatedMLP
@@ -125,11 +129,18 @@ from foveate.nn.sequence.super_attention import SuperAttention as SuperAttention
 from foveate.nn.sequence.titans import MemoryAsContext as MemoryAsContext
 from foveate.nn.sequence.titans import MemoryAsGate as MemoryAsGate
 from foveate.nn.sequence.titans import MemoryAsLayer as MemoryAsLayer
+from foveate.nn.vision.attention_gate import AttentionGate as AttentionGate
 from foveate.nn.vision.biformer import BiLevelRoutingAttention as BiLevelRoutingAttention
 from foveate.nn.vision.biformer import bi_level_route as bi_level_route
+from foveate.nn.vision.bot import BottleneckAttention as BottleneckAttention
+from foveate.nn.vision.cbam import CBAM as CBAM
+from foveate.nn.vision.coordinate_attention import CoordinateAttention as CoordinateAttention
 from foveate.nn.vision.crossformer import CrossScaleEmbedding as CrossScaleEmbedding
 from foveate.nn.vision.crossformer import DynamicPositionBias as DynamicPositionBias
 from foveate.nn.vision.crossformer import LongShortAttention as LongShortAttention
+from foveate.nn.vision.danet import ChannelAttention as ChannelAttention
+from foveate.nn.vision.danet import DualAttentionGate as DualAttentionGate
+from foveate.nn.vision.danet import PositionAttention as PositionAttention
 from foveate.nn.vision.dependency_vit import DependencyAttention as DependencyAttention
 from foveate.nn.vision.dependency_vit import Tree as Tree
 from foveate.nn.vision.dependency_vit import dependency_tree as dependency_tree
@@ -138,6 +149,8 @@ from foveate.nn.vision.efficient_attention_2d import EfficientAttention2d as Eff
 from foveate.nn.vision.flatformer import FlatFormer as FlatFormer
 from foveate.nn.vision.flatformer import FlatFormerBlock as FlatFormerBlock
 from foveate.nn.vision.flatformer import pillar_map as pillar_map
+from foveate.nn.vision.gpsa import GatedPositionalAttention as GatedPositionalAttention
+from foveate.nn.vision.guided_context_gating import GuidedContextGating as GuidedContextGating
 from foveate.nn.vision.halo import HaloAttention as HaloAttention
 from foveate.nn.vision.hilo import HiLoAttention as HiLoAttention
 from foveate.nn.vision.inline_attention import InLineAttention as InLineAttention
@@ -151,12 +164,14 @@ from foveate.nn.vision.l2vit import concentration as concentration
 from foveate.nn.vision.l2vit import influence as influence
 from foveate.nn.vision.maformer import GlobalDownsampling as GlobalDownsampling
 from foveate.nn.vision.maformer import MAFBlock as MAFBlock
+from foveate.nn.vision.non_local import NonLocal as NonLocal
 from foveate.nn.vision.residual_attention import ResidualAttentionModule as ResidualAttentionModule
 from foveate.nn.vision.residual_attention import ResidualUnit as ResidualUnit
 from foveate.nn.vision.residual_attention import SoftMask as SoftMask
 from foveate.nn.vision.sparsifiner import AttentionMaps as AttentionMaps
 from foveate.nn.vision.sparsifiner import ConnectivityPredictor as ConnectivityPredictor
 from foveate.nn.vision.sparsifiner import SparsifinerAttention as SparsifinerAttention
+from foveate.nn.vision.triplet_attention import TripletAttention as TripletAttention
 from foveate.nn.vision.ulsam import ULSAM as ULSAM
 from foveate.nn.vision.vsa import TargetWindows as TargetWindows
 from foveate.nn.vision.vsa import VariedSizeWindowAttention as VariedSizeWindowAttention
@@ -169,6 +184,7 @@ __all__ = [
     "ACMILOut",
     "AarenLayer",
     "Alibi",
+    "AttentionGate",
     "AttentionMaps",
     "AttentionPool",
     "AttentiveStatsPool",
@@ -176,11 +192,15 @@ __all__ = [
     "BeamSearch",
     "BiLevelRoutingAttention",
     "Block",
+    "BottleneckAttention",
+    "CBAM",
+    "ChannelAttention",
     "ChosenAttention",
     "CoAttention",
     "CoGuidedAttention",
     "Concentration",
     "ConnectivityPredictor",
+    "CoordinateAttention",
     "Cost",
     "CrossAttentionPool",
     "CrossScaleEmbedding",
@@ -190,9 +210,11 @@ __all__ = [
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
+    "DualAttentionGate",
     "DynamicMaskAttention",
     "DynamicPositionBias",
     "EfficientAttention2d",
+    "EfficientChannelAttention",
     "EfficientProbe",
     "Encoded",
     "EncodedSource",
@@ -203,6 +225,7 @@ __all__ = [
     "Fusion",
     "GatedBranches",
     "GatedMLP",
+    "GatedPositionalAttention",
     "GaussianAdaptiveAttention",
     "GaussianBlock",
     "GaussianGate",
@@ -210,6 +233,7 @@ __all__ = [
     "GlobalDownsampling",
     "GlobalSubsampledAttention",
     "GraphAttention",
+    "GuidedContextGating",
     "HaloAttention",
     "HeadBranches",
     "HeadScheme",
@@ -252,6 +276,7 @@ __all__ = [
     "MultiHeadEmbeddingAttention",
     "NeuralMemory",
     "NeuralMemoryState",
+    "NonLocal",
     "OptimisedAttention",
     "PMA",
     "Pointed",
@@ -259,6 +284,7 @@ __all__ = [
     "Pool",
     "Pooled",
     "Position",
+    "PositionAttention",
     "PositionalSymbols",
     "ProbeHead",
     "RelationalAttention",
@@ -270,6 +296,7 @@ __all__ = [
     "RotaryBias",
     "SAB",
     "SERes2Block1d",
+    "SSMAFusion",
     "SensoryHeads",
     "Seq2Seq",
     "SetTransformer",
@@ -277,9 +304,11 @@ __all__ = [
     "SkimAttention",
     "SkimLayer",
     "Skimformer",
+    "SkipGate",
     "SlimAttention",
     "SoftMask",
     "SparsifinerAttention",
+    "SqueezeExcitation",
     "Stream",
     "StreamingLayer",
     "SuperAttention",
@@ -287,6 +316,7 @@ __all__ = [
     "Symbols",
     "TargetWindows",
     "Tree",
+    "TripletAttention",
     "ULSAM",
     "VariedSizeWindowAttention",
     "VisualAttentionLSTM",
