@@ -76,6 +76,8 @@ def chosen_share(op: Operator, q: Tensor, k: Tensor, v: Tensor) -> float:
         return op.plan(q, k, v, causal=causal).density
     scale = validate.scale(op.capabilities.default_scale, q.shape[-1])
     selection, n, seen, visible = op.selection(q, k, causal, scale), q.shape[2], 0.0, 0.0
+    if selection is None:
+        return 1.0
     for place in range(_PLACES):
         first = place * n // _PLACES
         rows = slice(first, min(first + _QUERIES, (place + 1) * n // _PLACES))
