@@ -360,6 +360,21 @@ def test_flex_serves_repeated_long_calls(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "no backward pass" in engines.choose(training)[1]
 
 
+def test_blocks_that_heads_share_are_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of the same shapes as calls with blocks per head, which have come often, stays with slices."""
+    monkeypatch.setattr(flex, "has_compiler", lambda: True)
+    monkeypatch.setattr(engines, "LONG", 256)
+    own = by_head(512)
+    monkeypatch.setattr(engines, "_came", Counter({engines._kind(own): engines.OFTEN + 1}))
+    shared = replace(own, selected=replace(own.selected, blocks=own.selected.blocks[:, :1]))
+    assert engines._kind(shared) == engines._kind(own)
+    monkeypatch.setattr(machine, "current", flex_machine)
+    assert engines.choose(own)[0] == "flex"
+    assert engines.choose(shared)[0] == "gather"
+    engines.run(shared)
+    assert engines._came[engines._kind(own)] == engines.OFTEN + 1
+
+
 def test_slices_of_a_window_cost_its_keys() -> None:
     """A window's work and memory, forward and backward, are those of its keys."""
     n, size = 2048, 128
