@@ -330,7 +330,8 @@ def test_auto_chooses_by_the_call() -> None:
     assert engines.choose(listed)[0] == engines.choose(by_head(512))[0] == "gather"
     assert engines.choose(replace(short, q=short.q[:, :, -8:], selected=window(8, 64, 8, 0, device)))[0] == "gather"
     assert engines.choose(replace(banded, mask=torch.ones(1, 8192)))[0] == "slices"
-    assert engines.choose(replace(banded, q=banded.q.clone().requires_grad_()))[0] == "slices"
+    wide = replace(banded, selected=window(8192, 8192, 1024, 0, device))  # for a narrow one both engines take as long
+    assert engines.choose(replace(wide, q=wide.q.clone().requires_grad_()))[0] == "slices"
     assert engines.choose(replace(plain(64), scoring=Capped()))[0] == "reference"
     assert engines.choose(replace(plain(2048), scoring=Capped()))[0] == "chunked"
 
@@ -359,6 +360,21 @@ def test_flex_serves_repeated_long_calls(monkeypatch: pytest.MonkeyPatch) -> Non
     training.q.requires_grad_()
     assert engines.choose(training)[0] == "gather"
     assert "no backward pass" in engines.choose(training)[1]
+
+
+def test_blocks_that_heads_share_are_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of the same shapes as calls with blocks per head, which have come often, stays with slices."""
+    monkeypatch.setattr(flex, "has_compiler", lambda: True)
+    monkeypatch.setattr(engines, "LONG", 256)
+    own = by_head(512)
+    monkeypatch.setattr(engines, "_came", Counter({engines._kind(own): engines.OFTEN + 1}))
+    shared = replace(own, selected=replace(own.selected, blocks=own.selected.blocks[:, :1]))
+    assert engines._kind(shared) == engines._kind(own)
+    monkeypatch.setattr(machine, "current", flex_machine)
+    assert engines.choose(own)[0] == "flex"
+    assert engines.choose(shared)[0] == "gather"
+    engines.run(shared)
+    assert engines._came[engines._kind(own)] == engines.OFTEN + 1
 
 
 def test_slices_of_a_window_cost_its_keys() -> None:

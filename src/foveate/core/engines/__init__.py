@@ -45,7 +45,7 @@ def run(call: AttentionCall, engine: str = "auto") -> Tensor:
     name, _ = choose(call, engine)
     if call.is_empty:
         return call.q.new_zeros(*call.q.shape[:3], call.v.shape[-1])
-    if engine == "auto" and _may_repay(call) and (name != "slices" or _differs_by_head(call)):
+    if engine == "auto" and _may_repay(call):
         _count(call, name)
     if name in ("reference", "chunked"):
         return ENGINES[name].attend(_widened(call)).to(call.q.dtype)
@@ -161,13 +161,13 @@ def _chosen(selection: Blocks, causal: bool) -> float:
 
 
 def _may_repay(call: AttentionCall) -> bool:
-    """Return True if compiled FlexAttention can serve this call on a CPU."""
-    long = isinstance(call.selection, Blocks) and call.n_queries >= LONG
+    """Return True if compiled FlexAttention can serve this call on a CPU, in which every head has blocks of its own.
+
+    For blocks that all heads share, as a window's, slices need no compiling.
+    """
+    blocks = call.selection.blocks if isinstance(call.selection, Blocks) else None
+    long = blocks is not None and blocks.shape[1] > 1 and call.n_queries >= LONG
     return long and call.q.device.type == "cpu" and flex.refuses(call) is None
-
-
-def _differs_by_head(call: AttentionCall) -> bool:
-    return isinstance(call.selection, Blocks) and call.selection.blocks.shape[1] > 1
 
 
 def _kind(call: AttentionCall) -> tuple[object, ...]:
