@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveate.core.catalog import systems
 from foveate.nn.base.feature_gate import FeatureGate
+from foveate.nn.vision.dual_frequency import DualFrequencyBlock, WindowChannelAttention
 from foveate.nn.vision.residual_attention import ResidualAttentionModule
 from foveate.nn.vision.ulsam import ULSAM
 
@@ -26,11 +27,13 @@ SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
 #: The size that most tests take.
 MAIN: dict[int, tuple[int, ...]] = {1: (7,), 2: (5, 7), 3: (3, 5, 4)}
 
-#: Second ways through a gate of the catalogue, by name: its class and the options that lead there.
+#: Second ways through a gate of the catalogue, and gates of networks, by name: a class and the options that lead there.
 EXTRA: dict[str, tuple[type[FeatureGate], dict[str, Any]]] = {
     "ulsam-paper": (ULSAM, {"num_splits": 4}),
     "residual_attention-nal": (ResidualAttentionModule, {"down": 1, "t": 1, "mode": "nal", "gate": "spatial"}),
     "residual_attention-channel": (ResidualAttentionModule, {"down": 1, "t": 1, "gate": "channel"}),
+    "dffreq-windows": (WindowChannelAttention, {"heads": 2, "window": 3, "bias": True}),
+    "dffreq-block": (DualFrequencyBlock, {}),
 }
 
 

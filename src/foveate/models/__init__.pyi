@@ -35,9 +35,13 @@ from foveate.models.recommendation.autoint import AutoInt as AutoInt
 from foveate.models.recommendation.fields import FieldEmbedding as FieldEmbedding
 from foveate.models.recommendation.fields import TabularField as TabularField
 from foveate.models.vision.biformer import BiFormer as BiFormer
+from foveate.models.vision.catanet import CATANet as CATANet
+from foveate.models.vision.catanet import ConvMLP as ConvMLP
+from foveate.models.vision.catanet import ConvMLPBlock as ConvMLPBlock
 from foveate.models.vision.crossformer import CrossFormer as CrossFormer
 from foveate.models.vision.dependency_vit import DependencyBlock as DependencyBlock
 from foveate.models.vision.dependency_vit import DependencyViT as DependencyViT
+from foveate.models.vision.dffreq import DFFreqDetector as DFFreqDetector
 from foveate.models.vision.l2vit import L2ViT as L2ViT
 from foveate.models.vision.mambaout import GatedCNNBlock as GatedCNNBlock
 from foveate.models.vision.mambaout import MambaOut as MambaOut
@@ -53,9 +57,13 @@ __all__ = [
     "Based",
     "BiFormer",
     "BiLSTMAttentionClassifier",
+    "CATANet",
     "ClsAttentionClassifier",
     "ClsHeads",
+    "ConvMLP",
+    "ConvMLPBlock",
     "CrossFormer",
+    "DFFreqDetector",
     "Decoder",
     "DependencyBlock",
     "DependencyViT",

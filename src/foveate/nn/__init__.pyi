@@ -26,6 +26,7 @@ from foveate.nn.fusion.daft import total_length_of_transition as total_length_of
 from foveate.nn.parts.beam_search import BeamSearch as BeamSearch
 from foveate.nn.parts.blocks import Block as Block
 from foveate.nn.parts.blocks import GatedMLP as GatedMLP
+from foveate.nn.parts.boxes import Boxes as Boxes
 from foveate.nn.parts.build import create as create
 from foveate.nn.parts.cost import Cost as Cost
 from foveate.nn.parts.cost import cost as cost
@@ -39,6 +40,8 @@ from foveate.nn.parts.insert import Inserted as Inserted
 from foveate.nn.parts.insert import insert as insert
 from foveate.nn.parts.multi_head import MultiHeadAttention as MultiHeadAttention
 from foveate.nn.parts.ode import solve_ode as solve_ode
+from foveate.nn.parts.overlap import OverlappingWindowAttention as OverlappingWindowAttention
+from foveate.nn.parts.overlap import OverlappingWindows as OverlappingWindows
 from foveate.nn.parts.positions import Alibi as Alibi
 from foveate.nn.parts.positions import Position as Position
 from foveate.nn.parts.positions import RelativeBias as RelativeBias
@@ -130,6 +133,10 @@ from foveate.nn.vision.dependency_vit import DependencyAttention as DependencyAt
 from foveate.nn.vision.dependency_vit import Tree as Tree
 from foveate.nn.vision.dependency_vit import dependency_tree as dependency_tree
 from foveate.nn.vision.dependency_vit import prune as prune
+from foveate.nn.vision.dual_frequency import DualFrequencyBlock as DualFrequencyBlock
+from foveate.nn.vision.dual_frequency import WindowChannelAttention as WindowChannelAttention
+from foveate.nn.vision.dual_frequency import haar as haar
+from foveate.nn.vision.dual_frequency import inverse_haar as inverse_haar
 from foveate.nn.vision.efficient_attention_2d import EfficientAttention2d as EfficientAttention2d
 from foveate.nn.vision.halo import HaloAttention as HaloAttention
 from foveate.nn.vision.hilo import HiLoAttention as HiLoAttention
@@ -142,9 +149,15 @@ from foveate.nn.vision.l2vit import LocalConcentration as LocalConcentration
 from foveate.nn.vision.l2vit import LocalWindowBlock as LocalWindowBlock
 from foveate.nn.vision.l2vit import concentration as concentration
 from foveate.nn.vision.l2vit import influence as influence
+from foveate.nn.vision.proxy_tokens import ProxyTokenAttention as ProxyTokenAttention
+from foveate.nn.vision.proxy_tokens import proxy_tokens as proxy_tokens
+from foveate.nn.vision.pt_dit import PTDiTBlock as PTDiTBlock
+from foveate.nn.vision.pt_dit import TimeSlots as TimeSlots
 from foveate.nn.vision.residual_attention import ResidualAttentionModule as ResidualAttentionModule
 from foveate.nn.vision.residual_attention import ResidualUnit as ResidualUnit
 from foveate.nn.vision.residual_attention import SoftMask as SoftMask
+from foveate.nn.vision.token_aggregation import TokenAggregation as TokenAggregation
+from foveate.nn.vision.token_aggregation import spherical_round as spherical_round
 from foveate.nn.vision.ulsam import ULSAM as ULSAM
 from foveate.nn.vision.vsa import TargetWindows as TargetWindows
 from foveate.nn.vision.vsa import VariedSizeWindowAttention as VariedSizeWindowAttention
@@ -161,6 +174,7 @@ __all__ = [
     "BeamSearch",
     "BiLevelRoutingAttention",
     "Block",
+    "Boxes",
     "ChosenAttention",
     "CoAttention",
     "CoGuidedAttention",
@@ -174,6 +188,7 @@ __all__ = [
     "DependencyAttention",
     "DepthwiseConv",
     "DualAttention",
+    "DualFrequencyBlock",
     "DynamicPositionBias",
     "EfficientAttention2d",
     "EfficientProbe",
@@ -231,7 +246,10 @@ __all__ = [
     "NeuralMemory",
     "NeuralMemoryState",
     "OptimisedAttention",
+    "OverlappingWindowAttention",
+    "OverlappingWindows",
     "PMA",
+    "PTDiTBlock",
     "Pointed",
     "PointerNetwork",
     "Pool",
@@ -239,6 +257,7 @@ __all__ = [
     "Position",
     "PositionalSymbols",
     "ProbeHead",
+    "ProxyTokenAttention",
     "RelationalAttention",
     "RelativeBias",
     "RelativeSymbols",
@@ -263,11 +282,14 @@ __all__ = [
     "SymbolicAttention",
     "Symbols",
     "TargetWindows",
+    "TimeSlots",
+    "TokenAggregation",
     "Tree",
     "ULSAM",
     "VariedSizeWindowAttention",
     "VisualAttentionLSTM",
     "WindowAttention",
+    "WindowChannelAttention",
     "Windows",
     "acmil_loss",
     "allocate_queries",
@@ -280,10 +302,12 @@ __all__ = [
     "create",
     "dependency_tree",
     "doubly_stochastic_penalty",
+    "haar",
     "importance_factor",
     "influence",
     "injectivity_probe",
     "insert",
+    "inverse_haar",
     "laplace",
     "local_mass",
     "mha_to_gqa",
@@ -291,10 +315,12 @@ __all__ = [
     "moh_gates",
     "pointer_loss",
     "pointer_scores",
+    "proxy_tokens",
     "prune",
     "share_out",
     "skimming_mask",
     "solve_ode",
+    "spherical_round",
     "stochastic_topk_mask",
     "top_share",
     "total_length_of_transition",
