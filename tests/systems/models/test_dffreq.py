@@ -218,6 +218,17 @@ def test_phases_less_a_ramp_shift_the_image() -> None:
     assert_near(net.by_phases(x), x.roll(1, 2), 1e-12)
 
 
+def test_the_sign_of_a_zero_has_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real negative number of the spectrum has the phase pi, however its imaginary zero came about."""
+    net, x, outs = block(), randn(2, 3, 8, 8), []
+    real = torch.fft.rfft2(x).real
+    for zero in (0.0, -0.0):
+        spectrum = torch.complex(real, torch.full_like(real, zero))
+        monkeypatch.setattr(torch.fft, "rfft2", lambda x, found=spectrum: found)
+        outs.append(net.by_phases(x))
+    assert_near(outs[0], outs[1], 1e-12)
+
+
 def test_a_flat_image_has_finite_gradients() -> None:
     x = torch.ones(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(block()(x).square().sum(), x)

@@ -80,7 +80,8 @@ class TokenAggregation(Layer):
         group: g; with N or more this is global attention.
         qk_dim: width of queries and keys of all heads together, a multiple of H; None for C.
         rounds: rounds of k-means at each step of training. Gradients flow through the last one.
-        ema: the centres' share that stays at each step; the first step replaces them.
+        ema: the centres' share that stays at each step; the first step replaces them. With 0.999 they need thousands of
+            steps to follow what the network learns.
         across: False leaves the attention to centres out.
         padding: the last groups are filled up with copies of the last tokens, in reverse order. "mirrored" attends to
             these copies, as the release does; "hidden" masks them.
