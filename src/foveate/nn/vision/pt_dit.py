@@ -46,7 +46,7 @@ class TimeSlots(Checked, nn.Module):
         rates = torch.exp(torch.arange(half, device=times.device) * (-math.log(10_000) / half))
         angles = times.float()[:, None] * rates
         waves = torch.cat([angles.cos(), angles.sin()], -1)
-        return self.slots(self.embed(waves.to(self.embed[0].weight.dtype)))
+        return self.slots(self.embed(waves.to(next(self.parameters()).dtype)))
 
 
 @final
