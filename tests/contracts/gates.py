@@ -17,6 +17,7 @@ from foveate.nn.vision.bot import BottleneckAttention
 from foveate.nn.vision.cbam import CBAM
 from foveate.nn.vision.coordinate_attention import CoordinateAttention
 from foveate.nn.vision.danet import DualAttentionGate
+from foveate.nn.vision.dual_frequency import DualFrequencyBlock, WindowChannelAttention
 from foveate.nn.vision.non_local import NonLocal
 from foveate.nn.vision.residual_attention import ResidualAttentionModule
 from foveate.nn.vision.triplet_attention import TripletAttention
@@ -34,7 +35,7 @@ SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
 #: The size that most tests take.
 MAIN: dict[int, tuple[int, ...]] = {1: (7,), 2: (5, 7), 3: (3, 5, 4)}
 
-#: Second ways through a gate of the catalogue, by name: its class and the options that lead there.
+#: Second ways through a gate of the catalogue, and gates of networks, by name: a class and the options that lead there.
 EXTRA: dict[str, tuple[type[FeatureGate], dict[str, Any]]] = {
     "ulsam-paper": (ULSAM, {"num_splits": 4}),
     "residual_attention-nal": (ResidualAttentionModule, {"down": 1, "t": 1, "mode": "nal", "gate": "spatial"}),
@@ -49,6 +50,8 @@ EXTRA: dict[str, tuple[type[FeatureGate], dict[str, Any]]] = {
     "danet-release": (DualAttentionGate, {"variant": "release"}),
     "bot-plain": (BottleneckAttention, {"heads": 2, "relative": False, "bias": True}),
     "attention_gate-normed": (AttentionGate, {"hidden": 3, "stride": 1, "norm": True}),
+    "dffreq-windows": (WindowChannelAttention, {"heads": 2, "window": 3, "bias": True}),
+    "dffreq-block": (DualFrequencyBlock, {}),
 }
 
 

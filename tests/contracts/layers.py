@@ -13,6 +13,7 @@ from foveate.core.catalog import systems
 from foveate.models.language.based import CausalWindowAttention, GatedConv
 from foveate.nn import MultiHeadAttention, Rotary
 from foveate.nn.base.layer import Layer
+from foveate.nn.parts.overlap import OverlappingWindowAttention
 from foveate.nn.sequence.aaren import AarenLayer
 from foveate.nn.sequence.base_conv import BaseConv
 from foveate.nn.sequence.chosen_attention import ChosenAttention
@@ -21,6 +22,7 @@ from foveate.nn.sequence.neural_memory import NeuralMemory
 from foveate.nn.sequence.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from foveate.nn.vision.crossformer import LongShortAttention
 from foveate.nn.vision.maformer import MAFBlock
+from foveate.nn.vision.token_aggregation import TokenAggregation
 from foveate.ops.operator import MaskKind, Pattern
 
 DIM, HEADS, BATCH, LENGTH, MEMORY = 16, 4, 2, 12, 9
@@ -36,7 +38,8 @@ EXTRA: dict[str, type[Layer]] = {
     "titans-memory": NeuralMemory, "titans-gate": MemoryAsGate, "titans-layer": MemoryAsLayer,
     "titans-context": MemoryAsContext, "aaren": AarenLayer, "autoint": InteractingLayer, "based-conv": GatedConv,
     "based-window": CausalWindowAttention, "zoology-conv": BaseConv, "zoology-chosen": ChosenAttention,
-    "crossformer": LongShortAttention, "maformer": MAFBlock,
+    "crossformer": LongShortAttention, "maformer": MAFBlock, "catanet": TokenAggregation,
+    "catanet-windows": OverlappingWindowAttention,
 }  # fmt: skip
 SYSTEMS |= EXTRA
 

@@ -23,7 +23,9 @@ from foveate.models.graph.hallucination_gat import HallucinationGAT
 from foveate.models.recommendation.autoint import AutoInt
 from foveate.models.recommendation.fields import TabularField
 from foveate.models.vision.biformer import BiFormer
+from foveate.models.vision.catanet import CATANet
 from foveate.models.vision.crossformer import CrossFormer
+from foveate.models.vision.dffreq import DFFreqDetector
 from foveate.models.vision.twins import TwinsPCPVT, TwinsSVT
 
 BATCH = 3
@@ -120,6 +122,73 @@ def _twins(net: TwinsSVT | TwinsPCPVT, windows: bool) -> dict[str, tuple[int, ..
     return shapes
 
 
+def _catanet() -> dict[str, tuple[int, ...]]:
+    """Return names and shapes in the release for the example's sizes: C=8, 6 for queries, 12 inside the MLPs."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def conv(name: str, inputs: int, outputs: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs, 3, 3), (outputs,)
+
+    def attention(name: str, *outs: str) -> None:
+        for out in outs:
+            shapes[f"{name}.{out}.weight"] = (6 if out in ("to_q", "to_k") else 8, 8)
+
+    def mlp(name: str) -> None:
+        shapes[f"{name}.fc1.weight"], shapes[f"{name}.fc1.bias"] = (12, 8), (12,)
+        shapes[f"{name}.fc2.weight"], shapes[f"{name}.fc2.bias"] = (8, 12), (8,)
+        at = f"{name}.dwconv.depthwise_conv.0"
+        shapes[f"{at}.weight"], shapes[f"{at}.bias"] = (12, 1, 5, 5), (12,)
+
+    conv("first_conv", 2, 8)
+    for i, centres in enumerate((3, 4)):
+        like, near = f"blocks.{i}.0", f"blocks.{i}.1.layer"
+        shapes |= {f"{like}.means": (centres, 8), f"{like}.initted": (), f"{like}.conv1x1.weight": (8, 8, 1, 1)}
+        for norm in (f"{like}.norm", f"{like}.mlp.norm", f"{near}.0.norm", f"{near}.1.norm"):
+            shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = (8,)
+        attention(f"{like}.irca_attn", "to_k", "to_v")
+        for part in (f"{like}.iasa_attn", f"{near}.0.fn"):
+            attention(part, "to_q", "to_k", "to_v", "proj")
+        mlp(f"{like}.mlp.fn")
+        mlp(f"{near}.1.fn")
+        conv(f"mid_convs.{i}", 8, 8)
+    conv("upconv", 8, 32)
+    conv("last_conv", 8, 2)
+    return shapes
+
+
+def _dffreq() -> dict[str, tuple[int, ...]]:
+    """Return names and shapes in the release for the example's sizes: 4 channels, two blocks, then one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def conv(name: str, norm: str, inputs: int, outputs: int, side: int) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs, side, side)
+        for each in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{norm}.{each}"] = (outputs,)
+        shapes[f"{norm}.num_batches_tracked"] = ()
+
+    def bottleneck(name: str, inputs: int, width: int, changes: bool) -> None:
+        conv(f"{name}.conv1", f"{name}.bn1", inputs, width, 1)
+        conv(f"{name}.conv2", f"{name}.bn2", width, width, 3)
+        conv(f"{name}.conv3", f"{name}.bn3", width, 4 * width, 1)
+        if changes:
+            conv(f"{name}.downsample.0", f"{name}.downsample.1", inputs, 4 * width, 1)
+
+    conv("conv1", "bn1", 3, 4, 3)
+    bottleneck("layer1.0", 4, 4, True)
+    bottleneck("layer1.1", 16, 4, False)
+    bottleneck("layer2.0", 16, 8, True)
+    shapes |= {"fc1.weight": (2, 32), "fc1.bias": (2,), "FreqLCBlock.fft_scale": (1,)}
+    shapes |= {"dwt_transform.h0_col": (1, 1, 2, 1), "FreqLCBlock.idwt_transform.g1_row": (1, 1, 1, 2)}
+    shapes |= {f"FreqLCBlock.norm1.body.{each}": (3,) for each in ("weight", "bias")}
+    for way in ("FreqLCBlock.dwt_attn", "FreqLCBlock.fft_attn"):
+        shapes |= {
+            f"{way}.temperature": (1, 1, 1), f"{way}.mlp.0.weight": (16, 16), f"{way}.mlp.0.bias": (16,),
+            f"{way}.qkv.weight": (9, 3, 1, 1), f"{way}.qkv_dwconv.weight": (9, 1, 3, 3),
+            f"{way}.project_out.weight": (3, 3, 1, 1), f"{way}.project_out.bias": (3,),
+        }  # fmt: skip
+    return shapes
+
+
 #: The names and shapes of parameters in releases, and the network that takes them.
 RELEASED: dict[str, tuple[Callable[[], Network], Callable[[], dict[str, tuple[int, ...]]]]] = {
     "ECAPATDNN": (MAKE["ECAPATDNN-release"], lambda: _recorded("speechbrain.json")),
@@ -144,6 +213,8 @@ RELEASED: dict[str, tuple[Callable[[], Network], Callable[[], dict[str, tuple[in
             "conv.lin_dst.weight": (6, 32),
         },
     ),
+    "CATANet": (CATANet.example, _catanet),
+    "DFFreqDetector": (DFFreqDetector.example, _dffreq),
     "TwinsSVT": (MAKE["TwinsSVT-release"], lambda: _twins(MAKE["TwinsSVT-release"](), windows=True)),
     "TwinsPCPVT": (TwinsPCPVT.example, lambda: _twins(TwinsPCPVT.example(), windows=False)),
 }  # fmt: skip
