@@ -33,6 +33,7 @@ from foveate.ops import calls
 from foveate.ops.dense.marginal_attention import MarginalAttention, expectation_maximisation
 from foveate.ops.dense.monotonic_location_attention import MonotonicLocationAttention
 from foveate.ops.memory.titans import Titans
+from foveate.ops.sparse.hyper_attention import HyperAttention
 from foveate.ops.sparse.s2_attention import is_kv_efficient
 from foveate.train.objectives.attention_at import token_differences
 
@@ -140,6 +141,9 @@ CASES: dict[str, Case] = {
     ),
     "MonotonicLocationAttention.walk": Case(
         lambda mask: MonotonicLocationAttention(DIM, 2).walk(heads(2), heads(M), heads(M), mask=mask), KEYS
+    ),
+    "HyperAttention.with_lse": Case(
+        lambda mask: HyperAttention(DIM).with_lse(heads(2), heads(M), heads(M), mask=mask), KEYS
     ),
     "attend": Case(lambda mask: calls.attend(heads(2), heads(M), heads(M), mask=mask), KEYS),
     "plan": Case(lambda mask: calls.plan(heads(2), heads(M), heads(M), mask=mask), KEYS),

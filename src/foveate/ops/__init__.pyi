@@ -4,6 +4,7 @@ from foveate.ops.base.fixed_decay import FixedDecay as FixedDecay
 from foveate.ops.base.framed import Frame as Frame
 from foveate.ops.base.framed import Framed as Framed
 from foveate.ops.base.framed import FramedState as FramedState
+from foveate.ops.base.grouped import Grouped as Grouped
 from foveate.ops.base.kv_cached import Cached as Cached
 from foveate.ops.base.kv_state import KVState as KVState
 from foveate.ops.base.linear import Linear as Linear
@@ -66,6 +67,7 @@ from foveate.ops.sparse.gna import GNA as GNA
 from foveate.ops.sparse.gna import Simulation as Simulation
 from foveate.ops.sparse.gna import gna_simulate as gna_simulate
 from foveate.ops.sparse.hip import HiP as HiP
+from foveate.ops.sparse.hyper_attention import HyperAttention as HyperAttention
 from foveate.ops.sparse.s2_attention import S2Attention as S2Attention
 from foveate.ops.sparse.s2_attention import is_kv_efficient as is_kv_efficient
 from foveate.ops.sparse.s2_attention import s2_mask as s2_mask
@@ -87,8 +89,10 @@ __all__ = [
     "GNA",
     "GTA",
     "Gate",
+    "Grouped",
     "Hedgehog",
     "HiP",
+    "HyperAttention",
     "InLine",
     "KVState",
     "LightNetAttention",

@@ -70,7 +70,8 @@ class Capabilities:
         gates: the maps from tokens to those inputs that a layer should learn to make.
         engines: valid names for `engine` besides "auto"; an engine that cannot run a call raises.
         selection_group: neighbouring queries that choose their keys together, counted from the first. In causal calls a
-            later token never enters an earlier output, but within such a group it may change which keys are seen.
+            later token never enters an earlier output, but within such a group it may change which keys are seen. None:
+            all queries of a call choose together, so that a model trained so may learn from the choice.
         growth: the growth of time with the number of tokens.
         reads_keys: False if keys have no effect; a layer then does not train their projection.
         transforms: supported transforms of a call: "meta" (the meta device, shapes only), "vmap", "export"
@@ -85,7 +86,7 @@ class Capabilities:
     inputs: frozenset[str] = frozenset()
     gates: Mapping[str, Gate] = field(default_factory=dict)
     engines: tuple[str, ...] = tuple(ENGINES)
-    selection_group: int = 1
+    selection_group: int | None = 1
     growth: Growth = "N²"
     reads_keys: bool = True
     transforms: frozenset[Transform] = ALL_TRANSFORMS

@@ -66,7 +66,7 @@ class HiP(Selective):
         validate.one_of("rep", rep, ("first", "middle"))
         if keep % block_k:
             raise OptionError(f"keep={keep} must be a multiple of block_k={block_k}")
-        self.keep, self.block_k, self.rep = keep, block_k, rep
+        self.keep, self.block_q, self.block_k, self.rep = keep, block_q, block_k, rep
         self.sinks, self.window = sinks, window
         self._declare(selection_group=block_q)
 
@@ -100,7 +100,7 @@ class HiP(Selective):
 
     def _group(self, n_queries: int) -> int:
         """Return the queries in a group."""
-        return min(self.capabilities.selection_group, max(n_queries, 1))
+        return min(self.block_q, max(n_queries, 1))
 
     def _slabs(self, q: Tensor, k: Tensor) -> Iterator[tuple[range, int]]:
         """Yield groups that are searched together, with the chunks that each of them starts from."""
