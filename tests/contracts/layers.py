@@ -18,6 +18,7 @@ from foveate.nn.sequence.base_conv import BaseConv
 from foveate.nn.sequence.chosen_attention import ChosenAttention
 from foveate.nn.sequence.interacting import InteractingLayer
 from foveate.nn.sequence.neural_memory import NeuralMemory
+from foveate.nn.sequence.routing_self_attention import RoutingSelfAttention
 from foveate.nn.sequence.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from foveate.nn.vision.crossformer import LongShortAttention
 from foveate.ops.operator import MaskKind, Pattern
@@ -35,7 +36,7 @@ EXTRA: dict[str, type[Layer]] = {
     "titans-memory": NeuralMemory, "titans-gate": MemoryAsGate, "titans-layer": MemoryAsLayer,
     "titans-context": MemoryAsContext, "aaren": AarenLayer, "autoint": InteractingLayer, "based-conv": GatedConv,
     "based-window": CausalWindowAttention, "zoology-conv": BaseConv, "zoology-chosen": ChosenAttention,
-    "crossformer": LongShortAttention,
+    "crossformer": LongShortAttention, "routing": RoutingSelfAttention,
 }  # fmt: skip
 SYSTEMS |= EXTRA
 

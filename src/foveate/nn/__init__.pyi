@@ -105,6 +105,7 @@ from foveate.nn.sequence.moh import moh_gates as moh_gates
 from foveate.nn.sequence.neural_memory import NeuralMemory as NeuralMemory
 from foveate.nn.sequence.neural_memory import NeuralMemoryState as NeuralMemoryState
 from foveate.nn.sequence.relational_attention import RelationalAttention as RelationalAttention
+from foveate.nn.sequence.routing_self_attention import RoutingSelfAttention as RoutingSelfAttention
 from foveate.nn.sequence.set_transformer import ISAB as ISAB
 from foveate.nn.sequence.set_transformer import MAB as MAB
 from foveate.nn.sequence.set_transformer import PMA as PMA
@@ -246,6 +247,7 @@ __all__ = [
     "ResidualUnit",
     "Rotary",
     "RotaryBias",
+    "RoutingSelfAttention",
     "SAB",
     "SERes2Block1d",
     "SensoryHeads",

@@ -68,6 +68,7 @@ from foveate.ops.sparse.gna import Simulation as Simulation
 from foveate.ops.sparse.gna import gna_simulate as gna_simulate
 from foveate.ops.sparse.hip import HiP as HiP
 from foveate.ops.sparse.hyper_attention import HyperAttention as HyperAttention
+from foveate.ops.sparse.routing_attention import RoutingAttention as RoutingAttention
 from foveate.ops.sparse.s2_attention import S2Attention as S2Attention
 from foveate.ops.sparse.s2_attention import is_kv_efficient as is_kv_efficient
 from foveate.ops.sparse.s2_attention import s2_mask as s2_mask
@@ -114,6 +115,7 @@ __all__ = [
     "Operator",
     "ReLULinear",
     "ReversedAttention",
+    "RoutingAttention",
     "S2Attention",
     "Scored",
     "Selective",
