@@ -26,6 +26,8 @@ from foveate.ops.dense.attention_sdm import circle_intersection as circle_inters
 from foveate.ops.dense.attention_sdm import fit_beta as fit_beta
 from foveate.ops.dense.attention_taxonomy import SurveyAttention as SurveyAttention
 from foveate.ops.dense.gta import GTA as GTA
+from foveate.ops.dense.landmark_attention import LandmarkAttention as LandmarkAttention
+from foveate.ops.dense.landmark_attention import with_landmarks as with_landmarks
 from foveate.ops.dense.luong_attention import LuongAttention as LuongAttention
 from foveate.ops.dense.luong_attention import alignment_error_rate as alignment_error_rate
 from foveate.ops.dense.marginal_attention import MarginalAttention as MarginalAttention
@@ -96,6 +98,7 @@ __all__ = [
     "HyperAttention",
     "InLine",
     "KVState",
+    "LandmarkAttention",
     "LightNetAttention",
     "LightningAttention",
     "LightningAttention2",
@@ -148,4 +151,5 @@ __all__ = [
     "softstair",
     "state_bytes",
     "to_dsf",
+    "with_landmarks",
 ]
