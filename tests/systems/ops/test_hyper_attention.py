@@ -145,6 +145,31 @@ def test_padded_keys_are_in_no_block_and_are_not_drawn() -> None:
     assert_near(out[:1], op(q[:1], k[:1], v[:1]), 1e-10)
 
 
+@pytest.mark.parametrize("kind", ["pairs", "bias"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_of_pairs_hold_in_blocks_in_the_sample_and_in_pieces(kind: str, causal: bool) -> None:
+    """The output under a mask is a softmax of the pairs that count, with the bias in their logits."""
+    q, k, v = qkv(40, batch=2)
+    random = torch.Generator().manual_seed(5)
+    seen = torch.rand(2, 4, 40, 40, generator=random) < 0.7
+    bias = torch.randn(2, 4, 40, 40, generator=random, dtype=torch.float64).masked_fill(~seen, float("-inf"))
+    op = made(8, bits=3, block=8, samples=6, min_len=10)
+    counts = torch.stack([
+        torch.stack([
+            causal_counts(op, q[b, h], k[b, h // 2], h, 4) if causal else counts_of(op, q[b, h], k[b, h // 2], h, 0, 4)
+            for h in range(4)
+        ])
+        for b in range(2)
+    ])  # fmt: skip
+    logits = q @ k.repeat_interleave(2, 1).mT / math.sqrt(8) + (
+        bias if kind == "bias" else torch.where(seen, 0.0, bias)
+    )
+    weights = counts * torch.exp(logits)
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+    out = op(q, k, v, causal=causal, mask=bias if kind == "bias" else seen)
+    assert_near(out, weights @ v.repeat_interleave(2, 1), 1e-10)
+
+
 def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(60)
     op, mask = made(8, bits=3, block=4, samples=3, min_len=8), torch.rand(60, 60) < 0.8
@@ -250,6 +275,9 @@ def test_garbage_in_later_tokens_of_a_piece_does_not_reach_back() -> None:
     clean = op(q, k, v, causal=True)
     k[:, :, 5:8], v[:, :, 6] = float("nan"), float("inf")
     assert_near(op(q, k, v, causal=True)[:, :, :5], clean[:, :, :5], 1e-12)
+    q.requires_grad_()
+    (grad,) = gradients(op(q, k, qkv(16)[2], causal=True)[:, :, :5], [q])  # only gradients show garbage in keys alone
+    assert grad[:, :, :5].any() and grad[:, :, :5].isfinite().all()
 
 
 @pytest.mark.parametrize(

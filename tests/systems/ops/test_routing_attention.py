@@ -111,9 +111,11 @@ def test_hidden_keys_take_no_place_in_a_cluster(causal: bool) -> None:
 
 
 def test_a_query_counts_the_clusters_in_which_it_sees_a_key() -> None:
-    q, k, _ = qkv(16)
-    mask = torch.rand(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2
-    rows = made(4, 8, 4, 8).weights(q, k, mask=mask).sum(-1)
+    q, k, v = qkv(16)
+    mask, op = torch.rand(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2, made(4, 8, 4, 8)
+    weights = op.weights(q, k, mask=mask)
+    assert_near(op(q, k, v, mask=mask), weights @ v.repeat_interleave(2, 1), 1e-10)
+    rows = weights.sum(-1)
     assert torch.allclose(rows[rows > 0], torch.ones(()).double())
 
 
@@ -264,11 +266,14 @@ def test_hidden_tokens_reach_nothing_where_queries_are_keys() -> None:
     q, k, v = qkv(20)
     real = torch.ones(2, 1, 1, 20, dtype=torch.bool)
     real[..., 7] = False
-    op = made(4, 8, 3, 12, shared_qk=True)
+    op = made(4, 8, 3, 20, shared_qk=True)
     seen = [i for i in range(20) if i != 7]
-    clean = op(q, k, v, mask=real)[:, :, seen]
-    q[:, :, 7] = float("nan")
-    assert_near(op(q, k, v, mask=real)[:, :, seen], clean, 1e-12)
+    q[:, :, 7] = 0.0
+    for mask in (real, torch.zeros(real.shape, dtype=q.dtype).masked_fill(~real, float("-inf"))):
+        clean = op(q, k, v, mask=mask)[:, :, seen]
+        dirty = q.clone()
+        dirty[:, :, 7] = float("nan")
+        assert_near(op(dirty, k, v, mask=mask)[:, :, seen], clean, 1e-12)
 
 
 # -- the layer ---------------------------------------------------------------------------------------------------------

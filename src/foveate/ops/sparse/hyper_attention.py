@@ -192,10 +192,8 @@ class HyperAttention(Grouped):
             longer = (piece << levels) - nk
             segments = [Segments(1 << i, n // 2, n // 2, n, n // 2, 1 << i) for i, n in enumerate(lengths)]
         hidden = None
-        if call.mask is not None or longer:
-            seen = torch.ones(1, 1, dtype=torch.bool, device=call.q.device)
-            seen = (seen if call.mask is None else masks.visible(call.mask)).expand(-1, nk)
-            hidden = F.pad(~seen, (0, longer), value=True)
+        if call.mask is not None:  # tokens of padding are read by padding alone
+            hidden = F.pad(~masks.visible(call.mask).expand(-1, nk), (0, longer), value=True)
         codes = (F.pad(self.codes(x), (0, longer)) for x in (call.q, call.k))
         query_codes, key_codes = codes
         block = nk if self._is_exact(nq, nk, call.causal) else self.block
