@@ -19,6 +19,7 @@ from foveate.nn.sequence.base_conv import BaseConv
 from foveate.nn.sequence.chosen_attention import ChosenAttention
 from foveate.nn.sequence.interacting import InteractingLayer
 from foveate.nn.sequence.neural_memory import NeuralMemory
+from foveate.nn.sequence.routing_self_attention import RoutingSelfAttention
 from foveate.nn.sequence.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from foveate.nn.vision.crossformer import LongShortAttention
 from foveate.nn.vision.maformer import MAFBlock
@@ -40,6 +41,7 @@ EXTRA: dict[str, type[Layer]] = {
     "based-window": CausalWindowAttention, "zoology-conv": BaseConv, "zoology-chosen": ChosenAttention,
     "crossformer": LongShortAttention, "maformer": MAFBlock, "catanet": TokenAggregation,
     "catanet-windows": OverlappingWindowAttention,
+    "routing": RoutingSelfAttention,
 }  # fmt: skip
 SYSTEMS |= EXTRA
 

@@ -34,6 +34,7 @@ from foveate.ops.dense.marginal_attention import MarginalAttention, expectation_
 from foveate.ops.dense.monotonic_location_attention import MonotonicLocationAttention
 from foveate.ops.memory.titans import Titans
 from foveate.ops.sparse.dynamic_mask import dynamic_mask_attention
+from foveate.ops.sparse.hyper_attention import HyperAttention
 from foveate.ops.sparse.s2_attention import is_kv_efficient
 from foveate.train.objectives.attention_at import token_differences
 
@@ -144,6 +145,9 @@ CASES: dict[str, Case] = {
     ),
     "dynamic_mask_attention": Case(
         lambda mask: dynamic_mask_attention(heads(2), heads(M), heads(M), drawn(B, 2, M), mask=mask), KEYS
+    ),
+    "HyperAttention.with_lse": Case(
+        lambda mask: HyperAttention(DIM).with_lse(heads(2), heads(M), heads(M), mask=mask), KEYS
     ),
     "attend": Case(lambda mask: calls.attend(heads(2), heads(M), heads(M), mask=mask), KEYS),
     "plan": Case(lambda mask: calls.plan(heads(2), heads(M), heads(M), mask=mask), KEYS),

@@ -95,12 +95,14 @@ def keys_of(mask: Tensor, batch: int, n_keys: int) -> Bool[Tensor, "b k"]:
     return torch.broadcast_to(mask, (batch, 1, 1, n_keys))[:, 0, 0]
 
 
+def visible(mask: Tensor) -> Bool[Tensor, "b k"]:
+    """Return the keys that some query of some head may see, `(B or 1, Nk or 1)`."""
+    return allowed(mask).reshape((1,) * (4 - mask.dim()) + mask.shape).flatten(1, 2).any(1)
+
+
 def without_hidden(x: Tensor, mask: Tensor | None) -> Tensor:
     """Zero keys or values `(B, Hkv, Nk, ·)` that no query may see, so that padding has no influence."""
-    if mask is None:
-        return x
-    seen = allowed(mask).reshape((1,) * (4 - mask.dim()) + mask.shape).flatten(1, 2).any(1)
-    return x.masked_fill(~seen[:, None, :, None], 0.0)
+    return x if mask is None else x.masked_fill(~visible(mask)[:, None, :, None], 0.0)
 
 
 def full(

@@ -35,10 +35,14 @@ from foveate.models.recommendation.autoint import AutoInt as AutoInt
 from foveate.models.recommendation.fields import FieldEmbedding as FieldEmbedding
 from foveate.models.recommendation.fields import TabularField as TabularField
 from foveate.models.vision.biformer import BiFormer as BiFormer
+from foveate.models.vision.catanet import CATANet as CATANet
+from foveate.models.vision.catanet import ConvMLP as ConvMLP
+from foveate.models.vision.catanet import ConvMLPBlock as ConvMLPBlock
 from foveate.models.vision.convit import ConViT as ConViT
 from foveate.models.vision.crossformer import CrossFormer as CrossFormer
 from foveate.models.vision.dependency_vit import DependencyBlock as DependencyBlock
 from foveate.models.vision.dependency_vit import DependencyViT as DependencyViT
+from foveate.models.vision.dffreq import DFFreqDetector as DFFreqDetector
 from foveate.models.vision.l2vit import L2ViT as L2ViT
 from foveate.models.vision.maformer import MAFormer as MAFormer
 from foveate.models.vision.mambaout import GatedCNNBlock as GatedCNNBlock
@@ -55,10 +59,14 @@ __all__ = [
     "Based",
     "BiFormer",
     "BiLSTMAttentionClassifier",
+    "CATANet",
     "ClsAttentionClassifier",
     "ClsHeads",
     "ConViT",
+    "ConvMLP",
+    "ConvMLPBlock",
     "CrossFormer",
+    "DFFreqDetector",
     "Decoder",
     "DependencyBlock",
     "DependencyViT",

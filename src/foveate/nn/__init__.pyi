@@ -30,6 +30,7 @@ from foveate.nn.fusion.ssma import SkipGate as SkipGate
 from foveate.nn.parts.beam_search import BeamSearch as BeamSearch
 from foveate.nn.parts.blocks import Block as Block
 from foveate.nn.parts.blocks import GatedMLP as GatedMLP
+from foveate.nn.parts.boxes import Boxes as Boxes
 from foveate.nn.parts.build import create as create
 from foveate.nn.parts.cost import Cost as Cost
 from foveate.nn.parts.cost import cost as cost
@@ -46,6 +47,8 @@ from foveate.nn.parts.insert import Inserted as Inserted
 from foveate.nn.parts.insert import insert as insert
 from foveate.nn.parts.multi_head import MultiHeadAttention as MultiHeadAttention
 from foveate.nn.parts.ode import solve_ode as solve_ode
+from foveate.nn.parts.overlap import OverlappingWindowAttention as OverlappingWindowAttention
+from foveate.nn.parts.overlap import OverlappingWindows as OverlappingWindows
 from foveate.nn.parts.positions import Alibi as Alibi
 from foveate.nn.parts.positions import Position as Position
 from foveate.nn.parts.positions import RelativeBias as RelativeBias
@@ -113,6 +116,7 @@ from foveate.nn.sequence.moh import moh_gates as moh_gates
 from foveate.nn.sequence.neural_memory import NeuralMemory as NeuralMemory
 from foveate.nn.sequence.neural_memory import NeuralMemoryState as NeuralMemoryState
 from foveate.nn.sequence.relational_attention import RelationalAttention as RelationalAttention
+from foveate.nn.sequence.routing_self_attention import RoutingSelfAttention as RoutingSelfAttention
 from foveate.nn.sequence.set_transformer import ISAB as ISAB
 from foveate.nn.sequence.set_transformer import MAB as MAB
 from foveate.nn.sequence.set_transformer import PMA as PMA
@@ -145,6 +149,10 @@ from foveate.nn.vision.dependency_vit import DependencyAttention as DependencyAt
 from foveate.nn.vision.dependency_vit import Tree as Tree
 from foveate.nn.vision.dependency_vit import dependency_tree as dependency_tree
 from foveate.nn.vision.dependency_vit import prune as prune
+from foveate.nn.vision.dual_frequency import DualFrequencyBlock as DualFrequencyBlock
+from foveate.nn.vision.dual_frequency import WindowChannelAttention as WindowChannelAttention
+from foveate.nn.vision.dual_frequency import haar as haar
+from foveate.nn.vision.dual_frequency import inverse_haar as inverse_haar
 from foveate.nn.vision.efficient_attention_2d import EfficientAttention2d as EfficientAttention2d
 from foveate.nn.vision.flatformer import FlatFormer as FlatFormer
 from foveate.nn.vision.flatformer import FlatFormerBlock as FlatFormerBlock
@@ -165,12 +173,18 @@ from foveate.nn.vision.l2vit import influence as influence
 from foveate.nn.vision.maformer import GlobalDownsampling as GlobalDownsampling
 from foveate.nn.vision.maformer import MAFBlock as MAFBlock
 from foveate.nn.vision.non_local import NonLocal as NonLocal
+from foveate.nn.vision.proxy_tokens import ProxyTokenAttention as ProxyTokenAttention
+from foveate.nn.vision.proxy_tokens import proxy_tokens as proxy_tokens
+from foveate.nn.vision.pt_dit import PTDiTBlock as PTDiTBlock
+from foveate.nn.vision.pt_dit import TimeSlots as TimeSlots
 from foveate.nn.vision.residual_attention import ResidualAttentionModule as ResidualAttentionModule
 from foveate.nn.vision.residual_attention import ResidualUnit as ResidualUnit
 from foveate.nn.vision.residual_attention import SoftMask as SoftMask
 from foveate.nn.vision.sparsifiner import AttentionMaps as AttentionMaps
 from foveate.nn.vision.sparsifiner import ConnectivityPredictor as ConnectivityPredictor
 from foveate.nn.vision.sparsifiner import SparsifinerAttention as SparsifinerAttention
+from foveate.nn.vision.token_aggregation import TokenAggregation as TokenAggregation
+from foveate.nn.vision.token_aggregation import spherical_round as spherical_round
 from foveate.nn.vision.triplet_attention import TripletAttention as TripletAttention
 from foveate.nn.vision.ulsam import ULSAM as ULSAM
 from foveate.nn.vision.vsa import TargetWindows as TargetWindows
@@ -193,6 +207,7 @@ __all__ = [
     "BiLevelRoutingAttention",
     "Block",
     "BottleneckAttention",
+    "Boxes",
     "CBAM",
     "ChannelAttention",
     "ChosenAttention",
@@ -211,6 +226,7 @@ __all__ = [
     "DepthwiseConv",
     "DualAttention",
     "DualAttentionGate",
+    "DualFrequencyBlock",
     "DynamicMaskAttention",
     "DynamicPositionBias",
     "EfficientAttention2d",
@@ -278,7 +294,10 @@ __all__ = [
     "NeuralMemoryState",
     "NonLocal",
     "OptimisedAttention",
+    "OverlappingWindowAttention",
+    "OverlappingWindows",
     "PMA",
+    "PTDiTBlock",
     "Pointed",
     "PointerNetwork",
     "Pool",
@@ -287,6 +306,7 @@ __all__ = [
     "PositionAttention",
     "PositionalSymbols",
     "ProbeHead",
+    "ProxyTokenAttention",
     "RelationalAttention",
     "RelativeBias",
     "RelativeSymbols",
@@ -294,6 +314,7 @@ __all__ = [
     "ResidualUnit",
     "Rotary",
     "RotaryBias",
+    "RoutingSelfAttention",
     "SAB",
     "SERes2Block1d",
     "SSMAFusion",
@@ -315,6 +336,8 @@ __all__ = [
     "SymbolicAttention",
     "Symbols",
     "TargetWindows",
+    "TimeSlots",
+    "TokenAggregation",
     "Tree",
     "TripletAttention",
     "ULSAM",
@@ -323,6 +346,7 @@ __all__ = [
     "WindowAttention",
     "WindowAttentionDecoder",
     "WindowAttentionUpsample",
+    "WindowChannelAttention",
     "Windows",
     "acmil_loss",
     "allocate_queries",
@@ -337,10 +361,12 @@ __all__ = [
     "doubly_stochastic_penalty",
     "flat_groups",
     "flat_window_order",
+    "haar",
     "importance_factor",
     "influence",
     "injectivity_probe",
     "insert",
+    "inverse_haar",
     "laplace",
     "local_mass",
     "mha_to_gqa",
@@ -349,10 +375,12 @@ __all__ = [
     "pillar_map",
     "pointer_loss",
     "pointer_scores",
+    "proxy_tokens",
     "prune",
     "share_out",
     "skimming_mask",
     "solve_ode",
+    "spherical_round",
     "stochastic_topk_mask",
     "top_share",
     "total_length_of_transition",

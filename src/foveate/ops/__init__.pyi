@@ -4,6 +4,7 @@ from foveate.ops.base.fixed_decay import FixedDecay as FixedDecay
 from foveate.ops.base.framed import Frame as Frame
 from foveate.ops.base.framed import Framed as Framed
 from foveate.ops.base.framed import FramedState as FramedState
+from foveate.ops.base.grouped import Grouped as Grouped
 from foveate.ops.base.kv_cached import Cached as Cached
 from foveate.ops.base.kv_state import KVState as KVState
 from foveate.ops.base.linear import Linear as Linear
@@ -25,6 +26,8 @@ from foveate.ops.dense.attention_sdm import circle_intersection as circle_inters
 from foveate.ops.dense.attention_sdm import fit_beta as fit_beta
 from foveate.ops.dense.attention_taxonomy import SurveyAttention as SurveyAttention
 from foveate.ops.dense.gta import GTA as GTA
+from foveate.ops.dense.landmark_attention import LandmarkAttention as LandmarkAttention
+from foveate.ops.dense.landmark_attention import with_landmarks as with_landmarks
 from foveate.ops.dense.luong_attention import LuongAttention as LuongAttention
 from foveate.ops.dense.luong_attention import alignment_error_rate as alignment_error_rate
 from foveate.ops.dense.marginal_attention import MarginalAttention as MarginalAttention
@@ -70,6 +73,8 @@ from foveate.ops.sparse.gna import GNA as GNA
 from foveate.ops.sparse.gna import Simulation as Simulation
 from foveate.ops.sparse.gna import gna_simulate as gna_simulate
 from foveate.ops.sparse.hip import HiP as HiP
+from foveate.ops.sparse.hyper_attention import HyperAttention as HyperAttention
+from foveate.ops.sparse.routing_attention import RoutingAttention as RoutingAttention
 from foveate.ops.sparse.s2_attention import S2Attention as S2Attention
 from foveate.ops.sparse.s2_attention import is_kv_efficient as is_kv_efficient
 from foveate.ops.sparse.s2_attention import s2_mask as s2_mask
@@ -94,11 +99,14 @@ __all__ = [
     "GNA",
     "GTA",
     "Gate",
+    "Grouped",
     "Hedgehog",
     "HiP",
+    "HyperAttention",
     "ImportantKeys",
     "InLine",
     "KVState",
+    "LandmarkAttention",
     "LightNetAttention",
     "LightningAttention",
     "LightningAttention2",
@@ -118,6 +126,7 @@ __all__ = [
     "Operator",
     "ReLULinear",
     "ReversedAttention",
+    "RoutingAttention",
     "S2Attention",
     "SALE",
     "Scored",
@@ -154,4 +163,5 @@ __all__ = [
     "state_bytes",
     "to_dsf",
     "with_importance",
+    "with_landmarks",
 ]

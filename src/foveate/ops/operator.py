@@ -69,9 +69,9 @@ class Capabilities:
         inputs: names of further per-token tensors that a call may bring (gates, rates).
         gates: the maps from tokens to those inputs that a layer should learn to make.
         engines: valid names for `engine` besides "auto"; an engine that cannot run a call raises.
-        selection_group: neighbouring queries that choose their keys together, counted from the first; None if all
-            queries of a call do. In causal calls a later token never enters an earlier output, but within such a group
-            it may change which keys are seen.
+        selection_group: neighbouring queries that choose their keys together, counted from the first. In causal calls a
+            later token never enters an earlier output, but within such a group it may change which keys are seen. None:
+            all queries of a call choose together, so that a model trained so may learn from the choice.
         growth: the growth of time with the number of tokens.
         reads_keys: False if keys have no effect; a layer then does not train their projection.
         transforms: supported transforms of a call: "meta" (the meta device, shapes only), "vmap", "export"
