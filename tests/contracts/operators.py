@@ -164,7 +164,7 @@ def each_engine(*, at_limit: bool) -> pytest.MarkDecorator:
 def each_causal_engine() -> pytest.MarkDecorator:
     """Parametrise over every causal pattern, with and without a mask of keys, on every engine that takes it.
 
-    Operators whose queries all choose together are left out if they have no reference: garbage changes what they choose.
+    Operators whose queries all choose together are left out if they have no reference: garbage changes their choice.
     """
     found = []
     for key, cls in CLASSES.items():
