@@ -89,10 +89,11 @@ bench: $(INSTALLED_DEV)
 		$(BIN)/python $$file > .bench.out; cat .bench.out; \
 		tail -n 1 .bench.out > docs/measured/$$(basename $$file .py).json; done; rm -f .bench.out
 
+# CLAIMS="tests/systems/nn/test_hilo.py" runs these files alone and keeps the rows of all other systems
 claims: $(INSTALLED_DEV)
 	rm -rf .claims
-	FOVEATE_CLAIMS=.claims $(PYTEST) tests/systems
-	$(BIN)/python -m tests.support.claims .claims
+	FOVEATE_CLAIMS=.claims $(PYTEST) $(or $(CLAIMS),tests/systems)
+	$(BIN)/python -m tests.support.claims $(if $(CLAIMS),--keep) .claims
 
 # every study's statements, predictions and measurements: docs/studies.md. KEYS="scan_and_snap" runs only these again
 studies: $(INSTALLED_DEV)

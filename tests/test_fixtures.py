@@ -77,6 +77,16 @@ def test_the_ledger_groups_by_room_and_keeps_the_last_of_a_repeated_test(tmp_pat
     assert "Without a claim: `silent`." in text
 
 
+def test_a_run_of_some_tests_keeps_the_rows_of_other_systems(tmp_path: Path) -> None:
+    rows = [row("b", "kv", ""), row("a"), row("c")]
+    whole = claims.ledger([_claim("a", "tests/a.py::t"), _claim("b", "tests/b.py::t", 7.5)], rows)
+    old = claims.kept(whole)
+    assert {key: len(lines) for key, lines in old.items()} == {"a": 1, "b": 1}
+    text = claims.ledger([_claim("a", "tests/a.py::t", 9.25), _claim("c", "tests/c.py::t", 4.5)], rows, old)
+    assert all(number in text for number in ("9.25", "7.5", "4.5")) and "| 2 |" not in text
+    assert "Without a claim" not in text
+
+
 def test_a_claim_of_an_unknown_system_stops_the_ledger() -> None:
     with pytest.raises(ValueError, match="ghost"):
         claims.ledger([_claim("ghost", "tests/g.py::t")], [row("a")])

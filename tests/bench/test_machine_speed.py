@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,9 @@ def test_what_is_timed_is_right(setting: Setting, engine: str) -> None:
     assert_near(ENGINES[engine].attend(call), engines.run(call, "reference"), 1e-10)
     work, seconds = measure(engine, setting, torch.float32, backward=True)
     assert seconds > 0
-    assert work == ENGINES[engine].work(call)
+    learns = replace(call, q=call.q.clone().requires_grad_())
+    assert work == ENGINES[engine].work(learns)
+    assert measure(engine, setting, torch.float32, backward=False)[0] == ENGINES[engine].work(call)
 
 
 def test_a_calibration_is_kept_and_read(folder: Path) -> None:

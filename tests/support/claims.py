@@ -4,6 +4,8 @@ The `claim` fixture (`tests/conftest.py`) checks a claim and records it; this mo
 
     FOVEATE_CLAIMS=.claims python -m pytest tests/systems
     python -m tests.support.claims .claims
+
+With `--keep`, systems without a new record keep the rows that they have: for a run of some of the tests.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +33,9 @@ when the direction is wrong, by at least the margin where one is given. Written 
 
 Numbers are those of one run on one machine. They show a direction, not the paper's own figures.
 """
+
+_COLUMNS = ("| system | claim | ours | baseline | better | seed | test |", "|---|---|--:|--:|---|--:|---|")
+_ROW = re.compile(r"\| \[?(\w+)(?:\]\(| \|)")
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,20 @@ def read(folder: Path) -> list[Claim]:
     return sorted(found.values(), key=lambda claim: (claim.test, claim.statement))
 
 
-def ledger(claims: Iterable[Claim], rows: Iterable[System]) -> str:
-    """The ledger in Markdown: a table for each room, systems in the catalogue's order."""
+def kept(text: str) -> dict[str, list[str]]:
+    """The rows of a ledger, by system."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if (row := _ROW.match(line)) and not line.startswith("| system |"):
+            found.setdefault(row[1], []).append(line)
+    return found
+
+
+def ledger(claims: Iterable[Claim], rows: Iterable[System], old: Mapping[str, list[str]] | None = None) -> str:
+    """The ledger in Markdown: a table for each room, systems in the catalogue's order.
+
+    `old` has the rows of systems that have no claim here.
+    """
     by_key: dict[str, list[Claim]] = {}
     for claim in claims:
         by_key.setdefault(claim.key, []).append(claim)
@@ -96,33 +114,31 @@ def ledger(claims: Iterable[Claim], rows: Iterable[System]) -> str:
     strangers = sorted(by_key.keys() - {row.key for row in rows})
     if strangers:
         raise ValueError(f"claims of systems that the catalogue does not have: {', '.join(strangers)}")
+    lines = {row.key: list(_lines(row, by_key[row.key])) for row in rows if row.key in by_key}
+    lines = {**(old or {}), **lines}
     parts = [HEAD]
     for room in ROOMS:
-        of_room = [row for row in rows if row.room == room and row.key in by_key]
+        of_room = [line for row in rows if row.room == room for line in lines.get(row.key, [])]
         if of_room:
-            parts.append("\n".join(_table(room, of_room, by_key)) + "\n")
-    without = [f"`{row.key}`" for row in rows if row.key not in by_key]
+            parts.append("\n".join([f"## {room}\n", *_COLUMNS, *of_room]) + "\n")
+    without = [f"`{row.key}`" for row in rows if row.key not in lines]
     if without:
         parts.append(f"Without a claim: {', '.join(without)}.\n")
     return "\n".join(parts)
 
 
-def _table(room: str, rows: list[System], claims: dict[str, list[Claim]]) -> Iterator[str]:
-    yield f"## {room}\n"
-    yield "| system | claim | ours | baseline | better | seed | test |"
-    yield "|---|---|--:|--:|---|--:|---|"
-    for row in rows:
-        name = f"[{row.key}]({row.url} {json.dumps(row.title, ensure_ascii=False)})" if row.url else row.key
-        for claim in claims[row.key]:
-            by = f", by {claim.margin:.3g}" if claim.margin else ""
-            seed = "" if claim.seed is None else claim.seed
-            path, _, test = claim.test.partition("::")
-            baseline = f"{claim.baseline:.4g} ({_cell(claim.baseline_name)})"
-            cells = (
-                name, _cell(claim.statement), f"{claim.ours:.4g}", baseline, claim.better + by, seed,
-                f"[{_cell(test)}](../{path})",
-            )  # fmt: skip
-            yield f"| {' | '.join(map(str, cells))} |"
+def _lines(row: System, claims: list[Claim]) -> Iterator[str]:
+    name = f"[{row.key}]({row.url} {json.dumps(row.title, ensure_ascii=False)})" if row.url else row.key
+    for claim in claims:
+        by = f", by {claim.margin:.3g}" if claim.margin else ""
+        seed = "" if claim.seed is None else claim.seed
+        path, _, test = claim.test.partition("::")
+        baseline = f"{claim.baseline:.4g} ({_cell(claim.baseline_name)})"
+        cells = (
+            name, _cell(claim.statement), f"{claim.ours:.4g}", baseline, claim.better + by, seed,
+            f"[{_cell(test)}](../{path})",
+        )  # fmt: skip
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def _cell(text: str) -> str:
@@ -135,13 +151,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path(os.environ.get(VARIABLE, ".claims")))
     parser.add_argument("--out", type=Path, default=LEDGER)
+    parser.add_argument("--keep", action="store_true", help="keep the rows of systems without a new record")
     options = parser.parse_args(arguments)
     claims = read(options.folder)
     if not claims:
         print(f"no claims recorded in {options.folder}: run the tests with {VARIABLE} set to it", file=sys.stderr)
         return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(ledger(claims, systems()), "utf-8")
+    old = kept(options.out.read_text("utf-8")) if options.keep and options.out.is_file() else {}
+    options.out.write_text(ledger(claims, systems(), old), "utf-8")
     print(f"{len(claims)} claims of {len({claim.key for claim in claims})} systems: {options.out}")
     return 0
 
