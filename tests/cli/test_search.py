@@ -17,7 +17,7 @@ from foveate.core.catalog_rows import ROOMS
 
 #: What people ask, the systems that have to be among the first so many, and what the first reason has to name.
 CORPUS = [
-    ("long context without retraining", 6, "token_select duo_attention", "long context"),
+    ("long context without retraining", 7, "token_select duo_attention", "long context"),
     ("smaller KV cache", 10, "razor_attention duo_attention knorm expected_attention", "small KV cache"),
     (
         "I run out of GPU memory with long prompts",

@@ -29,6 +29,8 @@ from foveate.nn.sequence.relational_attention import RelationalAttention
 from foveate.nn.sequence.set_transformer import MAB, SetTransformer
 from foveate.nn.sequence.skim_attention import SkimAttention, Skimformer, skimming_mask
 from foveate.nn.vision.dependency_vit import DependencyAttention
+from foveate.nn.vision.gpsa import GatedPositionalAttention
+from foveate.nn.vision.pt_dit import PTDiTBlock
 from foveate.ops import calls
 from foveate.ops.dense.marginal_attention import MarginalAttention, expectation_maximisation
 from foveate.ops.dense.monotonic_location_attention import MonotonicLocationAttention
@@ -132,6 +134,14 @@ CASES: dict[str, Case] = {
     "DependencyAttention.send": Case(lambda mask: DependencyAttention(DIM, 2).send(drawn(B, M, DIM), mask=mask), KEYS),
     "DependencyAttention.dependency": Case(
         lambda mask: DependencyAttention(DIM, 2).dependency(drawn(B, M, DIM), mask=mask), KEYS
+    ),
+    "GatedPositionalAttention.weights": Case(
+        lambda mask: GatedPositionalAttention(DIM, 2).weights(drawn(B, M, DIM), (1, M), mask), KEYS
+    ),
+    "PTDiTBlock.forward": Case(
+        lambda mask: PTDiTBlock(DIM, 2, (1, 2, 2), text_dim=DIM)(
+            drawn(B, 4, DIM), (1, 2, 2), drawn(B, 6 * DIM), drawn(B, M, DIM), mask
+        ), TOKENS,
     ),
     "MAC.forward": Case(mac("forward"), TOKENS),
     "MAC.reason": Case(mac("reason"), TOKENS),

@@ -148,7 +148,7 @@ class PTDiTBlock(Checked, nn.Module):
         if text is not None and (text.dim() != 3 or (text.shape[0], text.shape[2]) != (len(z), self.text_dim)):
             raise ShapeError(f"text must be (B={len(z)}, M, {self.text_dim}); got {shown(text)}")
         if text is not None and text_mask is not None:
-            validate.bool_mask("text_mask", text_mask, "B, M", tuple(text.shape[:2]), text.device)
+            validate.bool_mask("text_mask", text_mask, "B, T", tuple(text.shape[:2]), text.device)
 
 
 def _zero_linear(dim: int) -> nn.Linear:
