@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import foveate.nn
 from foveate.core.errors import OptionError, UnsupportedPattern
 from foveate.nn import Alibi, MultiHeadAttention, RelativeBias, Rotary
 from foveate.nn.parts.heads import HeadScheme, Rates, activation, merge, split, width
 from foveate.nn.sequence.dual_attention_transformer import SensoryHeads
+from foveate.nn.sequence.dynamic_mask_attention import DynamicMaskAttention
 from foveate.nn.sequence.key_driven_gqa import KeyDrivenGQA
 from foveate.nn.sequence.mhe_attention import MultiHeadEmbeddingAttention
 from foveate.nn.sequence.moh import MixtureOfHeadAttention
+from foveate.nn.sequence.routing_self_attention import RoutingSelfAttention
 from foveate.nn.sequence.super_attention import OptimisedAttention, SlimAttention
 from foveate.ops import create
 from foveate.ops.calls import sized
@@ -43,12 +46,15 @@ def schemes(bias: bool) -> dict[str, HeadScheme]:
         "optimised": OptimisedAttention(DIM, HEADS, bias=bias),
         "slim": SlimAttention(DIM, HEADS, bias=bias),
         "sensory": SensoryHeads(DIM, HEADS, HEADS, 4, bias=bias),
+        "dynamic_mask": DynamicMaskAttention(DIM, HEADS, bias=bias),
+        "routing": RoutingSelfAttention(DIM, HEADS, bias=bias),
     }
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_bias_is_of_all_projections_in_every_scheme(bias: bool) -> None:
     made = schemes(bias)
+    assert all(getattr(foveate.nn, name) for name in foveate.nn.__all__)  # loads every public module
     house = {cls for cls in HeadScheme.__subclasses__() if cls.__module__.startswith("foveate.")}
     assert house == {type(scheme) for scheme in made.values()}, "a scheme is missing here"
     for name, scheme in made.items():

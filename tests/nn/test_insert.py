@@ -221,7 +221,7 @@ class Odd(nn.Module):
         ("ulsam", "head", "'head' must return a feature map (B, C, *space); got Tensor (4, 5)"),
         ("ulsam", "unused", "'unused' must run on the example inputs"),
         ("ulsam", ["layer1", "layer1.1"], "'layer1' has a gate already"),
-        ("softmax", "layer1.0", 'system "softmax" must be a feature gate; valid keys: gaam, ulsam, se, '),
+        ("softmax", "layer1.0", 'system "softmax" must be a feature gate; valid keys: gaam, ulsam, '),
         (nn.Conv2d, "layer1.0", "must be a gate's key, its class, or a function"),
         (nn.ReLU(), "layer1.0", "must be a gate's key, its class, or a function"),
         (3, "layer1.0", "key=3 must be"),
