@@ -45,6 +45,8 @@ def cases(lengths: Sequence[int]) -> Iterator[tuple[str, AttentionCall, bool]]:
             if isinstance(op, Selective):
                 causal = is_causal(op)
                 first, second = (op.selection(q, k, causal, dim**-0.5) for _ in range(2))
+                if first is None or second is None:
+                    continue  # too short to choose
                 call = AttentionCall(q, k, v, dim**-0.5, None, causal, first.for_heads(heads))
                 yield f"{key}: {about}", call, first is second and call.selected is first
         for key, own in (("tiles by head", heads), ("shared tiles", 1)):
