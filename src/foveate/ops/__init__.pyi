@@ -74,6 +74,9 @@ from foveate.ops.sparse.gna import Simulation as Simulation
 from foveate.ops.sparse.gna import gna_simulate as gna_simulate
 from foveate.ops.sparse.hip import HiP as HiP
 from foveate.ops.sparse.hyper_attention import HyperAttention as HyperAttention
+from foveate.ops.sparse.modality_mutual import modality_mutual_mask as modality_mutual_mask
+from foveate.ops.sparse.modality_mutual import modality_mutual_rule as modality_mutual_rule
+from foveate.ops.sparse.modality_mutual import mutual_pairs as mutual_pairs
 from foveate.ops.sparse.routing_attention import RoutingAttention as RoutingAttention
 from foveate.ops.sparse.s2_attention import S2Attention as S2Attention
 from foveate.ops.sparse.s2_attention import is_kv_efficient as is_kv_efficient
@@ -155,6 +158,9 @@ __all__ = [
     "fit_beta",
     "gna_simulate",
     "is_kv_efficient",
+    "modality_mutual_mask",
+    "modality_mutual_rule",
+    "mutual_pairs",
     "neighborhood_mask",
     "plan",
     "prefix_attention",

@@ -18,7 +18,7 @@ from foveate.core import masks
 from foveate.core.errors import OptionError, ShapeError, UnsupportedModel
 from foveate.host import apply
 from foveate.nn import Block, MultiHeadAttention
-from foveate.ops.functional import modality_mutual_mask, modality_mutual_rule
+from foveate.ops import modality_mutual_mask, modality_mutual_rule
 from foveate.steer import ModalityMutual
 from tests.conftest import ClaimFixture
 from tests.support.host_models import model, tokens

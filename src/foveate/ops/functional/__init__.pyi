@@ -25,9 +25,6 @@ from foveate.ops.functional.geometry import Points as Points
 from foveate.ops.functional.geometry import rigid as rigid
 from foveate.ops.functional.geometry import wigner as wigner
 from foveate.ops.functional.linear_sde import Dynamics as Dynamics
-from foveate.ops.functional.modality_mutual import modality_mutual_mask as modality_mutual_mask
-from foveate.ops.functional.modality_mutual import modality_mutual_rule as modality_mutual_rule
-from foveate.ops.functional.modality_mutual import mutual_pairs as mutual_pairs
 from foveate.ops.functional.normalizers import DISTRIBUTIONS as DISTRIBUTIONS
 from foveate.ops.functional.normalizers import LocalWindow as LocalWindow
 from foveate.ops.functional.normalizers import argmax as argmax
@@ -80,9 +77,6 @@ __all__ = [
     "entmax",
     "linear_recurrence",
     "make_alignment",
-    "modality_mutual_mask",
-    "modality_mutual_rule",
-    "mutual_pairs",
     "pair_score",
     "qlstm",
     "reversed_sigmoid",

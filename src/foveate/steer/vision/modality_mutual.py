@@ -1,7 +1,7 @@
 """Modality-mutual attention in a pretrained model: its image tokens see the question that follows them.
 
 Seeing is Understanding: Unlocking Causal Attention into Modality-Mutual Attention for Multimodal LLMs (2025), arXiv
-2503.02597. `foveate.ops.functional.modality_mutual_mask` is the mask itself.
+2503.02597. `foveate.ops.sparse.modality_mutual_mask` is the mask itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from foveate.core.errors import OptionError, UnsupportedModel
 from foveate.host.method import Method
 from foveate.host.site import Site
 from foveate.host.spans import Spans
-from foveate.ops.functional.modality_mutual import mutual_pairs
+from foveate.ops.sparse.modality_mutual import mutual_pairs
 
 
 @final
