@@ -98,6 +98,17 @@ def test_runs_with_different_masks_are_no_series() -> None:
     torch.testing.assert_close(slices.attend(call), reference(q, k, v, chosen), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (2, 2)])
+def test_heads_or_sequences_of_their_own_are_no_series(shape: tuple[int, int]) -> None:
+    """All see the same pairs, but a selection with a head or a sequence each has a mask for each."""
+    blocks = torch.eye(8, dtype=torch.bool).expand(*shape, 8, 8)
+    chosen = Blocks(blocks, (128, 128), N, N, lambda b, h, q, k: (q + k + h + b) % 3 > 0, torch.zeros_like(blocks))
+    assert all(len(series) == 1 for series in runs.plan(chosen) + runs.untrimmed(chosen))
+    q, k, v = inputs(groups=2) if shape[1] == 1 else inputs()
+    found = slices.attend(AttentionCall(q, k, v, 1.0, selected=chosen))
+    torch.testing.assert_close(found, reference(q, k, v, chosen), atol=1e-5, rtol=1e-5)
+
+
 def test_queries_that_see_nothing_in_a_series_get_zeros() -> None:
     blocks = torch.eye(16, dtype=torch.bool)[None, None]
     chosen = Blocks(blocks, (64, 64), N, N, lambda b, h, q, k: (q % 64 > 5) & (k == k), torch.zeros_like(blocks))

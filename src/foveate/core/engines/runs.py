@@ -63,24 +63,31 @@ def plan(selection: Blocks, are_alone: bool = False) -> list[Series]:
     found = selection.__dict__.get(name)
     if found is None:
         runs = _with_shared(selection, joined(selection, TALL) if are_alone else rows(selection))
-        found = [(run,) for run in runs] if are_alone else _in_series(runs, _slides)
+        found = [(run,) for run in runs] if are_alone or not _is_shared(selection) else _in_series(runs, _slides)
         selection.__dict__[name] = found
     return found
 
 
 def untrimmed(selection: Blocks, are_alone: bool = False) -> list[Series]:
     """Return what `plan` is likely to be, without asking which pairs count."""
-    return [(run,) for run in joined(selection, TALL)] if are_alone else _in_series(rows(selection), _shifts)
+    if are_alone or not _is_shared(selection):
+        return [(run,) for run in joined(selection, TALL)]
+    return _in_series(rows(selection), _shifts)
 
 
 def rows(selection: Blocks) -> list[RowRun]:
     """Return the runs of a plan before unseen keys are cut off: short ones if most of them are in series."""
-    if selection.blocks.shape[:2].numel() == 1:
+    if _is_shared(selection):
         short = joined(selection, SHORT)
         served = sum(len(series) for series in _in_series(short, _shifts) if len(series) > 1)
         if 2 * served >= len(short):
             return short
     return joined(selection, TALL)
+
+
+def _is_shared(selection: Blocks) -> bool:
+    """Return whether all heads of all sequences see the same pairs, so that one mask serves a series."""
+    return selection.blocks.shape[:2].numel() == 1
 
 
 def length(keys: tuple[KeyRange, ...]) -> int:

@@ -9,19 +9,19 @@ from foveate.core.engines.work import Work
 
 #: Nanoseconds for a call, a product, a copied number, an indexed one, an element of a mask, and a planned run.
 _NANOSECONDS = {
-    "fused float32 forward": (1.43e4, 0.0295, 0, 0, 0, 0),
-    "slices float32 forward": (4.66e4, 0.0271, 0.468, 0, 0.73, 1.16e5),
-    "gather float32 forward": (1.34e5, 0.0263, 0.632, 0.789, 1.06, 1.22e3),
-    "fused float32 backward": (6.46e4, 0.102, 0, 0, 0, 0),
-    "slices float32 backward": (1.13e5, 0.0914, 0.895, 0, 0.769, 1.08e5),
-    "gather float32 backward": (3.19e5, 0.0821, 1.62, 1.65, 1.67, 7.56e3),
-    "fused bfloat16 forward": (1.55e4, 0.0302, 0, 0, 0, 0),
-    "slices bfloat16 forward": (5.69e4, 0.0286, 0.474, 0, 0.655, 1.21e5),
-    "gather bfloat16 forward": (1.68e5, 0.0269, 0.509, 0.77, 1.16, 1.16e3),
-    "fused bfloat16 backward": (1.92e5, 0.0778, 0, 0, 0, 0),
-    "slices bfloat16 backward": (5.07e5, 0.0934, 0, 0, 0.917, 2.14e5),
-    "gather bfloat16 backward": (2.73e5, 0.0785, 0.966, 2.44, 2.97, 6.28e4),
-    "flex float32 forward": (7.11e5, 0.0258, 0, 0, 122, 0),
+    "fused float32 forward": (1.35e4, 0.0294, 0, 0, 0, 0),
+    "slices float32 forward": (1.22e5, 0.028, 0, 0, 0.758, 5.64e4),
+    "gather float32 forward": (1.1e5, 0.024, 0.789, 0, 1.42, 3.01e3),
+    "fused float32 backward": (5.8e4, 0.104, 0, 0, 0, 0),
+    "slices float32 backward": (1.29e5, 0.0911, 0.684, 0, 0.806, 1.13e5),
+    "gather float32 backward": (4.83e5, 0.0778, 1.89, 2.06, 1.7, 2.57e3),
+    "fused bfloat16 forward": (1.54e4, 0.0301, 0, 0, 0, 0),
+    "slices bfloat16 forward": (1.35e5, 0.0318, 0, 0, 0.569, 6.96e4),
+    "gather bfloat16 forward": (1.49e5, 0.0271, 0.497, 0, 1.04, 3.4e3),
+    "fused bfloat16 backward": (1.63e5, 0.0775, 0, 0, 0, 0),
+    "slices bfloat16 backward": (3.33e5, 0.0981, 0, 0, 1.51, 1.02e5),
+    "gather bfloat16 backward": (4.48e5, 0.0765, 1.11, 1.79, 3.06, 6.5e4),
+    "flex float32 forward": (1.62e6, 0.026, 0, 0, 0, 0),
 }
 
 SHIPPED = tuple((name, Work(*(1e-9 * each for each in rates))) for name, rates in _NANOSECONDS.items())
